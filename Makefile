@@ -1,0 +1,45 @@
+# `make help` lists what there is. Everything sets itself up in .venv from the hashed lock files.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup check fix test demo lock real-servers clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(STAMP) ## a virtual environment with locked dependencies
+
+$(STAMP): requirements/dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+check: $(STAMP) ## format, lint, types, import contracts: what CI runs before the tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: $(STAMP) ## repair what can be repaired
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+real-servers: ## fetch Consul and Prometheus into .cache (no system install)
+	scripts/fetch-real-servers
+
+test: $(STAMP) ## every test, those on real servers included
+	-scripts/fetch-real-servers
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+demo: $(STAMP) ## the whole thing in a sandbox; KEEP=1 leaves it running
+	@$(BIN)/python -m k8s_consul_registrar demo $(if $(KEEP),--keep)
+
+lock: $(STAMP) ## rewrite the hashed lock files after a change of dependencies
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements/runtime.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml --group dev -o requirements/dev.txt
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,133 @@
+"""Composition of the registrar: reads what was asked for, builds the parts and connects them."""
+
+import time
+from dataclasses import dataclass
+
+from k8s_consul_registrar import __version__
+from k8s_consul_registrar.admin.server import AdminServer
+from k8s_consul_registrar.app.lifecycle import Stop, run_until_stopped
+from k8s_consul_registrar.app.process import new_registry
+from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress, build_ssl_context
+from k8s_consul_registrar.consul.agent import AgentRegistry
+from k8s_consul_registrar.consul.client import ConsulClient
+from k8s_consul_registrar.kube.access import load_access
+from k8s_consul_registrar.kube.client import KubeClient
+from k8s_consul_registrar.kube.cluster import FollowedCluster
+from k8s_consul_registrar.kube.mirror import Verdict
+from k8s_consul_registrar.kube.objects import Item
+from k8s_consul_registrar.model import Kind, Source
+from k8s_consul_registrar.registrar.brake import BrakeRules
+from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.ownership import Identity
+from k8s_consul_registrar.registrar.reconciler import Reconciler
+from k8s_consul_registrar.registrar.status import RegistrarStatus
+from k8s_consul_registrar.settings.consul import ConsulSettings
+from k8s_consul_registrar.settings.modes import RegistrarSettings
+from k8s_consul_registrar.targets.sharding import Shards
+from k8s_consul_registrar.targets.targets import TargetRules, judge
+from k8s_consul_registrar.telemetry import get_logger
+
+# A loop that has not turned for so long, in seconds, hangs: no single request may take a tenth of it.
+HANG = 600.0
+
+log = get_logger("app")
+
+
+@dataclass(frozen=True, slots=True)
+class _Health:
+    """Shows the reconciler's status to the probes."""
+
+    status: RegistrarStatus
+
+    def is_alive(self) -> bool:
+        """Whether the loop has turned lately."""
+        return time.monotonic() - self.status.ticked_at < HANG
+
+    def readiness(self) -> str:
+        """Return why not ready, empty when ready."""
+        return self.status.readiness()
+
+
+async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing | None = None) -> None:
+    """Keep Consul equal to the cluster until a stop is asked for."""
+    timing = timing or Timing()
+    for warning in settings.common.warnings:
+        log.warning(warning)
+    access = load_access(settings.common.environment)
+    registry = new_registry("registrar")
+    rules = TargetRules(proxy_node_port=settings.proxy_node_port)
+
+    def verdict(item: Item) -> Verdict | None:
+        return judge(item, rules)
+
+    async with (
+        KubeClient(access, timing) as kube,
+        ConsulClient(consul_access(settings.consul), timing) as consul,
+    ):
+        cluster = FollowedCluster(
+            kube, (Source(Kind.NODE), Source(Kind.POD)), verdict, period=settings.sync_period, timing=timing
+        )
+        reconciler = Reconciler(
+            cluster=cluster,
+            registry=AgentRegistry(consul),
+            identity=identity(settings),
+            shards=Shards(settings.shard_paths),
+            rules=BrakeRules(
+                confirm=settings.brake.confirm,
+                confirm_start=settings.brake.confirm_start,
+                allow_mass=settings.brake.allow_mass,
+            ),
+            period=settings.sync_period,
+            timing=timing,
+            metrics=RegistrarMetrics(registry),
+        )
+        health = _Health(reconciler.status)
+        async with AdminServer(port=settings.common.admin_port, health=health, registry=registry) as admin:
+            log.info(
+                "registrar starts",
+                version=__version__,
+                cluster=settings.cluster_name,
+                instance=settings.instance,
+                api_server=access.server,
+                credentials=access.origin,
+                consul=str(settings.consul.socket or settings.consul.url),
+                admin_port=admin.port,
+            )
+            await run_until_stopped(stop, cluster.run(), reconciler.run())
+            reconciler.status.is_draining = True
+    log.info("registrar ends; what is registered stays")
+
+
+def identity(settings: RegistrarSettings) -> Identity:
+    """Say who this registrar is."""
+    return Identity(
+        cluster=settings.cluster_name,
+        instance=settings.instance,
+        previous_clusters=settings.previous_cluster_names,
+        previous_instances=settings.previous_instances,
+        speaks_for_cluster=not settings.instance,
+        has_default_name=settings.has_default_name,
+    )
+
+
+def consul_access(settings: ConsulSettings) -> ConsulAccess:
+    """Load what a connection to Consul needs; raises an `AccessError` naming the file at fault."""
+    is_tls = settings.url.startswith("https://")
+    context = None
+    if is_tls:
+        context = build_ssl_context(
+            ca_file=settings.ca_file,
+            cert_file=settings.cert_file,
+            key_file=settings.key_file,
+            verify=settings.verify,
+        )
+    return ConsulAccess(
+        address=ConsulAddress(settings.url, settings.socket),
+        token=settings.token,
+        token_file=settings.token_file,
+        ssl_context=context,
+        tls_server_name=settings.tls_server_name,
+        namespace=settings.namespace,
+        partition=settings.partition,
+    )

@@ -1,0 +1,30 @@
+"""Delays: the one value that holds them all, and the jittered growth of those between retries."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Every delay the daemon waits, in seconds; tests hand in a smaller one."""
+
+    retry_first: float = 0.5
+    retry_cap: float = 5.0
+    connect_timeout: float = 5.0
+    read_timeout: float = 30.0
+    node_poll: float = 15.0
+    gather: float = 0.02
+    tick: float = 5.0
+
+
+def delays(first: float, cap: float, *, pick: random.Random | None = None) -> Iterator[float]:
+    """Yield delays that double from `first` to `cap` seconds, each spread over its upper half.
+
+    The spread keeps daemons that lost the same server from coming back in step.
+    """
+    pick = pick or random.Random()  # noqa: S311 - spreads load, guards nothing
+    delay = first
+    while True:
+        yield pick.uniform(delay / 2, delay)
+        delay = min(delay * 2, cap)

@@ -1,0 +1,121 @@
+"""The command: which mode, with which settings."""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from textwrap import fill
+
+from k8s_consul_registrar import __version__
+from k8s_consul_registrar.app.lifecycle import EXIT_SETTINGS, complain, run_mode
+from k8s_consul_registrar.errors import SettingsError
+from k8s_consul_registrar.settings.modes import CommonSettings, read_proxy, read_registrar
+from k8s_consul_registrar.settings.options import MODES, OPTIONS, PROXY, REGISTRAR, Option, options_of
+from k8s_consul_registrar.telemetry import configure_logging
+
+DEMO = "demo"
+COMMANDS = {
+    REGISTRAR: "keep Consul equal to what the cluster wants scraped",
+    PROXY: "let Prometheus read every node's cAdvisor metrics through one port",
+    DEMO: "show both modes at work on a sandbox of this machine",
+}
+_WIDTH = 100
+_INDENT = "      "
+
+
+def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> int:
+    """Run the command and return its exit code: 0 done, 1 failed, 2 wrong settings, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    environment = dict(os.environ if environment is None else environment)
+    parser = build_parser()
+    if not arguments or arguments[0] not in {*COMMANDS, "-h", "--help", "--version"}:
+        if arguments and not arguments[0].startswith("-"):
+            return _wrong_mode(arguments[0], "command")
+        mode = environment.get("MODE", "").strip().lower() or REGISTRAR
+        if mode not in MODES:
+            return _wrong_mode(mode, "MODE")
+        arguments = [mode, *arguments]
+    parsed = parser.parse_args(arguments)
+    if parsed.command == DEMO:
+        from k8s_consul_registrar.app.demo import run_demo  # noqa: PLC0415 - needs the extra [sandbox]
+
+        return run_demo(keep=parsed.keep)
+    flags = {option.env: getattr(parsed, option.env) for option in OPTIONS if hasattr(parsed, option.env)}
+    given = {name: value for name, value in flags.items() if value is not None}
+    return _run(parsed.command, {**environment, **given})
+
+
+def _run(mode: str, environment: Mapping[str, str]) -> int:
+    try:
+        if mode == PROXY:
+            from k8s_consul_registrar.app.proxy import run_proxy  # noqa: PLC0415 - each mode loads its own
+
+            proxy = read_proxy(environment)
+            _configure_logging(proxy.common)
+            return run_mode(lambda stop: run_proxy(proxy, stop))
+        from k8s_consul_registrar.app.registrar import run_registrar  # noqa: PLC0415 - the same
+
+        registrar = read_registrar(environment)
+        _configure_logging(registrar.common)
+        return run_mode(lambda stop: run_registrar(registrar, stop))
+    except SettingsError as error:
+        return complain(error)
+
+
+def _configure_logging(common: CommonSettings) -> None:
+    configure_logging(common.log_level, common.log_format)
+
+
+def _wrong_mode(given: str, what: str) -> int:
+    print(f"{what} {given!r} is not one of: {', '.join(COMMANDS)}", file=sys.stderr)
+    return EXIT_SETTINGS
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser; every setting is a flag of the modes that heed it."""
+    parser = argparse.ArgumentParser(
+        prog="k8s-consul-registrar",
+        description="Keeps Consul equal to what a Kubernetes cluster wants scraped, and relays node metrics.",
+        epilog=_every_variable(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", title="commands")
+    for name, purpose in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".", allow_abbrev=False
+        )
+        for option in options_of(name):
+            _add_flag(command, option)
+        if name == DEMO:
+            command.add_argument("--keep", action="store_true", help="stay up for exploring until Ctrl-C")
+    return parser
+
+
+def _add_flag(command: argparse.ArgumentParser, option: Option) -> None:
+    default = f" (default {option.default})" if option.default else ""
+    if not option.is_secret:
+        command.add_argument(
+            option.flag,
+            dest=option.env,
+            metavar="…",
+            help=f"{option.help}{default}; variable {option.env}".replace("%", "%%"),
+        )
+
+
+def _every_variable() -> str:
+    lines = [
+        "Without a command the variable MODE chooses: registrar (default) or proxy.",
+        "Every setting is a variable, and a flag of the command; the flag counts. [r] registrar, [p] proxy:",
+        "",
+    ]
+    for option in OPTIONS:
+        marks = "".join(f"[{mode[0]}]" for mode in MODES if mode in option.modes)
+        default = f" Default: {option.default}." if option.default else ""
+        lines.append(f"  {option.env} {marks}")
+        lines.append(
+            fill(f"{option.help}.{default}", _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT)
+        )
+    lines += ["", "Exit codes: 0 done, 1 failed, 2 wrong settings, 130 interrupted."]
+    return "\n".join(lines)

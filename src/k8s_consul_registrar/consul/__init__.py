@@ -1,0 +1,1 @@
+"""The Consul API: its wire forms, and the registries built on them."""

@@ -1,0 +1,84 @@
+"""Where Consul is and who we are there."""
+
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from k8s_consul_registrar.errors import AccessError
+
+# How long a token read from its file is used before the file is looked at again, in seconds.
+TOKEN_FILE_AGE = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ConsulAddress:
+    """Where Consul listens: `url` (scheme, host, port, path prefix), or a Unix socket's path."""
+
+    url: str
+    socket: str = ""
+
+    def __str__(self) -> str:
+        return f"unix://{self.socket}" if self.socket else self.url
+
+
+@dataclass(frozen=True, slots=True)
+class ConsulAccess:
+    """Everything a connection to Consul needs; `namespace` and `partition` are Consul Enterprise's."""
+
+    address: ConsulAddress
+    token: str = field(default="", repr=False)
+    token_file: str = ""
+    ssl_context: ssl.SSLContext | None = field(default=None, repr=False)
+    tls_server_name: str = ""
+    namespace: str = ""
+    partition: str = ""
+
+
+class ConsulToken:
+    """The ACL token: the one that was given, or the content of a file that is read again as it changes."""
+
+    def __init__(self, access: ConsulAccess, clock: Callable[[], float] = time.monotonic) -> None:
+        self._file = Path(access.token_file) if access.token_file else None
+        self._token = access.token
+        self._clock = clock
+        self._read_at: float | None = None
+
+    def current(self) -> str:
+        """Return the token, empty for none; raises `AccessError` when its file was never readable."""
+        if self._file is None:
+            return self._token
+        now = self._clock()
+        if self._read_at is None or now - self._read_at >= TOKEN_FILE_AGE:
+            try:
+                self._token = self._file.read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                # A file that is being replaced is missing for a moment; what was read still holds.
+                if self._read_at is None:
+                    raise AccessError(f"the Consul token file {self._file} cannot be read: {error}") from None
+            self._read_at = now
+        return self._token
+
+
+def build_ssl_context(
+    *, ca_file: str = "", cert_file: str = "", key_file: str = "", verify: bool = True
+) -> ssl.SSLContext:
+    """Make the TLS context for an https address; raises `AccessError` naming the file at fault."""
+    try:
+        context = ssl.create_default_context(cafile=ca_file or None)
+    except (OSError, ssl.SSLError) as error:
+        raise AccessError(f"CONSUL_CACERT {ca_file} cannot be used: {error}") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if cert_file:
+        try:
+            context.load_cert_chain(cert_file, key_file or None)
+        except (OSError, ssl.SSLError) as error:
+            raise AccessError(
+                f"CONSUL_CLIENT_CERT {cert_file} with CONSUL_CLIENT_KEY {key_file or '(in the same file)'} "
+                f"cannot be used: {error}"
+            ) from None
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context

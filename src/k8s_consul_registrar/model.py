@@ -1,0 +1,186 @@
+"""The values everyone shares: what Kubernetes has, what Prometheus scrapes, what Consul records."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Kind(StrEnum):
+    """The kinds of object a target can come from."""
+
+    POD = "pod"
+    NODE = "node"
+
+
+class ObjectKey(NamedTuple):
+    """Names one Kubernetes object; `namespace` is empty for a Node."""
+
+    kind: Kind
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.namespace}/{self.name}" if self.namespace else f"{self.kind} {self.name}"
+
+
+class Source(NamedTuple):
+    """Where objects are listed from: a kind, or a kind in one namespace when namespaces are chosen."""
+
+    kind: Kind
+    namespace: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}s of {self.namespace}" if self.namespace else f"{self.kind}s"
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerPort:
+    """A port a container declares; `number` is 1 to 65535."""
+
+    name: str
+    number: int
+    protocol: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """The few fields of a Pod that decide how it is scraped.
+
+    `created` is the API server's RFC 3339 text (it sorts as time does). `ports` are those of the
+    containers and of native sidecars (init containers whose restartPolicy is Always).
+    """
+
+    namespace: str
+    name: str
+    uid: str
+    created: str
+    phase: str
+    ip: str
+    host_ip: str = ""
+    node: str = ""
+    host_network: bool = False
+    ready: bool = False
+    labels: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    ports: tuple[ContainerPort, ...] = ()
+
+    @property
+    def key(self) -> ObjectKey:
+        """The name of this object."""
+        return ObjectKey(Kind.POD, self.namespace, self.name)
+
+
+class NodeAddress(NamedTuple):
+    """One entry of a Node's `status.addresses`, for example `("InternalIP", "192.0.2.10")`."""
+
+    type: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """The few fields of a Node that decide how its kubelet is reached.
+
+    `kubelet_port` is `status.daemonEndpoints.kubeletEndpoint.Port`, 10250 where the Node names none.
+    """
+
+    name: str
+    uid: str
+    created: str
+    addresses: tuple[NodeAddress, ...] = ()
+    kubelet_port: int = 10250
+    ready: bool = False
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> ObjectKey:
+        """The name of this object."""
+        return ObjectKey(Kind.NODE, "", self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Undecodable:
+    """An item of a list that could not be read; `key` is None when not even its name could."""
+
+    kind: Kind
+    key: ObjectKey | None
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An address Prometheus scrapes, as one Kubernetes object asks for it.
+
+    `meta` holds what the object itself decides, sorted by key; whose cluster it is and which shard it
+    gets are added when a service is made of it. `rank` orders targets that ask for the same `id`: the
+    least one comes first.
+    """
+
+    key: ObjectKey
+    id: str
+    name: str
+    address: str
+    port: int
+    meta: tuple[tuple[str, str], ...]
+    rank: tuple[int, str, str] = (0, "", "")
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why an object that asks to be scraped is not a target.
+
+    `reason` is one of a fixed set (`targets.reasons`), fit for a metric's label; `detail` is for people.
+    What Consul already holds of the object, `id` included, is left as it is while it is rejected.
+    """
+
+    key: ObjectKey
+    reason: str
+    detail: str
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """Consul's record of a target.
+
+    `meta` and `tags` are sorted. `index` is the catalog's ModifyIndex, 0 where the record comes from an
+    agent or was never written; it takes no part in equality.
+    """
+
+    id: str
+    name: str
+    address: str
+    port: int
+    meta: tuple[tuple[str, str], ...] = ()
+    tags: tuple[str, ...] = ()
+    index: int = field(default=0, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse an empty ID: a catalog deregister without one removes the whole node."""
+        if not self.id:
+            raise ValueError("a service needs an ID")
+
+    def value(self, key: str) -> str:
+        """Return the value of a meta key, empty when absent."""
+        for name, text in self.meta:
+            if name == key:
+                return text
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class WriteFailure:
+    """A write that Consul refused for this one service, and why."""
+
+    id: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What came of a batch of writes: how many were done, and which were refused one by one."""
+
+    done: int = 0
+    failures: tuple[WriteFailure, ...] = ()

@@ -1,0 +1,72 @@
+"""The registrar's own figures, every label known in advance and at zero from the start."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from k8s_consul_registrar.model import Kind
+from k8s_consul_registrar.registrar.plan import Kept
+from k8s_consul_registrar.targets.reasons import Reason
+
+PASS_OUTCOMES = ("success", "partial", "failure")
+WRITE_VERBS = ("register", "update", "deregister")
+WRITE_OUTCOMES = ("success", "refused")
+PREFIX = "k8s_consul_registrar"
+
+
+class RegistrarMetrics:
+    """Counters and gauges of the reconciler, kept in the registry that is handed in."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.targets = Gauge(
+            f"{PREFIX}_targets", "Targets the cluster asks for, by kind.", ["kind"], registry=registry
+        )
+        self.rejections = Gauge(
+            f"{PREFIX}_rejections", "Objects refused as targets, by reason.", ["reason"], registry=registry
+        )
+        self.passes = Counter(
+            f"{PREFIX}_passes", "Passes over Consul, by outcome.", ["outcome"], registry=registry
+        )
+        self.pass_seconds = Histogram(
+            f"{PREFIX}_pass_duration_seconds",
+            "Time a pass took.",
+            registry=registry,
+            buckets=(0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120),
+        )
+        self.writes = Counter(
+            f"{PREFIX}_writes", "Services written to Consul.", ["verb", "outcome"], registry=registry
+        )
+        self.last_success = Gauge(
+            f"{PREFIX}_last_success_timestamp_seconds", "When a pass last succeeded.", registry=registry
+        )
+        self.conflicts = Gauge(
+            f"{PREFIX}_conflicts", "Service IDs we want that somebody else holds.", registry=registry
+        )
+        self.held = Gauge(
+            f"{PREFIX}_brake_held_services", "Removals held until lists agree.", registry=registry
+        )
+        self.kept = Gauge(
+            f"{PREFIX}_kept_services", "Unwanted services left alone, by why.", ["why"], registry=registry
+        )
+        self.source_up = Gauge(
+            f"{PREFIX}_source_followed",
+            "Whether a kind is listed completely and followed since (the worst of its namespaces).",
+            ["kind"],
+            registry=registry,
+        )
+        self.consul_up = Gauge(
+            f"{PREFIX}_consul_up", "Whether the last pass could use Consul.", registry=registry
+        )
+        self._zero()
+
+    def _zero(self) -> None:
+        for kind in Kind:
+            self.targets.labels(kind.value)
+            self.source_up.labels(kind.value)
+        for reason in Reason:
+            self.rejections.labels(reason.value)
+        for outcome in PASS_OUTCOMES:
+            self.passes.labels(outcome)
+        for verb in WRITE_VERBS:
+            for outcome in WRITE_OUTCOMES:
+                self.writes.labels(verb, outcome)
+        for why in Kept:
+            self.kept.labels(why.value)

@@ -1,0 +1,248 @@
+"""Compares what the cluster wants with what Consul holds, and says what to write: a pure function."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Service, Source, Target
+from k8s_consul_registrar.registrar.brake import (
+    Absence,
+    BrakeRules,
+    Held,
+    Memory,
+    SourceMemory,
+    judge_absence,
+)
+from k8s_consul_registrar.registrar.ownership import Claim, Identity, kind_of, object_of
+from k8s_consul_registrar.targets.claims import settle
+from k8s_consul_registrar.targets.reasons import Reason
+from k8s_consul_registrar.targets.sharding import Shards
+from k8s_consul_registrar.targets.wanted import Wanted
+
+
+class Kept(StrEnum):
+    """Why a service of ours that nothing asks for stays: fit for a metric's label."""
+
+    REJECTED = "rejected"  # its object is there, and is rejected
+    BLIND = "blind"  # its source is not listed completely, or not followed since
+    UNFOLLOWED = "unfollowed"  # no source of ours would list its object
+    UNPROVEN = "unproven"  # nothing proves it ours to remove
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """A service ID we want that is held by something not proven ours; `holder` says by what."""
+
+    id: str
+    key: ObjectKey
+    holder: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to write to Consul, and what was left alone and why.
+
+    `rejections` are the losers of IDs that several targets ask for. `kept_objects` are the objects whose
+    services stay for want of proof. `memory` is what the brake wants back at the next pass.
+    """
+
+    register: tuple[Service, ...] = ()
+    update: tuple[Service, ...] = ()
+    deregister: tuple[Service, ...] = ()
+    unchanged: int = 0
+    conflicts: tuple[Conflict, ...] = ()
+    rejections: tuple[Rejection, ...] = ()
+    held: tuple[Held, ...] = ()
+    kept: Counter[Kept] = field(default_factory=Counter)
+    kept_objects: frozenset[ObjectKey] = frozenset()
+    memory: Memory = field(default_factory=dict)
+
+    @property
+    def writes(self) -> int:
+        """How many services would be written or removed."""
+        return len(self.register) + len(self.update) + len(self.deregister)
+
+
+@dataclass(slots=True)
+class _Absent:
+    """What is gathered of one source while Consul's services pass by."""
+
+    held: int = 0
+    absent: list[Service] = field(default_factory=list)
+
+
+class Planner:
+    """Takes Consul's services one by one, keeps only those that need a write, and ends in a `Plan`."""
+
+    def __init__(
+        self, wanted: Wanted, identity: Identity, shards: Shards, rules: BrakeRules, memory: Memory
+    ) -> None:
+        self._wanted = wanted
+        self._identity = identity
+        self._shards = shards
+        self._rules = rules
+        self._memory = memory
+        self._seen: set[str] = set()
+        self._update: list[Service] = []
+        self._deregister: list[Service] = []
+        self._conflicts: list[Conflict] = []
+        self._rejections: list[Rejection] = []
+        self._absent: defaultdict[Source, _Absent] = defaultdict(_Absent)
+        self._kept: Counter[Kept] = Counter()
+        self._kept_objects: set[ObjectKey] = set()
+        self._unchanged = 0
+        self._rejected_ids = {one.id for one in wanted.rejections.values() if one.id}
+        self._nameless = {key.kind for key, one in wanted.rejections.items() if not one.id}
+
+    def consider(self, service: Service) -> None:
+        """Compare one service that Consul holds with what is wanted."""
+        claim = self._identity.claim(service, self._wanted.cluster_uid)
+        claims = self._wanted.claims.get(service.id)
+        if claims:
+            self._seen.add(service.id)
+            if claim is Claim.FOREIGN:
+                self._conflict(service, claims[0])
+            else:
+                self._keep_or_update(service, claims)
+        elif claim is not Claim.FOREIGN:
+            self._unwanted(service, claim)
+
+    def finish(self) -> Plan:
+        """Return the plan, once every service that Consul holds was considered."""
+        register = [
+            self._new(service_id) for service_id in self._wanted.claims if service_id not in self._seen
+        ]
+        held, memory = self._brake()
+        return Plan(
+            register=tuple(register),
+            update=tuple(self._update),
+            deregister=tuple(self._deregister),
+            unchanged=self._unchanged,
+            conflicts=tuple(self._conflicts),
+            rejections=tuple(self._rejections),
+            held=tuple(held),
+            kept=self._kept,
+            kept_objects=frozenset(self._kept_objects),
+            memory=memory,
+        )
+
+    def _conflict(self, service: Service, target: Target) -> None:
+        named = {key: service.value(key) for key in ("managed_by", "cluster", "instance", "cluster_uid")}
+        holder = ", ".join(f"{key}={value}" for key, value in named.items() if value)
+        self._conflicts.append(Conflict(service.id, target.key, holder or "a service without our meta"))
+
+    def _new(self, service_id: str) -> Service:
+        target, losers = settle(self._wanted.claims[service_id], None)
+        self._rejections.extend(losers)
+        return self._identity.service(target, self._shards.choose(""), self._wanted.cluster_uid)
+
+    def _keep_or_update(self, service: Service, claims: Iterable[Target]) -> None:
+        claims = tuple(claims)
+        holder = object_of(service)
+        self._count_held(service, holder)
+        if holder is not None and self._is_still_held(holder, claims):
+            self._rejections.extend(
+                Rejection(
+                    target.key, Reason.ID_TAKEN, f"{target.id} is held by {holder}, not seen to be gone"
+                )
+                for target in claims
+            )
+            self._keep(Kept.BLIND, holder)
+            return
+        target, losers = settle(claims, holder)
+        self._rejections.extend(losers)
+        shard = self._shards.choose(service.value("shard_path"))
+        cluster_uid = self._wanted.cluster_uid or service.value("cluster_uid")
+        desired = self._identity.service(target, shard, cluster_uid)
+        if desired == service:
+            self._unchanged += 1
+        else:
+            self._update.append(desired)
+
+    def _is_still_held(self, holder: ObjectKey, claims: tuple[Target, ...]) -> bool:
+        """Whether an ID belongs to a Pod that does not claim it now, but that nothing shows to be gone."""
+        if holder.kind is not Kind.POD or any(target.key == holder for target in claims):
+            return False
+        if holder in self._wanted.rejections:
+            return True
+        source = self._wanted.source_of(holder)
+        return source is None or not self._wanted.sources[source].proves_absence
+
+    def _unwanted(self, service: Service, claim: Claim) -> None:
+        key = object_of(service)
+        source = self._count_held(service, key)
+        if source is None:
+            self._keep(Kept.UNFOLLOWED, key)
+        elif self._is_rejected(service, key, source.kind):
+            self._keep(Kept.REJECTED, key)
+        elif not self._wanted.sources[source].proves_absence:
+            self._keep(Kept.BLIND, key)
+        elif not self._identity.may_remove(service, claim, self._wanted.cluster_uid):
+            self._keep(Kept.UNPROVEN, key)
+        elif key in self._wanted.departed:
+            self._deregister.append(service)
+        else:
+            self._absent[source].absent.append(service)
+
+    def _is_rejected(self, service: Service, key: ObjectKey | None, kind: Kind) -> bool:
+        if key is None:
+            # The original program's Node: any rejected Node without an address may be this one.
+            return kind in self._nameless or service.id in self._rejected_ids
+        return key in self._wanted.rejections or service.id in self._rejected_ids
+
+    def _count_held(self, service: Service, key: ObjectKey | None) -> Source | None:
+        if key is not None:
+            source = self._wanted.source_of(key)
+        else:
+            kind = kind_of(service)
+            bare = Source(kind) if kind is not None else None
+            source = bare if bare in self._wanted.sources else None
+        if source is not None:
+            self._absent[source].held += 1
+        return source
+
+    def _keep(self, why: Kept, key: ObjectKey | None) -> None:
+        self._kept[why] += 1
+        if key is not None:
+            self._kept_objects.add(key)
+
+    def _brake(self) -> tuple[list[Held], dict[Source, SourceMemory]]:
+        held: list[Held] = []
+        memory = dict(self._memory)
+        for source, state in self._wanted.sources.items():
+            if state.listed_at is None or not state.proves_absence:
+                continue
+            gathered = self._absent[source]
+            judgement = judge_absence(
+                Absence(
+                    source,
+                    {service.id for service in gathered.absent},
+                    gathered.held,
+                    state.objects == 0,
+                    state.listed_at,
+                ),
+                self._memory.get(source),
+                self._rules,
+            )
+            memory[source] = judgement.memory
+            self._deregister.extend(one for one in gathered.absent if one.id in judgement.released)
+            if judgement.held is not None:
+                held.append(judgement.held)
+        return held, memory
+
+
+def plan(
+    wanted: Wanted,
+    services: Iterable[Service],
+    identity: Identity,
+    *,
+    shards: Shards | None = None,
+    rules: BrakeRules | None = None,
+    memory: Memory | None = None,
+) -> Plan:
+    """Compare everything at once; see `Planner` for services that arrive one by one."""
+    planner = Planner(wanted, identity, shards or Shards(), rules or BrakeRules(), memory or {})
+    for service in services:
+        planner.consider(service)
+    return planner.finish()

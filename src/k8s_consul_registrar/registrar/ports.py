@@ -1,0 +1,51 @@
+"""What the reconciler asks of the two sides it keeps equal."""
+
+from collections.abc import AsyncIterator, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Protocol
+
+from k8s_consul_registrar.model import ObjectKey, Service, Source, Written
+from k8s_consul_registrar.targets.wanted import Wanted
+
+
+class Cluster(Protocol):
+    """What a cluster wants, kept up to date by somebody else."""
+
+    def wanted(self) -> Wanted:
+        """Return everything known now; it does not change afterwards."""
+        ...
+
+    async def changed(self) -> None:
+        """Wait until something changed, or was listed again, since `wanted` was last called."""
+        ...
+
+    def settled(self, departed: AbstractSet[ObjectKey]) -> None:
+        """Forget these departures: Consul no longer holds anything of them."""
+        ...
+
+    def relist(self, source: Source, at: float) -> None:
+        """Ask for a new complete list of a source at a moment, in seconds of the monotonic clock.
+
+        It confirms, or not, what the last list did not show.
+        """
+        ...
+
+
+class Registry(Protocol):
+    """Consul's record of services, in one place: an agent or a node of the catalog.
+
+    Each raises a `ConsulError` when Consul cannot be used at all; what it refuses of single services is
+    in the `Written`.
+    """
+
+    def services(self) -> AsyncIterator[Service]:
+        """Yield every service held there, whoever wrote it."""
+        ...
+
+    async def register(self, services: Sequence[Service]) -> Written:
+        """Write services, over what is there under the same ID."""
+        ...
+
+    async def deregister(self, services: Sequence[Service]) -> Written:
+        """Remove services; one that is not there counts as done."""
+        ...

@@ -1,0 +1,121 @@
+"""Says what a pass did: one log line a pass, one a thing an operator has to act on, and the figures."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from k8s_consul_registrar.model import Kind, Service, Written
+from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.plan import Kept, Plan
+from k8s_consul_registrar.registrar.status import PassReport, RegistrarStatus
+from k8s_consul_registrar.targets.reasons import Reason
+from k8s_consul_registrar.targets.wanted import Wanted
+from k8s_consul_registrar.telemetry import get_logger
+
+# Of many things of one sort the log names these many; the rest is a count.
+MOST_NAMED = 20
+
+log = get_logger("registrar")
+
+
+class News:
+    """Remembers the standing facts of each topic, so that one is said when it begins and not again."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, Mapping[str, str]] = {}
+
+    def fresh(self, topic: str, facts: Mapping[str, str]) -> list[tuple[str, str]]:
+        """Return the facts that are new or changed since the last call for this topic."""
+        said = self._said.get(topic, {})
+        self._said[topic] = dict(facts)
+        return [(about, text) for about, text in facts.items() if said.get(about) != text]
+
+
+class Reporter:
+    """Turns passes into log lines, metrics and the status."""
+
+    def __init__(self, metrics: RegistrarMetrics, status: RegistrarStatus) -> None:
+        self._metrics = metrics
+        self._status = status
+        self._news = News()
+
+    def sources(self, wanted: Wanted) -> None:
+        """Show how well each source is known."""
+        problems = {str(source): state.problem for source, state in wanted.sources.items() if state.problem}
+        self._status.source_problems = problems
+        for about, text in self._news.fresh("sources", problems):
+            log.warning("cannot list; nothing of it is deregistered meanwhile", source=about, problem=text)
+        for kind in Kind:
+            states = [state for source, state in wanted.sources.items() if source.kind is kind]
+            is_up = bool(states) and all(one.is_followed for one in states)
+            self._metrics.source_up.labels(kind.value).set(is_up)
+
+    def planned(self, plan: Plan) -> None:
+        """Show what the plan leaves alone, and what the brake holds."""
+        self._metrics.conflicts.set(len(plan.conflicts))
+        self._metrics.held.set(sum(len(held.ids) for held in plan.held))
+        for why in Kept:
+            self._metrics.kept.labels(why.value).set(plan.kept[why])
+        conflicts = {one.id: f"wanted by {one.key}, held by {one.holder}" for one in plan.conflicts}
+        for about, text in self._news.fresh("conflicts", conflicts)[:MOST_NAMED]:
+            log.warning("conflict: the service ID is not ours to write", service=about, problem=text)
+        brakes = {
+            str(held.source): f"{len(held.ids)} services are missing from the list; waiting for lists that "
+            f"agree for {held.wait:g} s: {', '.join(held.ids[:MOST_NAMED])}"
+            for held in plan.held
+        }
+        for about, text in self._news.fresh("brake", brakes):
+            log.warning("brake: a mass removal is held", source=about, held=text)
+
+    def wrote(self, verb: str, services: Sequence[Service], written: Written) -> None:
+        """Count a batch of writes and name what Consul refused of it."""
+        self._metrics.writes.labels(verb, "success").inc(written.done)
+        self._metrics.writes.labels(verb, "refused").inc(len(written.failures))
+        for service in services[:MOST_NAMED]:
+            log.debug(verb, service=service.id, address=service.address, port=service.port)
+        refused = {failure.id: failure.problem for failure in written.failures}
+        for about, text in self._news.fresh(f"refused {verb}", refused)[:MOST_NAMED]:
+            log.warning("Consul refuses a service", verb=verb, service=about, problem=text)
+
+    def passed(self, wanted: Wanted, report: PassReport) -> None:
+        """Report one pass over Consul."""
+        self.sources(wanted)
+        self._targets(wanted, report)
+        self._metrics.passes.labels(report.outcome).inc()
+        self._metrics.pass_seconds.observe(report.seconds)
+        self._metrics.consul_up.set(not report.problem)
+        self._status.last = report
+        self._status.consul_problem = report.problem
+        problem = {"consul": report.problem} if report.problem else {}
+        for _, text in self._news.fresh("consul", problem):
+            log.error("Consul cannot be used; trying again", problem=text)
+        if report.problem:
+            return
+        if not report.refused:
+            self._metrics.last_success.set(time.time())
+        if all(state.listed_at is not None for state in wanted.sources.values()):
+            self._status.has_synced = True
+        log.info(
+            "pass",
+            registered=report.registered,
+            updated=report.updated,
+            deregistered=report.deregistered,
+            unchanged=report.unchanged,
+            refused=report.refused,
+            rejected=len(wanted.rejections) + len(report.rejections),
+            conflicts=len(report.conflicts),
+            held=sum(len(held.ids) for held in report.held),
+            seconds=round(report.seconds, 3),
+        )
+
+    def _targets(self, wanted: Wanted, report: PassReport) -> None:
+        kinds = Counter(claims[0].key.kind for claims in wanted.claims.values())
+        for kind in Kind:
+            self._metrics.targets.labels(kind.value).set(kinds[kind])
+        rejections = (*wanted.rejections.values(), *report.rejections)
+        reasons = Counter(rejection.reason for rejection in rejections)
+        for reason in Reason:
+            self._metrics.rejections.labels(reason.value).set(reasons[reason.value])
+        facts = {str(rejection.key): f"{rejection.reason}: {rejection.detail}" for rejection in rejections}
+        for about, text in self._news.fresh("rejections", facts)[:MOST_NAMED]:
+            log.warning("rejected", object=about, reason=text)

@@ -1,0 +1,64 @@
+"""What the reconciler last saw and did, as values an operator's endpoints can read."""
+
+from dataclasses import dataclass, field
+
+from k8s_consul_registrar.model import Rejection
+from k8s_consul_registrar.registrar.brake import Held
+from k8s_consul_registrar.registrar.plan import Conflict
+
+
+@dataclass(frozen=True, slots=True)
+class PassReport:
+    """One pass over Consul: what was written, what was left alone, and what went wrong.
+
+    `refused` counts the writes that Consul refused one by one; `problem` is set when Consul could not be
+    used at all. `seconds` is how long it took.
+    """
+
+    registered: int = 0
+    updated: int = 0
+    deregistered: int = 0
+    unchanged: int = 0
+    refused: int = 0
+    conflicts: tuple[Conflict, ...] = ()
+    rejections: tuple[Rejection, ...] = ()
+    held: tuple[Held, ...] = ()
+    kept: int = 0
+    seconds: float = 0.0
+    problem: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """One of `metrics.PASS_OUTCOMES`."""
+        if self.problem:
+            return "failure"
+        return "partial" if self.refused else "success"
+
+    @property
+    def writes(self) -> int:
+        """How many services were written or removed."""
+        return self.registered + self.updated + self.deregistered
+
+
+@dataclass(slots=True)
+class RegistrarStatus:
+    """Where the registrar stands. `ticked_at` is when its loop last turned, monotonic seconds."""
+
+    last: PassReport = field(default_factory=PassReport)
+    has_synced: bool = False
+    is_draining: bool = False
+    ticked_at: float = 0.0
+    consul_problem: str = ""
+    source_problems: dict[str, str] = field(default_factory=dict)
+
+    def readiness(self) -> str:
+        """Return why the registrar is not ready, empty when it is.
+
+        Once it has synced it stays ready: losing sight of a server changes nothing that is registered.
+        """
+        if self.is_draining:
+            return "stopping"
+        if self.has_synced:
+            return ""
+        problems = [*self.source_problems.values(), *([self.consul_problem] if self.consul_problem else [])]
+        return "not synced yet" + (f": {'; '.join(problems)}" if problems else "")

@@ -1,0 +1,172 @@
+"""The settings of each mode, as frozen values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from k8s_consul_registrar.settings.consul import ConsulSettings, read_consul
+from k8s_consul_registrar.settings.reader import Reader, parse_seconds
+from k8s_consul_registrar.targets.sharding import parse_shard_paths
+from k8s_consul_registrar.telemetry import FORMATS, LEVELS
+
+DEFAULT_PERIOD = 600.0
+LONGEST_SHARD_PATH = 512
+KUBELET_PATHS = ("/metrics/cadvisor", "/metrics", "/metrics/resource", "/metrics/probes")
+
+
+@dataclass(frozen=True, slots=True)
+class CommonSettings:
+    """What either mode heeds. `environment` is what credentials are looked for in (KUBECONFIG)."""
+
+    environment: Mapping[str, str]
+    admin_port: int
+    log_level: str
+    log_format: str
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BrakeSettings:
+    """How long lists must agree on a mass removal, in seconds, and whether it is held at all."""
+
+    confirm: float
+    confirm_start: float
+    allow_mass: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrarSettings:
+    """What the registrar heeds. `sync_period` is in seconds."""
+
+    common: CommonSettings
+    consul: ConsulSettings
+    brake: BrakeSettings
+    cluster_name: str
+    has_default_name: bool
+    previous_cluster_names: frozenset[str]
+    instance: str
+    previous_instances: frozenset[str]
+    sync_period: float
+    shard_paths: tuple[str, ...]
+    proxy_node_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProxySettings:
+    """What the proxy heeds; times are in seconds."""
+
+    common: CommonSettings
+    port: int
+    kubelet_ca_file: str
+    kubelet_skip_verify: bool
+    kubelet_tls_server_name: str
+    paths: tuple[str, ...]
+    allow_loopback: bool
+    bearer_token_file: str
+    scrape_timeout_max: float
+    concurrency_per_node: int
+    concurrency: int
+    drain_delay: float
+    shutdown_grace: float
+
+
+def read_registrar(environment: Mapping[str, str]) -> RegistrarSettings:
+    """Read the registrar's settings; raises a `SettingsError` with every mistake."""
+    reader = Reader(environment)
+    cluster_name = reader.name("CLUSTER_NAME")
+    has_default_name = not reader.is_set("CLUSTER_NAME")
+    if has_default_name:
+        reader.warnings.append(
+            f"CLUSTER_NAME is not set: {cluster_name!r} is used, and nothing is deregistered that the "
+            "cluster's UID does not prove ours"
+        )
+    period = _period(reader)
+    previous_names = reader.names("PREVIOUS_CLUSTER_NAMES") - {""}
+    instance = reader.name("INSTANCE")
+    previous_instances = reader.names("PREVIOUS_INSTANCES")
+    consul = read_consul(reader)
+    brake = BrakeSettings(
+        reader.seconds("BRAKE_CONFIRM"),
+        reader.seconds("BRAKE_CONFIRM_START"),
+        reader.boolean("ALLOW_MASS_DEREGISTER"),
+    )
+    shard_paths = _shard_paths(reader)
+    node_port = reader.integer("PROXY_NODE_PORT", 1, 65535)
+    common = _common(reader)
+    reader.check()
+    return RegistrarSettings(
+        common=common,
+        consul=consul,
+        brake=brake,
+        cluster_name=cluster_name,
+        has_default_name=has_default_name,
+        previous_cluster_names=previous_names,
+        instance=instance,
+        previous_instances=previous_instances,
+        sync_period=period,
+        shard_paths=shard_paths,
+        proxy_node_port=node_port,
+    )
+
+
+def read_proxy(environment: Mapping[str, str]) -> ProxySettings:
+    """Read the proxy's settings; raises a `SettingsError` with every mistake."""
+    reader = Reader(environment)
+    settings = ProxySettings(
+        port=reader.integer("PORT", 0, 65535),
+        kubelet_ca_file=reader.text("KUBELET_CA_FILE"),
+        kubelet_skip_verify=reader.boolean("KUBELET_INSECURE_SKIP_TLS_VERIFY"),
+        kubelet_tls_server_name=reader.choice("KUBELET_TLS_SERVER_NAME", ("ip", "node")),
+        paths=_kubelet_paths(reader),
+        allow_loopback=reader.boolean("PROXY_ALLOW_LOOPBACK"),
+        bearer_token_file=reader.text("PROXY_BEARER_TOKEN_FILE"),
+        scrape_timeout_max=reader.seconds("SCRAPE_TIMEOUT_MAX", 0.1),
+        concurrency_per_node=reader.integer("SCRAPE_CONCURRENCY_PER_NODE", 1, 1000),
+        concurrency=reader.integer("SCRAPE_CONCURRENCY", 1, 100_000),
+        drain_delay=reader.seconds("DRAIN_DELAY"),
+        shutdown_grace=reader.seconds("SHUTDOWN_GRACE"),
+        common=_common(reader),
+    )
+    if settings.port and settings.port == settings.common.admin_port:
+        reader.problem("ADMIN_PORT", f"{settings.port} is PORT as well: health and metrics stay apart")
+    reader.check()
+    return settings
+
+
+def _common(reader: Reader) -> CommonSettings:
+    return CommonSettings(
+        environment=reader.environment,
+        admin_port=reader.integer("ADMIN_PORT", 0, 65535),
+        log_level=reader.choice("LOG_LEVEL", LEVELS),
+        log_format=reader.choice("LOG_FORMAT", FORMATS),
+        warnings=tuple(reader.warnings),
+    )
+
+
+def _period(reader: Reader) -> float:
+    """Return SYNC_PERIOD; as in the original an invalid one becomes the default, here with a warning."""
+    text = reader.text("SYNC_PERIOD")
+    period = parse_seconds(text)
+    if period is None or period <= 0:
+        reader.warnings.append(
+            f"SYNC_PERIOD {text!r} is not a number of seconds above 0: {DEFAULT_PERIOD:g} is used"
+        )
+        return DEFAULT_PERIOD
+    return period
+
+
+def _shard_paths(reader: Reader) -> tuple[str, ...]:
+    paths = parse_shard_paths(reader.text("SHARD_PATHS"))
+    for path in paths:
+        if len(path.encode()) > LONGEST_SHARD_PATH or not path.isprintable():
+            reader.problem(
+                "SHARD_PATHS", f"{path[:40]!r} is over {LONGEST_SHARD_PATH} bytes or not printable"
+            )
+    return paths
+
+
+def _kubelet_paths(reader: Reader) -> tuple[str, ...]:
+    entries = [entry.strip() for entry in reader.text("PROXY_PATHS").split(",")]
+    for entry in entries:
+        if entry and entry not in KUBELET_PATHS:
+            reader.problem("PROXY_PATHS", f"{entry!r} is none of {', '.join(KUBELET_PATHS)}")
+    return tuple(dict.fromkeys(entry for entry in entries if entry))

@@ -1,0 +1,137 @@
+"""Every setting there is: its variable, its flag, what it means and which modes heed it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+REGISTRAR = "registrar"
+PROXY = "proxy"
+MODES = (REGISTRAR, PROXY)
+_BOTH = frozenset(MODES)
+_REGISTRAR = frozenset({REGISTRAR})
+_PROXY = frozenset({PROXY})
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One setting. A secret has no flag: command lines are there for every process to read."""
+
+    env: str
+    help: str
+    modes: frozenset[str]
+    default: str = ""
+    is_secret: bool = False
+
+    @property
+    def flag(self) -> str:
+        """The setting's flag, the same name in the way of flags."""
+        return "--" + self.env.lower().replace("_", "-")
+
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        "KUBECONFIG",
+        "kubeconfig file, or several with ':' between them, merged as kubectl does. Without it the service "
+        "account is used inside a cluster, and ~/.kube/config elsewhere",
+        _BOTH,
+    ),
+    Option(
+        "CLUSTER_NAME",
+        "this cluster's name in Consul: letters, digits, '.', '_', '-', at most 50. While it is the default "
+        "nothing is deregistered that the cluster's UID does not prove ours",
+        _REGISTRAR,
+        "default-cluster",
+    ),
+    Option(
+        "PREVIOUS_CLUSTER_NAMES",
+        "comma-separated names this cluster had; what was written under them counts as ours",
+        _REGISTRAR,
+    ),
+    Option("INSTANCE", "tells apart several registrars of one cluster; part of what is ours", _REGISTRAR),
+    Option(
+        "PREVIOUS_INSTANCES",
+        'comma-separated instances whose services are adopted; "" (two quotes) names the empty one',
+        _REGISTRAR,
+    ),
+    Option(
+        "CONSUL_ADDRESS",
+        "Consul: host:port, http://…, https://… or unix:///path; before CONSUL_HTTP_ADDR",
+        _REGISTRAR,
+        "127.0.0.1:8500",
+    ),
+    Option("CONSUL_HTTP_ADDR", "Consul's own variable for its address", _REGISTRAR),
+    Option("CONSUL_HTTP_TOKEN", "Consul ACL token (environment only)", _REGISTRAR, is_secret=True),
+    Option("CONSUL_HTTP_TOKEN_FILE", "file with the Consul ACL token, read again as it changes", _REGISTRAR),
+    Option("CONSUL_HTTP_SSL", "true: https where the address names no scheme", _REGISTRAR, "false"),
+    Option("CONSUL_HTTP_SSL_VERIFY", "false: accept any certificate of Consul", _REGISTRAR, "true"),
+    Option("CONSUL_CACERT", "file with the authority that signs Consul's certificate", _REGISTRAR),
+    Option("CONSUL_CLIENT_CERT", "file with our certificate for Consul", _REGISTRAR),
+    Option("CONSUL_CLIENT_KEY", "file with the key of that certificate", _REGISTRAR),
+    Option("CONSUL_TLS_SERVER_NAME", "name expected in Consul's certificate", _REGISTRAR),
+    Option("CONSUL_NAMESPACE", "Consul Enterprise namespace", _REGISTRAR),
+    Option("CONSUL_PARTITION", "Consul Enterprise admin partition", _REGISTRAR),
+    Option(
+        "SYNC_PERIOD",
+        "seconds between full passes; the default stands in for an invalid one",
+        _REGISTRAR,
+        "600",
+    ),
+    Option(
+        "SHARD_PATHS",
+        "comma-separated shard paths; each new service gets one at random as shard_path, and keeps it",
+        _REGISTRAR,
+    ),
+    Option(
+        "PROXY_NODE_PORT", "NodePort of the proxy, the port Nodes are registered with", _REGISTRAR, "31112"
+    ),
+    Option(
+        "BRAKE_CONFIRM", "seconds that lists must agree on a mass removal before it is done", _REGISTRAR, "60"
+    ),
+    Option(
+        "BRAKE_CONFIRM_START",
+        "the same for a source that turns out empty, or on the first list after a start",
+        _REGISTRAR,
+        "600",
+    ),
+    Option("ALLOW_MASS_DEREGISTER", "true: mass removals are not held", _REGISTRAR, "false"),
+    Option("PORT", "HTTP port of the proxy, on IPv4 and IPv6", _PROXY, "8080"),
+    Option(
+        "KUBELET_CA_FILE",
+        "file with the authority that signs the kubelets' certificates; default the cluster's",
+        _PROXY,
+    ),
+    Option("KUBELET_INSECURE_SKIP_TLS_VERIFY", "true: accept any certificate of a kubelet", _PROXY, "false"),
+    Option(
+        "KUBELET_TLS_SERVER_NAME",
+        "what a kubelet's certificate must name: 'ip', the address it is reached at, or 'node', its Node",
+        _PROXY,
+        "ip",
+    ),
+    Option(
+        "PROXY_PATHS",
+        "comma-separated kubelet paths to relay, of /metrics/cadvisor, /metrics, /metrics/resource and "
+        "/metrics/probes",
+        _PROXY,
+        "/metrics/cadvisor",
+    ),
+    Option(
+        "PROXY_ALLOW_LOOPBACK", "true: Nodes at loopback addresses are reached (for trying)", _PROXY, "false"
+    ),
+    Option(
+        "PROXY_BEARER_TOKEN_FILE",
+        "file with a token that every scrape must carry as 'Authorization: Bearer'",
+        _PROXY,
+    ),
+    Option("SCRAPE_TIMEOUT_MAX", "longest scrape in seconds, whatever the caller announces", _PROXY, "120"),
+    Option("SCRAPE_CONCURRENCY_PER_NODE", "scrapes under way at one Node; further ones wait", _PROXY, "8"),
+    Option("SCRAPE_CONCURRENCY", "scrapes under way in all; further ones wait", _PROXY, "512"),
+    Option("DRAIN_DELAY", "seconds the proxy still accepts after SIGTERM", _PROXY, "3"),
+    Option("SHUTDOWN_GRACE", "seconds scrapes under way may take after that", _PROXY, "25"),
+    Option("ADMIN_PORT", "port of /healthz, /readyz and /metrics; 0 for one the system picks", _BOTH, "8081"),
+    Option("LOG_LEVEL", "debug, info, warning or error", _BOTH, "info"),
+    Option("LOG_FORMAT", "json or console; console on a terminal, else json", _BOTH),
+)
+
+
+def options_of(mode: str) -> Iterator[Option]:
+    """Yield the settings a mode heeds."""
+    return (option for option in OPTIONS if mode in option.modes)
