@@ -18,14 +18,14 @@ $(STAMP): requirements/dev.txt pyproject.toml
 	@touch $@
 
 check: $(STAMP) ## format, lint, types, import contracts: what CI runs before the tests
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+	$(BIN)/ruff format --check . scripts/fetch-real-servers
+	$(BIN)/ruff check . scripts/fetch-real-servers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 fix: $(STAMP) ## repair what can be repaired
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix . scripts/fetch-real-servers
+	$(BIN)/ruff format . scripts/fetch-real-servers
 
 real-servers: ## fetch Consul and Prometheus into .cache (no system install)
 	scripts/fetch-real-servers
@@ -40,6 +40,8 @@ demo: $(STAMP) ## the whole thing in a sandbox; KEEP=1 leaves it running
 lock: $(STAMP) ## rewrite the hashed lock files after a change of dependencies
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements/runtime.txt
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml --group dev -o requirements/dev.txt
+	printf 'hatchling>=1.26\n' > $(VENV)/build.in
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header -c requirements/dev.txt $(VENV)/build.in -o requirements/build.txt
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -47,5 +47,5 @@ def configure_logging(level: str, log_format: str, stream: TextIO | None = None)
 
 
 def get_logger(name: str) -> Any:
-    """Return the logger of one module."""
-    return structlog.get_logger(logger=name)
+    """Return the logger of one part of the program; `part` names it in every line."""
+    return structlog.get_logger(part=name)

@@ -24,29 +24,50 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested = asyncio.Event()
-        self.signal: signal.Signals | None = None
+        self._urgent = asyncio.Event()
 
     def install(self) -> None:
         """Take the signals over from the interpreter."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._receive, number)
+        loop.add_signal_handler(signal.SIGTERM, self.requested.set)
+        loop.add_signal_handler(signal.SIGINT, self.hurry)
 
-    def _receive(self, number: signal.Signals) -> None:
-        self.signal = number
+    def hurry(self) -> None:
+        """Ask for an end without delay."""
+        self._urgent.set()
         self.requested.set()
 
     @property
     def is_urgent(self) -> bool:
         """Whether whoever asked does not want to wait."""
-        return self.signal is signal.SIGINT
+        return self._urgent.is_set()
+
+    async def unless_urgent(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do the work to its end, or drop it as soon as the end is urgent."""
+        doing = asyncio.ensure_future(work)
+        urgent = asyncio.ensure_future(self._urgent.wait())
+        await asyncio.wait({doing, urgent}, return_when=asyncio.FIRST_COMPLETED)
+        urgent.cancel()
+        doing.cancel()
+        await asyncio.wait({doing, urgent})
+        if not doing.cancelled():
+            doing.result()
 
 
-async def run_until_stopped(stop: Stop, *services: Coroutine[Any, Any, None]) -> None:
-    """Run the services together until a stop is asked for; one that fails ends them all."""
+async def run_until_stopped(
+    stop: Stop,
+    *services: Coroutine[Any, Any, None],
+    ending: Callable[[], Coroutine[Any, Any, None]] | None = None,
+) -> None:
+    """Run the services together until a stop is asked for, and through `ending` after that.
+
+    A service that fails ends them all.
+    """
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(service) for service in services]
         await stop.requested.wait()
+        if ending is not None:
+            await ending()
         for task in tasks:
             task.cancel()
 

@@ -62,6 +62,7 @@ class ProxySettings:
     paths: tuple[str, ...]
     allow_loopback: bool
     bearer_token_file: str
+    stale_nodes_max: float
     scrape_timeout_max: float
     concurrency_per_node: int
     concurrency: int
@@ -119,6 +120,7 @@ def read_proxy(environment: Mapping[str, str]) -> ProxySettings:
         paths=_kubelet_paths(reader),
         allow_loopback=reader.boolean("PROXY_ALLOW_LOOPBACK"),
         bearer_token_file=reader.text("PROXY_BEARER_TOKEN_FILE"),
+        stale_nodes_max=reader.seconds("STALE_NODES_MAX"),
         scrape_timeout_max=reader.seconds("SCRAPE_TIMEOUT_MAX", 0.1),
         concurrency_per_node=reader.integer("SCRAPE_CONCURRENCY_PER_NODE", 1, 1000),
         concurrency=reader.integer("SCRAPE_CONCURRENCY", 1, 100_000),

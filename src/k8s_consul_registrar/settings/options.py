@@ -121,6 +121,9 @@ OPTIONS: tuple[Option, ...] = (
         "file with a token that every scrape must carry as 'Authorization: Bearer'",
         _PROXY,
     ),
+    Option(
+        "STALE_NODES_MAX", "seconds the last known Nodes are served without the API server", _PROXY, "3600"
+    ),
     Option("SCRAPE_TIMEOUT_MAX", "longest scrape in seconds, whatever the caller announces", _PROXY, "120"),
     Option("SCRAPE_CONCURRENCY_PER_NODE", "scrapes under way at one Node; further ones wait", _PROXY, "8"),
     Option("SCRAPE_CONCURRENCY", "scrapes under way in all; further ones wait", _PROXY, "512"),

@@ -1,0 +1,84 @@
+"""The HTTP server of the admin port: health, metrics, and what a mode adds; never in the NodePort Service."""
+
+import errno
+import os
+import socket
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+
+from k8s_consul_registrar.admin.health import Health, health_routes
+from k8s_consul_registrar.admin.metrics import metrics_routes
+from k8s_consul_registrar.errors import OperationalError
+
+# Seconds a request under way gets when the server stops; probes and scrapes of us are short.
+_SHUTDOWN_TIMEOUT = 1.0
+# Probes come every few seconds and scrapes every minute; an idle connection is not worth keeping long.
+_KEEPALIVE_TIMEOUT = 30.0
+
+
+class AdminServer:
+    """Serves the admin endpoints of either mode while its context is open.
+
+    Listens on IPv4 and IPv6, on IPv4 alone where the machine has no IPv6. Port 0 takes one the system
+    hands out; `port` says which.
+    """
+
+    __slots__ = ("_runner", "_wanted", "port")
+
+    def __init__(
+        self,
+        *,
+        port: int,
+        health: Health,
+        registry: CollectorRegistry,
+        routes: Iterable[web.AbstractRouteDef] = (),
+    ) -> None:
+        app = web.Application()
+        app.add_routes([*health_routes(health), *metrics_routes(registry), *routes])
+        self._runner = web.AppRunner(
+            app, access_log=None, keepalive_timeout=_KEEPALIVE_TIMEOUT, shutdown_timeout=_SHUTDOWN_TIMEOUT
+        )
+        self._wanted = port
+        self.port = port
+
+    async def __aenter__(self) -> Self:
+        """Start listening; raises OperationalError when the port cannot be had."""
+        listening = _listen(self._wanted)
+        self.port = listening.getsockname()[1]
+        try:
+            await self._runner.setup()
+            await web.SockSite(self._runner, listening).start()
+        except BaseException:
+            listening.close()
+            await self._runner.cleanup()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop listening and close what is open."""
+        await self._runner.cleanup()
+
+
+def _listen(port: int) -> socket.socket:
+    """Return a socket that listens on every address of the machine, in both families where it has them."""
+    try:
+        if socket.has_dualstack_ipv6():
+            try:
+                return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL:  # IPv6 compiled in and switched off
+                    raise
+        return socket.create_server(("", port))
+    except OSError as error:
+        # The socket module appends the address to strerror; the number alone gives the plain words.
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OperationalError(f"ADMIN_PORT {port} cannot be listened on: {reason}") from error
