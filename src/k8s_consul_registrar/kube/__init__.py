@@ -1,0 +1,1 @@
+"""The Kubernetes API: who we are there, what we ask, what its objects mean."""

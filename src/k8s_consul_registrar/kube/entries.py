@@ -1,0 +1,197 @@
+"""A chosen kubeconfig context, made into whom we trust and who we are.
+
+What kubectl would ignore or pick silently (two identities at once, data beside a file) is refused, as are
+impersonation and what we do not speak: a daemon must not be someone else than its file says.
+"""
+
+import base64
+import binascii
+from collections.abc import Mapping
+from urllib.parse import SplitResult, urlsplit
+
+from k8s_consul_registrar.errors import AccessError
+from k8s_consul_registrar.kube.credentials import (
+    Credentials,
+    FixedCredentials,
+    Identity,
+    TokenFile,
+    basic_credentials,
+    clean_token,
+    read_bytes,
+)
+from k8s_consul_registrar.kube.exec_plugin import API_VERSIONS, ExecCredentials, ExecPlugin
+from k8s_consul_registrar.kube.kubeconfig import Cluster, Entry, Exec, User
+from k8s_consul_registrar.kube.tls import KeyPair, Trust, certificates
+
+EXEC_EXTENSION = "client.authentication.k8s.io/exec"
+INTERACTIVE_MODES = ("", "Never", "IfAvailable", "Always")
+
+
+def server_of(cluster: Entry[Cluster]) -> str:
+    """Return the API server's URL without a trailing slash; raises AccessError."""
+    server = cluster.value.server
+    if not server:
+        raise AccessError(f"{cluster.setting('server')} is missing")
+    parts = _split(server, cluster, "server")
+    if parts.scheme not in ("http", "https"):
+        raise AccessError(f"{cluster.setting('server')} is not an http:// or https:// URL")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise AccessError(f"{cluster.setting('server')} may have no user, query or fragment")
+    return server.rstrip("/")
+
+
+def proxy_of(cluster: Entry[Cluster]) -> str | None:
+    """Return the URL of the proxy before the API server, None for none; raises AccessError."""
+    proxy = cluster.value.proxy_url
+    if not proxy:
+        return None
+    scheme = _split(proxy, cluster, "proxy-url").scheme
+    if scheme.startswith("socks"):
+        raise AccessError(
+            f"{cluster.setting('proxy-url')}: {scheme} proxies are not supported, only http and https"
+        )
+    if scheme not in ("http", "https"):
+        raise AccessError(f"{cluster.setting('proxy-url')} is not an http:// or https:// URL")
+    return proxy
+
+
+def trust_of(cluster: Entry[Cluster]) -> Trust | None:
+    """Return whom to believe, None for plain HTTP; raises AccessError."""
+    if server_of(cluster).startswith("http://"):
+        return None
+    ca = _content(
+        cluster,
+        "certificate-authority",
+        cluster.value.certificate_authority,
+        cluster.value.certificate_authority_data,
+    )
+    if cluster.value.insecure_skip_tls_verify:
+        if ca is not None:
+            raise AccessError(
+                f"{cluster.setting('insecure-skip-tls-verify')} contradicts certificate-authority; keep one"
+            )
+        return Trust(is_verified=False)
+    setting = cluster.setting("certificate-authority")
+    return Trust(ca=certificates(ca, setting) if ca is not None else "", ca_setting=setting)
+
+
+def credentials_of(
+    user: Entry[User] | None, cluster: Entry[Cluster], env: Mapping[str, str]
+) -> tuple[Credentials, KeyPair | None]:
+    """Return who we are, and the certificate that is known already; raises AccessError."""
+    if user is None:
+        return FixedCredentials(Identity()), None
+    value = user.value
+    _refuse_unsupported(user)
+    pair = _pair_of(user)
+    if value.exec is not None:
+        plugin = _plugin_of(user, value.exec, cluster, env)
+        return ExecCredentials(plugin), None
+    if value.token_file:
+        token_file = TokenFile(user.path(value.token_file), user.setting("tokenFile"), pair=pair)
+        return token_file, pair
+    token = clean_token(value.token, user.setting("token")) if value.token else ""
+    basic = basic_credentials(value.username, value.password) if value.username else ""
+    return FixedCredentials(Identity(token=token, basic=basic, pair=pair)), pair
+
+
+def _refuse_unsupported(user: Entry[User]) -> None:
+    value = user.value
+    if value.auth_provider is not None:
+        raise AccessError(
+            f"{user.setting('auth-provider')} was retired in Kubernetes 1.26; use an exec plugin "
+            "(kubelogin, gke-gcloud-auth-plugin and the like)"
+        )
+    if value.impersonate:
+        raise AccessError(f"{user.setting('as')}: impersonation is not supported")
+    if value.password and not value.username:
+        raise AccessError(f"{user.setting('username')} is missing beside password")
+    held = {
+        "token": bool(value.token or value.token_file),
+        "username": bool(value.username),
+        "exec": value.exec is not None,
+    }
+    names = [name for name, is_held in held.items() if is_held]
+    if value.exec is not None and (value.client_certificate or value.client_certificate_data):
+        names.append("client-certificate")
+    if len(names) > 1:
+        raise AccessError(user.setting(f"{' and '.join(names)} exclude each other; keep one"))
+
+
+def _pair_of(user: Entry[User]) -> KeyPair | None:
+    value = user.value
+    certificate = _content(
+        user, "client-certificate", value.client_certificate, value.client_certificate_data
+    )
+    key = _content(user, "client-key", value.client_key, value.client_key_data)
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        missing = "client-certificate" if certificate is None else "client-key"
+        raise AccessError(f"{user.setting(missing)} is missing: a certificate and its key go together")
+    return KeyPair(certificate, key, user.setting("client-certificate"))
+
+
+def _plugin_of(
+    user: Entry[User], config: Exec, cluster: Entry[Cluster], env: Mapping[str, str]
+) -> ExecPlugin:
+    if not config.command:
+        raise AccessError(f"{user.setting('exec.command')} is missing")
+    if config.api_version not in API_VERSIONS:
+        raise AccessError(f"{user.setting('exec.apiVersion')} must be {' or '.join(API_VERSIONS)}")
+    if config.interactive_mode not in INTERACTIVE_MODES:
+        raise AccessError(f"{user.setting('exec.interactiveMode')} must be Never, IfAvailable or Always")
+    if config.interactive_mode == "Always":
+        raise AccessError(f"{user.setting('exec.interactiveMode')} is Always, and a daemon has no terminal")
+    return ExecPlugin(
+        api_version=config.api_version,
+        command=str(user.path(config.command)) if "/" in config.command else config.command,
+        origin=user.setting("exec"),
+        args=tuple(config.args),
+        env={**env, **{variable.name: variable.value for variable in config.env}},
+        cluster=_cluster_info(cluster) if config.provide_cluster_info else None,
+        install_hint=config.install_hint,
+    )
+
+
+def _cluster_info(cluster: Entry[Cluster]) -> Mapping[str, object]:
+    """Return the cluster as a plugin is told of it, with the extension made for plugins as its config."""
+    value = cluster.value
+    ca = _content(
+        cluster, "certificate-authority", value.certificate_authority, value.certificate_authority_data
+    )
+    info: dict[str, object] = {
+        "server": value.server,
+        "tls-server-name": value.tls_server_name,
+        "insecure-skip-tls-verify": value.insecure_skip_tls_verify,
+        "certificate-authority-data": base64.b64encode(ca).decode() if ca else "",
+        "proxy-url": value.proxy_url,
+        "config": next((e.extension for e in value.extensions if e.name == EXEC_EXTENSION), None),
+    }
+    return {name: part for name, part in info.items() if part}
+
+
+def _content(entry: Entry[Cluster] | Entry[User], name: str, path: str, data: str) -> bytes | None:
+    """Return what a pair of fields like client-key and client-key-data holds, None where neither is set."""
+    if path and data:
+        raise AccessError(f"{entry.setting(name)} and {name}-data exclude each other; keep one")
+    if path:
+        return read_bytes(entry.path(path), entry.setting(name))
+    if not data:
+        return None
+    try:
+        return base64.b64decode("".join(data.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise AccessError(f"{entry.setting(f'{name}-data')} is not base64") from None
+
+
+def _split(url: str, cluster: Entry[Cluster], name: str) -> SplitResult:
+    """Split a URL that must have a host and, if any, a real port; raises AccessError without quoting it."""
+    try:
+        parts = urlsplit(url)
+        has_host = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        has_host = False
+    if not has_host:
+        raise AccessError(f"{cluster.setting(name)} is not a URL with a host")
+    return parts

@@ -1,0 +1,237 @@
+"""Pods and Nodes out of the API server's JSON: only the fields we use, one object at a time.
+
+The structs below name those fields and nothing else, so a 7 KB Pod costs a few hundred bytes and the rest
+of it is skipped, not parsed. Go encodes an absent slice or map as `null` where the field lacks
+`omitempty` (a bookmark has `"containers": null`), hence the many `| None`.
+"""
+
+from sys import intern
+from typing import Annotated, NamedTuple, TypeAlias
+
+import msgspec
+
+from k8s_consul_registrar.errors import ClusterRefused
+from k8s_consul_registrar.model import ContainerPort, Kind, Node, NodeAddress, ObjectKey, Pod, Undecodable
+
+Item: TypeAlias = Pod | Node | Undecodable
+
+KUBELET_PORT = 10250
+PROBLEM_LENGTH = 200
+LIST_KINDS = {Kind.POD: "PodList", Kind.NODE: "NodeList"}
+
+
+class Page(NamedTuple):
+    """One page of a list; `continue_token` is empty on the last one."""
+
+    items: tuple[Item, ...]
+    resource_version: str
+    continue_token: str
+
+
+class _Wire(msgspec.Struct, gc=False, rename="camel"):
+    """A part of an object as it is sent; what it does not name is skipped."""
+
+
+class _Metadata(_Wire):
+    name: Annotated[str, msgspec.Meta(min_length=1)]
+    namespace: str = ""
+    uid: str = ""
+    resource_version: str = ""
+    creation_timestamp: str | None = None
+    labels: dict[str, str] | None = None
+    annotations: dict[str, str] | None = None
+
+
+class _Condition(_Wire):
+    type: str = ""
+    status: str = ""
+
+
+class _Port(_Wire):
+    container_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    name: str = ""
+    protocol: str = "TCP"
+
+
+class _Container(_Wire):
+    ports: list[_Port] | None = None
+    restart_policy: str | None = None
+
+
+class _PodSpec(_Wire):
+    node_name: str = ""
+    host_network: bool = False
+    containers: list[_Container] | None = None
+    init_containers: list[_Container] | None = None
+
+
+class _PodStatus(_Wire):
+    phase: str = ""
+    pod_ip: str = msgspec.field(name="podIP", default="")
+    host_ip: str = msgspec.field(name="hostIP", default="")
+    conditions: list[_Condition] | None = None
+
+
+class _Pod(_Wire):
+    metadata: _Metadata
+    spec: _PodSpec | None = None
+    status: _PodStatus | None = None
+
+
+class _Address(_Wire):
+    type: str = ""
+    address: str = ""
+
+
+class _Endpoint(_Wire):
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = msgspec.field(name="Port", default=0)
+
+
+class _DaemonEndpoints(_Wire):
+    kubelet_endpoint: _Endpoint | None = None
+
+
+class _NodeStatus(_Wire):
+    addresses: list[_Address] | None = None
+    daemon_endpoints: _DaemonEndpoints | None = None
+    conditions: list[_Condition] | None = None
+
+
+class _Node(_Wire):
+    metadata: _Metadata
+    status: _NodeStatus | None = None
+
+
+class _Name(_Wire):
+    name: str = ""
+    namespace: str = ""
+    resource_version: str = ""
+
+
+class _Named(_Wire):
+    metadata: _Name
+
+
+class _ListMetadata(_Wire):
+    resource_version: Annotated[str, msgspec.Meta(min_length=1)]
+    continue_token: str = msgspec.field(name="continue", default="")
+
+
+class _List(_Wire, gc=True):
+    """A list; `items` is required, so that a body without them is never taken for an empty cluster."""
+
+    kind: str
+    metadata: _ListMetadata
+    items: list[msgspec.Raw] | None
+
+
+_POD = msgspec.json.Decoder(_Pod)
+_NODE = msgspec.json.Decoder(_Node)
+_NAMED = msgspec.json.Decoder(_Named)
+_LIST = msgspec.json.Decoder(_List)
+_EMPTY_SPEC = _PodSpec()
+_EMPTY_POD_STATUS = _PodStatus()
+_EMPTY_NODE_STATUS = _NodeStatus()
+
+
+def decode_page(body: bytes, kind: Kind) -> Page:
+    """Decode one answer to a list request.
+
+    An item that cannot be read becomes an `Undecodable` in its place. Raises ClusterRefused where the body
+    is not a list of this kind as a whole.
+    """
+    expected = LIST_KINDS[kind]
+    try:
+        answer = _LIST.decode(body)
+    except (ValueError, RecursionError) as error:
+        raise ClusterRefused(f"the answer is not a {expected}: {_problem(error)}", 200) from None
+    if answer.kind != expected:
+        raise ClusterRefused(f"the answer is not a {expected} but a {answer.kind[:60]!r}", 200)
+    items = tuple(decode_object(raw, kind) for raw in answer.items or ())
+    return Page(items, answer.metadata.resource_version, answer.metadata.continue_token)
+
+
+def decode_object(raw: bytes | msgspec.Raw, kind: Kind) -> Item:
+    """Decode one object of the kind; never raises on its content."""
+    return decode_versioned(raw, kind)[0]
+
+
+def decode_versioned(raw: bytes | msgspec.Raw, kind: Kind) -> tuple[Item, str]:
+    """Decode one object with its resourceVersion, empty where not even that can be read."""
+    try:
+        if kind is Kind.POD:
+            pod = _POD.decode(raw)
+            return _pod(pod), pod.metadata.resource_version
+        node = _NODE.decode(raw)
+        return _node(node), node.metadata.resource_version
+    except (ValueError, RecursionError) as error:
+        return _undecodable(raw, kind, _problem(error))
+
+
+def _pod(wire: _Pod) -> Pod | Undecodable:
+    meta, spec, status = wire.metadata, wire.spec or _EMPTY_SPEC, wire.status or _EMPTY_POD_STATUS
+    if not meta.namespace:
+        return Undecodable(Kind.POD, None, "a Pod without a namespace")
+    return Pod(
+        namespace=intern(meta.namespace),
+        name=meta.name,
+        uid=meta.uid,
+        created=meta.creation_timestamp or "",
+        phase=intern(status.phase),
+        ip=status.pod_ip,
+        host_ip=intern(status.host_ip),
+        node=intern(spec.node_name),
+        host_network=spec.host_network,
+        ready=_is_ready(status.conditions),
+        labels=meta.labels or {},
+        annotations=meta.annotations or {},
+        ports=_ports(spec),
+    )
+
+
+def _node(wire: _Node) -> Node:
+    meta, status = wire.metadata, wire.status or _EMPTY_NODE_STATUS
+    endpoint = status.daemon_endpoints.kubelet_endpoint if status.daemon_endpoints else None
+    return Node(
+        name=intern(meta.name),
+        uid=meta.uid,
+        created=meta.creation_timestamp or "",
+        addresses=tuple(NodeAddress(intern(entry.type), entry.address) for entry in status.addresses or ()),
+        kubelet_port=(endpoint.port if endpoint else 0) or KUBELET_PORT,
+        ready=_is_ready(status.conditions),
+        labels=meta.labels or {},
+    )
+
+
+def _ports(spec: _PodSpec) -> tuple[ContainerPort, ...]:
+    """Return the ports of what runs for the Pod's whole life.
+
+    An init container that restarts always is a sidecar (Kubernetes: "Sidecar Containers"); any other has
+    ended when the Pod runs.
+    """
+    sidecars = [c for c in spec.init_containers or () if c.restart_policy == "Always"]
+    return tuple(
+        ContainerPort(intern(port.name), port.container_port, intern(port.protocol or "TCP"))
+        for container in (*(spec.containers or ()), *sidecars)
+        for port in container.ports or ()
+    )
+
+
+def _is_ready(conditions: list[_Condition] | None) -> bool:
+    return any(c.type == "Ready" and c.status == "True" for c in conditions or ())
+
+
+def _undecodable(raw: bytes | msgspec.Raw, kind: Kind, problem: str) -> tuple[Undecodable, str]:
+    try:
+        meta = _NAMED.decode(raw).metadata
+    except (ValueError, RecursionError):
+        return Undecodable(kind, None, problem), ""
+    namespace = meta.namespace if kind is Kind.POD else ""
+    is_named = bool(meta.name and (namespace or kind is Kind.NODE))
+    key = ObjectKey(kind, namespace, meta.name) if is_named else None
+    return Undecodable(kind, key, problem), meta.resource_version
+
+
+def _problem(error: Exception) -> str:
+    """Say what is wrong and where; msgspec's texts hold types and paths, never values."""
+    return str(error)[:PROBLEM_LENGTH]

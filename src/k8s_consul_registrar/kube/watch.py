@@ -1,0 +1,138 @@
+"""Watch streams: bytes in, events out. No sockets, no clock.
+
+A watch answers with one JSON object a line (Kubernetes API concepts, "Efficient detection of changes").
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, TypeAlias
+
+import msgspec
+
+from k8s_consul_registrar.errors import ClusterError, ClusterRefused
+from k8s_consul_registrar.kube.objects import Item, decode_versioned
+from k8s_consul_registrar.kube.status import Action, cluster_error, decode_status
+from k8s_consul_registrar.model import Kind
+
+INITIAL_EVENTS_END = "k8s.io/initial-events-end"
+RESOURCES = {Kind.POD: "pods", Kind.NODE: "nodes"}
+# etcd takes 1.5 MiB a request by default and few raise it far; JSON of it is a few times that at most.
+LINE_LIMIT = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """An object was added or modified; `version` is the one to resume from, empty where it could not be read."""
+
+    item: Item
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Deleted:
+    """An object is gone; `item` is its last state."""
+
+    item: Item
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bookmark:
+    """Nothing changed up to `version`; `ends_initial_events` closes a streamed list."""
+
+    version: str
+    ends_initial_events: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The watch cannot go on, for the reason `error`; it is the last event of its stream."""
+
+    error: ClusterError
+
+
+WatchEvent: TypeAlias = Changed | Deleted | Bookmark | Broken
+
+
+class _Event(msgspec.Struct):
+    type: str
+    object: msgspec.Raw
+
+
+class _Metadata(msgspec.Struct, rename="camel"):
+    resource_version: Annotated[str, msgspec.Meta(min_length=1)]
+    annotations: dict[str, str] | None = None
+
+
+class _Bookmark(msgspec.Struct):
+    metadata: _Metadata
+
+
+_EVENT = msgspec.json.Decoder(_Event)
+_BOOKMARK = msgspec.json.Decoder(_Bookmark)
+
+
+class WatchDecoder:
+    """Decodes one watch stream, fed in pieces of any size.
+
+    After `Broken` nothing further comes out. A line cut off by the end of the stream is no event.
+    """
+
+    def __init__(self, kind: Kind, namespace: str = "", *, line_limit: int = LINE_LIMIT) -> None:
+        self._kind = kind
+        self._action = Action("watch", RESOURCES[kind], namespace)
+        self._line_limit = line_limit
+        self._buffer = bytearray()
+        self._searched = 0
+        self._is_broken = False
+
+    def feed(self, data: bytes) -> list[WatchEvent]:
+        """Return the events that are complete with these bytes."""
+        events: list[WatchEvent] = []
+        self._buffer += data
+        start = 0
+        while not self._is_broken:
+            end = self._buffer.find(b"\n", max(start, self._searched))
+            if end < 0:
+                break
+            line = bytes(memoryview(self._buffer)[start:end])
+            start = end + 1
+            if line.strip():
+                events.append(self._decode(line))
+        del self._buffer[:start]
+        # What was searched without finding an end is not searched again: a long line costs O(n).
+        self._searched = len(self._buffer)
+        if len(self._buffer) > self._line_limit and not self._is_broken:
+            events.append(self._broken(f"an event is longer than {self._line_limit} bytes"))
+        if self._is_broken:
+            self._buffer.clear()
+            self._searched = 0
+        return events
+
+    def _decode(self, line: bytes) -> WatchEvent:
+        try:
+            event = _EVENT.decode(line)
+        except (ValueError, RecursionError):
+            return self._broken("a line is not an event")
+        match event.type:
+            case "ADDED" | "MODIFIED":
+                return Changed(*decode_versioned(event.object, self._kind))
+            case "DELETED":
+                return Deleted(*decode_versioned(event.object, self._kind))
+            case "BOOKMARK":
+                return self._bookmark(event.object)
+            case "ERROR":
+                self._is_broken = True
+                status = decode_status(event.object)
+                return Broken(cluster_error(self._action, status.code, status))
+        return self._broken(f"an event of the unknown type {event.type[:30]!r}")
+
+    def _bookmark(self, raw: msgspec.Raw) -> WatchEvent:
+        try:
+            meta = _BOOKMARK.decode(raw).metadata
+        except (ValueError, RecursionError):
+            return self._broken("a bookmark without a version")
+        return Bookmark(meta.resource_version, (meta.annotations or {}).get(INITIAL_EVENTS_END) == "true")
+
+    def _broken(self, problem: str) -> Broken:
+        self._is_broken = True
+        return Broken(ClusterRefused(f"cannot {self._action}: {problem}", 200))

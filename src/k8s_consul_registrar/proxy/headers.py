@@ -1,0 +1,115 @@
+"""The heads of both sides: what goes up to a kubelet, what comes down, and what neither ever sees."""
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from http import HTTPStatus
+
+from k8s_consul_registrar import __version__
+from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
+from k8s_consul_registrar.proxy.route import Route
+
+# Field names in lower case; a field that comes twice is one, its values joined by ", " (RFC 9110, 5.3).
+Fields = Mapping[bytes, bytes]
+
+REQUEST_FIELDS = frozenset(
+    {
+        b"accept",
+        b"accept-encoding",
+        b"authorization",
+        b"connection",
+        b"content-length",
+        b"host",
+        b"transfer-encoding",
+        b"x-prometheus-scrape-timeout-seconds",
+    }
+)
+RESPONSE_FIELDS = frozenset(
+    {b"connection", b"content-encoding", b"content-length", b"content-type", b"transfer-encoding"}
+)
+
+# RFC 3986, 3.2.2 and 3.2.3. The comma of a reg-name is left out: it would hide a Host that came twice.
+_HOST = re.compile(
+    rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2}){1,255})(?::[0-9]{0,5})?"
+)
+# RFC 9110, 5.5: what may stand in a field's value. llhttp has refused the rest; this is the second lock.
+_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+
+_USER_AGENT = f"k8s-consul-registrar/{__version__}"
+
+
+def request_fault(fields: Fields) -> Refusal | None:
+    """Say what makes a request malformed though it parses: no single sound Host, or a body."""
+    host = fields.get(b"host")
+    if host is None or _HOST.fullmatch(host) is None:
+        return Refusal(400, Outcome.BAD_REQUEST, "a request needs exactly one well-formed Host")
+    if has_body(fields):
+        return Refusal(400, Outcome.BAD_REQUEST, "a scrape has no body")
+    return None
+
+
+def has_body(fields: Fields) -> bool:
+    """Say whether a request announces a body (RFC 9112, 6)."""
+    return b"transfer-encoding" in fields or fields.get(b"content-length", b"0") != b"0"
+
+
+def wants_close(fields: Fields) -> bool:
+    """Say whether the sender closes the connection after this message (RFC 9112, 9.6)."""
+    connection = fields.get(b"connection")
+    return connection is not None and b"close" in [part.strip() for part in connection.lower().split(b",")]
+
+
+def request_start(route: Route) -> bytes:
+    """Return the beginning of the request to a kubelet, the same for every scrape of a route."""
+    return f"GET {route.path} HTTP/1.1\r\nHost: {route.endpoint}\r\nUser-Agent: {_USER_AGENT}\r\n".encode()
+
+
+@lru_cache(maxsize=64)
+def request_rest(accept: bytes | None, accept_encoding: bytes | None, token: str) -> bytes:
+    """Return the rest of the request to a kubelet: what the caller accepts, and our own credentials.
+
+    An empty token sends none. Raises ValueError where a value cannot stand in a header.
+    """
+    authorization = f"Bearer {token}".encode("latin-1") if token else None
+    fields = {b"Accept": accept, b"Accept-Encoding": accept_encoding, b"Authorization": authorization}
+    return _lines(fields) + b"\r\n"
+
+
+@lru_cache(maxsize=64)
+def response_start(content_type: bytes | None, content_encoding: bytes | None) -> bytes:
+    """Return the beginning of the answer to a caller: of the kubelet's head, what a scrape needs.
+
+    Raises ValueError where a value cannot stand in a header.
+    """
+    return b"HTTP/1.1 200 OK\r\n" + _lines(
+        {b"Content-Type": content_type, b"Content-Encoding": content_encoding}
+    )
+
+
+def _lines(fields: Mapping[bytes, bytes | None]) -> bytes:
+    lines = []
+    for name, value in fields.items():
+        if value is not None:
+            if _VALUE.fullmatch(value) is None:
+                raise ValueError(f"the value of {name.decode()} cannot stand in a header")
+            lines.append(name + b": " + value + b"\r\n")
+    return b"".join(lines)
+
+
+def refusal_bytes(refusal: Refusal, *, close: bool, with_body: bool = True) -> bytes:
+    """Return a whole answer of our own; `with_body` is False for HEAD, whose answers have none."""
+    body = f"{refusal.reason}\n".encode()
+    lines = [
+        f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}",
+        "Content-Type: text/plain; charset=utf-8",
+        f"Content-Length: {len(body)}",
+        "X-Content-Type-Options: nosniff",
+    ]
+    if refusal.status == HTTPStatus.METHOD_NOT_ALLOWED:
+        lines.append("Allow: GET")
+    if refusal.status == HTTPStatus.UNAUTHORIZED:
+        lines.append('WWW-Authenticate: Bearer realm="scrapes"')
+    if close:
+        lines.append("Connection: close")
+    head = "\r\n".join(lines).encode() + b"\r\n\r\n"
+    return head + body if with_body else head

@@ -1,0 +1,134 @@
+"""How many scrapes run at once, per node and over all, and who waits for a place."""
+
+import math
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+DEFAULT_SCRAPE_TIMEOUT = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Concurrency:
+    """How many scrapes may run, to one node and over all; `patience` times as many may wait."""
+
+    per_node: int = 8
+    overall: int = 512
+    patience: int = 4
+
+
+class Waiter(Protocol):
+    """Whoever asked for a place and may have to wait for it."""
+
+    def admitted(self) -> None:
+        """Take the place that is free now."""
+
+
+class Entry(Enum):
+    """What a scrape is told that asks for a place."""
+
+    RUN = "run"
+    WAIT = "wait"
+    FULL = "full"
+
+
+class _Lane:
+    """One node's places: `claimed` counts scrapes that run, or wait for a place over all."""
+
+    __slots__ = ("claimed", "queue")
+
+    def __init__(self) -> None:
+        self.claimed = 0
+        self.queue: deque[Waiter] = deque()
+
+
+class Limits:
+    """Gives out the places and keeps the queues, first come first served.
+
+    A scrape first claims a place of its node; with that it may stand in the queue over all. So a node that
+    hangs fills its own queue only.
+    """
+
+    def __init__(self, allowed: Concurrency) -> None:
+        self._allowed = allowed
+        self._lanes: dict[Hashable, _Lane] = {}
+        self._ready: deque[tuple[Hashable, Waiter]] = deque()
+        self.running = 0
+        self.waiting = 0
+
+    def enter(self, node: Hashable, waiter: Waiter) -> Entry:
+        """Ask for a place; after RUN or a later `admitted()` it is held until `leave`."""
+        lane = self._lanes.get(node)
+        if lane is None:
+            lane = self._lanes[node] = _Lane()
+        allowed = self._allowed
+        if lane.claimed < allowed.per_node and self.running < allowed.overall:
+            lane.claimed += 1
+            self.running += 1
+            return Entry.RUN
+        if (
+            self.waiting >= allowed.patience * allowed.overall
+            or len(lane.queue) >= allowed.patience * allowed.per_node
+        ):
+            return Entry.FULL
+        self.waiting += 1
+        if lane.claimed < allowed.per_node:
+            lane.claimed += 1
+            self._ready.append((node, waiter))
+        else:
+            lane.queue.append(waiter)
+        return Entry.WAIT
+
+    def leave(self, node: Hashable) -> None:
+        """Give a place back, and let in whoever is next."""
+        self.running -= 1
+        self._unclaim(node)
+        self._admit()
+
+    def withdraw(self, node: Hashable, waiter: Waiter) -> None:
+        """Stop waiting."""
+        self.waiting -= 1
+        lane = self._lanes[node]
+        if waiter in lane.queue:
+            lane.queue.remove(waiter)
+            return
+        self._ready.remove((node, waiter))
+        self._unclaim(node)
+        self._admit()
+
+    def _unclaim(self, node: Hashable) -> None:
+        lane = self._lanes[node]
+        if lane.queue:
+            self._ready.append((node, lane.queue.popleft()))
+            return
+        lane.claimed -= 1
+        if lane.claimed == 0:
+            del self._lanes[node]
+
+    def _admit(self) -> None:
+        while self._ready and self.running < self._allowed.overall:
+            _, waiter = self._ready.popleft()
+            self.running += 1
+            self.waiting -= 1
+            waiter.admitted()
+
+
+def scrape_deadline(announced: bytes | None, longest: float) -> float:
+    """Return how many seconds a scrape may take, slightly below what Prometheus announces.
+
+    `announced` is X-Prometheus-Scrape-Timeout-Seconds; 30 s stand for it where it is absent or no positive
+    number, `longest` caps it. A tenth is kept back, at most half a second, so that Prometheus reads our 504
+    and does not see its own clock run out.
+    """
+    timeout = DEFAULT_SCRAPE_TIMEOUT
+    if announced is not None:
+        try:
+            value = float(announced)
+        except ValueError:
+            value = 0.0
+        if value > 0 and math.isfinite(value):
+            timeout = value
+    timeout = min(timeout, longest)
+    return max(0.9 * timeout, timeout - 0.5)

@@ -1,0 +1,80 @@
+"""Keeps connections to kubelets between scrapes: a few a kubelet, so many over all, and none for long."""
+
+import ssl
+from collections.abc import Set as AbstractSet
+
+from k8s_consul_registrar.proxy.nodes import Endpoint
+from k8s_consul_registrar.proxy.upstream import Upstream
+
+
+class Pool:
+    """The idle connections, the longest idle first.
+
+    `per_endpoint` and `overall` bound how many are kept, `idle_limit` is in seconds and must stay under the
+    90 s after which a kubelet closes them (net/http's server in pkg/kubelet/server).
+    """
+
+    def __init__(self, *, per_endpoint: int, overall: int, idle_limit: float) -> None:
+        self._per_endpoint = per_endpoint
+        self._overall = overall
+        self._idle_limit = idle_limit
+        self._by_endpoint: dict[Endpoint, list[Upstream]] = {}
+        self._in_order: dict[Upstream, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._in_order)
+
+    def take(self, endpoint: Endpoint, context: ssl.SSLContext) -> Upstream | None:
+        """Return the connection used last that still stands, None where there is none.
+
+        One that was made under another context (a CA or certificate was replaced since) is closed instead.
+        """
+        kept = self._by_endpoint.get(endpoint)
+        while kept:
+            upstream = kept.pop()
+            del self._in_order[upstream]
+            if not kept:
+                del self._by_endpoint[endpoint]
+            if upstream.is_usable and upstream.context is context:
+                return upstream
+            upstream.close()
+        return None
+
+    def put(self, upstream: Upstream, now: float) -> None:
+        """Keep a connection, at the cost of the longest idle one where there are too many."""
+        kept = self._by_endpoint.setdefault(upstream.endpoint, [])
+        if len(kept) >= self._per_endpoint:
+            upstream.close()
+            return
+        if len(self._in_order) >= self._overall:
+            self._drop(next(iter(self._in_order)))
+            kept = self._by_endpoint.setdefault(upstream.endpoint, [])
+        upstream.idle_since = now
+        kept.append(upstream)
+        self._in_order[upstream] = None
+
+    def expire(self, now: float) -> None:
+        """Close what was idle for too long, and forget what its kubelet closed."""
+        while self._in_order:
+            upstream = next(iter(self._in_order))
+            if upstream.is_usable and now - upstream.idle_since < self._idle_limit:
+                return
+            self._drop(upstream)
+
+    def retain(self, endpoints: AbstractSet[Endpoint]) -> None:
+        """Close the connections to all other kubelets: their Nodes are gone or have moved."""
+        for endpoint in [endpoint for endpoint in self._by_endpoint if endpoint not in endpoints]:
+            for upstream in list(self._by_endpoint[endpoint]):
+                self._drop(upstream)
+
+    def close(self) -> None:
+        """Close all."""
+        self.retain(frozenset())
+
+    def _drop(self, upstream: Upstream) -> None:
+        del self._in_order[upstream]
+        kept = self._by_endpoint[upstream.endpoint]
+        kept.remove(upstream)
+        if not kept:
+            del self._by_endpoint[upstream.endpoint]
+        upstream.close()

@@ -1,0 +1,134 @@
+"""Reads a caller's requests without touching a socket: llhttp parses, we add what it leaves to us."""
+
+import re
+from typing import NamedTuple
+
+from httptools import HttpParserError, HttpParserInvalidMethodError, HttpParserUpgrade, HttpRequestParser
+
+from k8s_consul_registrar.proxy.headers import REQUEST_FIELDS, Fields, has_body, request_fault, wants_close
+from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
+
+HEAD_LIMIT = 16 * 1024
+TARGET_LIMIT = 2 * 1024
+END_OF_HEAD = b"\r\n\r\n"
+
+_METHOD = re.compile(rb"[A-Za-z]{1,32} ")
+
+METHOD = Refusal(405, Outcome.METHOD, "a scrape is a GET")
+MALFORMED = Refusal(400, Outcome.BAD_REQUEST, "this is no well-formed HTTP/1.1 request")
+UPGRADE = Refusal(400, Outcome.BAD_REQUEST, "no other protocol is offered")
+ONE_AT_A_TIME = Refusal(400, Outcome.BAD_REQUEST, "one request at a time: the next only after the answer")
+VERSION = Refusal(505, Outcome.BAD_REQUEST, "only HTTP/1.1 is spoken here")
+LINE_TOO_LONG = Refusal(414, Outcome.BAD_REQUEST, "the request target is too long")
+HEAD_TOO_LONG = Refusal(431, Outcome.BAD_REQUEST, "the request's header is too long")
+TOO_SLOW = Refusal(408, Outcome.BAD_REQUEST, "the request did not come in time")
+
+
+class Request(NamedTuple):
+    """A sound GET: the target byte for byte, the fields the relay uses, and whether another may follow."""
+
+    target: bytes
+    fields: Fields
+    keeps_alive: bool
+
+
+class Fault(NamedTuple):
+    """What a request is answered that is not one; `is_head` answers have no body."""
+
+    refusal: Refusal
+    keeps_alive: bool = False
+    is_head: bool = False
+
+
+class RequestReader:
+    """Reads one request after another off one connection."""
+
+    __slots__ = ("_fields", "_head_is_complete", "_parser", "_partial", "_target")
+
+    def __init__(self) -> None:
+        self._parser = HttpRequestParser(self)
+        self._partial = b""
+        self._target = b""
+        self._fields: dict[bytes, bytes] = {}
+        self._head_is_complete = False
+
+    @property
+    def is_midway(self) -> bool:
+        """Whether a request has begun and is not complete."""
+        return bool(self._partial)
+
+    def feed(self, data: memoryview) -> Request | Fault | None:
+        """Take what came: a request, what is wrong with it, or None where more must come.
+
+        After a Fault that does not keep the connection alive nothing more may be fed.
+        """
+        if self._partial:
+            raw = self._partial + data.tobytes()
+        else:
+            raw = data.tobytes()
+            self._target = b""
+            self._fields = {}
+            self._head_is_complete = False
+        if len(raw) > HEAD_LIMIT:
+            return Fault(HEAD_TOO_LONG if 0 <= raw.find(b"\r\n") <= TARGET_LIMIT else LINE_TOO_LONG)
+        try:
+            self._parser.feed_data(data)
+        except (HttpParserError, HttpParserUpgrade) as error:
+            return self._parse_fault(raw, error)
+        if len(self._target) > TARGET_LIMIT:
+            return Fault(LINE_TOO_LONG)
+        if not self._head_is_complete:
+            self._partial = raw
+            return None
+        self._partial = b""
+        return self._judge(raw)
+
+    def _parse_fault(self, raw: bytes, error: Exception) -> Fault:
+        problem = str(error)
+        if isinstance(error, HttpParserUpgrade):
+            return Fault(METHOD if self._parser.get_method() == b"CONNECT" else UPGRADE)
+        if isinstance(error, HttpParserInvalidMethodError) and _METHOD.match(raw):
+            return Fault(METHOD)
+        if "HTTP version" in problem or problem.startswith("Pause on PRI"):
+            return Fault(VERSION)
+        if self._head_is_complete and raw.find(END_OF_HEAD) + len(END_OF_HEAD) < len(raw):
+            return Fault(ONE_AT_A_TIME)
+        return Fault(MALFORMED)
+
+    def _judge(self, raw: bytes) -> Request | Fault:
+        target, fields = self._target, self._fields
+        if not raw.startswith(b"GET %b HTTP/1.1\r\n" % target):
+            return self._judge_line(raw)
+        if raw.find(END_OF_HEAD) + len(END_OF_HEAD) != len(raw) and not has_body(fields):
+            return Fault(ONE_AT_A_TIME)
+        fault = request_fault(fields)
+        if fault is not None:
+            return Fault(fault)
+        return Request(target, fields, not wants_close(fields))
+
+    def _judge_line(self, raw: bytes) -> Fault:
+        method = self._parser.get_method()
+        if self._parser.get_http_version() != "1.1":
+            return Fault(VERSION)
+        if method == b"GET" or not raw.startswith(b"%b %b HTTP/1.1\r\n" % (method, self._target)):
+            return Fault(MALFORMED)
+        is_alone = raw.find(END_OF_HEAD) + len(END_OF_HEAD) == len(raw) and not has_body(self._fields)
+        is_sound = is_alone and request_fault(self._fields) is None and not wants_close(self._fields)
+        return Fault(METHOD, keeps_alive=is_sound, is_head=method == b"HEAD")
+
+    # What llhttp tells
+
+    def on_url(self, piece: bytes) -> None:
+        """Take a piece of the target; it may come in several."""
+        self._target += piece
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a field, joined to what came of it before."""
+        key = name.lower()
+        if key in REQUEST_FIELDS:
+            fields = self._fields
+            fields[key] = value if key not in fields else fields[key] + b", " + value
+
+    def on_headers_complete(self) -> None:
+        """Note the end of the head, which ends every request without a body."""
+        self._head_is_complete = True

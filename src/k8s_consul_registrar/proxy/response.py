@@ -1,0 +1,150 @@
+"""Reads a kubelet's answer without touching a socket: its head, and where its body ends.
+
+llhttp parses both. The body's bytes are passed on as they came: llhttp in its strict mode accepts a chunked
+body in the one form of RFC 9112 alone (no bare LF, no folding, no spaces), so whoever reads it next finds
+the same end.
+"""
+
+from typing import NamedTuple
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
+
+from k8s_consul_registrar.proxy.headers import RESPONSE_FIELDS, Fields
+
+HEAD_LIMIT = 16 * 1024
+END_OF_HEAD = b"\r\n\r\n"
+_ANY_CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+class Malformed(Exception):
+    """The kubelet's answer is no HTTP/1.1 that can be relayed; the text says why and quotes none of it."""
+
+
+class Head(NamedTuple):
+    """The head of an answer; `fields` holds only those the relay uses."""
+
+    status: int
+    is_http_1_1: bool
+    fields: Fields
+
+
+class _HeadReader:
+    """Gathers what llhttp reads of one head."""
+
+    __slots__ = ("fields", "is_complete")
+
+    def __init__(self) -> None:
+        self.fields: dict[bytes, bytes] = {}
+        self.is_complete = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        key = name.lower()
+        if key in RESPONSE_FIELDS:
+            fields = self.fields
+            fields[key] = value if key not in fields else fields[key] + b", " + value
+
+    def on_headers_complete(self) -> None:
+        self.is_complete = True
+
+
+def read_head(head: memoryview) -> Head:
+    """Parse a whole head, its empty line included; raises Malformed."""
+    if not head.tobytes().startswith(b"HTTP/1."):
+        raise Malformed("it does not speak HTTP/1.1")
+    reader = _HeadReader()
+    parser = HttpResponseParser(reader)
+    try:
+        parser.feed_data(head)
+    except HttpParserUpgrade:
+        raise Malformed("it switches to another protocol") from None
+    except HttpParserError as error:
+        raise Malformed(f"its head does not parse: {error}") from None
+    if not reader.is_complete:
+        raise Malformed("its head does not end where it should")
+    return Head(parser.get_status_code(), head[7] == ord("1"), reader.fields)
+
+
+class Counted:
+    """A body of a length announced."""
+
+    __slots__ = ("_left", "field")
+
+    is_exact = True
+
+    def __init__(self, length: int) -> None:
+        self._left = length
+        self.field = b"Content-Length: %d\r\n" % length
+
+    def take(self, body: memoryview) -> bool:
+        """Follow some bytes and say whether the body ends with them; raises Malformed beyond its end."""
+        self._left -= len(body)
+        if self._left < 0:
+            raise Malformed("it sends more than the length it announced")
+        return self._left == 0
+
+
+class Chunked:
+    """A body in chunks, its framing followed by llhttp with no Python object a chunk."""
+
+    __slots__ = ("_ends", "_parser", "_tail")
+
+    field = b"Transfer-Encoding: chunked\r\n"
+
+    def __init__(self) -> None:
+        # A parser of its own, deaf to headers: a trailer without end would gather in memory otherwise.
+        self._ends = _Ends()
+        self._parser = HttpResponseParser(self._ends)
+        self._parser.feed_data(_ANY_CHUNKED_HEAD)
+        self._tail = b""
+
+    def take(self, body: memoryview) -> bool:
+        """Follow some bytes and say whether the body ends with them; raises Malformed beyond its end."""
+        if not body:
+            return False
+        try:
+            self._parser.feed_data(body)
+        except (HttpParserError, HttpParserUpgrade) as error:
+            raise Malformed(f"its chunks do not parse: {error}") from None
+        ends = self._ends
+        if ends.begun > 1:
+            raise Malformed("it sends more than its chunks")
+        self._tail = (self._tail + body[-7:].tobytes())[-7:]
+        return ends.ended
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the body ended in the plain form, with nothing after it that llhttp would skip.
+
+        Trailers or further line ends are passed on too, but then no other answer may follow on either
+        connection.
+        """
+        return self._tail in (b"\r\n0\r\n\r\n", b"0\r\n\r\n")
+
+
+class _Ends:
+    __slots__ = ("begun", "ended")
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.ended = False
+
+    def on_message_begin(self) -> None:
+        self.begun += 1
+
+    def on_message_complete(self) -> None:
+        self.ended = True
+
+
+def framing_of(head: Head) -> Counted | Chunked:
+    """Return how the body of an answer is delimited; raises Malformed where it is not (RFC 9112, 6.3)."""
+    coding = head.fields.get(b"transfer-encoding")
+    length = head.fields.get(b"content-length")
+    if coding is not None:
+        if length is not None or not head.is_http_1_1 or coding.strip().lower() != b"chunked":
+            raise Malformed("its transfer encoding is not plain chunks")
+        return Chunked()
+    if length is None:
+        raise Malformed("its body has neither a length nor chunks")
+    if not length.isdigit() or len(length) > 18:
+        raise Malformed("its length is no number")
+    return Counted(int(length))

@@ -1,0 +1,212 @@
+"""One scrape: waits for its place, asks the kubelet, hands the answer on, and ends in one way only."""
+
+import asyncio
+from typing import Protocol
+
+from k8s_consul_registrar.errors import OperationalError
+from k8s_consul_registrar.proxy import failures
+from k8s_consul_registrar.proxy.headers import Fields, request_rest, response_start
+from k8s_consul_registrar.proxy.limits import Entry, scrape_deadline
+from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
+from k8s_consul_registrar.proxy.relay import Relay, Routed
+from k8s_consul_registrar.proxy.response import Chunked, Counted, Head, Malformed
+from k8s_consul_registrar.proxy.route import UNKNOWN_NODE
+from k8s_consul_registrar.proxy.upstream import Upstream
+
+
+class Caller(Protocol):
+    """Whoever asked for the scrape; memory handed over is lent for the call."""
+
+    def respond(self, head: bytes, body: memoryview) -> None:
+        """Send the head, but for its last empty line, and the first bytes of the body."""
+
+    def send(self, body: memoryview) -> None:
+        """Send more of the body."""
+
+    def finish(self, *, can_go_on: bool) -> None:
+        """Wait for the next request now that the answer is complete, or close where none `can_go_on`."""
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Answer this instead; nothing was sent yet."""
+
+    def reset(self) -> None:
+        """Break the connection, so that the answer begun does not look complete."""
+
+
+class Scrape:
+    """A request under way, between a caller and an upstream connection.
+
+    Ends exactly once: complete, refused, cut, or left by its caller; then its place, its timer and its
+    connection are given back.
+    """
+
+    __slots__ = (
+        "_caller",
+        "_fields",
+        "_has_begun",
+        "_has_place",
+        "_is_over",
+        "_is_reused",
+        "_relay",
+        "_routed",
+        "_timer",
+        "_upstream",
+    )
+
+    def __init__(self, relay: Relay, caller: Caller, routed: Routed, fields: Fields) -> None:
+        self._relay = relay
+        self._caller = caller
+        self._routed = routed
+        self._fields = fields
+        self._upstream: Upstream | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._has_place = False
+        self._has_begun = False
+        self._is_reused = False
+        self._is_over = False
+
+    def start(self) -> None:
+        """Take a place or wait for one."""
+        relay = self._relay
+        entry = relay.limits.enter(self._routed.route.endpoint, self)
+        if entry is Entry.FULL:
+            self._refuse(failures.QUEUE_FULL)
+            return
+        announced = self._fields.get(b"x-prometheus-scrape-timeout-seconds")
+        seconds = scrape_deadline(announced, relay.timing.longest_scrape)
+        self._timer = relay.loop.call_later(seconds, self._expire)
+        if entry is Entry.RUN:
+            self._has_place = True
+            self._run()
+
+    def admitted(self) -> None:
+        """Begin: a place came free."""
+        self._has_place = True
+        if self._relay.is_current(self._routed.route):
+            self._run()
+        else:
+            self._refuse(UNKNOWN_NODE)
+
+    def _run(self) -> None:
+        relay = self._relay
+        upstream = relay.pool.take(self._routed.route.endpoint, relay.context())
+        if upstream is None:
+            self._dial()
+            return
+        relay.counts.reuses += 1
+        self._upstream = upstream
+        self._is_reused = True
+        self._ask(upstream)
+
+    def _dial(self) -> None:
+        relay = self._relay
+        relay.counts.dials += 1
+        self._is_reused = False
+        self._upstream = Upstream(self._routed.route.endpoint, relay.context(), relay.buffers)
+        self._upstream.dial(self, relay.timing.connect)
+
+    def _ask(self, upstream: Upstream) -> None:
+        fields = self._fields
+        try:
+            rest = request_rest(fields.get(b"accept"), fields.get(b"accept-encoding"), self._relay.token())
+        except (OperationalError, ValueError):
+            self._refuse(failures.NO_CREDENTIALS)
+            return
+        upstream.ask(self, self._routed.request + rest)
+
+    # What the upstream connection tells
+
+    def on_connected(self) -> None:
+        """Ask over the fresh connection."""
+        assert self._upstream is not None
+        self._ask(self._upstream)
+
+    def on_response(self, head: Head, framing: Counted | Chunked, body: memoryview) -> None:
+        """Hand the beginning of the answer on."""
+        fields = head.fields
+        try:
+            start = response_start(fields.get(b"content-type"), fields.get(b"content-encoding"))
+        except ValueError as error:
+            raise Malformed(str(error)) from None
+        self._has_begun = True
+        self._relay.counts.body_bytes += len(body)
+        self._caller.respond(start + framing.field, body)
+
+    def on_body(self, body: memoryview) -> None:
+        """Hand more of it on."""
+        self._relay.counts.body_bytes += len(body)
+        self._caller.send(body)
+
+    def on_end(self, *, is_exact: bool, is_reusable: bool) -> None:
+        """Keep the connection and let the caller go on."""
+        relay, upstream = self._relay, self._upstream
+        assert upstream is not None
+        self._upstream = None
+        if is_reusable and relay.is_current(self._routed.route) and not relay.is_draining:
+            upstream.resume()
+            relay.pool.put(upstream, relay.loop.time())
+        else:
+            upstream.close()
+        if self._end(Outcome.OK):
+            self._caller.finish(can_go_on=is_exact)
+
+    def on_failure(self, refusal: Refusal, *, heard: bool) -> None:
+        """Try once more where a kept connection had gone stale; else the scrape has failed."""
+        self._upstream = None
+        if self._is_reused and not heard and self._relay.is_current(self._routed.route):
+            self._relay.counts.retries += 1
+            self._dial()
+        elif self._has_begun:
+            self._cut()
+        else:
+            self._refuse(refusal)
+
+    # What the caller tells
+
+    def pause(self) -> None:
+        """Read no more from the kubelet: the caller takes no more."""
+        if self._upstream is not None:
+            self._upstream.pause()
+
+    def resume(self) -> None:
+        """Read on."""
+        if self._upstream is not None:
+            self._upstream.resume()
+
+    def leave(self) -> None:
+        """End the call to the kubelet at once: the caller is gone."""
+        self._end(Outcome.CALLER_LEFT)
+
+    # Ending
+
+    def _expire(self) -> None:
+        if self._has_begun:
+            self._cut()
+        else:
+            self._refuse(failures.TIMED_OUT if self._has_place else failures.WAITED_OUT)
+
+    def _cut(self) -> None:
+        if self._end(Outcome.CUT):
+            self._caller.reset()
+
+    def _refuse(self, refusal: Refusal) -> None:
+        if self._end(refusal.outcome):
+            self._caller.refuse(refusal)
+
+    def _end(self, outcome: Outcome) -> bool:
+        """Give everything back; True the first time."""
+        if self._is_over:
+            return False
+        self._is_over = True
+        relay, endpoint = self._relay, self._routed.route.endpoint
+        relay.counts.ended(outcome)
+        if self._upstream is not None:
+            self._upstream.close()
+            self._upstream = None
+        if self._timer is not None:
+            self._timer.cancel()
+            if self._has_place:
+                relay.limits.leave(endpoint)
+            else:
+                relay.limits.withdraw(endpoint, self)
+        return True

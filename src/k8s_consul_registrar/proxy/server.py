@@ -1,0 +1,155 @@
+"""The proxy of one process: its listening sockets, the connections on them, and an orderly end."""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Callable, Sequence
+
+from k8s_consul_registrar.proxy.auth import BearerFile
+from k8s_consul_registrar.proxy.downstream import Downstream
+from k8s_consul_registrar.proxy.limits import Concurrency
+from k8s_consul_registrar.proxy.nodes import Nodes
+from k8s_consul_registrar.proxy.outcomes import ProxyStats
+from k8s_consul_registrar.proxy.relay import Relay, RelayTiming, TokenSource
+
+BACKLOG = 1024
+
+
+class ProxyServer:
+    """Relays scrapes of Nodes' kubelets to whoever connects.
+
+    `nodes` is the table of kubelets, replaced from outside at any time (call `notice_nodes` after it).
+    `token` and `context` are asked at every scrape, so a rotated token or CA counts at once. `inbound` is
+    what callers must show, None for an open port. Beyond `max_callers` connections new ones are closed.
+    """
+
+    def __init__(
+        self,
+        *,
+        nodes: Nodes,
+        paths: frozenset[str],
+        token: TokenSource,
+        context: Callable[[], ssl.SSLContext],
+        concurrency: Concurrency | None = None,
+        inbound: BearerFile | None = None,
+        max_callers: int = 4096,
+        kept_connections: int = 8192,
+        timing: RelayTiming | None = None,
+    ) -> None:
+        self._nodes = nodes
+        self._paths = paths
+        self._token = token
+        self._context = context
+        self._concurrency = concurrency or Concurrency()
+        self._inbound = inbound
+        self._max_callers = max_callers
+        self._kept_connections = kept_connections
+        self._timing = timing or RelayTiming()
+        self._callers: set[Downstream] = set()
+        self._servers: list[asyncio.Server] = []
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._ticking: asyncio.TimerHandle | None = None
+        self._relay: Relay | None = None
+
+    async def start(self, sockets: Sequence[socket.socket]) -> None:
+        """Serve on sockets that are bound, as `listen` returns them; they are closed at the end."""
+        self._relay = relay = Relay(
+            nodes=self._nodes,
+            paths=self._paths,
+            token=self._token,
+            context=self._context,
+            concurrency=self._concurrency,
+            kept_connections=self._kept_connections,
+            timing=self._timing,
+        )
+        for bound in sockets:
+            self._servers.append(
+                await relay.loop.create_server(lambda: self._accept(relay), sock=bound, backlog=BACKLOG)
+            )
+        self._ticking = relay.loop.call_later(self._timing.tick, self._tick, relay)
+
+    def _accept(self, relay: Relay) -> asyncio.BaseProtocol:
+        if len(self._callers) >= self._max_callers:
+            return _TurnedAway()
+        caller = Downstream(relay, self._inbound, self._forget)
+        self._callers.add(caller)
+        self._empty.clear()
+        return caller
+
+    def _forget(self, caller: Downstream) -> None:
+        self._callers.discard(caller)
+        if not self._callers:
+            self._empty.set()
+
+    def _tick(self, relay: Relay) -> None:
+        self._ticking = relay.loop.call_later(self._timing.tick, self._tick, relay)
+        now = relay.loop.time()
+        for caller in list(self._callers):
+            caller.expire(now)
+        relay.pool.expire(now)
+        if self._inbound is not None:
+            self._inbound.refresh()
+
+    def notice_nodes(self) -> None:
+        """Close the kept connections to kubelets that left the table."""
+        if self._relay is not None:
+            self._relay.notice_nodes()
+
+    async def drain(self, grace: float) -> None:
+        """Accept no more, let the scrapes under way finish for up to `grace` seconds, then stop."""
+        if self._relay is not None:
+            self._relay.is_draining = True
+        for server in self._servers:
+            server.close()
+        for caller in list(self._callers):
+            if caller.is_idle:
+                caller.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                await self._empty.wait()
+        await self.stop()
+
+    async def stop(self) -> None:
+        """End everything at once; an answer under way is reset."""
+        for server in self._servers:
+            server.close()
+        self._servers.clear()
+        if self._ticking is not None:
+            self._ticking.cancel()
+            self._ticking = None
+        for caller in list(self._callers):
+            caller.reset()
+        if self._relay is not None:
+            self._relay.pool.close()
+        # Connections tell of their end in the loop's next turns.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                await self._empty.wait()
+
+    def stats(self) -> ProxyStats:
+        """Return the figures of this moment; cheap enough for every scrape of the admin port."""
+        relay = self._relay
+        assert relay is not None, "the server has not started"
+        counts = relay.counts
+        return ProxyStats(
+            outcomes=dict(counts.outcomes),
+            body_bytes=counts.body_bytes,
+            dials=counts.dials,
+            reuses=counts.reuses,
+            retries=counts.retries,
+            running=relay.limits.running,
+            waiting=relay.limits.waiting,
+            callers=len(self._callers),
+            kept=len(relay.pool),
+            nodes=len(self._nodes.current.by_name),
+            nodes_known=self._nodes.known,
+        )
+
+
+class _TurnedAway(asyncio.Protocol):
+    """A connection too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.abort()  # type: ignore[attr-defined]  # a stream's transport has it

@@ -1,0 +1,96 @@
+"""The TLS step to a kubelet: bytes in, bytes out, no socket; and the context that says whom to trust."""
+
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+
+# A piece of ciphertext at a time: an idle connection keeps a buffer of this order, not of a whole read.
+PIECE = 16 * 1024
+# The most plain text one record holds (RFC 8446, 5.1), so the most one read returns.
+RECORD = 16 * 1024
+
+
+def kubelet_context(
+    *,
+    ca_pem: str | None,
+    skip_verification: bool = False,
+    client_certificate: tuple[Path, Path] | None = None,
+) -> ssl.SSLContext:
+    """Return the context for kubelets: HTTP/1.1 alone, verified by the CAs in `ca_pem`.
+
+    Without a CA the system's are trusted. `skip_verification` is the operator's explicit choice.
+    `client_certificate` is a pair of PEM files, certificate chain and key, and the alternative to a token.
+    Raises ssl.SSLError or OSError where a CA, certificate or key cannot be read.
+    """
+    context = ssl.create_default_context(cadata=ca_pem)
+    context.set_alpn_protocols(["http/1.1"])
+    if skip_verification:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if client_certificate is not None:
+        certificate, key = client_certificate
+        context.load_cert_chain(certificate, key)
+    return context
+
+
+class TlsStep:
+    """One connection's TLS between ciphertext off a plain transport and plain text."""
+
+    __slots__ = ("_incoming", "_object", "_outgoing", "_read", "has_ended")
+
+    def __init__(self, context: ssl.SSLContext, server_name: str) -> None:
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=server_name)
+        # typeshed knows only the form that returns bytes; with a buffer it returns their number.
+        self._read: Callable[[int, memoryview], int] = self._object.read  # type: ignore[assignment]
+        self.has_ended = False
+
+    def advance_handshake(self, received: memoryview | bytes = b"") -> bool:
+        """Take the peer's bytes and say whether the handshake is complete; raises ssl.SSLError."""
+        if received:
+            self._incoming.write(received)
+        try:
+            self._object.do_handshake()
+        except ssl.SSLWantReadError:
+            return False
+        return True
+
+    def encrypt(self, plain: bytes) -> bytes:
+        """Return what to send for `plain`."""
+        self._object.write(plain)
+        return self._outgoing.read()
+
+    @property
+    def has_output(self) -> bool:
+        """Whether there is something to send that no `encrypt` returned: handshake, alerts, key updates."""
+        return self._outgoing.pending > 0
+
+    def output(self) -> bytes:
+        """Return it."""
+        return self._outgoing.read()
+
+    def decrypt(self, received: memoryview, plain: memoryview) -> int:
+        """Decrypt all of `received` into `plain` and return how many bytes there are.
+
+        `has_ended` turns true where the peer closes the stream. Raises ssl.SSLError.
+        """
+        incoming, tls, read = self._incoming, self._object, self._read
+        filled = 0
+        for start in range(0, len(received), PIECE):
+            incoming.write(received[start : start + PIECE])
+            while True:
+                try:
+                    count = read(RECORD, plain[filled:])
+                except ssl.SSLWantReadError:
+                    break
+                except ssl.SSLZeroReturnError:
+                    count = 0
+                if not count:
+                    self.has_ended = True
+                    return filled
+                filled += count
+                # Asking again with nothing at hand would raise, which costs more than a small read.
+                if not incoming.pending and not tls.pending():
+                    break
+        return filled

@@ -1,0 +1,262 @@
+"""Consul's catalog: nodes, services and checks under one Raft-like index; pure.
+
+Rules: consul 1.8 `agent/consul/state/catalog.go`. A write that changes nothing moves no index. A change
+of a node or of a node-level check touches every service on that node. All writes of one `apply` happen
+or none does.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+from k8s_consul_registrar.sandbox.consul_model import Check, Node, Service
+from k8s_consul_registrar.sandbox.consul_rules import ANY_ADDRESSES, RefusedError, check_meta
+
+Scope = tuple[str, str]  # what a reader waits for: ("node", name), ("service", name) or a whole table
+NODES: Scope = ("nodes", "")
+SERVICES: Scope = ("services", "")
+
+_Undo = Callable[[], None]
+
+
+class Catalog:
+    """The catalog's state. Names of nodes are compared without regard to case."""
+
+    def __init__(self, *, index: int = 10) -> None:
+        self.index = index  # a fresh server has written a few things of its own
+        self._nodes: dict[str, Node] = {}
+        self._services: dict[str, dict[str, Service]] = {}
+        self._checks: dict[str, dict[str, Check]] = {}
+        self._instances: dict[str, dict[tuple[str, str], bool]] = {}  # service name -> (node key, ID)
+        self._touched: dict[Scope, int] = {}
+        self._journal: list[_Undo] | None = None
+        self._listeners: list[Callable[[], None]] = []
+
+    # Reading
+
+    def node(self, name: str) -> Node | None:
+        """Return a node."""
+        return self._nodes.get(name.lower())
+
+    def nodes(self) -> list[Node]:
+        """Return all nodes, by name."""
+        return [self._nodes[key] for key in sorted(self._nodes)]
+
+    def services_of(self, node: str) -> list[Service]:
+        """Return a node's services, by ID."""
+        services = self._services.get(node.lower(), {})
+        return [services[key] for key in sorted(services)]
+
+    def service(self, node: str, service_id: str) -> Service | None:
+        """Return one service of a node."""
+        return self._services.get(node.lower(), {}).get(service_id)
+
+    def check(self, node: str, check_id: str) -> Check | None:
+        """Return one check of a node."""
+        return self._checks.get(node.lower(), {}).get(check_id)
+
+    def checks_of(self, node: str, service_id: str | None = None) -> list[Check]:
+        """Return a node's checks, or those that concern one of its services."""
+        checks = self._checks.get(node.lower(), {})
+        wanted = ("", service_id)
+        return [
+            checks[key] for key in sorted(checks) if service_id is None or checks[key].service_id in wanted
+        ]
+
+    def instances(self, name: str) -> list[tuple[Node, Service]]:
+        """Return the instances of a service, by node and ID."""
+        return [
+            (self._nodes[node], self._services[node][service_id])
+            for node, service_id in sorted(self._instances.get(name, ()))
+        ]
+
+    def service_tags(self) -> dict[str, list[str]]:
+        """Return every service's name with all tags of its instances."""
+        return {
+            name: sorted({tag for _, service in self.instances(name) for tag in service.tags or ()})
+            for name in sorted(self._instances)
+            if self._instances[name]
+        }
+
+    def index_of(self, scope: Scope) -> int:
+        """Return when what a reader sees in this scope last changed, at least 1.
+
+        A service that never was has the index of the last one that went, so that a wait for it sees it come.
+        """
+        index = self._touched.get(scope, 0)
+        if not index and scope[0] == "service":
+            index = self._touched.get(("extinction", ""), 0)
+        return max(index, 1)
+
+    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Call `listener` after every write; the returned function ends that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    # Writing
+
+    @contextmanager
+    def apply(self) -> Iterator[None]:
+        """Make the writes inside one Raft entry: if an error is raised, none of them happened."""
+        journal: list[_Undo] = []
+        self.index += 1
+        self._journal = journal
+        try:
+            yield
+        except BaseException:
+            for undo in reversed(journal):
+                undo()
+            self.index -= 1
+            raise
+        finally:
+            self._journal = None
+        for listener in tuple(self._listeners):
+            listener()
+
+    def put_node(self, node: Node) -> None:
+        """Write a node."""
+        check_meta({key: value for key, value in (node.meta or {}).items() if not key.startswith("consul-")})
+        before = self.node(node.name)
+        if before is not None and before.content() == node.content():
+            return
+        created = before.create_index if before else self.index
+        node = msgspec.structs.replace(node, create_index=created, modify_index=self.index)
+        self._set(self._nodes, node.name.lower(), node)
+        self._touch(NODES, ("node", node.name.lower()))
+        self._touch_services_of(node.name)
+
+    def put_service(self, node: str, service: Service) -> None:
+        """Write a service on a node that exists."""
+        if self.node(node) is None:
+            raise RefusedError("Missing node registration")
+        try:
+            check_meta(service.meta)
+        except RefusedError as error:
+            raise RefusedError(
+                f"Invalid Service Meta for node {node} and serviceID {service.id}: {error}"
+            ) from None
+        if service.address in ANY_ADDRESSES:
+            raise RefusedError("Invalid service address")
+        key, before = node.lower(), self.service(node, service.id)
+        if before is not None and before.content() == service.content():
+            return
+        if before is not None and before.name != service.name:
+            self._forget_instance(key, before)
+        created = before.create_index if before else self.index
+        service = msgspec.structs.replace(service, create_index=created, modify_index=self.index)
+        self._set(self._services.setdefault(key, {}), service.id, service)
+        self._set(self._instances.setdefault(service.name, {}), (key, service.id), value=True)
+        self._touch(SERVICES, ("node", key), ("service", service.name))
+
+    def put_check(self, check: Check) -> None:
+        """Write a check on a node, and where it names one a service, that exist."""
+        if self.node(check.node) is None:
+            raise RefusedError("Missing node registration")
+        key, before = check.node.lower(), self.check(check.node, check.id)
+        if check.service_id:
+            service = self.service(check.node, check.service_id)
+            if service is None:
+                raise RefusedError("Missing service registration")
+            check = msgspec.structs.replace(check, service_name=service.name, service_tags=service.tags or ())
+        if before is not None and before.content() == check.content():
+            return
+        created = before.create_index if before else self.index
+        check = msgspec.structs.replace(check, create_index=created, modify_index=self.index)
+        self._set(self._checks.setdefault(key, {}), check.id, check)
+        self._touch_checked(check)
+
+    def drop_node(self, name: str) -> None:
+        """Remove a node with all its services and checks; nothing if there is none."""
+        if (node := self.node(name)) is None:
+            return
+        for service in self.services_of(name):
+            self.drop_service(name, service.id)
+        for check in self.checks_of(name):
+            self.drop_check(name, check.id)
+        self._unset(self._nodes, node.name.lower())
+        self._touch(NODES, ("node", name.lower()))
+
+    def drop_service(self, node: str, service_id: str) -> None:
+        """Remove a service with its checks; nothing if there is none."""
+        if (service := self.service(node, service_id)) is None:
+            return
+        for check in self.checks_of(node):
+            if check.service_id == service_id:
+                self.drop_check(node, check.id)
+        self._unset(self._services[node.lower()], service_id)
+        self._forget_instance(node.lower(), service)
+        self._touch(SERVICES, ("node", node.lower()))
+
+    def drop_check(self, node: str, check_id: str) -> None:
+        """Remove a check; nothing if there is none."""
+        if (check := self.check(node, check_id)) is not None:
+            self._unset(self._checks[node.lower()], check_id)
+            self._touch_checked(check)
+
+    def _forget_instance(self, node_key: str, service: Service) -> None:
+        instances = self._instances[service.name]
+        self._unset(instances, (node_key, service.id))
+        self._touch(("service", service.name))
+        if not instances:
+            self._touch(("extinction", ""))
+
+    def _touch_checked(self, check: Check) -> None:
+        self._touch(("node", check.node.lower()))
+        if check.service_id:
+            self._touch(("service", check.service_name))
+        else:
+            self._touch_services_of(check.node)
+
+    def _touch_services_of(self, node: str) -> None:
+        for service in self._services.get(node.lower(), {}).values():
+            self._touch(("service", service.name))
+
+    def _touch(self, *scopes: Scope) -> None:
+        for scope in scopes:
+            self._set(self._touched, scope, self.index)
+
+    def _set(self, table: dict[Any, Any], key: Any, value: Any) -> None:
+        self._remember(table, key)
+        table[key] = value
+
+    def _unset(self, table: dict[Any, Any], key: Any) -> None:
+        self._remember(table, key)
+        del table[key]
+
+    def _remember(self, table: dict[Any, Any], key: Any) -> None:
+        if self._journal is None:
+            raise RuntimeError("the catalog is written inside apply() alone")
+        if key in table:
+            self._journal.append(lambda old=table[key]: table.__setitem__(key, old))  # type: ignore[misc]  # a lambda's default binds the old value
+        else:
+            self._journal.append(lambda: table.pop(key))
+
+
+def node_of(fields: Mapping[str, Any], meta: Mapping[str, str] | None, datacenter: str) -> Node:
+    """Return the node a catalog request or transaction describes."""
+    return Node(
+        name=fields.get("Node") or "",
+        address=fields.get("Address") or "",
+        id=fields.get("ID") or "",
+        datacenter=fields.get("Datacenter") or datacenter,
+        tagged_addresses=fields.get("TaggedAddresses"),
+        meta=meta,
+    )
+
+
+def check_of(fields: Mapping[str, Any], node: str) -> Check:
+    """Return the check a catalog request or transaction describes."""
+    name = fields.get("Name") or ""
+    return Check(
+        node=fields.get("Node") or node,
+        id=fields.get("CheckID") or name,
+        name=name,
+        status=fields.get("Status") or "critical",
+        notes=fields.get("Notes") or "",
+        output=fields.get("Output") or "",
+        service_id=fields.get("ServiceID") or "",
+        type=fields.get("Type") or "",
+        definition=fields.get("Definition") or {},
+    )

@@ -1,0 +1,171 @@
+"""Transactions over the catalog: all operations happen, or none does; pure.
+
+Rules and texts: consul 1.8 `agent/consul/txn_endpoint.go`, `agent/consul/state/txn.go`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from k8s_consul_registrar.sandbox.consul_model import Check, Json, Node, Service
+from k8s_consul_registrar.sandbox.consul_rules import ANY_ADDRESSES, RefusedError, service_of, string_map
+from k8s_consul_registrar.sandbox.consul_state import Catalog, check_of, node_of
+
+
+class TxnResult(NamedTuple):
+    """What a transaction answers; `errors` is not empty exactly when nothing happened."""
+
+    results: list[Json]
+    errors: list[Json]
+
+
+class Operation(NamedTuple):
+    """One operation, parsed: `read` finds the record now, `write` and `drop` change it."""
+
+    kind: str
+    verb: str
+    subject: str  # as messages name it
+    cas_index: int
+    read: Callable[[Catalog], Node | Service | Check | None]
+    write: Callable[[Catalog], None]
+    drop: Callable[[Catalog], None]
+
+
+class _RolledBackError(Exception):
+    """Ends an `apply` whose operations did not all succeed."""
+
+    def __init__(self, errors: list[Json]) -> None:
+        super().__init__(errors)
+        self.errors = errors
+
+
+def run(catalog: Catalog, operations: Sequence[Mapping[str, Any]], datacenter: str) -> TxnResult:
+    """Apply the operations; RefusedError when one is not of a kind the catalog has."""
+    parsed = [_parse(operation, datacenter) for operation in operations]
+    errors = [_error(position, item) for position, item in enumerate(parsed) if isinstance(item, str)]
+    sound = [item for item in parsed if isinstance(item, Operation)]
+    if errors:
+        return TxnResult([], errors)
+    if all(operation.verb == "get" for operation in sound):
+        return _perform(catalog, sound)
+    try:
+        with catalog.apply():
+            return _all_performed(catalog, sound)
+    except _RolledBackError as rollback:
+        return TxnResult([], rollback.errors)
+
+
+def is_write(operation: Mapping[str, Any]) -> bool:
+    """Return whether an operation, as it came, would change something."""
+    return any(isinstance(body, dict) and body.get("Verb") != "get" for body in operation.values())
+
+
+def _all_performed(catalog: Catalog, operations: Sequence[Operation]) -> TxnResult:
+    result = _perform(catalog, operations)
+    if result.errors:
+        raise _RolledBackError(result.errors)
+    return result
+
+
+def _perform(catalog: Catalog, operations: Sequence[Operation]) -> TxnResult:
+    result = TxnResult([], [])
+    for position, operation in enumerate(operations):
+        try:
+            record = _perform_one(catalog, operation)
+        except RefusedError as error:
+            result.errors.append(_error(position, str(error)))
+            continue
+        if record is not None:
+            encoded = record.raw_json() if isinstance(record, Service) else record.json()
+            result.results.append({operation.kind: encoded})
+    return result
+
+
+def _perform_one(catalog: Catalog, operation: Operation) -> Node | Service | Check | None:
+    current = operation.read(catalog)
+    match operation.verb:
+        case "get":
+            if current is None:
+                raise RefusedError(f"{operation.subject} doesn't exist")
+        case "set" | "cas":
+            index = current.modify_index if current else 0
+            if operation.verb == "cas" and index != operation.cas_index:
+                raise RefusedError(f"failed to set {operation.subject}, index is stale")
+            operation.write(catalog)
+        case "delete" | "delete-cas":
+            is_stale = current is None or current.modify_index != operation.cas_index
+            if operation.verb == "delete-cas" and is_stale:
+                raise RefusedError(f"failed to delete {operation.subject}, index is stale")
+            operation.drop(catalog)
+            return None
+        case _:
+            raise RefusedError(f'unknown {operation.kind} operation type "{operation.verb}"')
+    return operation.read(catalog)
+
+
+def _parse(operation: Mapping[str, Any], datacenter: str) -> Operation | str:
+    """Return the operation, or what is wrong with it."""
+    given = [(kind, body) for kind, body in operation.items() if isinstance(body, dict)]
+    if len(given) != 1 or given[0][0] not in _PARSERS:
+        raise RefusedError("a transaction's operation is one of Node, Service, Check")
+    kind, body = given[0]
+    record = body.get(kind) or {}
+    try:
+        return _PARSERS[kind](body, record, datacenter)
+    except RefusedError as error:
+        return str(error)
+
+
+def _parse_service(body: Json, record: Json, _: str) -> Operation | str:
+    node, service = body.get("Node") or "", service_of(record, name_field="Service")
+    if record.get("ID") and not service.name:
+        return "Must provide service name with ID"
+    if service.address in ANY_ADDRESSES:
+        return "Invalid service address"
+    return Operation(
+        kind="Service",
+        verb=body.get("Verb") or "",
+        subject=f'service "{service.id}" on node "{node}"',
+        cas_index=record.get("ModifyIndex") or 0,
+        read=lambda catalog: catalog.service(node, service.id),
+        write=lambda catalog: catalog.put_service(node, service),
+        drop=lambda catalog: catalog.drop_service(node, service.id),
+    )
+
+
+def _parse_node(body: Json, record: Json, datacenter: str) -> Operation | str:
+    node = node_of(record, string_map(record, "Meta"), datacenter)
+    if not node.name:
+        return "Must provide node"
+    return Operation(
+        kind="Node",
+        verb=body.get("Verb") or "",
+        subject=f'node "{node.name}"',
+        cas_index=record.get("ModifyIndex") or 0,
+        read=lambda catalog: catalog.node(node.name),
+        write=lambda catalog: catalog.put_node(node),
+        drop=lambda catalog: catalog.drop_node(node.name),
+    )
+
+
+def _parse_check(body: Json, record: Json, _: str) -> Operation | str:
+    check = check_of(record, "")
+    return Operation(
+        kind="Check",
+        verb=body.get("Verb") or "",
+        subject=f'check "{check.id}" on node "{check.node}"',
+        cas_index=record.get("ModifyIndex") or 0,
+        read=lambda catalog: catalog.check(check.node, check.id),
+        write=lambda catalog: catalog.put_check(check),
+        drop=lambda catalog: catalog.drop_check(check.node, check.id),
+    )
+
+
+_PARSERS: Mapping[str, Callable[[Json, Json, str], Operation | str]] = {
+    "Node": _parse_node,
+    "Service": _parse_service,
+    "Check": _parse_check,
+}
+
+
+def _error(position: int, problem: Operation | str) -> Json:
+    return {"OpIndex": position, "What": problem}

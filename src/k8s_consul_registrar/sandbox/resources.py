@@ -1,0 +1,78 @@
+"""The resources the sandbox's API server serves."""
+
+from dataclasses import dataclass
+
+_NODE_INFO = (
+    b'"nodeInfo":{"machineID":"","systemUUID":"","bootID":"","kernelVersion":"","osImage":"",'
+    b'"containerRuntimeVersion":"","kubeletVersion":"","kubeProxyVersion":"","operatingSystem":"",'
+    b'"architecture":""}'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """A kind of object and how it is addressed.
+
+    `empty_body` is what follows the metadata of an object of this kind that has no content, as a
+    BOOKMARK event sends it.
+    """
+
+    plural: str
+    kind: str
+    empty_body: bytes
+    group: str = ""
+    is_namespaced: bool = True
+    has_status: bool = True
+    creates_on_update: bool = False
+    returns_deleted: bool = False
+
+    @property
+    def api_version(self) -> str:
+        """Group and version as objects carry them."""
+        return f"{self.group}/v1" if self.group else "v1"
+
+    @property
+    def qualified(self) -> str:
+        """The plural with its group, as messages name it."""
+        return f"{self.plural}.{self.group}" if self.group else self.plural
+
+    @property
+    def root(self) -> str:
+        """The start of this resource's URL path."""
+        return f"/apis/{self.group}/v1" if self.group else "/api/v1"
+
+    @property
+    def type_prefix(self) -> bytes:
+        """The opening of an object that names its own kind; the rest of the object follows."""
+        return f'{{"kind":"{self.kind}","apiVersion":"{self.api_version}",'.encode()
+
+    def key(self, namespace: str, name: str) -> str:
+        """Return where the object stands in the store, ordered as etcd orders it."""
+        return f"{namespace}/{name}" if self.is_namespaced else name
+
+
+PODS = Resource("pods", "Pod", b'"spec":{"containers":null},"status":{}', returns_deleted=True)
+NODES = Resource(
+    "nodes",
+    "Node",
+    b'"spec":{},"status":{"daemonEndpoints":{"kubeletEndpoint":{"Port":0}},' + _NODE_INFO + b"}",
+    is_namespaced=False,
+)
+NAMESPACES = Resource("namespaces", "Namespace", b'"spec":{},"status":{}', is_namespaced=False)
+LEASES = Resource(
+    "leases",
+    "Lease",
+    b'"spec":{}',
+    group="coordination.k8s.io",
+    has_status=False,
+    creates_on_update=True,
+)
+RESOURCES = (PODS, NODES, NAMESPACES, LEASES)
+
+
+def resource_of(kind: str) -> Resource:
+    """Return the resource of objects of this kind; KeyError when the sandbox has none."""
+    return _BY_KIND[kind]
+
+
+_BY_KIND = {resource.kind: resource for resource in RESOURCES}

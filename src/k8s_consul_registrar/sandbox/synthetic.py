@@ -1,0 +1,54 @@
+"""Synthetic objects in numbers, for benchmarks: Pods of a real one's size, four fifths to be scraped."""
+
+import ipaddress
+from collections.abc import Iterator
+from typing import Any
+
+from k8s_consul_registrar.sandbox import objects
+
+NAMESPACES = 20
+_ENVIRONMENT = 68  # variables, which bring a Pod to about 7 KB
+_FIRST_POD_IP = int(ipaddress.IPv4Address("10.0.0.1"))
+_FIRST_NODE_IP = int(ipaddress.IPv4Address("10.200.0.1"))
+
+
+def synthetic_nodes(count: int) -> Iterator[dict[str, Any]]:
+    """Return Nodes named `node-00000` on, each with an address of its own."""
+    for number in range(count):
+        address = str(ipaddress.IPv4Address(_FIRST_NODE_IP + number))
+        yield objects.node(node_name(number), addresses=(("InternalIP", address),))
+
+
+def synthetic_pods(count: int, node_count: int) -> Iterator[dict[str, Any]]:
+    """Return Pods of about 7 KB over `NAMESPACES` namespaces; every fifth is not annotated."""
+    for number in range(count):
+        yield synthetic_pod(number, node_count)
+
+
+def synthetic_pod(number: int, node_count: int) -> dict[str, Any]:
+    """Return one Pod of about 7 KB; equal numbers give equal Pods."""
+    wants_scraping = number % 5 != 4
+    node = number % max(node_count, 1)
+    pod = objects.pod(
+        f"app-{number % 97}-7d9f8c6b5-{number:05d}",
+        namespace=f"team-{number % NAMESPACES:02d}",
+        ip=str(ipaddress.IPv4Address(_FIRST_POD_IP + number)),
+        node_name=node_name(node),
+        host_ip=str(ipaddress.IPv4Address(_FIRST_NODE_IP + node)),
+        ports={"http": 8080, "metrics": 9102},
+        labels={"app": f"app-{number % 97}", "pod-template-hash": "7d9f8c6b5", "tier": "backend"},
+        annotations={"prometheus.io/scrape": "true", "prometheus.io/port": "9102"}
+        if wants_scraping
+        else None,
+    )
+    environment = [
+        {"name": f"SETTING_{index:03d}", "value": f"value-{index:03d}-of-{number:05d}-{'x' * 40}"}
+        for index in range(_ENVIRONMENT)
+    ]
+    pod["spec"]["containers"][0]["env"] = environment
+    return pod
+
+
+def node_name(number: int) -> str:
+    """Return the name of a synthetic Node."""
+    return f"node-{number:05d}"

@@ -1,0 +1,144 @@
+"""The daemon as its users run it: a process of its own, known by its log, its ports and its exit code."""
+
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import aiohttp
+import msgspec
+
+from real_process import Program, wait_until
+
+PATIENCE = 15.0  # seconds until a test gives up on what it waits for
+STOP_WITHIN = 5.0  # seconds the daemon has from SIGTERM to its end
+# What no operator may ever see of a daemon: it went wrong in a way nobody thought of.
+UNWANTED = ("Traceback", "Exception ignored", "was never", "Warning:", "Unclosed", "Task exception", '"exception"')
+
+
+class Daemon:
+    """One run of `python -m k8s_consul_registrar`; an asynchronous context manager.
+
+    Nothing of our environment reaches it but what is given. However the block ends, the process is gone
+    after it and its output held nothing UNWANTED and none of the `secrets`.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        folder: Path,
+        *,
+        secrets: Sequence[str] = (),
+    ) -> None:
+        self._secrets = tuple(secrets)
+        self._program = Program(
+            [sys.executable, "-m", "k8s_consul_registrar", *arguments],
+            folder / f"daemon-{len(list(folder.glob('daemon-*')))}.log",
+            environment={
+                "PATH": os.environ["PATH"],
+                "HOME": str(folder),
+                "PYTHONWARNINGS": "default",
+                "ADMIN_PORT": "0",
+                **environment,
+            },
+        )
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5))
+
+    async def __aenter__(self) -> Self:
+        self._program.launch()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        await self._session.close()
+        await self._program.stop(signal.SIGKILL)
+        if kind is None:
+            self.assert_clean()
+
+    @property
+    def output(self) -> str:
+        """Everything it wrote so far, on stdout and stderr."""
+        return self._program.log.read_text(encoding="utf-8") if self._program.log.exists() else ""
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """The log lines so far, decoded; whatever is no JSON is left out."""
+        whole = self.output.rpartition("\n")[0].splitlines()
+        return [msgspec.json.decode(line) for line in whole if line.startswith("{")]
+
+    def assert_clean(self) -> None:
+        """Fail when the output holds what must never be there."""
+        output = self.output
+        for text in (*UNWANTED, *self._secrets):
+            assert text not in output, f"{text!r} in the daemon's output:\n{output}"
+
+    def said(self, event: str, text: str = "") -> list[dict[str, Any]]:
+        """Return the log lines of an event whose JSON holds a text."""
+        return [line for line in self.lines if line["event"] == event and text in str(line)]
+
+    async def until_said(self, event: str, text: str = "", *, within: float = PATIENCE) -> dict[str, Any]:
+        """Wait for a log line of an event that holds a text, and return the latest such line."""
+        await self.until(lambda: bool(self.said(event, text)), f"the line {event!r} {text!r}", within=within)
+        return self.said(event, text)[-1]
+
+    async def until(self, is_true: Any, what: str = "", *, within: float = PATIENCE) -> None:
+        """Wait until a function (plain or async) returns true; fail with the output of the daemon."""
+
+        async def ask() -> bool:
+            answer = is_true()
+            return bool(await answer if hasattr(answer, "__await__") else answer)
+
+        try:
+            await wait_until(ask, within, every=0.02)
+        except TimeoutError:
+            raise AssertionError(f"not within {within:g} s: {what or is_true}\n{self.output}") from None
+
+    async def passes(self, count: int = 1) -> dict[str, Any]:
+        """Wait for so many more passes over Consul, and return the last one's line."""
+        wanted = len(self.said("pass")) + count
+        await self.until(lambda: len(self.said("pass")) >= wanted, f"{count} more passes")
+        return self.said("pass")[-1]
+
+    async def admin(self, path: str) -> tuple[int, str]:
+        """Return status and text of an admin endpoint, once the daemon has told its port."""
+        line = next((line for line in self.lines if "admin_port" in line), None)
+        if line is None:
+            await self.until(lambda: any("admin_port" in line for line in self.lines), "the admin port")
+            return await self.admin(path)
+        async with self._session.get(f"http://127.0.0.1:{line['admin_port']}{path}") as response:
+            return response.status, await response.text()
+
+    async def is_ready(self) -> bool:
+        """Whether its readiness probe succeeds."""
+        return (await self.admin("/readyz"))[0] == 200
+
+    async def ready(self) -> None:
+        """Wait until it is ready."""
+        await self.until(self.is_ready, "ready")
+
+    async def metric(self, sample: str) -> float | None:
+        """Return the value of one sample, such as `name{label="x"}`, None where there is none."""
+        _, page = await self.admin("/metrics")
+        for line in page.splitlines():
+            name, _, value = line.rpartition(" ")
+            if name == f"k8s_consul_registrar_{sample}":
+                return float(value)
+        return None
+
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        self._program.send(number)
+
+    async def ended(self, within: float = PATIENCE) -> int:
+        """Wait for its end and return the exit code."""
+        try:
+            return await self._program.ended(within)
+        except TimeoutError:
+            raise AssertionError(f"it still runs after {within:g} s:\n{self.output}") from None
+
+    async def terminate(self) -> int:
+        """Send SIGTERM and return the exit code; fail when it takes longer than it may."""
+        self.send(signal.SIGTERM)
+        return await self.ended(STOP_WITHIN)

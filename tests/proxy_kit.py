@@ -1,0 +1,256 @@
+"""What the proxy's tests stand on: kubelets with real TLS, a proxy in front, and raw callers."""
+
+import asyncio
+import contextlib
+import functools
+import ssl
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+
+import trustme
+
+from k8s_consul_registrar.model import Node, NodeAddress
+from k8s_consul_registrar.proxy.auth import BearerFile
+from k8s_consul_registrar.proxy.limits import Concurrency
+from k8s_consul_registrar.proxy.nodes import Nodes, NodeTable
+from k8s_consul_registrar.proxy.relay import RelayTiming
+from k8s_consul_registrar.proxy.route import allowed_paths
+from k8s_consul_registrar.proxy.server import ProxyServer
+from k8s_consul_registrar.proxy.sockets import listen
+from k8s_consul_registrar.proxy.tls import kubelet_context
+
+TOKEN = "the-proxys-own-token"
+METRICS = b"# TYPE container_cpu_usage_seconds_total counter\ncontainer_cpu_usage_seconds_total 1 1795344097000\n"
+PLAIN = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\n"
+
+
+@functools.cache
+def authority() -> trustme.CA:
+    """Return the CA every kubelet of the tests is signed by, unless it says otherwise."""
+    return trustme.CA()
+
+
+def authority_pem() -> str:
+    """Return its certificate."""
+    return authority().cert_pem.bytes().decode()
+
+
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Behaviour = Callable[["Kubelet", bytes, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+def answer(body: bytes = METRICS, head: bytes = PLAIN) -> bytes:
+    """Return a whole answer with a length."""
+    return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+async def serve_metrics(
+    kubelet: "Kubelet", request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Answer as a kubelet does."""
+    writer.write(answer())
+    await writer.drain()
+
+
+def always(payload: bytes, *, then_close: bool = False) -> Behaviour:
+    """Return the behaviour that answers every request with these bytes."""
+
+    async def behave(
+        kubelet: "Kubelet", request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        writer.write(payload)
+        await writer.drain()
+        if then_close:
+            writer.close()
+
+    return behave
+
+
+@dataclass
+class Kubelet:
+    """A TLS server that counts connections and requests and answers as `behave` says."""
+
+    behave: Behaviour = serve_metrics
+    host: str = "127.0.0.1"
+    names: tuple[str, ...] = ("127.0.0.1", "::1")
+    signed_by: trustme.CA = field(default_factory=authority)
+    port: int = 0
+    connections: int = 0
+    open_now: int = 0
+    resets: int = 0
+    requests: list[bytes] = field(default_factory=list)
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+    writers: list[asyncio.StreamWriter] = field(default_factory=list)
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator["Kubelet"]:
+        """Serve until the block ends."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.signed_by.issue_cert(*self.names).configure_cert(context)
+        server = await asyncio.start_server(self._converse, self.host, self.port, ssl=context)
+        self.port = server.sockets[0].getsockname()[1]
+        try:
+            yield self
+        finally:
+            server.close()
+            for writer in self.writers:
+                writer.transport.abort()
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self.open_now += 1
+        self.writers.append(writer)
+        try:
+            while not writer.is_closing():
+                request = await reader.readuntil(b"\r\n\r\n")
+                self.requests.append(request)
+                await self.behave(self, request, reader, writer)
+        except ConnectionResetError:
+            self.resets += 1
+        except (asyncio.IncompleteReadError, OSError):
+            pass
+        finally:
+            self.open_now -= 1
+            self.left.set()
+            writer.transport.abort()
+
+    def node(self, name: str = "node-1", **changes: object) -> Node:
+        """Return the Node this kubelet belongs to."""
+        values = {
+            "name": name,
+            "uid": f"uid-of-{name}",
+            "created": "2026-01-01T00:00:00Z",
+            "addresses": (NodeAddress("InternalIP", self.host),),
+            "kubelet_port": self.port,
+            "ready": True,
+        }
+        return Node(**(values | changes))  # type: ignore[arg-type]  # the tests' own keywords
+
+
+@dataclass
+class Proxy:
+    """A proxy under test and where it listens."""
+
+    server: ProxyServer
+    nodes: Nodes
+    port: int
+
+    async def connect(self, host: str = "127.0.0.1") -> Connection:
+        """Open a raw connection to it."""
+        return await asyncio.open_connection(host, self.port)
+
+    async def exchange(self, request: bytes, *, limit: float = 5.0) -> bytes:
+        """Send raw bytes on a connection of their own and return all that comes until it ends."""
+        reader, writer = await self.connect()
+        try:
+            writer.write(request)
+            async with asyncio.timeout(limit):
+                return await reader.read(-1)
+        finally:
+            writer.transport.abort()
+
+    async def get(self, target: str, *headers: str) -> "Answer":
+        """Send one GET and read the answer, the connection closed after it."""
+        return parse_answer(await self.exchange(get_request(target, *headers, "Connection: close")))
+
+
+def get_request(target: str, *headers: str, host: str = "proxy.example:31112") -> bytes:
+    """Return a GET as Prometheus writes it."""
+    return "\r\n".join([f"GET {target} HTTP/1.1", f"Host: {host}", *headers, "", ""]).encode()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An HTTP answer taken apart."""
+
+    status: int
+    fields: dict[str, str]
+    body: bytes
+
+
+def parse_answer(raw: bytes) -> Answer:
+    """Take an answer apart that ends with the connection; the body of chunks is put together."""
+    head, _, body = raw.partition(b"\r\n\r\n")
+    line, *lines = head.decode().split("\r\n")
+    fields = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+    if fields.get("transfer-encoding") == "chunked":
+        body = unchunked(body)
+    elif "content-length" in fields:
+        assert int(fields["content-length"]) == len(body)
+    return Answer(int(line.split(" ")[1]), fields, body)
+
+
+def unchunked(body: bytes) -> bytes:
+    """Put chunks together; raises where they do not end."""
+    whole = b""
+    while True:
+        size, _, rest = body.partition(b"\r\n")
+        count = int(size.split(b";")[0], 16)
+        if not count:
+            return whole
+        assert rest[count : count + 2] == b"\r\n"
+        whole += rest[:count]
+        body = rest[count + 2 :]
+
+
+@contextlib.asynccontextmanager
+async def proxying(
+    *nodes: Node,
+    known: bool = True,
+    allow_loopback: bool = True,
+    verify_node_name: bool = False,
+    paths: tuple[str, ...] = (),
+    token: Callable[[], str] = lambda: TOKEN,
+    context: ssl.SSLContext | list[ssl.SSLContext] | None = None,
+    concurrency: Concurrency | None = None,
+    inbound: BearerFile | None = None,
+    max_callers: int = 100,
+    kept_connections: int = 100,
+    timing: RelayTiming | None = None,
+) -> AsyncIterator[Proxy]:
+    """Run a proxy for these Nodes, loopback allowed since the kubelets are there.
+
+    Of a list of contexts the first counts at each moment.
+    """
+    holder = Nodes()
+    if known:
+        holder.replace(NodeTable.of(nodes, allow_loopback=allow_loopback, verify_node_name=verify_node_name))
+    contexts = context if isinstance(context, list) else [context or kubelet_context(ca_pem=authority_pem())]
+    server = ProxyServer(
+        nodes=holder,
+        paths=allowed_paths(paths),
+        token=token,
+        context=lambda: contexts[0],
+        concurrency=concurrency,
+        inbound=inbound,
+        max_callers=max_callers,
+        kept_connections=kept_connections,
+        timing=timing or RelayTiming(tick=0.05),
+    )
+    sockets = listen(0)
+    await server.start(sockets)
+    try:
+        yield Proxy(server, holder, sockets[0].getsockname()[1])
+    finally:
+        await server.stop()
+
+
+def cadvisor(kubelet: Kubelet) -> str:
+    """Return the path by which a kubelet is registered."""
+    host = f"[{kubelet.host}]" if ":" in kubelet.host else kubelet.host
+    return f"/api/v1/nodes/{host}:{kubelet.port}/metrics/cadvisor"
+
+
+async def eventually(condition: Callable[[], bool], *, within: float = 3.0) -> None:
+    """Wait until a condition holds; fails when it does not in time."""
+    async with asyncio.timeout(within):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def reset_on_close(writer: asyncio.StreamWriter) -> None:
+    """Make a connection end in a reset, as a cut network does."""
+    sock = writer.get_extra_info("socket")
+    sock.setsockopt(1, 13, struct.pack("ii", 1, 0))
+    writer.transport.abort()

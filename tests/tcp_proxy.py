@@ -1,0 +1,115 @@
+"""A TCP proxy to stand before any server of a test: it cuts, refuses, stalls and delays from outside."""
+
+import asyncio
+import contextlib
+import socket
+import struct
+from typing import Self
+
+from real_process import LOOPBACK
+
+_CHUNK = 65536
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 seconds
+
+
+class TcpProxy:
+    """Carries bytes to and from `host:port`, whatever they mean; an asynchronous context manager.
+
+    Its own port stays the same while it refuses. `delay` (seconds) holds each piece back for so long.
+    """
+
+    def __init__(self, host: str, port: int, *, listen_on: str = LOOPBACK) -> None:
+        self.delay = 0.0
+        self._upstream = (host, port)
+        self._host = listen_on
+        self._bound = self._bind(0)
+        self.port: int = self._bound.getsockname()[1]
+        self._server: asyncio.Server | None = None
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._connections: set[asyncio.Task[None]] = set()
+
+    @property
+    def address(self) -> str:
+        """Host and port, an IPv6 host in brackets."""
+        return f"[{self._host}]:{self.port}" if ":" in self._host else f"{self._host}:{self.port}"
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return len(self._connections)
+
+    async def __aenter__(self) -> Self:
+        await self.heal()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.refuse()
+        self._bound.close()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    async def heal(self) -> None:
+        """Let everything through again, what was held back included."""
+        self.delay = 0.0
+        self._flowing.set()
+        if self._server is None:
+            self._server = await asyncio.start_server(self._accept, sock=self._bound)
+
+    def stall(self) -> None:
+        """Go on accepting and carry nothing, in either direction."""
+        self._flowing.clear()
+
+    def cut(self) -> None:
+        """Reset every open connection; new ones are welcome."""
+        for task in self._connections:
+            task.cancel()
+
+    def refuse(self) -> None:
+        """Reset every open connection and refuse new ones: a port that is bound and does not listen."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+            self._bound = self._bind(self.port)
+        self.cut()
+
+    def _bind(self, port: int) -> socket.socket:
+        bound = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((self._host, port))
+        return bound
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        upstream: asyncio.StreamWriter | None = None
+        try:
+            answers, upstream = await asyncio.open_connection(*self._upstream)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._carry(reader, upstream))
+                group.create_task(self._carry(answers, writer))
+        except* OSError:
+            pass  # either side went away: both do
+        except* asyncio.CancelledError:
+            _reset(writer)
+        finally:
+            writer.transport.abort()
+            if upstream is not None:
+                upstream.transport.abort()
+            self._connections.discard(task)
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(_CHUNK):
+            if self.delay:
+                await asyncio.sleep(self.delay)
+            await self._flowing.wait()
+            writer.write(data)
+            await writer.drain()
+        with contextlib.suppress(OSError):
+            writer.write_eof()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Have the close to come send a RST: a cut connection must look cut."""
+    with contextlib.suppress(OSError):
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)

@@ -1,0 +1,121 @@
+"""The registry of an agent, on the sandbox's Consul and on servers that misbehave."""
+
+import asyncio
+
+import pytest
+from aiohttp import web
+
+from builders import make_service, our_pod_service
+from fake_consul import client_of, serving
+from k8s_consul_registrar.consul.agent import MOST_FAULTS_IN_A_ROW, AgentRegistry
+from k8s_consul_registrar.errors import ConsulBusy, ConsulUnreachable
+from k8s_consul_registrar.model import Service
+from k8s_consul_registrar.sandbox.consul import Consul
+from k8s_consul_registrar.sandbox.consul_http import ConsulOptions
+
+
+async def held(registry: AgentRegistry) -> dict[str, Service]:
+    """Return all services by ID."""
+    return {service.id: service async for service in registry.services()}
+
+
+async def test_register_read_and_deregister() -> None:
+    """What is registered is read back equal, IDs with odd characters included, and goes when asked."""
+    services = [our_pod_service(f"p{number}") for number in range(100)]
+    services.append(make_service("node--2001:db8:1::5", {"cluster": "lab"}))
+    services.append(make_service("odd/../ID ?#%25", {"cluster": "lab"}))
+    async with Consul() as consul, client_of(consul.url) as client:
+        registry = AgentRegistry(client)
+        written = await registry.register(services)
+        assert (written.done, written.failures) == (102, ())
+        assert await held(registry) == {service.id: service for service in services}
+        gone = await registry.deregister([*services, make_service("never-there")])
+        assert (gone.done, gone.failures) == (103, ())
+        assert await held(registry) == {}
+
+
+async def test_refused_service_does_not_hold_up_the_rest() -> None:
+    """Consul's own reason is told for the one it refuses."""
+    services = [our_pod_service(f"p{number}") for number in range(50)]
+    services.insert(0, make_service("bad", {"a/b": "x"}))
+    async with Consul() as consul, client_of(consul.url) as client:
+        written = await AgentRegistry(client).register(services)
+        assert written.done == 50
+        (failure,) = written.failures
+        assert failure.id == "bad"
+        assert "Key contains invalid characters" in failure.problem
+
+
+async def test_missing_rights_are_told_one_by_one() -> None:
+    """A token without rights is a failure of each service, since rights are given by service name."""
+    async with (
+        Consul(ConsulOptions(token="right")) as consul,
+        client_of(consul.url, token="wrong") as client,
+    ):
+        written = await AgentRegistry(client).register([our_pod_service("a")])
+    assert written.done == 0
+    assert "403" in written.failures[0].problem
+
+
+async def test_a_dead_consul_ends_the_batch() -> None:
+    """When Consul cannot be reached the batch ends in that error, quickly."""
+    async with client_of("http://127.0.0.1:9") as client:
+        with pytest.raises(ConsulUnreachable):
+            await AgentRegistry(client).register([our_pod_service(f"p{number}") for number in range(1000)])
+
+
+async def test_consul_without_a_leader_ends_the_batch() -> None:
+    """Faults of Consul's own in a row are Consul's trouble; a single one is that of its service."""
+    requests = 0
+
+    async def failing(_: web.Request) -> web.Response:
+        nonlocal requests
+        requests += 1
+        return web.Response(status=500, text="No cluster leader")
+
+    async with serving(failing) as url, client_of(url) as client:
+        with pytest.raises(ConsulBusy, match="No cluster leader"):
+            await AgentRegistry(client, concurrency=4).register(
+                [our_pod_service(f"p{number}") for number in range(500)]
+            )
+    assert requests < MOST_FAULTS_IN_A_ROW + 10
+
+
+async def test_one_fault_among_successes_is_its_services() -> None:
+    """A service at which Consul stumbles is told apart from the rest."""
+
+    async def stumbling(request: web.Request) -> web.Response:
+        body = await request.json()
+        return web.Response(status=500 if body["ID"].endswith("p7") else 200)
+
+    async with serving(stumbling) as url, client_of(url) as client:
+        written = await AgentRegistry(client).register([our_pod_service(f"p{n}") for n in range(60)])
+    assert written.done == 59
+    assert [failure.id for failure in written.failures] == ["pod--shop--p7"]
+
+
+async def test_newer_agents_404_for_an_unknown_service_is_done() -> None:
+    """From 1.11 on an agent answers 404 where earlier ones said 200; both mean it is not there."""
+
+    async def unknown(_: web.Request) -> web.Response:
+        return web.Response(status=404, text="Unknown service ID")
+
+    async with serving(unknown) as url, client_of(url) as client:
+        assert (await AgentRegistry(client).deregister([our_pod_service("a")])).done == 1
+
+
+async def test_concurrency_is_bounded() -> None:
+    """No more requests are under way than allowed."""
+    now, most = 0, 0
+
+    async def counting(_: web.Request) -> web.Response:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.005)
+        now -= 1
+        return web.Response()
+
+    async with serving(counting) as url, client_of(url) as client:
+        await AgentRegistry(client, concurrency=5).register([our_pod_service(f"p{n}") for n in range(40)])
+    assert most == 5

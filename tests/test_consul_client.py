@@ -1,0 +1,194 @@
+"""The client of Consul: who is at fault when something goes wrong, and what is sent."""
+
+import asyncio
+import ssl
+from pathlib import Path
+
+import pytest
+import trustme
+from aiohttp import web
+
+from fake_consul import QUICK, client_of, serving
+from k8s_consul_registrar.consul.access import (
+    ConsulAccess,
+    ConsulAddress,
+    ConsulToken,
+    build_ssl_context,
+)
+from k8s_consul_registrar.consul.client import ConsulClient
+from k8s_consul_registrar.errors import (
+    AccessError,
+    ConsulBusy,
+    ConsulError,
+    ConsulForbidden,
+    ConsulRefused,
+    ConsulUnreachable,
+)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (400, ConsulRefused),
+        (403, ConsulForbidden),
+        (404, ConsulRefused),
+        (413, ConsulRefused),
+        (429, ConsulBusy),
+        (500, ConsulBusy),
+        (503, ConsulBusy),
+        (301, ConsulRefused),
+    ],
+)
+async def test_status_becomes_an_error(status: int, error: type[ConsulError]) -> None:
+    """Each status says who is at fault; the text is cut short and printable."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(status=status, text="bad\x1b[31m\n" + "x" * 5000)
+
+    async with serving(answer) as url, client_of(url) as client:
+        with pytest.raises(error) as raised:
+            await client.request("GET", "/v1/agent/services")
+    assert type(raised.value) is error
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 400
+
+
+async def test_retry_after_is_passed_on() -> None:
+    """How long Consul asks to wait is part of the error."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(status=429, headers={"Retry-After": "7"})
+
+    async with serving(answer) as url, client_of(url) as client:
+        with pytest.raises(ConsulBusy) as raised:
+            await client.request("GET", "/v1/x")
+    assert raised.value.retry_after == 7
+
+
+async def test_unreachable() -> None:
+    """A refused connection, a hang and a cut answer are all `ConsulUnreachable`."""
+    async with client_of("http://127.0.0.1:9") as client:
+        with pytest.raises(ConsulUnreachable, match=r"http://127\.0\.0\.1:9"):
+            await client.request("GET", "/v1/x")
+
+    async def hang(_: web.Request) -> web.Response:
+        await asyncio.sleep(30)
+        raise AssertionError
+
+    async def cut(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": "100"})
+        await response.prepare(request)
+        await response.write(b"{")
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+    for answer in (hang, cut):
+        async with serving(answer) as url, client_of(url) as client:
+            with pytest.raises(ConsulUnreachable):
+                await client.request("GET", "/v1/x")
+
+
+async def test_what_is_sent() -> None:
+    """The token, namespace and partition go with every request; a redirect is not followed."""
+    seen: list[web.Request] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        seen.append(request)
+        return web.Response(text="{}")
+
+    async with (
+        serving(answer) as url,
+        client_of(f"{url}/prefix", token="t0p", namespace="n", partition="p") as client,
+    ):
+        await client.request("PUT", "/v1/agent/service/deregister/a%2Fb", params={"x": "1"})
+    (request,) = seen
+    assert request.headers["X-Consul-Token"] == "t0p"
+    assert request.raw_path == "/prefix/v1/agent/service/deregister/a%2Fb?ns=n&partition=p&x=1"
+
+
+async def test_unix_socket(tmp_path: Path) -> None:
+    """Consul may listen on a Unix socket."""
+    path = tmp_path / "consul.sock"
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(text="here")
+
+    app = web.Application()
+    app.router.add_get("/v1/x", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.UnixSite(runner, str(path)).start()
+    access = ConsulAccess(ConsulAddress("http://consul", str(path)))
+    async with ConsulClient(access, QUICK) as client:
+        assert (await client.request("GET", "/v1/x")).body == b"here"
+    await runner.cleanup()
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> trustme.CA:
+    """Return an authority whose certificate is in `ca.pem`, with one for 127.0.0.1 in `server.pem`."""
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+    return ca
+
+
+async def test_tls(tmp_path: Path, authority: trustme.CA) -> None:
+    """Consul's certificate is verified by the given authority, under the expected name."""
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("server.dc1.consul").configure_cert(server)
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(text="ok")
+
+    app = web.Application()
+    app.router.add_get("/v1/x", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=server)
+    await site.start()
+    address = ConsulAddress(f"https://127.0.0.1:{runner.addresses[0][1]}")
+    trusting = build_ssl_context(ca_file=str(tmp_path / "ca.pem"))
+
+    async def body(context: ssl.SSLContext, name: str = "") -> bytes:
+        async with ConsulClient(
+            ConsulAccess(address, ssl_context=context, tls_server_name=name), QUICK
+        ) as client:
+            return (await client.request("GET", "/v1/x")).body
+
+    assert await body(trusting, "server.dc1.consul") == b"ok"
+    assert await body(build_ssl_context(verify=False)) == b"ok"
+    with pytest.raises(ConsulUnreachable, match="CONSUL_TLS_SERVER_NAME"):
+        await body(trusting)
+    with pytest.raises(ConsulUnreachable, match="CONSUL_CACERT"):
+        await body(build_ssl_context(), "server.dc1.consul")
+    await runner.cleanup()
+
+
+def test_unusable_tls_files_are_named(tmp_path: Path) -> None:
+    """The setting and the file are in the error."""
+    (tmp_path / "bad.pem").write_text("nonsense")
+    with pytest.raises(AccessError, match=r"CONSUL_CACERT .*none\.pem"):
+        build_ssl_context(ca_file=str(tmp_path / "none.pem"))
+    with pytest.raises(AccessError, match=r"CONSUL_CLIENT_CERT .*bad\.pem"):
+        build_ssl_context(cert_file=str(tmp_path / "bad.pem"))
+
+
+def test_token_file_is_read_again_as_it_changes(tmp_path: Path) -> None:
+    """A rotated token is used; a file that is missing for a moment leaves the last one; never shown."""
+    now = [0.0]
+    file = tmp_path / "token"
+    access = ConsulAccess(ConsulAddress("http://x"), token="given-secret", token_file=str(file))
+    assert "given-secret" not in repr(access)
+    token = ConsulToken(access, clock=lambda: now[0])
+    with pytest.raises(AccessError, match="token file"):
+        token.current()
+    file.write_text("one\n")
+    assert token.current() == "one"
+    file.write_text("two\n")
+    assert token.current() == "one"
+    now[0] += 5
+    assert token.current() == "two"
+    file.unlink()
+    now[0] += 5
+    assert token.current() == "two"

@@ -1,0 +1,264 @@
+"""`kube.exec_plugin`: real programs, run as kubectl runs its credential plugins."""
+
+import asyncio
+import base64
+import json
+import os
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+import yaml
+
+from k8s_consul_registrar.errors import AccessError
+from k8s_consul_registrar.kube.access import Access, load_access
+from k8s_consul_registrar.kube.exec_plugin import ExecCredentials, ExecPlugin
+
+V1 = "client.authentication.k8s.io/v1"
+BETA = "client.authentication.k8s.io/v1beta1"
+SECRET = "s3cr3t-t0ken"
+CA = trustme.CA()
+
+
+def script(folder: Path, code: str, name: str = "plugin") -> Path:
+    """Write an executable Python program that counts its runs in `runs`."""
+    path = folder / name
+    path.write_text(
+        f"#!{sys.executable}\nimport json, os, pathlib, sys, time\n"
+        "runs = pathlib.Path(__file__).with_name('runs')\n"
+        "run = len(runs.read_text()) + 1 if runs.exists() else 1\n"
+        f"runs.write_text('x' * run)\n{code}\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+def prints(status: dict[str, Any], version: str = V1) -> str:
+    """Return code that prints a credential; `{run}` in its texts becomes the number of the run."""
+    credential = {"apiVersion": version, "kind": "ExecCredential", "status": status}
+    return f"print({json.dumps(credential)!r}.replace('{{run}}', str(run)))"
+
+
+def runs(folder: Path) -> int:
+    """Return how often the program ran."""
+    path = folder / "runs"
+    return len(path.read_text()) if path.exists() else 0
+
+
+def plugin(path: Path, version: str = V1) -> ExecPlugin:
+    """Return a plugin that runs this program."""
+    return ExecPlugin(version, str(path), "user 'main': exec", env={"PATH": os.environ["PATH"]})
+
+
+def access(folder: Path, plugin_config: dict[str, Any], **cluster: Any) -> Access:
+    """Load a kubeconfig in `folder` with this exec part."""
+    config = {
+        "current-context": "c",
+        "clusters": [{"name": "c", "cluster": {"server": "https://api.example", **cluster}}],
+        "users": [
+            {"name": "u", "user": {"exec": {"apiVersion": V1, "interactiveMode": "Never", **plugin_config}}}
+        ],
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+    }
+    (folder / "config").write_text(yaml.safe_dump(config))
+    return load_access({"KUBECONFIG": str(folder / "config"), "PATH": f"{folder}:{os.environ['PATH']}"})
+
+
+@pytest.mark.parametrize("version", [V1, BETA])
+async def test_a_token_is_kept_until_it_is_rejected(tmp_path: Path, version: str) -> None:
+    """Without an expiry the program runs once, and again after a 401 of its newest token."""
+    path = script(tmp_path, prints({"token": f"{SECRET}-{{run}}"}, version))
+    source = ExecCredentials(plugin(path, version))
+    first, again = await asyncio.gather(source.identity(), source.identity())
+    assert first is again
+    assert first.token == f"{SECRET}-1"
+    source.rejected(first)
+    second = await source.identity()
+    assert second.token == f"{SECRET}-2"
+    source.rejected(first)
+    assert await source.identity() is second
+    assert runs(tmp_path) == 2
+
+
+async def test_a_credential_is_renewed_shortly_before_it_expires(tmp_path: Path) -> None:
+    """The expiry is honoured with a leeway of ten seconds."""
+    expiry = datetime(2030, 1, 1, 12, 0, 0, tzinfo=UTC)
+    path = script(tmp_path, prints({"token": "t-{run}", "expirationTimestamp": "2030-01-01T12:00:00Z"}))
+    now = expiry.timestamp() - 60
+    source = ExecCredentials(plugin(path), now=lambda: now)
+    assert (await source.identity()).token == "t-1"
+    now = expiry.timestamp() - 11
+    assert (await source.identity()).token == "t-1"
+    now = expiry.timestamp() - 10
+    assert (await source.identity()).token == "t-2"
+
+
+async def test_the_program_is_told_what_kubectl_tells(tmp_path: Path) -> None:
+    """Arguments, environment and KUBERNETES_EXEC_INFO arrive, with the cluster when asked for."""
+    dump = tmp_path / "seen.json"
+    script(
+        tmp_path,
+        f"seen = dict(args=sys.argv[1:], mine=os.environ.get('MINE'), stdin=sys.stdin.read(), "
+        f"info=json.loads(os.environ['KUBERNETES_EXEC_INFO']))\n"
+        f"pathlib.Path({str(dump)!r}).write_text(json.dumps(seen))\n" + prints({"token": "t"}),
+    )
+    loaded = access(
+        tmp_path,
+        {
+            "command": "./plugin",
+            "args": ["get", "token"],
+            "env": [{"name": "MINE", "value": "yes"}],
+            "provideClusterInfo": True,
+        },
+        **{
+            "certificate-authority-data": base64.b64encode(CA.cert_pem.bytes()).decode(),
+            "tls-server-name": "kubernetes",
+            "extensions": [{"name": "client.authentication.k8s.io/exec", "extension": {"audience": "me"}}],
+        },
+    )
+    assert await loaded.token() == "t"
+    seen = json.loads(dump.read_text())
+    assert seen == {
+        "args": ["get", "token"],
+        "mine": "yes",
+        "stdin": "",
+        "info": {
+            "apiVersion": V1,
+            "kind": "ExecCredential",
+            "spec": {
+                "interactive": False,
+                "cluster": {
+                    "server": "https://api.example",
+                    "tls-server-name": "kubernetes",
+                    "certificate-authority-data": base64.b64encode(CA.cert_pem.bytes()).decode(),
+                    "config": {"audience": "me"},
+                },
+            },
+        },
+    }
+
+
+async def test_a_bare_command_is_looked_up_in_the_path(tmp_path: Path) -> None:
+    """A command without a slash is never taken from the kubeconfig's folder by itself."""
+    script(tmp_path, prints({"token": "t"}), "on-the-path")
+    assert await access(tmp_path, {"command": "on-the-path"}).token() == "t"
+
+
+async def test_a_missing_program_shows_the_install_hint(tmp_path: Path) -> None:
+    """The hint of the kubeconfig tells the operator what to install."""
+    loaded = access(tmp_path, {"command": "no-such-plugin", "installHint": "install it\nby hand"})
+    with pytest.raises(AccessError, match="'no-such-plugin'; install it by hand"):
+        await loaded.token()
+
+
+async def test_a_certificate_makes_a_context_of_its_own(tmp_path: Path) -> None:
+    """While the certificate stays the ssl context does; a new one brings a new context."""
+    leaves = [CA.issue_cert(f"c{index}.example") for index in range(2)]
+    statuses = [
+        {
+            "clientCertificateData": leaf.cert_chain_pems[0].bytes().decode(),
+            "clientKeyData": leaf.private_key_pem.bytes().decode(),
+        }
+        for leaf in leaves
+    ]
+    choose = f"statuses = {statuses!r}\nstatus = statuses[run - 1]\n"
+    script(
+        tmp_path,
+        choose + f"print(json.dumps(dict(apiVersion={V1!r}, kind='ExecCredential', status=status)))",
+    )
+    loaded = access(tmp_path, {"command": "./plugin"})
+    first = await loaded.credentials.identity()
+    assert first.token == ""
+    assert dict(first.headers()) == {}
+    context = loaded.ssl_context(first)
+    assert context is not None
+    assert loaded.ssl_context(await loaded.credentials.identity()) is context
+    loaded.credentials.rejected(first)
+    assert loaded.ssl_context(await loaded.credentials.identity()) is not context
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("print('who are you?', file=sys.stderr); sys.exit(3)", "ended with code 3: who are you?"),
+        ("sys.exit(1)", "ended with code 1: nothing on stderr"),
+        (f"print({SECRET!r})", "printed no ExecCredential: JSON is malformed"),
+        (
+            f'sys.stdout.buffer.write(b\'{{"kind":"\\xff{SECRET}"}}\')',
+            "printed no ExecCredential: UnicodeDecodeError",
+        ),
+        ("print('{}')", "missing required field"),
+        (prints({"token": SECRET}, BETA), f"no ExecCredential of {V1}"),
+        (prints({}), "neither a token nor a client certificate"),
+        (prints({"token": f"{SECRET}\nx"}), "the token has characters"),
+        (prints({"clientCertificateData": "x"}), "without its key"),
+        (prints({"token": SECRET, "expirationTimestamp": "soon"}), "$.status.expirationTimestamp"),
+        ("print('x' * (2 << 20))", "printed more than"),
+    ],
+)
+async def test_a_failing_program_is_an_error_without_its_output(tmp_path: Path, code: str, text: str) -> None:
+    """What it said on stderr is shown; what it printed, which may be the secret, is not."""
+    with pytest.raises(AccessError) as caught:
+        await ExecCredentials(plugin(script(tmp_path, code))).identity()
+    assert text in str(caught.value)
+    assert "user 'main': exec" in str(caught.value)
+    assert SECRET not in str(caught.value)
+
+
+async def test_a_file_that_is_no_program_is_an_error(tmp_path: Path) -> None:
+    """A format the kernel cannot run is reported, not raised through."""
+    path = tmp_path / "junk"
+    path.write_bytes(b"\x00\x01")
+    path.chmod(0o755)
+    with pytest.raises(AccessError, match=r"cannot run .*junk: Exec format error"):
+        await ExecCredentials(plugin(path)).identity()
+
+
+async def test_a_program_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
+    """A child that holds the pipes open does not outlive the time limit."""
+    pid_file = tmp_path / "child"
+    code = (
+        "import subprocess\n"
+        f"child = subprocess.Popen(['sleep', '60'])\npathlib.Path({str(pid_file)!r}).write_text(str(child.pid))\n"
+    )
+    started = time.monotonic()
+    with pytest.raises(AccessError, match=r"took longer than 1\.5 s"):
+        await ExecCredentials(plugin(script(tmp_path, code)), time_limit=1.5).identity()
+    assert time.monotonic() - started < 10
+    await assert_gone(int(pid_file.read_text()))
+
+
+async def test_cancelling_ends_the_program(tmp_path: Path) -> None:
+    """A daemon that stops leaves no plugin behind, and the next call is not blocked by it."""
+    pid_file = tmp_path / "pid"
+    path = script(tmp_path, f"pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\ntime.sleep(60)")
+    source = ExecCredentials(plugin(path))
+    task = asyncio.create_task(source.identity())
+    async with asyncio.timeout(10):
+        while not pid_file.exists() or not pid_file.read_text():  # noqa: ASYNC110 - another process writes it
+            await asyncio.sleep(0.02)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await assert_gone(int(pid_file.read_text()))
+    script(tmp_path, prints({"token": "t"}))
+    assert (await source.identity()).token == "t"
+
+
+async def assert_gone(pid: int) -> None:
+    """Wait until a process has ended."""
+    async with asyncio.timeout(5):
+        while is_running(pid):  # noqa: ASYNC110 - nothing tells us of another's child
+            await asyncio.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether a process runs; one that nobody reaped yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
