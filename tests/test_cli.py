@@ -1,0 +1,93 @@
+"""The command line: modes, flags, help, and how mistakes end."""
+
+import subprocess
+import sys
+
+import pytest
+
+from k8s_consul_registrar import __version__
+from k8s_consul_registrar.cli import main
+from k8s_consul_registrar.settings.options import OPTIONS
+
+
+def test_help_documents_every_variable(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--help` names each variable, its default and the commands."""
+    with pytest.raises(SystemExit) as raised:
+        main(["--help"], {})
+    assert raised.value.code == 0
+    shown = capsys.readouterr().out
+    for option in OPTIONS:
+        assert option.env in shown
+    for command in ("registrar", "proxy", "demo", "MODE"):
+        assert command in shown
+
+
+@pytest.mark.parametrize("mode", ["registrar", "proxy"])
+def test_each_command_documents_its_flags(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every setting a mode heeds is a flag of it, except secrets."""
+    with pytest.raises(SystemExit):
+        main([mode, "--help"], {})
+    shown = capsys.readouterr().out
+    for option in OPTIONS:
+        assert (f"{option.flag} …" in shown) is (mode in option.modes and not option.is_secret), option.env
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--version` tells the version."""
+    with pytest.raises(SystemExit):
+        main(["--version"], {})
+    assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [([], {"MODE": "server"}), (["server"], {}), (["server", "--port", "1"], {})],
+)
+def test_an_unknown_mode_names_the_choices(
+    arguments: list[str], environment: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Anything but the known modes is exit 2."""
+    assert main(arguments, environment) == 2
+    shown = capsys.readouterr().err
+    assert "'server'" in shown
+    assert "registrar, proxy" in shown
+
+
+def test_mode_chooses_whose_settings_count(capsys: pytest.CaptureFixture[str]) -> None:
+    """MODE=proxy heeds the proxy's settings, and flags count before variables."""
+    assert main([], {"MODE": "proxy", "PORT": "x", "CLUSTER_NAME": "a b"}) == 2
+    shown = capsys.readouterr().err
+    assert "PORT:" in shown
+    assert "CLUSTER_NAME" not in shown
+    assert main(["--cluster-name", "c d", "--admin-port", "y"], {"CLUSTER_NAME": "fine"}) == 2
+    shown = capsys.readouterr().err
+    assert "'c d'" in shown
+    assert "ADMIN_PORT" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments", [["registrar", "--nope"], ["registrar", "extra"], ["proxy", "--cluster-name", "x"]]
+)
+def test_unknown_arguments_are_exit_2(arguments: list[str]) -> None:
+    """A flag of another mode is unknown too."""
+    with pytest.raises(SystemExit) as raised:
+        main(arguments, {})
+    assert raised.value.code == 2
+
+
+def test_no_cluster_to_talk_to_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    """Outside a cluster and without a kubeconfig the message says what is missing."""
+    assert main(["registrar", "--cluster-name", "lab"], {"HOME": "/nonexistent"}) == 2
+    assert "KUBECONFIG" in capsys.readouterr().err
+
+
+def test_module_is_the_command() -> None:
+    """`python -m k8s_consul_registrar` works, and so does a closed pipe behind --help."""
+    done = subprocess.run(
+        [sys.executable, "-m", "k8s_consul_registrar", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, f"k8s-consul-registrar {__version__}")

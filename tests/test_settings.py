@@ -1,0 +1,195 @@
+"""Settings: what is taken, what is refused, and that every mistake is told at once."""
+
+import pytest
+
+from k8s_consul_registrar.errors import SettingsError
+from k8s_consul_registrar.settings.modes import (
+    ProxySettings,
+    RegistrarSettings,
+    read_proxy,
+    read_registrar,
+)
+from k8s_consul_registrar.settings.options import OPTIONS
+
+
+def registrar(**environment: str) -> RegistrarSettings:
+    """Read the registrar's settings, with a cluster name unless one is given."""
+    return read_registrar({"CLUSTER_NAME": "lab", **environment})
+
+
+def proxy(**environment: str) -> ProxySettings:
+    """Read the proxy's settings."""
+    return read_proxy(environment)
+
+
+def problems(mode: object, **environment: str) -> tuple[str, ...]:
+    """Return the mistakes of an environment."""
+    with pytest.raises(SettingsError) as raised:
+        (read_proxy if mode is proxy else read_registrar)(environment)
+    return raised.value.problems
+
+
+def test_registrar_defaults() -> None:
+    """Without anything set the registrar has the original's defaults, and warns about the name."""
+    settings = read_registrar({})
+    assert (settings.cluster_name, settings.has_default_name) == ("default-cluster", True)
+    assert (settings.sync_period, settings.proxy_node_port) == (600, 31112)
+    assert settings.consul.url == "http://127.0.0.1:8500"
+    assert settings.common.admin_port == 8081
+    assert "CLUSTER_NAME" in settings.common.warnings[0]
+
+
+def test_proxy_defaults() -> None:
+    """Without anything set the proxy listens on 8080 and verifies kubelets."""
+    settings = proxy()
+    assert (settings.port, settings.paths) == (8080, ("/metrics/cadvisor",))
+    assert (settings.kubelet_skip_verify, settings.allow_loopback) == (False, False)
+
+
+def test_a_name_that_is_set_to_the_default_is_a_name() -> None:
+    """Only a name that was not given is the default one; set to nothing counts as not given."""
+    assert not read_registrar({"CLUSTER_NAME": "default-cluster"}).has_default_name
+    assert read_registrar({"CLUSTER_NAME": " "}).has_default_name
+
+
+@pytest.mark.parametrize("value", ["", "0", "-1", "abc", "nan", "inf", "1e999"])
+def test_invalid_sync_period_becomes_the_default(value: str) -> None:
+    """As in the original an invalid period is 600 s; here it is said, unless it was simply not set."""
+    settings = registrar(SYNC_PERIOD=value)
+    assert settings.sync_period == 600
+    assert bool(settings.common.warnings) is bool(value)
+
+
+def test_valid_sync_period() -> None:
+    """Whole and broken seconds are taken."""
+    assert registrar(SYNC_PERIOD="60").sync_period == 60
+    assert registrar(SYNC_PERIOD="0.5").sync_period == 0.5
+
+
+@pytest.mark.parametrize(
+    ("environment", "url", "socket"),
+    [
+        ({"CONSUL_ADDRESS": "consul:8501"}, "http://consul:8501", ""),
+        ({"CONSUL_ADDRESS": "consul"}, "http://consul:8500", ""),
+        ({"CONSUL_ADDRESS": "[::1]:8500"}, "http://[::1]:8500", ""),
+        ({"CONSUL_ADDRESS": "https://consul.example/prefix/"}, "https://consul.example/prefix", ""),
+        ({"CONSUL_ADDRESS": "unix:///run/consul.sock"}, "http://consul", "/run/consul.sock"),
+        ({"CONSUL_HTTP_ADDR": "other:1"}, "http://other:1", ""),
+        ({"CONSUL_HTTP_ADDR": "other:1", "CONSUL_ADDRESS": "mine:2"}, "http://mine:2", ""),
+        ({"CONSUL_ADDRESS": "mine:2", "CONSUL_HTTP_SSL": "true"}, "https://mine:2", ""),
+    ],
+)
+def test_consul_address(environment: dict[str, str], url: str, socket: str) -> None:
+    """Every form of Consul's address, ours before Consul's own variable."""
+    consul = registrar(**environment).consul
+    assert (consul.url, consul.socket) == (url, socket)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "ftp://x",
+        "unix://relative",
+        "http://",
+        "host:port",
+        "host:99999",
+        "a b:1",
+        "http://h/?x=1",
+        "::1:8500:x",
+    ],
+)
+def test_bad_consul_address(address: str) -> None:
+    """What is no address is a problem by name."""
+    (problem,) = problems(registrar, CLUSTER_NAME="lab", CONSUL_ADDRESS=address)
+    assert problem.startswith("CONSUL_ADDRESS: ")
+
+
+def test_password_in_an_address_is_refused_and_not_shown() -> None:
+    """A secret in a URL does not reach the message that refuses it."""
+    (problem,) = problems(registrar, CONSUL_ADDRESS="http://user:hunter2@consul:8500", CLUSTER_NAME="lab")
+    assert "CONSUL_HTTP_TOKEN" in problem
+    assert "hunter2" not in problem
+
+
+def test_token_is_in_no_repr() -> None:
+    """A settings value can be shown without giving the token away."""
+    assert "t0p-secret" not in repr(registrar(CONSUL_HTTP_TOKEN="t0p-secret").consul)
+
+
+def test_previous_instances_may_name_the_empty_one() -> None:
+    """Two quotes stand for the empty instance; a stray comma does not."""
+    assert registrar(PREVIOUS_INSTANCES='a, "",b,').previous_instances == {"a", "", "b"}
+    assert registrar(PREVIOUS_INSTANCES=",").previous_instances == frozenset()
+
+
+def test_shard_paths() -> None:
+    """Spaces, empties and repeats are dropped."""
+    assert registrar(SHARD_PATHS=" a ,,b,a").shard_paths == ("a", "b")
+
+
+def test_every_mistake_at_once() -> None:
+    """All problems are reported together, each by the name of its variable."""
+    found = problems(
+        registrar,
+        CLUSTER_NAME="a b",
+        INSTANCE="x" * 51,
+        CONSUL_ADDRESS="nope://",
+        CONSUL_HTTP_SSL_VERIFY="maybe",
+        CONSUL_CLIENT_KEY="/k",
+        BRAKE_CONFIRM="-1",
+        PROXY_NODE_PORT="70000",
+        ADMIN_PORT="x",
+        LOG_LEVEL="loud",
+        LOG_FORMAT="xml",
+        ALLOW_MASS_DEREGISTER="perhaps",
+        SHARD_PATHS="x" * 600,
+    )
+    names = {problem.partition(":")[0] for problem in found}
+    assert names == {
+        "CLUSTER_NAME",
+        "INSTANCE",
+        "CONSUL_ADDRESS",
+        "CONSUL_HTTP_SSL_VERIFY",
+        "CONSUL_CLIENT_KEY",
+        "BRAKE_CONFIRM",
+        "PROXY_NODE_PORT",
+        "ADMIN_PORT",
+        "LOG_LEVEL",
+        "LOG_FORMAT",
+        "ALLOW_MASS_DEREGISTER",
+        "SHARD_PATHS",
+    }
+
+
+def test_every_mistake_of_the_proxy_at_once() -> None:
+    """The proxy's problems are reported together as well."""
+    found = problems(
+        proxy,
+        PORT="-1",
+        PROXY_PATHS="/metrics,/pods",
+        KUBELET_TLS_SERVER_NAME="cat",
+        SCRAPE_CONCURRENCY="0",
+        SCRAPE_TIMEOUT_MAX="0",
+        PROXY_ALLOW_LOOPBACK="?",
+    )
+    assert {problem.partition(":")[0] for problem in found} == {
+        "PORT",
+        "PROXY_PATHS",
+        "KUBELET_TLS_SERVER_NAME",
+        "SCRAPE_CONCURRENCY",
+        "SCRAPE_TIMEOUT_MAX",
+        "PROXY_ALLOW_LOOPBACK",
+    }
+
+
+def test_health_stays_apart_from_the_nodeport() -> None:
+    """One port for both would put health and metrics on every Node."""
+    (problem,) = problems(proxy, PORT="8080", ADMIN_PORT="8080")
+    assert "ADMIN_PORT" in problem
+
+
+def test_options_are_told_apart() -> None:
+    """No variable is listed twice, and every flag is its own."""
+    assert len({option.env for option in OPTIONS}) == len(OPTIONS)
+    assert len({option.flag for option in OPTIONS}) == len(OPTIONS)
+    assert all(option.help and option.modes for option in OPTIONS)
