@@ -145,8 +145,8 @@ class Rejection:
 class Service:
     """Consul's record of a target.
 
-    `meta` and `tags` are sorted. `index` is the catalog's ModifyIndex, 0 where the record comes from an
-    agent or was never written; it takes no part in equality.
+    `meta` and `tags` are sorted. `index` is the catalog's ModifyIndex: of the record that was read, or that
+    a write replaces, 0 where there is to be none yet; it takes no part in equality.
     """
 
     id: str
@@ -178,9 +178,20 @@ class WriteFailure:
     problem: str
 
 
+# The index of a service that an agent holds and the catalog lacks, though the agent believes it is there.
+UNSYNCED = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What came of a batch of writes: how many were done, and which were refused one by one."""
+    """What came of a batch of writes.
+
+    `done` counts the writes that were made, `failures` are those refused one by one. `indexes` are the
+    catalog's new ModifyIndex values by service ID. `stale` are the IDs whose record was not the version
+    that the write named: somebody else wrote it, so it has to be read again.
+    """
 
     done: int = 0
     failures: tuple[WriteFailure, ...] = ()
+    indexes: Mapping[str, int] = field(default_factory=dict)
+    stale: tuple[str, ...] = ()

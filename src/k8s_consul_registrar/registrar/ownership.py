@@ -60,8 +60,11 @@ class Identity:
             return False
         return claim is Claim.OURS or self.speaks_for_cluster
 
-    def service(self, target: Target, shard: str, cluster_uid: str) -> Service:
-        """Make the service of a target: whose it is and where it belongs are added to its meta."""
+    def service(self, target: Target, shard: str, cluster_uid: str, index: int = 0) -> Service:
+        """Make the service of a target: whose it is and where it belongs are added to its meta.
+
+        `index` is that of the record it replaces.
+        """
         added = {
             "cluster": self.cluster,
             "cluster_uid": cluster_uid,
@@ -77,6 +80,7 @@ class Identity:
             port=target.port,
             meta=tuple(sorted(pairs)),
             tags=target.tags,
+            index=index,
         )
 
 
