@@ -32,7 +32,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
-        self._uncertain: set[str] = set()
+        self._uncertain: dict[str, str] = {}
 
     def __len__(self) -> int:
         """Return how many services of ours are known to stand in Consul."""
@@ -46,17 +46,22 @@ class Ledger:
         """Whether something stands, or may stand, under an ID that is not known here."""
         return service_id in self._uncertain
 
+    def shard(self, service_id: str) -> str:
+        """Return the shard a service has or had, so that one that was lost gets it back; empty for none."""
+        entry = self._entries.get(service_id)
+        return self._uncertain.get(service_id, "") if entry is None else entry.shard
+
     def note(self, entry: Entry) -> None:
         """Note what stands in Consul under an ID."""
         self._entries[entry.id] = entry
-        self._uncertain.discard(entry.id)
+        self._uncertain.pop(entry.id, None)
 
-    def doubt(self, service_id: str) -> None:
+    def doubt(self, service_id: str, shard: str = "") -> None:
         """Note that what stands under an ID has to be looked up: another's, or a write whose end is unknown."""
+        self._uncertain[service_id] = shard or self.shard(service_id)
         self._entries.pop(service_id, None)
-        self._uncertain.add(service_id)
 
     def forget(self, service_id: str) -> None:
         """Note that nothing stands under an ID."""
         self._entries.pop(service_id, None)
-        self._uncertain.discard(service_id)
+        self._uncertain.pop(service_id, None)

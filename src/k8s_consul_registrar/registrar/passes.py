@@ -46,6 +46,7 @@ class Passes:
         self._pending: set[str] = set()
         self._refused: set[str] = set()
         self._had_full_pass = False
+        self._lost_shards: dict[str, str] = {}
 
     @property
     def has_refused(self) -> bool:
@@ -57,22 +58,24 @@ class Passes:
         ledger = Ledger()
         count = 0
         async for service in self._registry.services():
-            ledger.doubt(service.id)
+            ledger.doubt(service.id, service.value("shard_path"))
             count += 1
             if count % SLICE == 0:
                 await asyncio.sleep(0)
+        for service_id, shard in (await self._registry.lost_shards()).items():
+            self._lost_shards.setdefault(service_id, shard)
         self._ledger = ledger
 
     async def full(self) -> PassReport:
         """Compare everything the cluster wants with everything Consul holds, and write what differs."""
         wanted = self._cluster.wanted()
-        planner = Planner(wanted, self._identity, self._shards)
+        planner = Planner(wanted, self._identity, self._shards, self._recall)
         ledger = Ledger()
         count = 0
         async for service in self._registry.services():
             entry = planner.consider(service)
             if entry is None:
-                ledger.doubt(service.id)
+                ledger.doubt(service.id, service.value("shard_path"))
             else:
                 ledger.note(entry)
             count += 1
@@ -88,6 +91,7 @@ class Passes:
         report = await self._apply(plan)
         self._memory = memory
         self._had_full_pass = True
+        self._lost_shards.clear()
         for one in held:
             self._cluster.relist(one.source, one.due)
         if not report.refused:
@@ -101,7 +105,7 @@ class Passes:
             self._pending |= self._refused
         wanted = self._cluster.changes(frozenset(self._pending))
         self._pending |= wanted.claims.keys()
-        planner = Planner(wanted, self._identity, self._shards)
+        planner = Planner(wanted, self._identity, self._shards, self._recall)
         unknown: list[str] = []
         for service_id in wanted.claims:
             entry = self._ledger.get(service_id)
@@ -119,6 +123,10 @@ class Passes:
             self._cluster.settled(wanted.departed - plan.kept_objects)
         self._reporter.passed_over_changes(plan, report)
         return report
+
+    def _recall(self, service_id: str) -> str:
+        """Return the shard of a service that Consul held, though it may hold it no more."""
+        return self._ledger.shard(service_id) or self._lost_shards.get(service_id, "")
 
     async def _look_up(self, ids: Sequence[str], planner: Planner) -> None:
         """Have the planner consider what stands under these IDs; before the first full pass, leave them."""

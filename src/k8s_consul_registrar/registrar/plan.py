@@ -1,7 +1,7 @@
 """Compares what the cluster wants with what Consul holds, and says what to write: pure."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -70,13 +70,17 @@ class Planner:
     """Takes Consul's services one by one, keeps only what needs a write, and ends in a `Plan`.
 
     First `consider` every service there is under the wanted IDs (for a full comparison: every service
-    there is), then run through `complete`, then take the `plan`.
+    there is), then run through `complete`, then take the `plan`. `recall` tells the shard that a service
+    had which Consul has lost.
     """
 
-    def __init__(self, wanted: Wanted, identity: Identity, shards: Shards) -> None:
+    def __init__(
+        self, wanted: Wanted, identity: Identity, shards: Shards, recall: Callable[[str], str] = lambda _: ""
+    ) -> None:
         self._wanted = wanted
         self._identity = identity
         self._shards = shards
+        self._recall = recall
         self._seen: set[str] = set()
         self._register: list[Entry] = []
         self._update: list[Entry] = []
@@ -114,7 +118,8 @@ class Planner:
             if claims and service_id not in self._seen:
                 target, losers = settle(claims, None)
                 self._rejections.extend(losers)
-                self._register.append(Entry(target, self._shards.choose(""), self._wanted.cluster_uid))
+                shard = self._shards.choose(self._recall(service_id))
+                self._register.append(Entry(target, shard, self._wanted.cluster_uid))
             yield
 
     def plan(self, held: Sequence[Held] = (), memory: Memory | None = None) -> Plan:

@@ -1,6 +1,6 @@
 """What the reconciler asks of the two sides it keeps equal."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Protocol
 
@@ -69,4 +69,8 @@ class Registry(Protocol):
 
     async def is_disturbed(self) -> bool:
         """Whether somebody else may have changed what is there; cheap enough to ask every few seconds."""
+        ...
+
+    async def lost_shards(self) -> Mapping[str, str]:
+        """Return shard paths by service ID that are still on record though the service is not held here."""
         ...
