@@ -1,9 +1,11 @@
 """Runs what leans on the event loop on both loops: the daemon's (uvloop) and asyncio's own."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
+import structlog
 import uvloop
 
 ON_BOTH_LOOPS = ("test_proxy_",)
@@ -16,3 +18,14 @@ def pytest_asyncio_loop_factories(
     if item.path.name.startswith(ON_BOTH_LOOPS):
         return {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """Undo what a test configured: its streams are closed when it ends."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()

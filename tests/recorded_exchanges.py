@@ -70,7 +70,7 @@ def assert_alike(recorded: Exchange, answer: Answer) -> None:
     assert set(actual) == set(expected)
     for name in _VALUED_HEADERS:
         assert actual.get(name) == expected.get(name)
-    assert list(differences(_parsed(recorded), _parsed(answer))) == []
+    assert list(differences(parsed(recorded), parsed(answer))) == []
 
 
 def differences(expected: Any, actual: Any, path: str = "$") -> Iterator[str]:
@@ -94,7 +94,8 @@ def differences(expected: Any, actual: Any, path: str = "$") -> Iterator[str]:
         yield f"{path}: {expected!r} became {actual!r}"
 
 
-def _parsed(message: Exchange | Answer) -> Any:
+def parsed(message: Exchange | Answer) -> Any:
+    """Return a body's JSON, a list of it for a watch, or the text when it is none."""
     if not message.text or message.headers.get("Content-Type") != "application/json":
         return message.text
     lines = message.text.splitlines()

@@ -29,7 +29,18 @@ def test_each_command_documents_its_flags(mode: str, capsys: pytest.CaptureFixtu
         main([mode, "--help"], {})
     shown = capsys.readouterr().out
     for option in OPTIONS:
-        assert (f"{option.flag} …" in shown) is (mode in option.modes and not option.is_secret), option.env
+        is_shown = f"{option.flag} …" in shown or f"{option.flag} [true|false]" in shown
+        assert is_shown is (mode in option.modes and not option.is_secret), option.env
+        assert option.env in shown or mode not in option.modes
+
+
+def test_a_boolean_flag_alone_means_true(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--allow-mass-deregister` needs no value, and takes one."""
+    home = {"HOME": "/nonexistent", "CLUSTER_NAME": "lab"}
+    assert main(["registrar", "--allow-mass-deregister"], home) == 2
+    assert "KUBECONFIG" in capsys.readouterr().err
+    assert main(["registrar", "--allow-mass-deregister", "maybe"], home) == 2
+    assert "ALLOW_MASS_DEREGISTER" in capsys.readouterr().err
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

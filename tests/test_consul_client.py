@@ -181,7 +181,7 @@ def test_token_file_is_read_again_as_it_changes(tmp_path: Path) -> None:
     access = ConsulAccess(ConsulAddress("http://x"), token="given-secret", token_file=str(file))
     assert "given-secret" not in repr(access)
     token = ConsulToken(access, clock=lambda: now[0])
-    with pytest.raises(AccessError, match="token file"):
+    with pytest.raises(AccessError, match="CONSUL_HTTP_TOKEN_FILE"):
         token.current()
     file.write_text("one\n")
     assert token.current() == "one"

@@ -288,6 +288,7 @@ async def test_kubeconfig_is_private_and_leads_here(sandbox: Sandbox, tmp_path: 
         ("/metrics/nothing", [("get", "nodes/metrics")], 404),
         ("/stats/summary", [("get", "nodes/metrics")], 403),
         ("/pods", [("get", "nodes/metrics")], 403),
+        ("/exec/shop/a/app", [("get", "nodes/metrics")], 403),
         ("/healthz", [("get", "nodes/metrics")], 403),
         ("/healthz", [("get", "nodes/healthz")], 200),
         ("/healthz", [("get", "nodes/proxy")], 200),

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from textwrap import fill
 
 from k8s_consul_registrar import __version__
@@ -30,10 +30,10 @@ def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] 
     parser = build_parser()
     if not arguments or arguments[0] not in {*COMMANDS, "-h", "--help", "--version"}:
         if arguments and not arguments[0].startswith("-"):
-            return _wrong_mode(arguments[0], "command")
+            return _wrong_mode(arguments[0], "command", COMMANDS)
         mode = environment.get("MODE", "").strip().lower() or REGISTRAR
         if mode not in MODES:
-            return _wrong_mode(mode, "MODE")
+            return _wrong_mode(mode, "MODE", MODES)
         arguments = [mode, *arguments]
     parsed = parser.parse_args(arguments)
     if parsed.command == DEMO:
@@ -66,8 +66,8 @@ def _configure_logging(common: CommonSettings) -> None:
     configure_logging(common.log_level, common.log_format)
 
 
-def _wrong_mode(given: str, what: str) -> int:
-    print(f"{what} {given!r} is not one of: {', '.join(COMMANDS)}", file=sys.stderr)
+def _wrong_mode(given: str, what: str, choices: Iterable[str]) -> int:
+    print(f"{what} {given!r} is not one of: {', '.join(choices)}", file=sys.stderr)
     return EXIT_SETTINGS
 
 
@@ -84,7 +84,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="command", title="commands")
     for name, purpose in COMMANDS.items():
         command = commands.add_parser(
-            name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".", allow_abbrev=False
+            name,
+            help=purpose,
+            description=purpose[0].upper() + purpose[1:] + ".",
+            epilog=_secrets_of(name),
+            allow_abbrev=False,
         )
         for option in options_of(name):
             _add_flag(command, option)
@@ -95,13 +99,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_flag(command: argparse.ArgumentParser, option: Option) -> None:
     default = f" (default {option.default})" if option.default else ""
-    if not option.is_secret:
+    text = f"{option.help}{default}; variable {option.env}".replace("%", "%%")
+    if option.is_secret:
+        return
+    if option.is_boolean:
         command.add_argument(
-            option.flag,
-            dest=option.env,
-            metavar="…",
-            help=f"{option.help}{default}; variable {option.env}".replace("%", "%%"),
+            option.flag, dest=option.env, nargs="?", const="true", metavar="true|false", help=text
         )
+    else:
+        command.add_argument(option.flag, dest=option.env, metavar="…", help=text)
+
+
+def _secrets_of(command: str) -> str | None:
+    secrets = [option for option in options_of(command) if option.is_secret]
+    return "".join(f"Variable {option.env}: {option.help}." for option in secrets) or None
 
 
 def _every_variable() -> str:
@@ -115,7 +126,13 @@ def _every_variable() -> str:
         default = f" Default: {option.default}." if option.default else ""
         lines.append(f"  {option.env} {marks}")
         lines.append(
-            fill(f"{option.help}.{default}", _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT)
+            fill(
+                f"{option.help}.{default}",
+                _WIDTH,
+                initial_indent=_INDENT,
+                subsequent_indent=_INDENT,
+                break_on_hyphens=False,
+            )
         )
     lines += ["", "Exit codes: 0 done, 1 failed, 2 wrong settings, 130 interrupted."]
     return "\n".join(lines)

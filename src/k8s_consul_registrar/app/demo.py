@@ -32,7 +32,7 @@ def run_demo(*, keep: bool) -> int:
         from k8s_consul_registrar.sandbox import sandbox  # noqa: F401, PLC0415 - is the extra there?
     except ImportError as error:
         print(f"The demo needs the extra [sandbox] ({error.name} is missing): ", file=sys.stderr, end="")
-        print("pip install 'k8s-consul-registrar[sandbox]'", file=sys.stderr)
+        print("in a checkout, pip install '.[sandbox]'", file=sys.stderr)
         return EXIT_FAILURE
     try:
         return asyncio.run(_demo(keep=keep))
@@ -82,7 +82,7 @@ async def _story(stack: contextlib.AsyncExitStack) -> list[tuple[str, str]]:
     common = {"KUBECONFIG": str(kubeconfig), "LOG_FORMAT": "json"}
     _step("The proxy and the registrar start, each a process of its own")
     proxy = Mode("proxy", folder, {**common, "PORT": str(proxy_port), "ADMIN_PORT": str(proxy_admin)})
-    proxy.environment["PROXY_ALLOW_LOOPBACK"] = "true"
+    proxy.environment |= {"PROXY_ALLOW_LOOPBACK": "true", "DRAIN_DELAY": "0"}
     registrar = Mode("registrar", folder, {**common, "ADMIN_PORT": str(registrar_admin)})
     registrar.environment |= {
         "CLUSTER_NAME": CLUSTER,

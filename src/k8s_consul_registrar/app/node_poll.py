@@ -79,11 +79,16 @@ class NodePoll:
             self._nodes.replace(table)
             self._changed()
             log.info("nodes", known=len(listed), reachable=len(table.by_name))
+            if listed and not table.by_name:
+                log.warning(
+                    "no Node has an address that may be dialled: link-local and the like never are, loopback "
+                    "only with PROXY_ALLOW_LOOPBACK=true"
+                )
         self.has_known = True
 
     def _failed(self, problem: str) -> None:
         if problem != self.problem:
-            log.warning("cannot list the Nodes; those last known are served", problem=problem)
+            log.warning("cannot list the Nodes", problem=problem, still_served=len(self._listed))
         self.problem = problem
         if self._nodes.known and self._clock() - self._listed_at > self._stale_after:
             log.error("the Nodes last known are too old to be trusted", seconds=self._stale_after)

@@ -84,7 +84,7 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
             sockets = listen(settings.port)
         except OSError as error:
             raise OperationalError(
-                f"the port {settings.port} (PORT) cannot be had: {error.strerror or error}"
+                f"cannot listen on port {settings.port} (PORT): {error.strerror or error}"
             ) from None
         await server.start(sockets)
         registry.register(ProxyCollector(server.stats))

@@ -8,7 +8,7 @@ from k8s_consul_registrar.admin.server import AdminServer
 from k8s_consul_registrar.app.lifecycle import Stop, run_until_stopped
 from k8s_consul_registrar.app.process import new_registry
 from k8s_consul_registrar.backoff import Timing
-from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress, build_ssl_context
+from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress, ConsulToken, build_ssl_context
 from k8s_consul_registrar.consul.agent import AgentRegistry
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.kube.access import load_access
@@ -122,7 +122,7 @@ def consul_access(settings: ConsulSettings) -> ConsulAccess:
             key_file=settings.key_file,
             verify=settings.verify,
         )
-    return ConsulAccess(
+    access = ConsulAccess(
         address=ConsulAddress(settings.url, settings.socket),
         token=settings.token,
         token_file=settings.token_file,
@@ -131,3 +131,5 @@ def consul_access(settings: ConsulSettings) -> ConsulAccess:
         namespace=settings.namespace,
         partition=settings.partition,
     )
+    ConsulToken(access).current()
+    return access

@@ -56,7 +56,9 @@ class ConsulToken:
             except (OSError, UnicodeDecodeError) as error:
                 # A file that is being replaced is missing for a moment; what was read still holds.
                 if self._read_at is None:
-                    raise AccessError(f"the Consul token file {self._file} cannot be read: {error}") from None
+                    raise AccessError(
+                        f"CONSUL_HTTP_TOKEN_FILE {self._file} cannot be read: {error}"
+                    ) from None
             self._read_at = now
         return self._token
 

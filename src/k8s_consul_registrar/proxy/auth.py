@@ -46,9 +46,9 @@ class BearerFile:
             token = self._path.read_bytes().strip()
         except OSError as error:
             raise AccessError(
-                f"the bearer token file {self._path} cannot be read: {error.strerror}"
+                f"PROXY_BEARER_TOKEN_FILE {self._path} cannot be read: {error.strerror}"
             ) from None
         self._seen = seen
         if not token or any(byte < 0x21 or byte > 0x7E for byte in token):
-            raise AccessError(f"the bearer token file {self._path} holds no token")
+            raise AccessError(f"PROXY_BEARER_TOKEN_FILE {self._path} holds no token")
         self._expected = token

@@ -42,6 +42,8 @@ class Reporter:
     def sources(self, wanted: Wanted) -> None:
         """Show how well each source is known."""
         problems = {str(source): state.problem for source, state in wanted.sources.items() if state.problem}
+        for about in self._status.source_problems.keys() - problems.keys():
+            log.info("can be listed again", source=about)
         self._status.source_problems = problems
         for about, text in self._news.fresh("sources", problems):
             log.warning("cannot list; nothing of it is deregistered meanwhile", source=about, problem=text)

@@ -38,7 +38,7 @@ class Agent:
         with catalog.apply():
             catalog.put_node(_own_node(options))
             catalog.put_check(_serf_health(options))
-            catalog.put_service(options.node_name, Service("consul", "consul", port=_SERVER_PORT))
+            catalog.put_service(options.node_name, _own_service(options))
 
     @property
     def services(self) -> dict[str, Service]:
@@ -172,6 +172,18 @@ def _own_node(options: ConsulOptions) -> Node:
         tagged_addresses=addresses,
         meta=meta,
     )
+
+
+def _own_service(options: ConsulOptions) -> Service:
+    meta = {
+        "non_voter": "false",
+        "raft_version": "3",
+        "serf_protocol_current": "2",
+        "serf_protocol_max": "5",
+        "serf_protocol_min": "1",
+        "version": options.version,
+    }
+    return Service("consul", "consul", port=_SERVER_PORT, meta=meta)
 
 
 def _serf_health(options: ConsulOptions) -> Check:

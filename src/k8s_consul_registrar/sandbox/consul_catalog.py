@@ -1,5 +1,7 @@
 """The catalog's, health's and status' endpoints."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -71,14 +73,18 @@ class CatalogApi:
         service = consul_rules.service_of(given, name_field="Service") if given else None
         if service is not None and service.id and not service.name:
             raise RefusedError("Must provide service name with ID")
+        if service is not None and service.address in consul_rules.ANY_ADDRESSES:
+            raise RefusedError("Invalid service address")
         checks = [*(fields.get("Checks") or ()), *([fields["Check"]] if fields.get("Check") else ())]
         with self._catalog.apply():
             if not is_node_kept:
                 self._catalog.put_node(node)
             if service is not None:
-                self._catalog.put_service(node.name, service)
+                with _named("failed inserting service: {}"):
+                    self._catalog.put_service(node.name, service)
             for check in checks:
-                self._catalog.put_check(check_of(check, node.name))
+                with _named(f'failed inserting check: {{}} on node "{node.name}"'):
+                    self._catalog.put_check(check_of(check, node.name))
 
     async def _deregister(self, request: web.Request) -> web.Response:
         fields = _decoded(await self._gate.write(request))
@@ -109,15 +115,16 @@ class CatalogApi:
         if not self._gate.sees_everything(request):
             denied = [{"OpIndex": i, "What": "Permission denied"} for i in range(len(operations))]
             return json_response({"Results": None, "Errors": denied}, status=409)
-        if any(consul_txn.is_write(operation) for operation in operations):
+        is_write = any(consul_txn.is_write(operation) for operation in operations)
+        if is_write:
             self._gate.record(request, body)
         try:
             result = consul_txn.run(self._catalog, operations, self._options.datacenter)
         except RefusedError as error:
             raise HttpError(400, f"Failed to parse body: {error}") from None
-        if result.errors:
-            return json_response({"Results": None, "Errors": result.errors}, status=409)
-        return json_response({"Results": result.results, "Errors": None})
+        answer = {"Results": None if result.errors else result.results, "Errors": result.errors or None}
+        status = 409 if result.errors else 200
+        return json_response(answer, status=status) if is_write else _read_answer(answer, status)
 
     async def _nodes(self, request: web.Request) -> web.Response:
         def read() -> list[Json]:
@@ -142,7 +149,11 @@ class CatalogApi:
 
         def read() -> Json:
             node = self._catalog.node(name)
-            return nothing if node is None else {"Node": node.json(), "Services": self._services(request)}
+            if node is None:
+                return nothing
+            # As Go encodes it: a node without services has null for a list, a filter that leaves none [].
+            has_services = bool(self._catalog.services_of(name))
+            return {"Node": node.json(), "Services": self._services(request) if has_services else None}
 
         return await self._gate.query(request, ("node", name.lower()), read, unseen=nothing)
 
@@ -198,6 +209,24 @@ class CatalogApi:
 
     async def _peers(self, _: web.Request) -> web.Response:
         return json_response([_LEADER])
+
+
+def _read_answer(answer: Json, status: int) -> web.Response:
+    """Return a transaction's answer as those get it that only read."""
+    meta = {"Index": 0, "LastContact": 0, "KnownLeader": True, "ConsistencyLevel": ""}
+    response = json_response({**answer, **meta}, status=status)
+    response.headers["X-Consul-KnownLeader"] = "true"
+    response.headers["X-Consul-LastContact"] = "0"
+    return response
+
+
+@contextmanager
+def _named(template: str) -> Iterator[None]:
+    """Put a refusal inside into the words of the step that met it."""
+    try:
+        yield
+    except RefusedError as error:
+        raise RefusedError(template.format(error)) from None
 
 
 def _decoded(body: bytes) -> Json:

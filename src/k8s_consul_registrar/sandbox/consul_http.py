@@ -167,14 +167,13 @@ def wait_of(request: web.Request) -> float:
 
 
 def selected(request: web.Request, records: list[Json], fields: frozenset[str]) -> list[Json]:
-    """Return the records the request's filter lets through; HttpError 400 when it cannot be parsed."""
+    """Return the records the request's filter lets through; HttpError 500 when it cannot be parsed."""
     if not (expression := request.query.get("filter", "")):
         return records
     try:
         predicate = filters.parse(expression, fields)
     except filters.FilterError as error:
-        text = f'Failed to create boolean expression evaluator for expression "{expression}": {error}'
-        raise HttpError(400, text) from None
+        raise HttpError(500, f"Failed to create boolean expression evaluator: {error}") from None
     plain = msgspec.json.decode(msgspec.json.encode(records))  # the filter sees what the reader would
     return [record for record, judged in zip(records, plain, strict=True) if predicate(judged)]
 

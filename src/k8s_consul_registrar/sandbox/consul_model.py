@@ -45,6 +45,8 @@ class Node(msgspec.Struct, frozen=True):
             "ModifyIndex": self.modify_index,
         }
 
+    raw_json = json
+
 
 class Service(msgspec.Struct, frozen=True):
     """An instance of a service, on an agent or a node of the catalog."""
@@ -67,6 +69,7 @@ class Service(msgspec.Struct, frozen=True):
 
     def agent_json(self) -> Json:
         """Return the record as the agent's own answers hold it."""
+        tagged = {"TaggedAddresses": self.tagged_addresses} if self.tagged_addresses else {}
         return {
             "ID": self.id,
             "Service": self.name,
@@ -74,13 +77,13 @@ class Service(msgspec.Struct, frozen=True):
             "Meta": self.meta or {},
             "Port": self.port,
             "Address": self.address,
-            "TaggedAddresses": self.tagged_addresses or {},
+            **tagged,
             "Weights": self.weights,
             "EnableTagOverride": self.enable_tag_override,
         }
 
     def raw_json(self) -> Json:
-        """Return the record as transactions answer it: what is not set is null."""
+        """Return the record as transactions answer it: tags that are not set are null."""
         tagged = {"TaggedAddresses": self.tagged_addresses} if self.tagged_addresses else {}
         return {
             "ID": self.id,
@@ -100,7 +103,7 @@ class Service(msgspec.Struct, frozen=True):
 
     def json(self) -> Json:
         """Return the record as the catalog's and health's answers hold it."""
-        return {**self.raw_json(), "Tags": self.tags or (), "Meta": self.meta or {}}
+        return {**self.raw_json(), "Tags": self.tags or ()}
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -124,8 +127,12 @@ class Check(msgspec.Struct, frozen=True):
         """Return this record without its indexes, to compare it with another."""
         return msgspec.structs.replace(self, create_index=0, modify_index=0)
 
+    def raw_json(self) -> Json:
+        """Return the record as transactions answer it: a node's check has null for its service's tags."""
+        return {**self.json(), "ServiceTags": self.service_tags if self.service_id else None}
+
     def json(self) -> Json:
-        """Return the record as every answer holds it."""
+        """Return the record as health's answers hold it."""
         return {
             "Node": self.node,
             "CheckID": self.id,

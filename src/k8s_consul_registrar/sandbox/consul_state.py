@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from k8s_consul_registrar.sandbox.consul_model import Check, Node, Service
-from k8s_consul_registrar.sandbox.consul_rules import ANY_ADDRESSES, RefusedError, check_meta
+from k8s_consul_registrar.sandbox.consul_rules import RefusedError, check_meta
 
 Scope = tuple[str, str]  # what a reader waits for: ("node", name), ("service", name) or a whole table
 NODES: Scope = ("nodes", "")
@@ -117,7 +117,6 @@ class Catalog:
 
     def put_node(self, node: Node) -> None:
         """Write a node."""
-        check_meta({key: value for key, value in (node.meta or {}).items() if not key.startswith("consul-")})
         before = self.node(node.name)
         if before is not None and before.content() == node.content():
             return
@@ -137,8 +136,6 @@ class Catalog:
             raise RefusedError(
                 f"Invalid Service Meta for node {node} and serviceID {service.id}: {error}"
             ) from None
-        if service.address in ANY_ADDRESSES:
-            raise RefusedError("Invalid service address")
         key, before = node.lower(), self.service(node, service.id)
         if before is not None and before.content() == service.content():
             return

@@ -40,7 +40,7 @@ class _RolledBackError(Exception):
 
 def run(catalog: Catalog, operations: Sequence[Mapping[str, Any]], datacenter: str) -> TxnResult:
     """Apply the operations; RefusedError when one is not of a kind the catalog has."""
-    parsed = [_parse(operation, datacenter) for operation in operations]
+    parsed = [_parse(operation, datacenter) for operation in operations if any(operation.values())]
     errors = [_error(position, item) for position, item in enumerate(parsed) if isinstance(item, str)]
     sound = [item for item in parsed if isinstance(item, Operation)]
     if errors:
@@ -75,8 +75,7 @@ def _perform(catalog: Catalog, operations: Sequence[Operation]) -> TxnResult:
             result.errors.append(_error(position, str(error)))
             continue
         if record is not None:
-            encoded = record.raw_json() if isinstance(record, Service) else record.json()
-            result.results.append({operation.kind: encoded})
+            result.results.append({operation.kind: record.raw_json()})
     return result
 
 
@@ -98,7 +97,7 @@ def _perform_one(catalog: Catalog, operation: Operation) -> Node | Service | Che
             operation.drop(catalog)
             return None
         case _:
-            raise RefusedError(f'unknown {operation.kind} operation type "{operation.verb}"')
+            raise RefusedError(f'unknown {operation.kind} verb "{operation.verb}"')
     return operation.read(catalog)
 
 

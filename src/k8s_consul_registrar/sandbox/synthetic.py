@@ -8,8 +8,8 @@ from k8s_consul_registrar.sandbox import objects
 
 NAMESPACES = 20
 _ENVIRONMENT = 68  # variables, which bring a Pod to about 7 KB
-_FIRST_POD_IP = int(ipaddress.IPv4Address("10.0.0.1"))
-_FIRST_NODE_IP = int(ipaddress.IPv4Address("10.200.0.1"))
+_FIRST_POD_IP = int(ipaddress.IPv4Address("127.64.0.1"))
+_FIRST_NODE_IP = int(ipaddress.IPv4Address("127.32.0.1"))
 
 
 def synthetic_nodes(count: int) -> Iterator[dict[str, Any]]:

@@ -75,6 +75,8 @@ def _problem_of(url: str) -> str:
         port = parts.port
     except ValueError:
         return "is not host:port, http(s)://host:port or unix:///path (an IPv6 address goes in brackets)"
+    if (parts.hostname or "").isdigit():
+        return "is a number: a host comes before the port, as in 127.0.0.1:8500"
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
         return "is not host:port, http(s)://host:port or unix:///path"
     if parts.username is not None or parts.password is not None:

@@ -171,4 +171,4 @@ def _kubelet_paths(reader: Reader) -> tuple[str, ...]:
     for entry in entries:
         if entry and entry not in KUBELET_PATHS:
             reader.problem("PROXY_PATHS", f"{entry!r} is none of {', '.join(KUBELET_PATHS)}")
-    return tuple(dict.fromkeys(entry for entry in entries if entry))
+    return tuple(dict.fromkeys((KUBELET_PATHS[0], *(entry for entry in entries if entry))))

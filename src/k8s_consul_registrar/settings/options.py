@@ -22,6 +22,11 @@ class Option:
     is_secret: bool = False
 
     @property
+    def is_boolean(self) -> bool:
+        """Whether the setting is true or false, so that its flag alone means true."""
+        return self.default in ("true", "false")
+
+    @property
     def flag(self) -> str:
         """The setting's flag, the same name in the way of flags."""
         return "--" + self.env.lower().replace("_", "-")
@@ -108,10 +113,9 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "PROXY_PATHS",
-        "comma-separated kubelet paths to relay, of /metrics/cadvisor, /metrics, /metrics/resource and "
+        "comma-separated kubelet paths to relay beside /metrics/cadvisor: /metrics, /metrics/resource, "
         "/metrics/probes",
         _PROXY,
-        "/metrics/cadvisor",
     ),
     Option(
         "PROXY_ALLOW_LOOPBACK", "true: Nodes at loopback addresses are reached (for trying)", _PROXY, "false"

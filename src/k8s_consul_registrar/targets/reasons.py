@@ -21,4 +21,3 @@ class Reason(StrEnum):
     ADDRESS_TAKEN = "address_taken"
     ID_TAKEN = "id_taken"
     UNDECODABLE = "undecodable"
-    REFUSED_BY_CONSUL = "refused_by_consul"
