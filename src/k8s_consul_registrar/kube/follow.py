@@ -83,7 +83,9 @@ class Following:
 
     async def finish_listing(self) -> None:
         """Tell the mirror that the list is complete."""
-        await self.mirror.finish_listing(self.source, self.clock())
+        while self.mirror.infer_absences(self.source):  # noqa: ASYNC110 - gives way between slices
+            await asyncio.sleep(0)
+        self.mirror.finish_listing(self.source, self.clock())
         self.counter.lists += 1
 
 

@@ -10,8 +10,6 @@ from k8s_consul_registrar.kube.mirror import Mirror
 
 # The UID of this namespace stands for the cluster's identity, by a convention many tools share.
 IDENTITY_NAMESPACE = "kube-system"
-# Sources that lose their connections together ask once, not each for itself, in seconds.
-SAME_MOMENT = 1.0
 
 
 class NamespaceReader(Protocol):
@@ -23,7 +21,10 @@ class NamespaceReader(Protocol):
 
 
 class ClusterIdentity:
-    """Asks which cluster answers, whenever there is reason to doubt it, and tells the mirror."""
+    """Asks which cluster answers, whenever there is reason to doubt it, and tells the mirror.
+
+    Sources that doubt it together, having lost their connections together, share a question.
+    """
 
     def __init__(
         self, client: NamespaceReader, mirror: Mirror, *, clock: Callable[[], float] = time.monotonic
@@ -39,7 +40,7 @@ class ClusterIdentity:
         """Return the UID as it is now, empty where we may not see it; raises a `ClusterError`."""
         called_at = self._clock()
         async with self._lock:
-            if self._asked_at < called_at - SAME_MOMENT:
+            if self._asked_at < called_at:
                 self._asked_at = self._clock()
                 self._answer = await self._ask()
         if isinstance(self._answer, str):

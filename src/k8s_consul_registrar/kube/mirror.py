@@ -12,7 +12,7 @@ from k8s_consul_registrar.targets.wanted import SourceState, Wanted
 
 Verdict = tuple[Target, ...] | Rejection
 
-# More absences than these, inferred at a list's end, are taken in by slices of as many (some milliseconds each).
+# More absences than these are inferred in slices of as many, some milliseconds each.
 SLICE = 2000
 
 
@@ -112,20 +112,27 @@ class Mirror:
             self._replace(known, item.key, before, ())
             self._departed.add(item.key)
 
-    async def finish_listing(self, source: Source, at: float) -> None:
+    def infer_absences(self, source: Source) -> bool:
+        """Take in a slice of what a list that is all there did not show; return whether more is left.
+
+        That is for lists that lack very much. From then to the list's end the source proves no absence,
+        since whoever looks in between sees a part of them.
+        """
+        known = self._known[source]
+        if known.unseen is None or len(known.unseen) <= SLICE:
+            return False
+        known.is_followed = False
+        self._drop(known, [known.unseen.pop() for _ in range(SLICE)])
+        return True
+
+    def finish_listing(self, source: Source, at: float) -> None:
         """Take in that a list is complete; `at` is when it ended, in monotonic seconds.
 
-        What it did not show is absent. While many absences are taken in, the source proves none, since
-        whoever looks in between sees a part of them.
+        What it did not show is absent.
         """
         known = self._known[source]
         unseen, known.unseen = known.unseen or set(), None
-        if len(unseen) > SLICE:
-            known.is_followed = False
-        for count, key in enumerate(unseen, 1):
-            self._replace(known, key, known.verdicts[key], ())
-            if count % SLICE == 0:
-                await asyncio.sleep(0)
+        self._drop(known, unseen)
         known.objects = known.listed_objects
         known.is_opaque = known.is_list_opaque
         known.listed_at, known.is_followed, known.problem = at, True, ""
@@ -197,6 +204,10 @@ class Mirror:
             departed=frozenset(self._departed),
             cluster_uid=self._cluster_uid,
         )
+
+    def _drop(self, known: _Known, keys: Iterable[ObjectKey]) -> None:
+        for key in keys:
+            self._replace(known, key, known.verdicts[key], ())
 
     def _count(self, known: _Known, step: int) -> None:
         if known.unseen is not None:

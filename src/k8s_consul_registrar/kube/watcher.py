@@ -67,7 +67,7 @@ class Watcher:
         # Where to resume from, empty while a list is due, and in which cluster.
         self._version = ""
         self._uid = ""
-        # Whether a connection was lost since we last knew which cluster answers.
+        # Whether a connection was lost, or a list asked for, since we last knew which cluster answers.
         self._is_doubtful = True
         # Whether a list is streaming in as initial events.
         self._is_listing = False
@@ -128,7 +128,7 @@ class Watcher:
 
         A version of one cluster means nothing in another.
         """
-        if not self._is_doubtful and self._version:
+        if not self._is_doubtful:
             return
         uid = await self._following.identity.confirm()
         if uid and self._uid and uid != self._uid:
@@ -160,7 +160,7 @@ class Watcher:
         except TimeoutError:
             if not deadline.expired():
                 raise
-            self._version = ""
+            self._version, self._is_doubtful = "", True
         finally:
             self._deadline = None
 
