@@ -34,10 +34,11 @@ class MemoryCluster:
 
     def put_list(self, pods: Iterable[Pod]) -> None:
         """Complete a list."""
-        listing = self.mirror.start_listing()
-        self.mirror.add_page(PODS, listing, pods)
+        self.mirror.start_listing(PODS)
+        for pod in pods:
+            self.mirror.put(PODS, pod)
         self.now += 1
-        self.mirror.finish_listing(PODS, listing, self.now)
+        self.mirror.finish_listing(PODS, self.now)
 
     def wanted(self) -> Wanted:
         """Return everything known."""

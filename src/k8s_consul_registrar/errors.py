@@ -9,6 +9,8 @@ OperationalError
 │   ├── ClusterForbidden      403: a permission is missing
 │   ├── ClusterExpired        410: the version asked for is gone; list again
 │   ├── ClusterAhead          504 with ResourceVersionTooLarge: our version is from another history
+│   ├── ClusterSilent         a watch brought neither event nor bookmark for too long: resume
+│   ├── ClusterUnstreamed     no list comes as initial events of a watch: list in pages
 │   ├── ClusterBusy           429 or 5xx: retry, not before `retry_after`
 │   └── ClusterRefused        any other answer we cannot use
 └── ConsulError               Consul
@@ -70,6 +72,18 @@ class ClusterAhead(ClusterError):
     """The version asked for lies in the server's future, so it is from another history."""
 
     cause = "ahead"
+
+
+class ClusterSilent(ClusterError):
+    """A watch brought neither event nor bookmark for too long; it may be dead, or asked of the future."""
+
+    cause = "silent"
+
+
+class ClusterUnstreamed(ClusterError):
+    """The API server does not send a list as the initial events of a watch."""
+
+    cause = "unstreamed"
 
 
 class ClusterBusy(ClusterError):
