@@ -46,8 +46,8 @@ async def is_woken(mirror: Mirror) -> bool:
 
 
 def quiet(*pods: Item) -> Mirror:
-    """Return a mirror that listed these Pods, all of it taken."""
-    mirror = new_mirror()
+    """Return a mirror of Pods alone that listed these, all of it taken."""
+    mirror = Mirror((PODS,), verdict)
     put_list(mirror, PODS, pods)
     mirror.wanted()
     return mirror
@@ -55,7 +55,8 @@ def quiet(*pods: Item) -> Mirror:
 
 def test_claims_count_at_once_and_absence_at_the_end() -> None:
     """What a list shows is there from that moment on; what it does not show is absent when it is complete."""
-    mirror = quiet(make_pod("gone"))
+    mirror = new_mirror()
+    put_list(mirror, PODS, [make_pod("gone")])
     mirror.start_listing(PODS)
     mirror.put(PODS, make_pod("a"))
     wanted = mirror.wanted()
@@ -265,9 +266,28 @@ def test_what_was_handed_out_does_not_change() -> None:
     assert list(changes.claims) == ["pod--shop--b"]
 
 
+def test_a_start_waits_for_every_source_before_it_compares_everything() -> None:
+    """A full pass is asked for once each source was listed or has failed, not after the first of them."""
+    mirror = new_mirror()
+    put_list(mirror, NODES, [])
+    assert not mirror.needs_full_pass()
+    mirror.fail(PODS, "403")
+    assert mirror.needs_full_pass()
+
+
+def test_changes_may_be_asked_for_again() -> None:
+    """Service IDs that a pass did not get through are shown with what is new."""
+    mirror = quiet(make_pod("a"))
+    again = mirror.changes(frozenset({"pod--shop--a", "pod--shop--gone"}))
+    assert {service_id: len(claims) for service_id, claims in again.claims.items()} == {
+        "pod--shop--a": 1,
+        "pod--shop--gone": 0,
+    }
+
+
 async def test_changes_wake() -> None:
     """A list, a failure and a cluster UID wake whoever waits; the same again does not."""
-    mirror = new_mirror()
+    mirror = Mirror((NODES,), verdict)
 
     async def has_changed() -> bool:
         woken = await is_woken(mirror)

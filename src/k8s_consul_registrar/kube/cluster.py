@@ -67,9 +67,9 @@ class FollowedCluster:
         """Return everything known now; it does not change afterwards."""
         return self._mirror.wanted()
 
-    def changes(self) -> Wanted:
-        """Return what changed since this or `wanted` was last called; `claims` are of those IDs alone."""
-        return self._mirror.changes()
+    def changes(self, also: AbstractSet[str] = frozenset()) -> Wanted:
+        """Return what changed since it was last seen; `claims` are of those service IDs and `also` alone."""
+        return self._mirror.changes(also)
 
     def needs_full_pass(self) -> bool:
         """Whether a list was completed, a source failed or recovered, or the cluster's UID changed."""

@@ -168,22 +168,25 @@ class Mirror:
         self._dirty.clear()
         return self._value(dict(self._claims))
 
-    def changes(self) -> Wanted:
+    def changes(self, also: AbstractSet[str] = frozenset()) -> Wanted:
         """Return what changed since the last call of this or `wanted`, as a value.
 
-        `claims` are those of the service IDs whose targets changed, empty for an ID that nobody asks for
-        now; all the rest is as in `wanted`.
+        `claims` are those of the service IDs whose targets changed, and of those in `also`; empty for an
+        ID that nobody asks for now. All the rest is as in `wanted`.
         """
-        claims = {service_id: self._claims.get(service_id, ()) for service_id in self._dirty}
+        claims = {service_id: self._claims.get(service_id, ()) for service_id in self._dirty | also}
         self._dirty.clear()
         return self._value(claims)
 
     def needs_full_pass(self) -> bool:
         """Whether more than single targets changed since `wanted` was last called.
 
-        A list was completed, a source failed or recovered, or the cluster turned out to be another.
+        A list was completed, a source failed or recovered, or the cluster turned out to be another; and
+        every source was listed or failed at least once, so that a start ends in one comparison, not several.
         """
-        return self._needs_full_pass
+        return self._needs_full_pass and all(
+            known.listed_at is not None or known.problem for known in self._known.values()
+        )
 
     async def changed(self) -> None:
         """Wait until something changed since `wanted` or `changes` was last called."""

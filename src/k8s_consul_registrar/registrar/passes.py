@@ -103,6 +103,7 @@ class Passes:
         """Plan and write what changed since the last pass: its cost follows the changes, not the cluster."""
         if retries_refused:
             self._pending |= self._refused
+            self._refused.clear()
         wanted = self._cluster.changes(frozenset(self._pending))
         self._pending |= wanted.claims.keys()
         planner = Planner(wanted, self._identity, self._shards, self._recall)
