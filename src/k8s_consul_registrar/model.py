@@ -141,12 +141,18 @@ class Rejection:
     id: str = ""
 
 
+# The `index` of a service that an agent holds and the catalog lacks: it is to be registered again.
+UNSYNCED = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """Consul's record of a target.
 
-    `meta` and `tags` are sorted. `index` is the catalog's ModifyIndex, 0 where the record comes from an
-    agent or was never written; it takes no part in equality.
+    `meta` and `tags` are sorted. `index` is the ModifyIndex of the catalog's record that this one replaces,
+    0 where there must be none yet or the record comes from an agent; `UNSYNCED` marks one that an agent
+    holds and the catalog lacks. It takes no part in equality. `ready` is what a service check says of the
+    target, None where there is to be no check.
     """
 
     id: str
@@ -156,6 +162,7 @@ class Service:
     meta: tuple[tuple[str, str], ...] = ()
     tags: tuple[str, ...] = ()
     index: int = field(default=0, compare=False)
+    ready: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse an empty ID: a catalog deregister without one removes the whole node."""
@@ -180,7 +187,13 @@ class WriteFailure:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What came of a batch of writes: how many were done, and which were refused one by one."""
+    """What came of a batch of writes: how many were done, and which were refused one by one.
+
+    `indexes` are the new ModifyIndexes by ID, from the catalog only. `stale` are IDs whose record was not
+    the one that `Service.index` names, because somebody else wrote it: they are to be read again.
+    """
 
     done: int = 0
     failures: tuple[WriteFailure, ...] = ()
+    indexes: Mapping[str, int] = field(default_factory=dict)
+    stale: tuple[str, ...] = ()
