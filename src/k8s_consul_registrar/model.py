@@ -1,15 +1,9 @@
-"""The values everyone shares: what Kubernetes has, what Prometheus scrapes, what Consul records.
-
-Those that come by the ten thousand are msgspec structs: they are made ten times faster than frozen
-dataclasses, and the garbage collector does not visit them.
-"""
+"""The values everyone shares: what Kubernetes has, what Prometheus scrapes, what Consul records."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
-
-import msgspec
 
 
 class Kind(StrEnum):
@@ -40,7 +34,8 @@ class Source(NamedTuple):
         return f"{self.kind}s of {self.namespace}" if self.namespace else f"{self.kind}s"
 
 
-class ContainerPort(msgspec.Struct, frozen=True, gc=False):
+@dataclass(frozen=True, slots=True)
+class ContainerPort:
     """A port a container declares; `number` is 1 to 65535."""
 
     name: str
@@ -48,7 +43,8 @@ class ContainerPort(msgspec.Struct, frozen=True, gc=False):
     protocol: str
 
 
-class Pod(msgspec.Struct, frozen=True, gc=False):
+@dataclass(frozen=True, slots=True)
+class Pod:
     """The few fields of a Pod that decide how it is scraped.
 
     `created` is the API server's RFC 3339 text (it sorts as time does). `ports` are those of the
@@ -65,8 +61,8 @@ class Pod(msgspec.Struct, frozen=True, gc=False):
     node: str = ""
     host_network: bool = False
     ready: bool = False
-    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
-    annotations: Mapping[str, str] = msgspec.field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = field(default_factory=dict)
     ports: tuple[ContainerPort, ...] = ()
 
     @property
@@ -112,7 +108,8 @@ class Undecodable:
     problem: str
 
 
-class Target(msgspec.Struct, frozen=True, gc=False):
+@dataclass(frozen=True, slots=True)
+class Target:
     """An address Prometheus scrapes, as one Kubernetes object asks for it.
 
     `meta` holds what the object itself decides, sorted by key; whose cluster it is and which shard it
@@ -144,12 +141,18 @@ class Rejection:
     id: str = ""
 
 
+# The `index` of a service that an agent holds and the catalog lacks: it is to be registered again.
+UNSYNCED = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """Consul's record of a target.
 
-    `meta` and `tags` are sorted. `index` is the catalog's ModifyIndex: of the record that was read, or that
-    a write replaces, 0 where there is to be none yet; it takes no part in equality.
+    `meta` and `tags` are sorted. `index` is the ModifyIndex of the catalog's record that this one replaces,
+    0 where there must be none yet or the record comes from an agent; `UNSYNCED` marks one that an agent
+    holds and the catalog lacks. It takes no part in equality. `ready` is what a service check says of the
+    target, None where there is to be no check.
     """
 
     id: str
@@ -159,6 +162,7 @@ class Service:
     meta: tuple[tuple[str, str], ...] = ()
     tags: tuple[str, ...] = ()
     index: int = field(default=0, compare=False)
+    ready: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse an empty ID: a catalog deregister without one removes the whole node."""
@@ -181,17 +185,12 @@ class WriteFailure:
     problem: str
 
 
-# The index of a service that an agent holds and the catalog lacks, though the agent believes it is there.
-UNSYNCED = -1
-
-
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What came of a batch of writes.
+    """What came of a batch of writes: how many were done, and which were refused one by one.
 
-    `done` counts the writes that were made, `failures` are those refused one by one. `indexes` are the
-    catalog's new ModifyIndex values by service ID. `stale` are the IDs whose record was not the version
-    that the write named: somebody else wrote it, so it has to be read again.
+    `indexes` are the new ModifyIndexes by ID, from the catalog only. `stale` are IDs whose record was not
+    the one that `Service.index` names, because somebody else wrote it: they are to be read again.
     """
 
     done: int = 0
