@@ -1,9 +1,15 @@
-"""The values everyone shares: what Kubernetes has, what Prometheus scrapes, what Consul records."""
+"""The values everyone shares: what Kubernetes has, what Prometheus scrapes, what Consul records.
+
+Those that come by the ten thousand are msgspec structs: they are made ten times faster than frozen
+dataclasses, and the garbage collector does not visit them.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
+
+import msgspec
 
 
 class Kind(StrEnum):
@@ -34,8 +40,7 @@ class Source(NamedTuple):
         return f"{self.kind}s of {self.namespace}" if self.namespace else f"{self.kind}s"
 
 
-@dataclass(frozen=True, slots=True)
-class ContainerPort:
+class ContainerPort(msgspec.Struct, frozen=True, gc=False):
     """A port a container declares; `number` is 1 to 65535."""
 
     name: str
@@ -43,8 +48,7 @@ class ContainerPort:
     protocol: str
 
 
-@dataclass(frozen=True, slots=True)
-class Pod:
+class Pod(msgspec.Struct, frozen=True, gc=False):
     """The few fields of a Pod that decide how it is scraped.
 
     `created` is the API server's RFC 3339 text (it sorts as time does). `ports` are those of the
@@ -61,8 +65,8 @@ class Pod:
     node: str = ""
     host_network: bool = False
     ready: bool = False
-    labels: Mapping[str, str] = field(default_factory=dict)
-    annotations: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
+    annotations: Mapping[str, str] = msgspec.field(default_factory=dict)
     ports: tuple[ContainerPort, ...] = ()
 
     @property
@@ -108,8 +112,7 @@ class Undecodable:
     problem: str
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(msgspec.Struct, frozen=True, gc=False):
     """An address Prometheus scrapes, as one Kubernetes object asks for it.
 
     `meta` holds what the object itself decides, sorted by key; whose cluster it is and which shard it
