@@ -6,6 +6,7 @@ from urllib.parse import quote
 
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.codec import decode_agent_services, encode_registration
+from k8s_consul_registrar.consul.meta_keys import MetaKeys
 from k8s_consul_registrar.errors import ConsulBusy, ConsulError, ConsulForbidden, ConsulRefused
 from k8s_consul_registrar.model import Service, WriteFailure, Written
 
@@ -18,21 +19,25 @@ MOST_FAULTS_IN_A_ROW = 10
 class AgentRegistry:
     """Reads and writes the services of an agent (`/v1/agent/service*`)."""
 
-    def __init__(self, client: ConsulClient, *, concurrency: int = CONCURRENCY) -> None:
+    def __init__(
+        self, client: ConsulClient, *, concurrency: int = CONCURRENCY, meta_keys: MetaKeys | None = None
+    ) -> None:
         self._client = client
         self._concurrency = concurrency
+        self._meta_keys = meta_keys or MetaKeys()
 
     async def services(self) -> AsyncIterator[Service]:
         """Yield every service of the agent, whoever wrote it; raises a `ConsulError`."""
         answer = await self._client.request("GET", "/v1/agent/services")
         for service in decode_agent_services(answer.body):
-            yield service
+            yield self._meta_keys.decode(service)
 
     async def register(self, services: Sequence[Service]) -> Written:
         """Register services, over what is there under the same ID, keeping its checks."""
 
         async def put(service: Service) -> None:
-            await self._client.request("PUT", "/v1/agent/service/register", body=encode_registration(service))
+            body = encode_registration(self._meta_keys.encode(service))
+            await self._client.request("PUT", "/v1/agent/service/register", body=body)
 
         return await self._each(services, put)
 

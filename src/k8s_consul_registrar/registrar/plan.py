@@ -14,10 +14,11 @@ from k8s_consul_registrar.registrar.brake import (
     SourceMemory,
     judge_absence,
 )
+from k8s_consul_registrar.registrar.naming import comparable_name, is_of_a_registrar, refuse_name
 from k8s_consul_registrar.registrar.ownership import Claim, Identity, kind_of, object_of
 from k8s_consul_registrar.targets.claims import settle
 from k8s_consul_registrar.targets.reasons import Reason
-from k8s_consul_registrar.targets.sharding import Shards
+from k8s_consul_registrar.targets.sharding import RandomShards, Shards
 from k8s_consul_registrar.targets.wanted import Wanted
 
 
@@ -85,6 +86,8 @@ class Planner:
         self._memory = memory
         self._seen: set[str] = set()
         self._update: list[Service] = []
+        self._rename: list[tuple[Service, ObjectKey, str]] = []
+        self._taken_names: set[str] = set()
         self._deregister: list[Service] = []
         self._conflicts: list[Conflict] = []
         self._rejections: list[Rejection] = []
@@ -99,6 +102,8 @@ class Planner:
         """Compare one service that Consul holds with what is wanted."""
         claim = self._identity.claim(service, self._wanted.cluster_uid)
         claims = self._wanted.claims.get(service.id)
+        if claim is Claim.FOREIGN and not is_of_a_registrar(service):
+            self._taken_names.add(comparable_name(service.name))
         if claims:
             self._seen.add(service.id)
             if claim is Claim.FOREIGN:
@@ -110,9 +115,9 @@ class Planner:
 
     def finish(self) -> Plan:
         """Return the plan, once every service that Consul holds was considered."""
-        register = [
-            self._new(service_id) for service_id in self._wanted.claims if service_id not in self._seen
-        ]
+        missing = (service_id for service_id in self._wanted.claims if service_id not in self._seen)
+        register = [service for service in map(self._new, missing) if service is not None]
+        self._update.extend(new for new, key, held in self._rename if self._may_be_named(new, key, held))
         held, memory = self._brake()
         return Plan(
             register=tuple(register),
@@ -132,10 +137,19 @@ class Planner:
         holder = ", ".join(f"{key}={value}" for key, value in named.items() if value)
         self._conflicts.append(Conflict(service.id, target.key, holder or "a service without our meta"))
 
-    def _new(self, service_id: str) -> Service:
+    def _new(self, service_id: str) -> Service | None:
         target, losers = settle(self._wanted.claims[service_id], None)
         self._rejections.extend(losers)
-        return self._identity.service(target, self._shards.choose(""), self._wanted.cluster_uid)
+        shard = self._shards.choose(service_id, "")
+        service = self._identity.service(target, shard, self._wanted.cluster_uid)
+        return service if self._may_be_named(service, target.key) else None
+
+    def _may_be_named(self, service: Service, key: ObjectKey, held_name: str = "") -> bool:
+        """Whether a name is free to be given; known only once every service was considered."""
+        refusal = refuse_name(service, key, held_name, self._taken_names)
+        if refusal is not None:
+            self._rejections.append(refusal)
+        return refusal is None
 
     def _keep_or_update(self, service: Service, claims: Iterable[Target]) -> None:
         claims = tuple(claims)
@@ -152,11 +166,13 @@ class Planner:
             return
         target, losers = settle(claims, holder)
         self._rejections.extend(losers)
-        shard = self._shards.choose(service.value("shard_path"))
+        shard = self._shards.choose(service.id, service.value("shard_path"))
         cluster_uid = self._wanted.cluster_uid or service.value("cluster_uid")
         desired = self._identity.service(target, shard, cluster_uid)
         if desired == service:
             self._unchanged += 1
+        elif desired.name != service.name:
+            self._rename.append((desired, target.key, service.name))
         else:
             self._update.append(desired)
 
@@ -242,7 +258,7 @@ def plan(
     memory: Memory | None = None,
 ) -> Plan:
     """Compare everything at once; see `Planner` for services that arrive one by one."""
-    planner = Planner(wanted, identity, shards or Shards(), rules or BrakeRules(), memory or {})
+    planner = Planner(wanted, identity, shards or RandomShards(), rules or BrakeRules(), memory or {})
     for service in services:
         planner.consider(service)
     return planner.finish()
