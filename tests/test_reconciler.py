@@ -17,7 +17,7 @@ from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.reconciler import Reconciler
-from k8s_consul_registrar.targets.sharding import Shards
+from k8s_consul_registrar.targets.sharding import RandomShards
 from k8s_consul_registrar.targets.targets import TargetRules, judge
 from k8s_consul_registrar.targets.wanted import Wanted
 
@@ -107,7 +107,7 @@ class Lab:
             cluster=self.cluster,
             registry=self.consul,
             identity=Identity("lab"),
-            shards=Shards(),
+            shards=RandomShards(),
             timing=QUICK,
             metrics=RegistrarMetrics(self.metrics),
             **settings,  # type: ignore[arg-type] # the tests' own options
