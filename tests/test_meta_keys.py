@@ -54,10 +54,11 @@ def test_records_of_any_setting_are_ours_and_equal_only_under_the_same(
     assert (read == OURS) is (wrote == keys)
 
 
-def test_a_key_that_was_renamed_away_is_not_taken_for_ours() -> None:
+@pytest.mark.parametrize("value", ["a", "z"])
+def test_a_key_that_was_renamed_away_is_not_taken_for_ours(value: str) -> None:
     """Beside the renamed key our own name means nothing, and is cleared away."""
     written = RENAMED.encode(OURS)
-    edited = make_service(OURS.id, {**dict(written.meta), "cluster": "other"})
+    edited = make_service(OURS.id, {**dict(written.meta), "cluster": value})
     read = RENAMED.decode(edited)
     assert read.value("cluster") == "lab"
     assert read != OURS

@@ -145,6 +145,7 @@ def test_tags_are_sorted_and_single() -> None:
         "shard_path=s1",
         "z",
     )
+    assert tags("{shard_path}", "b", shard="a") == ("a", "b")
 
 
 def test_tags_with_nothing_to_say_are_left_out() -> None:
