@@ -24,7 +24,7 @@ from k8s_consul_registrar.registrar.ledger import Entry
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.plan import Kept, Plan, plan
 from k8s_consul_registrar.targets.reasons import Reason
-from k8s_consul_registrar.targets.sharding import Shards
+from k8s_consul_registrar.targets.sharding import RandomShards
 from k8s_consul_registrar.targets.targets import TargetRules, judge
 from k8s_consul_registrar.targets.wanted import SourceState, Wanted
 
@@ -81,7 +81,7 @@ def test_equal_services_are_left_alone() -> None:
 def test_changed_address_is_updated_in_place() -> None:
     """A new IP is an update of the same ID, its shard kept."""
     held = our_pod_service("a", shard_path="s2")
-    made = plan(wanting(make_pod("a", ip="198.51.100.99")), [held], LAB, shards=Shards(("s1", "s2")))
+    made = plan(wanting(make_pod("a", ip="198.51.100.99")), [held], LAB, shards=RandomShards(("s1", "s2")))
     (update,) = written(made.update)
     assert (update.address, update.value("shard_path")) == ("198.51.100.99", "s2")
     assert not made.register
@@ -111,7 +111,7 @@ def test_hand_edit_is_repaired() -> None:
 def test_retired_shard_moves_and_no_shard_is_taken_away() -> None:
     """A shard that is no longer on offer is replaced; without shards none is written."""
     held = our_pod_service("a", shard_path="old")
-    moved = plan(wanting(make_pod("a")), [held], LAB, shards=Shards(("new",)))
+    moved = plan(wanting(make_pod("a")), [held], LAB, shards=RandomShards(("new",)))
     assert written(moved.update)[0].value("shard_path") == "new"
     assert written(plan(wanting(make_pod("a")), [held], LAB).update) == [our_pod_service("a")]
 
@@ -163,7 +163,7 @@ def test_original_programs_service_is_adopted() -> None:
         "pod--shop--a",
         {"cluster": "lab", "namespace": "shop", "metrics_path": "/metrics", "shard_path": "s2"},
     )
-    (update,) = written(plan(wanting(make_pod("a")), [legacy], LAB, shards=Shards(("s1", "s2"))).update)
+    (update,) = written(plan(wanting(make_pod("a")), [legacy], LAB, shards=RandomShards(("s1", "s2"))).update)
     assert update == our_pod_service("a", shard_path="s2")
 
 
@@ -318,7 +318,7 @@ def test_invariants(
     """Foreign services are untouched, a blind source loses nothing, and a second pass writes nothing."""
     wanted = wanting(*pods, sources={PODS: state}, uid=uid)
     before = {service.id: service for service in services}
-    shards = Shards(("s1", "s2"), random.Random(seed))
+    shards = RandomShards(("s1", "s2"), random.Random(seed))
     made = plan(wanted, services, LAB, shards=shards, rules=BrakeRules(allow_mass=True))
     after = apply(before, made)
     touched = {*ids(made.register), *ids(made.update), *ids(made.deregister)}

@@ -14,10 +14,10 @@ from k8s_consul_registrar.registrar.budget import BudgetRules
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.reconciler import Reconciler
-from k8s_consul_registrar.targets.sharding import Shards
+from k8s_consul_registrar.targets.sharding import RandomShards, Shards
 from memory import PODS, MemoryCluster, MemoryRegistry
 
-FIFTY_SHARDS = Shards(tuple(f"s{number}" for number in range(50)))
+FIFTY_SHARDS = RandomShards(tuple(f"s{number}" for number in range(50)))
 
 
 class Lab:
@@ -38,7 +38,7 @@ class Lab:
             cluster=self.cluster,
             registry=self.consul,
             identity=Identity("lab"),
-            shards=shards or Shards(),
+            shards=shards or RandomShards(),
             rules=BrakeRules(confirm=0, confirm_start=0),
             period=period,
             timing=QUICK,

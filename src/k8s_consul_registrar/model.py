@@ -117,7 +117,8 @@ class Target(msgspec.Struct, frozen=True, gc=False):
 
     `meta` holds what the object itself decides, sorted by key; whose cluster it is and which shard it
     gets are added when a service is made of it. `rank` orders targets that ask for the same `id`: the
-    least one comes first.
+    least one comes first. Where `name` and `tags` depend on the shard its place is still held open
+    (`targets.naming`).
     """
 
     key: ObjectKey

@@ -10,6 +10,7 @@ from urllib.parse import quote
 from k8s_consul_registrar.consul.agent_node import AgentNode
 from k8s_consul_registrar.consul.client import ConsulClient, is_filtered
 from k8s_consul_registrar.consul.codec import decode_agent_services, decode_service, encode_registration
+from k8s_consul_registrar.consul.meta_keys import MetaKeys
 from k8s_consul_registrar.consul.parallel import Batch, for_each
 from k8s_consul_registrar.errors import ConsulBusy, ConsulFiltered, ConsulRefused
 from k8s_consul_registrar.model import UNSYNCED, Service, Written
@@ -33,7 +34,9 @@ class AgentRegistry:
 
     checks_versions = False
 
-    def __init__(self, client: ConsulClient, *, concurrency: int = CONCURRENCY) -> None:
+    def __init__(
+        self, client: ConsulClient, *, concurrency: int = CONCURRENCY, meta_keys: MetaKeys | None = None
+    ) -> None:
         self._client = client
         self._concurrency = concurrency
         self._node = AgentNode(client)
@@ -41,6 +44,7 @@ class AgentRegistry:
         self._unlike: set[str] = set()  # IDs the catalog did not show alike at the last full read
         self._outdated: set[str] = set()  # IDs that were registered with a token of before
         self._token_version = 0
+        self._meta_keys = meta_keys or MetaKeys()
 
     async def services(self) -> AsyncIterator[Service]:
         """Yield every service of the agent, whoever wrote it; raises a `ConsulError`."""
@@ -58,7 +62,8 @@ class AgentRegistry:
                 unlike.add(service.id)
             is_unlike_again = service.id in unlike and service.id in self._unlike
             is_unsynced = is_unlike_again or service.id in self._outdated
-            yield replace(service, index=UNSYNCED) if is_unsynced else service
+            shown = self._meta_keys.decode(service)
+            yield replace(shown, index=UNSYNCED) if is_unsynced else shown
             if len(ids) % SLICE == 0:
                 await asyncio.sleep(0)
         if not ids and is_filtered(answer.headers):
@@ -75,7 +80,7 @@ class AgentRegistry:
 
         async def read(service_id: str) -> None:
             if (service := await self._read(service_id)) is not None:
-                found.append(service)
+                found.append(self._meta_keys.decode(service))
 
         await for_each(ids, read, min(self._concurrency, len(ids)))
         for service in found:
@@ -85,7 +90,8 @@ class AgentRegistry:
         """Register services, over what is there under the same ID, keeping its checks."""
 
         async def put(service: Service) -> None:
-            await self._client.request("PUT", "/v1/agent/service/register", body=encode_registration(service))
+            body = encode_registration(self._meta_keys.encode(service))
+            await self._client.request("PUT", "/v1/agent/service/register", body=body)
 
         written = await self._each(services, put)
         done = {service.id for service in services}.difference(one.id for one in written.failures)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from k8s_consul_registrar.model import Service, Target
 from k8s_consul_registrar.registrar.ownership import Identity
+from k8s_consul_registrar.targets.naming import sharded_name
 
 
 class Entry(NamedTuple):
@@ -21,6 +22,11 @@ class Entry(NamedTuple):
     def id(self) -> str:
         """The service's ID."""
         return self.target.id
+
+    @property
+    def name(self) -> str:
+        """The service's name."""
+        return sharded_name(self.target.name, self.shard)
 
     def service(self, identity: Identity) -> Service:
         """Make the service."""

@@ -5,6 +5,7 @@ from enum import Enum
 
 from k8s_consul_registrar.model import Kind, ObjectKey, Service, Target
 from k8s_consul_registrar.targets.names import kind_of_id, pod_of_id
+from k8s_consul_registrar.targets.naming import sharded_name, sharded_tags
 
 MANAGED_BY = "k8s-consul-registrar"
 
@@ -61,7 +62,7 @@ class Identity:
         return claim is Claim.OURS or self.speaks_for_cluster
 
     def service(self, target: Target, shard: str, cluster_uid: str, index: int = 0) -> Service:
-        """Make the service of a target: whose it is and where it belongs are added to its meta.
+        """Make the service of a target: whose it is and where it belongs are added, the shard filled in.
 
         `index` is that of the record it replaces.
         """
@@ -75,11 +76,11 @@ class Identity:
         pairs = (*target.meta, *((key, value) for key, value in added.items() if value))
         return Service(
             id=target.id,
-            name=target.name,
+            name=sharded_name(target.name, shard),
             address=target.address,
             port=target.port,
             meta=tuple(sorted(pairs)),
-            tags=target.tags,
+            tags=sharded_tags(target.tags, shard),
             index=index,
         )
 

@@ -8,6 +8,7 @@ from k8s_consul_registrar.errors import ConsulError
 from k8s_consul_registrar.model import Service, WriteFailure, Written
 from k8s_consul_registrar.registrar.brake import BrakeRules, Memory
 from k8s_consul_registrar.registrar.ledger import Entry, Ledger
+from k8s_consul_registrar.registrar.naming import comparable_name, is_of_a_registrar
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.plan import Plan, Planner
 from k8s_consul_registrar.registrar.ports import Cluster, Registry
@@ -47,6 +48,7 @@ class Passes:
         self._refused: set[str] = set()
         self._had_full_pass = False
         self._lost_shards: dict[str, str] = {}
+        self._taken_names: set[str] = set()
 
     @property
     def has_refused(self) -> bool:
@@ -59,6 +61,8 @@ class Passes:
         count = 0
         async for service in self._registry.services():
             ledger.doubt(service.id, service.value("shard_path"))
+            if not is_of_a_registrar(service):
+                self._taken_names.add(comparable_name(service.name))
             count += 1
             if count % SLICE == 0:
                 await asyncio.sleep(0)
@@ -92,6 +96,7 @@ class Passes:
         self._memory = memory
         self._had_full_pass = True
         self._lost_shards.clear()
+        self._taken_names = set(planner.taken_names)
         for one in held:
             self._cluster.relist(one.source, one.due)
         if not report.refused:
@@ -106,7 +111,7 @@ class Passes:
             self._refused.clear()
         wanted = self._cluster.changes(frozenset(self._pending))
         self._pending |= wanted.claims.keys()
-        planner = Planner(wanted, self._identity, self._shards, self._recall)
+        planner = Planner(wanted, self._identity, self._shards, self._recall, self._taken_names)
         unknown: list[str] = []
         for service_id in wanted.claims:
             entry = self._ledger.get(service_id)

@@ -2,16 +2,18 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from k8s_consul_registrar.model import UNSYNCED, Kind, ObjectKey, Rejection, Service, Source, Target
 from k8s_consul_registrar.registrar.brake import Absence, BrakeRules, Held, Memory, judge_absence
 from k8s_consul_registrar.registrar.ledger import Entry
+from k8s_consul_registrar.registrar.naming import comparable_name, is_of_a_registrar, refuse_name
 from k8s_consul_registrar.registrar.ownership import Claim, Identity, kind_of, object_of
 from k8s_consul_registrar.targets.claims import settle
 from k8s_consul_registrar.targets.reasons import Reason
-from k8s_consul_registrar.targets.sharding import Shards
+from k8s_consul_registrar.targets.sharding import RandomShards, Shards
 from k8s_consul_registrar.targets.wanted import Wanted
 
 
@@ -71,11 +73,16 @@ class Planner:
 
     First `consider` every service there is under the wanted IDs (for a full comparison: every service
     there is), then run through `complete`, then take the `plan`. `recall` tells the shard that a service
-    had which Consul has lost.
+    had which Consul has lost; `taken_names` are those an earlier full comparison found taken.
     """
 
     def __init__(
-        self, wanted: Wanted, identity: Identity, shards: Shards, recall: Callable[[str], str] = lambda _: ""
+        self,
+        wanted: Wanted,
+        identity: Identity,
+        shards: Shards,
+        recall: Callable[[str], str] = lambda _: "",
+        taken_names: AbstractSet[str] = frozenset(),
     ) -> None:
         self._wanted = wanted
         self._identity = identity
@@ -84,6 +91,8 @@ class Planner:
         self._seen: set[str] = set()
         self._register: list[Entry] = []
         self._update: list[Entry] = []
+        self._rename: list[tuple[Entry, str]] = []
+        self._taken_names = set(taken_names)
         self._deregister: list[Service] = []
         self._conflicts: list[Conflict] = []
         self._rejections: list[Rejection] = []
@@ -98,6 +107,8 @@ class Planner:
         """Compare one service that Consul holds; returns its entry when it is just as it should be."""
         claim = self._identity.claim(service, self._wanted.cluster_uid)
         claims = self._wanted.claims.get(service.id)
+        if claim is Claim.FOREIGN and not is_of_a_registrar(service):
+            self._taken_names.add(comparable_name(service.name))
         if not claims:
             if claim is not Claim.FOREIGN:
                 self._unwanted(service, claim)
@@ -118,9 +129,19 @@ class Planner:
             if claims and service_id not in self._seen:
                 target, losers = settle(claims, None)
                 self._rejections.extend(losers)
-                shard = self._shards.choose(self._recall(service_id))
-                self._register.append(Entry(target, shard, self._wanted.cluster_uid))
+                shard = self._shards.choose(service_id, self._recall(service_id))
+                entry = Entry(target, shard, self._wanted.cluster_uid)
+                if self._may_be_named(entry):
+                    self._register.append(entry)
             yield
+        self._update.extend(
+            entry for entry, held_name in self._rename if self._may_be_named(entry, held_name)
+        )
+
+    @property
+    def taken_names(self) -> AbstractSet[str]:
+        """The names, fit for comparison, of services that no registrar wrote."""
+        return self._taken_names
 
     def plan(self, held: Sequence[Held] = (), memory: Memory | None = None) -> Plan:
         """Return the plan; `held` and `memory` are what `brake` returned, where absence was judged."""
@@ -164,6 +185,13 @@ class Planner:
         holder = ", ".join(f"{key}={value}" for key, value in named.items() if value)
         self._conflicts.append(Conflict(service.id, target.key, holder or "a service without our meta"))
 
+    def _may_be_named(self, entry: Entry, held_name: str = "") -> bool:
+        """Whether a name is free to be given; known only once every service was considered."""
+        refusal = refuse_name(entry.id, entry.name, entry.target.key, held_name, self._taken_names)
+        if refusal is not None:
+            self._rejections.append(refusal)
+        return refusal is None
+
     def _keep_or_update(self, service: Service, claims: Sequence[Target]) -> Entry | None:
         holder = object_of(service)
         self._count_held(service, holder)
@@ -180,14 +208,17 @@ class Planner:
         self._rejections.extend(losers)
         entry = Entry(
             target,
-            self._shards.choose(service.value("shard_path")),
+            self._shards.choose(service.id, service.value("shard_path")),
             self._wanted.cluster_uid or service.value("cluster_uid"),
             max(service.index, 0),
         )
         if entry.service(self._identity) == service and service.index != UNSYNCED:
             self._unchanged += 1
             return entry
-        self._update.append(entry)
+        if entry.name == service.name:
+            self._update.append(entry)
+        else:
+            self._rename.append((entry, service.name))
         return None
 
     def _is_still_held(self, holder: ObjectKey, claims: Sequence[Target]) -> bool:
@@ -248,7 +279,7 @@ def plan(
     memory: Memory | None = None,
 ) -> Plan:
     """Compare everything at once; see `Planner` for services that arrive one by one."""
-    planner = Planner(wanted, identity, shards or Shards())
+    planner = Planner(wanted, identity, shards or RandomShards())
     for service in services:
         planner.consider(service)
     for _ in planner.complete():

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from k8s_consul_registrar.settings.consul import ConsulSettings, read_consul
+from k8s_consul_registrar.settings.naming import NamingSettings, read_naming
 from k8s_consul_registrar.settings.reader import Reader, parse_seconds
-from k8s_consul_registrar.targets.sharding import parse_shard_paths
+from k8s_consul_registrar.settings.selection import SelectionSettings, read_selection
 from k8s_consul_registrar.telemetry import FORMATS, LEVELS
 
 DEFAULT_PERIOD = 600.0
-LONGEST_SHARD_PATH = 512
 KUBELET_PATHS = ("/metrics/cadvisor", "/metrics", "/metrics/resource", "/metrics/probes")
 
 
@@ -46,7 +46,8 @@ class RegistrarSettings:
     instance: str
     previous_instances: frozenset[str]
     sync_period: float
-    shard_paths: tuple[str, ...]
+    selection: SelectionSettings
+    naming: NamingSettings
     proxy_node_port: int
 
 
@@ -90,7 +91,8 @@ def read_registrar(environment: Mapping[str, str]) -> RegistrarSettings:
         reader.seconds("BRAKE_CONFIRM_START"),
         reader.boolean("ALLOW_MASS_DEREGISTER"),
     )
-    shard_paths = _shard_paths(reader)
+    selection = read_selection(reader)
+    naming = read_naming(reader)
     node_port = reader.integer("PROXY_NODE_PORT", 1, 65535)
     common = _common(reader)
     reader.check()
@@ -104,7 +106,8 @@ def read_registrar(environment: Mapping[str, str]) -> RegistrarSettings:
         instance=instance,
         previous_instances=previous_instances,
         sync_period=period,
-        shard_paths=shard_paths,
+        selection=selection,
+        naming=naming,
         proxy_node_port=node_port,
     )
 
@@ -154,16 +157,6 @@ def _period(reader: Reader) -> float:
         )
         return DEFAULT_PERIOD
     return period
-
-
-def _shard_paths(reader: Reader) -> tuple[str, ...]:
-    paths = parse_shard_paths(reader.text("SHARD_PATHS"))
-    for path in paths:
-        if len(path.encode()) > LONGEST_SHARD_PATH or not path.isprintable():
-            reader.problem(
-                "SHARD_PATHS", f"{path[:40]!r} is over {LONGEST_SHARD_PATH} bytes or not printable"
-            )
-    return paths
 
 
 def _kubelet_paths(reader: Reader) -> tuple[str, ...]:

@@ -1,36 +1,12 @@
-"""Every setting there is: its variable, its flag, what it means and which modes heed it."""
+"""Every setting there is."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-REGISTRAR = "registrar"
-PROXY = "proxy"
-MODES = (REGISTRAR, PROXY)
-_BOTH = frozenset(MODES)
-_REGISTRAR = frozenset({REGISTRAR})
-_PROXY = frozenset({PROXY})
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One setting. A secret has no flag: command lines are there for every process to read."""
-
-    env: str
-    help: str
-    modes: frozenset[str]
-    default: str = ""
-    is_secret: bool = False
-
-    @property
-    def is_boolean(self) -> bool:
-        """Whether the setting is true or false, so that its flag alone means true."""
-        return self.default in ("true", "false")
-
-    @property
-    def flag(self) -> str:
-        """The setting's flag, the same name in the way of flags."""
-        return "--" + self.env.lower().replace("_", "-")
-
+from k8s_consul_registrar.settings.option import BOTH_MODES as _BOTH
+from k8s_consul_registrar.settings.option import PROXY_ONLY as _PROXY
+from k8s_consul_registrar.settings.option import REGISTRAR_ONLY as _REGISTRAR
+from k8s_consul_registrar.settings.option import Option
+from k8s_consul_registrar.settings.target_options import NAMING_OPTIONS, SELECTION_OPTIONS
 
 OPTIONS: tuple[Option, ...] = (
     Option(
@@ -80,11 +56,8 @@ OPTIONS: tuple[Option, ...] = (
         _REGISTRAR,
         "600",
     ),
-    Option(
-        "SHARD_PATHS",
-        "comma-separated shard paths; each new service gets one at random as shard_path, and keeps it",
-        _REGISTRAR,
-    ),
+    *SELECTION_OPTIONS,
+    *NAMING_OPTIONS,
     Option(
         "PROXY_NODE_PORT", "NodePort of the proxy, the port Nodes are registered with", _REGISTRAR, "31112"
     ),

@@ -48,6 +48,11 @@ class Reader:
             self.problem(name, f"{text!r} must be letters, digits, '.', '_' or '-', at most 50")
         return text
 
+    def entries(self, name: str) -> tuple[str, ...]:
+        """Return a comma-separated list; spaces, empty entries and repeats are dropped, the order is kept."""
+        entries = (entry.strip() for entry in self.text(name).split(","))
+        return tuple(dict.fromkeys(entry for entry in entries if entry))
+
     def names(self, name: str) -> frozenset[str]:
         """Return a comma-separated set of names; two quotes stand for the empty one."""
         entries = [entry.strip() for entry in self.text(name).split(",")]
