@@ -12,7 +12,7 @@ from k8s_consul_registrar.consul.client import ConsulClient, is_filtered
 from k8s_consul_registrar.consul.codec import decode_agent_services, decode_service, encode_registration
 from k8s_consul_registrar.consul.meta_keys import MetaKeys
 from k8s_consul_registrar.consul.parallel import Batch, for_each
-from k8s_consul_registrar.errors import ConsulBusy, ConsulFiltered, ConsulRefused
+from k8s_consul_registrar.errors import ConsulBusy, ConsulFiltered, ConsulForbidden, ConsulRefused
 from k8s_consul_registrar.model import UNSYNCED, Service, Written
 
 # An agent's throughput stops growing here: 32 in flight took 1,000 a second where 64 took no more.
@@ -130,9 +130,13 @@ class AgentRegistry:
     async def lost_shards(self) -> Mapping[str, str]:
         """Return the shard path of each service that the catalog shows for the agent's node, by ID.
 
-        A fresh agent removes them there as soon as it has joined. Raises a `ConsulError`.
+        A fresh agent removes them there as soon as it has joined. None where the token may not look: new
+        shards are better than no services. Raises a `ConsulError` when Consul cannot be used.
         """
-        return await self._node.shards()
+        try:
+            return await self._node.shards(self._meta_keys.wire("shard_path"))
+        except (ConsulForbidden, ConsulRefused):
+            return {}
 
     async def _read(self, service_id: str) -> Service | None:
         path = f"/v1/agent/service/{quote(service_id, safe='')}"

@@ -62,10 +62,13 @@ class AgentNode:
             log.info("the catalog's view of the agent is read again")
         return hashes
 
-    async def shards(self) -> dict[str, str]:
-        """Return the shard path of each service that has one, by ID; raises a `ConsulError`."""
+    async def shards(self, key: str) -> dict[str, str]:
+        """Return the shard path of each service that has one under this key of meta, by ID.
+
+        Raises a `ConsulError`.
+        """
         self._name = self._name or await self._read_name()
-        return {one.id: shard async for one in self._services() if (shard := one.value("shard_path"))}
+        return {one.id: shard async for one in self._services() if (shard := one.value(key))}
 
     async def is_disturbed(self) -> bool:
         """Whether the node changed, not by us, since `hashes`; False where the catalog cannot be read."""

@@ -13,6 +13,7 @@ from k8s_consul_registrar.consul.listing import (
     node_of,
     read_readiness,
 )
+from k8s_consul_registrar.consul.meta_keys import MetaKeys
 from k8s_consul_registrar.consul.node import SyntheticNode
 from k8s_consul_registrar.consul.transactions import Transactions, write_all
 from k8s_consul_registrar.consul.txn import Operations, Unit, check_id
@@ -41,9 +42,11 @@ class CatalogRegistry:
         *,
         concurrency: int = CONCURRENCY,
         timing: Timing = Timing(),  # noqa: B008 - an immutable value
+        meta_keys: MetaKeys = MetaKeys(),  # noqa: B008 - the same
     ) -> None:
         self._client = client
         self._concurrency = concurrency
+        self._meta_keys = meta_keys
         self._operations = Operations(node_name, client.namespace, client.partition)
         self._transactions = Transactions(client, timing)
         self._node = SyntheticNode(self._transactions, self._operations)
@@ -65,7 +68,7 @@ class CatalogRegistry:
                 if (node := node_of(listing)) is not None:
                     self._node.verify(node)
                 is_verified = True
-            service = decode_listed(record)
+            service = self._meta_keys.decode(decode_listed(record))
             yield replace(service, ready=ready.get(service.id)) if ready else service
         if not is_verified:
             await self._prove_empty(listing)
@@ -85,7 +88,7 @@ class CatalogRegistry:
         found, absent = await self._transactions.read(
             [self._operations.get_service(service_id) for service_id in ids]
         )
-        services = [decode_listed(one.service) for one in found if bytes(one.service)]
+        services = [self._meta_keys.decode(decode_listed(one.service)) for one in found if bytes(one.service)]
         hidden = set(ids).difference(
             (service.id for service in services), (ids[position] for position in absent)
         )
@@ -100,7 +103,9 @@ class CatalogRegistry:
             self._watch.wrote(0)
         written = await self._write(
             services,
-            lambda service: self._operations.put(service, has_check=service.id in self._checked),
+            lambda service: self._operations.put(
+                self._meta_keys.encode(service), has_check=service.id in self._checked
+            ),
         )
         for service in services:
             if service.id in written.indexes:

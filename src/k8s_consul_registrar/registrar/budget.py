@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+# Seconds between full reads of Consul beyond the first few.
+FULL_READ_GAP = 30.0
+
 
 @dataclass(frozen=True, slots=True)
 class BudgetRules:
@@ -12,7 +15,7 @@ class BudgetRules:
     """
 
     burst: int = 3
-    gap: float = 30.0
+    gap: float = FULL_READ_GAP
     share: float = 0.02
 
 

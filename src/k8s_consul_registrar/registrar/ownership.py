@@ -82,6 +82,7 @@ class Identity:
             meta=tuple(sorted(pairs)),
             tags=sharded_tags(target.tags, shard),
             index=index,
+            ready=target.ready,
         )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from k8s_consul_registrar.settings.backend import BackendSettings, read_backend
 from k8s_consul_registrar.settings.consul import ConsulSettings, read_consul
 from k8s_consul_registrar.settings.naming import NamingSettings, read_naming
 from k8s_consul_registrar.settings.reader import Reader, parse_seconds
@@ -46,6 +47,7 @@ class RegistrarSettings:
     instance: str
     previous_instances: frozenset[str]
     sync_period: float
+    backend: BackendSettings
     selection: SelectionSettings
     naming: NamingSettings
     proxy_node_port: int
@@ -91,6 +93,7 @@ def read_registrar(environment: Mapping[str, str]) -> RegistrarSettings:
         reader.seconds("BRAKE_CONFIRM_START"),
         reader.boolean("ALLOW_MASS_DEREGISTER"),
     )
+    backend = read_backend(reader, cluster_name, instance)
     selection = read_selection(reader)
     naming = read_naming(reader)
     node_port = reader.integer("PROXY_NODE_PORT", 1, 65535)
@@ -106,6 +109,7 @@ def read_registrar(environment: Mapping[str, str]) -> RegistrarSettings:
         instance=instance,
         previous_instances=previous_instances,
         sync_period=period,
+        backend=backend,
         selection=selection,
         naming=naming,
         proxy_node_port=node_port,

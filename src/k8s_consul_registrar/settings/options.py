@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from k8s_consul_registrar.settings.backend_options import BACKEND_OPTIONS
 from k8s_consul_registrar.settings.option import BOTH_MODES as _BOTH
 from k8s_consul_registrar.settings.option import PROXY_ONLY as _PROXY
 from k8s_consul_registrar.settings.option import REGISTRAR_ONLY as _REGISTRAR
@@ -56,6 +57,7 @@ OPTIONS: tuple[Option, ...] = (
         _REGISTRAR,
         "600",
     ),
+    *BACKEND_OPTIONS,
     *SELECTION_OPTIONS,
     *NAMING_OPTIONS,
     Option(

@@ -34,6 +34,7 @@ class TargetRules:
 
     `cluster` is for names and tags. `node_address_types` are the kinds of address Prometheus reaches a
     Node by, the first that is there counts. `longest_shard` is how many bytes the longest shard path has.
+    With `has_readiness` a target says whether its object is ready, so that every change of it counts.
     """
 
     annotation_prefix: str = "prometheus.io/"
@@ -46,6 +47,7 @@ class TargetRules:
     labels: tuple[LabelMeta, ...] = ()
     node_address_types: tuple[str, ...] = NODE_ADDRESS_TYPES
     longest_shard: int = 0
+    has_readiness: bool = False
 
 
 def judge(item: Pod | Node | Undecodable, rules: TargetRules) -> Verdict | None:
@@ -92,6 +94,7 @@ def judge_pod(pod: Pod, rules: TargetRules) -> Verdict:
             meta=meta,
             rank=(0, pod.created, pod.uid),
             tags=tags,
+            ready=pod.ready if rules.has_readiness else None,
         )
         for place, port in enumerate(ports)
     )
@@ -120,6 +123,7 @@ def judge_node(node: Node, rules: TargetRules) -> Verdict:
             meta=checked_meta(_node_meta(node, node_ip)),
             rank=(0 if node.ready else 1, node.created, node.uid),
             tags=service_tags(rules.tags, subject, rules.longest_shard),
+            ready=node.ready if rules.has_readiness else None,
         )
     except Refused as refused:
         return Rejection(node.key, refused.reason, refused.detail, service_id)
