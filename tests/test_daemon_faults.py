@@ -43,7 +43,7 @@ async def test_pods_that_may_not_be_listed() -> None:
         async with await lab.registrar() as daemon:
             line = await daemon.until_said("cannot list; nothing of it is deregistered meanwhile")
             assert line["source"] == "pods"
-            wanted = "cannot list pods at the cluster scope: grant list on pods; the server said: "
+            wanted = "cannot watch pods at the cluster scope: grant watch on pods; the server said: "
             assert line["problem"].startswith(wanted)
             await daemon.until(lambda: lab.has(WEB, "node--192.0.2.10", "node--192.0.2.11"))
             await lab.cluster.delete_node("node-a")

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 
 from k8s_consul_registrar.errors import ConsulError
@@ -93,6 +94,7 @@ class Passes:
         self._pending.clear()
         self._refused.clear()
         report = await self._apply(plan)
+        report = replace(report, rejected=len(wanted.rejections) + len(plan.rejections))
         self._memory = memory
         self._had_full_pass = True
         self._lost_shards.clear()
@@ -127,7 +129,7 @@ class Passes:
         self._pending.clear()
         if not self._refused and self._had_full_pass:
             self._cluster.settled(wanted.departed - plan.kept_objects)
-        self._reporter.passed_over_changes(plan, report)
+        self._reporter.passed_over_changes(wanted, plan)
         return report
 
     def _recall(self, service_id: str) -> str:

@@ -96,10 +96,11 @@ class Reporter:
         if all(state.listed_at is not None for state in wanted.sources.values()):
             self._status.has_synced = True
 
-    def passed_over_changes(self, plan: Plan, report: PassReport) -> None:
+    def passed_over_changes(self, wanted: Wanted, plan: Plan) -> None:
         """Take in a pass over a few changes: only what is new in it is said."""
+        self.sources(wanted)
         self._conflicts(self._news.further("conflicts", conflicts_of(plan)))
-        facts = {str(one.key): f"{one.reason}: {one.detail}" for one in report.rejections}
+        facts = {str(one.key): f"{one.reason}: {one.detail}" for one in plan.rejections}
         for about, text in self._news.further("rejections", facts)[:MOST_NAMED]:
             log.warning("rejected", object=about, reason=text)
 
@@ -133,6 +134,7 @@ class Reporter:
             deregistered=report.deregistered,
             unchanged=report.unchanged,
             refused=report.refused,
+            rejected=report.rejected,
             conflicts=len(report.conflicts),
             held=sum(len(held.ids) for held in report.held),
             seconds=round(report.seconds, 3),

@@ -20,6 +20,7 @@ class PassReport:
     deregistered: int = 0
     unchanged: int = 0
     refused: int = 0
+    rejected: int = 0
     conflicts: tuple[Conflict, ...] = ()
     rejections: tuple[Rejection, ...] = ()
     held: tuple[Held, ...] = ()
