@@ -396,6 +396,14 @@ async def test_retry_after_is_honoured_in_watch_and_list() -> None:
         assert 2.0 <= loop.time() - began < 4.0
 
 
+async def test_retry_after_is_honoured_within_reason() -> None:
+    """A server that asks for an hour is asked again before that."""
+    api = ScriptedApi(pods=[pod_object("a")])
+    api.lists.append(Answer(503, status_object(503), {"Retry-After": "3600"}))
+    async with following(api, timing=replace(TIMING, retry_after_cap=0.3)) as followed:
+        await followed.settled("a")
+
+
 async def test_watches_that_end_at_once_are_begun_ever_more_seldom() -> None:
     """A server, or a gateway, that closes each watch at once is not asked in a rush."""
     api = ScriptedApi(pods=[pod_object("a")])
