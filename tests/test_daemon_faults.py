@@ -43,13 +43,13 @@ async def test_pods_that_may_not_be_listed() -> None:
         async with await lab.registrar() as daemon:
             line = await daemon.until_said("cannot list; nothing of it is deregistered meanwhile")
             assert line["source"] == "pods"
-            wanted = "cannot watch pods at the cluster scope: grant watch on pods; the server said: "
+            wanted = "cannot list and watch pods at the cluster scope: grant list and watch on pods; "
             assert line["problem"].startswith(wanted)
             await daemon.until(lambda: lab.has(WEB, "node--192.0.2.10", "node--192.0.2.11"))
             await lab.cluster.delete_node("node-a")
             await daemon.until(lambda: lab.has(WEB, "node--192.0.2.11"))
             status, text = await daemon.admin("/readyz")
-            assert (status, "grant list on pods" in text) == (503, True)
+            assert (status, "grant list and watch on pods" in text) == (503, True)
             assert await daemon.metric('source_followed{kind="pod"}') == 0
             assert await daemon.metric('source_followed{kind="node"}') == 1
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.errors import ClusterError, ClusterUnreachable
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.activity import ActivityCounter
 from k8s_consul_registrar.kube.client import KubeClient
@@ -396,6 +397,14 @@ async def test_retry_after_is_honoured_in_watch_and_list() -> None:
         assert 2.0 <= loop.time() - began < 4.0
 
 
+async def test_retry_after_is_honoured_within_reason() -> None:
+    """A server that asks for an hour is asked again before that."""
+    api = ScriptedApi(pods=[pod_object("a")])
+    api.lists.append(Answer(503, status_object(503), {"Retry-After": "3600"}))
+    async with following(api, timing=replace(TIMING, retry_after_cap=0.3)) as followed:
+        await followed.settled("a")
+
+
 async def test_watches_that_end_at_once_are_begun_ever_more_seldom() -> None:
     """A server, or a gateway, that closes each watch at once is not asked in a rush."""
     api = ScriptedApi(pods=[pod_object("a")])
@@ -607,3 +616,35 @@ async def test_waits_grow_to_their_cap_and_begin_anew() -> None:
     assert min(grown[3:]) >= 0.045
     patience.reset()
     assert await timed() < 0.04
+
+
+class SlowNamespace:
+    """A server whose answer takes a while, and that counts the questions."""
+
+    def __init__(self, answer: str | ClusterError) -> None:
+        self.answer = answer
+        self.questions = 0
+
+    async def namespace_uid(self, name: str) -> str | None:
+        """Answer, late."""
+        assert name == "kube-system"
+        self.questions += 1
+        await asyncio.sleep(0.02)
+        if isinstance(self.answer, ClusterError):
+            raise self.answer
+        return self.answer
+
+
+@pytest.mark.parametrize("answer", ["uid-1", ClusterUnreachable("gone")])
+async def test_sources_that_lose_their_connections_together_share_a_question(
+    answer: str | ClusterError,
+) -> None:
+    """A hundred sources ask twice at most; an answer asked for before the loss counts for none of them."""
+    server = SlowNamespace(answer)
+    identity = ClusterIdentity(server, Mirror((PODS,), verdict))
+    answers = await asyncio.gather(*(identity.confirm() for _ in range(100)), return_exceptions=True)
+    assert set(answers) == {answer}
+    assert server.questions <= 2
+    before = server.questions
+    await asyncio.gather(identity.confirm(), return_exceptions=True)
+    assert server.questions == before + 1

@@ -79,7 +79,7 @@ def test_a_list_that_broke_off_infers_nothing() -> None:
     mirror.put(PODS, NAMELESS)
     mirror.fail(PODS, "broke off")
     mirror.resume(PODS)
-    assert not mirror.wanted().sources[PODS].proves_absence
+    assert not mirror.wanted().sources[PODS].is_followed
     put_list(mirror, PODS, [make_pod("b")], 2.0)
     wanted = mirror.wanted()
     assert list(wanted.claims) == ["pod--shop--b"]

@@ -124,7 +124,9 @@ class KubeClient:
         for `watch_silence`, ClusterUnstreamed when the initial events are refused, or fail to end
         (Kubernetes API concepts, "Efficient detection of changes" and "Streaming lists").
         """
-        action = Action("watch", RESOURCES[kind], namespace)
+        # Following takes both rights, so that both are named at once where one is missing.
+        verb = "list and watch" if send_initial_events else "watch"
+        action = Action(verb, RESOURCES[kind], namespace)
         query = {
             "watch": "1",
             "allowWatchBookmarks": "true",

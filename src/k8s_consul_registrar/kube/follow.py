@@ -14,8 +14,6 @@ from k8s_consul_registrar.kube.mirror import Mirror
 from k8s_consul_registrar.kube.objects import Page
 from k8s_consul_registrar.model import Kind, Source
 
-# A server that asks for more patience than this is asked again all the same, in seconds.
-LONGEST_RETRY_AFTER = 30.0
 # After so many objects of a page others get their turn.
 SLICE = 100
 # Timers may fire early by the resolution of the loop's clock, in seconds.
@@ -122,4 +120,4 @@ class Patience:
     async def wait(self, error: ClusterError | None = None) -> None:
         """Wait, at least as long as the API server asked for, within reason."""
         asked = error.retry_after if isinstance(error, ClusterBusy) else None
-        await asyncio.sleep(max(next(self._delays), min(asked or 0.0, LONGEST_RETRY_AFTER)))
+        await asyncio.sleep(max(next(self._delays), min(asked or 0.0, self._timing.retry_after_cap)))
