@@ -107,9 +107,9 @@ class CatalogRegistry:
                 self._meta_keys.encode(service), has_check=service.id in self._checked
             ),
         )
-        for service in services:
-            if service.id in written.indexes:
-                (self._checked.discard if service.ready is None else self._checked.add)(service.id)
+        done = [service for service in services if service.id in written.indexes]
+        self._checked.difference_update(service.id for service in done if service.ready is None)
+        self._checked.update(service.id for service in done if service.ready is not None)
         return written
 
     async def deregister(self, services: Sequence[Service]) -> Written:

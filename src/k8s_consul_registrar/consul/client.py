@@ -93,6 +93,9 @@ class ConsulClient:
         self._session = aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
+            # Compressing 8,200 services doubled what the read costs Consul (0.12 to 0.25 s of a core for
+            # 4.7 MB), which is more than a local network needs to carry them as they are.
+            headers={"Accept-Encoding": "identity"},
             timeout=aiohttp.ClientTimeout(
                 total=self._timing.read_timeout, sock_connect=self._timing.connect_timeout
             ),
