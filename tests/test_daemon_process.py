@@ -132,6 +132,7 @@ async def test_sigterm_ends_the_registrar_in_time(hangs: str) -> None:
         elif hangs != "nothing":
             door = lab.consul_door if hangs == "consul" else lab.api_door
             door.stall()
+            await lab.cluster.add_pod("web-2")
             await daemon.until(lambda: door.is_held)
         assert await daemon.terminate() == 0
         assert lab.has(WEB)

@@ -237,6 +237,7 @@ async def test_losing_consul_loses_no_change() -> None:
     async with running_lab() as lab, await lab.registrar() as daemon:
         await lab.cluster.add_pod()
         await daemon.until(lambda: lab.has(WEB))
+        await daemon.until_said("pass")
         lab.consul_door.refuse()
         await daemon.until_said("Consul cannot be used; trying again")
         await lab.cluster.delete_pod()

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from k8s_consul_registrar.model import Kind, Service, Written
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
@@ -35,6 +35,13 @@ class News:
         said = self._said.get(topic, {})
         self._said[topic] = {**said, **facts}
         return [(about, text) for about, text in facts.items() if said.get(about) != text]
+
+    def over(self, topic: str, abouts: Iterable[str]) -> None:
+        """Note that what was said about these no longer stands."""
+        said = self._said.get(topic)
+        if said:
+            gone = set(abouts)
+            self._said[topic] = {about: text for about, text in said.items() if about not in gone}
 
 
 def conflicts_of(plan: Plan) -> dict[str, str]:
@@ -85,7 +92,8 @@ class Reporter:
         for service in services[:MOST_NAMED]:
             log.debug(verb, service=service.id, address=service.address, port=service.port)
         refused = {failure.id: failure.problem for failure in written.failures}
-        for about, text in self._news.fresh(f"refused {verb}", refused)[:MOST_NAMED]:
+        self._news.over("refused", (service.id for service in services if service.id not in refused))
+        for about, text in self._news.further("refused", refused)[:MOST_NAMED]:
             log.warning("Consul refuses a service", verb=verb, service=about, problem=text)
 
     def passed_over_all(self, wanted: Wanted, report: PassReport) -> None:
