@@ -21,9 +21,7 @@ from k8s_consul_registrar.proxy.sockets import listen
 from k8s_consul_registrar.proxy.tls import kubelet_context
 
 TOKEN = "the-proxys-own-token"
-METRICS = (
-    b"# TYPE container_cpu_usage_seconds_total counter\ncontainer_cpu_usage_seconds_total 1 1795344097000\n"
-)
+METRICS = b"# TYPE container_cpu_usage_seconds_total counter\ncontainer_cpu_usage_seconds_total 1 1795344097000\n"
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\n"
 
 
