@@ -172,6 +172,13 @@ class KubeClient:
         body = await self._send(request)
         return _decode(body, _Review, action).status.allowed
 
+    async def request(
+        self, action: Action, path: str, *, method: str = "GET", body: bytes | None = None
+    ) -> bytes:
+        """Return the answer to a request about one object; a body is sent as JSON."""
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        return await self._send(_Request(action, path, method=method, headers=headers, body=body))
+
     async def _send(self, request: _Request) -> bytes:
         """Return the body of a success, tried once more with fresh credentials after a 401."""
         try:
