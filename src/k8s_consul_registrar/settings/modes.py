@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from k8s_consul_registrar.settings.consul import ConsulSettings, read_consul
+from k8s_consul_registrar.settings.election import ElectionSettings, read_election
 from k8s_consul_registrar.settings.reader import Reader, parse_seconds
 from k8s_consul_registrar.targets.sharding import parse_shard_paths
 from k8s_consul_registrar.telemetry import FORMATS, LEVELS
@@ -40,6 +41,7 @@ class RegistrarSettings:
     common: CommonSettings
     consul: ConsulSettings
     brake: BrakeSettings
+    election: ElectionSettings | None
     cluster_name: str
     has_default_name: bool
     previous_cluster_names: frozenset[str]
@@ -90,6 +92,7 @@ def read_registrar(environment: Mapping[str, str]) -> RegistrarSettings:
         reader.seconds("BRAKE_CONFIRM_START"),
         reader.boolean("ALLOW_MASS_DEREGISTER"),
     )
+    election = read_election(reader)
     shard_paths = _shard_paths(reader)
     node_port = reader.integer("PROXY_NODE_PORT", 1, 65535)
     common = _common(reader)
@@ -98,6 +101,7 @@ def read_registrar(environment: Mapping[str, str]) -> RegistrarSettings:
         common=common,
         consul=consul,
         brake=brake,
+        election=election,
         cluster_name=cluster_name,
         has_default_name=has_default_name,
         previous_cluster_names=previous_names,
