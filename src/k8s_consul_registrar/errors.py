@@ -12,6 +12,7 @@ OperationalError
 │   ├── ClusterSilent         a watch brought neither event nor bookmark for too long: resume
 │   ├── ClusterUnstreamed     no list comes as initial events of a watch: list in pages
 │   ├── ClusterBusy           429 or 5xx: retry, not before `retry_after`
+│   ├── ClusterConflict       409: somebody else wrote the object first; read it again
 │   └── ClusterRefused        any other answer we cannot use
 └── ConsulError               Consul
     ├── ConsulUnreachable     no connection, or it broke, or time ran out: retry
@@ -94,6 +95,12 @@ class ClusterBusy(ClusterError):
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class ClusterConflict(ClusterError):
+    """Somebody else wrote the object first: it is there already, or no longer the version we mean."""
+
+    cause = "conflict"
 
 
 class ClusterRefused(ClusterError):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from k8s_consul_registrar.settings.backend import BackendSettings, read_backend
 from k8s_consul_registrar.settings.consul import ConsulSettings, read_consul
+from k8s_consul_registrar.settings.election import ElectionSettings, election_problem, read_election
 from k8s_consul_registrar.settings.naming import NamingSettings, read_naming
 from k8s_consul_registrar.settings.reader import Reader, parse_seconds
 from k8s_consul_registrar.settings.selection import SelectionSettings, read_selection
@@ -41,6 +42,7 @@ class RegistrarSettings:
     common: CommonSettings
     consul: ConsulSettings
     brake: BrakeSettings
+    election: ElectionSettings | None
     cluster_name: str
     has_default_name: bool
     previous_cluster_names: frozenset[str]
@@ -93,9 +95,13 @@ def read_registrar(environment: Mapping[str, str]) -> RegistrarSettings:
         reader.seconds("BRAKE_CONFIRM_START"),
         reader.boolean("ALLOW_MASS_DEREGISTER"),
     )
+    election = read_election(reader)
     backend = read_backend(reader, cluster_name, instance)
     selection = read_selection(reader)
     naming = read_naming(reader)
+    problem = election_problem(backend.backend, election)
+    if problem:
+        reader.problem("LEADER_ELECTION", problem)
     node_port = reader.integer("PROXY_NODE_PORT", 1, 65535)
     common = _common(reader)
     reader.check()
@@ -103,6 +109,7 @@ def read_registrar(environment: Mapping[str, str]) -> RegistrarSettings:
         common=common,
         consul=consul,
         brake=brake,
+        election=election,
         cluster_name=cluster_name,
         has_default_name=has_default_name,
         previous_cluster_names=previous_names,
