@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from k8s_consul_registrar.proxy.buffers import Buffers
+from k8s_consul_registrar.proxy.deadlines import Deadlines
 from k8s_consul_registrar.proxy.headers import request_start
 from k8s_consul_registrar.proxy.limits import Concurrency, Limits
 from k8s_consul_registrar.proxy.nodes import Nodes, NodeTable
@@ -75,6 +76,7 @@ class Relay:
         self.context = context
         self.nodes = nodes
         self.limits = Limits(concurrency)
+        self.deadlines = Deadlines(self.loop)
         self.pool = Pool(overall=kept_connections, idle_limit=timing.upstream_idle)
         self.is_draining = False
         self._paths = paths

@@ -5,11 +5,12 @@ body in the one form of RFC 9112 alone (no bare LF, no folding, no spaces), so w
 the same end.
 """
 
+from http import HTTPStatus
 from typing import NamedTuple
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
-from k8s_consul_registrar.proxy.headers import RESPONSE_FIELDS, Fields
+from k8s_consul_registrar.proxy.headers import RESPONSE_FIELDS, Fields, response_start, wants_close
 
 HEAD_LIMIT = 16 * 1024
 END_OF_HEAD = b"\r\n\r\n"
@@ -148,3 +149,66 @@ def framing_of(head: Head) -> Counted | Chunked:
     if not length.isdigit() or len(length) > 18:
         raise Malformed("its length is no number")
     return Counted(length)
+
+
+class Answer(NamedTuple):
+    """What is made of a head: where the status is 200, how the answer to the caller begins.
+
+    `length` is the digits of the body's length, None where it comes in chunks. `keeps` says whether another
+    answer may follow on the connection.
+    """
+
+    status: int
+    start: bytes
+    length: bytes | None
+    keeps: bool
+
+    def framing(self) -> Counted | Chunked:
+        """Return how the body is delimited."""
+        return Chunked() if self.length is None else Counted(self.length)
+
+
+def read_answer(raw: memoryview) -> Answer:
+    """Parse a whole head, its empty line included; raises Malformed."""
+    head = read_head(raw)
+    if head.status != HTTPStatus.OK:
+        return Answer(head.status, b"", None, keeps=False)
+    framing = framing_of(head)
+    try:
+        start = response_start(head.fields.get(b"content-type"), head.fields.get(b"content-encoding"))
+    except ValueError as error:
+        raise Malformed(str(error)) from None
+    return Answer(
+        head.status,
+        start + framing.field,
+        head.fields.get(b"content-length"),
+        head.is_http_1_1 and not wants_close(head.fields),
+    )
+
+
+class AnswerMemory:
+    """Heads of answers seen lately, by their bytes.
+
+    A head says when it was made to the second, and what else it says kubelets share: where there are many
+    scrapes a second most heads were seen before. What is made of one depends on its bytes alone.
+    """
+
+    __slots__ = ("_seen",)
+
+    LONGEST = 1024
+    MOST = 256
+
+    def __init__(self) -> None:
+        self._seen: dict[bytes, Answer] = {}
+
+    def read(self, raw: bytes) -> Answer:
+        """Return what a whole head says; raises Malformed."""
+        known = self._seen.get(raw)
+        if known is not None:
+            return known
+        answer = read_answer(memoryview(raw))
+        if answer.status == HTTPStatus.OK and len(raw) <= self.LONGEST:
+            if len(self._seen) >= self.MOST:
+                self._seen.clear()
+            self._seen[raw] = answer
+        return answer

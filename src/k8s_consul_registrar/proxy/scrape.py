@@ -1,15 +1,13 @@
 """One scrape: waits for its place, asks the kubelet, hands the answer on, and ends in one way only."""
 
-import asyncio
 from typing import Protocol
 
 from k8s_consul_registrar.errors import OperationalError
 from k8s_consul_registrar.proxy import failures
-from k8s_consul_registrar.proxy.headers import Fields, request_rest, response_start
+from k8s_consul_registrar.proxy.headers import Fields, request_rest
 from k8s_consul_registrar.proxy.limits import Entry, scrape_deadline
 from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
 from k8s_consul_registrar.proxy.relay import Relay, Routed
-from k8s_consul_registrar.proxy.response import Chunked, Counted, Head, Malformed
 from k8s_consul_registrar.proxy.route import UNKNOWN_NODE
 from k8s_consul_registrar.proxy.upstream import Upstream
 
@@ -49,7 +47,7 @@ class Scrape:
         "_is_reused",
         "_relay",
         "_routed",
-        "_timer",
+        "_seconds",
         "_upstream",
     )
 
@@ -59,7 +57,8 @@ class Scrape:
         self._routed = routed
         self._fields = fields
         self._upstream: Upstream | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        # How long it may take once it was let in or queued; 0 until then.
+        self._seconds = 0.0
         self._has_place = False
         self._has_begun = False
         self._is_reused = False
@@ -73,8 +72,8 @@ class Scrape:
             self._refuse(failures.QUEUE_FULL)
             return
         announced = self._fields.get(b"x-prometheus-scrape-timeout-seconds")
-        seconds = scrape_deadline(announced, relay.timing.longest_scrape)
-        self._timer = relay.loop.call_later(seconds, self._expire)
+        self._seconds = seconds = scrape_deadline(announced, relay.timing.longest_scrape)
+        relay.deadlines.start(self, seconds)
         if entry is Entry.RUN:
             self._has_place = True
             self._run()
@@ -121,16 +120,11 @@ class Scrape:
         assert self._upstream is not None
         self._ask(self._upstream)
 
-    def on_response(self, head: Head, framing: Counted | Chunked, body: memoryview) -> None:
+    def on_response(self, start: bytes, body: memoryview) -> None:
         """Hand the beginning of the answer on."""
-        fields = head.fields
-        try:
-            start = response_start(fields.get(b"content-type"), fields.get(b"content-encoding"))
-        except ValueError as error:
-            raise Malformed(str(error)) from None
         self._has_begun = True
         self._relay.counts.body_bytes += len(body)
-        self._caller.respond(start + framing.field, body)
+        self._caller.respond(start, body)
 
     def on_body(self, body: memoryview) -> None:
         """Hand more of it on."""
@@ -179,7 +173,8 @@ class Scrape:
 
     # Ending
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
+        """End in a 504, a 503 or a cut: the time is up."""
         if self._has_begun:
             self._cut()
         else:
@@ -203,8 +198,8 @@ class Scrape:
         if self._upstream is not None:
             self._upstream.close()
             self._upstream = None
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._seconds:
+            relay.deadlines.stop(self, self._seconds)
             if self._has_place:
                 relay.limits.leave(endpoint)
             else:

@@ -123,6 +123,7 @@ class ProxyServer:
             caller.reset()
         if self._relay is not None:
             self._relay.pool.close()
+            self._relay.deadlines.close()
         # Connections tell of their end in the loop's next turns.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1):

@@ -4,10 +4,14 @@ import ssl
 from collections.abc import Callable
 from pathlib import Path
 
-# A piece of ciphertext at a time: an idle connection keeps a buffer of this order, not of a whole read.
-PIECE = 16 * 1024
 # The most plain text one record holds (RFC 8446, 5.1), so the most one read returns.
 RECORD = 16 * 1024
+# How much ciphertext OpenSSL is handed at a time, where records are smaller than that.
+PIECE = 16 * 1024
+# What a record begins with: its type, a version, and in two bytes the length of the rest (RFC 8446, 5.1).
+RECORD_HEADER = 5
+# The most a length may say (RFC 5246, 6.2.3); OpenSSL is shown more at once and refuses it.
+LONGEST_RECORD = RECORD + 2048
 
 
 def kubelet_context(
@@ -40,9 +44,14 @@ def kubelet_context(
 
 
 class TlsStep:
-    """One connection's TLS between ciphertext off a plain transport and plain text."""
+    """One connection's TLS between ciphertext off a plain transport and plain text.
 
-    __slots__ = ("_incoming", "_object", "_outgoing", "_read", "has_ended")
+    OpenSSL is handed whole records and asked as often as they hold data: asked for one of which a part is missing it
+    raises, which costs as much as decrypting it. Where records end is followed from the first byte on; it
+    decides when to ask, and never what is read.
+    """
+
+    __slots__ = ("_header", "_incoming", "_left", "_object", "_outgoing", "_read", "has_ended")
 
     def __init__(self, context: ssl.SSLContext, server_name: str) -> None:
         self._incoming = ssl.MemoryBIO()
@@ -50,12 +59,19 @@ class TlsStep:
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=server_name)
         # typeshed knows only the form that returns bytes; with a buffer it returns their number.
         self._read: Callable[[int, memoryview], int] = self._object.read  # type: ignore[assignment]
+        # Of the record at hand: the beginning of its header, or how much of it is still to come.
+        self._header = b""
+        self._left = 0
         self.has_ended = False
 
     def advance_handshake(self, received: memoryview | bytes = b"") -> bool:
         """Take the peer's bytes and say whether the handshake is complete; raises ssl.SSLError."""
         if received:
             self._incoming.write(received)
+            end = self._rest_of_record(received)
+            while end + RECORD_HEADER <= len(received):
+                end += RECORD_HEADER + (received[end + 3] << 8 | received[end + 4])
+            self._suspend(received, end)
         try:
             self._object.do_handshake()
         except ssl.SSLWantReadError:
@@ -82,21 +98,63 @@ class TlsStep:
         `has_ended` turns true where the peer closes the stream. Raises ssl.SSLError.
         """
         incoming, tls, read = self._incoming, self._object, self._read
-        filled = 0
-        for start in range(0, len(received), PIECE):
-            incoming.write(received[start : start + PIECE])
+        filled = start = 0
+        roomy = len(plain) - RECORD
+        size, end = len(received), self._rest_of_record(received)
+        while start < size:
+            # Small records together, up to a piece: an idle connection keeps a buffer of this order.
+            while end - start < PIECE // 2 and end + RECORD_HEADER <= size:
+                length = received[end + 3] << 8 | received[end + 4]
+                further = end + RECORD_HEADER + length if length <= LONGEST_RECORD else size
+                if further > size or (further - start > LONGEST_RECORD and end > start):
+                    break
+                end = further
+            if start == end or end > size:
+                incoming.write(received[start:])
+                break
+            incoming.write(received[start:end])
+            start = end
             while True:
                 try:
                     count = read(RECORD, plain[filled:])
                 except ssl.SSLWantReadError:
-                    break
+                    break  # the rest held no data of ours: a session ticket, a key update
                 except ssl.SSLZeroReturnError:
                     count = 0
                 if not count:
                     self.has_ended = True
                     return filled
                 filled += count
-                # Asking again with nothing at hand would raise, which costs more than a small read.
-                if not incoming.pending and not tls.pending():
+                # A record that had room is read whole, and nothing of it is left inside.
+                if not incoming.pending and (filled <= roomy or not tls.pending()):
                     break
+        self._suspend(received, end)
         return filled
+
+    # Following where records end
+
+    def _rest_of_record(self, received: memoryview | bytes) -> int:
+        """Return where the record ends that began before `received`, 0 where none did.
+
+        Where not even its header is complete, that is the end of `received`.
+        """
+        if self._header:
+            header = self._header + bytes(received[: RECORD_HEADER - len(self._header)])
+            if len(header) < RECORD_HEADER:
+                self._header = header
+                return len(received)
+            end = RECORD_HEADER - len(self._header) + (header[3] << 8 | header[4])
+            self._header = b""
+            return end
+        end, self._left = self._left, 0
+        return end
+
+    def _suspend(self, received: memoryview | bytes, end: int) -> None:
+        """Note how much is missing of the record at hand, of which the one before it ends at `end`."""
+        begun = received[end:]
+        if len(begun) >= RECORD_HEADER:
+            self._left = RECORD_HEADER + (begun[3] << 8 | begun[4]) - len(begun)
+        elif begun:
+            self._header = bytes(begun)
+        else:
+            self._left = max(0, end - len(received))
