@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from k8s_consul_registrar.sandbox.sandbox import Sandbox
-from relaying.contenders import NGINX, OURS, Contender, benchmark_nodes, nginx, ours, path_of, plain
+from relaying.contenders import NGINX, Contender, benchmark_nodes, nginx, ours, path_of, plain
 from relaying.kubelets import TOKEN, Body, Kubelets
 from relaying.load import Full, answer_of, full_load, open_loop
 from relaying.machine import Cores, Missing
+
+from k8s_consul_registrar.sandbox.sandbox import Sandbox
 
 ROUNDS = int(os.environ.get("BENCH_ROUNDS") or 5)
 SECONDS = int(os.environ.get("BENCH_SECONDS") or 3)
@@ -60,8 +61,8 @@ class Bench:
                         f"{contender.name}, {body.name}: {status} {described} {payload[:200]!r}"
                     )
 
-    async def cost(self, contenders: Sequence[Contender]) -> float:
-        """Measure CPU per scrape at full load, and return nginx's best rate at 2 KB."""
+    async def cost(self, contenders: Sequence[Contender]) -> None:
+        """Measure CPU per scrape at full load."""
         print("\n## Cost at full load\n")
         print(
             "| body | clients | | CPU ms per scrape | ratio to nginx (least to most) | scrapes/s | RSS MB |"
@@ -169,7 +170,7 @@ class Bench:
 
 async def main() -> None:
     """Run the parts asked for."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     cores = Cores()
     cores.keep_off()

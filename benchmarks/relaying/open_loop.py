@@ -42,7 +42,7 @@ class Connection:
     def __init__(self, host: str, port: int, buffer: bytearray) -> None:
         self.socket = socket.create_connection((host, port))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.setblocking(False)
+        self.socket.settimeout(0)
         self.buffer = buffer
         self.due = 0.0
         self.left = -1
@@ -137,8 +137,8 @@ def main() -> None:
     loop = Loop(msgspec.json.decode(sys.stdin.buffer.read(), type=Job))
     loop.run()
     times = sorted(loop.times) or [0.0]
-    figures = [len(loop.times), loop.failed]
-    figures += [times[len(times) // 2], times[int(len(times) * 0.99)], times[-1]]
+    middle, most = times[len(times) // 2], times[int(len(times) * 0.99)]
+    figures = (len(loop.times), loop.failed, middle, most, times[-1])
     sys.stdout.buffer.write(msgspec.json.encode(figures))
 
 

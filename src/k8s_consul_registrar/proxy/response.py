@@ -68,20 +68,24 @@ def read_head(head: memoryview) -> Head:
 class Counted:
     """A body of a length announced."""
 
-    __slots__ = ("_left", "field")
+    __slots__ = ("left",)
 
     is_exact = True
 
-    def __init__(self, digits: bytes) -> None:
-        self._left = int(digits)
-        self.field = b"Content-Length: " + digits + b"\r\n"
+    def __init__(self, length: int) -> None:
+        self.left = length
+
+    @property
+    def field(self) -> bytes:
+        """The line of the head that says so."""
+        return b"Content-Length: %d\r\n" % self.left
 
     def take(self, body: memoryview) -> bool:
         """Follow some bytes and say whether the body ends with them; raises Malformed beyond its end."""
-        self._left -= len(body)
-        if self._left < 0:
+        self.left -= len(body)
+        if self.left < 0:
             raise Malformed("it sends more than the length it announced")
-        return self._left == 0
+        return self.left == 0
 
 
 class Chunked:
@@ -148,24 +152,20 @@ def framing_of(head: Head) -> Counted | Chunked:
         raise Malformed("its body has neither a length nor chunks")
     if not length.isdigit() or len(length) > 18:
         raise Malformed("its length is no number")
-    return Counted(length)
+    return Counted(int(length))
 
 
 class Answer(NamedTuple):
     """What is made of a head: where the status is 200, how the answer to the caller begins.
 
-    `length` is the digits of the body's length, None where it comes in chunks. `keeps` says whether another
-    answer may follow on the connection.
+    `length` is the body's, None where it comes in chunks. `keeps` says whether another answer may follow on
+    the connection.
     """
 
     status: int
     start: bytes
-    length: bytes | None
+    length: int | None
     keeps: bool
-
-    def framing(self) -> Counted | Chunked:
-        """Return how the body is delimited."""
-        return Chunked() if self.length is None else Counted(self.length)
 
 
 def read_answer(raw: memoryview) -> Answer:
@@ -181,7 +181,7 @@ def read_answer(raw: memoryview) -> Answer:
     return Answer(
         head.status,
         start + framing.field,
-        head.fields.get(b"content-length"),
+        framing.left if isinstance(framing, Counted) else None,
         head.is_http_1_1 and not wants_close(head.fields),
     )
 

@@ -97,11 +97,10 @@ class TlsStep:
 
         `has_ended` turns true where the peer closes the stream. Raises ssl.SSLError.
         """
-        incoming, tls, read = self._incoming, self._object, self._read
         filled = start = 0
-        roomy = len(plain) - RECORD
-        size, end = len(received), self._rest_of_record(received)
-        while start < size:
+        size = len(received)
+        end = self._rest_of_record(received) if self._left or self._header else 0
+        while start < size and not self.has_ended:
             # Small records together, up to a piece: an idle connection keeps a buffer of this order.
             while end - start < PIECE // 2 and end + RECORD_HEADER <= size:
                 length = received[end + 3] << 8 | received[end + 4]
@@ -110,26 +109,33 @@ class TlsStep:
                     break
                 end = further
             if start == end or end > size:
-                incoming.write(received[start:])
+                self._incoming.write(received[start:])
                 break
-            incoming.write(received[start:end])
+            self._incoming.write(received[start:end])
+            filled = self._take(plain, filled)
             start = end
-            while True:
-                try:
-                    count = read(RECORD, plain[filled:])
-                except ssl.SSLWantReadError:
-                    break  # the rest held no data of ours: a session ticket, a key update
-                except ssl.SSLZeroReturnError:
-                    count = 0
-                if not count:
-                    self.has_ended = True
-                    return filled
-                filled += count
-                # A record that had room is read whole, and nothing of it is left inside.
-                if not incoming.pending and (filled <= roomy or not tls.pending()):
-                    break
-        self._suspend(received, end)
+        if end != size:
+            self._suspend(received, end)
         return filled
+
+    def _take(self, plain: memoryview, filled: int) -> int:
+        """Read all there is into `plain` from `filled` on, and return up to where it is filled then."""
+        incoming, read = self._incoming, self._read
+        roomy = len(plain) - RECORD
+        while True:
+            try:
+                count = read(RECORD, plain[filled:])
+            except ssl.SSLWantReadError:
+                return filled  # the rest held no data of ours: a session ticket, a key update
+            except ssl.SSLZeroReturnError:
+                count = 0
+            if not count:
+                self.has_ended = True
+                return filled
+            filled += count
+            # A record that had room is read whole, and nothing of it is left inside.
+            if not incoming.pending and (filled <= roomy or not self._object.pending()):
+                return filled
 
     # Following where records end
 

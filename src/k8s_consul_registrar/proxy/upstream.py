@@ -13,6 +13,8 @@ from k8s_consul_registrar.proxy.response import END_OF_HEAD, HEAD_LIMIT, Answer,
 from k8s_consul_registrar.proxy.tls import TlsStep
 
 SWITCHING_PROTOCOLS = 101
+# The framing of a body that came along with its head.
+WHOLE = Counted(0)
 
 
 class Exchange(Protocol):
@@ -235,10 +237,15 @@ class Upstream(asyncio.BufferedProtocol):
         if answer.status != 200:
             self._fail(failures.other_status(answer.status))
             return
-        framing = answer.framing()
+        self._keeps = answer.keeps
+        if answer.length == len(body):
+            self._framing = WHOLE
+            exchange.on_response(answer.start, body)
+            self._end()
+            return
+        framing = Chunked() if answer.length is None else Counted(answer.length)
         is_end = framing.take(body)
         self._framing = framing
-        self._keeps = answer.keeps
         exchange.on_response(answer.start, body)
         if is_end:
             self._end()
