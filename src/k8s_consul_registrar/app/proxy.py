@@ -54,7 +54,7 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
     for warning in settings.common.warnings:
         log.warning(warning)
     access = load_access(settings.common.environment)
-    context = _kubelet_context(settings, access)
+    context = kubelet_trust(settings, access)
     inbound = BearerFile(Path(settings.bearer_token_file)) if settings.bearer_token_file else None
     nodes = Nodes()
     token = KubeletToken(access)
@@ -124,7 +124,7 @@ async def _end(settings: ProxySettings, server: ProxyServer, health: _Health, st
     await stop.unless_urgent(drain())
 
 
-def _kubelet_context(settings: ProxySettings, access: Access) -> ssl.SSLContext:
+def kubelet_trust(settings: ProxySettings, access: Access) -> ssl.SSLContext:
     """Make the TLS context for kubelets; raises an `AccessError` naming the setting at fault."""
     ca_pem = access.cluster_ca
     if settings.kubelet_ca_file:
