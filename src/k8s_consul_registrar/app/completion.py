@@ -52,7 +52,7 @@ def _command(name: str, purpose: str, parser: argparse.ArgumentParser) -> Comman
 
 def _options(parser: argparse.ArgumentParser) -> Iterator[Word]:
     for action in parser._actions:  # noqa: SLF001 - the same
-        purpose = re.split(r"[.;:(]", action.help or "")[0].strip().replace("%%", "%")
+        purpose = re.split(r"[.;:] | \(", action.help or "")[0].strip().replace("%%", "%")
         values = tuple(str(value) for value in action.choices or ())
         if action.nargs == "?":
             values = values or ("true", "false")
