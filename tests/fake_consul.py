@@ -10,7 +10,14 @@ from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress
 from k8s_consul_registrar.consul.client import ConsulClient
 
 QUICK = Timing(
-    retry_first=0.02, retry_cap=0.05, connect_timeout=1, read_timeout=1, node_poll=0.05, gather=0.0, tick=0.2
+    retry_first=0.02,
+    retry_cap=0.05,
+    connect_timeout=1,
+    read_timeout=1,
+    node_poll=0.05,
+    gather=0.0,
+    tick=0.2,
+    probe=0.02,
 )
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]

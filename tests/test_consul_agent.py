@@ -7,7 +7,8 @@ from aiohttp import web
 
 from builders import make_service, our_pod_service
 from fake_consul import client_of, serving
-from k8s_consul_registrar.consul.agent import MOST_FAULTS_IN_A_ROW, AgentRegistry
+from k8s_consul_registrar.consul.agent import AgentRegistry
+from k8s_consul_registrar.consul.parallel import MOST_FAULTS_IN_A_ROW
 from k8s_consul_registrar.errors import ConsulBusy, ConsulUnreachable
 from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.sandbox.consul import Consul

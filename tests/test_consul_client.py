@@ -104,7 +104,38 @@ async def test_what_is_sent() -> None:
         await client.request("PUT", "/v1/agent/service/deregister/a%2Fb", params={"x": "1"})
     (request,) = seen
     assert request.headers["X-Consul-Token"] == "t0p"
+    assert request.headers["Accept-Encoding"] == "identity"
     assert request.raw_path == "/prefix/v1/agent/service/deregister/a%2Fb?ns=n&partition=p&x=1"
+
+
+async def test_a_blocking_query_is_waited_for() -> None:
+    """What Consul was asked to wait, and its sixteenth more, is not taken for a hang; a stream's pause is."""
+
+    async def late(_: web.Request) -> web.Response:
+        await asyncio.sleep(QUICK.read_timeout + 0.3)
+        return web.Response(headers={"X-Consul-Index": "9"})
+
+    async with serving(late) as url, client_of(url) as client:
+        assert (await client.request("GET", "/v1/x", wait=1)).index == 9
+        with pytest.raises(ConsulUnreachable, match="no answer in time"):
+            await client.request("GET", "/v1/x")
+        with pytest.raises(ConsulUnreachable, match="no answer in time"):
+            async with client.stream("/v1/x"):
+                pass
+
+
+async def test_what_is_held_ends_with_the_client() -> None:
+    """A query that still waits neither outlives the client nor holds it up."""
+
+    async def hang(_: web.Request) -> web.Response:
+        await asyncio.sleep(30)
+        raise AssertionError
+
+    async with serving(hang) as url:
+        async with client_of(url) as client:
+            task = client.hold(client.request("GET", "/v1/x", wait=60))
+            await asyncio.sleep(0.05)
+        assert task.cancelled()
 
 
 async def test_unix_socket(tmp_path: Path) -> None:
@@ -184,11 +215,11 @@ def test_token_file_is_read_again_as_it_changes(tmp_path: Path) -> None:
     with pytest.raises(AccessError, match="CONSUL_HTTP_TOKEN_FILE"):
         token.current()
     file.write_text("one\n")
-    assert token.current() == "one"
+    assert (token.current(), token.version) == ("one", 0)
     file.write_text("two\n")
     assert token.current() == "one"
     now[0] += 5
-    assert token.current() == "two"
+    assert (token.current(), token.version) == ("two", 1)
     file.unlink()
     now[0] += 5
-    assert token.current() == "two"
+    assert (token.current(), token.version) == ("two", 1)

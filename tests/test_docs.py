@@ -19,7 +19,8 @@ from k8s_consul_registrar.registrar.metrics import (
     RegistrarMetrics,
 )
 from k8s_consul_registrar.registrar.plan import Kept
-from k8s_consul_registrar.settings.options import OPTIONS, PROXY, REGISTRAR
+from k8s_consul_registrar.settings.option import PROXY, REGISTRAR
+from k8s_consul_registrar.settings.options import OPTIONS
 from k8s_consul_registrar.targets.reasons import Reason
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -54,6 +54,7 @@ def test_a_life_of_a_pod_is_told_in_order() -> None:
         assert isinstance(e, Changed | Deleted)
         assert isinstance(e.item, Pod)
         assert e.item.key == ObjectKey(Kind.POD, "web", "new-1")
+    assert [e.is_added for e in events if isinstance(e, Changed)] == [True, False, False, False, False]
     assert Bookmark("354") in events
 
 

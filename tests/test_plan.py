@@ -2,17 +2,29 @@
 
 import random
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import make_node, make_pod, make_service, our_pod_service
-from k8s_consul_registrar.model import Kind, Node, ObjectKey, Pod, Rejection, Service, Source, Target
+from k8s_consul_registrar.model import (
+    UNSYNCED,
+    Kind,
+    Node,
+    ObjectKey,
+    Pod,
+    Rejection,
+    Service,
+    Source,
+    Target,
+)
 from k8s_consul_registrar.registrar.brake import BrakeRules
+from k8s_consul_registrar.registrar.ledger import Entry
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.plan import Kept, Plan, plan
 from k8s_consul_registrar.targets.reasons import Reason
-from k8s_consul_registrar.targets.sharding import Shards
+from k8s_consul_registrar.targets.sharding import RandomShards
 from k8s_consul_registrar.targets.targets import TargetRules, judge
 from k8s_consul_registrar.targets.wanted import SourceState, Wanted
 
@@ -41,48 +53,67 @@ def wanting(
     return Wanted(claims, rejections, ALL_SEEN if sources is None else sources, frozenset(departed), uid)
 
 
-def ids(services: Iterable[Service]) -> list[str]:
+def ids(writes: Iterable[Service | Entry]) -> list[str]:
     """Return the IDs of services, sorted."""
-    return sorted(service.id for service in services)
+    return sorted(write.id for write in writes)
+
+
+def written(entries: Iterable[Entry]) -> list[Service]:
+    """Return the services that are to be written."""
+    return [entry.service(LAB) for entry in entries]
 
 
 def test_new_targets_are_registered() -> None:
     """What Consul lacks is registered, with everything the cluster says of it."""
     made = plan(wanting(make_pod("a"), make_node()), [], LAB)
     assert ids(made.register) == ["node--192.0.2.10", "pod--shop--a"]
-    assert next(one for one in made.register if one.id == "pod--shop--a") == our_pod_service("a")
+    assert our_pod_service("a") in written(made.register)
     assert made.writes == 2
 
 
 def test_equal_services_are_left_alone() -> None:
     """A second pass over what the first one wrote writes nothing."""
     wanted = wanting(make_pod("a"), make_node())
-    again = plan(wanted, plan(wanted, [], LAB).register, LAB)
+    again = plan(wanted, written(plan(wanted, [], LAB).register), LAB)
     assert (again.writes, again.unchanged) == (0, 2)
 
 
 def test_changed_address_is_updated_in_place() -> None:
     """A new IP is an update of the same ID, its shard kept."""
     held = our_pod_service("a", shard_path="s2")
-    made = plan(wanting(make_pod("a", ip="198.51.100.99")), [held], LAB, shards=Shards(("s1", "s2")))
-    (update,) = made.update
+    made = plan(wanting(make_pod("a", ip="198.51.100.99")), [held], LAB, shards=RandomShards(("s1", "s2")))
+    (update,) = written(made.update)
     assert (update.address, update.value("shard_path")) == ("198.51.100.99", "s2")
     assert not made.register
     assert not made.deregister
 
 
+def test_a_write_names_the_version_it_replaces() -> None:
+    """An update carries the index of the record it was planned over, a new service none."""
+    held = our_pod_service("a", note="mine")
+    made = plan(wanting(make_pod("a"), make_pod("b")), [replace(held, index=42)], LAB)
+    assert [service.index for service in written(made.update)] == [42]
+    assert [service.index for service in written(made.register)] == [0]
+
+
+def test_a_service_the_catalog_lacks_is_registered_again() -> None:
+    """An agent may believe a service in sync that the catalog lacks: it is written though it is equal."""
+    made = plan(wanting(make_pod("a")), [replace(our_pod_service("a"), index=UNSYNCED)], LAB)
+    assert ids(made.update) == ["pod--shop--a"]
+
+
 def test_hand_edit_is_repaired() -> None:
     """Meta that somebody added is taken away again."""
     made = plan(wanting(make_pod("a")), [our_pod_service("a", note="mine")], LAB)
-    assert list(made.update) == [our_pod_service("a")]
+    assert written(made.update) == [our_pod_service("a")]
 
 
 def test_retired_shard_moves_and_no_shard_is_taken_away() -> None:
     """A shard that is no longer on offer is replaced; without shards none is written."""
     held = our_pod_service("a", shard_path="old")
-    moved = plan(wanting(make_pod("a")), [held], LAB, shards=Shards(("new",)))
-    assert moved.update[0].value("shard_path") == "new"
-    assert plan(wanting(make_pod("a")), [held], LAB).update == (our_pod_service("a"),)
+    moved = plan(wanting(make_pod("a")), [held], LAB, shards=RandomShards(("new",)))
+    assert written(moved.update)[0].value("shard_path") == "new"
+    assert written(plan(wanting(make_pod("a")), [held], LAB).update) == [our_pod_service("a")]
 
 
 def test_gone_pod_is_deregistered() -> None:
@@ -123,7 +154,7 @@ def test_uid_that_cannot_be_read_today_is_kept() -> None:
     """A UID already recorded is not taken away because it cannot be read now, and is added once known."""
     recorded = our_pod_service("a", cluster_uid="one")
     assert plan(wanting(make_pod("a")), [recorded], LAB).unchanged == 1
-    assert plan(wanting(make_pod("a"), uid="one"), [our_pod_service("a")], LAB).update == (recorded,)
+    assert plan(wanting(make_pod("a"), uid="one"), [our_pod_service("a")], LAB).update[0].cluster_uid == "one"
 
 
 def test_original_programs_service_is_adopted() -> None:
@@ -132,7 +163,7 @@ def test_original_programs_service_is_adopted() -> None:
         "pod--shop--a",
         {"cluster": "lab", "namespace": "shop", "metrics_path": "/metrics", "shard_path": "s2"},
     )
-    (update,) = plan(wanting(make_pod("a")), [legacy], LAB, shards=Shards(("s1", "s2"))).update
+    (update,) = written(plan(wanting(make_pod("a")), [legacy], LAB, shards=RandomShards(("s1", "s2"))).update)
     assert update == our_pod_service("a", shard_path="s2")
 
 
@@ -206,19 +237,19 @@ def test_shared_id_stays_with_its_holder_and_never_flaps() -> None:
     """Two Pods that ask for one ID: the holder keeps it at every pass, the other is rejected."""
     older = make_pod("b--c", "a", created="2026-01-01T00:00:00Z")
     younger = make_pod("c", "a--b", created="2026-02-01T00:00:00Z")
-    (held,) = plan(wanting(younger), [], LAB).register
+    (held,) = written(plan(wanting(younger), [], LAB).register)
     for _ in range(3):
         made = plan(wanting(older, younger), [held], LAB)
         assert (made.writes, made.unchanged) == (0, 1)
         assert [(one.key, one.reason) for one in made.rejections] == [(older.key, Reason.ID_TAKEN)]
-    (taken,) = plan(wanting(older), [held], LAB).update
+    (taken,) = written(plan(wanting(older), [held], LAB).update)
     assert taken.value("namespace") == "a"
 
 
 def test_shared_id_is_not_taken_from_a_holder_that_cannot_be_seen() -> None:
     """While the holder's namespace is blind, or the holder rejected, the ID stays with it."""
     older = make_pod("b--c", "a")
-    (held,) = plan(wanting(make_pod("c", "a--b")), [], LAB).register
+    (held,) = written(plan(wanting(make_pod("c", "a--b")), [], LAB).register)
     sources = {Source(Kind.POD, "a"): SEEN, Source(Kind.POD, "a--b"): SourceState()}
     blind = plan(wanting(older, sources=sources), [held], LAB)
     assert (blind.writes, blind.kept[Kept.BLIND]) == (0, 1)
@@ -268,7 +299,7 @@ _STATES = st.sampled_from(
 
 def apply(services: Mapping[str, Service], made: Plan) -> dict[str, Service]:
     """Carry a plan out on a dictionary that stands for Consul."""
-    after = {**services, **{one.id: one for one in (*made.register, *made.update)}}
+    after = {**services, **{one.id: one for one in written((*made.register, *made.update))}}
     for one in made.deregister:
         del after[one.id]
     return after
@@ -287,11 +318,11 @@ def test_invariants(
     """Foreign services are untouched, a blind source loses nothing, and a second pass writes nothing."""
     wanted = wanting(*pods, sources={PODS: state}, uid=uid)
     before = {service.id: service for service in services}
-    shards = Shards(("s1", "s2"), random.Random(seed))
+    shards = RandomShards(("s1", "s2"), random.Random(seed))
     made = plan(wanted, services, LAB, shards=shards, rules=BrakeRules(allow_mass=True))
     after = apply(before, made)
-    written = {*ids(made.register), *ids(made.update), *ids(made.deregister)}
-    assert len(written) == made.writes
+    touched = {*ids(made.register), *ids(made.update), *ids(made.deregister)}
+    assert len(touched) == made.writes
     assert not set(ids(made.register)) & before.keys()
     for service in services:
         is_foreign = (

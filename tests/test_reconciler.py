@@ -1,8 +1,7 @@
 """The reconciler's loop: what it writes in which order, when it wakes, and what it survives."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 
 import pytest
@@ -10,107 +9,41 @@ from prometheus_client import CollectorRegistry
 
 from builders import make_pod, our_pod_service
 from fake_consul import QUICK
-from k8s_consul_registrar.errors import ConsulUnreachable
-from k8s_consul_registrar.kube.mirror import Mirror
-from k8s_consul_registrar.model import Kind, ObjectKey, Pod, Service, Source, WriteFailure, Written
 from k8s_consul_registrar.registrar.brake import BrakeRules
+from k8s_consul_registrar.registrar.budget import BudgetRules
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.reconciler import Reconciler
-from k8s_consul_registrar.targets.sharding import Shards
-from k8s_consul_registrar.targets.targets import TargetRules, judge
-from k8s_consul_registrar.targets.wanted import Wanted
+from k8s_consul_registrar.targets.sharding import RandomShards, Shards
+from memory import PODS, MemoryCluster, MemoryRegistry
 
-PODS = Source(Kind.POD)
-
-
-class MemoryCluster:
-    """A cluster of Pods that a test lists at will."""
-
-    def __init__(self) -> None:
-        self.mirror = Mirror((PODS,), lambda item: judge(item, TargetRules()))
-        self.relists: list[Source] = []
-        self.now = 0.0
-
-    def put_list(self, pods: Iterable[Pod]) -> None:
-        """Complete a list."""
-        listing = self.mirror.start_listing()
-        self.mirror.add_page(PODS, listing, pods)
-        self.now += 1
-        self.mirror.finish_listing(PODS, listing, self.now)
-
-    def wanted(self) -> Wanted:
-        """Return everything known."""
-        return self.mirror.wanted()
-
-    async def changed(self) -> None:
-        """Wait for a change."""
-        await self.mirror.changed()
-
-    def settled(self, departed: AbstractSet[ObjectKey]) -> None:
-        """Forget departures."""
-        self.mirror.settled(departed)
-
-    def relist(self, source: Source, at: float) -> None:
-        """Note that a list was asked for."""
-        self.relists.append(source)
-
-
-class MemoryRegistry:
-    """A Consul in memory that notes the order of writes, refuses some, and can be down."""
-
-    def __init__(self) -> None:
-        self.held: dict[str, Service] = {}
-        self.writes: list[tuple[str, str]] = []
-        self.refused: set[str] = set()
-        self.is_down = False
-        self.reads = 0
-
-    async def services(self) -> AsyncIterator[Service]:
-        """Yield what is held."""
-        self.reads += 1
-        if self.is_down:
-            raise ConsulUnreachable("Consul is down")
-        for service in list(self.held.values()):
-            yield service
-
-    async def register(self, services: Sequence[Service]) -> Written:
-        """Take services in, except the refused ones."""
-        failures = tuple(WriteFailure(one.id, "no") for one in services if one.id in self.refused)
-        for one in services:
-            if one.id not in self.refused:
-                self.writes.append(("register", one.id))
-                self.held[one.id] = one
-        return Written(len(services) - len(failures), failures)
-
-    async def deregister(self, services: Sequence[Service]) -> Written:
-        """Take services out."""
-        for one in services:
-            self.writes.append(("deregister", one.id))
-            self.held.pop(one.id, None)
-        return Written(len(services))
+FIFTY_SHARDS = RandomShards(tuple(f"s{number}" for number in range(50)))
 
 
 class Lab:
     """A reconciler between a cluster and a Consul in memory."""
 
-    def __init__(self, **options: object) -> None:
+    def __init__(
+        self,
+        *,
+        checks_versions: bool = True,
+        shards: Shards | None = None,
+        period: float = 60,
+        budget: BudgetRules | None = None,
+    ) -> None:
         self.cluster = MemoryCluster()
-        self.consul = MemoryRegistry()
+        self.consul = MemoryRegistry(checks_versions=checks_versions)
         self.metrics = CollectorRegistry()
-        settings: dict[str, object] = {
-            "period": 60.0,
-            "rules": BrakeRules(confirm=0, confirm_start=0),
-            **options,
-        }
         self.reconciler = Reconciler(
             cluster=self.cluster,
             registry=self.consul,
             identity=Identity("lab"),
-            shards=Shards(),
+            shards=shards or RandomShards(),
+            rules=BrakeRules(confirm=0, confirm_start=0),
+            period=period,
             timing=QUICK,
             metrics=RegistrarMetrics(self.metrics),
-            **settings,  # type: ignore[arg-type] # the tests' own options
+            budget=budget or BudgetRules(gap=0),
         )
 
     @asynccontextmanager
@@ -124,24 +57,37 @@ class Lab:
             with suppress(asyncio.CancelledError):
                 await task
 
-    async def until(self, ids: Iterable[str]) -> None:
+    async def until(self, names: Iterable[str]) -> None:
         """Wait until Consul holds just these Pods' services."""
-        expected = {f"pod--shop--{name}" for name in ids}
+        expected = {f"pod--shop--{name}" for name in names}
+        await self.until_so(lambda: set(self.consul.held) == expected)
+
+    async def until_so(self, is_so: Callable[[], bool]) -> None:
+        """Wait until something is so."""
         async with asyncio.timeout(5):
-            while set(self.consul.held) != expected:
-                await asyncio.sleep(0.005)
+            while not is_so():
+                await asyncio.sleep(0.002)
+
+    async def synced(self, *names: str) -> None:
+        """List these Pods and wait until everything was compared once."""
+        self.cluster.put_list([make_pod(name) for name in names])
+        await self.until(names)
+        await self.until_so(lambda: self.reconciler.status.has_synced)
 
     def value(self, name: str, **labels: str) -> float | None:
         """Return a metric's value."""
         return self.metrics.get_sample_value(f"k8s_consul_registrar_{name}", labels)
 
 
-async def test_follows_the_cluster() -> None:
+both_backends = pytest.mark.parametrize("checks_versions", [True, False], ids=["catalog", "agent"])
+
+
+@both_backends
+async def test_follows_the_cluster(checks_versions: bool) -> None:
     """New Pods are registered, changed ones updated and gone ones deregistered, as lists come."""
-    lab = Lab()
+    lab = Lab(checks_versions=checks_versions)
     async with lab.running():
-        lab.cluster.put_list([make_pod("a"), make_pod("b")])
-        await lab.until(["a", "b"])
+        await lab.synced("a", "b")
         lab.cluster.put_list([make_pod("b", ip="198.51.100.77")])
         await lab.until(["b"])
     assert lab.consul.held["pod--shop--b"].address == "198.51.100.77"
@@ -149,34 +95,150 @@ async def test_follows_the_cluster() -> None:
     assert lab.value("writes_total", verb="deregister", outcome="success") == 1
 
 
-async def test_nothing_happens_before_the_first_list() -> None:
-    """Consul is not even read while nothing is known, and the daemon is not ready."""
+@both_backends
+async def test_events_are_followed_without_reading_consul_whole(checks_versions: bool) -> None:
+    """After the first comparison additions, changes and deletions cost no full read."""
+    lab = Lab(checks_versions=checks_versions)
+    async with lab.running():
+        await lab.synced("a", "b")
+        reads = lab.consul.reads
+        lab.cluster.mirror.put(PODS, make_pod("c"))
+        await lab.until(["a", "b", "c"])
+        lab.cluster.mirror.put(PODS, make_pod("c", ip="198.51.100.99"))
+        await lab.until_so(lambda: lab.consul.held["pod--shop--c"].address == "198.51.100.99")
+        lab.cluster.mirror.remove(PODS, make_pod("a"))
+        lab.cluster.mirror.put(PODS, make_pod("b", annotations={}))
+        await lab.until(["c"])
+        await lab.until_so(lambda: lab.cluster.wanted().departed == frozenset())
+    assert lab.consul.reads == reads
+    assert bool(lab.consul.lookups) is not checks_versions
+
+
+async def test_status_noise_causes_no_traffic() -> None:
+    """A Pod that changes in ways that do not touch its target is nothing to Consul."""
     lab = Lab()
-    lab.consul.held["pod--shop--old"] = our_pod_service("old")
-    await lab.reconciler.reconcile()
-    assert lab.consul.reads == 0
+    async with lab.running():
+        await lab.synced("a")
+        before = (len(lab.consul.writes), lab.consul.reads, len(lab.consul.lookups))
+        for number in range(20):
+            lab.cluster.mirror.put(PODS, make_pod("a", ready=True, host_ip=f"192.0.2.{number}"))
+            await asyncio.sleep(0.002)
+        await asyncio.sleep(0.05)
+    assert (len(lab.consul.writes), lab.consul.reads, len(lab.consul.lookups)) == before
+
+
+@both_backends
+async def test_registers_while_the_first_list_still_streams(checks_versions: bool) -> None:
+    """What is new is written before the list is complete; nothing is removed or changed before that."""
+    lab = Lab(checks_versions=checks_versions)
+    lab.consul.put_by_hand(our_pod_service("old"))
+    lab.consul.put_by_hand(our_pod_service("kept"))
+    async with lab.running():
+        await lab.until_so(lambda: lab.consul.reads > 0)
+        lab.cluster.mirror.start_listing(PODS)
+        lab.cluster.mirror.put(PODS, make_pod("a"))
+        lab.cluster.mirror.put(PODS, make_pod("kept"))
+        await lab.until(["a", "old", "kept"])
+        assert lab.consul.writes == [("register", "pod--shop--a")]
+        lab.cluster.mirror.finish_listing(PODS, 1.0)
+        await lab.until(["a", "kept"])
+    assert lab.consul.writes == [("register", "pod--shop--a"), ("deregister", "pod--shop--old")]
+
+
+async def test_a_racing_writer_is_seen_and_not_overwritten() -> None:
+    """A service that somebody put under our ID meanwhile is a conflict, found at the write."""
+    lab = Lab()
+    async with lab.running():
+        await lab.synced("a")
+        lab.consul.put_by_hand(our_pod_service("b", cluster="other"), is_noticed=False)
+        lab.cluster.mirror.put(PODS, make_pod("b"))
+        await lab.until_so(lambda: "pod--shop--b" in lab.consul.lookups)
+        await asyncio.sleep(0.05)
+    assert lab.consul.held["pod--shop--b"].value("cluster") == "other"
+
+
+@both_backends
+async def test_a_service_taken_over_is_not_removed(checks_versions: bool) -> None:
+    """A Pod goes whose ID somebody else took: that service stays."""
+    lab = Lab(checks_versions=checks_versions)
+    async with lab.running():
+        await lab.synced("a", "b")
+        lab.consul.put_by_hand(our_pod_service("b", cluster="other"), is_noticed=False)
+        lab.cluster.mirror.remove(PODS, make_pod("b"))
+        lab.cluster.mirror.remove(PODS, make_pod("a"))
+        await lab.until(["b"])
+        await asyncio.sleep(0.1)
+    assert lab.consul.held["pod--shop--b"].value("cluster") == "other"
+
+
+@both_backends
+async def test_a_disturbance_is_repaired(checks_versions: bool) -> None:
+    """What somebody deletes or edits in Consul comes back once the registry says it was disturbed."""
+    lab = Lab(checks_versions=checks_versions)
+    async with lab.running():
+        await lab.synced("a", "b")
+        lab.consul.remove_by_hand("pod--shop--a")
+        await lab.until(["a", "b"])
+        lab.consul.put_by_hand(our_pod_service("b", note="mine"))
+        await lab.until_so(lambda: lab.consul.held["pod--shop--b"] == our_pod_service("b"))
+
+
+@both_backends
+async def test_a_lost_service_keeps_its_shard(checks_versions: bool) -> None:
+    """A Consul that restarted empty is filled again with the shards it had."""
+    lab = Lab(checks_versions=checks_versions, shards=FIFTY_SHARDS)
+    names = [f"p{number}" for number in range(20)]
+
+    def shards() -> dict[str, str]:
+        return {one.id: one.value("shard_path") for one in lab.consul.held.values()}
+
+    async with lab.running():
+        await lab.synced(*names)
+        before = shards()
+        lab.consul.held.clear()
+        lab.consul.is_foreign = True
+        await lab.until(names)
+        assert shards() == before
+
+
+async def test_shards_on_record_elsewhere_are_taken_over() -> None:
+    """A fresh agent lacks the services, but the catalog still knows their shards."""
+    lab = Lab(checks_versions=False, shards=FIFTY_SHARDS)
+    lab.consul.lost = {"pod--shop--a": "s17"}
+    async with lab.running():
+        await lab.synced("a")
+    assert lab.consul.held["pod--shop--a"].value("shard_path") == "s17"
+
+
+async def test_nothing_is_written_before_the_first_list() -> None:
+    """While nothing is known nothing is written, and the daemon is not ready."""
+    lab = Lab()
+    lab.consul.put_by_hand(our_pod_service("old"))
+    async with lab.running():
+        await asyncio.sleep(0.1)
+        assert "not synced yet" in lab.reconciler.status.readiness()
     assert lab.consul.writes == []
-    assert "not synced yet" in lab.reconciler.status.readiness()
 
 
-async def test_registers_go_before_deregisters() -> None:
-    """In one pass everything new is there before anything old goes."""
-    lab = Lab()
-    lab.consul.held = {f"pod--shop--o{n}": our_pod_service(f"o{n}") for n in range(2)}
-    lab.cluster.put_list([make_pod(f"n{number}") for number in range(5)])
-    await lab.reconciler.reconcile()
-    verbs = [verb for verb, _ in lab.consul.writes]
-    assert verbs == ["register"] * 5 + ["deregister"] * 2
+@both_backends
+async def test_registers_go_before_deregisters(checks_versions: bool) -> None:
+    """Everything new is there before anything old goes."""
+    lab = Lab(checks_versions=checks_versions)
+    for number in range(2):
+        lab.consul.put_by_hand(our_pod_service(f"o{number}"))
+    async with lab.running():
+        await lab.synced(*(f"n{number}" for number in range(5)))
+    assert [verb for verb, _ in lab.consul.writes] == ["register"] * 5 + ["deregister"] * 2
 
 
-async def test_a_second_pass_writes_nothing() -> None:
-    """At rest there are no writes."""
-    lab = Lab()
-    lab.cluster.put_list([make_pod("a")])
-    await lab.reconciler.reconcile()
-    lab.consul.writes.clear()
-    report = await lab.reconciler.reconcile()
-    assert (lab.consul.writes, report.unchanged, report.outcome) == ([], 1, "success")
+async def test_full_passes_at_rest_write_nothing() -> None:
+    """The safety net finds nothing to do."""
+    lab = Lab(period=0.03)
+    async with lab.running():
+        await lab.synced("a")
+        reads = lab.consul.reads
+        await lab.until_so(lambda: lab.consul.reads > reads + 3)
+    assert lab.consul.writes == [("register", "pod--shop--a")]
 
 
 async def test_outage_of_consul_is_survived() -> None:
@@ -185,14 +247,27 @@ async def test_outage_of_consul_is_survived() -> None:
     lab.consul.is_down = True
     async with lab.running():
         lab.cluster.put_list([make_pod("a")])
-        async with asyncio.timeout(5):
-            while lab.consul.reads < 3:
-                await asyncio.sleep(0.005)
+        await lab.until_so(lambda: lab.consul.reads >= 3)
         assert "Consul is down" in lab.reconciler.status.readiness()
         assert lab.value("consul_up") == 0
         lab.consul.is_down = False
         await lab.until(["a"])
-    assert lab.value("consul_up") == 1
+        await lab.until_so(lambda: lab.value("consul_up") == 1)
+
+
+@both_backends
+async def test_changes_during_an_outage_are_written_after_it(checks_versions: bool) -> None:
+    """Events that come while Consul is down are not lost, deletions among them."""
+    lab = Lab(checks_versions=checks_versions)
+    async with lab.running():
+        await lab.synced("a", "b")
+        lab.consul.is_down = True
+        lab.cluster.mirror.put(PODS, make_pod("c"))
+        await lab.until_so(lambda: lab.value("consul_up") == 0)
+        lab.cluster.mirror.remove(PODS, make_pod("a"))
+        await asyncio.sleep(0.1)
+        lab.consul.is_down = False
+        await lab.until(["b", "c"])
 
 
 async def test_a_flood_of_changes_does_not_hammer_a_dead_consul() -> None:
@@ -201,19 +276,9 @@ async def test_a_flood_of_changes_does_not_hammer_a_dead_consul() -> None:
     lab.consul.is_down = True
     async with lab.running():
         for number in range(50):
-            lab.cluster.put_list([make_pod(f"p{number}")])
+            lab.cluster.mirror.put(PODS, make_pod(f"p{number}"))
             await asyncio.sleep(0.002)
     assert lab.consul.reads < 15
-
-
-async def test_period_repairs_drift() -> None:
-    """What somebody removes in Consul comes back by the period alone."""
-    lab = Lab(period=0.05)
-    async with lab.running():
-        lab.cluster.put_list([make_pod("a")])
-        await lab.until(["a"])
-        lab.consul.held.clear()
-        await lab.until(["a"])
 
 
 async def test_one_refused_target_does_not_hold_up_the_rest() -> None:
@@ -223,56 +288,55 @@ async def test_one_refused_target_does_not_hold_up_the_rest() -> None:
     async with lab.running():
         lab.cluster.put_list([make_pod("bad"), make_pod("good")])
         await lab.until(["good"])
+        lab.cluster.mirror.put(PODS, make_pod("more"))
+        await lab.until(["good", "more"])
         lab.consul.refused.clear()
-        await lab.until(["bad", "good"])
+        await lab.until(["bad", "good", "more"])
     assert lab.value("passes_total", outcome="partial")
-
-
-async def test_departures_are_remembered_until_they_are_done() -> None:
-    """A fact is forgotten once Consul holds nothing of it, and not while a write was refused."""
-    lab = Lab()
-    lab.cluster.put_list([make_pod("a"), make_pod("b")])
-    await lab.reconciler.reconcile()
-    lab.consul.refused = {"pod--shop--c"}
-    lab.cluster.put_list([make_pod("a", annotations={}), make_pod("b"), make_pod("c")])
-    await lab.reconciler.reconcile()
-    assert lab.cluster.wanted().departed == {make_pod("a").key}
-    lab.consul.refused.clear()
-    await lab.reconciler.reconcile()
-    assert lab.cluster.wanted().departed == frozenset()
 
 
 async def test_brake_asks_for_another_list_and_lets_go() -> None:
     """A held removal asks the cluster to list again, and is done when that list agrees."""
     lab = Lab()
-    lab.consul.held = {f"pod--shop--p{n}": our_pod_service(f"p{n}") for n in range(10)}
-    lab.cluster.put_list([])
-    await lab.reconciler.reconcile()
-    assert len(lab.consul.held) == 10
-    assert lab.cluster.relists == [PODS]
-    assert lab.value("brake_held_services") == 10
-    lab.cluster.put_list([])
-    await lab.reconciler.reconcile()
-    assert lab.consul.held == {}
-    assert lab.value("brake_held_services") == 0
+    for number in range(10):
+        lab.consul.put_by_hand(our_pod_service(f"p{number}"))
+    async with lab.running():
+        lab.cluster.put_list([])
+        await lab.until_so(lambda: PODS in lab.cluster.relists)
+        assert len(lab.consul.held) == 10
+        assert lab.value("brake_held_services") == 10
+        lab.cluster.put_list([])
+        await lab.until([])
+        await lab.until_so(lambda: lab.value("brake_held_services") == 0)
 
 
 async def test_blindness_changes_nothing_and_shows() -> None:
     """A source that fails keeps its services, stays ready, and shows in the metrics."""
     lab = Lab()
-    lab.cluster.put_list([make_pod("a")])
-    await lab.reconciler.reconcile()
-    lab.cluster.mirror.fail(PODS, "403")
-    await lab.reconciler.reconcile()
+    async with lab.running():
+        await lab.synced("a")
+        assert lab.value("source_followed", kind="pod") == 1
+        lab.cluster.mirror.fail(PODS, "403")
+        await lab.until_so(lambda: lab.value("source_followed", kind="pod") == 0)
     assert list(lab.consul.held) == ["pod--shop--a"]
-    assert lab.value("source_followed", kind="pod") == 0
     assert lab.reconciler.status.readiness() == ""
+
+
+async def test_full_reads_are_budgeted() -> None:
+    """Lists that complete one after the other do not each cost a full read of Consul."""
+    lab = Lab(budget=BudgetRules(burst=2, gap=60))
+    async with lab.running():
+        for number in range(10):
+            lab.cluster.put_list([make_pod(f"p{n}") for n in range(number)])
+            await asyncio.sleep(0.01)
+        await lab.until([f"p{n}" for n in range(9)])
+    assert lab.consul.reads <= 3
 
 
 async def test_standing_problems_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     """A rejection is a warning when it begins, not at every pass."""
-    lab = Lab()
-    lab.cluster.put_list([make_pod("a", ip="")])
-    for _ in range(3):
-        await lab.reconciler.reconcile()
+    lab = Lab(period=0.02)
+    async with lab.running():
+        lab.cluster.put_list([make_pod("a", ip="")])
+        await lab.until_so(lambda: lab.consul.reads > 5)
     assert capsys.readouterr().out.count("no_ip") == 1

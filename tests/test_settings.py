@@ -124,7 +124,7 @@ def test_previous_instances_may_name_the_empty_one() -> None:
 
 def test_shard_paths() -> None:
     """Spaces, empties and repeats are dropped."""
-    assert registrar(SHARD_PATHS=" a ,,b,a").shard_paths == ("a", "b")
+    assert registrar(SHARD_PATHS=" a ,,b,a").naming.shard_paths == ("a", "b")
 
 
 def test_every_mistake_at_once() -> None:

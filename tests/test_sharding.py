@@ -4,8 +4,10 @@ import random
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from k8s_consul_registrar.targets.sharding import Shards, parse_shard_paths
+from k8s_consul_registrar.targets.sharding import HashShards, RandomShards, parse_shard_paths
 
 
 @pytest.mark.parametrize(
@@ -18,17 +20,52 @@ def test_parse(text: str, paths: tuple[str, ...]) -> None:
 
 def test_new_services_are_spread() -> None:
     """A service without a shard gets one at random."""
-    shards = Shards(("a", "b", "c"), random.Random(1))
-    assert min(Counter(shards.choose("") for _ in range(300)).values()) > 60
+    shards = RandomShards(("a", "b", "c"), random.Random(1))
+    assert min(Counter(shards.choose("x", "") for _ in range(300)).values()) > 60
 
 
 def test_a_shard_on_offer_is_kept_and_a_retired_one_is_not() -> None:
     """A service keeps its shard while it is on offer."""
-    shards = Shards(("a", "b"))
-    assert {shards.choose("b") for _ in range(50)} == {"b"}
-    assert shards.choose("gone") in ("a", "b")
+    shards = RandomShards(("a", "b"))
+    assert {shards.choose("x", "b") for _ in range(50)} == {"b"}
+    assert shards.choose("x", "gone") in ("a", "b")
 
 
 def test_without_paths_there_is_no_shard() -> None:
     """Without shard paths a service carries none, whatever it had."""
-    assert Shards().choose("a") == ""
+    assert RandomShards().choose("x", "a") == ""
+
+
+IDS = [f"pod--shop--web-{number}" for number in range(600)]
+PATHS = ("a", "b", "c", "d")
+
+
+def placed(paths: tuple[str, ...]) -> dict[str, str]:
+    """Return the shard that each ID gets by its hash."""
+    return {service_id: HashShards(paths).choose(service_id, "") for service_id in IDS}
+
+
+def test_hash_spreads_and_is_stable() -> None:
+    """Every shard gets a fair part, the same in every process and whatever the order of the paths."""
+    counts = Counter(placed(PATHS).values())
+    assert min(counts.values()) > 100
+    assert placed(PATHS) == placed(PATHS[::-1])
+    # Fixed: another value would move every service of everybody who upgrades.
+    assert [HashShards(PATHS).choose(service_id, "") for service_id in IDS[:8]] == list("bdcbdccc")
+
+
+def test_hash_heeds_no_shard_but_its_own() -> None:
+    """A service that is on another shard is moved to the one its ID decides."""
+    for service_id, shard in placed(PATHS).items():
+        assert {HashShards(PATHS).choose(service_id, current) for current in ("", "gone", *PATHS)} == {shard}
+    assert HashShards().choose("x", "a") == ""
+
+
+@given(st.sets(st.text(min_size=1, max_size=5), min_size=2, max_size=6), st.data())
+def test_a_shard_that_goes_moves_only_its_own(paths: set[str], data: st.DataObject) -> None:
+    """What was on the others stays where it was."""
+    gone = data.draw(st.sampled_from(sorted(paths)))
+    service_id = data.draw(st.text(min_size=1))
+    before = HashShards(tuple(paths)).choose(service_id, "")
+    after = HashShards(tuple(paths - {gone})).choose(service_id, before)
+    assert after == before if before != gone else after in paths - {gone}

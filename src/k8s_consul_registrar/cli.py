@@ -11,7 +11,8 @@ from k8s_consul_registrar.app.completion import SHELLS, script
 from k8s_consul_registrar.app.lifecycle import EXIT_OK, EXIT_SETTINGS, complain, run_mode
 from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.settings.modes import CommonSettings, read_proxy, read_registrar
-from k8s_consul_registrar.settings.options import MODES, OPTIONS, PROXY, REGISTRAR, Option, options_of
+from k8s_consul_registrar.settings.option import MODES, PROXY, REGISTRAR, Option
+from k8s_consul_registrar.settings.options import OPTIONS, options_of
 from k8s_consul_registrar.telemetry import configure_logging
 
 DEMO = "demo"

@@ -9,7 +9,10 @@ OperationalError
 │   ├── ClusterForbidden      403: a permission is missing
 │   ├── ClusterExpired        410: the version asked for is gone; list again
 │   ├── ClusterAhead          504 with ResourceVersionTooLarge: our version is from another history
+│   ├── ClusterSilent         a watch brought neither event nor bookmark for too long: resume
+│   ├── ClusterUnstreamed     no list comes as initial events of a watch: list in pages
 │   ├── ClusterBusy           429 or 5xx: retry, not before `retry_after`
+│   ├── ClusterConflict       409: somebody else wrote the object first; read it again
 │   └── ClusterRefused        any other answer we cannot use
 └── ConsulError               Consul
     ├── ConsulUnreachable     no connection, or it broke, or time ran out: retry
@@ -72,6 +75,18 @@ class ClusterAhead(ClusterError):
     cause = "ahead"
 
 
+class ClusterSilent(ClusterError):
+    """A watch brought neither event nor bookmark for too long; it may be dead, or asked of the future."""
+
+    cause = "silent"
+
+
+class ClusterUnstreamed(ClusterError):
+    """The API server does not send a list as the initial events of a watch."""
+
+    cause = "unstreamed"
+
+
 class ClusterBusy(ClusterError):
     """The API server asks for patience; `retry_after` is in seconds, None where it named none."""
 
@@ -80,6 +95,12 @@ class ClusterBusy(ClusterError):
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class ClusterConflict(ClusterError):
+    """Somebody else wrote the object first: it is there already, or no longer the version we mean."""
+
+    cause = "conflict"
 
 
 class ClusterRefused(ClusterError):

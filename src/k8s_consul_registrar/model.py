@@ -1,9 +1,15 @@
-"""The values everyone shares: what Kubernetes has, what Prometheus scrapes, what Consul records."""
+"""The values everyone shares: what Kubernetes has, what Prometheus scrapes, what Consul records.
+
+Those that come by the ten thousand are msgspec structs: they are made ten times faster than frozen
+dataclasses, and the garbage collector does not visit them.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
+
+import msgspec
 
 
 class Kind(StrEnum):
@@ -34,8 +40,7 @@ class Source(NamedTuple):
         return f"{self.kind}s of {self.namespace}" if self.namespace else f"{self.kind}s"
 
 
-@dataclass(frozen=True, slots=True)
-class ContainerPort:
+class ContainerPort(msgspec.Struct, frozen=True, gc=False):
     """A port a container declares; `number` is 1 to 65535."""
 
     name: str
@@ -43,8 +48,7 @@ class ContainerPort:
     protocol: str
 
 
-@dataclass(frozen=True, slots=True)
-class Pod:
+class Pod(msgspec.Struct, frozen=True, gc=False):
     """The few fields of a Pod that decide how it is scraped.
 
     `created` is the API server's RFC 3339 text (it sorts as time does). `ports` are those of the
@@ -61,8 +65,8 @@ class Pod:
     node: str = ""
     host_network: bool = False
     ready: bool = False
-    labels: Mapping[str, str] = field(default_factory=dict)
-    annotations: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
+    annotations: Mapping[str, str] = msgspec.field(default_factory=dict)
     ports: tuple[ContainerPort, ...] = ()
 
     @property
@@ -108,13 +112,13 @@ class Undecodable:
     problem: str
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(msgspec.Struct, frozen=True, gc=False):
     """An address Prometheus scrapes, as one Kubernetes object asks for it.
 
     `meta` holds what the object itself decides, sorted by key; whose cluster it is and which shard it
     gets are added when a service is made of it. `rank` orders targets that ask for the same `id`: the
-    least one comes first.
+    least one comes first. Where `name` and `tags` depend on the shard its place is still held open
+    (`targets.naming`). `ready` is None where readiness is nobody's concern.
     """
 
     key: ObjectKey
@@ -125,6 +129,7 @@ class Target:
     meta: tuple[tuple[str, str], ...]
     rank: tuple[int, str, str] = (0, "", "")
     tags: tuple[str, ...] = ()
+    ready: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +146,18 @@ class Rejection:
     id: str = ""
 
 
+# The `index` of a service that an agent holds and the catalog lacks: it is to be registered again.
+UNSYNCED = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """Consul's record of a target.
 
-    `meta` and `tags` are sorted. `index` is the catalog's ModifyIndex, 0 where the record comes from an
-    agent or was never written; it takes no part in equality.
+    `meta` and `tags` are sorted. `index` is the ModifyIndex of the catalog's record that this one replaces,
+    0 where there must be none yet or the record comes from an agent; `UNSYNCED` marks one that an agent
+    holds and the catalog lacks. It takes no part in equality. `ready` is what a service check says of the
+    target, None where there is to be no check.
     """
 
     id: str
@@ -156,6 +167,7 @@ class Service:
     meta: tuple[tuple[str, str], ...] = ()
     tags: tuple[str, ...] = ()
     index: int = field(default=0, compare=False)
+    ready: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse an empty ID: a catalog deregister without one removes the whole node."""
@@ -180,7 +192,32 @@ class WriteFailure:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What came of a batch of writes: how many were done, and which were refused one by one."""
+    """What came of a batch of writes: how many were done, and which were refused one by one.
+
+    `indexes` are the new ModifyIndexes by ID, from the catalog only. `stale` are IDs whose record was not
+    the one that `Service.index` names, because somebody else wrote it: they are to be read again.
+    """
 
     done: int = 0
     failures: tuple[WriteFailure, ...] = ()
+    indexes: Mapping[str, int] = field(default_factory=dict)
+    stale: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Who holds a lock that is kept in the API server, and since when (coordination.k8s.io/v1).
+
+    An empty `holder` means that it is free. `duration` is in seconds; `acquired` and `renewed` are the
+    holder's own wall clock as MicroTime text. `version` is the resourceVersion, empty where there is no such
+    object yet; `origin` is the whole object as it was read, so that a write keeps what others put there.
+    Leases are equal when their records are.
+    """
+
+    holder: str
+    duration: int
+    acquired: str = ""
+    renewed: str = ""
+    transitions: int = 0
+    version: str = field(default="", compare=False)
+    origin: bytes = field(default=b"", repr=False, compare=False)

@@ -9,22 +9,27 @@ from k8s_consul_registrar.app.lifecycle import Stop, run_until_stopped
 from k8s_consul_registrar.app.process import new_registry
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress, ConsulToken, build_ssl_context
-from k8s_consul_registrar.consul.agent import AgentRegistry
+from k8s_consul_registrar.consul.agent import CONCURRENCY, AgentRegistry
+from k8s_consul_registrar.consul.catalog import CONCURRENCY as TRANSACTIONS
+from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.kube.access import load_access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.cluster import FollowedCluster
 from k8s_consul_registrar.kube.mirror import Verdict
 from k8s_consul_registrar.kube.objects import Item
-from k8s_consul_registrar.model import Kind, Source
 from k8s_consul_registrar.registrar.brake import BrakeRules
+from k8s_consul_registrar.registrar.budget import FULL_READ_GAP, BudgetRules
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.ownership import Identity
+from k8s_consul_registrar.registrar.ports import Registry
 from k8s_consul_registrar.registrar.reconciler import Reconciler
 from k8s_consul_registrar.registrar.status import RegistrarStatus
+from k8s_consul_registrar.settings.backend_options import CATALOG
 from k8s_consul_registrar.settings.consul import ConsulSettings
 from k8s_consul_registrar.settings.modes import RegistrarSettings
-from k8s_consul_registrar.targets.sharding import Shards
+from k8s_consul_registrar.settings.naming import HASH
+from k8s_consul_registrar.targets.sharding import HashShards, RandomShards, Shards
 from k8s_consul_registrar.targets.targets import TargetRules, judge
 from k8s_consul_registrar.telemetry import get_logger
 
@@ -56,7 +61,7 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
         log.warning(warning)
     access = load_access(settings.common.environment)
     registry = new_registry("registrar")
-    rules = TargetRules(proxy_node_port=settings.proxy_node_port)
+    rules = target_rules(settings)
 
     def verdict(item: Item) -> Verdict | None:
         return judge(item, rules)
@@ -66,13 +71,19 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
         ConsulClient(consul_access(settings.consul), timing) as consul,
     ):
         cluster = FollowedCluster(
-            kube, (Source(Kind.NODE), Source(Kind.POD)), verdict, period=settings.sync_period, timing=timing
+            kube,
+            settings.selection.sources,
+            verdict,
+            period=settings.sync_period,
+            timing=timing,
+            follow=settings.backend.follows,
+            selectors=settings.selection.selectors,
         )
         reconciler = Reconciler(
             cluster=cluster,
-            registry=AgentRegistry(consul),
+            registry=consul_registry(settings, consul, timing),
             identity=identity(settings),
-            shards=Shards(settings.shard_paths),
+            shards=shards(settings),
             rules=BrakeRules(
                 confirm=settings.brake.confirm,
                 confirm_start=settings.brake.confirm_start,
@@ -81,6 +92,7 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
             period=settings.sync_period,
             timing=timing,
             metrics=RegistrarMetrics(registry),
+            budget=BudgetRules(gap=min(FULL_READ_GAP, settings.sync_period)),
         )
         health = _Health(reconciler.status)
         async with AdminServer(port=settings.common.admin_port, health=health, registry=registry) as admin:
@@ -106,8 +118,48 @@ def identity(settings: RegistrarSettings) -> Identity:
         instance=settings.instance,
         previous_clusters=settings.previous_cluster_names,
         previous_instances=settings.previous_instances,
-        speaks_for_cluster=not settings.instance,
+        speaks_for_cluster=not settings.instance and settings.selection.is_whole_cluster,
         has_default_name=settings.has_default_name,
+    )
+
+
+def consul_registry(settings: RegistrarSettings, client: ConsulClient, timing: Timing) -> Registry:
+    """Build the registry of the chosen backend."""
+    backend, meta_keys = settings.backend, settings.naming.meta_keys
+    if backend.backend == CATALOG:
+        return CatalogRegistry(
+            client,
+            backend.node_name,
+            concurrency=backend.concurrency or TRANSACTIONS,
+            timing=timing,
+            meta_keys=meta_keys,
+        )
+    return AgentRegistry(client, concurrency=backend.concurrency or CONCURRENCY, meta_keys=meta_keys)
+
+
+def target_rules(settings: RegistrarSettings) -> TargetRules:
+    """Say what becomes a target, and under which name."""
+    selection, naming = settings.selection, settings.naming
+    return TargetRules(
+        annotation_prefix=selection.annotation_prefix,
+        proxy_node_port=settings.proxy_node_port,
+        cluster=settings.cluster_name,
+        id_prefix=naming.id_prefix,
+        pod_name=naming.pod_name,
+        node_name=naming.node_name,
+        tags=naming.tags,
+        labels=naming.labels,
+        node_address_types=selection.node_address_types,
+        longest_shard=naming.longest_shard,
+        has_readiness=settings.backend.has_readiness,
+    )
+
+
+def shards(settings: RegistrarSettings) -> Shards:
+    """Say how services get their shard paths."""
+    naming = settings.naming
+    return (
+        HashShards(naming.shard_paths) if naming.shard_strategy == HASH else RandomShards(naming.shard_paths)
     )
 
 

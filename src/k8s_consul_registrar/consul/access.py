@@ -44,6 +44,7 @@ class ConsulToken:
         self._token = access.token
         self._clock = clock
         self._read_at: float | None = None
+        self.version = 0  # how many times the token was seen to change
 
     def current(self) -> str:
         """Return the token, empty for none; raises `AccessError` when its file was never readable."""
@@ -52,7 +53,7 @@ class ConsulToken:
         now = self._clock()
         if self._read_at is None or now - self._read_at >= TOKEN_FILE_AGE:
             try:
-                self._token = self._file.read_text(encoding="utf-8").strip()
+                self._accept(self._file.read_text(encoding="utf-8").strip())
             except (OSError, UnicodeDecodeError) as error:
                 # A file that is being replaced is missing for a moment; what was read still holds.
                 if self._read_at is None:
@@ -61,6 +62,11 @@ class ConsulToken:
                     ) from None
             self._read_at = now
         return self._token
+
+    def _accept(self, token: str) -> None:
+        if self._read_at is not None and token != self._token:
+            self.version += 1
+        self._token = token
 
 
 def build_ssl_context(

@@ -1,40 +1,104 @@
 """The registry of one Consul agent: services registered there belong to its node."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+import heapq
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from urllib.parse import quote
 
-from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.consul.codec import decode_agent_services, encode_registration
-from k8s_consul_registrar.errors import ConsulBusy, ConsulError, ConsulForbidden, ConsulRefused
-from k8s_consul_registrar.model import Service, WriteFailure, Written
+from k8s_consul_registrar.consul.agent_node import AgentNode
+from k8s_consul_registrar.consul.client import ConsulClient, is_filtered
+from k8s_consul_registrar.consul.codec import decode_agent_services, decode_service, encode_registration
+from k8s_consul_registrar.consul.meta_keys import MetaKeys
+from k8s_consul_registrar.consul.parallel import Batch, for_each
+from k8s_consul_registrar.errors import ConsulBusy, ConsulFiltered, ConsulForbidden, ConsulRefused
+from k8s_consul_registrar.model import UNSYNCED, Service, Written
 
 # An agent's throughput stops growing here: 32 in flight took 1,000 a second where 64 took no more.
 CONCURRENCY = 32
-# So many faults of Consul's own in a row are Consul's trouble, not that of the services at hand.
-MOST_FAULTS_IN_A_ROW = 10
+# An agent that lost its services is noticed by asking for this many of those it held, of so many kept.
+ASKED_AT_ONCE, SAMPLE = 4, 64
+# So many services are compared before the loop gets its turn.
+SLICE = 200
 
 
 class AgentRegistry:
-    """Reads and writes the services of an agent (`/v1/agent/service*`)."""
+    """Reads and writes the services of an agent (`/v1/agent/service*`).
 
-    def __init__(self, client: ConsulClient, *, concurrency: int = CONCURRENCY) -> None:
+    A service that the catalog does not show as the agent does, in two successive full reads, is yielded as
+    `UNSYNCED`: an agent whose token for it was revoked still answers 200 and takes it for synced. So is each
+    service after our own token changed, until it is registered again, because an agent keeps the token
+    that a service was registered with and brings it into the catalog with that one.
+    """
+
+    checks_versions = False
+
+    def __init__(
+        self, client: ConsulClient, *, concurrency: int = CONCURRENCY, meta_keys: MetaKeys | None = None
+    ) -> None:
         self._client = client
         self._concurrency = concurrency
+        self._node = AgentNode(client)
+        self._sample: deque[str] = deque(maxlen=SAMPLE)
+        self._unlike: set[str] = set()  # IDs the catalog did not show alike at the last full read
+        self._outdated: set[str] = set()  # IDs that were registered with a token of before
+        self._token_version = 0
+        self._meta_keys = meta_keys or MetaKeys()
 
     async def services(self) -> AsyncIterator[Service]:
         """Yield every service of the agent, whoever wrote it; raises a `ConsulError`."""
+        await self._node.begin()
         answer = await self._client.request("GET", "/v1/agent/services")
+        mirrored = await self._node.hashes()
+        ids: list[str] = []
+        unlike: set[str] = set()
+        is_token_new = self._token_version != self._client.token_version
         for service in decode_agent_services(answer.body):
+            ids.append(service.id)
+            if is_token_new:
+                self._outdated.add(service.id)
+            if mirrored is not None and mirrored.get(service.id) != hash(service):
+                unlike.add(service.id)
+            is_unlike_again = service.id in unlike and service.id in self._unlike
+            is_unsynced = is_unlike_again or service.id in self._outdated
+            shown = self._meta_keys.decode(service)
+            yield replace(shown, index=UNSYNCED) if is_unsynced else shown
+            if len(ids) % SLICE == 0:
+                await asyncio.sleep(0)
+        if not ids and is_filtered(answer.headers):
+            raise ConsulFiltered("the token may not see the agent's services")
+        self._token_version = self._client.token_version
+        self._unlike = unlike
+        self._outdated.intersection_update(ids)
+        # Python's hashes differ from process to process, so the least of them are as good a sample as any.
+        self._sample = deque(heapq.nsmallest(SAMPLE, ids, key=hash), SAMPLE)
+
+    async def lookup(self, ids: Sequence[str]) -> AsyncIterator[Service]:
+        """Yield those of these services that the agent holds; raises a `ConsulError`."""
+        found: list[Service] = []
+
+        async def read(service_id: str) -> None:
+            if (service := await self._read(service_id)) is not None:
+                found.append(self._meta_keys.decode(service))
+
+        await for_each(ids, read, min(self._concurrency, len(ids)))
+        for service in found:
             yield service
 
     async def register(self, services: Sequence[Service]) -> Written:
         """Register services, over what is there under the same ID, keeping its checks."""
 
         async def put(service: Service) -> None:
-            await self._client.request("PUT", "/v1/agent/service/register", body=encode_registration(service))
+            body = encode_registration(self._meta_keys.encode(service))
+            await self._client.request("PUT", "/v1/agent/service/register", body=body)
 
-        return await self._each(services, put)
+        written = await self._each(services, put)
+        done = {service.id for service in services}.difference(one.id for one in written.failures)
+        self._unlike -= done
+        self._outdated -= done
+        self._sample.extend(list(done)[: SAMPLE - len(self._sample)])
+        return written
 
     async def deregister(self, services: Sequence[Service]) -> Written:
         """Deregister services by ID; one that is not there counts as done."""
@@ -43,47 +107,53 @@ class AgentRegistry:
             path = f"/v1/agent/service/deregister/{quote(service.id, safe='')}"
             try:
                 await self._client.request("PUT", path)
-            except ConsulRefused as refused:
-                # From 1.11 on an agent answers 404 for an unknown service, where earlier ones said 200.
-                if refused.status != 404:
+            except (ConsulRefused, ConsulBusy) as refused:
+                # An unknown service is 404 from 1.11 on; with ACLs 1.8 says 500, without them 200.
+                if "unknown service" not in str(refused).lower():
                     raise
 
+        gone = {service.id for service in services}
+        self._sample = deque((one for one in self._sample if one not in gone), SAMPLE)
         return await self._each(services, remove)
+
+    async def is_disturbed(self) -> bool:
+        """Whether the agent lost what it held, or its node changed otherwise; raises a `ConsulError`.
+
+        An agent that restarted empty lacks whatever it is asked for, so a few services are enough.
+        """
+        for _ in range(min(ASKED_AT_ONCE, len(self._sample))):
+            self._sample.rotate()
+            if await self._read(self._sample[0]) is None:
+                return True
+        return await self._node.is_disturbed()
+
+    async def lost_shards(self) -> Mapping[str, str]:
+        """Return the shard path of each service that the catalog shows for the agent's node, by ID.
+
+        A fresh agent removes them there as soon as it has joined. None where the token may not look: new
+        shards are better than no services. Raises a `ConsulError` when Consul cannot be used.
+        """
+        try:
+            return await self._node.shards(self._meta_keys.wire("shard_path"))
+        except (ConsulForbidden, ConsulRefused):
+            return {}
+
+    async def _read(self, service_id: str) -> Service | None:
+        path = f"/v1/agent/service/{quote(service_id, safe='')}"
+        try:
+            answer = await self._client.request("GET", path)
+        except ConsulRefused as refused:
+            # Any other 404 would be from something between that does not pass the path on.
+            if refused.status == 404 and "unknown service id" in str(refused).lower():
+                return None
+            raise
+        return decode_service(service_id, answer.body)
 
     async def _each(
         self, services: Sequence[Service], write: Callable[[Service], Awaitable[None]]
     ) -> Written:
         """Write each service with bounded concurrency; one that is refused does not hold up the rest."""
-        batch = _Batch(iter(services))
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(self._concurrency, len(services))):
-                    group.create_task(batch.work(write))
-        except* ConsulError as errors:
-            raise errors.exceptions[0] from None
+        batch = Batch(write)
+        with self._node.writing():
+            await for_each(services, batch.write, min(self._concurrency, len(services)))
         return Written(batch.done, tuple(batch.failures))
-
-
-class _Batch:
-    """What the workers of one batch share."""
-
-    def __init__(self, services: Iterator[Service]) -> None:
-        self._services = services
-        self._faults_in_a_row = 0
-        self.done = 0
-        self.failures: list[WriteFailure] = []
-
-    async def work(self, write: Callable[[Service], Awaitable[None]]) -> None:
-        for service in self._services:
-            try:
-                await write(service)
-            except (ConsulRefused, ConsulForbidden) as refused:
-                self.failures.append(WriteFailure(service.id, str(refused)))
-            except ConsulBusy as fault:
-                self._faults_in_a_row += 1
-                if self._faults_in_a_row > MOST_FAULTS_IN_A_ROW:
-                    raise
-                self.failures.append(WriteFailure(service.id, str(fault)))
-            else:
-                self._faults_in_a_row = 0
-                self.done += 1

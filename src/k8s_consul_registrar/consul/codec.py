@@ -23,6 +23,12 @@ class _Record(msgspec.Struct, gc=False, rename="pascal"):
     modify_index: int = 0
 
 
+class _Identified(msgspec.Struct, gc=False):
+    """All that must be readable of a record in a list."""
+
+    ID: str
+
+
 class _Registration(msgspec.Struct, gc=False, omit_defaults=True):
     """The body of `PUT /v1/agent/service/register`."""
 
@@ -36,6 +42,7 @@ class _Registration(msgspec.Struct, gc=False, omit_defaults=True):
 
 _agent_services = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _record = msgspec.json.Decoder(_Record)
+_identified = msgspec.json.Decoder(_Identified)
 _encoder = msgspec.json.Encoder()
 
 
@@ -51,6 +58,22 @@ def decode_agent_services(body: bytes) -> Iterator[Service]:
         raise ConsulRefused(f"/v1/agent/services is not what Consul sends: {error}") from None
     for service_id, raw in records.items():
         yield decode_service(service_id, raw)
+
+
+def decode_listed(raw: msgspec.Raw | bytes) -> Service:
+    """Read one record of a list of the catalog's, where the ID is in the record; raises `ConsulRefused`."""
+    return decode_service(listed_id(raw), raw)
+
+
+def listed_id(raw: msgspec.Raw | bytes) -> str:
+    """Return the ID of one record of a list of the catalog's; raises `ConsulRefused` where there is none."""
+    try:
+        service_id = _identified.decode(raw).ID
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConsulRefused(f"a service of the catalog is not what Consul sends: {error}") from None
+    if not service_id:
+        raise ConsulRefused("a service of the catalog has no ID")
+    return service_id
 
 
 def decode_service(service_id: str, raw: msgspec.Raw | bytes) -> Service:

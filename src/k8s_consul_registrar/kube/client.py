@@ -1,38 +1,30 @@
-"""Requests to one API server."""
+"""The questions we ask one API server."""
 
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+import asyncio
+from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Self, TypeVar
 from urllib.parse import quote
 
-import aiohttp
 import msgspec
 
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.errors import (
-    AccessError,
     ClusterForbidden,
     ClusterRefused,
-    ClusterUnauthorized,
+    ClusterSilent,
+    ClusterUnstreamed,
 )
 from k8s_consul_registrar.kube.access import Access
-from k8s_consul_registrar.kube.credentials import Identity
-from k8s_consul_registrar.kube.faults import TRANSPORT_ERRORS, transport_error
-from k8s_consul_registrar.kube.objects import Page, decode_page
-from k8s_consul_registrar.kube.status import Action, cluster_error, decode_status
+from k8s_consul_registrar.kube.exchange import Exchange, Request
+from k8s_consul_registrar.kube.objects import Page, RawPage, split_page
+from k8s_consul_registrar.kube.status import Action
+from k8s_consul_registrar.kube.watch import RESOURCES, Bookmark, WatchDecoder, WatchEvent
 from k8s_consul_registrar.model import Kind
 
-RESOURCES = {Kind.POD: "pods", Kind.NODE: "nodes"}
 PAGE_SIZE = 500
-SUCCESSES = (200, 201)
-REFUSAL_LIMIT = 1 << 16
-HEADERS = {
-    "Accept": "application/json",
-    "Accept-Encoding": "gzip",
-    "User-Agent": "k8s-consul-registrar",
-}
-
+# What servers say that know no initial events, or have them switched off (feature gate WatchList).
+UNSTREAMED = (400, 422)
 
 AnswerT = TypeVar("AnswerT")
 
@@ -57,81 +49,146 @@ class _Review(msgspec.Struct):
     status: _Verdict
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    action: Action
-    path: str
-    query: Mapping[str, str] = field(default_factory=dict)
-    method: str = "GET"
-    headers: Mapping[str, str] = field(default_factory=dict)
-    body: bytes | None = None
-
-
 class KubeClient:
     """Asks one API server; `async with` it.
 
-    Every method raises a ClusterError. Environment proxies are ignored and redirects not followed: our
-    credentials go to the server of `access` alone.
+    Every method raises a ClusterError. `streams_lists` says whether the server still may send a list as
+    the initial events of a watch; it is False once it was seen not to.
     """
 
     def __init__(self, access: Access, timing: Timing) -> None:
-        self._access = access
-        # An API server ends a request of its own accord after a minute (--request-timeout).
-        self._timeout = aiohttp.ClientTimeout(
-            total=timing.connect_timeout + 2 * timing.read_timeout,
-            sock_connect=timing.connect_timeout,
-            sock_read=timing.read_timeout,
-        )
-        self._session: aiohttp.ClientSession | None = None
+        self._exchange = Exchange(access, timing)
+        self._timing = timing
+        self.streams_lists = True
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(
-            headers=HEADERS,
-            timeout=self._timeout,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,
-        )
+        await self._exchange.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._session is not None:
-            await self._session.close()
+        await self._exchange.__aexit__(kind, error, trace)
 
     async def pages(
         self, kind: Kind, *, namespace: str = "", label_selector: str = "", page_size: int = PAGE_SIZE
-    ) -> AsyncIterator[Page]:
-        """Yield a complete, consistent list in pages.
+    ) -> AsyncGenerator[Page, None]:
+        """Yield a complete, consistent list in pages, each decoded while the next one is on its way.
 
         ClusterExpired in the middle means that the snapshot is gone: what came so far is no list, begin
         afresh. `resourceVersion` is left unset: the list is as new as the request (Kubernetes API concepts,
         "Semantics for get and list").
         """
         action = Action("list", RESOURCES[kind], namespace)
-        scope = f"/namespaces/{quote(namespace, safe='')}" if namespace else ""
-        path = f"/api/v1{scope}/{RESOURCES[kind]}"
-        query = {"limit": str(page_size)}
-        if label_selector:
-            query["labelSelector"] = label_selector
-        while True:
-            body = await self._send(_Request(action, path, dict(query)))
-            try:
-                page = decode_page(body, kind)
-            except ClusterRefused as error:
-                raise ClusterRefused(f"cannot {action}: {error}", error.status) from None
-            yield page
-            if not page.continue_token:
-                return
-            if page.continue_token == query.get("continue"):
-                raise ClusterRefused(f"cannot {action}: the API server repeats a page for ever", 200)
-            query["continue"] = page.continue_token
+        query = {"limit": str(page_size), **_selecting(label_selector)}
+        coming: asyncio.Task[bytes] | None = None
+        body = await self._exchange.send(Request(action, _path(kind, namespace), query))
+        try:
+            while True:
+                raw = _split(body, kind, action)
+                del body
+                if not raw.continue_token:
+                    yield raw.decode()
+                    return
+                if raw.continue_token == query.get("continue"):
+                    raise ClusterRefused(f"cannot {action}: the API server repeats a page for ever", 200)
+                query = {**query, "continue": raw.continue_token}
+                coming = asyncio.create_task(
+                    self._exchange.send(Request(action, _path(kind, namespace), query))
+                )
+                await asyncio.sleep(0)  # so that the request leaves before the decoding begins
+                page = raw.decode()
+                del raw
+                yield page
+                del page
+                body = await coming
+        finally:
+            if coming is not None:
+                coming.cancel()
+                await asyncio.gather(coming, return_exceptions=True)
+
+    async def watch(
+        self,
+        kind: Kind,
+        *,
+        namespace: str = "",
+        label_selector: str = "",
+        resource_version: str = "",
+        send_initial_events: bool = False,
+        timeout_seconds: int,
+    ) -> AsyncGenerator[list[WatchEvent], None]:
+        """Yield what happens after a version, as it arrives, until the server ends the watch.
+
+        With `send_initial_events` that begins with the whole state; a Bookmark tells its end. The first
+        batch is empty: the server took the watch. Raises ClusterSilent when neither event nor bookmark came
+        for `watch_silence`, ClusterUnstreamed when the initial events are refused, or fail to end
+        (Kubernetes API concepts, "Efficient detection of changes" and "Streaming lists").
+        """
+        # Following takes both rights, so that both are named at once where one is missing.
+        verb = "list and watch" if send_initial_events else "watch"
+        action = Action(verb, RESOURCES[kind], namespace)
+        query = {
+            "watch": "1",
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": str(timeout_seconds),
+            **_selecting(label_selector),
+        }
+        if send_initial_events:
+            query |= {"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"}
+        if resource_version:
+            query["resourceVersion"] = resource_version
+        decoder = WatchDecoder(kind, namespace)
+        pieces = self._exchange.stream(Request(action, _path(kind, namespace), query))
+        is_initial = send_initial_events
+        try:
+            await anext(pieces)
+            yield []
+            while True:
+                patience = self._timing.read_timeout if is_initial else self._timing.watch_silence
+                events = await _next_events(pieces, decoder, patience, is_initial=is_initial)
+                if events is None:
+                    return
+                is_initial = is_initial and not any(
+                    isinstance(event, Bookmark) and event.ends_initial_events for event in events
+                )
+                yield events
+        except TimeoutError:
+            if is_initial:
+                self.streams_lists = False
+                raise ClusterUnstreamed(f"cannot {action}: the initial events do not end") from None
+            silence = self._timing.watch_silence
+            raise ClusterSilent(f"cannot {action}: neither event nor bookmark for {silence:g} s") from None
+        except ClusterRefused as error:
+            if send_initial_events and error.status in UNSTREAMED:
+                self.streams_lists = False
+                raise ClusterUnstreamed(str(error)) from None
+            raise
+        finally:
+            await pieces.aclose()
+
+    async def probe_version(
+        self, kind: Kind, *, namespace: str = "", label_selector: str = "", resource_version: str
+    ) -> None:
+        """Make sure that the server's history contains a version; raises ClusterAhead where it does not.
+
+        A watch from a version that lies in the server's future is answered by silence, so that is asked
+        first (Kubernetes API concepts, "Resource versions").
+        """
+        query = {
+            "limit": "1",
+            "resourceVersion": resource_version,
+            "resourceVersionMatch": "NotOlderThan",
+            **_selecting(label_selector),
+        }
+        action = Action("list", RESOURCES[kind], namespace)
+        body = await self._exchange.send(Request(action, _path(kind, namespace), query))
+        _split(body, kind, action)
 
     async def namespace_uid(self, name: str) -> str | None:
         """Return the UID of a namespace, None where we may not see it or it is not there."""
         action = Action("get", "namespaces")
         try:
-            body = await self._send(_Request(action, f"/api/v1/namespaces/{quote(name, safe='')}"))
+            body = await self._exchange.send(Request(action, f"/api/v1/namespaces/{quote(name, safe='')}"))
         except ClusterForbidden:
             return None
         except ClusterRefused as error:
@@ -143,7 +200,7 @@ class KubeClient:
     async def server_version(self) -> str:
         """Return the API server's version, for example `v1.31.2`."""
         action = Action("get", "/version")
-        return _decode(await self._send(_Request(action, "/version")), _Version, action).git_version
+        return _decode(await self._exchange.send(Request(action, "/version")), _Version, action).git_version
 
     async def can_i(
         self, verb: str, resource: str, *, group: str = "", subresource: str = "", namespace: str = ""
@@ -162,67 +219,56 @@ class KubeClient:
             "spec": {"resourceAttributes": {name: value for name, value in attributes.items() if value}},
         }
         action = Action("create", "selfsubjectaccessreviews")
-        request = _Request(
+        request = Request(
             action,
             "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews",
             method="POST",
             headers={"Content-Type": "application/json"},
             body=msgspec.json.encode(review),
         )
-        body = await self._send(request)
+        body = await self._exchange.send(request)
         return _decode(body, _Review, action).status.allowed
 
-    async def _send(self, request: _Request) -> bytes:
-        """Return the body of a success, tried once more with fresh credentials after a 401."""
-        try:
-            try:
-                return await self._attempt(request)
-            except ClusterUnauthorized:
-                return await self._attempt(request)
-        except AccessError as error:
-            raise ClusterUnauthorized(f"cannot {request.action}: {error}") from None
-
-    async def _attempt(self, request: _Request) -> bytes:
-        identity = await self._access.credentials.identity()
-        try:
-            status, retry_after, body = await self._exchange(request, identity)
-        except TRANSPORT_ERRORS as error:
-            raise transport_error(error, request.action, self._access) from None
-        if status in SUCCESSES:
-            return body
-        if status == 401:
-            self._access.credentials.rejected(identity)
-        origin = self._access.origin
-        raise cluster_error(
-            request.action, status, decode_status(body), retry_after=retry_after, origin=origin
-        )
-
-    async def _exchange(self, request: _Request, identity: Identity) -> tuple[int, str, bytes]:
-        """Return status, Retry-After and body: all of a success, the beginning of a refusal."""
-        if self._session is None:
-            raise RuntimeError("KubeClient is used outside `async with`")
-        context = self._access.ssl_context(identity)
-        async with self._session.request(
-            request.method,
-            f"{self._access.server}{request.path}",
-            params=request.query,
-            headers={**request.headers, **identity.headers()},
-            data=request.body,
-            allow_redirects=False,
-            proxy=self._access.proxy,
-            ssl=context if context is not None else True,
-            server_hostname=self._access.server_hostname,
-        ) as response:
-            body = await (response.read() if response.status in SUCCESSES else _head(response.content))
-            return response.status, response.headers.get("Retry-After", ""), body
+    async def request(
+        self, action: Action, path: str, *, method: str = "GET", body: bytes | None = None
+    ) -> bytes:
+        """Return the answer to a request about one object; a body is sent as JSON."""
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        return await self._exchange.send(Request(action, path, method=method, headers=headers, body=body))
 
 
-async def _head(stream: aiohttp.StreamReader) -> bytes:
-    """Read a refusal's body, as far as it is worth reading."""
-    kept = bytearray()
-    while len(kept) < REFUSAL_LIMIT and (chunk := await stream.read(REFUSAL_LIMIT)):
-        kept += chunk
-    return bytes(kept)
+async def _next_events(
+    pieces: AsyncGenerator[bytes, None], decoder: WatchDecoder, patience: float, *, is_initial: bool
+) -> list[WatchEvent] | None:
+    """Return the next events, None at the end; raises TimeoutError when none come for so many seconds.
+
+    While initial events are awaited a bookmark that does not end them is no progress: servers that ignore
+    our asking for them send such.
+    """
+    async with asyncio.timeout(patience):
+        async for piece in pieces:
+            events = decoder.feed(piece)
+            if is_initial:
+                events = [one for one in events if not isinstance(one, Bookmark) or one.ends_initial_events]
+            if events:
+                return events
+    return None
+
+
+def _path(kind: Kind, namespace: str) -> str:
+    scope = f"/namespaces/{quote(namespace, safe='')}" if namespace else ""
+    return f"/api/v1{scope}/{RESOURCES[kind]}"
+
+
+def _selecting(label_selector: str) -> dict[str, str]:
+    return {"labelSelector": label_selector} if label_selector else {}
+
+
+def _split(body: bytes, kind: Kind, action: Action) -> RawPage:
+    try:
+        return split_page(body, kind)
+    except ClusterRefused as error:
+        raise ClusterRefused(f"cannot {action}: {error}", error.status) from None
 
 
 def _decode(body: bytes, kind: type[AnswerT], action: Action) -> AnswerT:

@@ -1,24 +1,29 @@
 """A cluster that is followed: every source by a follower of its own, all into one mirror."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from types import MappingProxyType
 
-from k8s_consul_registrar.backoff import Timing, delays
-from k8s_consul_registrar.errors import AccessError, ClusterError
+from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.kube.activity import Activity, ActivityCounter
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.follow import Follower
+from k8s_consul_registrar.kube.follow import Follower, Following
+from k8s_consul_registrar.kube.identity import ClusterIdentity
 from k8s_consul_registrar.kube.mirror import Mirror, Verdict
 from k8s_consul_registrar.kube.objects import Item
-from k8s_consul_registrar.model import ObjectKey, Source
+from k8s_consul_registrar.kube.poll import Poller
+from k8s_consul_registrar.kube.watcher import Watcher
+from k8s_consul_registrar.model import Kind, ObjectKey, Source
 from k8s_consul_registrar.targets.wanted import Wanted
-
-# The UID of this namespace stands for the cluster's identity, by a convention many tools share.
-IDENTITY_NAMESPACE = "kube-system"
 
 
 class FollowedCluster:
-    """What a cluster wants, kept up to date while `run` runs."""
+    """What a cluster wants, kept up to date while `run` runs.
+
+    With `follow` each source is listed once and watched from there on; without it, it is listed every
+    `period` seconds. `selectors` are label selectors by kind, as the API server takes them.
+    """
 
     def __init__(
         self,
@@ -28,24 +33,33 @@ class FollowedCluster:
         *,
         period: float,
         timing: Timing,
+        follow: bool = True,
+        selectors: Mapping[Kind, str] = MappingProxyType({}),
     ) -> None:
-        self._client = client
-        self._period = period
-        self._timing = timing
         self._mirror = Mirror(sources, judge)
-        self._followers = {
-            source: Follower(source, self._mirror, client, period=period, timing=timing) for source in sources
-        }
+        self._counters = {source: ActivityCounter() for source in sources}
+        identity = ClusterIdentity(client, self._mirror)
+
+        def follower(source: Source) -> Follower:
+            following = Following(
+                source,
+                self._mirror,
+                identity,
+                timing,
+                self._counters[source],
+                selectors.get(source.kind, ""),
+            )
+            return Watcher(following, client) if follow else Poller(following, client, period=period)
+
+        self._followers = {source: follower(source) for source in sources}
 
     async def run(self) -> None:
         """Follow for ever; ends only by cancellation.
 
-        Nothing is listed before the cluster's identity was asked for, so that what is registered carries
+        No source is listed before the cluster's identity was asked for, so that what is registered carries
         it from the first write on, and a wrong cluster is known as wrong before anything is compared.
         """
-        await self._identify()
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._keep_identified())
             for follower in self._followers.values():
                 group.create_task(follower.run())
 
@@ -53,8 +67,16 @@ class FollowedCluster:
         """Return everything known now; it does not change afterwards."""
         return self._mirror.wanted()
 
+    def changes(self, also: AbstractSet[str] = frozenset()) -> Wanted:
+        """Return what changed since it was last seen; `claims` are of those service IDs and `also` alone."""
+        return self._mirror.changes(also)
+
+    def needs_full_pass(self) -> bool:
+        """Whether a list was completed, a source failed or recovered, or the cluster's UID changed."""
+        return self._mirror.needs_full_pass()
+
     async def changed(self) -> None:
-        """Wait until something changed, or was listed again, since `wanted` was last called."""
+        """Wait until something changed since `wanted` or `changes` was last called."""
         await self._mirror.changed()
 
     def settled(self, departed: AbstractSet[ObjectKey]) -> None:
@@ -65,23 +87,6 @@ class FollowedCluster:
         """Ask for a new complete list of a source at a moment of the monotonic clock."""
         self._followers[source].relist(at)
 
-    async def _identify(self) -> None:
-        """Ask for the identity until the API server answers; that we may not read it is an answer."""
-        retry = delays(self._timing.retry_first, self._timing.retry_cap)
-        while True:
-            try:
-                uid = await self._client.namespace_uid(IDENTITY_NAMESPACE)
-            except (ClusterError, AccessError) as error:
-                # While it is not known which cluster answers, no list of it proves an absence.
-                for source in self._followers:
-                    self._mirror.fail(source, str(error))
-                await asyncio.sleep(next(retry))
-            else:
-                self._mirror.learn_cluster_uid(uid or "")
-                return
-
-    async def _keep_identified(self) -> None:
-        """Ask again each period: a kubeconfig's address may come to lead to another cluster."""
-        while True:
-            await asyncio.sleep(self._period)
-            await self._identify()
+    def activity(self) -> Mapping[Source, Activity]:
+        """Return how the following of each source went so far, for telemetry."""
+        return {source: counter.snapshot() for source, counter in self._counters.items()}

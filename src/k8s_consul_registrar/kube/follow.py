@@ -1,88 +1,123 @@
-"""Keeps the mirror level with the API server: one follower a source, each failing alone."""
+"""What followers of a source share: how they list, how long they wait, and when they list again."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Protocol
 
 from k8s_consul_registrar.backoff import Timing, delays
-from k8s_consul_registrar.errors import AccessError, ClusterBusy, ClusterError
+from k8s_consul_registrar.errors import ClusterBusy, ClusterError
+from k8s_consul_registrar.kube.activity import ActivityCounter
 from k8s_consul_registrar.kube.mirror import Mirror
 from k8s_consul_registrar.kube.objects import Page
 from k8s_consul_registrar.model import Kind, Source
 
-# A server that asks for more patience than this is asked again all the same, in seconds.
-LONGEST_RETRY_AFTER = 30.0
+# After so many objects of a page others get their turn.
+SLICE = 100
+# Timers may fire early by the resolution of the loop's clock, in seconds.
+TIMER_SLACK = 0.01
 
 
 class Lister(Protocol):
     """Reads complete lists, a page at a time."""
 
-    def pages(self, kind: Kind, *, namespace: str = "") -> AsyncIterator[Page]:
+    def pages(
+        self, kind: Kind, *, namespace: str = "", label_selector: str = ""
+    ) -> AsyncGenerator[Page, None]:
         """Yield the pages of one consistent list; raises a `ClusterError`."""
         ...
 
 
-class Follower:
-    """Lists one source every `period` seconds, sooner when asked to or after a failure."""
+class Identity(Protocol):
+    """Knows which cluster answers."""
 
-    def __init__(
-        self,
-        source: Source,
-        mirror: Mirror,
-        client: Lister,
-        *,
-        period: float,
-        timing: Timing,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.source = source
-        self._mirror = mirror
-        self._client = client
-        self._period = period
-        self._timing = timing
-        self._clock = clock
-        self._relist_at: float | None = None
-        self._asked = asyncio.Event()
+    async def confirm(self) -> str:
+        """Return the cluster's UID, empty where it is hidden; raises a `ClusterError`."""
+        ...
+
+
+class Follower(Protocol):
+    """Keeps one source of the mirror level with the API server."""
 
     def relist(self, at: float) -> None:
-        """List again at a moment, in seconds of the clock, if the next list would be later."""
-        if self._relist_at is None or at < self._relist_at:
-            self._relist_at = at
-            self._asked.set()
+        """List again at a moment, in seconds of the clock, if no list began since and the next would be later."""
+        ...
 
     async def run(self) -> None:
         """Follow the source for ever; ends only by cancellation."""
-        retry = delays(self._timing.retry_first, self._timing.retry_cap)
-        while True:
-            try:
-                await self.list_once()
-            except (ClusterError, AccessError) as error:
-                self._mirror.fail(self.source, str(error))
-                asked = error.retry_after if isinstance(error, ClusterBusy) else None
-                await asyncio.sleep(max(next(retry), min(asked or 0.0, LONGEST_RETRY_AFTER)))
-            else:
-                retry = delays(self._timing.retry_first, self._timing.retry_cap)
-                await self._rest()
+        ...
 
-    async def list_once(self) -> None:
-        """Read one complete list into the mirror; a list that breaks off changes nothing there."""
-        self._relist_at = None
-        listing = self._mirror.start_listing()
-        async for page in self._client.pages(self.source.kind, namespace=self.source.namespace):
-            self._mirror.add_page(self.source, listing, page.items)
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """What a follower of one source works with."""
+
+    source: Source
+    mirror: Mirror
+    identity: Identity
+    timing: Timing
+    counter: ActivityCounter
+    label_selector: str = ""
+    clock: Callable[[], float] = time.monotonic
+
+    async def list_pages(self, client: Lister) -> str:
+        """Read one complete list into the mirror and return its version; raises a `ClusterError`."""
+        self.mirror.start_listing(self.source)
+        pages = client.pages(
+            self.source.kind, namespace=self.source.namespace, label_selector=self.label_selector
+        )
+        version = ""
+        async with aclosing(pages):
+            async for page in pages:
+                version = page.resource_version
+                for count, item in enumerate(page.items, 1):
+                    self.mirror.put(self.source, item)
+                    if count % SLICE == 0:
+                        await asyncio.sleep(0)
+        await self.finish_listing()
+        return version
+
+    async def finish_listing(self) -> None:
+        """Tell the mirror that the list is complete."""
+        while self.mirror.infer_absences(self.source):  # noqa: ASYNC110 - gives way between slices
             await asyncio.sleep(0)
-        self._mirror.finish_listing(self.source, listing, self._clock())
+        self.mirror.finish_listing(self.source, self.clock())
+        self.counter.lists += 1
 
-    async def _rest(self) -> None:
-        until = self._clock() + self._period
-        while True:
-            due = until if self._relist_at is None else min(until, self._relist_at)
-            if (left := due - self._clock()) <= 0:
-                return
-            self._asked.clear()
-            try:
-                async with asyncio.timeout(left):
-                    await self._asked.wait()
-            except TimeoutError:
-                return
+
+class Relists:
+    """The moment, if any, at which somebody wants a new list of a source."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+        self.asked = asyncio.Event()
+
+    def ask(self, at: float) -> None:
+        """Want a list that begins at a moment or later, in seconds of the clock."""
+        if self.at is None or at < self.at:
+            self.at = at
+            self.asked.set()
+
+    def begin(self, now: float) -> None:
+        """Note that a list begins, which is repeated until one is complete: it serves what was due by now."""
+        if self.at is not None and self.at <= now + TIMER_SLACK:
+            self.at = None
+
+
+class Patience:
+    """The waits between attempts: they grow while nothing comes of them."""
+
+    def __init__(self, timing: Timing) -> None:
+        self._timing = timing
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin with the shortest wait again."""
+        self._delays = delays(self._timing.retry_first, self._timing.retry_cap)
+
+    async def wait(self, error: ClusterError | None = None) -> None:
+        """Wait, at least as long as the API server asked for, within reason."""
+        asked = error.retry_after if isinstance(error, ClusterBusy) else None
+        await asyncio.sleep(max(next(self._delays), min(asked or 0.0, self._timing.retry_after_cap)))

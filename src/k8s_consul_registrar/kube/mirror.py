@@ -1,38 +1,42 @@
 """Our copy of what the API server's objects ask for: targets and rejections, never the objects."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import replace
+from dataclasses import dataclass, field
 
 from k8s_consul_registrar.kube.objects import Item
+from k8s_consul_registrar.kube.sharing import Sharing
 from k8s_consul_registrar.model import ObjectKey, Rejection, Source, Target
 from k8s_consul_registrar.targets.wanted import SourceState, Wanted
 
 Verdict = tuple[Target, ...] | Rejection
 
+# More absences than these are inferred in slices of as many, some milliseconds each.
+SLICE = 2000
 
-class Listing:
-    """A list of one source while it arrives; it counts for nothing until it is complete."""
 
-    def __init__(self, judge: Callable[[Item], Verdict | None]) -> None:
-        self._judge = judge
-        self.verdicts: dict[ObjectKey, Verdict] = {}
-        self.indifferent: set[ObjectKey] = set()
-        self.objects = 0
-        self.is_opaque = False
+@dataclass(slots=True)
+class _Known:
+    """What is known of one source.
 
-    def add(self, items: Iterable[Item], known: AbstractSet[ObjectKey]) -> None:
-        """Take a page in; of objects that ask for nothing only those in `known` are remembered."""
-        for item in items:
-            self.objects += 1
-            verdict = self._judge(item)
-            if verdict is None or item.key is None:
-                self.is_opaque = True
-            elif verdict != ():
-                self.verdicts[item.key] = verdict
-            elif item.key in known:
-                self.indifferent.add(item.key)
+    `unseen` are, while a list arrives, the objects of `verdicts` that it has not shown yet; None between
+    lists. `listed_objects` and `is_list_opaque` count for nothing before that list is complete.
+    """
+
+    verdicts: dict[ObjectKey, Verdict] = field(default_factory=dict)
+    objects: int = 0
+    listed_at: float | None = None
+    is_followed: bool = False
+    is_opaque: bool = False
+    problem: str = ""
+    unseen: set[ObjectKey] | None = None
+    listed_objects: int = 0
+    is_list_opaque: bool = False
+
+    def state(self) -> SourceState:
+        """Return what others need to know of it, as a value."""
+        return SourceState(self.listed_at, self.is_followed, self.objects, self.is_opaque, self.problem)
 
 
 class Mirror:
@@ -43,91 +47,222 @@ class Mirror:
 
     def __init__(self, sources: Iterable[Source], judge: Callable[[Item], Verdict | None]) -> None:
         self._judge = judge
-        self._states = {source: SourceState() for source in sources}
-        self._verdicts: dict[Source, dict[ObjectKey, Verdict]] = {source: {} for source in self._states}
+        self._known = {source: _Known() for source in sources}
+        self._sharing = Sharing()
         self._claims: dict[str, tuple[Target, ...]] = {}
+        self._rejections: dict[ObjectKey, Rejection] = {}
+        # The last copy handed out; None once it is out of date.
+        self._rejections_copy: Mapping[ObjectKey, Rejection] | None = None
         self._departed: set[ObjectKey] = set()
         self._cluster_uid = ""
+        self._dirty: set[str] = set()
+        self._needs_full_pass = False
         self._changed = asyncio.Event()
 
-    def start_listing(self) -> Listing:
-        """Begin to gather a complete list."""
-        return Listing(self._judge)
+    def start_listing(self, source: Source) -> None:
+        """Begin to take in a list: what it holds counts at once, what it lacks only at its end.
 
-    def add_page(self, source: Source, listing: Listing, items: Iterable[Item]) -> None:
-        """Take one page into a listing."""
-        listing.add(items, self._verdicts[source].keys())
-
-    def finish_listing(self, source: Source, listing: Listing, at: float) -> None:
-        """Put a complete list in place of what was known; `at` is when it ended, monotonic seconds.
-
-        An object that asked before and is in the list without asking has departed; one that is not in
-        the list is merely absent.
+        A list that broke off is begun anew the same way.
         """
-        before = self._verdicts[source]
-        for key in before.keys() - listing.verdicts.keys():
-            self._put(source, key, ())
-        for key, verdict in listing.verdicts.items():
-            if before.get(key) != verdict:
-                self._put(source, key, verdict)
-        self._departed |= listing.indifferent
-        self._departed -= listing.verdicts.keys()
-        self._states[source] = SourceState(
-            listed_at=at, is_followed=True, objects=listing.objects, is_opaque=listing.is_opaque
-        )
-        self._changed.set()
+        known = self._known[source]
+        known.unseen = set(known.verdicts)
+        known.listed_objects = 0
+        known.is_list_opaque = False
+
+    def put(self, source: Source, item: Item, *, is_added: bool = True) -> None:
+        """Take in an object as it is now; `is_added` says that it was not there before.
+
+        An object that asked before and does so no more has departed.
+        """
+        known = self._known[source]
+        self._count(known, int(is_added))
+        verdict = self._judge(item)
+        if verdict is None or item.key is None:
+            self._blur(known)
+            return
+        if isinstance(verdict, Rejection):
+            key = verdict.key
+        elif verdict:
+            verdict = self._sharing.targets(verdict)
+            key = verdict[0].key
+        else:
+            key = item.key
+        if known.unseen:
+            known.unseen.discard(key)
+        before = known.verdicts.get(key, ())
+        if before == verdict:
+            return
+        self._replace(known, key, before, verdict)
+        if verdict == ():
+            self._departed.add(key)
+        else:
+            self._departed.discard(key)
+
+    def remove(self, source: Source, item: Item) -> None:
+        """Take in that an object is gone, which is a fact; `item` is its last state."""
+        known = self._known[source]
+        self._count(known, -1)
+        if item.key is None:
+            self._blur(known)
+            return
+        if known.unseen:
+            known.unseen.discard(item.key)
+        before = known.verdicts.get(item.key, ())
+        if before != ():
+            self._replace(known, item.key, before, ())
+            self._departed.add(item.key)
+
+    def infer_absences(self, source: Source) -> bool:
+        """Take in a slice of what a list that is all there did not show; return whether more is left.
+
+        That is for lists that lack very much. From then to the list's end the source proves no absence,
+        since whoever looks in between sees a part of them.
+        """
+        known = self._known[source]
+        if known.unseen is None or len(known.unseen) <= SLICE:
+            return False
+        known.is_followed = False
+        self._drop(known, [known.unseen.pop() for _ in range(SLICE)])
+        return True
+
+    def finish_listing(self, source: Source, at: float) -> None:
+        """Take in that a list is complete; `at` is when it ended, in monotonic seconds.
+
+        What it did not show is absent.
+        """
+        known = self._known[source]
+        unseen, known.unseen = known.unseen or set(), None
+        self._drop(known, unseen)
+        known.objects = known.listed_objects
+        known.is_opaque = known.is_list_opaque
+        known.listed_at, known.is_followed, known.problem = at, True, ""
+        self._wake_for_full_pass()
 
     def fail(self, source: Source, problem: str) -> None:
-        """Note that a source could not be read: what it asked for stays, its absences prove nothing."""
-        state = self._states[source]
-        if state.is_followed or state.problem != problem:
-            self._states[source] = replace(state, is_followed=False, problem=problem)
-            self._changed.set()
+        """Note that a source cannot be followed: what it asks for stays, its absences prove nothing."""
+        known = self._known[source]
+        if known.is_followed or known.problem != problem:
+            known.is_followed, known.problem = False, problem
+            self._wake_for_full_pass()
+
+    def resume(self, source: Source) -> None:
+        """Note that a source that was listed completely is followed again from where it was lost."""
+        known = self._known[source]
+        if not known.is_followed and known.listed_at is not None and known.unseen is None:
+            known.is_followed, known.problem = True, ""
+            self._wake_for_full_pass()
 
     def learn_cluster_uid(self, uid: str) -> None:
         """Take in the UID of the namespace kube-system, which tells one cluster from another."""
         if uid and uid != self._cluster_uid:
             self._cluster_uid = uid
-            self._changed.set()
+            self._wake_for_full_pass()
+
+    def is_opaque(self, source: Source) -> bool:
+        """Whether something was seen there that could not even be named, since the last list or in it."""
+        return self._known[source].is_opaque
 
     def wanted(self) -> Wanted:
         """Return all that is known now, as a value that later changes do not touch."""
-        self._changed.clear()
-        rejections = {
-            key: verdict
-            for verdicts in self._verdicts.values()
-            for key, verdict in verdicts.items()
-            if isinstance(verdict, Rejection)
-        }
-        return Wanted(
-            claims=dict(self._claims),
-            rejections=rejections,
-            sources=dict(self._states),
-            departed=frozenset(self._departed),
-            cluster_uid=self._cluster_uid,
+        self._needs_full_pass = False
+        self._dirty.clear()
+        return self._value(dict(self._claims))
+
+    def changes(self, also: AbstractSet[str] = frozenset()) -> Wanted:
+        """Return what changed since the last call of this or `wanted`, as a value.
+
+        `claims` are those of the service IDs whose targets changed, and of those in `also`; empty for an
+        ID that nobody asks for now. All the rest is as in `wanted`.
+        """
+        claims = {service_id: self._claims.get(service_id, ()) for service_id in self._dirty | also}
+        self._dirty.clear()
+        return self._value(claims)
+
+    def needs_full_pass(self) -> bool:
+        """Whether more than single targets changed since `wanted` was last called.
+
+        A list was completed, a source failed or recovered, or the cluster turned out to be another; and
+        every source was listed or failed at least once, so that a start ends in one comparison, not several.
+        """
+        return self._needs_full_pass and all(
+            known.listed_at is not None or known.problem for known in self._known.values()
         )
 
     async def changed(self) -> None:
-        """Wait until something changed, or was listed again, since `wanted` was last called."""
+        """Wait until something changed since `wanted` or `changes` was last called."""
         await self._changed.wait()
 
     def settled(self, departed: AbstractSet[ObjectKey]) -> None:
         """Forget departures that Consul no longer holds anything of."""
         self._departed -= departed
 
-    def _put(self, source: Source, key: ObjectKey, verdict: Verdict) -> None:
-        verdicts = self._verdicts[source]
-        before = verdicts.pop(key, ())
-        if not isinstance(before, Rejection):
-            for target in before:
-                rest = tuple(one for one in self._claims[target.id] if one.key != key)
-                if rest:
-                    self._claims[target.id] = rest
-                else:
-                    del self._claims[target.id]
-        if verdict == ():
-            return
-        verdicts[key] = verdict
-        if not isinstance(verdict, Rejection):
-            for target in verdict:
-                self._claims[target.id] = (*self._claims.get(target.id, ()), target)
+    def _value(self, claims: Mapping[str, tuple[Target, ...]]) -> Wanted:
+        self._changed.clear()
+        if self._rejections_copy is None:
+            self._rejections_copy = dict(self._rejections)
+        return Wanted(
+            claims=claims,
+            rejections=self._rejections_copy,
+            sources={source: known.state() for source, known in self._known.items()},
+            departed=frozenset(self._departed),
+            cluster_uid=self._cluster_uid,
+        )
+
+    def _drop(self, known: _Known, keys: Iterable[ObjectKey]) -> None:
+        for key in keys:
+            self._replace(known, key, known.verdicts[key], ())
+
+    def _count(self, known: _Known, step: int) -> None:
+        if known.unseen is not None:
+            known.listed_objects = max(0, known.listed_objects + step)
+        else:
+            known.objects = max(0, known.objects + step)
+
+    def _blur(self, known: _Known) -> None:
+        """Note something nameless: whatever is not known of this source may be what it is about."""
+        known.is_list_opaque = True
+        if not known.is_opaque:
+            known.is_opaque = True
+            self._wake_for_full_pass()
+
+    def _wake_for_full_pass(self) -> None:
+        self._needs_full_pass = True
+        self._changed.set()
+
+    def _replace(self, known: _Known, key: ObjectKey, before: Verdict, after: Verdict) -> None:
+        """Put a verdict that differs in place of the one before, and note the service IDs it is about."""
+        if after == ():
+            del known.verdicts[key]
+        else:
+            known.verdicts[key] = after
+        if isinstance(before, Rejection):
+            del self._rejections[key]
+            self._rejections_copy = None
+            self._dirty.add(before.id)
+        else:
+            self._unclaim(key, before)
+        if isinstance(after, Rejection):
+            self._rejections[key] = after
+            self._rejections_copy = None
+            self._dirty.add(after.id)
+        else:
+            self._claim(after)
+        self._dirty.discard("")
+        self._changed.set()
+
+    def _unclaim(self, key: ObjectKey, targets: tuple[Target, ...]) -> None:
+        for target in targets:
+            self._dirty.add(target.id)
+            rest = tuple(one for one in self._claims[target.id] if one.key != key)
+            if rest:
+                self._claims[target.id] = rest
+            else:
+                del self._claims[target.id]
+
+    def _claim(self, targets: tuple[Target, ...]) -> None:
+        for target in targets:
+            self._dirty.add(target.id)
+            others = self._claims.get(target.id, ())
+            # The usual case of one target and one claim shares one tuple, for its memory.
+            alone = targets if len(targets) == 1 else (target,)
+            self._claims[target.id] = (*others, target) if others else alone

@@ -102,6 +102,16 @@ class _Node(_Wire):
     status: _NodeStatus | None = None
 
 
+class _PodEvent(_Wire):
+    type: str
+    object: _Pod
+
+
+class _NodeEvent(_Wire):
+    type: str
+    object: _Node
+
+
 class _Name(_Wire):
     name: str = ""
     namespace: str = ""
@@ -127,6 +137,8 @@ class _List(_Wire, gc=True):
 
 _POD = msgspec.json.Decoder(_Pod)
 _NODE = msgspec.json.Decoder(_Node)
+_POD_EVENT = msgspec.json.Decoder(_PodEvent)
+_NODE_EVENT = msgspec.json.Decoder(_NodeEvent)
 _NAMED = msgspec.json.Decoder(_Named)
 _LIST = msgspec.json.Decoder(_List)
 _EMPTY_SPEC = _PodSpec()
@@ -134,11 +146,24 @@ _EMPTY_POD_STATUS = _PodStatus()
 _EMPTY_NODE_STATUS = _NodeStatus()
 
 
-def decode_page(body: bytes, kind: Kind) -> Page:
-    """Decode one answer to a list request.
+class RawPage(NamedTuple):
+    """One page whose items are still bytes; `continue_token` is empty on the last one."""
 
-    An item that cannot be read becomes an `Undecodable` in its place. Raises ClusterRefused where the body
-    is not a list of this kind as a whole.
+    kind: Kind
+    items: list[msgspec.Raw]
+    resource_version: str
+    continue_token: str
+
+    def decode(self) -> Page:
+        """Decode the items; one that cannot be read becomes an `Undecodable` in its place."""
+        items = tuple(decode_object(raw, self.kind) for raw in self.items)
+        return Page(items, self.resource_version, self.continue_token)
+
+
+def split_page(body: bytes, kind: Kind) -> RawPage:
+    """Find the items of one answer to a list request, and where the list goes on, without decoding them.
+
+    Raises ClusterRefused where the body is not a list of this kind as a whole.
     """
     expected = LIST_KINDS[kind]
     try:
@@ -147,8 +172,12 @@ def decode_page(body: bytes, kind: Kind) -> Page:
         raise ClusterRefused(f"the answer is not a {expected}: {_problem(error)}", 200) from None
     if answer.kind != expected:
         raise ClusterRefused(f"the answer is not a {expected} but a {answer.kind[:60]!r}", 200)
-    items = tuple(decode_object(raw, kind) for raw in answer.items or ())
-    return Page(items, answer.metadata.resource_version, answer.metadata.continue_token)
+    return RawPage(kind, answer.items or [], answer.metadata.resource_version, answer.metadata.continue_token)
+
+
+def decode_page(body: bytes, kind: Kind) -> Page:
+    """Decode one answer to a list request as a whole; raises ClusterRefused as `split_page` does."""
+    return split_page(body, kind).decode()
 
 
 def decode_object(raw: bytes | msgspec.Raw, kind: Kind) -> Item:
@@ -166,6 +195,21 @@ def decode_versioned(raw: bytes | msgspec.Raw, kind: Kind) -> tuple[Item, str]:
         return _node(node), node.metadata.resource_version
     except (ValueError, RecursionError) as error:
         return _undecodable(raw, kind, _problem(error))
+
+
+def decode_event(line: bytes, kind: Kind) -> tuple[str, Item, str] | None:
+    """Decode a watch event about an object in one go: its type, the object and its resourceVersion.
+
+    None stands for an event of another shape, or an object that cannot be read: those take a closer look.
+    """
+    try:
+        if kind is Kind.POD:
+            pod_event = _POD_EVENT.decode(line)
+            return pod_event.type, _pod(pod_event.object), pod_event.object.metadata.resource_version
+        node_event = _NODE_EVENT.decode(line)
+        return node_event.type, _node(node_event.object), node_event.object.metadata.resource_version
+    except (ValueError, RecursionError):
+        return None
 
 
 def _pod(wire: _Pod) -> Pod | Undecodable:

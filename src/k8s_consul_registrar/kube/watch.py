@@ -9,7 +9,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 from k8s_consul_registrar.errors import ClusterError, ClusterRefused
-from k8s_consul_registrar.kube.objects import Item, decode_versioned
+from k8s_consul_registrar.kube.objects import Item, decode_event, decode_versioned
 from k8s_consul_registrar.kube.status import Action, cluster_error, decode_status
 from k8s_consul_registrar.model import Kind
 
@@ -19,16 +19,19 @@ RESOURCES = {Kind.POD: "pods", Kind.NODE: "nodes"}
 LINE_LIMIT = 32 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Changed:
-    """An object was added or modified; `version` is the one to resume from, empty where it could not be read."""
+class Changed(msgspec.Struct, frozen=True, gc=False):
+    """An object was added or modified.
+
+    `version` is the one to resume from, empty where it could not be read. `is_added` says that the object
+    was not there before, or did not match what is watched.
+    """
 
     item: Item
     version: str
+    is_added: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Deleted:
+class Deleted(msgspec.Struct, frozen=True, gc=False):
     """An object is gone; `item` is its last state."""
 
     item: Item
@@ -48,6 +51,7 @@ class Broken:
     """The watch cannot go on, for the reason `error`; it is the last event of its stream."""
 
     error: ClusterError
+    version: str = ""
 
 
 WatchEvent: TypeAlias = Changed | Deleted | Bookmark | Broken
@@ -109,22 +113,22 @@ class WatchDecoder:
         return events
 
     def _decode(self, line: bytes) -> WatchEvent:
+        whole = decode_event(line, self._kind)
+        if whole is not None and (event := _event(*whole)) is not None:
+            return event
         try:
-            event = _EVENT.decode(line)
+            envelope = _EVENT.decode(line)
         except (ValueError, RecursionError):
             return self._broken("a line is not an event")
-        match event.type:
-            case "ADDED" | "MODIFIED":
-                return Changed(*decode_versioned(event.object, self._kind))
-            case "DELETED":
-                return Deleted(*decode_versioned(event.object, self._kind))
+        match envelope.type:
             case "BOOKMARK":
-                return self._bookmark(event.object)
+                return self._bookmark(envelope.object)
             case "ERROR":
                 self._is_broken = True
-                status = decode_status(event.object)
+                status = decode_status(envelope.object)
                 return Broken(cluster_error(self._action, status.code, status))
-        return self._broken(f"an event of the unknown type {event.type[:30]!r}")
+        event = _event(envelope.type, *decode_versioned(envelope.object, self._kind))
+        return event or self._broken(f"an event of the unknown type {envelope.type[:30]!r}")
 
     def _bookmark(self, raw: msgspec.Raw) -> WatchEvent:
         try:
@@ -136,3 +140,13 @@ class WatchDecoder:
     def _broken(self, problem: str) -> Broken:
         self._is_broken = True
         return Broken(ClusterRefused(f"cannot {self._action}: {problem}", 200))
+
+
+def _event(word: str, item: Item, version: str) -> Changed | Deleted | None:
+    """Return the event of this type about an object, None where the type is not about objects."""
+    match word:
+        case "ADDED" | "MODIFIED":
+            return Changed(item, version, is_added=word == "ADDED")
+        case "DELETED":
+            return Deleted(item, version)
+    return None

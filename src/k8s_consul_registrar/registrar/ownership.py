@@ -5,6 +5,7 @@ from enum import Enum
 
 from k8s_consul_registrar.model import Kind, ObjectKey, Service, Target
 from k8s_consul_registrar.targets.names import kind_of_id, pod_of_id
+from k8s_consul_registrar.targets.naming import sharded_name, sharded_tags
 
 MANAGED_BY = "k8s-consul-registrar"
 
@@ -60,8 +61,11 @@ class Identity:
             return False
         return claim is Claim.OURS or self.speaks_for_cluster
 
-    def service(self, target: Target, shard: str, cluster_uid: str) -> Service:
-        """Make the service of a target: whose it is and where it belongs are added to its meta."""
+    def service(self, target: Target, shard: str, cluster_uid: str, index: int = 0) -> Service:
+        """Make the service of a target: whose it is and where it belongs are added, the shard filled in.
+
+        `index` is that of the record it replaces.
+        """
         added = {
             "cluster": self.cluster,
             "cluster_uid": cluster_uid,
@@ -72,11 +76,13 @@ class Identity:
         pairs = (*target.meta, *((key, value) for key, value in added.items() if value))
         return Service(
             id=target.id,
-            name=target.name,
+            name=sharded_name(target.name, shard),
             address=target.address,
             port=target.port,
             meta=tuple(sorted(pairs)),
-            tags=target.tags,
+            tags=sharded_tags(target.tags, shard),
+            index=index,
+            ready=target.ready,
         )
 
 

@@ -1,23 +1,19 @@
-"""Compares what the cluster wants with what Consul holds, and says what to write: a pure function."""
+"""Compares what the cluster wants with what Consul holds, and says what to write: pure."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Service, Source, Target
-from k8s_consul_registrar.registrar.brake import (
-    Absence,
-    BrakeRules,
-    Held,
-    Memory,
-    SourceMemory,
-    judge_absence,
-)
+from k8s_consul_registrar.model import UNSYNCED, Kind, ObjectKey, Rejection, Service, Source, Target
+from k8s_consul_registrar.registrar.brake import Absence, BrakeRules, Held, Memory, judge_absence
+from k8s_consul_registrar.registrar.ledger import Entry
+from k8s_consul_registrar.registrar.naming import comparable_name, is_of_a_registrar, refuse_name
 from k8s_consul_registrar.registrar.ownership import Claim, Identity, kind_of, object_of
 from k8s_consul_registrar.targets.claims import settle
 from k8s_consul_registrar.targets.reasons import Reason
-from k8s_consul_registrar.targets.sharding import Shards
+from k8s_consul_registrar.targets.sharding import RandomShards, Shards
 from k8s_consul_registrar.targets.wanted import Wanted
 
 
@@ -44,11 +40,11 @@ class Plan:
     """What to write to Consul, and what was left alone and why.
 
     `rejections` are the losers of IDs that several targets ask for. `kept_objects` are the objects whose
-    services stay for want of proof. `memory` is what the brake wants back at the next pass.
+    services stay for want of proof. `memory` is what the brake wants back at the next full pass.
     """
 
-    register: tuple[Service, ...] = ()
-    update: tuple[Service, ...] = ()
+    register: tuple[Entry, ...] = ()
+    update: tuple[Entry, ...] = ()
     deregister: tuple[Service, ...] = ()
     unchanged: int = 0
     conflicts: tuple[Conflict, ...] = ()
@@ -73,18 +69,30 @@ class _Absent:
 
 
 class Planner:
-    """Takes Consul's services one by one, keeps only those that need a write, and ends in a `Plan`."""
+    """Takes Consul's services one by one, keeps only what needs a write, and ends in a `Plan`.
+
+    First `consider` every service there is under the wanted IDs (for a full comparison: every service
+    there is), then run through `complete`, then take the `plan`. `recall` tells the shard that a service
+    had which Consul has lost; `taken_names` are those an earlier full comparison found taken.
+    """
 
     def __init__(
-        self, wanted: Wanted, identity: Identity, shards: Shards, rules: BrakeRules, memory: Memory
+        self,
+        wanted: Wanted,
+        identity: Identity,
+        shards: Shards,
+        recall: Callable[[str], str] = lambda _: "",
+        taken_names: AbstractSet[str] = frozenset(),
     ) -> None:
         self._wanted = wanted
         self._identity = identity
         self._shards = shards
-        self._rules = rules
-        self._memory = memory
+        self._recall = recall
         self._seen: set[str] = set()
-        self._update: list[Service] = []
+        self._register: list[Entry] = []
+        self._update: list[Entry] = []
+        self._rename: list[tuple[Entry, str]] = []
+        self._taken_names = set(taken_names)
         self._deregister: list[Service] = []
         self._conflicts: list[Conflict] = []
         self._rejections: list[Rejection] = []
@@ -95,27 +103,50 @@ class Planner:
         self._rejected_ids = {one.id for one in wanted.rejections.values() if one.id}
         self._nameless = {key.kind for key, one in wanted.rejections.items() if not one.id}
 
-    def consider(self, service: Service) -> None:
-        """Compare one service that Consul holds with what is wanted."""
+    def consider(self, service: Service) -> Entry | None:
+        """Compare one service that Consul holds; returns its entry when it is just as it should be."""
         claim = self._identity.claim(service, self._wanted.cluster_uid)
         claims = self._wanted.claims.get(service.id)
-        if claims:
-            self._seen.add(service.id)
-            if claim is Claim.FOREIGN:
-                self._conflict(service, claims[0])
-            else:
-                self._keep_or_update(service, claims)
-        elif claim is not Claim.FOREIGN:
-            self._unwanted(service, claim)
+        if claim is Claim.FOREIGN and not is_of_a_registrar(service):
+            self._taken_names.add(comparable_name(service.name))
+        if not claims:
+            if claim is not Claim.FOREIGN:
+                self._unwanted(service, claim)
+            return None
+        self._seen.add(service.id)
+        if claim is Claim.FOREIGN:
+            self._conflict(service, claims[0])
+            return None
+        return self._keep_or_update(service, claims)
 
-    def finish(self) -> Plan:
-        """Return the plan, once every service that Consul holds was considered."""
-        register = [
-            self._new(service_id) for service_id in self._wanted.claims if service_id not in self._seen
-        ]
-        held, memory = self._brake()
+    def skip(self, service_id: str) -> None:
+        """Leave an ID alone in this plan: what stands under it is not known yet."""
+        self._seen.add(service_id)
+
+    def complete(self) -> Iterator[None]:
+        """Plan what Consul lacks, one service a step, so that a long plan can let others run between."""
+        for service_id, claims in self._wanted.claims.items():
+            if claims and service_id not in self._seen:
+                target, losers = settle(claims, None)
+                self._rejections.extend(losers)
+                shard = self._shards.choose(service_id, self._recall(service_id))
+                entry = Entry(target, shard, self._wanted.cluster_uid)
+                if self._may_be_named(entry):
+                    self._register.append(entry)
+            yield
+        self._update.extend(
+            entry for entry, held_name in self._rename if self._may_be_named(entry, held_name)
+        )
+
+    @property
+    def taken_names(self) -> AbstractSet[str]:
+        """The names, fit for comparison, of services that no registrar wrote."""
+        return self._taken_names
+
+    def plan(self, held: Sequence[Held] = (), memory: Memory | None = None) -> Plan:
+        """Return the plan; `held` and `memory` are what `brake` returned, where absence was judged."""
         return Plan(
-            register=tuple(register),
+            register=tuple(self._register),
             update=tuple(self._update),
             deregister=tuple(self._deregister),
             unchanged=self._unchanged,
@@ -124,21 +155,44 @@ class Planner:
             held=tuple(held),
             kept=self._kept,
             kept_objects=frozenset(self._kept_objects),
-            memory=memory,
+            memory=memory or {},
         )
+
+    def brake(self, rules: BrakeRules, memory: Memory) -> tuple[list[Held], Memory]:
+        """Judge what a full comparison found absent: plan what may go, return what is held."""
+        held: list[Held] = []
+        remembered = dict(memory)
+        for source, state in self._wanted.sources.items():
+            if state.listed_at is None or not state.proves_absence:
+                continue
+            gathered = self._absent[source]
+            absence = Absence(
+                source,
+                {service.id for service in gathered.absent},
+                gathered.held,
+                state.objects == 0,
+                state.listed_at,
+            )
+            judgement = judge_absence(absence, memory.get(source), rules)
+            remembered[source] = judgement.memory
+            self._deregister.extend(one for one in gathered.absent if one.id in judgement.released)
+            if judgement.held is not None:
+                held.append(judgement.held)
+        return held, remembered
 
     def _conflict(self, service: Service, target: Target) -> None:
         named = {key: service.value(key) for key in ("managed_by", "cluster", "instance", "cluster_uid")}
         holder = ", ".join(f"{key}={value}" for key, value in named.items() if value)
         self._conflicts.append(Conflict(service.id, target.key, holder or "a service without our meta"))
 
-    def _new(self, service_id: str) -> Service:
-        target, losers = settle(self._wanted.claims[service_id], None)
-        self._rejections.extend(losers)
-        return self._identity.service(target, self._shards.choose(""), self._wanted.cluster_uid)
+    def _may_be_named(self, entry: Entry, held_name: str = "") -> bool:
+        """Whether a name is free to be given; known only once every service was considered."""
+        refusal = refuse_name(entry.id, entry.name, entry.target.key, held_name, self._taken_names)
+        if refusal is not None:
+            self._rejections.append(refusal)
+        return refusal is None
 
-    def _keep_or_update(self, service: Service, claims: Iterable[Target]) -> None:
-        claims = tuple(claims)
+    def _keep_or_update(self, service: Service, claims: Sequence[Target]) -> Entry | None:
         holder = object_of(service)
         self._count_held(service, holder)
         if holder is not None and self._is_still_held(holder, claims):
@@ -149,18 +203,25 @@ class Planner:
                 for target in claims
             )
             self._keep(Kept.BLIND, holder)
-            return
+            return None
         target, losers = settle(claims, holder)
         self._rejections.extend(losers)
-        shard = self._shards.choose(service.value("shard_path"))
-        cluster_uid = self._wanted.cluster_uid or service.value("cluster_uid")
-        desired = self._identity.service(target, shard, cluster_uid)
-        if desired == service:
+        entry = Entry(
+            target,
+            self._shards.choose(service.id, service.value("shard_path")),
+            self._wanted.cluster_uid or service.value("cluster_uid"),
+            max(service.index, 0),
+        )
+        if entry.service(self._identity) == service and service.index != UNSYNCED:
             self._unchanged += 1
+            return entry
+        if entry.name == service.name:
+            self._update.append(entry)
         else:
-            self._update.append(desired)
+            self._rename.append((entry, service.name))
+        return None
 
-    def _is_still_held(self, holder: ObjectKey, claims: tuple[Target, ...]) -> bool:
+    def _is_still_held(self, holder: ObjectKey, claims: Sequence[Target]) -> bool:
         """Whether an ID belongs to a Pod that does not claim it now, but that nothing shows to be gone."""
         if holder.kind is not Kind.POD or any(target.key == holder for target in claims):
             return False
@@ -207,30 +268,6 @@ class Planner:
         if key is not None:
             self._kept_objects.add(key)
 
-    def _brake(self) -> tuple[list[Held], dict[Source, SourceMemory]]:
-        held: list[Held] = []
-        memory = dict(self._memory)
-        for source, state in self._wanted.sources.items():
-            if state.listed_at is None or not state.proves_absence:
-                continue
-            gathered = self._absent[source]
-            judgement = judge_absence(
-                Absence(
-                    source,
-                    {service.id for service in gathered.absent},
-                    gathered.held,
-                    state.objects == 0,
-                    state.listed_at,
-                ),
-                self._memory.get(source),
-                self._rules,
-            )
-            memory[source] = judgement.memory
-            self._deregister.extend(one for one in gathered.absent if one.id in judgement.released)
-            if judgement.held is not None:
-                held.append(judgement.held)
-        return held, memory
-
 
 def plan(
     wanted: Wanted,
@@ -242,7 +279,10 @@ def plan(
     memory: Memory | None = None,
 ) -> Plan:
     """Compare everything at once; see `Planner` for services that arrive one by one."""
-    planner = Planner(wanted, identity, shards or Shards(), rules or BrakeRules(), memory or {})
+    planner = Planner(wanted, identity, shards or RandomShards())
     for service in services:
         planner.consider(service)
-    return planner.finish()
+    for _ in planner.complete():
+        pass
+    held, remembered = planner.brake(rules or BrakeRules(), memory or {})
+    return planner.plan(held, remembered)

@@ -1,6 +1,6 @@
 """What the reconciler asks of the two sides it keeps equal."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Protocol
 
@@ -12,11 +12,22 @@ class Cluster(Protocol):
     """What a cluster wants, kept up to date by somebody else."""
 
     def wanted(self) -> Wanted:
-        """Return everything known now; it does not change afterwards."""
+        """Return everything known now; it does not change afterwards, and counts as seen."""
+        ...
+
+    def changes(self, also: AbstractSet[str] = frozenset()) -> Wanted:
+        """Return what changed since it was last seen, and what is known of the service IDs in `also`.
+
+        Its `claims` hold just those service IDs, with no target where nobody asks for one any more.
+        """
+        ...
+
+    def needs_full_pass(self) -> bool:
+        """Whether more than single targets changed: a list was completed, or a source failed or recovered."""
         ...
 
     async def changed(self) -> None:
-        """Wait until something changed, or was listed again, since `wanted` was last called."""
+        """Wait until something changed since it was last seen."""
         ...
 
     def settled(self, departed: AbstractSet[ObjectKey]) -> None:
@@ -35,11 +46,17 @@ class Registry(Protocol):
     """Consul's record of services, in one place: an agent or a node of the catalog.
 
     Each raises a `ConsulError` when Consul cannot be used at all; what it refuses of single services is
-    in the `Written`.
+    in the `Written`. `checks_versions` says that a write is made only over the version its `index` names.
     """
+
+    checks_versions: bool
 
     def services(self) -> AsyncIterator[Service]:
         """Yield every service held there, whoever wrote it."""
+        ...
+
+    def lookup(self, ids: Sequence[str]) -> AsyncIterator[Service]:
+        """Yield those of these services that are there now."""
         ...
 
     async def register(self, services: Sequence[Service]) -> Written:
@@ -48,4 +65,12 @@ class Registry(Protocol):
 
     async def deregister(self, services: Sequence[Service]) -> Written:
         """Remove services; one that is not there counts as done."""
+        ...
+
+    async def is_disturbed(self) -> bool:
+        """Whether somebody else may have changed what is there; cheap enough to ask every few seconds."""
+        ...
+
+    async def lost_shards(self) -> Mapping[str, str]:
+        """Return shard paths by service ID that are still on record though the service is not held here."""
         ...

@@ -1,29 +1,31 @@
-"""The loop that keeps Consul equal to what the cluster wants."""
+"""The loop that keeps Consul equal to what the cluster wants: which pass, and when."""
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 
 from k8s_consul_registrar.backoff import Timing, delays
 from k8s_consul_registrar.errors import ConsulError
-from k8s_consul_registrar.model import Service, Written
-from k8s_consul_registrar.registrar.brake import BrakeRules, Memory
+from k8s_consul_registrar.registrar.brake import BrakeRules
+from k8s_consul_registrar.registrar.budget import Budget, BudgetRules
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.ownership import Identity
-from k8s_consul_registrar.registrar.plan import Plan, Planner
+from k8s_consul_registrar.registrar.passes import Passes
 from k8s_consul_registrar.registrar.ports import Cluster, Registry
 from k8s_consul_registrar.registrar.report import Reporter
 from k8s_consul_registrar.registrar.status import PassReport, RegistrarStatus
 from k8s_consul_registrar.targets.sharding import Shards
-from k8s_consul_registrar.targets.wanted import Wanted
-
-# A plan over many services yields to the loop this often, so that health checks are answered meanwhile.
-SLICE = 500
 
 
 class Reconciler:
-    """Wakes when the cluster changed or a period has passed, plans, and writes what differs."""
+    """Wakes for a change, a period or a disturbance in Consul, and makes the pass that answers it.
+
+    A change costs a pass over what changed. Everything is compared when a list was completed, when
+    somebody else wrote to Consul, and every `period` seconds as a safety net; how often Consul is read
+    whole for it is bounded by a budget.
+    """
 
     def __init__(
         self,
@@ -36,106 +38,108 @@ class Reconciler:
         period: float,
         timing: Timing,
         metrics: RegistrarMetrics,
+        budget: BudgetRules | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cluster = cluster
         self._registry = registry
-        self._identity = identity
-        self._shards = shards
-        self._rules = rules
         self._period = period
         self._timing = timing
         self._clock = clock
-        self._memory: Memory = {}
+        self._budget = Budget(budget or BudgetRules(), clock())
         self.status = RegistrarStatus(ticked_at=clock())
         self._reporter = Reporter(metrics, self.status)
+        self._passes = Passes(
+            cluster=cluster,
+            registry=registry,
+            identity=identity,
+            shards=shards,
+            rules=rules,
+            reporter=self._reporter,
+        )
+        self._full_due = clock() + period
+        self._probe_due = clock() + timing.probe
+        self._retry_due = float("inf")
+        self._owes_full = False
+        self._unusable = delays(timing.retry_first, timing.retry_cap)
+        self._refusing = delays(timing.retry_first, max(period, timing.retry_first))
 
     async def run(self) -> None:
         """Keep Consul equal for ever; ends only by cancellation."""
-        await self._wake()
+        while not await self._is_done(self._passes.learn()):
+            pass
         while True:
-            # Consul that fails is tried again soon; a single service it refuses, ever more seldom.
-            unusable = delays(self._timing.retry_first, self._timing.retry_cap)
-            refusing = delays(self._timing.retry_first, max(self._period, self._timing.retry_first))
-            while (report := await self.reconcile()).outcome != "success":
-                if report.problem:
-                    await asyncio.sleep(next(unusable))
-                else:
-                    await self._wake(next(refusing))
-            await self._wake()
+            await self._turn()
 
-    async def reconcile(self) -> PassReport:
-        """Make one pass: read Consul, plan, register, then deregister; never raises a `ConsulError`."""
-        started = self._clock()
-        wanted = self._cluster.wanted()
-        if all(state.listed_at is None for state in wanted.sources.values()):
-            self._reporter.sources(wanted)
-            return PassReport()
-        try:
-            plan = await self._plan(wanted)
-            report = await self._apply(plan)
-        except ConsulError as error:
-            report = PassReport(problem=str(error))
+    async def _turn(self) -> None:
+        """Make the pass that is due, or wait for the next reason to make one."""
+        now = self.status.ticked_at = self._clock()
+        full_at = now + self._budget.wait(now) if self._wants_full(now) else self._full_due
+        if full_at <= now:
+            await self._full()
+        elif self._retry_due <= now:
+            await self._partial(retries_refused=True)
+        elif self._probe_due <= now:
+            await self._probe()
         else:
-            self._memory = plan.memory
-            for held in plan.held:
-                self._cluster.relist(held.source, held.due)
-            if not report.refused:
-                self._cluster.settled(wanted.departed - plan.kept_objects)
-        report = replace(report, seconds=self._clock() - started)
-        self._reporter.passed(wanted, report)
-        return report
+            due = min(full_at, self._retry_due, self._probe_due, now + self._timing.tick)
+            if await self._changed_within(due - now):
+                await asyncio.sleep(self._timing.gather)
+                await self._partial()
 
-    async def _wake(self, wait: float | None = None) -> None:
-        """Wait for a change, or a period, then for the rest of a burst; tick so that a hang would show."""
-        until = self._clock() + (self._period if wait is None else wait)
-        while (left := min(until - self._clock(), self._timing.tick)) > 0:
-            self.status.ticked_at = self._clock()
-            try:
-                async with asyncio.timeout(left):
-                    await self._cluster.changed()
-            except TimeoutError:
-                continue
-            await asyncio.sleep(self._timing.gather)
-            return
+    def _wants_full(self, now: float) -> bool:
+        return self._owes_full or self._full_due <= now or self._cluster.needs_full_pass()
 
-    async def _plan(self, wanted: Wanted) -> Plan:
-        planner = Planner(wanted, self._identity, self._shards, self._rules, self._memory)
-        count = 0
-        async for service in self._registry.services():
-            planner.consider(service)
-            count += 1
-            if count % SLICE == 0:
-                self.status.ticked_at = self._clock()
-                await asyncio.sleep(0)
-        return planner.finish()
+    async def _changed_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._cluster.changed()
+        except TimeoutError:
+            return False
+        return True
 
-    async def _apply(self, plan: Plan) -> PassReport:
-        self._reporter.planned(plan)
-        registered = await self._write("register", self._registry.register, plan.register)
-        updated = await self._write("update", self._registry.register, plan.update)
-        deregistered = await self._write("deregister", self._registry.deregister, plan.deregister)
-        refused = (*registered.failures, *updated.failures, *deregistered.failures)
-        return PassReport(
-            registered=registered.done,
-            updated=updated.done,
-            deregistered=deregistered.done,
-            unchanged=plan.unchanged,
-            refused=len(refused),
-            conflicts=plan.conflicts,
-            rejections=plan.rejections,
-            held=plan.held,
-            kept=plan.kept.total(),
-        )
+    async def _full(self) -> None:
+        self._owes_full = True
+        started = self._clock()
+        if await self._is_done(self._make(self._passes.full, is_full=True)):
+            self._owes_full = False
+            self._full_due = self._clock() + self._period
+            self._budget.spend(self._clock(), self._clock() - started)
 
-    async def _write(
-        self,
-        verb: str,
-        write: Callable[[Sequence[Service]], Awaitable[Written]],
-        services: Sequence[Service],
-    ) -> Written:
-        if not services:
-            return Written()
-        written = await write(services)
-        self._reporter.wrote(verb, services, written)
-        return written
+    async def _partial(self, *, retries_refused: bool = False) -> None:
+        pass_over_changes = partial(self._passes.partial, retries_refused=retries_refused)
+        await self._is_done(self._make(pass_over_changes, is_full=False))
+
+    async def _probe(self) -> None:
+        """Ask whether somebody else wrote to Consul."""
+        self._probe_due = self._clock() + self._timing.probe
+
+        async def ask() -> None:
+            self._owes_full = await self._registry.is_disturbed() or self._owes_full
+
+        await self._is_done(ask())
+
+    async def _make(self, make: Callable[[], Awaitable[PassReport]], *, is_full: bool) -> None:
+        """Make a pass, report it, and see to what it left undone."""
+        started = self._clock()
+        report = replace(await make(), seconds=self._clock() - started)
+        self._reporter.passed(report, is_full=is_full)
+        if report.refused:
+            # What Consul refuses of single services is tried again ever more seldom.
+            self._retry_due = self._clock() + next(self._refusing)
+        elif not self._passes.has_refused:
+            self._retry_due = float("inf")
+            self._refusing = delays(self._timing.retry_first, max(self._period, self._timing.retry_first))
+
+    async def _is_done(self, work: Coroutine[None, None, None]) -> bool:
+        """Do something with Consul; when that cannot be used, wait a little longer each time."""
+        try:
+            await work
+        except ConsulError as error:
+            self._reporter.failed(str(error))
+            self._retry_due = self._clock()
+            await asyncio.sleep(next(self._unusable))
+            return False
+        self._reporter.reached()
+        self._unusable = delays(self._timing.retry_first, self._timing.retry_cap)
+        return True

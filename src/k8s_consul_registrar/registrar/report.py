@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from k8s_consul_registrar.model import Kind, Service, Written
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
@@ -30,6 +30,24 @@ class News:
         self._said[topic] = dict(facts)
         return [(about, text) for about, text in facts.items() if said.get(about) != text]
 
+    def further(self, topic: str, facts: Mapping[str, str]) -> list[tuple[str, str]]:
+        """Return the facts that are new or changed, where those said before still stand."""
+        said = self._said.get(topic, {})
+        self._said[topic] = {**said, **facts}
+        return [(about, text) for about, text in facts.items() if said.get(about) != text]
+
+    def over(self, topic: str, abouts: Iterable[str]) -> None:
+        """Note that what was said about these no longer stands."""
+        said = self._said.get(topic)
+        if said:
+            gone = set(abouts)
+            self._said[topic] = {about: text for about, text in said.items() if about not in gone}
+
+
+def conflicts_of(plan: Plan) -> dict[str, str]:
+    """Put the conflicts of a plan into words, by service ID."""
+    return {one.id: f"wanted by {one.key}, held by {one.holder}" for one in plan.conflicts}
+
 
 class Reporter:
     """Turns passes into log lines, metrics and the status."""
@@ -53,14 +71,12 @@ class Reporter:
             self._metrics.source_up.labels(kind.value).set(is_up)
 
     def planned(self, plan: Plan) -> None:
-        """Show what the plan leaves alone, and what the brake holds."""
+        """Show what a full comparison leaves alone, and what the brake holds."""
         self._metrics.conflicts.set(len(plan.conflicts))
         self._metrics.held.set(sum(len(held.ids) for held in plan.held))
         for why in Kept:
             self._metrics.kept.labels(why.value).set(plan.kept[why])
-        conflicts = {one.id: f"wanted by {one.key}, held by {one.holder}" for one in plan.conflicts}
-        for about, text in self._news.fresh("conflicts", conflicts)[:MOST_NAMED]:
-            log.warning("conflict: the service ID is not ours to write", service=about, problem=text)
+        self._conflicts(self._news.fresh("conflicts", conflicts_of(plan)))
         brakes = {
             str(held.source): f"{len(held.ids)} services are missing from the list; waiting for lists that "
             f"agree for {held.wait:g} s: {', '.join(held.ids[:MOST_NAMED])}"
@@ -76,39 +92,65 @@ class Reporter:
         for service in services[:MOST_NAMED]:
             log.debug(verb, service=service.id, address=service.address, port=service.port)
         refused = {failure.id: failure.problem for failure in written.failures}
-        for about, text in self._news.fresh(f"refused {verb}", refused)[:MOST_NAMED]:
+        self._news.over("refused", (service.id for service in services if service.id not in refused))
+        for about, text in self._news.further("refused", refused)[:MOST_NAMED]:
             log.warning("Consul refuses a service", verb=verb, service=about, problem=text)
 
-    def passed(self, wanted: Wanted, report: PassReport) -> None:
-        """Report one pass over Consul."""
+    def passed_over_all(self, wanted: Wanted, report: PassReport) -> None:
+        """Take in a full comparison: every standing figure is renewed."""
         self.sources(wanted)
         self._targets(wanted, report)
-        self._metrics.passes.labels(report.outcome).inc()
-        self._metrics.pass_seconds.observe(report.seconds)
-        self._metrics.consul_up.set(not report.problem)
         self._status.last = report
-        self._status.consul_problem = report.problem
-        problem = {"consul": report.problem} if report.problem else {}
-        for _, text in self._news.fresh("consul", problem):
-            log.error("Consul cannot be used; trying again", problem=text)
-        if report.problem:
-            return
-        if not report.refused:
-            self._metrics.last_success.set(time.time())
         if all(state.listed_at is not None for state in wanted.sources.values()):
             self._status.has_synced = True
-        log.info(
-            "pass",
+
+    def passed_over_changes(self, wanted: Wanted, plan: Plan) -> None:
+        """Take in a pass over a few changes: only what is new in it is said."""
+        self.sources(wanted)
+        self._conflicts(self._news.further("conflicts", conflicts_of(plan)))
+        facts = {str(one.key): f"{one.reason}: {one.detail}" for one in plan.rejections}
+        for about, text in self._news.further("rejections", facts)[:MOST_NAMED]:
+            log.warning("rejected", object=about, reason=text)
+
+    def failed(self, problem: str) -> None:
+        """Report that Consul cannot be used: nothing that is registered changes by it."""
+        self._metrics.passes.labels("failure").inc()
+        self._metrics.consul_up.set(0)
+        self._status.consul_problem = problem
+        for _, text in self._news.fresh("consul", {"consul": problem}):
+            log.error("Consul cannot be used; trying again", problem=text)
+
+    def reached(self) -> None:
+        """Report that Consul can be used."""
+        self._metrics.consul_up.set(1)
+        if self._status.consul_problem:
+            log.info("Consul can be used again")
+        self._status.consul_problem = ""
+        self._news.fresh("consul", {})
+
+    def passed(self, report: PassReport, *, is_full: bool) -> None:
+        """Report how a pass ended, its time taken included."""
+        self._metrics.passes.labels(report.outcome).inc()
+        self._metrics.pass_seconds.observe(report.seconds)
+        if not report.refused:
+            self._metrics.last_success.set(time.time())
+        say = log.info if is_full or report.writes else log.debug
+        say(
+            "pass" if is_full else "changes",
             registered=report.registered,
             updated=report.updated,
             deregistered=report.deregistered,
             unchanged=report.unchanged,
             refused=report.refused,
-            rejected=len(wanted.rejections) + len(report.rejections),
+            rejected=report.rejected,
             conflicts=len(report.conflicts),
             held=sum(len(held.ids) for held in report.held),
             seconds=round(report.seconds, 3),
         )
+
+    def _conflicts(self, facts: list[tuple[str, str]]) -> None:
+        for about, text in facts[:MOST_NAMED]:
+            log.warning("conflict: the service ID is not ours to write", service=about, problem=text)
 
     def _targets(self, wanted: Wanted, report: PassReport) -> None:
         kinds = Counter(claims[0].key.kind for claims in wanted.claims.values())

@@ -9,10 +9,10 @@ from k8s_consul_registrar.registrar.plan import Conflict
 
 @dataclass(frozen=True, slots=True)
 class PassReport:
-    """One pass over Consul: what was written, what was left alone, and what went wrong.
+    """One pass: what was written, what was left alone, and what went wrong.
 
-    `refused` counts the writes that Consul refused one by one; `problem` is set when Consul could not be
-    used at all. `seconds` is how long it took.
+    `refused` counts the writes that Consul refused one by one, or that somebody else came before.
+    `seconds` is how long it took.
     """
 
     registered: int = 0
@@ -20,18 +20,16 @@ class PassReport:
     deregistered: int = 0
     unchanged: int = 0
     refused: int = 0
+    rejected: int = 0
     conflicts: tuple[Conflict, ...] = ()
     rejections: tuple[Rejection, ...] = ()
     held: tuple[Held, ...] = ()
     kept: int = 0
     seconds: float = 0.0
-    problem: str = ""
 
     @property
     def outcome(self) -> str:
         """One of `metrics.PASS_OUTCOMES`."""
-        if self.problem:
-            return "failure"
         return "partial" if self.refused else "success"
 
     @property

@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from k8s_consul_registrar.settings.backend import BackendSettings, read_backend
 from k8s_consul_registrar.settings.consul import ConsulSettings, read_consul
+from k8s_consul_registrar.settings.election import ElectionSettings, election_problem, read_election
+from k8s_consul_registrar.settings.naming import NamingSettings, read_naming
 from k8s_consul_registrar.settings.reader import Reader, parse_seconds
-from k8s_consul_registrar.targets.sharding import parse_shard_paths
+from k8s_consul_registrar.settings.selection import SelectionSettings, read_selection
 from k8s_consul_registrar.telemetry import FORMATS, LEVELS
 
 DEFAULT_PERIOD = 600.0
-LONGEST_SHARD_PATH = 512
 KUBELET_PATHS = ("/metrics/cadvisor", "/metrics", "/metrics/resource", "/metrics/probes")
 
 
@@ -40,13 +42,16 @@ class RegistrarSettings:
     common: CommonSettings
     consul: ConsulSettings
     brake: BrakeSettings
+    election: ElectionSettings | None
     cluster_name: str
     has_default_name: bool
     previous_cluster_names: frozenset[str]
     instance: str
     previous_instances: frozenset[str]
     sync_period: float
-    shard_paths: tuple[str, ...]
+    backend: BackendSettings
+    selection: SelectionSettings
+    naming: NamingSettings
     proxy_node_port: int
 
 
@@ -90,7 +95,13 @@ def read_registrar(environment: Mapping[str, str]) -> RegistrarSettings:
         reader.seconds("BRAKE_CONFIRM_START"),
         reader.boolean("ALLOW_MASS_DEREGISTER"),
     )
-    shard_paths = _shard_paths(reader)
+    election = read_election(reader)
+    backend = read_backend(reader, cluster_name, instance)
+    selection = read_selection(reader)
+    naming = read_naming(reader)
+    problem = election_problem(backend.backend, election)
+    if problem:
+        reader.problem("LEADER_ELECTION", problem)
     node_port = reader.integer("PROXY_NODE_PORT", 1, 65535)
     common = _common(reader)
     reader.check()
@@ -98,13 +109,16 @@ def read_registrar(environment: Mapping[str, str]) -> RegistrarSettings:
         common=common,
         consul=consul,
         brake=brake,
+        election=election,
         cluster_name=cluster_name,
         has_default_name=has_default_name,
         previous_cluster_names=previous_names,
         instance=instance,
         previous_instances=previous_instances,
         sync_period=period,
-        shard_paths=shard_paths,
+        backend=backend,
+        selection=selection,
+        naming=naming,
         proxy_node_port=node_port,
     )
 
@@ -154,16 +168,6 @@ def _period(reader: Reader) -> float:
         )
         return DEFAULT_PERIOD
     return period
-
-
-def _shard_paths(reader: Reader) -> tuple[str, ...]:
-    paths = parse_shard_paths(reader.text("SHARD_PATHS"))
-    for path in paths:
-        if len(path.encode()) > LONGEST_SHARD_PATH or not path.isprintable():
-            reader.problem(
-                "SHARD_PATHS", f"{path[:40]!r} is over {LONGEST_SHARD_PATH} bytes or not printable"
-            )
-    return paths
 
 
 def _kubelet_paths(reader: Reader) -> tuple[str, ...]:

@@ -1,36 +1,13 @@
-"""Every setting there is: its variable, its flag, what it means and which modes heed it."""
+"""Every setting there is."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-REGISTRAR = "registrar"
-PROXY = "proxy"
-MODES = (REGISTRAR, PROXY)
-_BOTH = frozenset(MODES)
-_REGISTRAR = frozenset({REGISTRAR})
-_PROXY = frozenset({PROXY})
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One setting. A secret has no flag: command lines are there for every process to read."""
-
-    env: str
-    help: str
-    modes: frozenset[str]
-    default: str = ""
-    is_secret: bool = False
-
-    @property
-    def is_boolean(self) -> bool:
-        """Whether the setting is true or false, so that its flag alone means true."""
-        return self.default in ("true", "false")
-
-    @property
-    def flag(self) -> str:
-        """The setting's flag, the same name in the way of flags."""
-        return "--" + self.env.lower().replace("_", "-")
-
+from k8s_consul_registrar.settings.backend_options import BACKEND_OPTIONS
+from k8s_consul_registrar.settings.option import BOTH_MODES as _BOTH
+from k8s_consul_registrar.settings.option import PROXY_ONLY as _PROXY
+from k8s_consul_registrar.settings.option import REGISTRAR_ONLY as _REGISTRAR
+from k8s_consul_registrar.settings.option import Option
+from k8s_consul_registrar.settings.target_options import NAMING_OPTIONS, SELECTION_OPTIONS
 
 OPTIONS: tuple[Option, ...] = (
     Option(
@@ -80,11 +57,9 @@ OPTIONS: tuple[Option, ...] = (
         _REGISTRAR,
         "600",
     ),
-    Option(
-        "SHARD_PATHS",
-        "comma-separated shard paths; each new service gets one at random as shard_path, and keeps it",
-        _REGISTRAR,
-    ),
+    *BACKEND_OPTIONS,
+    *SELECTION_OPTIONS,
+    *NAMING_OPTIONS,
     Option(
         "PROXY_NODE_PORT", "NodePort of the proxy, the port Nodes are registered with", _REGISTRAR, "31112"
     ),
@@ -98,6 +73,38 @@ OPTIONS: tuple[Option, ...] = (
         "600",
     ),
     Option("ALLOW_MASS_DEREGISTER", "true: mass removals are not held", _REGISTRAR, "false"),
+    Option(
+        "LEADER_ELECTION",
+        "true: of several replicas one writes, whoever holds a Lease; needs the catalog backend",
+        _REGISTRAR,
+        "false",
+    ),
+    Option(
+        "LEASE_NAME", "name of that Lease; default one of the cluster's name and the instance", _REGISTRAR
+    ),
+    Option("LEASE_NAMESPACE", "namespace of that Lease; default the Pod's own", _REGISTRAR),
+    Option(
+        "LEASE_DURATION", "whole seconds after which a Lease nobody renews is taken over", _REGISTRAR, "15"
+    ),
+    Option(
+        "LEASE_RENEW_DEADLINE",
+        "seconds after the last renewal when a leader stops writing; below LEASE_DURATION",
+        _REGISTRAR,
+        "10",
+    ),
+    Option(
+        "LEASE_RETRY_PERIOD",
+        "seconds between renewals, and between tries of those that wait; 1.2 times it is below "
+        "LEASE_RENEW_DEADLINE",
+        _REGISTRAR,
+        "2",
+    ),
+    Option(
+        "CONSUL_AGENT_SHARED",
+        "true: all replicas use one agent, so they may elect a leader without the catalog backend",
+        _REGISTRAR,
+        "false",
+    ),
     Option("PORT", "HTTP port of the proxy, on IPv4 and IPv6", _PROXY, "8080"),
     Option(
         "KUBELET_CA_FILE",

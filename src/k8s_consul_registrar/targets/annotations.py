@@ -1,35 +1,22 @@
-"""Reads `prometheus.io/*`: path, query, scheme and port, or the reason why not."""
+"""Reads `prometheus.io/*`: path, query, scheme and ports, or the reason why not."""
 
 import re
 from collections.abc import Mapping, Sequence
 from urllib.parse import parse_qsl
 
 from k8s_consul_registrar.model import ContainerPort
-from k8s_consul_registrar.targets.reasons import Reason
+from k8s_consul_registrar.targets.reasons import Reason, Refused
+from k8s_consul_registrar.targets.text import has_control, quoted
 
 DEFAULT_PATH = "/metrics"
 PORT_NAMES = ("metrics", "http-metrics", "prometheus", "prom")
 MOST_PARAMS = 40
+# Each port of a Pod is a service; without a bound one annotation could ask for thousands.
+MOST_PORTS = 16
 
 # Prometheus takes a parameter's name from a label `__param_<name>`, so it must be part of a label's name.
 _PARAM_NAME = re.compile(r"[A-Za-z0-9_]{1,100}")
 _NUMBER = re.compile(r"[0-9]{1,9}")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-
-class Refused(Exception):
-    """An annotation that cannot be honoured; becomes a `Rejection`."""
-
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
-
-
-def quoted(text: str, most: int = 60) -> str:
-    """Show hostile text on one line, in ASCII and cut short."""
-    shown = ascii(text[:most])
-    return f"{shown}…" if len(text) > most else shown
 
 
 def scrape_path(text: str) -> tuple[str, list[tuple[str, str]]]:
@@ -38,7 +25,7 @@ def scrape_path(text: str) -> tuple[str, list[tuple[str, str]]]:
     Raises `Refused` for control characters and for a query that is not UTF-8 in percent encoding.
     """
     text = text.strip()
-    if _CONTROL.search(text):
+    if has_control(text):
         raise Refused(Reason.INVALID_PATH, f"the path {quoted(text)} has control characters")
     path, _, query = text.partition("?")
     path = path or DEFAULT_PATH
@@ -68,7 +55,7 @@ def scrape_params(
             )
         if name in params:
             raise Refused(Reason.INVALID_PARAM, f"the parameter {name} is given twice")
-        if _CONTROL.search(value):
+        if has_control(value):
             raise Refused(Reason.INVALID_PARAM, f"the parameter {name} has control characters")
         params[name] = value
     return params
@@ -82,14 +69,23 @@ def scrape_scheme(text: str) -> str:
     return scheme
 
 
-def scrape_port(text: str | None, ports: Sequence[ContainerPort]) -> int:
-    """Find the port: the annotation's number or port name, else the one port that can be meant.
+def scrape_ports(text: str | None, ports: Sequence[ContainerPort]) -> tuple[int, ...]:
+    """Find the ports: the annotation's numbers or port names, commas between, else the one that can be meant.
 
-    Without an annotation that is the port named metrics, http-metrics, prometheus or prom, else the only
-    TCP port. Raises `Refused` where none or more than one is left.
+    Repeats are dropped, the order is kept. Without an annotation it is the port named metrics,
+    http-metrics, prometheus or prom, else the only TCP port. Raises `Refused` where none or more than one
+    is left, and for an annotation any entry of which cannot be honoured.
     """
     if text is not None and text.strip():
-        return _annotated_port(text.strip(), ports)
+        entries = [entry.strip() for entry in text.split(",")]
+        numbers = dict.fromkeys(_annotated_port(entry, ports) for entry in entries)
+        if len(numbers) > MOST_PORTS:
+            raise Refused(Reason.TOO_MANY_PORTS, f"{len(numbers)} ports are more than {MOST_PORTS}")
+        return tuple(numbers)
+    return (_implied_port(ports),)
+
+
+def _implied_port(ports: Sequence[ContainerPort]) -> int:
     for name in PORT_NAMES:
         for port in ports:
             if port.name == name and port.protocol == "TCP":
@@ -112,7 +108,7 @@ def _annotated_port(text: str, ports: Sequence[ContainerPort]) -> int:
             return number
         raise Refused(Reason.INVALID_PORT, f"the port {text} is not between 1 and 65535")
     for port in ports:
-        if port.name == text:
+        if text and port.name == text:
             return port.number
     raise Refused(
         Reason.UNKNOWN_PORT_NAME,

@@ -6,14 +6,19 @@ POD_PREFIX = "pod--"
 NODE_PREFIX = "node--"
 
 
-def pod_service_id(namespace: str, name: str) -> str:
-    """Return the service ID of a Pod; a Pod in another namespace may have the same (see `claims`)."""
-    return f"{POD_PREFIX}{namespace}--{name}"
+def pod_service_id(namespace: str, name: str, prefix: str = "") -> str:
+    """Return the service ID of a Pod; another Pod may have the same (see `claims`)."""
+    return f"{prefix}{POD_PREFIX}{namespace}--{name}"
 
 
-def node_service_id(address: str) -> str:
+def pod_port_id(service_id: str, port: int) -> str:
+    """Return the service ID of a further port of the Pod that has this ID for its first."""
+    return f"{service_id}--{port}"
+
+
+def node_service_id(address: str, prefix: str = "") -> str:
     """Return the service ID of the Node at an address."""
-    return f"{NODE_PREFIX}{address}"
+    return f"{prefix}{NODE_PREFIX}{address}"
 
 
 def kind_of_id(service_id: str) -> Kind | None:

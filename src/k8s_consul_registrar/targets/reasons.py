@@ -12,12 +12,28 @@ class Reason(StrEnum):
     AMBIGUOUS_PORT = "ambiguous_port"
     INVALID_PORT = "invalid_port"
     UNKNOWN_PORT_NAME = "unknown_port_name"
+    TOO_MANY_PORTS = "too_many_ports"
     INVALID_PATH = "invalid_path"
     INVALID_SCHEME = "invalid_scheme"
     INVALID_PARAM = "invalid_param"
     META_TOO_LONG = "meta_too_long"
     META_TOO_MANY = "meta_too_many"
+    INVALID_META = "invalid_meta"
+    EMPTY_NAME = "empty_name"
+    INVALID_NAME = "invalid_name"
+    NAME_TOO_LONG = "name_too_long"
+    NAME_TAKEN = "name_taken"
+    INVALID_TAG = "invalid_tag"
     NO_ADDRESS = "no_address"
     ADDRESS_TAKEN = "address_taken"
     ID_TAKEN = "id_taken"
     UNDECODABLE = "undecodable"
+
+
+class Refused(Exception):
+    """What an object asks for and cannot be honoured; becomes a `Rejection`."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail

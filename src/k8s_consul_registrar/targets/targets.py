@@ -1,25 +1,27 @@
 """Turns one Pod or Node into its targets, or says why it is refused."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from k8s_consul_registrar.model import Kind, Node, Pod, Rejection, Target, Undecodable
-from k8s_consul_registrar.targets.addresses import node_address, parse_ip, url_host
+from k8s_consul_registrar.targets.addresses import NODE_ADDRESS_TYPES, node_address, parse_ip, url_host
 from k8s_consul_registrar.targets.annotations import (
     DEFAULT_PATH,
-    Refused,
-    quoted,
     scrape_params,
     scrape_path,
-    scrape_port,
+    scrape_ports,
     scrape_scheme,
 )
-from k8s_consul_registrar.targets.names import node_service_id, pod_service_id
-from k8s_consul_registrar.targets.reasons import Reason
+from k8s_consul_registrar.targets.meta import PARAM_PREFIX, LabelMeta, checked_meta, label_meta
+from k8s_consul_registrar.targets.names import node_service_id, pod_port_id, pod_service_id
+from k8s_consul_registrar.targets.naming import NODE_NAME, POD_NAME, service_name, service_tags
+from k8s_consul_registrar.targets.reasons import Reason, Refused
+from k8s_consul_registrar.targets.templates import Subject, Template
+from k8s_consul_registrar.targets.text import quoted
 
-# Consul's limits on meta: agent/structs/structs.go, validateMetaPair and metaMaxKeyPairs. Of the 64 pairs,
-# some are kept for what is added to each service (cluster, instance, shard and the like).
-MOST_META_PAIRS = 56
-LONGEST_META_VALUE = 512
+# Kubernetes, "Well-Known Labels, Annotations and Taints".
+ZONE_LABEL = "topology.kubernetes.io/zone"
 
 Verdict = tuple[Target, ...] | Rejection
 
@@ -28,10 +30,24 @@ _SCRAPED_PHASES = frozenset({"Running", "Unknown"})
 
 @dataclass(frozen=True, slots=True)
 class TargetRules:
-    """What the operator decides about targets: the annotations' prefix and the proxy's NodePort."""
+    """What the operator decides about targets.
+
+    `cluster` is for names and tags. `node_address_types` are the kinds of address Prometheus reaches a
+    Node by, the first that is there counts. `longest_shard` is how many bytes the longest shard path has.
+    With `has_readiness` a target says whether its object is ready, so that every change of it counts.
+    """
 
     annotation_prefix: str = "prometheus.io/"
     proxy_node_port: int = 31112
+    cluster: str = ""
+    id_prefix: str = ""
+    pod_name: Template = POD_NAME
+    node_name: Template = NODE_NAME
+    tags: tuple[Template, ...] = ()
+    labels: tuple[LabelMeta, ...] = ()
+    node_address_types: tuple[str, ...] = NODE_ADDRESS_TYPES
+    longest_shard: int = 0
+    has_readiness: bool = False
 
 
 def judge(item: Pod | Node | Undecodable, rules: TargetRules) -> Verdict | None:
@@ -46,76 +62,122 @@ def judge(item: Pod | Node | Undecodable, rules: TargetRules) -> Verdict | None:
             return judge_node(item, rules)
     if item.key is None:
         return None
-    own_id = pod_service_id(item.key.namespace, item.key.name) if item.kind is Kind.POD else ""
+    is_pod = item.kind is Kind.POD
+    own_id = pod_service_id(item.key.namespace, item.key.name, rules.id_prefix) if is_pod else ""
     return Rejection(item.key, Reason.UNDECODABLE, item.problem, own_id)
 
 
 def judge_pod(pod: Pod, rules: TargetRules) -> Verdict:
-    """Return the targets of a Pod: none unless it is annotated and in phase Running or Unknown.
+    """Return the targets of a Pod, one a port: none unless it is annotated and in phase Running or Unknown.
 
     Succeeded and Failed Pods keep an IP that others may already use, so they are gone at once. A Pod that
-    is being deleted is scraped until it leaves these phases.
+    is being deleted is scraped until it leaves these phases. The first port has the plain ID.
     """
-    prefix = rules.annotation_prefix
-    if pod.annotations.get(f"{prefix}scrape") != "true" or pod.phase not in _SCRAPED_PHASES:
+    if pod.annotations.get(f"{rules.annotation_prefix}scrape") != "true" or pod.phase not in _SCRAPED_PHASES:
         return ()
-    service_id = pod_service_id(pod.namespace, pod.name)
+    service_id = pod_service_id(pod.namespace, pod.name, rules.id_prefix)
     try:
-        path, query = scrape_path(pod.annotations.get(f"{prefix}path", DEFAULT_PATH))
-        params = scrape_params(query, pod.annotations, prefix)
-        meta = {
-            "kind": "pod",
-            "metrics_path": path,
-            "namespace": pod.namespace,
-            "node": pod.node,
-            "pod": pod.name,
-            "scheme": scrape_scheme(pod.annotations.get(f"{prefix}scheme", "")),
-            **{f"param_{name}": value for name, value in params.items()},
-        }
-        target = Target(
-            key=pod.key,
-            id=service_id,
-            name=service_id,
-            address=_pod_address(pod),
-            port=scrape_port(pod.annotations.get(f"{prefix}port"), pod.ports),
-            meta=_checked_meta(meta),
-            rank=(0, pod.created, pod.uid),
-        )
+        address, meta = _pod_address(pod), checked_meta(_pod_meta(pod, rules))
+        ports = scrape_ports(pod.annotations.get(f"{rules.annotation_prefix}port"), pod.ports)
+        subject = _pod_subject(pod, rules)
+        name = service_name(rules.pod_name, subject, rules.longest_shard)
+        tags = service_tags(rules.tags, subject, rules.longest_shard)
     except Refused as refused:
         return Rejection(pod.key, refused.reason, refused.detail, service_id)
-    return (target,)
+    return tuple(
+        Target(
+            key=pod.key,
+            id=pod_port_id(service_id, port) if place else service_id,
+            name=name,
+            address=address,
+            port=port,
+            meta=meta,
+            rank=(0, pod.created, pod.uid),
+            tags=tags,
+            ready=pod.ready if rules.has_readiness else None,
+        )
+        for place, port in enumerate(ports)
+    )
 
 
 def judge_node(node: Node, rules: TargetRules) -> Verdict:
-    """Return the target of a Node, which is the proxy's NodePort at the Node's own address.
+    """Return the target of a Node, which is the proxy's NodePort at an address Prometheus reaches.
 
-    Two Nodes may claim one address when one of them was replaced: the Ready one, then the older, is first.
+    Its ID and its path are made of the address by which the proxy, inside, knows the Node. Two Nodes may
+    claim one address when one of them was replaced: the Ready one, then the older, is first.
     """
-    address = node_address(node)
-    if address is None:
+    node_ip = node_address(node)
+    if node_ip is None:
         return Rejection(
             node.key, Reason.NO_ADDRESS, "the Node's status has no InternalIP or ExternalIP that is an IP"
         )
-    service_id = node_service_id(address)
-    meta = {
-        "kind": "node",
-        "metrics_path": f"/api/v1/nodes/{url_host(address)}:{node.kubelet_port}/metrics/cadvisor",
-        "node": node.name,
-        "scheme": "http",
-    }
+    service_id = node_service_id(node_ip, rules.id_prefix)
     try:
+        subject = _node_subject(node, node_ip, rules)
         target = Target(
             key=node.key,
             id=service_id,
-            name=service_id,
-            address=address,
+            name=service_name(rules.node_name, subject, rules.longest_shard),
+            address=_reached_address(node, rules.node_address_types),
             port=rules.proxy_node_port,
-            meta=_checked_meta(meta),
+            meta=checked_meta(_node_meta(node, node_ip)),
             rank=(0 if node.ready else 1, node.created, node.uid),
+            tags=service_tags(rules.tags, subject, rules.longest_shard),
+            ready=node.ready if rules.has_readiness else None,
         )
     except Refused as refused:
         return Rejection(node.key, refused.reason, refused.detail, service_id)
     return (target,)
+
+
+def _pod_meta(pod: Pod, rules: TargetRules) -> Mapping[str, str]:
+    prefix = rules.annotation_prefix
+    path, query = scrape_path(pod.annotations.get(f"{prefix}path", DEFAULT_PATH))
+    params = scrape_params(query, pod.annotations, prefix)
+    return {
+        "kind": Kind.POD.value,
+        "metrics_path": path,
+        "namespace": pod.namespace,
+        "node": pod.node,
+        "pod": pod.name,
+        "scheme": scrape_scheme(pod.annotations.get(f"{prefix}scheme", "")),
+        **{f"{PARAM_PREFIX}{name}": value for name, value in params.items()},
+        **label_meta(pod.labels, rules.labels),
+    }
+
+
+def _node_meta(node: Node, node_ip: str) -> Mapping[str, str]:
+    return {
+        "kind": Kind.NODE.value,
+        "metrics_path": f"/api/v1/nodes/{url_host(node_ip)}:{node.kubelet_port}/metrics/cadvisor",
+        "node": node.name,
+        "scheme": "http",
+        "zone": node.labels.get(ZONE_LABEL, ""),
+    }
+
+
+def _pod_subject(pod: Pod, rules: TargetRules) -> Subject:
+    values = {
+        "cluster": rules.cluster,
+        "kind": Kind.POD.value,
+        "namespace": pod.namespace,
+        "pod": pod.name,
+        "node": pod.node,
+        "node_ip": _canonical_ip(pod.host_ip),
+    }
+    return Subject(values, pod.labels)
+
+
+def _node_subject(node: Node, node_ip: str, rules: TargetRules) -> Subject:
+    values = {"cluster": rules.cluster, "kind": Kind.NODE.value, "node": node.name, "node_ip": node_ip}
+    return Subject(values, node.labels)
+
+
+@lru_cache(maxsize=1024)
+def _canonical_ip(text: str) -> str:
+    """Spell a Node's IP as everywhere else; many Pods share one."""
+    address = parse_ip(text)
+    return "" if address is None else str(address)
 
 
 def _pod_address(pod: Pod) -> str:
@@ -127,12 +189,8 @@ def _pod_address(pod: Pod) -> str:
     return str(address)
 
 
-def _checked_meta(meta: dict[str, str]) -> tuple[tuple[str, str], ...]:
-    pairs = tuple(sorted((key, value) for key, value in meta.items() if value))
-    if len(pairs) > MOST_META_PAIRS:
-        raise Refused(Reason.META_TOO_MANY, f"{len(pairs)} pairs of meta are more than {MOST_META_PAIRS}")
-    for key, value in pairs:
-        size = len(value.encode("utf-8", "replace"))
-        if size > LONGEST_META_VALUE:
-            raise Refused(Reason.META_TOO_LONG, f"{key} is {size} bytes, Consul takes {LONGEST_META_VALUE}")
-    return pairs
+def _reached_address(node: Node, types: tuple[str, ...]) -> str:
+    address = node_address(node, types)
+    if address is None:
+        raise Refused(Reason.NO_ADDRESS, f"the Node's status has no {' or '.join(types)} that is an IP")
+    return address

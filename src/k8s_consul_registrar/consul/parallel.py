@@ -1,0 +1,54 @@
+"""Does many small requests with bounded concurrency."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeVar
+
+from k8s_consul_registrar.errors import ConsulBusy, ConsulError, ConsulForbidden, ConsulRefused
+from k8s_consul_registrar.model import Service, WriteFailure
+
+# So many faults of Consul's own in a row are Consul's trouble, not that of the services at hand.
+MOST_FAULTS_IN_A_ROW = 10
+
+T = TypeVar("T")
+
+
+async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], concurrency: int) -> None:
+    """Do the work for each item, at most so many at once; the first `ConsulError` ends it and is raised."""
+    left = iter(items)
+
+    async def worker() -> None:
+        for item in left:
+            await work(item)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(concurrency):
+                group.create_task(worker())
+    except* ConsulError as errors:
+        raise errors.exceptions[0] from None
+
+
+class Batch:
+    """Writes services one by one and keeps what came of each; what Consul refuses holds up no other."""
+
+    def __init__(self, write: Callable[[Service], Awaitable[None]]) -> None:
+        self._write = write
+        self._faults_in_a_row = 0
+        self.done = 0
+        self.failures: list[WriteFailure] = []
+
+    async def write(self, service: Service) -> None:
+        """Write one service; raises a `ConsulError` when Consul itself is at fault."""
+        try:
+            await self._write(service)
+        except (ConsulRefused, ConsulForbidden) as refused:
+            self.failures.append(WriteFailure(service.id, str(refused)))
+        except ConsulBusy as fault:
+            self._faults_in_a_row += 1
+            if self._faults_in_a_row > MOST_FAULTS_IN_A_ROW:
+                raise
+            self.failures.append(WriteFailure(service.id, str(fault)))
+        else:
+            self._faults_in_a_row = 0
+            self.done += 1

@@ -1,0 +1,184 @@
+"""Consul's transactions (`/v1/txn`): the operations, and how they are packed; pure.
+
+Rules: Consul API, "Transactions", and consul 1.8 `agent/txn_endpoint.go`, `agent/consul/state/txn.go`.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
+
+from k8s_consul_registrar.model import Service
+
+MOST_OPERATIONS = 64  # 128 from 1.14 on; the least is right for all
+MOST_BYTES = 512 * 1024  # limits.txn_max_req_len, as it is unless somebody changed it
+CHECK_NAME = "Kubernetes readiness"
+SERF_HEALTH = "serfHealth"
+
+_encoder = msgspec.json.Encoder()
+
+
+class Unit(NamedTuple):
+    """One service's operations, encoded; they are never split over transactions."""
+
+    service: Service
+    operations: tuple[bytes, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes, with the commas."""
+        return sum(map(len, self.operations)) + len(self.operations)
+
+
+class _ServiceBody(msgspec.Struct, gc=False, omit_defaults=True):
+    ID: str
+    Service: str = ""
+    Address: str = ""
+    Port: int = 0
+    Meta: dict[str, str] = {}
+    Tags: list[str] = []
+    ModifyIndex: int = 0
+    Namespace: str = ""
+    Partition: str = ""
+
+
+class _CheckBody(msgspec.Struct, gc=False, omit_defaults=True):
+    Node: str
+    CheckID: str
+    Name: str = ""
+    Status: str = ""
+    ServiceID: str = ""
+    ServiceName: str = ""
+    Namespace: str = ""
+    Partition: str = ""
+
+
+class _NodeBody(msgspec.Struct, gc=False, omit_defaults=True):
+    Node: str
+    Address: str = ""
+    Meta: dict[str, str] = {}
+    Partition: str = ""
+
+
+class _ServiceOp(msgspec.Struct, gc=False):
+    Verb: str
+    Node: str
+    Service: _ServiceBody
+
+
+class _CheckOp(msgspec.Struct, gc=False):
+    Verb: str
+    Check: _CheckBody
+
+
+class _NodeOp(msgspec.Struct, gc=False):
+    Verb: str
+    Node: _NodeBody
+
+
+def check_id(service_id: str) -> str:
+    """Return the ID of the check that says whether a service's target is ready."""
+    return f"{service_id}/ready"
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """Writes the operations on one node; `namespace` and `partition` are Consul Enterprise's."""
+
+    node: str
+    namespace: str = ""
+    partition: str = ""
+
+    def put(self, service: Service, *, has_check: bool) -> Unit:
+        """Write a service over the very record its index names, or where there is none, and its check.
+
+        A check that is there and no longer wanted goes: nobody would keep it true.
+        """
+        body = _ServiceBody(
+            ID=service.id,
+            Service=service.name,
+            Address=service.address,
+            Port=service.port,
+            Meta=dict(service.meta),
+            Tags=sorted(service.tags),
+            ModifyIndex=max(service.index, 0),
+            Namespace=self.namespace,
+            Partition=self.partition,
+        )
+        operation = _encoded("Service", _ServiceOp("cas", self.node, body))
+        if service.ready is None and not has_check:
+            return Unit(service, (operation,))
+        return Unit(service, (operation, self._check(service)))
+
+    def remove(self, service: Service) -> Unit:
+        """Remove the very record that the service's index names, its checks with it.
+
+        Name and index are Consul's conditions: an ID alone is refused, and nothing here can name less.
+        """
+        body = _ServiceBody(
+            ID=service.id,
+            Service=service.name,
+            ModifyIndex=max(service.index, 0),
+            Namespace=self.namespace,
+            Partition=self.partition,
+        )
+        return Unit(service, (_encoded("Service", _ServiceOp("delete-cas", self.node, body)),))
+
+    def get_service(self, service_id: str) -> bytes:
+        """Read one service."""
+        body = _ServiceBody(ID=service_id, Namespace=self.namespace, Partition=self.partition)
+        return _encoded("Service", _ServiceOp("get", self.node, body))
+
+    def get_check(self, name: str) -> bytes:
+        """Read one check by its ID."""
+        body = _CheckBody(self.node, name, Namespace=self.namespace, Partition=self.partition)
+        return _encoded("Check", _CheckOp("get", body))
+
+    def get_node(self) -> bytes:
+        """Read the node."""
+        return _encoded("Node", _NodeOp("get", _NodeBody(self.node, Partition=self.partition)))
+
+    def create_node(self, address: str, meta: Mapping[str, str]) -> bytes:
+        """Create the node, or fail where there is one: without an index the write takes no other's place."""
+        body = _NodeBody(self.node, address, dict(meta), self.partition)
+        return _encoded("Node", _NodeOp("cas", body))
+
+    def _check(self, service: Service) -> bytes:
+        body = _CheckBody(
+            self.node,
+            check_id(service.id),
+            # The right to write is judged by the service's name, so it goes with a delete too.
+            ServiceID=service.id,
+            ServiceName=service.name,
+            Namespace=self.namespace,
+            Partition=self.partition,
+        )
+        if service.ready is None:
+            return _encoded("Check", _CheckOp("delete", body))
+        body.Name, body.Status = CHECK_NAME, "passing" if service.ready else "critical"
+        return _encoded("Check", _CheckOp("set", body))
+
+
+def pack(units: Iterable[Unit]) -> Iterator[list[Unit]]:
+    """Yield batches that each fit one transaction, in order, as full as the order allows."""
+    batch: list[Unit] = []
+    operations, size = 0, 2
+    for unit in units:
+        operations += len(unit.operations)
+        size += unit.size
+        if batch and (operations > MOST_OPERATIONS or size > MOST_BYTES):
+            yield batch
+            batch, operations, size = [], len(unit.operations), 2 + unit.size
+        batch.append(unit)
+    if batch:
+        yield batch
+
+
+def body_of(operations: Iterable[bytes]) -> bytes:
+    """Return the body of a transaction."""
+    return b"[" + b",".join(operations) + b"]"
+
+
+def _encoded(kind: str, operation: _ServiceOp | _CheckOp | _NodeOp) -> bytes:
+    return _encoder.encode({kind: operation})

@@ -1,0 +1,73 @@
+"""What Consul holds of ours, in short: enough to make each service again without reading or copying it."""
+
+from typing import NamedTuple
+
+from k8s_consul_registrar.model import Service, Target
+from k8s_consul_registrar.registrar.ownership import Identity
+from k8s_consul_registrar.targets.naming import sharded_name
+
+
+class Entry(NamedTuple):
+    """A service as a target, its shard and the cluster's UID make it; `version` is its `Service.index`.
+
+    The target is the cluster's own value, so an entry costs a few words, not a copy of a service.
+    """
+
+    target: Target
+    shard: str
+    cluster_uid: str
+    version: int = 0
+
+    @property
+    def id(self) -> str:
+        """The service's ID."""
+        return self.target.id
+
+    @property
+    def name(self) -> str:
+        """The service's name."""
+        return sharded_name(self.target.name, self.shard)
+
+    def service(self, identity: Identity) -> Service:
+        """Make the service."""
+        return identity.service(self.target, self.shard, self.cluster_uid, self.version)
+
+
+class Ledger:
+    """The entries known to stand in Consul, and the IDs of which only a look at Consul can tell more."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Entry] = {}
+        self._uncertain: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        """Return how many services of ours are known to stand in Consul."""
+        return len(self._entries)
+
+    def get(self, service_id: str) -> Entry | None:
+        """Return what stands under an ID, None where nothing of ours is known to."""
+        return self._entries.get(service_id)
+
+    def is_uncertain(self, service_id: str) -> bool:
+        """Whether something stands, or may stand, under an ID that is not known here."""
+        return service_id in self._uncertain
+
+    def shard(self, service_id: str) -> str:
+        """Return the shard a service has or had, so that one that was lost gets it back; empty for none."""
+        entry = self._entries.get(service_id)
+        return self._uncertain.get(service_id, "") if entry is None else entry.shard
+
+    def note(self, entry: Entry) -> None:
+        """Note what stands in Consul under an ID."""
+        self._entries[entry.id] = entry
+        self._uncertain.pop(entry.id, None)
+
+    def doubt(self, service_id: str, shard: str = "") -> None:
+        """Note that what stands under an ID has to be looked up: another's, or a write whose end is unknown."""
+        self._uncertain[service_id] = shard or self.shard(service_id)
+        self._entries.pop(service_id, None)
+
+    def forget(self, service_id: str) -> None:
+        """Note that nothing stands under an ID."""
+        self._entries.pop(service_id, None)
+        self._uncertain.pop(service_id, None)

@@ -1,0 +1,230 @@
+"""The two kinds of pass: over all that Consul holds, and over what changed alone."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+
+from k8s_consul_registrar.errors import ConsulError
+from k8s_consul_registrar.model import Service, WriteFailure, Written
+from k8s_consul_registrar.registrar.brake import BrakeRules, Memory
+from k8s_consul_registrar.registrar.ledger import Entry, Ledger
+from k8s_consul_registrar.registrar.naming import comparable_name, is_of_a_registrar
+from k8s_consul_registrar.registrar.ownership import Identity
+from k8s_consul_registrar.registrar.plan import Plan, Planner
+from k8s_consul_registrar.registrar.ports import Cluster, Registry
+from k8s_consul_registrar.registrar.report import Reporter
+from k8s_consul_registrar.registrar.status import PassReport
+from k8s_consul_registrar.targets.sharding import Shards
+
+# After so many services a pass lets the loop turn, so that health checks and events are served meanwhile.
+SLICE = 250
+# So many services at a time are made and handed to the registry: a first sync of 80,000 is never in memory.
+BATCH = 4096
+
+
+class Passes:
+    """Reads, plans and writes, and keeps the ledger of what Consul holds; each raises a `ConsulError`."""
+
+    def __init__(
+        self,
+        *,
+        cluster: Cluster,
+        registry: Registry,
+        identity: Identity,
+        shards: Shards,
+        rules: BrakeRules,
+        reporter: Reporter,
+    ) -> None:
+        self._cluster = cluster
+        self._registry = registry
+        self._identity = identity
+        self._shards = shards
+        self._rules = rules
+        self._reporter = reporter
+        self._memory: Memory = {}
+        self._ledger = Ledger()
+        # What a pass took in but did not get through, and what Consul refused one by one.
+        self._pending: set[str] = set()
+        self._refused: set[str] = set()
+        self._had_full_pass = False
+        self._lost_shards: dict[str, str] = {}
+        self._taken_names: set[str] = set()
+
+    @property
+    def has_refused(self) -> bool:
+        """Whether Consul refused single writes that are still owed."""
+        return bool(self._refused)
+
+    async def learn(self) -> None:
+        """Read which IDs stand in Consul, so that what is free can be registered while lists still stream."""
+        ledger = Ledger()
+        count = 0
+        async for service in self._registry.services():
+            ledger.doubt(service.id, service.value("shard_path"))
+            if not is_of_a_registrar(service):
+                self._taken_names.add(comparable_name(service.name))
+            count += 1
+            if count % SLICE == 0:
+                await asyncio.sleep(0)
+        for service_id, shard in (await self._registry.lost_shards()).items():
+            self._lost_shards.setdefault(service_id, shard)
+        self._ledger = ledger
+
+    async def full(self) -> PassReport:
+        """Compare everything the cluster wants with everything Consul holds, and write what differs."""
+        wanted = self._cluster.wanted()
+        planner = Planner(wanted, self._identity, self._shards, self._recall)
+        ledger = Ledger()
+        count = 0
+        async for service in self._registry.services():
+            entry = planner.consider(service)
+            if entry is None:
+                ledger.doubt(service.id, service.value("shard_path"))
+            else:
+                ledger.note(entry)
+            count += 1
+            if count % SLICE == 0:
+                await asyncio.sleep(0)
+        await _run(planner.complete())
+        held, memory = planner.brake(self._rules, self._memory)
+        plan = planner.plan(held, memory)
+        self._reporter.planned(plan)
+        self._ledger = ledger
+        self._pending.clear()
+        self._refused.clear()
+        report = await self._apply(plan)
+        report = replace(report, rejected=len(wanted.rejections) + len(plan.rejections))
+        self._memory = memory
+        self._had_full_pass = True
+        self._lost_shards.clear()
+        self._taken_names = set(planner.taken_names)
+        for one in held:
+            self._cluster.relist(one.source, one.due)
+        if not report.refused:
+            self._cluster.settled(wanted.departed - plan.kept_objects)
+        self._reporter.passed_over_all(wanted, report)
+        return report
+
+    async def partial(self, *, retries_refused: bool = False) -> PassReport:
+        """Plan and write what changed since the last pass: its cost follows the changes, not the cluster."""
+        if retries_refused:
+            self._pending |= self._refused
+            self._refused.clear()
+        wanted = self._cluster.changes(frozenset(self._pending))
+        self._pending |= wanted.claims.keys()
+        planner = Planner(wanted, self._identity, self._shards, self._recall, self._taken_names)
+        unknown: list[str] = []
+        for service_id in wanted.claims:
+            entry = self._ledger.get(service_id)
+            if entry is not None and self._registry.checks_versions:
+                planner.consider(entry.service(self._identity))
+            elif self._ledger.is_uncertain(service_id) or not self._registry.checks_versions:
+                # A write that checks no version must not go over what came under the ID meanwhile.
+                unknown.append(service_id)
+        await self._look_up(unknown, planner)
+        await _run(planner.complete())
+        plan = planner.plan()
+        report = await self._apply(plan)
+        self._pending.clear()
+        if not self._refused and self._had_full_pass:
+            self._cluster.settled(wanted.departed - plan.kept_objects)
+        self._reporter.passed_over_changes(wanted, plan)
+        return report
+
+    def _recall(self, service_id: str) -> str:
+        """Return the shard of a service that Consul held, though it may hold it no more."""
+        return self._ledger.shard(service_id) or self._lost_shards.get(service_id, "")
+
+    async def _look_up(self, ids: Sequence[str], planner: Planner) -> None:
+        """Have the planner consider what stands under these IDs; before the first full pass, leave them."""
+        if not self._had_full_pass:
+            for service_id in ids:
+                if self._ledger.is_uncertain(service_id):
+                    planner.skip(service_id)
+            return
+        if ids:
+            async for service in self._registry.lookup(ids):
+                planner.consider(service)
+
+    async def _apply(self, plan: Plan) -> PassReport:
+        """Write a plan, registers before deregisters; what was under way at an error is looked up later."""
+        try:
+            registered = await self._register("register", plan.register)
+            updated = await self._register("update", plan.update)
+            deregistered = await self._deregister(plan.deregister)
+        except ConsulError:
+            for entry in (*plan.register, *plan.update):
+                self._ledger.doubt(entry.id)
+            for service in plan.deregister:
+                self._ledger.doubt(service.id)
+            raise
+        every = (registered, updated, deregistered)
+        return PassReport(
+            registered=registered.done,
+            updated=updated.done,
+            deregistered=deregistered.done,
+            unchanged=plan.unchanged,
+            refused=sum(len(one.failures) + len(one.stale) for one in every),
+            conflicts=plan.conflicts,
+            rejections=plan.rejections,
+            held=plan.held,
+            kept=plan.kept.total(),
+        )
+
+    async def _register(self, verb: str, entries: Sequence[Entry]) -> Written:
+        done = 0
+        failures: list[WriteFailure] = []
+        stale: list[str] = []
+        for batch in _batches(entries):
+            services = [entry.service(self._identity) for entry in batch]
+            written = await self._write(verb, self._registry.register, services)
+            missed = {failure.id for failure in written.failures} | set(written.stale)
+            for entry in batch:
+                if entry.id in missed:
+                    self._ledger.doubt(entry.id)
+                    self._refused.add(entry.id)
+                else:
+                    self._refused.discard(entry.id)
+                    self._ledger.note(entry._replace(version=written.indexes.get(entry.id, 0)))
+            done += written.done
+            failures.extend(written.failures)
+            stale.extend(written.stale)
+        return Written(done, tuple(failures), stale=tuple(stale))
+
+    async def _deregister(self, services: Sequence[Service]) -> Written:
+        if not services:
+            return Written()
+        written = await self._write("deregister", self._registry.deregister, services)
+        missed = {failure.id for failure in written.failures} | set(written.stale)
+        for service in services:
+            if service.id in missed:
+                self._ledger.doubt(service.id)
+                self._refused.add(service.id)
+            else:
+                self._refused.discard(service.id)
+                self._ledger.forget(service.id)
+        return written
+
+    async def _write(
+        self,
+        verb: str,
+        write: Callable[[Sequence[Service]], Awaitable[Written]],
+        services: Sequence[Service],
+    ) -> Written:
+        written = await write(services)
+        self._reporter.wrote(verb, services, written)
+        return written
+
+
+async def _run(steps: Iterator[None]) -> None:
+    """Run through the steps, letting the loop turn now and then."""
+    for number, _ in enumerate(steps, start=1):
+        if number % SLICE == 0:
+            await asyncio.sleep(0)
+
+
+def _batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    remaining = iter(entries)
+    while batch := list(islice(remaining, BATCH)):
+        yield batch

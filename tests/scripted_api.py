@@ -1,0 +1,223 @@
+"""An API server that does as a test tells it: cuts, stalls, repeats, refuses, restarts its history."""
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from aiohttp import web
+
+SCRAPED = {"prometheus.io/scrape": "true", "prometheus.io/port": "9102"}
+
+
+def pod_object(name: str, version: int = 1, **changes: Any) -> dict[str, Any]:
+    """Return a running Pod of namespace shop that is scraped unless changed."""
+    fields = {
+        "uid": f"uid-{name}",
+        "ip": "198.51.100.10",
+        "annotations": SCRAPED,
+        "phase": "Running",
+    } | changes
+    return {
+        "metadata": {
+            "name": name,
+            "namespace": "shop",
+            "uid": fields["uid"],
+            "resourceVersion": str(version),
+            "creationTimestamp": "2026-11-22T10:00:00Z",
+            "annotations": fields["annotations"],
+        },
+        "spec": {"nodeName": "node-a", "containers": []},
+        "status": {"phase": fields["phase"], "podIP": fields["ip"]},
+    }
+
+
+def bookmark_object(version: int, *, ends_initial_events: bool = False) -> dict[str, Any]:
+    """Return a bookmark's object, as the real server sends it."""
+    annotations = {"annotations": {"k8s.io/initial-events-end": "true"}} if ends_initial_events else {}
+    return {
+        "kind": "Pod",
+        "metadata": {"resourceVersion": str(version), **annotations},
+        "spec": {"containers": None},
+        "status": {},
+    }
+
+
+def status_object(code: int, **details: Any) -> dict[str, Any]:
+    """Return a Status."""
+    return {
+        "kind": "Status",
+        "status": "Failure",
+        "message": "told by the test",
+        "code": code,
+        "details": details,
+    }
+
+
+class Answer(NamedTuple):
+    """A whole answer to one request."""
+
+    status: int
+    body: Any
+    headers: dict[str, str] = {}  # noqa: RUF012 - never written to
+
+
+class Asked(NamedTuple):
+    """One request: what it was for, and its query."""
+
+    what: str
+    query: dict[str, str]
+
+
+@dataclass
+class Stream:
+    """One watch as the server sees it."""
+
+    request: web.Request
+    response: web.StreamResponse
+
+    async def send(self, *events: tuple[str, dict[str, Any]]) -> None:
+        """Send events."""
+        lines = [json.dumps({"type": word, "object": obj}).encode() + b"\n" for word, obj in events]
+        await self.response.write(b"".join(lines))
+
+    async def write(self, data: bytes) -> None:
+        """Send bytes."""
+        await self.response.write(data)
+
+    def cut(self) -> None:
+        """Break the connection."""
+        assert self.request.transport is not None
+        self.request.transport.abort()
+
+    async def hold(self) -> None:
+        """Stay silent for ever."""
+        await asyncio.Event().wait()
+
+
+Watch = Callable[[Stream], Awaitable[None]]
+
+
+async def hold(stream: Stream) -> None:
+    """Accept a watch and stay silent."""
+    await stream.hold()
+
+
+def ends(*events: tuple[str, dict[str, Any]]) -> Watch:
+    """Return a watch of these events that then ends."""
+
+    async def watch(stream: Stream) -> None:
+        await stream.send(*events)
+
+    return watch
+
+
+def holds(*events: tuple[str, dict[str, Any]]) -> Watch:
+    """Return a watch of these events that then stays silent."""
+
+    async def watch(stream: Stream) -> None:
+        await stream.send(*events)
+        await stream.hold()
+
+    return watch
+
+
+def cuts(*events: tuple[str, dict[str, Any]]) -> Watch:
+    """Return a watch of these events whose connection then breaks."""
+
+    async def watch(stream: Stream) -> None:
+        await stream.send(*events)
+        await asyncio.sleep(0.02)
+        stream.cut()
+
+    return watch
+
+
+def initial(version: int, *pods: dict[str, Any]) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """Return a streamed list."""
+    end = ("BOOKMARK", bookmark_object(version, ends_initial_events=True))
+    return (*(("ADDED", pod) for pod in pods), end)
+
+
+@dataclass
+class ScriptedApi:
+    """Answers each kind of request from its own script, and after that by default.
+
+    By default the list has `pods` at `version`, a probe agrees, the namespace has `uid`, and a watch is
+    held silently. `streams_lists` False refuses initial events as servers do that have them switched off.
+    """
+
+    pods: list[dict[str, Any]] = field(default_factory=list)
+    version: int = 100
+    uid: str = "cluster-1"
+    streams_lists: bool = False
+    lists: deque[Answer] = field(default_factory=deque)
+    probes: deque[Answer] = field(default_factory=deque)
+    watches: deque[Answer | Watch] = field(default_factory=deque)
+    namespaces: deque[Answer] = field(default_factory=deque)
+    asked: list[Asked] = field(default_factory=list)
+    url: str = ""
+
+    def count(self, what: str) -> int:
+        """Tell how many requests were for this."""
+        return sum(asked.what == what for asked in self.asked)
+
+    def queries(self, what: str) -> list[dict[str, str]]:
+        """Return the queries of the requests for this."""
+        return [asked.query for asked in self.asked if asked.what == what]
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Answer one request."""
+        query = dict(request.query)
+        if "/namespaces/" in request.path and request.path.endswith("kube-system"):
+            self.asked.append(Asked("namespace", query))
+            found = Answer(200, {"metadata": {"uid": self.uid}})
+            return _whole(self.namespaces.popleft() if self.namespaces else found)
+        if "watch" in query:
+            return await self._watch(request, query)
+        page = Answer(
+            200, {"kind": "PodList", "metadata": {"resourceVersion": str(self.version)}, "items": self.pods}
+        )
+        if "resourceVersionMatch" in query:
+            self.asked.append(Asked("probe", query))
+            return _whole(self.probes.popleft() if self.probes else page)
+        self.asked.append(Asked("list", query))
+        return _whole(self.lists.popleft() if self.lists else page)
+
+    async def _watch(self, request: web.Request, query: dict[str, str]) -> web.StreamResponse:
+        if "sendInitialEvents" in query and not self.streams_lists:
+            self.asked.append(Asked("refused", query))
+            return _whole(Answer(422, status_object(422)))
+        self.asked.append(Asked("watch", query))
+        script = self.watches.popleft() if self.watches else hold
+        if isinstance(script, Answer):
+            return _whole(script)
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        response.enable_chunked_encoding()
+        await response.prepare(request)
+        with suppress(ConnectionError):
+            await script(Stream(request, response))
+            await response.write_eof()
+        return response
+
+
+def _whole(answer: Answer) -> web.Response:
+    return web.Response(status=answer.status, body=json.dumps(answer.body).encode(), headers=answer.headers)
+
+
+@asynccontextmanager
+async def serving(api: ScriptedApi) -> AsyncIterator[ScriptedApi]:
+    """Serve until the end of the block."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", api.handle)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    api.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    try:
+        yield api
+    finally:
+        await runner.cleanup()

@@ -1,0 +1,225 @@
+"""Noticing foreign changes: what counts as whose, told by a server that says what it is told."""
+
+import asyncio
+
+import pytest
+from aiohttp import web
+
+from fake_consul import client_of, serving
+from k8s_consul_registrar.consul.client import ConsulClient
+from k8s_consul_registrar.consul.watch import NodeWatch
+from k8s_consul_registrar.errors import ConsulBusy
+
+
+class Indexes:
+    """A catalog that is nothing but indexes: of everything, and a wake-up for the node."""
+
+    def __init__(self, index: int = 100) -> None:
+        self.index = index
+        self.changed = asyncio.Event()
+        self.looks = 0
+        self.status = 200
+        self.blocks = True
+
+    async def answer(self, request: web.Request) -> web.Response:
+        known = int(request.query.get("index", "0"))
+        if not known:
+            self.looks += 1
+        elif known >= self.index and self.blocks:
+            await self.changed.wait()
+        return web.Response(status=self.status, headers={"X-Consul-Index": str(self.index)}, text="x")
+
+    def change(self, index: int, *, here: bool) -> None:
+        """Let somebody change the node, or another."""
+        self.index = index
+        if here:
+            self.changed.set()
+            self.changed = asyncio.Event()
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+async def started(client: ConsulClient, indexes: Indexes) -> tuple[NodeWatch, Clock]:
+    """Return a watch that has seen a full read, and its clock."""
+    clock = Clock()
+    watch = NodeWatch(client, settle=1.0, clock=clock)
+    await watch.begin("n")
+    watch.read(indexes.index)
+    clock.now += 100
+    await asyncio.sleep(0.05)
+    return watch, clock
+
+
+async def test_at_rest_nothing_is_asked() -> None:
+    """One held query answers for as long as nothing changes, whatever changes elsewhere."""
+    indexes = Indexes()
+    async with serving(indexes.answer) as url, client_of(url) as client:
+        watch, _ = await started(client, indexes)
+        for index in range(101, 111):
+            indexes.change(index, here=False)
+            assert not await watch.is_disturbed()
+        assert indexes.looks == 1
+
+
+async def test_a_change_that_nobody_of_us_made() -> None:
+    """It is noticed, and stays so until the next full read."""
+    indexes = Indexes()
+    async with serving(indexes.answer) as url, client_of(url) as client:
+        watch, clock = await started(client, indexes)
+        indexes.change(101, here=True)
+        await asyncio.sleep(0.05)
+        assert await watch.is_disturbed()
+        assert await watch.is_disturbed()
+        await watch.begin("n")
+        watch.read(101)
+        clock.now += 100
+        assert not await watch.is_disturbed()
+
+
+async def test_our_own_writes_are_explained_by_their_indexes() -> None:
+    """The last index is ours: nothing else happened."""
+    indexes = Indexes()
+    async with serving(indexes.answer) as url, client_of(url) as client:
+        watch, clock = await started(client, indexes)
+        with watch.writing():
+            indexes.change(101, here=True)
+            await asyncio.sleep(0.05)
+            assert not await watch.is_disturbed(), "nobody can tell while it is under way"
+        watch.wrote(101)
+        clock.now += 100
+        assert not await watch.is_disturbed()
+        indexes.change(102, here=True)
+        await asyncio.sleep(0.05)
+        clock.now += 100
+        assert await watch.is_disturbed()
+
+
+@pytest.mark.parametrize(("foreign", "ours"), [(101, 102), (102, 101)])
+async def test_a_foreign_change_beside_our_own(foreign: int, ours: int) -> None:
+    """Before our write the held query woke too low; after it the index goes beyond ours."""
+    indexes = Indexes()
+    async with serving(indexes.answer) as url, client_of(url) as client:
+        watch, clock = await started(client, indexes)
+        for index in sorted((foreign, ours)):
+            indexes.change(index, here=True)
+            await asyncio.sleep(0.05)
+        watch.wrote(ours)
+        clock.now += 100
+        assert await watch.is_disturbed()
+
+
+async def test_a_write_without_an_index_explains_what_follows_soon() -> None:
+    """A delete tells no index; once it must have shown, a further change is foreign."""
+    indexes = Indexes()
+    async with serving(indexes.answer) as url, client_of(url) as client:
+        watch, clock = await started(client, indexes)
+        indexes.change(101, here=True)
+        watch.wrote(0)
+        await asyncio.sleep(0.05)
+        assert not await watch.is_disturbed()
+        clock.now += 100
+        await asyncio.sleep(0.05)
+        assert not await watch.is_disturbed()
+        indexes.change(102, here=True)
+        await asyncio.sleep(0.05)
+        assert await watch.is_disturbed()
+
+
+async def test_a_history_that_goes_backwards_is_a_disturbance() -> None:
+    """Consul was restored, or begins anew."""
+    indexes = Indexes()
+    async with serving(indexes.answer) as url, client_of(url) as client:
+        watch, clock = await started(client, indexes)
+        indexes.change(7, here=True)
+        await asyncio.sleep(0.05)
+        clock.now += 100
+        assert await watch.is_disturbed()
+
+
+async def test_a_history_that_went_backwards_and_caught_up_is_a_disturbance() -> None:
+    """The held query woke too low, though the index is what it was by now."""
+    indexes = Indexes()
+    async with serving(indexes.answer) as url, client_of(url) as client:
+        watch, clock = await started(client, indexes)
+        indexes.change(7, here=True)
+        await asyncio.sleep(0.05)
+        indexes.change(100, here=False)
+        clock.now += 100
+        assert await watch.is_disturbed()
+
+
+async def test_a_write_without_an_index_explains_no_lower_one() -> None:
+    """When the held query broke off, the index alone tells that history went backwards."""
+    indexes = Indexes()
+    async with serving(indexes.answer) as url, client_of(url) as client:
+        watch, clock = await started(client, indexes)
+        indexes.status = 500
+        indexes.change(7, here=True)
+        await asyncio.sleep(0.05)
+        indexes.status = 200
+        watch.wrote(0)
+        clock.now += 100
+        assert await watch.is_disturbed()
+
+
+async def test_what_cannot_block_is_not_asked_in_a_loop() -> None:
+    """A server that answers a blocking query at once costs a look now and then, and no more."""
+    indexes = Indexes()
+    indexes.blocks = False
+    async with serving(indexes.answer) as url, client_of(url) as client:
+        watch, clock = await started(client, indexes)
+        for _ in range(3):
+            clock.now += 100
+            assert not await watch.is_disturbed()
+            await asyncio.sleep(0.05)
+        assert indexes.looks <= 4
+        indexes.change(101, here=True)
+        clock.now += 100
+        assert await watch.is_disturbed()
+
+
+async def test_looking_takes_a_small_share_of_the_time() -> None:
+    """After a look that took long none follows for a while."""
+    indexes = Indexes()
+    async with serving(indexes.answer) as url, client_of(url) as client:
+        watch, clock = await started(client, indexes)
+        indexes.change(101, here=True)
+        watch.wrote(101)
+        await asyncio.sleep(0.05)
+        assert not await watch.is_disturbed()
+        indexes.change(102, here=True)
+        await asyncio.sleep(0.05)
+        looks = indexes.looks
+        assert not await watch.is_disturbed()
+        assert indexes.looks == looks
+        clock.now += 1
+        assert await watch.is_disturbed()
+
+
+async def test_a_consul_that_does_not_answer_is_an_error() -> None:
+    """When the held query ends and a look fails, that is told, and later it is tried again."""
+    indexes = Indexes()
+    async with serving(indexes.answer) as url, client_of(url) as client:
+        watch, clock = await started(client, indexes)
+        indexes.status = 500
+        indexes.change(101, here=True)
+        await asyncio.sleep(0.05)
+        with pytest.raises(ConsulBusy):
+            await watch.is_disturbed()
+        indexes.status = 200
+        clock.now += 100
+        assert await watch.is_disturbed()
+
+
+async def test_before_the_first_full_read_nothing_is_known() -> None:
+    """There is nothing yet that could have been disturbed."""
+    async with client_of("http://127.0.0.1:9") as client:
+        assert not await NodeWatch(client).is_disturbed()

@@ -1,0 +1,332 @@
+"""`kube.client` reading what does not come at once: watches, pages on their way, and the probe before resuming."""
+
+import asyncio
+import json
+import zlib
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+
+import pytest
+from aiohttp import web
+
+from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.errors import (
+    ClusterAhead,
+    ClusterBusy,
+    ClusterExpired,
+    ClusterForbidden,
+    ClusterRefused,
+    ClusterSilent,
+    ClusterUnreachable,
+    ClusterUnstreamed,
+)
+from k8s_consul_registrar.kube.access import Access
+from k8s_consul_registrar.kube.client import KubeClient
+from k8s_consul_registrar.kube.credentials import FixedCredentials, Identity
+from k8s_consul_registrar.kube.objects import decode_page, split_page
+from k8s_consul_registrar.kube.watch import Bookmark, Broken, Changed, Deleted, WatchDecoder, WatchEvent
+from k8s_consul_registrar.model import Kind
+from kube_samples import recorded
+from scripted_api import (
+    Answer,
+    ScriptedApi,
+    Stream,
+    bookmark_object,
+    cuts,
+    ends,
+    holds,
+    initial,
+    pod_object,
+    serving,
+    status_object,
+)
+from test_kube_client import serve
+
+TIMING = Timing(connect_timeout=1.0, read_timeout=0.4, watch_silence=0.4)
+ANONYMOUS = FixedCredentials(Identity())
+
+
+@asynccontextmanager
+async def client_of(url: str, timing: Timing = TIMING) -> AsyncIterator[KubeClient]:
+    """Open a client."""
+    async with KubeClient(Access(url, ANONYMOUS), timing) as client:
+        yield client
+
+
+async def watched(
+    client: KubeClient, *, initial_events: bool = False, version: str = "7"
+) -> list[WatchEvent]:
+    """Watch Pods to the end."""
+    batches = client.watch(
+        Kind.POD,
+        resource_version="" if initial_events else version,
+        send_initial_events=initial_events,
+        timeout_seconds=9,
+    )
+    async with aclosing(batches):
+        return [event async for batch in batches for event in batch]
+
+
+@pytest.mark.parametrize(
+    "name", ["k8s-pods-watch", "k8s-pods-watch-initial-events", "k8s-pods-watch-expired"]
+)
+@pytest.mark.parametrize("size", [1, 997, 1 << 20])
+async def test_recorded_watches_however_they_are_cut(name: str, size: int) -> None:
+    """The recorded bytes come out as the decoder alone gives them, byte by byte as in one piece."""
+    body = recorded(name).body
+
+    async def replay(stream: Stream) -> None:
+        for start in range(0, len(body), size):
+            await stream.write(body[start : start + size])
+
+    api = ScriptedApi(streams_lists=True)
+    api.watches.append(replay)
+    async with serving(api), client_of(api.url) as client:
+        events = await watched(client, initial_events="initial" in name)
+    expected = WatchDecoder(Kind.POD).feed(body)
+    assert [_told(event) for event in events] == [_told(event) for event in expected]
+
+
+def _told(event: WatchEvent) -> object:
+    return str(event.error) if isinstance(event, Broken) else event
+
+
+async def test_a_compressed_watch_is_read_as_it_comes() -> None:
+    """What was flushed is decoded at once, not when the stream ends."""
+    decoded = asyncio.Event()
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        assert request.headers["Accept-Encoding"] == "gzip"
+        response = web.StreamResponse(headers={"Content-Encoding": "gzip"})
+        await response.prepare(request)
+        compressor = zlib.compressobj(wbits=16 + zlib.MAX_WBITS)
+        line = json.dumps({"type": "ADDED", "object": pod_object("a")}).encode() + b"\n"
+        await response.write(compressor.compress(line) + compressor.flush(zlib.Z_SYNC_FLUSH))
+        await decoded.wait()
+        await response.write(compressor.flush())
+        return response
+
+    async with serve(handle) as port, client_of(f"http://127.0.0.1:{port}") as client:
+        count = 0
+        async for batch in client.watch(Kind.POD, resource_version="1", timeout_seconds=9):
+            count += len(batch)
+            if batch:
+                decoded.set()
+        assert count == 1
+
+
+async def test_the_first_batch_says_that_the_watch_was_taken() -> None:
+    """It is empty and comes before any event does."""
+    api = ScriptedApi()
+    async with serving(api), client_of(api.url) as client:
+        batches = client.watch(Kind.POD, resource_version="1", timeout_seconds=9)
+        async with aclosing(batches), asyncio.timeout(0.3):
+            assert await anext(batches) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (Answer(401, status_object(401)), "ClusterUnauthorized"),
+        (Answer(403, status_object(403)), "ClusterForbidden"),
+        (Answer(410, status_object(410)), "ClusterExpired"),
+        (Answer(429, status_object(429)), "ClusterBusy"),
+        (Answer(400, status_object(400)), "ClusterRefused"),
+    ],
+)
+async def test_a_refused_watch_is_the_error_it_would_be_elsewhere(answer: Answer, expected: str) -> None:
+    """Before the first batch, by name."""
+    api = ScriptedApi()
+    api.watches.extend([answer, answer])
+    async with serving(api), client_of(api.url) as client:
+        with pytest.raises(Exception, match="cannot watch pods at the cluster scope") as caught:
+            await watched(client)
+    assert type(caught.value).__name__ == expected
+
+
+async def test_a_watch_ends_by_its_server_or_breaks() -> None:
+    """A clean end is an end; a cut is unreachable, and what came before it was given."""
+    api = ScriptedApi()
+    api.watches.extend([ends(("ADDED", pod_object("a"))), cuts(("DELETED", pod_object("a")))])
+    async with serving(api), client_of(api.url) as client:
+        (added,) = await watched(client)
+        assert isinstance(added, Changed)
+        given: list[WatchEvent] = []
+        with pytest.raises(ClusterUnreachable):  # noqa: PT012 - the break comes in the loop
+            async for batch in client.watch(Kind.POD, resource_version="1", timeout_seconds=9):
+                given.extend(batch)
+        assert [type(event) for event in given] == [Deleted]
+
+
+async def test_silence_ends_a_watch_and_blank_lines_are_silence() -> None:
+    """Only events and bookmarks count; each begins the wait anew."""
+    loop = asyncio.get_running_loop()
+
+    async def blank(stream: Stream) -> None:
+        await asyncio.sleep(0.3)
+        await stream.send(("BOOKMARK", bookmark_object(8)))
+        while True:
+            await stream.write(b"\n")
+            await asyncio.sleep(0.05)
+
+    api = ScriptedApi()
+    api.watches.append(blank)
+    began = loop.time()
+    async with serving(api), client_of(api.url) as client, asyncio.timeout(5):
+        with pytest.raises(ClusterSilent, match=r"neither event nor bookmark for 0\.4 s"):
+            await watched(client)
+    assert 0.65 <= loop.time() - began < 1.5
+
+
+async def test_a_server_that_never_answers_a_watch_is_unreachable() -> None:
+    """The read timeout bounds the wait for the response's head."""
+
+    async def mute(_: web.Request) -> web.StreamResponse:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    timing = replace(TIMING, connect_timeout=0.2)
+    async with (
+        serve(mute) as port,
+        client_of(f"http://127.0.0.1:{port}", timing) as client,
+        asyncio.timeout(3),
+    ):
+        with pytest.raises(ClusterUnreachable, match="took too long"):
+            await watched(client)
+
+
+@pytest.mark.parametrize("status", [400, 422])
+async def test_refused_initial_events_are_remembered(status: int) -> None:
+    """Servers before 1.27 and those with WatchList off; a refused plain watch says nothing about it."""
+    api = ScriptedApi(streams_lists=True)
+    api.watches.extend([Answer(status, status_object(status))] * 2)
+    async with serving(api), client_of(api.url) as client:
+        with pytest.raises(ClusterRefused):
+            await watched(client)
+        assert client.streams_lists
+        with pytest.raises(ClusterUnstreamed):
+            await watched(client, initial_events=True)
+        assert not client.streams_lists
+
+
+async def test_a_busy_server_has_not_refused_initial_events() -> None:
+    """429 says nothing about what it offers."""
+    api = ScriptedApi(streams_lists=True)
+    api.watches.append(Answer(429, status_object(429)))
+    async with serving(api), client_of(api.url) as client:
+        with pytest.raises(ClusterBusy):
+            await watched(client, initial_events=True)
+        assert client.streams_lists
+
+
+async def test_initial_events_over_silence_is_silence() -> None:
+    """After their end a quiet watch is given its full time, by its own error."""
+    api = ScriptedApi(streams_lists=True)
+    api.watches.append(holds(*initial(9, pod_object("a"))))
+    async with serving(api), client_of(api.url, replace(TIMING, read_timeout=0.1)) as client:
+        with pytest.raises(ClusterSilent):
+            await watched(client, initial_events=True)
+        assert client.streams_lists
+
+
+async def test_a_page_is_given_while_the_next_is_on_its_way() -> None:
+    """The second request is at the server before the first page was used."""
+    second_asked = asyncio.Event()
+
+    async def handle(request: web.Request) -> web.Response:
+        if "continue" in request.query:
+            second_asked.set()
+            body = recorded("k8s-pods-list-page2").body.replace(b'"continue"', b'"was-continue"')
+            return web.Response(body=body)
+        return web.Response(body=recorded("k8s-pods-list-page1").body)
+
+    async with serve(handle) as port, client_of(f"http://127.0.0.1:{port}") as client:
+        pages = client.pages(Kind.POD)
+        async with aclosing(pages), asyncio.timeout(2):
+            assert len((await anext(pages)).items) == 4
+            await second_asked.wait()
+            assert len((await anext(pages)).items) == 4
+
+
+@pytest.mark.parametrize("is_failing", [False, True])
+async def test_a_list_given_up_leaves_no_request_behind(is_failing: bool) -> None:
+    """Nor a failure that nobody hears of."""
+    given_up = asyncio.Event()
+
+    async def handle(request: web.Request) -> web.Response:
+        if "continue" not in request.query:
+            return web.Response(body=recorded("k8s-pods-list-page1").body)
+        if is_failing:
+            return web.Response(status=500)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            given_up.set()
+        raise AssertionError
+
+    async with serve(handle) as port, client_of(f"http://127.0.0.1:{port}") as client:
+        pages = client.pages(Kind.POD)
+        await anext(pages)
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(0.2):
+            await pages.aclose()
+        assert not any("Exchange.send" in repr(task) for task in asyncio.all_tasks())
+
+
+async def test_a_probe_tells_a_known_version_from_the_future() -> None:
+    """One item at most is asked for; the recorded 504 means ahead, a 410 expired, the rest their own."""
+    api = ScriptedApi()
+    future = json.loads(recorded("k8s-pods-list-future").body)
+    api.probes.extend(
+        [
+            Answer(200, {"kind": "PodList", "metadata": {"resourceVersion": "9"}, "items": None}),
+            Answer(504, future),
+            Answer(410, status_object(410)),
+            Answer(403, status_object(403)),
+            Answer(200, {"kind": "Other"}),
+        ]
+    )
+    async with serving(api), client_of(api.url) as client:
+        await client.probe_version(Kind.POD, namespace="n", label_selector="a=b", resource_version="9")
+        for expected in (ClusterAhead, ClusterExpired, ClusterForbidden, ClusterRefused):
+            with pytest.raises(expected):
+                await client.probe_version(Kind.POD, resource_version="9")
+    assert api.queries("probe")[0] == {
+        "limit": "1",
+        "resourceVersion": "9",
+        "resourceVersionMatch": "NotOlderThan",
+        "labelSelector": "a=b",
+    }
+
+
+async def test_many_watches_leave_room_for_requests() -> None:
+    """A connection for each of two hundred namespaces, and still one for a question."""
+    api = ScriptedApi()
+    async with serving(api), client_of(api.url, replace(TIMING, read_timeout=5.0)) as client:
+        watches = [
+            client.watch(Kind.POD, namespace=f"n-{number}", resource_version="1", timeout_seconds=9)
+            for number in range(200)
+        ]
+        async with asyncio.timeout(20):
+            for batches in watches:
+                await anext(batches)
+            await client.probe_version(Kind.POD, resource_version="1")
+            for batches in watches:
+                await batches.aclose()
+
+
+def test_a_page_can_be_split_before_it_is_decoded() -> None:
+    """Where the list goes on is known first; the items are the same."""
+    body = recorded("k8s-pods-list-page1").body
+    raw = split_page(body, Kind.POD)
+    assert raw.continue_token
+    assert raw.decode() == decode_page(body, Kind.POD)
+
+
+def test_a_bookmark_with_null_containers_only_moves_the_version() -> None:
+    """As the real server sends it."""
+    (only,) = WatchDecoder(Kind.POD).feed(
+        json.dumps({"type": "BOOKMARK", "object": bookmark_object(354)}).encode() + b"\n"
+    )
+    assert only == Bookmark("354")

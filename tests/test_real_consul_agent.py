@@ -1,0 +1,200 @@
+"""The agent registry on a real Consul: what the catalog lacks, tokens that change, agents that lose all."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from builders import make_service, our_pod_service
+from consul_kit import connected, held, make_token, restart_empty, revoke
+from k8s_consul_registrar.consul import agent_node
+from k8s_consul_registrar.consul.access import TOKEN_FILE_AGE
+from k8s_consul_registrar.consul.agent import AgentRegistry
+from k8s_consul_registrar.consul.elsewhere import FormerPlace
+from k8s_consul_registrar.model import UNSYNCED
+from real_process import wait_until
+from real_servers import REAL, RealConsul, real_consul
+
+pytestmark = REAL
+
+FULL = 'node_prefix "" { policy = "read" } service_prefix "" { policy = "write" } agent_prefix "" { policy = "read" }'
+
+
+async def in_catalog(consul: RealConsul, node: str = "test-node") -> set[str]:
+    """Return the IDs that the catalog shows for a node, apart from Consul's own."""
+    _, found = await consul.request("GET", f"/v1/catalog/node/{node}")
+    return set(found["Services"]) - {"consul"}
+
+
+async def test_lookup_finds_what_is_there() -> None:
+    """Services are read one by one, those that are absent left out, whatever is in the ID."""
+    services = [our_pod_service(f"p{number}") for number in range(50)]
+    services.append(make_service("odd/ID ?#%25", {"cluster": "lab"}, tags=("a", "b")))
+    async with real_consul() as consul, connected(consul) as client:
+        registry = AgentRegistry(client)
+        await registry.register(services)
+        ids = ["absent", *(service.id for service in services[20:])]
+        found = {one.id: one async for one in registry.lookup(ids)}
+        assert found == {service.id: service for service in services[20:]}
+        assert [one async for one in registry.lookup([])] == []
+        shards = our_pod_service("p1", shard_path="s2")
+        await registry.register([shards])
+
+        async def is_shown() -> bool:
+            return await registry.lost_shards() == {shards.id: "s2"}
+
+        await wait_until(is_shown, 10)
+
+
+async def test_a_service_the_catalog_lacks_is_unsynced_until_registered_again() -> None:
+    """An agent whose token for a service was revoked holds it for ever and calls it synced; we do not."""
+    async with real_consul(acl=True) as consul:
+        old, new = await make_token(consul, "old", FULL), await make_token(consul, "new", FULL)
+        services = [our_pod_service("a"), our_pod_service("b")]
+        async with (
+            connected(consul, token=old.secret) as before,
+            connected(consul, token=new.secret) as after,
+        ):
+            await AgentRegistry(before).register(services)
+
+            async def are_shown() -> bool:
+                return len(await in_catalog(consul)) == 2
+
+            await wait_until(are_shown, 10)
+            registry = AgentRegistry(after)
+            for _ in range(2):
+                assert {one.index for one in (await held(registry)).values()} == {0}
+            await revoke(consul, old)
+            lost = {"Node": "test-node", "ServiceID": "pod--shop--a"}
+            await consul.request("PUT", "/v1/catalog/deregister", lost)
+            # The agent's next full comparison is at most a minute away; a restart makes it at once.
+            await consul.restart()
+
+            async def has_compared() -> bool:
+                return "blocked by ACLs" in consul.program.log.read_text()
+
+            await wait_until(has_compared, 20)
+            first = await held(registry)
+            assert first["pod--shop--a"] == services[0], "the agent says that all is well"
+            assert first["pod--shop--a"].index == 0, "once may be chance"
+            second = await held(registry)
+            assert (second["pod--shop--a"].index, second["pod--shop--b"].index) == (UNSYNCED, 0)
+            assert "pod--shop--a" not in await in_catalog(consul)
+
+            assert (await registry.register([second["pod--shop--a"]])).done == 1
+            await wait_until(are_shown, 10)
+            assert {one.index for one in (await held(registry)).values()} == {0}
+
+
+async def test_a_catalog_that_shows_something_else_counts_as_lacking() -> None:
+    """A record that differs in the catalog, twice in a row, is to be registered again."""
+    async with real_consul() as consul, connected(consul) as client:
+        registry = AgentRegistry(client)
+        await registry.register([our_pod_service("a")])
+
+        async def is_shown() -> bool:
+            return bool(await in_catalog(consul))
+
+        await wait_until(is_shown, 10)
+        edit = {"ID": "pod--shop--a", "Service": "edited"}
+        body = {"Node": "test-node", "SkipNodeUpdate": True, "Service": edit}
+        assert (await consul.request("PUT", "/v1/catalog/register", body))[0] == 200
+        assert (await held(registry))["pod--shop--a"].index == 0
+        assert (await held(registry))["pod--shop--a"].index == UNSYNCED
+
+
+async def test_a_changed_token_makes_everything_unsynced_once(tmp_path: Path) -> None:
+    """An agent keeps the token of each registration, so a new one is brought to every service, once."""
+    file = tmp_path / "token"
+    async with real_consul(acl=True) as consul:
+        old, new = await make_token(consul, "old", FULL), await make_token(consul, "new", FULL)
+        file.write_text(old.secret)
+        async with connected(consul, token_file=str(file)) as client:
+            registry = AgentRegistry(client)
+            services = [our_pod_service(f"p{number}") for number in range(5)]
+            await registry.register(services)
+            assert {one.index for one in (await held(registry)).values()} == {0}
+            file.write_text(new.secret)
+            client._token._read_at = -TOKEN_FILE_AGE  # the file is looked at again now
+            for _ in range(2):
+                there = await held(registry)
+                assert {one.index for one in there.values()} == {UNSYNCED}
+            await registry.register(list(there.values())[:3])
+            left = [one.index for one in (await held(registry)).values()]
+            assert sorted(left) == [UNSYNCED, UNSYNCED, 0, 0, 0]
+            await registry.register(list(there.values()))
+            await revoke(consul, old)
+            changed = replace(services[0], port=1)
+            await registry.register([changed])
+
+            async def is_shown() -> bool:
+                _, found = await consul.request("GET", f"/v1/catalog/service/{changed.name}")
+                return bool(found) and found[0]["ServicePort"] == 1
+
+            await wait_until(is_shown, 10)
+
+
+async def test_an_agent_that_restarted_empty_is_noticed() -> None:
+    """With its data an agent comes back whole; without, the first look shows it."""
+    async with real_consul() as consul, connected(consul) as client:
+        registry = AgentRegistry(client)
+        await registry.register([our_pod_service(f"p{number}") for number in range(300)])
+        await held(registry)
+        assert not await registry.is_disturbed()
+        await consul.restart()
+        assert len(await held(registry)) == 300
+        assert not await registry.is_disturbed()
+        await restart_empty(consul)
+        assert await registry.is_disturbed()
+        assert await held(registry) == {}
+
+
+async def test_a_service_lost_among_many_is_noticed_by_its_node() -> None:
+    """One service that somebody deregisters moves the catalog's record of the node; our own writes do not count."""
+    async with real_consul() as consul, connected(consul) as client:
+        registry = AgentRegistry(client)
+        await registry.register([our_pod_service(f"p{number}") for number in range(100)])
+
+        async def is_settled() -> bool:
+            return len(await in_catalog(consul)) == 100
+
+        async def is_seen() -> bool:
+            return await registry.is_disturbed()
+
+        await wait_until(is_settled, 10)
+        await held(registry)
+        await registry.deregister([our_pod_service("p0")])
+        for _ in range(3):
+            assert not await registry.is_disturbed()
+        with pytest.raises(TimeoutError):
+            await wait_until(is_seen, agent_node.SYNC_TIME + 1, every=0.5)
+        await consul.request("PUT", "/v1/agent/service/deregister/pod--shop--p50")
+        await wait_until(is_seen, 10)
+
+
+async def test_without_a_right_to_the_catalog_the_agents_word_counts() -> None:
+    """A token that may only write services works, with a warning, once."""
+    rules = 'service_prefix "" { policy = "write" }'
+    async with real_consul(acl=True) as consul:
+        token = await make_token(consul, "narrow", rules)
+        async with connected(consul, token=token.secret) as client:
+            registry = AgentRegistry(client)
+            with capture_logs() as logs:
+                await registry.register([our_pod_service("a")])
+                for _ in range(3):
+                    assert (await held(registry))["pod--shop--a"].index == 0
+                assert not await registry.is_disturbed()
+            assert [entry["log_level"] for entry in logs] == ["warning"]
+            assert await registry.lost_shards() == {}
+
+
+async def test_services_at_a_former_agent_are_removed() -> None:
+    """What is ours goes from the agent, what is not stays."""
+    async with real_consul() as consul, connected(consul) as client:
+        registry = AgentRegistry(client)
+        foreign = make_service("foreign")
+        await registry.register([*(our_pod_service(f"p{number}") for number in range(100)), foreign])
+        cleared = await FormerPlace(registry, lambda service: service.value("cluster") == "lab").clear()
+        assert (cleared.done, cleared.failures) == (100, ())
+        assert await held(registry) == {"foreign": foreign}
