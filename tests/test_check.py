@@ -15,7 +15,8 @@ from k8s_consul_registrar.app.checks.finding import Finding, Outcome, is_passed
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.sandbox.certificates import KubeletCertificate
 from k8s_consul_registrar.sandbox.consul_http import ConsulOptions
-from lab import Lab, running_lab
+from lab import SandboxLab as Lab
+from lab import running_lab
 from real_process import Program, free_ports
 
 QUICK = Timing(connect_timeout=1, read_timeout=1)
@@ -187,6 +188,26 @@ async def test_what_consul_holds_already_is_told_by_whose_it_is(lab: Lab) -> Non
     assert "cluster name" not in found
     found = await findings(lab, INSTANCE="second")
     assert found["adoption"].outcome is Outcome.WARN
+
+
+async def test_namespaces_and_election_ask_for_their_own_rights(lab: Lab) -> None:
+    """With NAMESPACES Pods are asked for namespace by namespace and Nodes not at all; a leader needs its Lease."""
+    found = await findings(
+        lab,
+        NAMESPACES="shop,bank",
+        LEADER_ELECTION="true",
+        CONSUL_BACKEND="catalog",
+        LEASE_NAMESPACE="ops",
+        LEASE_NAME="l",
+    )
+    assert {"list pods in shop", "watch pods in shop", "list pods in bank", "watch pods in bank"} <= set(
+        found
+    )
+    assert {"list nodes", "node port", "list pods", "consul agent"}.isdisjoint(found)
+    leases = {f"{verb} leases in ops" for verb in ("create", "get", "update")}
+    assert outcomes(found, Outcome.FAIL) == leases
+    assert "Role in ops" in found["get leases in ops"].hint
+    assert lab.consul.writes == []
 
 
 async def test_another_cluster_under_our_name_fails(lab: Lab) -> None:

@@ -16,17 +16,7 @@ DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 OVERLAYS = sorted(path.name for path in (DEPLOY / "overlays").iterdir())
 CUSTOM_RESOURCES = {"PodMonitor", "PrometheusRule"}  # kinds the Kubernetes schemas do not hold
 # Settings that overlays name and that are still to come; whoever brings one takes it out of here.
-PENDING = frozenset(
-    {
-        "CONSUL_BACKEND",
-        "HTTP_SD_PORT",
-        "NAMESPACES",
-        "NODE_SERVICE_NAME",
-        "POD_SERVICE_NAME",
-        "SERVICE_TAGS",
-        "SHARD_STRATEGY",
-    }
-)
+PENDING = frozenset({"HTTP_SD_PORT"})
 COMBINED = (
     "catalog",
     "grouped-names",

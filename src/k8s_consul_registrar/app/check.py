@@ -16,10 +16,20 @@ from k8s_consul_registrar.app.checks.cluster import (
     check_identity,
     check_permissions,
     check_server,
-    registrar_permissions,
+    lease_permissions,
     some_nodes,
+    source_permissions,
 )
-from k8s_consul_registrar.app.checks.consul import check_consul, check_token
+from k8s_consul_registrar.app.checks.consul import (
+    Naming,
+    Need,
+    check_consul,
+    check_token,
+    naming_of,
+    need_of_agent,
+    need_of_catalog,
+    needs_of_services,
+)
 from k8s_consul_registrar.app.checks.finding import Finding, Outcome, fail, is_passed, ok, skipped, warn
 from k8s_consul_registrar.app.checks.kubelets import Kubelets, check_kubelets
 from k8s_consul_registrar.app.checks.node_port import check_node_port
@@ -27,17 +37,18 @@ from k8s_consul_registrar.app.checks.report import as_json, as_table
 from k8s_consul_registrar.app.checks.services import holdings, judge_catalog, judge_holdings
 from k8s_consul_registrar.app.lifecycle import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, complain
 from k8s_consul_registrar.app.proxy import kubelet_trust
-from k8s_consul_registrar.app.registrar import consul_access, identity
+from k8s_consul_registrar.app.registrar import consul_access, consul_registry, identity
 from k8s_consul_registrar.backoff import Timing
-from k8s_consul_registrar.consul.agent import AgentRegistry
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.status import read_service_names
 from k8s_consul_registrar.errors import AccessError, ConsulError, SettingsError
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.model import Node
+from k8s_consul_registrar.kube.lease import default_lease_name, pod_namespace
+from k8s_consul_registrar.model import Kind, Node
+from k8s_consul_registrar.settings.backend_options import CATALOG
 from k8s_consul_registrar.settings.modes import ProxySettings, RegistrarSettings, read_proxy, read_registrar
-from k8s_consul_registrar.settings.options import PROXY, REGISTRAR
+from k8s_consul_registrar.settings.option import PROXY, REGISTRAR
 from k8s_consul_registrar.telemetry import configure_logging
 
 # Somebody waits for the answer, so less patience than the daemon has; in seconds.
@@ -58,11 +69,8 @@ class Subject:
     @property
     def permissions(self) -> tuple[Permission, ...]:
         """What these modes need of the API server, each once."""
-        wanted = (
-            *(registrar_permissions() if self.registrar else ()),
-            *(PROXY_PERMISSIONS if self.proxy else ()),
-        )
-        return tuple(dict.fromkeys(wanted))
+        of_registrar = _registrar_permissions(self.registrar) if self.registrar else ()
+        return tuple(dict.fromkeys((*of_registrar, *(PROXY_PERMISSIONS if self.proxy else ()))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +159,19 @@ def _settings(subject: Subject) -> list[Finding]:
     return [ok("settings", f"those of the {' and the '.join(chosen)} can be read")]
 
 
+def _registrar_permissions(settings: RegistrarSettings) -> tuple[Permission, ...]:
+    followed = source_permissions(settings.selection.sources)
+    election = settings.election
+    if election is None:
+        return followed
+    try:
+        namespace = election.lease_namespace or pod_namespace()
+    except AccessError:  # outside of a Pod; where the Lease would be is not known
+        namespace = "default"
+    name = election.lease_name or default_lease_name(settings.cluster_name, settings.instance)
+    return (*followed, *lease_permissions(namespace, name))
+
+
 async def _check_cluster(subject: Subject, timing: Timing) -> ClusterView:
     try:
         access = load_access(subject.environment)
@@ -186,32 +207,53 @@ async def _check_consul(
     except AccessError as error:
         return [fail("consul", str(error))]
     async with ConsulClient(access, timing) as client:
-        found = await check_consul(client, str(access.address))
+        is_catalog = settings.backend.backend == CATALOG
+        found, node = await check_consul(client, str(access.address), is_catalog=is_catalog)
         if any(finding.outcome is Outcome.FAIL for finding in found):
             return [*found, skipped("consul token", "not asked, since Consul does not serve us")]
-        found += await check_token(client, has_token=bool(access.token or access.token_file))
-        sees_all = all(one.outcome is Outcome.OK for one in found if one.name == "consul token")
+        has_token = bool(access.token or access.token_file)
+        of_token = await check_token(client, _needs(settings, node), has_token=has_token)
+        sees_all = all(one.outcome is Outcome.OK for one in of_token)
         view = await _view(cluster)
-        return found + await _check_services(client, settings, view.uid, sees_all=sees_all)
+        of_services = await _check_services(client, settings, timing, view.uid, sees_all=sees_all)
+        return [*found, *of_token, *of_services]
+
+
+def _namings(settings: RegistrarSettings) -> list[Naming]:
+    naming = settings.naming
+    templates = {Kind.POD: naming.pod_name, Kind.NODE: naming.node_name}
+    shard = next(iter(naming.shard_paths), "")
+    kinds = sorted(settings.selection.kinds, reverse=True)
+    return [naming_of(kind, templates[kind], settings.cluster_name, shard) for kind in kinds]
+
+
+def _needs(settings: RegistrarSettings, agent_node: str) -> list[Need]:
+    needs = [*needs_of_services(_namings(settings))]
+    if settings.backend.backend == CATALOG:
+        return [*needs, need_of_catalog(settings.backend.node_name)]
+    return [*needs, need_of_agent(agent_node)] if agent_node else needs
 
 
 async def _check_services(
-    client: ConsulClient, settings: RegistrarSettings, uid: str, *, sees_all: bool
+    client: ConsulClient, settings: RegistrarSettings, timing: Timing, uid: str, *, sees_all: bool
 ) -> list[Finding]:
     who = identity(settings)
     try:
-        services = [service async for service in AgentRegistry(client).services()]
+        services = [service async for service in consul_registry(settings, client, timing).services()]
         names = await read_service_names(client)
     except ConsulError as error:
         return [skipped("services", str(error))]
-    held = [service.name for service in services]
     found = holdings(services, who, uid)
-    return [*judge_holdings(found, who, sees_all=sees_all), *judge_catalog(names, held)]
+    prefixes = tuple(naming.prefix for naming in _namings(settings))
+    elsewhere = judge_catalog(names, [service.name for service in services], prefixes)
+    return [*judge_holdings(found, who, sees_all=sees_all), *elsewhere]
 
 
 async def _check_node_port(
     settings: RegistrarSettings, cluster: Awaitable[ClusterView | Finding], timing: Timing
 ) -> list[Finding]:
+    if Kind.NODE not in settings.selection.kinds:
+        return []
     view = await _view(cluster)
     return [await check_node_port(view.nodes, settings.proxy_node_port, timing.connect_timeout)]
 

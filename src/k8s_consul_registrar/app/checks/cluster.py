@@ -1,7 +1,7 @@
 """The API server: is it there, does it take our credentials, do they allow what the modes do."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from k8s_consul_registrar.app.checks.finding import Finding, fail, ok, skipped, warn
@@ -13,8 +13,9 @@ from k8s_consul_registrar.errors import (
 )
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.cluster import IDENTITY_NAMESPACE
-from k8s_consul_registrar.model import Kind, Node
+from k8s_consul_registrar.kube.identity import IDENTITY_NAMESPACE
+from k8s_consul_registrar.kube.watch import RESOURCES
+from k8s_consul_registrar.model import Kind, Node, Source
 
 # So many Nodes are enough to pick a sample from.
 MOST_NODES = 100
@@ -27,18 +28,27 @@ class Permission(NamedTuple):
     resource: str
     subresource: str = ""
     namespace: str = ""
+    group: str = ""
+    name: str = ""
 
     def __str__(self) -> str:
         what = f"{self.resource}/{self.subresource}" if self.subresource else self.resource
         return f"{self.verb} {what}{f' in {self.namespace}' if self.namespace else ''}"
 
 
-def registrar_permissions(namespaces: Sequence[str] = ()) -> tuple[Permission, ...]:
-    """Return what the registrar needs; Pods in these namespaces alone where any are chosen."""
-    pods = [
-        Permission(verb, "pods", "", scope) for scope in namespaces or ("",) for verb in ("list", "watch")
-    ]
-    return (*pods, Permission("list", "nodes"), Permission("watch", "nodes"))
+def source_permissions(sources: Iterable[Source]) -> tuple[Permission, ...]:
+    """Return what it takes to follow these sources."""
+    return tuple(
+        Permission(verb, RESOURCES[source.kind], namespace=source.namespace)
+        for source in sources
+        for verb in ("list", "watch")
+    )
+
+
+def lease_permissions(namespace: str, name: str) -> tuple[Permission, ...]:
+    """Return what electing a leader takes; a right to create cannot be bound to a name."""
+    lease = Permission("create", "leases", "", namespace, "coordination.k8s.io")
+    return (lease, *(lease._replace(verb=verb, name=name) for verb in ("get", "update")))
 
 
 # A kubelet asks for the last before it serves its metrics (kubernetes pkg/kubelet/server/auth.go).
@@ -137,6 +147,8 @@ async def _is_allowed(client: KubeClient, permission: Permission) -> bool:
         permission.resource,
         subresource=permission.subresource,
         namespace=permission.namespace,
+        group=permission.group,
+        name=permission.name,
     )
 
 

@@ -124,9 +124,9 @@ def _meta_keys(keys: Counter[str]) -> Finding:
     )
 
 
-def judge_catalog(names: Iterable[str], held: Iterable[str]) -> list[Finding]:
-    """Say what the catalog's service names tell beyond the agent's own services."""
-    elsewhere = sorted({name for name in names if kind_of_id(name) is not None} - set(held))
+def judge_catalog(names: Iterable[str], held: Iterable[str], prefixes: tuple[str, ...]) -> list[Finding]:
+    """Say what the catalog's service names tell beyond what we read; ours begin with `prefixes`."""
+    elsewhere = sorted({name for name in names if name.startswith(prefixes)} - set(held))
     if not elsewhere:
         return []
     detail = f"{len(elsewhere)} services named like ours belong to other nodes: {_some(elsewhere)}"
