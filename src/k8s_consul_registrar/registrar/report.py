@@ -70,6 +70,13 @@ class Reporter:
             is_up = bool(states) and all(one.is_followed for one in states)
             self._metrics.source_up.labels(kind.value).set(is_up)
 
+    def stands_by(self, wanted: Wanted) -> None:
+        """Show that another replica writes; a standby is ready once it knows the cluster."""
+        self._metrics.leader.set(0)
+        self.sources(wanted)
+        if all(state.listed_at is not None for state in wanted.sources.values()):
+            self._status.has_synced = True
+
     def planned(self, plan: Plan) -> None:
         """Show what a full comparison leaves alone, and what the brake holds."""
         self._metrics.conflicts.set(len(plan.conflicts))
@@ -121,7 +128,8 @@ class Reporter:
             log.error("Consul cannot be used; trying again", problem=text)
 
     def reached(self) -> None:
-        """Report that Consul can be used."""
+        """Report that Consul can be used, by the replica that leads."""
+        self._metrics.leader.set(1)
         self._metrics.consul_up.set(1)
         if self._status.consul_problem:
             log.info("Consul can be used again")
