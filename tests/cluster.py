@@ -87,7 +87,13 @@ class Cluster:
         await self._session.close()
 
     async def request(
-        self, method: str, path: str, body: Any = None, *, but: int = 0, content_type: str = "application/json"
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        but: int = 0,
+        content_type: str = "application/json",
     ) -> JsonObject:
         """Send one request as the administrator; fail unless it succeeds or gets the status `but`."""
         headers = {"Content-Type": content_type}
@@ -164,9 +170,7 @@ class Cluster:
 
     async def delete_pod(self, name: str = "web-1", namespace: str = NAMESPACE, *, grace: int = 0) -> None:
         """Delete a Pod, at once or with `grace` seconds to end (which no kubelet ever confirms)."""
-        await self.request(
-            "DELETE", f"/api/v1/namespaces/{namespace}/pods/{name}?gracePeriodSeconds={grace}"
-        )
+        await self.request("DELETE", f"/api/v1/namespaces/{namespace}/pods/{name}?gracePeriodSeconds={grace}")
 
     async def add_node(
         self, name: str, *addresses: tuple[str, str], kubelet_port: int = 10250, is_ready: bool = True

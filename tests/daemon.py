@@ -15,7 +15,15 @@ from real_process import Program, wait_until
 PATIENCE = 15.0  # seconds until a test gives up on what it waits for
 STOP_WITHIN = 5.0  # seconds the daemon has from SIGTERM to its end
 # What no operator may ever see of a daemon: it went wrong in a way nobody thought of.
-UNWANTED = ("Traceback", "Exception ignored", "was never", "Warning:", "Unclosed", "Task exception", '"exception"')
+UNWANTED = (
+    "Traceback",
+    "Exception ignored",
+    "was never",
+    "Warning:",
+    "Unclosed",
+    "Task exception",
+    '"exception"',
+)
 
 
 class Daemon:

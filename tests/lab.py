@@ -77,7 +77,13 @@ class Lab:
 
     async def seed(self, service_id: str, meta: Mapping[str, str] | None = None, **changes: Any) -> None:
         """Register a service as somebody else would, and take it out of the record of writes."""
-        body = {"ID": service_id, "Name": service_id, "Address": "203.0.113.9", "Port": 99, "Meta": meta or {}}
+        body = {
+            "ID": service_id,
+            "Name": service_id,
+            "Address": "203.0.113.9",
+            "Port": 99,
+            "Meta": meta or {},
+        }
         async with aiohttp.ClientSession() as session:
             url = f"{self.consul.url}/v1/agent/service/register"
             async with session.put(url, json={**body, **changes}) as response:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import trustme
 
+from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.model import Node, NodeAddress
-from k8s_consul_registrar.proxy.auth import BearerFile
 from k8s_consul_registrar.proxy.limits import Concurrency
 from k8s_consul_registrar.proxy.nodes import Nodes, NodeTable
 from k8s_consul_registrar.proxy.relay import RelayTiming
@@ -21,7 +21,9 @@ from k8s_consul_registrar.proxy.sockets import listen
 from k8s_consul_registrar.proxy.tls import kubelet_context
 
 TOKEN = "the-proxys-own-token"
-METRICS = b"# TYPE container_cpu_usage_seconds_total counter\ncontainer_cpu_usage_seconds_total 1 1795344097000\n"
+METRICS = (
+    b"# TYPE container_cpu_usage_seconds_total counter\ncontainer_cpu_usage_seconds_total 1 1795344097000\n"
+)
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\n"
 
 

@@ -53,7 +53,7 @@ def free_ports(count: int) -> list[int]:
 async def wait_until(is_true: Callable[[], Awaitable[bool]], within: float, *, every: float = 0.05) -> None:
     """Ask again and again until the answer is true; raise TimeoutError after `within` seconds."""
     async with asyncio.timeout(within):
-        while not await is_true():  # noqa: ASYNC110 - what we wait for is in another process
+        while not await is_true():
             await asyncio.sleep(every)
 
 

@@ -239,7 +239,7 @@ async def test_cancelling_ends_the_program(tmp_path: Path) -> None:
     source = ExecCredentials(plugin(path))
     task = asyncio.create_task(source.identity())
     async with asyncio.timeout(10):
-        while not pid_file.exists() or not pid_file.read_text():  # noqa: ASYNC110 - another process writes it
+        while not pid_file.exists() or not pid_file.read_text():
             await asyncio.sleep(0.02)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -252,7 +252,7 @@ async def test_cancelling_ends_the_program(tmp_path: Path) -> None:
 async def assert_gone(pid: int) -> None:
     """Wait until a process has ended."""
     async with asyncio.timeout(5):
-        while is_running(pid):  # noqa: ASYNC110 - nothing tells us of another's child
+        while is_running(pid):
             await asyncio.sleep(0.02)
 
 
