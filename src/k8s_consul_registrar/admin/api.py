@@ -9,8 +9,9 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
-from k8s_consul_registrar.admin.sd_query import socket_address
+from k8s_consul_registrar.admin.sd_query import BadQuery, socket_address
 from k8s_consul_registrar.admin.target_index import Search, TargetIndex, parse_terms
 from k8s_consul_registrar.admin.view import MetaNames, RegistrarView, SeenTarget, TargetState, as_they_are
 from k8s_consul_registrar.model import Kind, ObjectKey, Rejection
@@ -100,18 +101,32 @@ def api_routes(
         )
 
     return [
-        web.get(f"/api/v1/{handler.__name__}", handler, allow_head=False)
+        web.get(f"/api/v1/{handler.__name__}", _telling_problems(handler), allow_head=False)
         for handler in (targets, rejections, status)
     ]
 
 
+def _telling_problems(handler: Handler) -> Handler:
+    """Answer a query that makes no sense with 400 and an `error`."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except BadQuery as error:
+            return _answer({"error": str(error)}, status=400)
+
+    return handle
+
+
 def _parameters(request: web.Request, known: frozenset[str]) -> dict[str, str]:
-    """Return every known parameter, empty where it is not given; an unknown one is a 400."""
+    """Return every known parameter, empty where it is not given; an unknown one is a `BadQuery`."""
     if not request.query.keys() <= known:
-        raise _bad(f"the parameters are {', '.join(sorted(known))}" if known else "there are no parameters")
+        raise BadQuery(
+            f"the parameters are {', '.join(sorted(known))}" if known else "there are no parameters"
+        )
     given = {name: request.query.get(name, "") for name in known}
     if len(given.get("q", "")) > LONGEST_SEARCH:
-        raise _bad(f"q is at most {LONGEST_SEARCH} characters")
+        raise BadQuery(f"q is at most {LONGEST_SEARCH} characters")
     return given
 
 
@@ -121,20 +136,16 @@ def _page(request: web.Request) -> tuple[int, int]:
         limit = int(request.query.get("limit", DEFAULT_LIMIT))
         offset = int(request.query.get("offset", 0))
     except ValueError:
-        raise _bad("limit and offset are whole numbers") from None
+        raise BadQuery("limit and offset are whole numbers") from None
     if not 1 <= limit <= MOST_LIMIT or offset < 0:
-        raise _bad(f"limit is 1 to {MOST_LIMIT}, offset 0 or more")
+        raise BadQuery(f"limit is 1 to {MOST_LIMIT}, offset 0 or more")
     return limit, offset
 
 
 def _one_of(name: str, given: Iterable[str], allowed: Iterable[str]) -> None:
     allowed = list(allowed)
     if not set(given) <= set(allowed):
-        raise _bad(f"{name} is one of {', '.join(allowed)}")
-
-
-def _bad(problem: str) -> web.HTTPBadRequest:
-    return web.HTTPBadRequest(body=msgspec.json.encode({"error": problem}), headers=_HEADERS)
+        raise BadQuery(f"{name} is one of {', '.join(allowed)}")
 
 
 def _row(target: SeenTarget, meta_names: MetaNames) -> dict[str, Any]:
@@ -189,9 +200,9 @@ def _counts(words: Iterable[str]) -> dict[str, int]:
     return dict(Counter(words).most_common())
 
 
-def _answer(value: dict[str, Any]) -> web.Response:
+def _answer(value: dict[str, Any], status: int = 200) -> web.Response:
     try:
         body = msgspec.json.encode(value)
     except UnicodeEncodeError:  # half of a surrogate pair has no UTF-8; JSON can spell it
         body = json.dumps(value).encode()
-    return web.Response(body=body, headers=_HEADERS)
+    return web.Response(status=status, body=body, headers=_HEADERS)

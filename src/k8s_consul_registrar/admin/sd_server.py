@@ -17,7 +17,7 @@ from k8s_consul_registrar.telemetry import get_logger
 
 # Seconds between two looks at the files: a Secret's volume is up to a minute late itself.
 _LOOK_EVERY = 5.0
-# Seconds an answer under way gets when the server stops.
+# Seconds an answer under way gets when the server stops, or takes new TLS files.
 _SHUTDOWN_TIMEOUT = 2.0
 # Collectors ask every minute; a handshake a minute costs less than a connection kept.
 _KEEPALIVE_TIMEOUT = 30.0
@@ -108,8 +108,10 @@ class HttpSdServer:
         if before is not None:
             await before.stop()
             assert self._runner.server is not None
-            for connection in self._runner.server.connections:
-                connection.close()
+            # Not their `close`, which leaves an idle connection open and unattended (aiohttp 3.14).
+            await asyncio.gather(
+                *(one.shutdown(_SHUTDOWN_TIMEOUT) for one in self._runner.server.connections)
+            )
 
     async def _close(self) -> None:
         await self._runner.cleanup()

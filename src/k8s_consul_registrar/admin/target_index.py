@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
@@ -62,17 +62,27 @@ def _text_of(target: SeenTarget) -> str:
     ).casefold()
 
 
+_by_id = attrgetter("service.id")
+
+
 @dataclass(slots=True)
 class Snapshot:
     """The targets of one moment, sorted by ID, with how many there are of each sort."""
 
     generation: int
     made: float
-    targets: list[SeenTarget]
-    states: Counter[str]
-    kinds: Counter[str]
-    namespaces: Counter[str]
+    targets: list[SeenTarget] = field(default_factory=list)
+    states: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(TargetState, 0)))
+    kinds: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(Kind, 0)))
+    namespaces: set[str] = field(default_factory=set)
     _found: dict[Search, list[SeenTarget]] = field(default_factory=dict)
+
+    def add(self, targets: list[SeenTarget]) -> None:
+        """Take in some targets, in order among themselves; sorting them all is left to the end."""
+        self.targets += sorted(targets, key=_by_id)
+        self.states.update(target.state for target in targets)
+        self.kinds.update(target.key.kind for target in targets)
+        self.namespaces.update(target.key.namespace for target in targets if target.key.namespace)
 
     async def find(self, search: Search) -> list[SeenTarget]:
         """Return the targets found, in order."""
@@ -118,26 +128,16 @@ class TargetIndex:
         self._latest = None
 
     async def _take(self) -> Snapshot:
-        generation = self._view.generation
-        targets: list[SeenTarget] = []
-        for count, target in enumerate(self._view.targets(), 1):
-            targets.append(target)
-            if count % _SLICE == 0:
+        taken = Snapshot(self._view.generation, self._clock())
+        slice_: list[SeenTarget] = []
+        for target in self._view.targets():
+            slice_.append(target)
+            if len(slice_) == _SLICE:
+                taken.add(slice_)
+                slice_ = []
                 await asyncio.sleep(0)
-        targets.sort(key=attrgetter("service.id"))
+        taken.add(slice_)
         await asyncio.sleep(0)
-        return Snapshot(
-            generation,
-            self._clock(),
-            targets,
-            _count(TargetState, (target.state for target in targets)),
-            _count(Kind, (target.key.kind for target in targets)),
-            Counter(target.key.namespace for target in targets if target.key.namespace),
-        )
-
-
-def _count(names: Iterable[str], given: Iterable[str]) -> Counter[str]:
-    """Count, with a zero for each name that does not occur."""
-    counts = Counter(dict.fromkeys(names, 0))
-    counts.update(given)
-    return counts
+        # Quick, since every slice is in order already: Python's sort merges what it finds sorted.
+        taken.targets.sort(key=_by_id)
+        return taken
