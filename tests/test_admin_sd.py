@@ -213,24 +213,28 @@ async def test_targets_may_change_while_they_are_rendered() -> None:
 
 
 @pytest.mark.timeout(120)
-async def test_eighty_thousand_targets_do_not_stall_the_loop() -> None:
-    """While 80,000 targets are rendered and sent, the loop turns at least every 100 ms."""
+@pytest.mark.parametrize(("query", "least"), [("", 40_000_000), ("?namespace=nobody", 0)])
+async def test_eighty_thousand_targets_do_not_stall_the_loop(query: str, least: int) -> None:
+    """While 80,000 targets are looked through, rendered and sent, the loop turns at least every 100 ms.
+
+    It is the thread's own time that counts: what else runs on the machine is not ours.
+    """
     registrar = Registrar(many_targets(80_000))
     async with serving(registrar) as server:
-        asking = asyncio.create_task(_read_all(server))
-        longest, last = 0.0, time.perf_counter()
+        asking = asyncio.create_task(_read_all(server, query))
+        longest, last = 0.0, time.thread_time()
         while not asking.done():
             await asyncio.sleep(0)
-            now = time.perf_counter()
+            now = time.thread_time()
             longest, last = max(longest, now - last), now
-        assert await asking > 40_000_000
+        assert await asking > least
         assert longest < 0.1
 
 
-async def _read_all(server: HttpSdServer) -> int:
+async def _read_all(server: HttpSdServer, query: str) -> int:
     """Read an answer without keeping it, and return its size."""
     size = 0
-    url = f"http://localhost:{server.port}{SD_PATH}"
+    url = f"http://localhost:{server.port}{SD_PATH}{query}"
     async with (
         aiohttp.ClientSession() as session,
         session.get(url, headers={"Accept-Encoding": ""}) as response,
