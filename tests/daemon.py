@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -48,7 +48,8 @@ class Daemon:
             environment={
                 "PATH": os.environ["PATH"],
                 "HOME": str(folder),
-                "PYTHONWARNINGS": "default",
+                # A connection that is open when the loop closes is of no account: the process ends.
+                "PYTHONWARNINGS": "default,ignore::ResourceWarning",
                 "ADMIN_PORT": "0",
                 **environment,
             },
@@ -91,12 +92,14 @@ class Daemon:
         await self.until(lambda: bool(self.said(event, text)), f"the line {event!r} {text!r}", within=within)
         return self.said(event, text)[-1]
 
-    async def until(self, is_true: Any, what: str = "", *, within: float = PATIENCE) -> None:
+    async def until(
+        self, is_true: Callable[[], bool | Awaitable[bool]], what: str = "", *, within: float = PATIENCE
+    ) -> None:
         """Wait until a function (plain or async) returns true; fail with the output of the daemon."""
 
         async def ask() -> bool:
             answer = is_true()
-            return bool(await answer if hasattr(answer, "__await__") else answer)
+            return answer if isinstance(answer, bool) else await answer
 
         try:
             await wait_until(ask, within, every=0.02)
@@ -109,13 +112,15 @@ class Daemon:
         await self.until(lambda: len(self.said("pass")) >= wanted, f"{count} more passes")
         return self.said("pass")[-1]
 
+    async def port(self, field: str) -> int:
+        """Return the port its first line names under a field, once it was written."""
+        await self.until(lambda: any(field in line for line in self.lines), f"the line with {field}")
+        return int(next(line[field] for line in self.lines if field in line))
+
     async def admin(self, path: str) -> tuple[int, str]:
-        """Return status and text of an admin endpoint, once the daemon has told its port."""
-        line = next((line for line in self.lines if "admin_port" in line), None)
-        if line is None:
-            await self.until(lambda: any("admin_port" in line for line in self.lines), "the admin port")
-            return await self.admin(path)
-        async with self._session.get(f"http://127.0.0.1:{line['admin_port']}{path}") as response:
+        """Return status and text of an admin endpoint."""
+        url = f"http://127.0.0.1:{await self.port('admin_port')}{path}"
+        async with self._session.get(url) as response:
             return response.status, await response.text()
 
     async def is_ready(self) -> bool:

@@ -50,6 +50,15 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def has_ipv6() -> bool:
+    """Whether this machine has the loopback address ::1."""
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
 async def wait_until(is_true: Callable[[], Awaitable[bool]], within: float, *, every: float = 0.05) -> None:
     """Ask again and again until the answer is true; raise TimeoutError after `within` seconds."""
     async with asyncio.timeout(within):

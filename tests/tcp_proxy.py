@@ -27,6 +27,7 @@ class TcpProxy:
         self._server: asyncio.Server | None = None
         self._flowing = asyncio.Event()
         self._flowing.set()
+        self._held = 0
         self._connections: set[asyncio.Task[None]] = set()
 
     @property
@@ -35,9 +36,9 @@ class TcpProxy:
         return f"[{self._host}]:{self.port}" if ":" in self._host else f"{self._host}:{self.port}"
 
     @property
-    def connections(self) -> int:
-        """How many connections are open."""
-        return len(self._connections)
+    def is_held(self) -> bool:
+        """Whether a stall keeps something back right now."""
+        return self._held > 0
 
     async def __aenter__(self) -> Self:
         await self.heal()
@@ -102,7 +103,11 @@ class TcpProxy:
         while data := await reader.read(_CHUNK):
             if self.delay:
                 await asyncio.sleep(self.delay)
-            await self._flowing.wait()
+            self._held += 1
+            try:
+                await self._flowing.wait()
+            finally:
+                self._held -= 1
             writer.write(data)
             await writer.drain()
         with contextlib.suppress(OSError):

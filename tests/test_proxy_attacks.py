@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-
-from k8s_consul_registrar.proxy.relay import RelayTiming
 from proxy_kit import METRICS, Kubelet, Proxy, cadvisor, get_request, proxying
 from test_proxy_route import ATTACKS, PIECES
+
+from k8s_consul_registrar.proxy.relay import RelayTiming
 
 QUICK = RelayTiming(tick=0.02, request_head=0.2, linger=0.05)
 
@@ -89,22 +89,14 @@ def raw_attacks(ground: Ground) -> dict[str, tuple[bytes, set[int]]]:
         "GET with a length": (line + host + b"Content-Length: 3\r\n\r\nabc", {400}),
         "GET with chunks": (line + host + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", {400}),
         "CL and TE": (
-            line
-            + host
-            + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
-            + line
-            + host
-            + b"\r\n",
+            line + host + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + line + host + b"\r\n",
             {400},
         ),
         "TE hidden": (line + host + b"Transfer-Encoding: xchunked\r\n\r\n", {400}),
         "TE with a space": (line + host + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n", {400}),
         "two lengths": (line + host + b"Content-Length: 0\r\nContent-Length: 5\r\n\r\nhello", {400}),
         "smuggled request": (line + host + b"\r\n" + line + host + b"\r\n", {400}),
-        "smuggled after a length of 0": (
-            line + host + b"Content-Length: 0\r\n\r\n" + line + host + b"\r\n",
-            {400},
-        ),
+        "smuggled after a length of 0": (line + host + b"Content-Length: 0\r\n\r\n" + line + host + b"\r\n", {400}),
         "data after close": (line + host + b"Connection: close\r\n\r\n" + line + host + b"\r\n", {400}),
         "line ends after it": (line + host + b"\r\n\r\n\r\n", {400}),
         "line ends before it": (b"\r\n\r\n" + line + host + b"\r\n", {400}),
@@ -225,15 +217,8 @@ async def test_connection_goes_on_after_refusals() -> None:
 async def test_host_never_routes() -> None:
     """Leads to the Node the target names, whatever sound Host comes with it."""
     async with standing() as ground:
-        for host in (
-            f"127.0.0.1:{ground.bystander_port}",
-            "[::1]:80",
-            "kubernetes.default.svc",
-            "169.254.169.254",
-        ):
-            raw = await ground.proxy.exchange(
-                get_request(cadvisor(ground.kubelet), "Connection: close", host=host)
-            )
+        for host in (f"127.0.0.1:{ground.bystander_port}", "[::1]:80", "kubernetes.default.svc", "169.254.169.254"):
+            raw = await ground.proxy.exchange(get_request(cadvisor(ground.kubelet), "Connection: close", host=host))
             assert raw.endswith(METRICS)
         ground.unharmed()
 

@@ -6,9 +6,7 @@ from k8s_consul_registrar.model import Node, NodeAddress
 from k8s_consul_registrar.proxy.nodes import Endpoint, Nodes, NodeTable
 
 
-def a_node(
-    name: str, *addresses: str, kind: str = "InternalIP", port: int = 10250, **changes: object
-) -> Node:
+def a_node(name: str, *addresses: str, kind: str = "InternalIP", port: int = 10250, **changes: object) -> Node:
     """Return a Node of these addresses."""
     values = {"uid": f"uid-{name}", "created": "2026-01-01T00:00:00Z", "ready": True} | changes
     entries = tuple(NodeAddress(kind, address) for address in addresses)

@@ -7,12 +7,6 @@ from collections.abc import AsyncIterator
 
 import pytest
 import trustme
-
-from k8s_consul_registrar.errors import AccessError
-from k8s_consul_registrar.proxy.nodes import NodeTable
-from k8s_consul_registrar.proxy.outcomes import Outcome
-from k8s_consul_registrar.proxy.relay import RelayTiming
-from k8s_consul_registrar.proxy.tls import kubelet_context
 from proxy_kit import (
     METRICS,
     PLAIN,
@@ -28,6 +22,12 @@ from proxy_kit import (
     get_request,
     proxying,
 )
+
+from k8s_consul_registrar.errors import AccessError
+from k8s_consul_registrar.proxy.nodes import NodeTable
+from k8s_consul_registrar.proxy.outcomes import Outcome
+from k8s_consul_registrar.proxy.relay import RelayTiming
+from k8s_consul_registrar.proxy.tls import kubelet_context
 
 SHORT = RelayTiming(tick=0.05, connect=0.3, request_head=0.3)
 
@@ -183,10 +183,7 @@ async def test_trailers() -> None:
         (PLAIN + b"Content-Length: -1\r\n\r\n", "does not parse"),
         (PLAIN + b"Content-Length: 5\r\n\r\nhello and more", "more than the length"),
         (PLAIN + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", "chunks do not parse"),
-        (
-            PLAIN + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\nHTTP/1.1 200 OK\r\n\r\n",
-            "more than its chunks",
-        ),
+        (PLAIN + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\nHTTP/1.1 200 OK\r\n\r\n", "more than its chunks"),
         (b"HTTP/2 200 OK\r\nContent-Length: 0\r\n\r\n", "does not speak HTTP/1.1"),
         (b"RTSP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "does not speak HTTP/1.1"),
         (b"garbage\r\n\r\n", "does not speak HTTP/1.1"),
