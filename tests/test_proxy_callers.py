@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.errors import AccessError, SettingsError
-from k8s_consul_registrar.proxy.auth import BearerFile
 from k8s_consul_registrar.proxy.buffers import RECEIVE_SIZE
 from k8s_consul_registrar.proxy.limits import Concurrency
 from k8s_consul_registrar.proxy.nodes import NodeTable

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import cast
 
+from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.proxy import request
-from k8s_consul_registrar.proxy.auth import BearerFile
 from k8s_consul_registrar.proxy.headers import refusal_bytes
 from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
 from k8s_consul_registrar.proxy.relay import Relay
