@@ -54,7 +54,7 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
     for warning in settings.common.warnings:
         log.warning(warning)
     access = load_access(settings.common.environment)
-    context = _kubelet_context(settings, access)
+    context = kubelet_trust(settings, access)
     inbound = None
     if settings.bearer_token_file:
         inbound = BearerFile(Path(settings.bearer_token_file), "PROXY_BEARER_TOKEN_FILE")
@@ -126,7 +126,7 @@ async def _end(settings: ProxySettings, server: ProxyServer, health: _Health, st
     await stop.unless_urgent(drain())
 
 
-def _kubelet_context(settings: ProxySettings, access: Access) -> ssl.SSLContext:
+def kubelet_trust(settings: ProxySettings, access: Access) -> ssl.SSLContext:
     """Make the TLS context for kubelets; raises an `AccessError` naming the setting at fault."""
     ca_pem = access.cluster_ca
     if settings.kubelet_ca_file:
