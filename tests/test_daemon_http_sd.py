@@ -71,13 +71,13 @@ async def test_leader_and_standby_serve_the_same_shards() -> None:
                 await second.until(lambda: _serves(second, *names))
                 await second.until(lambda: _same(first, second))
                 assert await second.metric("leader") == 0
-                assert await second.is_ready()
+                await second.until(second.is_ready)
                 writes = len(lab.writes)
                 assert await first.terminate() == 0
                 await second.until_said("leads now")
                 await lab.cluster.add_pod("web-9")
                 await second.until(lambda: _serves(second, *names, "pod--shop--web-9"))
-                assert len(lab.writes) > writes
+                await second.until(lambda: len(lab.writes) > writes)
 
 
 async def _serves(daemon: Daemon, *ids: str) -> bool:

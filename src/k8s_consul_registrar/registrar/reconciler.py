@@ -91,13 +91,14 @@ class Reconciler:
         self._has_learned = False
         self._owes_full = True
         self.status.ticked_at = self._clock()
-        self._reporter.stands_by(self._cluster.wanted())
+        self._reporter.stands_by(self._cluster.changes())
         if self._clock() >= self._look_due:
             # What it serves to others carries the shards that the leader gave.
             self._look_due = self._clock() + self._timing.standby_look
             await self._is_done(self._passes.learn())
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._timing.tick):
+            tick = self._timing.tick if self.status.has_synced else self._timing.retry_first
+            async with asyncio.timeout(tick):
                 await self._leadership.changed()
 
     async def _turn(self) -> None:
