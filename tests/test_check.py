@@ -210,6 +210,15 @@ async def test_namespaces_and_election_ask_for_their_own_rights(lab: Lab) -> Non
     assert lab.consul.writes == []
 
 
+async def test_without_consul_none_is_asked_for(lab: Lab) -> None:
+    """With CONSUL_BACKEND=none Consul is said to be unused, whatever its address."""
+    found = await findings(
+        lab, CONSUL_BACKEND="none", HTTP_SD_PORT="0", SHARD_STRATEGY="hash", CONSUL_ADDRESS="127.0.0.1:1"
+    )
+    assert found["consul"].outcome is Outcome.OK
+    assert "consul token" not in found
+
+
 async def test_another_cluster_under_our_name_fails(lab: Lab) -> None:
     """Services of our name with another cluster's UID mean that two clusters share a CLUSTER_NAME."""
     await lab.seed(

@@ -12,6 +12,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from k8s_consul_registrar.app.process import new_registry
+from k8s_consul_registrar.model import Kind
 from k8s_consul_registrar.proxy.metrics import ProxyCollector
 from k8s_consul_registrar.proxy.outcomes import Outcome, ProxyStats
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
@@ -71,6 +72,19 @@ def dashboard_expressions() -> list[str]:
     """Return every query of the dashboard."""
     panels = json.loads(DASHBOARD.read_text())["panels"]
     return [target["expr"] for panel in panels for target in panel.get("targets", ())]
+
+
+def test_a_kind_that_is_not_looked_at_is_not_shown_as_lost() -> None:
+    """With Pods alone there is no figure about Nodes being followed, so that no alert takes it for a fault."""
+    registry = CollectorRegistry()
+    metrics = RegistrarMetrics(registry)
+    for _ in range(2):
+        metrics.follows(Kind.NODE, None)
+        metrics.follows(Kind.POD, is_followed=True)
+    assert registry.get_sample_value("k8s_consul_registrar_source_followed", {"kind": "node"}) is None
+    assert registry.get_sample_value("k8s_consul_registrar_source_followed", {"kind": "pod"}) == 1
+    metrics.follows(Kind.NODE, is_followed=False)
+    assert registry.get_sample_value("k8s_consul_registrar_source_followed", {"kind": "node"}) == 0
 
 
 def test_the_page_lists_every_metric_as_it_is() -> None:

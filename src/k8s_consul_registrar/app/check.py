@@ -36,8 +36,8 @@ from k8s_consul_registrar.app.checks.node_port import check_node_port
 from k8s_consul_registrar.app.checks.report import as_json, as_table
 from k8s_consul_registrar.app.checks.services import holdings, judge_catalog, judge_holdings
 from k8s_consul_registrar.app.lifecycle import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, complain
+from k8s_consul_registrar.app.parts import consul_access, consul_registry, identity
 from k8s_consul_registrar.app.proxy import kubelet_trust
-from k8s_consul_registrar.app.registrar import consul_access, consul_registry, identity
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.status import read_service_names
@@ -46,7 +46,7 @@ from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.lease import default_lease_name, pod_namespace
 from k8s_consul_registrar.model import Kind, Node
-from k8s_consul_registrar.settings.backend_options import CATALOG
+from k8s_consul_registrar.settings.backend_options import CATALOG, NONE
 from k8s_consul_registrar.settings.modes import ProxySettings, RegistrarSettings, read_proxy, read_registrar
 from k8s_consul_registrar.settings.option import PROXY, REGISTRAR
 from k8s_consul_registrar.telemetry import configure_logging
@@ -202,6 +202,8 @@ async def _view(cluster: Awaitable[ClusterView | Finding]) -> ClusterView:
 async def _check_consul(
     settings: RegistrarSettings, cluster: Awaitable[ClusterView | Finding], timing: Timing
 ) -> list[Finding]:
+    if settings.backend.backend == NONE:
+        return [ok("consul", "not used (CONSUL_BACKEND=none)")]
     try:
         access = consul_access(settings.consul)
     except AccessError as error:
