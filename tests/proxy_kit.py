@@ -3,15 +3,18 @@
 import asyncio
 import contextlib
 import functools
+import socket
 import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import trustme
 
+from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.model import Node, NodeAddress
-from k8s_consul_registrar.proxy.auth import BearerFile
+from k8s_consul_registrar.proxy.downstream import Downstream
 from k8s_consul_registrar.proxy.limits import Concurrency
 from k8s_consul_registrar.proxy.nodes import Nodes, NodeTable
 from k8s_consul_registrar.proxy.relay import RelayTiming
@@ -21,7 +24,9 @@ from k8s_consul_registrar.proxy.sockets import listen
 from k8s_consul_registrar.proxy.tls import kubelet_context
 
 TOKEN = "the-proxys-own-token"
-METRICS = b"# TYPE container_cpu_usage_seconds_total counter\ncontainer_cpu_usage_seconds_total 1 1795344097000\n"
+METRICS = (
+    b"# TYPE container_cpu_usage_seconds_total counter\ncontainer_cpu_usage_seconds_total 1 1795344097000\n"
+)
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\n"
 
 
@@ -135,10 +140,32 @@ class Proxy:
     server: ProxyServer
     nodes: Nodes
     port: int
+    writers: list[asyncio.StreamWriter] = field(default_factory=list)
 
     async def connect(self, host: str = "127.0.0.1") -> Connection:
-        """Open a raw connection to it."""
-        return await asyncio.open_connection(host, self.port)
+        """Open a raw connection to it, closed at the end at the latest."""
+        reader, writer = await asyncio.open_connection(host, self.port)
+        self.writers.append(writer)
+        return reader, writer
+
+    async def connect_slow(self, *, tiny_buffers: bool = True) -> tuple[Connection, Downstream]:
+        """Open a connection of a caller that takes nothing yet, and return the proxy's side of it too.
+
+        With tiny buffers on both sides a few kilobytes are more than the socket takes.
+        """
+        sock = socket.socket()
+        if tiny_buffers:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", self.port))
+        reader, writer = await asyncio.open_connection(sock=sock)
+        self.writers.append(writer)
+        transport_of(writer).pause_reading()
+        await eventually(lambda: any(caller._fd >= 0 for caller in self.server._callers))
+        (downstream,) = self.server._callers
+        if tiny_buffers:
+            downstream._socket().setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+        return (reader, writer), downstream
 
     async def exchange(self, request: bytes, *, limit: float = 5.0) -> bytes:
         """Send raw bytes on a connection of their own and return all that comes until it ends."""
@@ -211,7 +238,8 @@ async def proxying(
 ) -> AsyncIterator[Proxy]:
     """Run a proxy for these Nodes, loopback allowed since the kubelets are there.
 
-    Of a list of contexts the first counts at each moment.
+    Of a list of contexts the first counts at each moment. Fails where anything was left to the event loop's
+    own handling of exceptions.
     """
     holder = Nodes()
     if known:
@@ -230,10 +258,16 @@ async def proxying(
     )
     sockets = listen(0)
     await server.start(sockets)
+    proxy = Proxy(server, holder, sockets[0].getsockname()[1])
+    problems: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(str(context)))
     try:
-        yield Proxy(server, holder, sockets[0].getsockname()[1])
+        yield proxy
     finally:
         await server.stop()
+        for writer in proxy.writers:
+            writer.transport.abort()
+    assert problems == []
 
 
 def cadvisor(kubelet: Kubelet) -> str:
@@ -254,3 +288,8 @@ def reset_on_close(writer: asyncio.StreamWriter) -> None:
     sock = writer.get_extra_info("socket")
     sock.setsockopt(1, 13, struct.pack("ii", 1, 0))
     writer.transport.abort()
+
+
+def transport_of(writer: asyncio.StreamWriter) -> asyncio.Transport:
+    """Return a connection's transport, which can also stop reading."""
+    return cast("asyncio.Transport", writer.transport)

@@ -73,10 +73,13 @@ async def test_round_trip() -> None:
         there = await held(registry)
         assert there == {service.id: service for service in SERVICES}
         assert {one.id: one.index for one in there.values()} == written.indexes
-        assert (await registry.register(SERVICES[:2])).stale == tuple(one.id for one in SERVICES[:2])
+        bad = make_service("bad", {"a/b": "x"})
+        mixed = await registry.register([*SERVICES[:2], bad, our_pod_service("new")])
+        assert (mixed.done, mixed.stale) == (1, tuple(one.id for one in SERVICES[:2]))
+        assert [failure.id for failure in mixed.failures] == ["bad"]
         removed = await registry.deregister(list(there.values()))
         assert (removed.done, removed.stale) == (150, ())
-        assert await held(registry) == {}
+        assert set(await held(registry)) == {"pod--shop--new"}
 
 
 async def test_readiness_on_the_sandbox() -> None:

@@ -141,7 +141,32 @@ async def test_a_history_that_goes_backwards_is_a_disturbance() -> None:
         indexes.change(7, here=True)
         await asyncio.sleep(0.05)
         clock.now += 100
-        watch.wrote(0)  # explains a later index, never an earlier one
+        assert await watch.is_disturbed()
+
+
+async def test_a_history_that_went_backwards_and_caught_up_is_a_disturbance() -> None:
+    """The held query woke too low, though the index is what it was by now."""
+    indexes = Indexes()
+    async with serving(indexes.answer) as url, client_of(url) as client:
+        watch, clock = await started(client, indexes)
+        indexes.change(7, here=True)
+        await asyncio.sleep(0.05)
+        indexes.change(100, here=False)
+        clock.now += 100
+        assert await watch.is_disturbed()
+
+
+async def test_a_write_without_an_index_explains_no_lower_one() -> None:
+    """When the held query broke off, the index alone tells that history went backwards."""
+    indexes = Indexes()
+    async with serving(indexes.answer) as url, client_of(url) as client:
+        watch, clock = await started(client, indexes)
+        indexes.status = 500
+        indexes.change(7, here=True)
+        await asyncio.sleep(0.05)
+        indexes.status = 200
+        watch.wrote(0)
+        clock.now += 100
         assert await watch.is_disturbed()
 
 

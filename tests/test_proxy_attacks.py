@@ -8,10 +8,16 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from proxy_kit import METRICS, Kubelet, Proxy, cadvisor, get_request, proxying
-from test_proxy_route import ATTACKS, PIECES
 
 from k8s_consul_registrar.proxy.relay import RelayTiming
+from k8s_consul_registrar.proxy.request import MALFORMED, ONE_AT_A_TIME, VERSION
+from k8s_consul_registrar.proxy.route import NOT_A_PATH, UNKNOWN_NODE, UNKNOWN_PATH
+from proxy_kit import METRICS, Kubelet, Proxy, cadvisor, eventually, get_request, proxying
+from test_proxy_route import ATTACKS, PIECES
+
+FIXED_TEXTS = {
+    refusal.reason for refusal in (UNKNOWN_PATH, UNKNOWN_NODE, NOT_A_PATH, MALFORMED, VERSION, ONE_AT_A_TIME)
+}
 
 QUICK = RelayTiming(tick=0.02, request_head=0.2, linger=0.05)
 
@@ -44,8 +50,10 @@ async def standing(timing: RelayTiming = QUICK) -> AsyncIterator[Ground]:
     bystander = await asyncio.start_server(stray, "127.0.0.1", 0)
     port = bystander.sockets[0].getsockname()[1]
     async with Kubelet().serving() as kubelet, proxying(kubelet.node("worker-1"), timing=timing) as proxy:
-        yield Ground(proxy, kubelet, port, strays)
-    bystander.close()
+        try:
+            yield Ground(proxy, kubelet, port, strays)
+        finally:
+            bystander.close()
 
 
 def status_of(raw: bytes) -> int:
@@ -60,7 +68,7 @@ async def test_refused_targets() -> None:
             aimed = target.replace("192.0.2.1", "127.0.0.1").replace("10250", str(ground.bystander_port))
             raw = await ground.proxy.exchange(get_request(aimed, "Connection: close").replace(b"\xc2", b""))
             assert status_of(raw) in (400, 404, 505), (target, raw)
-            assert aimed.encode() not in raw or target in ("", "/", "*")
+            assert raw.partition(b"\r\n\r\n")[2].decode().strip() in FIXED_TEXTS, (target, raw)
         assert ground.kubelet.connections == 0
         ground.unharmed()
 
@@ -76,27 +84,35 @@ def raw_attacks(ground: Ground) -> dict[str, tuple[bytes, set[int]]]:
         "absolute form": (b"GET http://" + aside + b"/metrics HTTP/1.1\r\n" + host + b"\r\n", {400}),
         "absolute form of ours": (b"GET http://x" + good + b" HTTP/1.1\r\n" + host + b"\r\n", {400}),
         "userinfo": (b"GET http://a@" + aside + b"/ HTTP/1.1\r\n" + host + b"\r\n", {400}),
-        "OPTIONS *": (b"OPTIONS * HTTP/1.1\r\n" + host + b"\r\n", {405}),
+        "OPTIONS *": (b"OPTIONS * HTTP/1.1\r\n" + host + b"Connection: close\r\n\r\n", {405}),
         "POST": (b"POST " + good + b" HTTP/1.1\r\n" + host + b"Content-Length: 3\r\n\r\nabc", {405}),
         "POST chunked": (
             b"POST " + good + b" HTTP/1.1\r\n" + host + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
             {405},
         ),
         "HEAD": (b"HEAD " + good + b" HTTP/1.1\r\n" + host + b"Connection: close\r\n\r\n", {405}),
-        "TRACE": (b"TRACE " + good + b" HTTP/1.1\r\n" + host + b"\r\n", {405}),
+        "TRACE": (b"TRACE " + good + b" HTTP/1.1\r\n" + host + b"Connection: close\r\n\r\n", {405}),
         "lower case method": (b"get " + good + b" HTTP/1.1\r\n" + host + b"\r\n", {405}),
         "invented method": (b"SCRAPE " + good + b" HTTP/1.1\r\n" + host + b"\r\n", {405}),
         "GET with a length": (line + host + b"Content-Length: 3\r\n\r\nabc", {400}),
         "GET with chunks": (line + host + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", {400}),
         "CL and TE": (
-            line + host + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + line + host + b"\r\n",
+            line
+            + host
+            + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+            + line
+            + host
+            + b"\r\n",
             {400},
         ),
         "TE hidden": (line + host + b"Transfer-Encoding: xchunked\r\n\r\n", {400}),
         "TE with a space": (line + host + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n", {400}),
         "two lengths": (line + host + b"Content-Length: 0\r\nContent-Length: 5\r\n\r\nhello", {400}),
         "smuggled request": (line + host + b"\r\n" + line + host + b"\r\n", {400}),
-        "smuggled after a length of 0": (line + host + b"Content-Length: 0\r\n\r\n" + line + host + b"\r\n", {400}),
+        "smuggled after a length of 0": (
+            line + host + b"Content-Length: 0\r\n\r\n" + line + host + b"\r\n",
+            {400},
+        ),
         "data after close": (line + host + b"Connection: close\r\n\r\n" + line + host + b"\r\n", {400}),
         "line ends after it": (line + host + b"\r\n\r\n\r\n", {400}),
         "line ends before it": (b"\r\n\r\n" + line + host + b"\r\n", {400}),
@@ -141,7 +157,7 @@ async def test_raw_attacks() -> None:
         for name, (raw, statuses) in raw_attacks(ground).items():
             got = await ground.proxy.exchange(raw)
             assert status_of(got) in statuses, (name, got)
-            assert got.count(b"HTTP/1.1 ") <= 1, (name, got)
+            assert got.count(b"\r\nContent-Length: ") <= 1, (name, got)
             if b" 405 " in got:
                 assert b"\r\nAllow: GET\r\n" in got
             if name == "HEAD":
@@ -152,12 +168,14 @@ async def test_raw_attacks() -> None:
 
 async def test_attacks_byte_by_byte() -> None:
     """Gives the same answer however the bytes of an attack are cut up."""
-    async with standing() as ground:
+    async with standing(RelayTiming(tick=0.02, linger=0.05)) as ground:
         for name, (raw, statuses) in raw_attacks(ground).items():
             if len(raw) > 2000 or 408 in statuses:
                 continue
             reader, writer = await ground.proxy.connect()
             for byte in raw:
+                if writer.is_closing():
+                    break
                 writer.write(bytes([byte]))
                 await asyncio.sleep(0)
             got = b""
@@ -166,9 +184,23 @@ async def test_attacks_byte_by_byte() -> None:
             writer.transport.abort()
             if "smuggled" in name or "after" in name:
                 continue  # split there, the first request is sound: the next test has it
-            assert status_of(got) in statuses, (name, got)
+            # llhttp refuses an odd method at its first odd byte, when it is no method yet.
+            assert status_of(got) in statuses | ({400} if "method" in name else set()), (name, got)
         assert all(request.startswith(b"GET /metrics/cadvisor ") for request in ground.kubelet.requests)
         ground.unharmed()
+
+
+async def test_one_answer_to_what_is_cut_off_midway() -> None:
+    """Answers a request that turns bad in its second piece once, and closes."""
+    async with standing() as ground:
+        reader, writer = await ground.proxy.connect()
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n")
+        await asyncio.sleep(0.05)
+        writer.write(b"bad field\r\n")
+        got = await reader.read()
+        assert status_of(got) == 400
+        assert got.count(b"\r\nContent-Length: ") == 1
+        await eventually(lambda: ground.proxy.server.stats().callers == 0)
 
 
 async def test_second_request_while_one_is_under_way() -> None:
@@ -217,8 +249,15 @@ async def test_connection_goes_on_after_refusals() -> None:
 async def test_host_never_routes() -> None:
     """Leads to the Node the target names, whatever sound Host comes with it."""
     async with standing() as ground:
-        for host in (f"127.0.0.1:{ground.bystander_port}", "[::1]:80", "kubernetes.default.svc", "169.254.169.254"):
-            raw = await ground.proxy.exchange(get_request(cadvisor(ground.kubelet), "Connection: close", host=host))
+        for host in (
+            f"127.0.0.1:{ground.bystander_port}",
+            "[::1]:80",
+            "kubernetes.default.svc",
+            "169.254.169.254",
+        ):
+            raw = await ground.proxy.exchange(
+                get_request(cadvisor(ground.kubelet), "Connection: close", host=host)
+            )
             assert raw.endswith(METRICS)
         ground.unharmed()
 
@@ -273,7 +312,7 @@ async def test_fuzz(batch: list[bytes]) -> None:
         for raw, got in zip(sent, answers, strict=True):
             if isinstance(got, bytes) and got.startswith(b"HTTP/1.1 200"):
                 allowed += 1
-                assert raw.startswith(b"GET %b HTTP/1.1\r\n" % values[b"good"])
+                assert raw.startswith(f"GET {cadvisor(ground.kubelet)} HTTP/1.1\r\n".encode())
                 assert raw.count(b"Host:") == 1
         assert len(ground.kubelet.requests) == allowed
         ground.unharmed()

@@ -7,6 +7,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 import trustme
+
+from k8s_consul_registrar.errors import AccessError
+from k8s_consul_registrar.proxy.nodes import NodeTable
+from k8s_consul_registrar.proxy.outcomes import Outcome
+from k8s_consul_registrar.proxy.relay import RelayTiming
+from k8s_consul_registrar.proxy.tls import kubelet_context
 from proxy_kit import (
     METRICS,
     PLAIN,
@@ -22,12 +28,6 @@ from proxy_kit import (
     get_request,
     proxying,
 )
-
-from k8s_consul_registrar.errors import AccessError
-from k8s_consul_registrar.proxy.nodes import NodeTable
-from k8s_consul_registrar.proxy.outcomes import Outcome
-from k8s_consul_registrar.proxy.relay import RelayTiming
-from k8s_consul_registrar.proxy.tls import kubelet_context
 
 SHORT = RelayTiming(tick=0.05, connect=0.3, request_head=0.3)
 
@@ -183,7 +183,10 @@ async def test_trailers() -> None:
         (PLAIN + b"Content-Length: -1\r\n\r\n", "does not parse"),
         (PLAIN + b"Content-Length: 5\r\n\r\nhello and more", "more than the length"),
         (PLAIN + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", "chunks do not parse"),
-        (PLAIN + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\nHTTP/1.1 200 OK\r\n\r\n", "more than its chunks"),
+        (
+            PLAIN + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\nHTTP/1.1 200 OK\r\n\r\n",
+            "more than its chunks",
+        ),
         (b"HTTP/2 200 OK\r\nContent-Length: 0\r\n\r\n", "does not speak HTTP/1.1"),
         (b"RTSP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "does not speak HTTP/1.1"),
         (b"garbage\r\n\r\n", "does not speak HTTP/1.1"),
@@ -274,6 +277,16 @@ async def test_kubelet_identity_by_choice() -> None:
     blind = kubelet_context(ca_pem=None, skip_verification=True)
     async with stranger.serving(), proxying(stranger.node(), context=blind) as proxy:
         assert (await proxy.get(cadvisor(stranger))).status == 200
+
+
+def test_what_a_kubelets_certificate_must_be() -> None:
+    """Verifies as Go does on every Python: by subject alternative names, without the strictness of RFC 5280."""
+    context = kubelet_context(ca_pem=authority_pem())
+    assert context.verify_mode is ssl.CERT_REQUIRED
+    assert context.check_hostname
+    assert not context.hostname_checks_common_name
+    assert not context.verify_flags & ssl.VerifyFlags.VERIFY_X509_STRICT
+    assert context.minimum_version >= ssl.TLSVersion.TLSv1_2
 
 
 async def test_plain_http_kubelet() -> None:
@@ -374,6 +387,25 @@ async def test_closed_idle_connection() -> None:
         assert proxy.server.stats().retries <= 3
 
 
+async def test_cut_on_a_kept_connection() -> None:
+    """Does not ask again where the answer on a kept connection has begun and is cut."""
+
+    async def cut_the_second(
+        kubelet: Kubelet, request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        writer.write(answer() if len(kubelet.requests) == 1 else PLAIN + b"Content-Length: 9\r\n\r\nhalf")
+        await writer.drain()
+        if len(kubelet.requests) > 1:
+            writer.close()
+
+    async with relaying(cut_the_second) as (kubelet, proxy):
+        assert (await proxy.get(cadvisor(kubelet))).status == 200
+        with pytest.raises(ConnectionResetError):
+            await proxy.exchange(get_request(cadvisor(kubelet)))
+        assert len(kubelet.requests) == 2
+        assert proxy.server.stats().retries == 0
+
+
 async def test_close_announced() -> None:
     """Keeps no connection the kubelet means to close."""
     async with relaying(always(answer(head=PLAIN + b"Connection: close\r\n"))) as (kubelet, proxy):
@@ -420,6 +452,41 @@ async def test_node_leaves() -> None:
         await eventually(lambda: kubelet.open_now == 0)
         proxy.nodes.forget()
         assert (await proxy.get(cadvisor(kubelet))).status == 503
+
+
+async def test_node_leaves_during_its_scrape() -> None:
+    """Lets a scrape under way finish when its Node leaves, and keeps its connection no longer."""
+    gate = asyncio.Event()
+
+    async def wait_for_gate(
+        kubelet: Kubelet, request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await gate.wait()
+        writer.write(answer())
+
+    async with relaying(wait_for_gate) as (kubelet, proxy):
+        scrape = asyncio.create_task(proxy.get(cadvisor(kubelet)))
+        await eventually(lambda: len(kubelet.requests) == 1)
+        proxy.nodes.replace(NodeTable())
+        proxy.server.notice_nodes()
+        gate.set()
+        assert (await scrape).body == METRICS
+        await eventually(lambda: kubelet.open_now == 0)
+        assert proxy.server.stats().kept == 0
+
+
+async def test_too_many_kept_connections() -> None:
+    """Closes the connection idle for the longest where there are too many."""
+    kubelets = [Kubelet(host=host, names=(host,)) for host in ("127.0.0.1", "127.0.0.2", "127.0.0.3")]
+    async with contextlib.AsyncExitStack() as stack:
+        for kubelet in kubelets:
+            await stack.enter_async_context(kubelet.serving())
+        nodes = [kubelet.node(f"node-{number}") for number, kubelet in enumerate(kubelets)]
+        proxy = await stack.enter_async_context(proxying(*nodes, kept_connections=2))
+        for kubelet in (*kubelets[:2], kubelets[0], kubelets[2]):
+            assert (await proxy.get(cadvisor(kubelet))).status == 200
+        await eventually(lambda: [kubelet.open_now for kubelet in kubelets] == [1, 0, 1])
+        assert proxy.server.stats().kept == 2
 
 
 async def test_replaced_context() -> None:

@@ -12,11 +12,13 @@ OperationalError
 │   ├── ClusterSilent         a watch brought neither event nor bookmark for too long: resume
 │   ├── ClusterUnstreamed     no list comes as initial events of a watch: list in pages
 │   ├── ClusterBusy           429 or 5xx: retry, not before `retry_after`
+│   ├── ClusterConflict       409: somebody else wrote the object first; read it again
 │   └── ClusterRefused        any other answer we cannot use
 └── ConsulError               Consul
     ├── ConsulUnreachable     no connection, or it broke, or time ran out: retry
     ├── ConsulForbidden       403: the token lacks a right
     ├── ConsulBusy            429 or 5xx, no leader among them: retry
+    ├── ConsulFenced          we may not write, or no longer: another replica leads
     ├── ConsulFiltered        a read came back with what the token may not see left out
     └── ConsulRefused         a 4xx for this one request: the request is at fault
 """
@@ -96,6 +98,12 @@ class ClusterBusy(ClusterError):
         self.retry_after = retry_after
 
 
+class ClusterConflict(ClusterError):
+    """Somebody else wrote the object first: it is there already, or no longer the version we mean."""
+
+    cause = "conflict"
+
+
 class ClusterRefused(ClusterError):
     """An answer that cannot be used; `status` is the HTTP status."""
 
@@ -132,6 +140,12 @@ class ConsulBusy(ConsulError):
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class ConsulFenced(ConsulError):
+    """A write that was not sent, or was broken off, since this replica does not lead."""
+
+    cause = "fenced"
 
 
 class ConsulFiltered(ConsulError):

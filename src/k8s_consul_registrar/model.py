@@ -202,3 +202,22 @@ class Written:
     failures: tuple[WriteFailure, ...] = ()
     indexes: Mapping[str, int] = field(default_factory=dict)
     stale: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Who holds a lock that is kept in the API server, and since when (coordination.k8s.io/v1).
+
+    An empty `holder` means that it is free. `duration` is in seconds; `acquired` and `renewed` are the
+    holder's own wall clock as MicroTime text. `version` is the resourceVersion, empty where there is no such
+    object yet; `origin` is the whole object as it was read, so that a write keeps what others put there.
+    Leases are equal when their records are.
+    """
+
+    holder: str
+    duration: int
+    acquired: str = ""
+    renewed: str = ""
+    transitions: int = 0
+    version: str = field(default="", compare=False)
+    origin: bytes = field(default=b"", repr=False, compare=False)

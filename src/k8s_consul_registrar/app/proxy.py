@@ -11,10 +11,10 @@ from k8s_consul_registrar.app.lifecycle import Stop, run_until_stopped
 from k8s_consul_registrar.app.node_poll import KubeletToken, NodePoll
 from k8s_consul_registrar.app.process import new_registry
 from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.errors import AccessError, OperationalError
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.proxy.auth import BearerFile
 from k8s_consul_registrar.proxy.limits import Concurrency
 from k8s_consul_registrar.proxy.metrics import ProxyCollector
 from k8s_consul_registrar.proxy.nodes import Nodes
@@ -55,7 +55,9 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
         log.warning(warning)
     access = load_access(settings.common.environment)
     context = _kubelet_context(settings, access)
-    inbound = BearerFile(Path(settings.bearer_token_file)) if settings.bearer_token_file else None
+    inbound = None
+    if settings.bearer_token_file:
+        inbound = BearerFile(Path(settings.bearer_token_file), "PROXY_BEARER_TOKEN_FILE")
     nodes = Nodes()
     token = KubeletToken(access)
     await token.refresh()

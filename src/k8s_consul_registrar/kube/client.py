@@ -229,6 +229,13 @@ class KubeClient:
         body = await self._exchange.send(request)
         return _decode(body, _Review, action).status.allowed
 
+    async def request(
+        self, action: Action, path: str, *, method: str = "GET", body: bytes | None = None
+    ) -> bytes:
+        """Return the answer to a request about one object; a body is sent as JSON."""
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        return await self._exchange.send(Request(action, path, method=method, headers=headers, body=body))
+
 
 async def _next_events(
     pieces: AsyncGenerator[bytes, None], decoder: WatchDecoder, patience: float, *, is_initial: bool

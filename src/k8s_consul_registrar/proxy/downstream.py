@@ -7,10 +7,11 @@ import os
 import socket
 import struct
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import cast
 
+from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.proxy import request
-from k8s_consul_registrar.proxy.auth import BearerFile
 from k8s_consul_registrar.proxy.headers import refusal_bytes
 from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
 from k8s_consul_registrar.proxy.relay import Relay
@@ -49,7 +50,7 @@ class Downstream(asyncio.BufferedProtocol):
         self._relay = relay
         self._inbound = inbound
         self._on_lost = on_lost
-        self._reader = RequestReader()
+        self._reader = RequestReader(relay.memory)
         self._transport: asyncio.Transport | None = None
         # Valid only while the transport is open: a number is given to another connection after that.
         self._fd = -1
@@ -73,7 +74,7 @@ class Downstream(asyncio.BufferedProtocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no scrape is under way and nothing is left to send."""
+        """Whether no answer is under way, to its last byte."""
         return self._scrape is None and not self._is_blocked and not self._is_lingering
 
     # Reading
@@ -86,8 +87,9 @@ class Downstream(asyncio.BufferedProtocol):
         """Take what the caller sent: the next request, or part of it."""
         if self._is_lingering or self._fd < 0:
             return
-        if self._scrape is not None:
-            self._scrape.leave()
+        if not self.is_idle:
+            # The answer before is under way, or not taken yet: to go on would gather answers without bound.
+            self._leave()
             self.abort()
             return
         was_midway = self._reader.is_midway
@@ -114,6 +116,7 @@ class Downstream(asyncio.BufferedProtocol):
             return
         routed = relay.find(asked.target)
         if isinstance(routed, Refusal):
+            self._close_after |= routed.status == HTTPStatus.BAD_REQUEST
             relay.counts.ended(routed.outcome)
             self.refuse(routed)
             return
@@ -128,9 +131,6 @@ class Downstream(asyncio.BufferedProtocol):
         if self._fd < 0:
             return
         head += b"Connection: close\r\n\r\n" if self._closes_after() else b"\r\n"
-        if self._is_blocked:
-            self._queue(head + body)
-            return
         try:
             sent = os.writev(self._fd, (head, body))
         except BlockingIOError:
@@ -147,11 +147,8 @@ class Downstream(asyncio.BufferedProtocol):
         """Send more of the body."""
         if self._fd < 0:
             return
-        if self._is_blocked:
-            self._queue(body.tobytes())
-            return
         try:
-            sent = os.write(self._fd, body)
+            sent = 0 if self._is_blocked else os.write(self._fd, body)
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -216,11 +213,10 @@ class Downstream(asyncio.BufferedProtocol):
 
     def reset(self) -> None:
         """Break the connection, so that the answer begun does not look complete."""
-        self._scrape = None
-        if self._fd < 0:
-            return
-        # Without this an abort ends in a clean FIN.
-        self._socket().setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        if self._fd >= 0:
+            # Without this an abort ends in a clean FIN.
+            self._socket().setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        self._leave()
         self.abort()
 
     def close(self) -> None:
@@ -241,7 +237,7 @@ class Downstream(asyncio.BufferedProtocol):
         if now < self._expires:
             return
         self._expires = math.inf
-        if self._fd >= 0 and self._reader.is_midway:
+        if self._fd >= 0 and self._reader.is_midway and self.is_idle:
             self._close_after = True
             self._relay.counts.ended(Outcome.BAD_REQUEST)
             self.refuse(request.TOO_SLOW)

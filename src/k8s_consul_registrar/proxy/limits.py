@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Protocol
 
 DEFAULT_SCRAPE_TIMEOUT = 30.0
@@ -60,25 +61,22 @@ class Limits:
 
     def enter(self, node: Hashable, waiter: Waiter) -> Entry:
         """Ask for a place; after RUN or a later `admitted()` it is held until `leave`."""
-        lane = self._lanes.get(node)
-        if lane is None:
-            lane = self._lanes[node] = _Lane()
-        allowed = self._allowed
-        if lane.claimed < allowed.per_node and self.running < allowed.overall:
-            lane.claimed += 1
+        allowed, lane = self._allowed, self._lanes.get(node)
+        has_claim = lane is None or lane.claimed < allowed.per_node
+        if has_claim and self.running < allowed.overall:
+            self._claim(node)
             self.running += 1
             return Entry.RUN
-        if (
-            self.waiting >= allowed.patience * allowed.overall
-            or len(lane.queue) >= allowed.patience * allowed.per_node
-        ):
+        if self.waiting >= allowed.patience * allowed.overall:
+            return Entry.FULL
+        if has_claim:
+            self._claim(node)
+            self._ready.append((node, waiter))
+        elif lane is not None and len(lane.queue) < allowed.patience * allowed.per_node:
+            lane.queue.append(waiter)
+        else:
             return Entry.FULL
         self.waiting += 1
-        if lane.claimed < allowed.per_node:
-            lane.claimed += 1
-            self._ready.append((node, waiter))
-        else:
-            lane.queue.append(waiter)
         return Entry.WAIT
 
     def leave(self, node: Hashable) -> None:
@@ -98,6 +96,12 @@ class Limits:
         self._unclaim(node)
         self._admit()
 
+    def _claim(self, node: Hashable) -> None:
+        lane = self._lanes.get(node)
+        if lane is None:
+            lane = self._lanes[node] = _Lane()
+        lane.claimed += 1
+
     def _unclaim(self, node: Hashable) -> None:
         lane = self._lanes[node]
         if lane.queue:
@@ -115,6 +119,7 @@ class Limits:
             waiter.admitted()
 
 
+@lru_cache(maxsize=64)
 def scrape_deadline(announced: bytes | None, longest: float) -> float:
     """Return how many seconds a scrape may take, slightly below what Prometheus announces.
 

@@ -1,4 +1,4 @@
-"""Keeps connections to kubelets between scrapes: a few a kubelet, so many over all, and none for long."""
+"""Keeps connections to kubelets between scrapes: so many over all, and none for long."""
 
 import ssl
 from collections.abc import Set as AbstractSet
@@ -10,12 +10,12 @@ from k8s_consul_registrar.proxy.upstream import Upstream
 class Pool:
     """The idle connections, the longest idle first.
 
-    `per_endpoint` and `overall` bound how many are kept, `idle_limit` is in seconds and must stay under the
-    90 s after which a kubelet closes them (net/http's server in pkg/kubelet/server).
+    `overall` bounds how many are kept; how many a kubelet has is bound by how many scrapes of it may run, since
+    each takes a kept one first. `idle_limit` is in seconds and must stay under the 90 s after which a kubelet
+    closes them (net/http's server in pkg/kubelet/server).
     """
 
-    def __init__(self, *, per_endpoint: int, overall: int, idle_limit: float) -> None:
-        self._per_endpoint = per_endpoint
+    def __init__(self, *, overall: int, idle_limit: float) -> None:
         self._overall = overall
         self._idle_limit = idle_limit
         self._by_endpoint: dict[Endpoint, list[Upstream]] = {}
@@ -42,15 +42,10 @@ class Pool:
 
     def put(self, upstream: Upstream, now: float) -> None:
         """Keep a connection, at the cost of the longest idle one where there are too many."""
-        kept = self._by_endpoint.setdefault(upstream.endpoint, [])
-        if len(kept) >= self._per_endpoint:
-            upstream.close()
-            return
         if len(self._in_order) >= self._overall:
             self._drop(next(iter(self._in_order)))
-            kept = self._by_endpoint.setdefault(upstream.endpoint, [])
         upstream.idle_since = now
-        kept.append(upstream)
+        self._by_endpoint.setdefault(upstream.endpoint, []).append(upstream)
         self._in_order[upstream] = None
 
     def expire(self, now: float) -> None:

@@ -12,10 +12,11 @@ from k8s_consul_registrar.proxy.limits import Concurrency, Limits
 from k8s_consul_registrar.proxy.nodes import Nodes, NodeTable
 from k8s_consul_registrar.proxy.outcomes import Counts, Refusal
 from k8s_consul_registrar.proxy.pool import Pool
+from k8s_consul_registrar.proxy.request import Memory
 from k8s_consul_registrar.proxy.route import Route, find_route
 
 # Distinct targets remembered; each Node has one or two, but a query makes any number of them.
-MEMORY = 16_384
+MOST_ROUTES = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +69,13 @@ class Relay:
         self.loop = asyncio.get_running_loop()
         self.buffers = Buffers()
         self.counts = Counts()
+        self.memory = Memory()
         self.timing = timing
         self.token = token
         self.context = context
         self.nodes = nodes
         self.limits = Limits(concurrency)
-        self.pool = Pool(
-            per_endpoint=concurrency.per_node, overall=kept_connections, idle_limit=timing.upstream_idle
-        )
+        self.pool = Pool(overall=kept_connections, idle_limit=timing.upstream_idle)
         self.is_draining = False
         self._paths = paths
         self._routed: dict[bytes, Routed] = {}
@@ -95,7 +95,7 @@ class Relay:
         found = find_route(target, self.nodes.current, self._paths, known=self.nodes.known)
         if isinstance(found, Refusal):
             return found
-        if len(self._routed) >= MEMORY:
+        if len(self._routed) >= MOST_ROUTES:
             self._routed.clear()
         routed = self._routed[target] = Routed(found, request_start(found))
         return routed

@@ -15,7 +15,7 @@ END_OF_HEAD = b"\r\n\r\n"
 _METHOD = re.compile(rb"[A-Za-z]{1,32} ")
 
 METHOD = Refusal(405, Outcome.METHOD, "a scrape is a GET")
-MALFORMED = Refusal(400, Outcome.BAD_REQUEST, "this is no well-formed HTTP/1.1 request")
+MALFORMED = Refusal(400, Outcome.BAD_REQUEST, "the request is not well-formed")
 UPGRADE = Refusal(400, Outcome.BAD_REQUEST, "no other protocol is offered")
 ONE_AT_A_TIME = Refusal(400, Outcome.BAD_REQUEST, "one request at a time: the next only after the answer")
 VERSION = Refusal(505, Outcome.BAD_REQUEST, "only HTTP/1.1 is spoken here")
@@ -40,12 +40,37 @@ class Fault(NamedTuple):
     is_head: bool = False
 
 
+class Memory:
+    """Sound requests seen before, by their bytes, shared by all connections.
+
+    A collector sends the same bytes at every scrape, and what llhttp makes of them between two requests
+    depends on nothing else: so they are parsed once.
+    """
+
+    __slots__ = ("_seen", "recall")
+
+    LONGEST = 1024
+    MOST = 8192
+
+    def __init__(self) -> None:
+        self._seen: dict[bytes, Request] = {}
+        self.recall = self._seen.get
+
+    def keep(self, raw: bytes, asked: Request) -> None:
+        """Remember a request, at the cost of all others where there are too many."""
+        if len(raw) <= self.LONGEST:
+            if len(self._seen) >= self.MOST:
+                self._seen.clear()
+            self._seen[raw] = asked
+
+
 class RequestReader:
     """Reads one request after another off one connection."""
 
-    __slots__ = ("_fields", "_head_is_complete", "_parser", "_partial", "_target")
+    __slots__ = ("_fields", "_head_is_complete", "_memory", "_parser", "_partial", "_target")
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
         self._parser = HttpRequestParser(self)
         self._partial = b""
         self._target = b""
@@ -66,6 +91,9 @@ class RequestReader:
             raw = self._partial + data.tobytes()
         else:
             raw = data.tobytes()
+            known = self._memory.recall(raw)
+            if known is not None:
+                return known
             self._target = b""
             self._fields = {}
             self._head_is_complete = False
@@ -104,7 +132,9 @@ class RequestReader:
         fault = request_fault(fields)
         if fault is not None:
             return Fault(fault)
-        return Request(target, fields, not wants_close(fields))
+        asked = Request(target, fields, not wants_close(fields))
+        self._memory.keep(raw, asked)
+        return asked
 
     def _judge_line(self, raw: bytes) -> Fault:
         method = self._parser.get_method()

@@ -71,9 +71,9 @@ class Counted:
 
     is_exact = True
 
-    def __init__(self, length: int) -> None:
-        self._left = length
-        self.field = b"Content-Length: %d\r\n" % length
+    def __init__(self, digits: bytes) -> None:
+        self._left = int(digits)
+        self.field = b"Content-Length: " + digits + b"\r\n"
 
     def take(self, body: memoryview) -> bool:
         """Follow some bytes and say whether the body ends with them; raises Malformed beyond its end."""
@@ -147,4 +147,4 @@ def framing_of(head: Head) -> Counted | Chunked:
         raise Malformed("its body has neither a length nor chunks")
     if not length.isdigit() or len(length) > 18:
         raise Malformed("its length is no number")
-    return Counted(int(length))
+    return Counted(length)

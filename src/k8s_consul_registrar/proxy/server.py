@@ -6,7 +6,7 @@ import socket
 import ssl
 from collections.abc import Callable, Sequence
 
-from k8s_consul_registrar.proxy.auth import BearerFile
+from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.proxy.downstream import Downstream
 from k8s_consul_registrar.proxy.limits import Concurrency
 from k8s_consul_registrar.proxy.nodes import Nodes

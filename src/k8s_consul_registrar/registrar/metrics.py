@@ -52,6 +52,11 @@ class RegistrarMetrics:
             ["kind"],
             registry=registry,
         )
+        self.leader = Gauge(
+            f"{PREFIX}_leader",
+            "Whether this replica writes; always where there is no election.",
+            registry=registry,
+        )
         self.consul_up = Gauge(
             f"{PREFIX}_consul_up", "Whether the last pass could use Consul.", registry=registry
         )

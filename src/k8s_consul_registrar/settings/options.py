@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from k8s_consul_registrar.settings.backend_options import BACKEND_OPTIONS
+from k8s_consul_registrar.settings.backend_options import BACKEND_OPTIONS, HTTP_SD_OPTIONS
 from k8s_consul_registrar.settings.option import BOTH_MODES as _BOTH
 from k8s_consul_registrar.settings.option import PROXY_ONLY as _PROXY
 from k8s_consul_registrar.settings.option import REGISTRAR_ONLY as _REGISTRAR
@@ -58,6 +58,7 @@ OPTIONS: tuple[Option, ...] = (
         "600",
     ),
     *BACKEND_OPTIONS,
+    *HTTP_SD_OPTIONS,
     *SELECTION_OPTIONS,
     *NAMING_OPTIONS,
     Option(
@@ -73,6 +74,38 @@ OPTIONS: tuple[Option, ...] = (
         "600",
     ),
     Option("ALLOW_MASS_DEREGISTER", "true: mass removals are not held", _REGISTRAR, "false"),
+    Option(
+        "LEADER_ELECTION",
+        "true: of several replicas one writes, whoever holds a Lease; needs the catalog backend",
+        _REGISTRAR,
+        "false",
+    ),
+    Option(
+        "LEASE_NAME", "name of that Lease; default one of the cluster's name and the instance", _REGISTRAR
+    ),
+    Option("LEASE_NAMESPACE", "namespace of that Lease; default the Pod's own", _REGISTRAR),
+    Option(
+        "LEASE_DURATION", "whole seconds after which a Lease nobody renews is taken over", _REGISTRAR, "15"
+    ),
+    Option(
+        "LEASE_RENEW_DEADLINE",
+        "seconds after the last renewal when a leader stops writing; below LEASE_DURATION",
+        _REGISTRAR,
+        "10",
+    ),
+    Option(
+        "LEASE_RETRY_PERIOD",
+        "seconds between renewals, and between tries of those that wait; 1.2 times it is below "
+        "LEASE_RENEW_DEADLINE",
+        _REGISTRAR,
+        "2",
+    ),
+    Option(
+        "CONSUL_AGENT_SHARED",
+        "true: all replicas use one agent, so they may elect a leader without the catalog backend",
+        _REGISTRAR,
+        "false",
+    ),
     Option("PORT", "HTTP port of the proxy, on IPv4 and IPv6", _PROXY, "8080"),
     Option(
         "KUBELET_CA_FILE",

@@ -8,6 +8,7 @@ from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.settings.options import OPTIONS
 
 _DEFAULTS = {option.env: option.default for option in OPTIONS}
+_OBJECT_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _FALSE = frozenset({"false", "0", "no", "off"})
 
@@ -60,6 +61,13 @@ class Reader:
             if entry != '""' and not re.fullmatch(r"[A-Za-z0-9._-]{0,50}", entry):
                 self.problem(name, f"{entry!r} must be letters, digits, '.', '_' or '-', at most 50")
         return frozenset("" if entry == '""' else entry for entry in entries if entry)
+
+    def object_name(self, name: str, longest: int) -> str:
+        """Return the name of a Kubernetes object, possibly empty: a DNS subdomain (RFC 1123)."""
+        text = self.text(name)
+        if text and (len(text) > longest or not _OBJECT_NAME.fullmatch(text)):
+            self.problem(name, f"{text[:80]!r} is no name of a Kubernetes object of at most {longest}")
+        return text
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
         """Return one of the choices, in lower case."""

@@ -16,11 +16,13 @@ class BearerFile:
     must neither open the port nor fail every scrape.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Read the file; raises AccessError where it cannot be read or holds no token."""
+    def __init__(self, path: Path, setting: str) -> None:
+        """Read the file; raises AccessError, naming `setting`, where it cannot be read or holds no token."""
         self._path = path
+        self._setting = setting
         self._seen: tuple[int, int, int] | None = None
         self._expected = b""
+        self._problem = ""
         self._load()
 
     def accepts(self, authorization: bytes | None) -> bool:
@@ -31,11 +33,15 @@ class BearerFile:
         return scheme.lower() == b"bearer" and hmac.compare_digest(credentials.strip(b" \t"), self._expected)
 
     def refresh(self) -> None:
-        """Read the file again where it changed."""
+        """Read the file again where it changed; a problem is logged when it begins."""
+        problem = ""
         try:
             self._load()
         except AccessError as error:
-            _log.warning("the bearer token for callers stays as it was", problem=str(error))
+            problem = str(error)
+            if problem != self._problem:
+                _log.warning("the bearer token for callers stays as it was", problem=problem)
+        self._problem = problem
 
     def _load(self) -> None:
         try:
@@ -45,10 +51,8 @@ class BearerFile:
                 return
             token = self._path.read_bytes().strip()
         except OSError as error:
-            raise AccessError(
-                f"PROXY_BEARER_TOKEN_FILE {self._path} cannot be read: {error.strerror}"
-            ) from None
+            raise AccessError(f"{self._setting} {self._path} cannot be read: {error.strerror}") from None
         self._seen = seen
         if not token or any(byte < 0x21 or byte > 0x7E for byte in token):
-            raise AccessError(f"PROXY_BEARER_TOKEN_FILE {self._path} holds no token")
+            raise AccessError(f"{self._setting} {self._path} holds no token")
         self._expected = token

@@ -1,0 +1,237 @@
+"""Contenders and one record on a simulated clock, with everything a network and a process may do to them."""
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+
+from k8s_consul_registrar.model import Lease
+from k8s_consul_registrar.registrar.election import (
+    Action,
+    Create,
+    Done,
+    Election,
+    ElectionTiming,
+    Read,
+    Update,
+    Wait,
+    asked,
+    next_action,
+    on_conflict,
+    on_failure,
+    on_read,
+    on_written,
+    resigned,
+)
+
+EPOCH = datetime(2026, 11, 22, 10, tzinfo=UTC)
+CONFLICT = "conflict"
+ROUNDING = 1e-6  # seconds by which a wait may seem to end early between two clocks
+
+
+@dataclass(frozen=True)
+class Faults:
+    """How likely each fault is at each request, and how bad it gets, in seconds."""
+
+    refused: float = 0.0
+    lost_request: float = 0.0
+    lost_answer: float = 0.0
+    stalled: float = 0.0
+    longest_delay: float = 0.05
+    longest_stall: float = 40.0
+    meddled: float = 0.0
+
+
+@dataclass
+class Reign:
+    """A time in which one contender would have written, in seconds of the world's clock."""
+
+    who: str
+    since: float
+    until: float
+
+
+@dataclass
+class World:
+    """The record in the API server, the time, and what happens next."""
+
+    pick: random.Random
+    faults: Faults = Faults()
+    time: float = 0.0
+    record: Lease | None = None
+    writes: list[tuple[float, Lease]] = field(default_factory=list)
+    reigns: list[Reign] = field(default_factory=list)
+    _versions: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
+    _order: "itertools.count[int]" = field(default_factory=itertools.count)
+    _events: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
+
+    def at(self, time: float, event: Callable[[], None]) -> None:
+        """Have something happen later."""
+        heapq.heappush(self._events, (max(time, self.time), next(self._order), event))
+
+    def run(self, until: float) -> None:
+        """Let everything happen up to a moment."""
+        while self._events and self._events[0][0] <= until:
+            self.time, _, event = heapq.heappop(self._events)
+            event()
+        self.time = until
+
+    def answer(self, action: Action) -> Lease | str | None:
+        """Do what an API server does: compare the version, and write."""
+        if isinstance(action, Read):
+            return self.record
+        assert isinstance(action, (Create, Update))
+        there = self.record.version if self.record else ""
+        if there != (action.lease.version if isinstance(action, Update) else ""):
+            return CONFLICT
+        self.record = replace(action.lease, version=str(next(self._versions)))
+        self.writes.append((self.time, self.record))
+        return self.record
+
+    def meddle(self) -> None:
+        """Write the object without touching the record, as a person who sets a label does."""
+        if self.record:
+            self.record = replace(self.record, version=str(next(self._versions)))
+
+    def has(self, chance: float) -> bool:
+        """Draw a lot."""
+        return self.pick.random() < chance
+
+
+class Contender:
+    """One process: its clocks run as fast as the world's and show what they like."""
+
+    def __init__(self, world: World, name: str, timing: ElectionTiming) -> None:
+        self.world = world
+        self.name = name
+        self.election = Election(name, timing)
+        self._offset = world.pick.uniform(-1e6, 1e6)
+        self._skew = world.pick.uniform(-7200, 7200)
+        self._run = 0
+        self._reign: Reign | None = None
+        self.is_done = False
+        self.is_cut_off = False
+
+    def start(self) -> None:
+        """Take part from now on, unless it was ended before."""
+        if self._run == 0:
+            self.world.at(self.world.time, self._turn(self._run))
+
+    def kill(self) -> None:
+        """End without a word; a request that is under way still arrives."""
+        self._run += 1
+        self._end_reign()
+
+    def resign(self) -> None:
+        """End in order, whatever is under way: its answer will not be read."""
+        if self._run == 0:
+            self._run += 1
+            self._become(resigned(self.election))
+
+    def cut_off(self) -> None:
+        """Lose the API server for good, and nothing else."""
+        self.is_cut_off = True
+
+    @property
+    def now(self) -> float:
+        """What its clock says."""
+        return self.world.time + self._offset
+
+    @property
+    def is_leading(self) -> bool:
+        """Whether it would write now."""
+        return self.election.is_leading(self.now)
+
+    def _wall(self) -> datetime:
+        # Set back and forth at any moment, to the second, so that equal times happen.
+        return EPOCH + timedelta(
+            seconds=round(self.world.time + self._skew) + self.world.pick.choice((0, 0, -9))
+        )
+
+    def _turn(self, run: int) -> Callable[[], None]:
+        def turn() -> None:
+            if run == self._run:
+                self._do(next_action(self.election, self.now, self._wall()))
+
+        return turn
+
+    def _do(self, action: Action) -> None:
+        world = self.world
+        if isinstance(action, Done):
+            self.is_done = True
+        elif isinstance(action, Wait):
+            assert action.until > self.now
+            world.at(action.until - self._offset + ROUNDING + self._stall(), self._turn(self._run))
+        else:
+            self._send(action)
+
+    def _send(self, action: Action) -> None:
+        world, faults, run = self.world, self.world.faults, self._run
+        started = self.now
+        self.election = asked(self.election, action)
+        if world.has(faults.meddled):
+            world.meddle()
+        arrives = world.time + world.pick.uniform(0, faults.longest_delay)
+        gives_up = world.time + self.election.timing.renew_deadline / 2
+        if self.is_cut_off or world.has(faults.refused) or world.has(faults.lost_request):
+            fails_at = arrives if world.has(0.5) else gives_up
+            world.at(fails_at + self._stall(), self._failed(run, started))
+            return
+        is_answer_lost = world.has(faults.lost_answer)
+        answered = arrives + world.pick.uniform(0, faults.longest_delay)
+        is_late = is_answer_lost or answered > gives_up
+
+        def arrive() -> None:
+            answer = world.answer(action)
+            if not is_late:
+                world.at(answered + self._stall(), self._answered(run, action, started, answer))
+
+        world.at(arrives, arrive)
+        if is_late:
+            world.at(gives_up + self._stall(), self._failed(run, started))
+
+    def _failed(self, run: int, started: float) -> Callable[[], None]:
+        def failed() -> None:
+            if run == self._run:
+                self._become(on_failure(self.election, started, self.world.pick.random()))
+
+        return failed
+
+    def _answered(
+        self, run: int, action: Action, started: float, answer: Lease | str | None
+    ) -> Callable[[], None]:
+        def answered() -> None:
+            if run != self._run:
+                return
+            spread = self.world.pick.random()
+            if isinstance(answer, str):
+                self._become(on_conflict(self.election, self.now, spread))
+            elif isinstance(action, Read):
+                self._become(on_read(self.election, answer, self.now, spread))
+            else:
+                assert answer is not None
+                self._become(on_written(self.election, answer, started))
+
+        return answered
+
+    def _become(self, election: Election) -> None:
+        self.election = election
+        until = election.writes_until - self._offset
+        self._end_reign()
+        if until > self.world.time:
+            self._reign = Reign(self.name, self.world.time, until)
+            self.world.reigns.append(self._reign)
+        self._turn(self._run)()
+
+    def _end_reign(self) -> None:
+        """Note that it writes no longer, or under a later renewal."""
+        if self._reign:
+            self._reign.until = min(self._reign.until, self.world.time)
+        self._reign = None
+
+    def _stall(self) -> float:
+        """Return for how long the process is stopped before it gets to what it waits for."""
+        faults = self.world.faults
+        return self.world.pick.uniform(0, faults.longest_stall) if self.world.has(faults.stalled) else 0.0

@@ -1,0 +1,132 @@
+"""Places, queues and deadlines, without a socket."""
+
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from k8s_consul_registrar.proxy.limits import Concurrency, Entry, Limits, scrape_deadline
+
+
+class Scrape:
+    """A waiter that notes when it is let in."""
+
+    def __init__(self, node: str, on_admitted: Callable[["Scrape"], None] = lambda scrape: None) -> None:
+        self.node = node
+        self.runs = False
+        self._on_admitted = on_admitted
+
+    def admitted(self) -> None:
+        """Note it."""
+        assert not self.runs
+        self.runs = True
+        self._on_admitted(self)
+
+
+def enter(limits: Limits, scrape: Scrape) -> Entry:
+    """Ask for a place and note a place had at once."""
+    entry = limits.enter(scrape.node, scrape)
+    if entry is Entry.RUN:
+        scrape.runs = True
+    return entry
+
+
+def test_a_node_that_hangs_fills_its_own_queue_only() -> None:
+    """Lets another node's scrapes run while one node's places and queue are full."""
+    limits = Limits(Concurrency(per_node=2, overall=5, patience=2))
+    entries = [enter(limits, Scrape("slow")) for _ in range(8)]
+    assert entries == [Entry.RUN] * 2 + [Entry.WAIT] * 4 + [Entry.FULL] * 2
+    assert [enter(limits, Scrape("other")) for _ in range(2)] == [Entry.RUN] * 2
+
+
+def test_first_come_first_served() -> None:
+    """Lets waiters in by the order they came, within the node and over all."""
+    order: list[Scrape] = []
+    limits = Limits(Concurrency(per_node=1, overall=2, patience=4))
+    first, second = Scrape("a"), Scrape("b")
+    waiting = [Scrape(node, order.append) for node in ("c", "a", "d", "a")]
+    assert [enter(limits, scrape) for scrape in (first, second)] == [Entry.RUN] * 2
+    assert [enter(limits, scrape) for scrape in waiting] == [Entry.WAIT] * 4
+    limits.leave("a")
+    limits.leave("b")
+    assert order == [waiting[0], waiting[2]]
+    limits.leave("c")
+    assert order == [waiting[0], waiting[2], waiting[1]]
+    limits.leave("d")
+    assert len(order) == 3
+    limits.leave("a")
+    assert order[3:] == [waiting[3]]
+
+
+def test_full_over_all() -> None:
+    """Refuses at once where four times the overall limit wait already."""
+    limits = Limits(Concurrency(per_node=100, overall=2))
+    entries = [enter(limits, Scrape(f"node-{number}")) for number in range(12)]
+    assert entries == [Entry.RUN] * 2 + [Entry.WAIT] * 8 + [Entry.FULL] * 2
+
+
+@given(st.integers(0, 2**32), st.integers(1, 3), st.integers(1, 5))
+def test_never_beyond_the_limits_and_never_stuck(seed: int, per_node: int, overall: int) -> None:
+    """Keeps to both limits in any order of events, and lets everyone in who stays."""
+    pick = random.Random(seed)
+    limits = Limits(Concurrency(per_node=per_node, overall=overall, patience=3))
+    present: list[Scrape] = []
+    for _ in range(60):
+        if present and pick.random() < 0.5:
+            scrape = present.pop(pick.randrange(len(present)))
+            if scrape.runs:
+                limits.leave(scrape.node)
+            else:
+                limits.withdraw(scrape.node, scrape)
+        else:
+            scrape = Scrape(pick.choice("abcd"))
+            if enter(limits, scrape) is not Entry.FULL:
+                present.append(scrape)
+        running = [scrape.node for scrape in present if scrape.runs]
+        assert len(running) == limits.running <= overall
+        assert all(running.count(node) <= per_node for node in running)
+        waiting = [scrape for scrape in present if not scrape.runs]
+        assert len(waiting) == limits.waiting
+        if len(running) < overall:
+            assert all(running.count(scrape.node) == per_node for scrape in waiting)
+    while present:
+        scrape = next(scrape for scrape in present if scrape.runs)
+        present.remove(scrape)
+        limits.leave(scrape.node)
+    assert (limits.running, limits.waiting, limits._lanes) == (0, 0, {})
+
+
+@pytest.mark.parametrize(
+    ("announced", "seconds"),
+    [
+        (b"10", 9.5),
+        (b"10.000000", 9.5),
+        (b"2", 1.8),
+        (b"5", 4.5),
+        (b"0.1", 0.09),
+        (b"1e1", 9.5),
+        (b"3600", 59.5),
+        (b"1e400", 29.5),
+        (None, 29.5),
+        (b"", 29.5),
+        (b"0", 29.5),
+        (b"-5", 29.5),
+        (b"nan", 29.5),
+        (b"inf", 29.5),
+        (b"ten", 29.5),
+        (b"10, 10", 29.5),
+        (b"\xff", 29.5),
+    ],
+)
+def test_deadline(announced: bytes | None, seconds: float) -> None:
+    """Stays slightly below what is announced, capped, and has its own where nothing sound is."""
+    assert math.isclose(scrape_deadline(announced, 60.0), seconds)
+
+
+@given(st.one_of(st.binary(max_size=20), st.floats().map(lambda value: str(value).encode())))
+def test_deadline_of_anything(announced: bytes) -> None:
+    """Is positive and within the cap whatever a caller sends."""
+    assert 0 <= scrape_deadline(announced, 60.0) <= 60.0
