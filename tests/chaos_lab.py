@@ -127,6 +127,15 @@ class ChaosLab(Lab):
         del self.wanted[f"pod--{namespace}--{name}"]
         self.sandbox.kube.delete("Pod", name, namespace)
 
+    def forget_history(self) -> None:
+        """Cut every watch and have the API server know no version of before, so that all is listed again."""
+        self.api_wire.cut()
+        self.sandbox.kube.create(objects.pod("unscraped", namespace="other", ip="198.51.100.99"))
+        self.sandbox.kube.delete("Pod", "unscraped", "other")
+        self.sandbox.kube.create(objects.node("nowhere"))
+        self.sandbox.kube.delete("Node", "nowhere")
+        self.sandbox.kube.store.compact()
+
     async def records(self, node: str = "") -> dict[str, Record]:
         """Return what the catalog holds on our node (or another), read past every proxy."""
         status, answer = await self.real.request("GET", f"/v1/catalog/node/{node or self.node}")

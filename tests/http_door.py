@@ -33,7 +33,8 @@ class CutAfter(NamedTuple):
     count: int
 
 
-class Emptied(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Emptied:
     """Answer a list, streamed or not, with all of its items left out."""
 
 
@@ -67,6 +68,7 @@ class HttpDoor:
             aiohttp.ClientSession(
                 connector=connector,
                 auto_decompress=False,
+                skip_auto_headers=("Accept-Encoding", "User-Agent", "Content-Type"),
                 timeout=aiohttp.ClientTimeout(total=None),
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
@@ -104,6 +106,8 @@ class HttpDoor:
         body = await request.read()
         self.saw(request, body)
         fault = self.fault(request)
+        if isinstance(fault, Emptied) and "watch" in request.query and not _is_streamed_list(request):
+            fault = None
         if isinstance(fault, Refuse):
             return _refusal(fault)
         headers = {key: value for key, value in request.headers.items() if key.lower() not in _PER_CONNECTION}
@@ -122,8 +126,8 @@ class HttpDoor:
     async def _relay(
         self, request: web.Request, answer: aiohttp.ClientResponse, fault: Fault | None
     ) -> web.StreamResponse:
-        is_watch = "watch" in request.query
-        if isinstance(fault, Emptied) and answer.status == 200 and not is_watch:
+        is_list = not _is_streamed_list(request)
+        if isinstance(fault, Emptied) and answer.status == 200 and is_list:
             return web.json_response({**msgspec.json.decode(await answer.read()), "items": []})
         response = web.StreamResponse(status=answer.status, reason=answer.reason)
         for key, value in answer.headers.items():
@@ -150,6 +154,10 @@ async def _after_the_list(answer: aiohttp.ClientResponse) -> Any:
             has_ended = has_ended or _END_OF_LIST in line
             if has_ended:
                 yield line + b"\n"
+
+
+def _is_streamed_list(request: web.Request) -> bool:
+    return "sendInitialEvents" in request.query
 
 
 def _abort(request: web.Request) -> None:

@@ -137,10 +137,10 @@ async def test_a_list_cut_in_the_middle(consul: RealConsul, can_stream_lists: bo
     ):
         lab.put_pods(900)
         before = await _settled(lab, daemon)
-        lab.api.fault = lambda request: CutAfter(40_000) if request.path.endswith("/pods") else None
+        lab.api.fault = lambda request: CutAfter(3_000) if request.path.endswith("/pods") else None
         lab.api_wire.cut()
         lab.drop_pod("web-7")
-        lab.sandbox.kube.store.compact()
+        lab.forget_history()
         await daemon.until_said(CANNOT, "pods")
         await asyncio.sleep(OUTAGE)
         assert created_of(await lab.records()) == before
@@ -160,8 +160,7 @@ async def test_an_empty_list(consul: RealConsul, plural: str, can_stream_lists: 
     ):
         before = await _settled(lab, daemon)
         lab.api.break_lists(Emptied(), plural)
-        lab.sandbox.kube.store.compact()
-        lab.api_wire.cut()
+        lab.forget_history()
         line = await daemon.until_said("brake: a mass removal is held")
         assert line["source"] == plural
         held = {"pods": 300, "nodes": 5}[plural]
