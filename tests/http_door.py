@@ -99,6 +99,10 @@ class HttpDoor:
         """Let everything through again."""
         self.fault = lambda _: None
 
+    def turn_to(self, other: "HttpDoor") -> None:
+        """Carry what comes from now on to where another door leads."""
+        self._upstream, self._session = other._upstream, other._session
+
     def saw(self, request: web.Request, body: bytes) -> None:
         """Take note of a request before anything becomes of it."""
 
@@ -187,14 +191,24 @@ class Write:
 class Recorder(HttpDoor):
     """Stands before a Consul and notes every write of a service, by whatever endpoint.
 
+    With `loses_answers` writes are carried out and nobody hears of it: the connection is reset.
     `is_wanted` says of a service ID whether its removal would be wrongful at that very moment.
     """
 
     def __init__(self, upstream: str, is_wanted: Callable[[str], bool] = lambda _: False) -> None:
         super().__init__(upstream)
+        self.loses_answers = False
         self.is_wanted = is_wanted
         self.writes: list[Write] = []
         self.wrongful: list[Write] = []
+
+    async def _relay(
+        self, request: web.Request, answer: aiohttp.ClientResponse, fault: Fault | None
+    ) -> web.StreamResponse:
+        if self.loses_answers and request.method == "PUT" and "consistent" not in request.query:
+            await answer.read()
+            raise ConnectionResetError
+        return await super()._relay(request, answer, fault)
 
     def saw(self, request: web.Request, body: bytes) -> None:
         """Note the writes in a request."""
