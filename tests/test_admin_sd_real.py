@@ -8,7 +8,7 @@ import yaml
 
 from k8s_consul_registrar.admin.http_sd import SD_PATH
 from k8s_consul_registrar.admin.sd_server import HttpSdServer
-from k8s_consul_registrar.admin.server_tls import ServerTls, TlsFiles
+from k8s_consul_registrar.server_tls import ServerTls, TlsFiles
 from k8s_consul_registrar.bearer import BearerFile
 from real_process import wait_until
 from real_servers import REAL, real_prometheus

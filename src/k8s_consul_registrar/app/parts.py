@@ -91,6 +91,8 @@ def target_rules(settings: RegistrarSettings) -> TargetRules:
     return TargetRules(
         annotation_prefix=selection.annotation_prefix,
         proxy_node_port=settings.proxy_node_port,
+        proxy_scheme=settings.proxy_scheme,
+        pods_through_proxy=settings.pods_through_proxy,
         cluster=settings.cluster_name,
         id_prefix=naming.id_prefix,
         pod_name=naming.pod_name,
