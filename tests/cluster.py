@@ -42,9 +42,9 @@ def deployed_rules(role: str) -> Rules:
     raise LookupError(role)
 
 
-def rule(verbs: str, resources: str) -> Mapping[str, Any]:
-    """Return one RBAC rule of the core group; verbs and resources are separated by spaces."""
-    return {"apiGroups": [""], "verbs": verbs.split(), "resources": resources.split()}
+def rule(verbs: str, resources: str, *, group: str = "") -> Mapping[str, Any]:
+    """Return one RBAC rule; verbs and resources are separated by spaces, the core group has no name."""
+    return {"apiGroups": [group], "verbs": verbs.split(), "resources": resources.split()}
 
 
 REGISTRAR_RULES = deployed_rules("k8s-consul-registrar-cr")

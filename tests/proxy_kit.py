@@ -12,8 +12,8 @@ from typing import cast
 
 import trustme
 
-from k8s_consul_registrar.model import Node, NodeAddress
 from k8s_consul_registrar.bearer import BearerFile
+from k8s_consul_registrar.model import Node, NodeAddress
 from k8s_consul_registrar.proxy.downstream import Downstream
 from k8s_consul_registrar.proxy.limits import Concurrency
 from k8s_consul_registrar.proxy.nodes import Nodes, NodeTable

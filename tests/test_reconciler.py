@@ -364,14 +364,15 @@ async def test_standing_problems_are_said_once(capsys: pytest.CaptureFixture[str
 
 
 async def test_a_standby_writes_nothing_and_takes_over_warm() -> None:
-    """It is ready once it knows the cluster, reads nothing of Consul, and on winning does what is left to do."""
+    """It is ready once it knows the cluster, knows the shards, and on winning does what is left to do."""
     vote = Vote(is_leader=False)
     lab = Lab(leadership=vote)
-    lab.consul.put_by_hand(our_pod_service("by-the-leader"))
+    lab.consul.put_by_hand(our_pod_service("by-the-leader", shard_path="s1"))
     async with lab.running():
         lab.cluster.put_list([make_pod("a")])
         await lab.until_so(lambda: lab.reconciler.status.readiness() == "")
-        assert (lab.consul.reads, lab.consul.writes) == (0, [])
+        await lab.until_so(lambda: lab.reconciler.passes.shard("pod--shop--by-the-leader") == "s1")
+        assert lab.consul.writes == []
         assert lab.value("leader") == 0
         vote.set(is_leader=True)
         await lab.until(["a"])

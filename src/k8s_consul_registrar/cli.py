@@ -3,11 +3,12 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from textwrap import fill
 
 from k8s_consul_registrar import __version__
-from k8s_consul_registrar.app.lifecycle import EXIT_SETTINGS, complain, run_mode
+from k8s_consul_registrar.app.completion import SHELLS, script
+from k8s_consul_registrar.app.lifecycle import EXIT_OK, EXIT_SETTINGS, complain, run_mode
 from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.settings.modes import CommonSettings, read_proxy, read_registrar
 from k8s_consul_registrar.settings.option import MODES, PROXY, REGISTRAR, Option
@@ -15,10 +16,16 @@ from k8s_consul_registrar.settings.options import OPTIONS, options_of
 from k8s_consul_registrar.telemetry import configure_logging
 
 DEMO = "demo"
+CHECK = "check"
+ALL = "all"
+OUTPUTS = ("table", "json")
+COMPLETION = "completion"
 COMMANDS = {
     REGISTRAR: "keep Consul equal to what the cluster wants scraped",
     PROXY: "let Prometheus read every node's cAdvisor metrics through one port",
+    CHECK: "tell what is missing before a mode can do its work, and how to repair it",
     DEMO: "show both modes at work on a sandbox of this machine",
+    COMPLETION: "print the completion script of a shell",
 }
 _WIDTH = 100
 _INDENT = "      "
@@ -41,9 +48,23 @@ def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] 
         from k8s_consul_registrar.app.demo import run_demo  # noqa: PLC0415 - needs the extra [sandbox]
 
         return run_demo(keep=parsed.keep)
+    if parsed.command == COMPLETION:
+        print(script(parsed.shell, parser), end="")
+        return EXIT_OK
     flags = {option.env: getattr(parsed, option.env) for option in OPTIONS if hasattr(parsed, option.env)}
     given = {name: value for name, value in flags.items() if value is not None}
-    return _run(parsed.command, {**environment, **given})
+    environment = {**environment, **given}
+    if parsed.command == CHECK:
+        from k8s_consul_registrar.app.check import run_check  # noqa: PLC0415 - a mode does without it
+
+        return run_check(_checked(parsed.what, environment), environment, output=parsed.output)
+    return _run(parsed.command, environment)
+
+
+def _checked(asked: str | None, environment: Mapping[str, str]) -> Sequence[str]:
+    """Return the modes to check: those asked for, else the one of this Pod, else all."""
+    mode = asked or environment.get("MODE", "").strip().lower()
+    return (mode,) if mode in MODES else MODES
 
 
 def _run(mode: str, environment: Mapping[str, str]) -> int:
@@ -91,11 +112,45 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=_secrets_of(name),
             allow_abbrev=False,
         )
-        for option in options_of(name):
+        if name in _ADDITIONS:
+            _ADDITIONS[name](command)
+        for option in OPTIONS if name == CHECK else options_of(name):
             _add_flag(command, option)
-        if name == DEMO:
-            command.add_argument("--keep", action="store_true", help="stay up for exploring until Ctrl-C")
     return parser
+
+
+def _add_demo(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--keep", action="store_true", help="stay up for exploring until Ctrl-C")
+
+
+def _add_check(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "what",
+        nargs="?",
+        choices=(*MODES, ALL),
+        help="which mode's needs; what the variable MODE says, else all",
+    )
+    command.add_argument("--output", choices=OUTPUTS, default=OUTPUTS[0], help="how to show what was found")
+    command.epilog = (
+        "Settings are those of the modes. Nothing is changed anywhere. Exit codes: 0 nothing failed, "
+        "1 something did, 2 wrong settings. Check as the account that will run: kubectl exec "
+        "deploy/k8s-consul-registrar -c k8s-consul-registrar -- k8s-consul-registrar check"
+    )
+
+
+def _add_completion(command: argparse.ArgumentParser) -> None:
+    command.add_argument("shell", choices=SHELLS, help="which shell")
+    command.epilog = (
+        "bash and zsh: source <(k8s-consul-registrar completion bash); "
+        "fish: k8s-consul-registrar completion fish | source"
+    )
+
+
+_ADDITIONS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
+    DEMO: _add_demo,
+    CHECK: _add_check,
+    COMPLETION: _add_completion,
+}
 
 
 def _add_flag(command: argparse.ArgumentParser, option: Option) -> None:

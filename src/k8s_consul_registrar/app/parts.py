@@ -1,8 +1,12 @@
 """The parts of a registrar, each made of the settings it needs: shared by the commands that read or write Consul."""
 
 import socket
+from pathlib import Path
 
+from k8s_consul_registrar.admin.sd_server import HttpSdServer
+from k8s_consul_registrar.admin.view import MetaNames, TargetsView
 from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress, ConsulToken, build_ssl_context
 from k8s_consul_registrar.consul.agent import CONCURRENCY, AgentRegistry
 from k8s_consul_registrar.consul.catalog import CONCURRENCY as TRANSACTIONS
@@ -17,8 +21,10 @@ from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.elector import Elector
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.ports import Registry
+from k8s_consul_registrar.server_tls import ServerTls, TlsFiles
 from k8s_consul_registrar.settings.backend_options import CATALOG
 from k8s_consul_registrar.settings.consul import ConsulSettings
+from k8s_consul_registrar.settings.http_sd import HttpSdSettings
 from k8s_consul_registrar.settings.modes import RegistrarSettings
 from k8s_consul_registrar.settings.naming import HASH
 from k8s_consul_registrar.targets.sharding import HashShards, RandomShards, Shards
@@ -51,6 +57,17 @@ def new_elector(settings: RegistrarSettings, kube: KubeClient) -> Elector | None
     name = election.lease_name or default_lease_name(settings.cluster_name, settings.instance)
     leases = LeaseClient(kube, election.lease_namespace or pod_namespace(), name)
     return Elector(leases, new_identity(socket.gethostname()), election.timing)
+
+
+def http_sd_server(settings: HttpSdSettings, view: TargetsView, meta_names: MetaNames) -> HttpSdServer:
+    """Build what serves targets to collectors; raises an `AccessError` naming the setting at fault."""
+    bearer = tls = None
+    if settings.bearer_token_file:
+        bearer = BearerFile(Path(settings.bearer_token_file), setting="HTTP_SD_BEARER_TOKEN_FILE")
+    if settings.cert_file:
+        client_ca = Path(settings.client_ca_file) if settings.client_ca_file else None
+        tls = ServerTls(TlsFiles(Path(settings.cert_file), Path(settings.key_file), client_ca))
+    return HttpSdServer(port=settings.port, view=view, meta_names=meta_names, bearer=bearer, tls=tls)
 
 
 def brake_rules(settings: RegistrarSettings) -> BrakeRules:

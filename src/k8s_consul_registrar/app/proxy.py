@@ -83,6 +83,10 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
     for warning in settings.common.warnings:
         log.warning(warning)
     access = load_access(settings.common.environment)
+    if settings.kubelets.skip_verify:
+        log.warning("KUBELET_INSECURE_SKIP_TLS_VERIFY: any certificate of a kubelet is accepted")
+    if settings.pods is not None and settings.pods.skip_verify:
+        log.warning("POD_INSECURE_SKIP_TLS_VERIFY: any certificate of a Pod is accepted")
     identity = KubeletIdentity(settings.kubelets, access)
     pod_side = None if settings.pods is None else _PodSide(settings.pods, Pods(), PodTrust(settings.pods))
     nodes = Nodes()
@@ -193,7 +197,7 @@ def _feeds(
         kube,
         pod_side.pods,
         rules,
-        namespaces=pod_side.wanted.namespaces,
+        sources=pod_side.wanted.sources,
         label_selector=pod_side.wanted.label_selector,
         annotation_prefix=pod_side.wanted.annotation_prefix,
     )

@@ -203,7 +203,7 @@ class PodFeed(Feed[ProxiedPod]):
         pods: Pods,
         rules: FeedRules,
         *,
-        namespaces: Sequence[str] = (),
+        sources: Sequence[Source],
         label_selector: str = "",
         annotation_prefix: str,
     ) -> None:
@@ -212,7 +212,6 @@ class PodFeed(Feed[ProxiedPod]):
                 return None
             return proxied_pod(item, annotation_prefix, allow_loopback=rules.allow_loopback)
 
-        sources = [Source(Kind.POD, namespace) for namespace in namespaces or ("",)]
         super().__init__(client, sources, rules, judge, label_selector)
         self._pods = pods
 

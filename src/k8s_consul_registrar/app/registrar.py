@@ -3,9 +3,14 @@
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
+from prometheus_client import CollectorRegistry
+
 from k8s_consul_registrar import __version__
+from k8s_consul_registrar.admin.api import api_routes
+from k8s_consul_registrar.admin.page import page_routes
 from k8s_consul_registrar.admin.server import AdminServer
 from k8s_consul_registrar.app.lifecycle import Stop, run_until_stopped
 from k8s_consul_registrar.app.parts import (
@@ -13,11 +18,13 @@ from k8s_consul_registrar.app.parts import (
     consul_access,
     consul_registry,
     followed_cluster,
+    http_sd_server,
     identity,
     new_elector,
     shards,
 )
 from k8s_consul_registrar.app.process import new_registry
+from k8s_consul_registrar.app.view import View
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.kube.access import Access, load_access
@@ -26,8 +33,11 @@ from k8s_consul_registrar.kube.cluster import FollowedCluster
 from k8s_consul_registrar.registrar.budget import FULL_READ_GAP, BudgetRules
 from k8s_consul_registrar.registrar.elector import Elector
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.ports import Registry
 from k8s_consul_registrar.registrar.reconciler import Reconciler
+from k8s_consul_registrar.registrar.record import OwnRecord
 from k8s_consul_registrar.registrar.status import RegistrarStatus
+from k8s_consul_registrar.settings.backend_options import NONE
 from k8s_consul_registrar.settings.modes import RegistrarSettings
 from k8s_consul_registrar.telemetry import get_logger
 
@@ -59,29 +69,82 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
         log.warning(warning)
     access = load_access(settings.common.environment)
     registry = new_registry("registrar")
-    async with KubeClient(access, timing) as kube:
+    async with KubeClient(access, timing) as kube, AsyncExitStack() as stack:
         elector = new_elector(settings, kube)
-        async with ConsulClient(consul_access(settings.consul), timing, writes_for=_fence(elector)) as consul:
-            cluster = followed_cluster(settings, kube, timing)
-            reconciler = Reconciler(
-                cluster=cluster,
-                registry=consul_registry(settings, consul, timing),
-                identity=identity(settings),
-                shards=shards(settings),
-                rules=brake_rules(settings),
-                period=settings.sync_period,
-                timing=timing,
-                metrics=RegistrarMetrics(registry),
-                budget=BudgetRules(gap=min(FULL_READ_GAP, settings.sync_period)),
-                leadership=elector,
-            )
-            health = _Health(reconciler.status)
-            async with AdminServer(
-                port=settings.common.admin_port, health=health, registry=registry
-            ) as admin:
-                _announce(settings, access, admin.port)
-                await _run(stop, cluster, reconciler, elector)
+        consul = await _registry(settings, timing, elector, stack)
+        cluster = followed_cluster(settings, kube, timing)
+        reconciler = Reconciler(
+            cluster=cluster,
+            registry=consul,
+            identity=identity(settings),
+            shards=shards(settings),
+            rules=brake_rules(settings),
+            period=settings.sync_period,
+            timing=timing,
+            metrics=RegistrarMetrics(registry),
+            budget=BudgetRules(gap=min(FULL_READ_GAP, settings.sync_period)),
+            leadership=elector,
+        )
+        view = View(
+            settings,
+            cluster.mirror,
+            reconciler.passes,
+            reconciler.status,
+            identity(settings),
+            shards(settings),
+            None if elector is None else lambda: elector.holder,
+        )
+        await _serve(settings, view, registry, stack, access)
+        await _run(stop, cluster, reconciler, elector)
     log.info("registrar ends; what is registered stays")
+
+
+async def _registry(
+    settings: RegistrarSettings, timing: Timing, elector: Elector | None, stack: AsyncExitStack
+) -> Registry:
+    """Connect to Consul, or keep our own record where there is none."""
+    if settings.backend.backend == NONE:
+        return OwnRecord()
+    client = ConsulClient(consul_access(settings.consul), timing, writes_for=_fence(elector))
+    return consul_registry(settings, await stack.enter_async_context(client), timing)
+
+
+async def _serve(
+    settings: RegistrarSettings,
+    view: View,
+    registry: CollectorRegistry,
+    stack: AsyncExitStack,
+    access: Access,
+) -> None:
+    """Open the admin port, and the port of http_sd where it is wanted."""
+    meta_keys = settings.naming.meta_keys
+    ports = {}
+    if settings.http_sd is not None:
+        server = http_sd_server(settings.http_sd, view, meta_keys.wire)
+        await stack.enter_async_context(server)
+        refreshing = asyncio.create_task(server.keep_fresh())
+        stack.callback(refreshing.cancel)
+        ports["http_sd_port"] = server.port
+    admin = await stack.enter_async_context(
+        AdminServer(
+            port=settings.common.admin_port,
+            health=_Health(view.status_of),
+            registry=registry,
+            routes=[*page_routes(), *api_routes(view, meta_keys.wire)],
+        )
+    )
+    log.info(
+        "registrar starts",
+        version=__version__,
+        cluster=settings.cluster_name,
+        instance=settings.instance,
+        api_server=access.server,
+        credentials=access.origin,
+        consul=settings.consul.socket or settings.consul.url,
+        backend=settings.backend.backend,
+        admin_port=admin.port,
+        **ports,
+    )
 
 
 async def _run(stop: Stop, cluster: FollowedCluster, reconciler: Reconciler, elector: Elector | None) -> None:
@@ -92,20 +155,6 @@ async def _run(stop: Stop, cluster: FollowedCluster, reconciler: Reconciler, ele
         reconciler.status.is_draining = True
         if electing is not None:
             electing.cancel()
-
-
-def _announce(settings: RegistrarSettings, access: Access, admin_port: int) -> None:
-    log.info(
-        "registrar starts",
-        version=__version__,
-        cluster=settings.cluster_name,
-        instance=settings.instance,
-        api_server=access.server,
-        credentials=access.origin,
-        consul=settings.consul.socket or settings.consul.url,
-        backend=settings.backend.backend,
-        admin_port=admin_port,
-    )
 
 
 def _fence(elector: Elector | None) -> Callable[[], float] | None:

@@ -63,17 +63,25 @@ class Reconciler:
         self._full_due = clock() + period
         self._probe_due = clock() + timing.probe
         self._retry_due = float("inf")
+        self._look_due = clock()
         self._owes_full = False
         self._has_learned = False
         self._unusable = delays(timing.retry_first, timing.retry_cap)
         self._refusing = delays(timing.retry_first, max(period, timing.retry_first))
+
+    @property
+    def passes(self) -> Passes:
+        """What is known of Consul, for whoever shows it."""
+        return self._passes
 
     async def run(self) -> None:
         """Keep Consul equal for ever; ends only by cancellation."""
         while True:
             if not self._leadership.is_leader:
                 await self._stand_by()
-            elif self._has_learned:
+                continue
+            self._reporter.leads()
+            if self._has_learned:
                 await self._turn()
             else:
                 self._has_learned = await self._is_done(self._passes.learn())
@@ -83,9 +91,14 @@ class Reconciler:
         self._has_learned = False
         self._owes_full = True
         self.status.ticked_at = self._clock()
-        self._reporter.stands_by(self._cluster.wanted())
+        self._reporter.stands_by(self._cluster.changes())
+        if self._clock() >= self._look_due:
+            # What it serves to others carries the shards that the leader gave.
+            self._look_due = self._clock() + self._timing.standby_look
+            await self._is_done(self._passes.learn())
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._timing.tick):
+            tick = self._timing.tick if self.status.has_synced else self._timing.retry_first
+            async with asyncio.timeout(tick):
                 await self._leadership.changed()
 
     async def _turn(self) -> None:

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from k8s_consul_registrar.settings.backend import BackendSettings, read_backend
+from k8s_consul_registrar.settings.backend_options import NONE
 from k8s_consul_registrar.settings.consul import ConsulSettings, read_consul
 from k8s_consul_registrar.settings.election import ElectionSettings, election_problem, read_election
-from k8s_consul_registrar.settings.naming import NamingSettings, read_naming
+from k8s_consul_registrar.settings.http_sd import HttpSdSettings, read_http_sd
+from k8s_consul_registrar.settings.naming import HASH, NamingSettings, read_naming
 from k8s_consul_registrar.settings.proxying import (
     InboundSettings,
     KubeletSettings,
@@ -58,6 +60,7 @@ class RegistrarSettings:
     previous_instances: frozenset[str]
     sync_period: float
     backend: BackendSettings
+    http_sd: HttpSdSettings | None
     selection: SelectionSettings
     naming: NamingSettings
     proxy_node_port: int
@@ -108,6 +111,13 @@ def read_registrar(environment: Mapping[str, str]) -> RegistrarSettings:
     backend = read_backend(reader, cluster_name, instance)
     selection = read_selection(reader)
     naming = read_naming(reader)
+    http_sd = read_http_sd(reader)
+    if backend.backend == NONE and http_sd is None:
+        reader.problem("CONSUL_BACKEND", "none serves targets on HTTP_SD_PORT alone: give that")
+    if backend.backend == NONE and naming.shard_paths and naming.shard_strategy != HASH:
+        reader.problem(
+            "SHARD_STRATEGY", "must be hash with CONSUL_BACKEND=none: nobody remembers a random shard"
+        )
     problem = election_problem(backend.backend, election)
     if problem:
         reader.problem("LEADER_ELECTION", problem)
@@ -128,6 +138,7 @@ def read_registrar(environment: Mapping[str, str]) -> RegistrarSettings:
         previous_instances=previous_instances,
         sync_period=period,
         backend=backend,
+        http_sd=http_sd,
         selection=selection,
         naming=naming,
         proxy_node_port=node_port,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from k8s_consul_registrar.settings.backend_options import BACKEND_OPTIONS
+from k8s_consul_registrar.settings.backend_options import BACKEND_OPTIONS, HTTP_SD_OPTIONS
 from k8s_consul_registrar.settings.option import BOTH_MODES as _BOTH
 from k8s_consul_registrar.settings.option import PROXY_ONLY as _PROXY
 from k8s_consul_registrar.settings.option import REGISTRAR_ONLY as _REGISTRAR
@@ -64,6 +64,7 @@ OPTIONS: tuple[Option, ...] = (
         "600",
     ),
     *BACKEND_OPTIONS,
+    *HTTP_SD_OPTIONS,
     *SELECTION_OPTIONS,
     *NAMING_OPTIONS,
     Option(

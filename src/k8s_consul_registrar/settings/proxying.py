@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from k8s_consul_registrar.model import Kind, Source
 from k8s_consul_registrar.settings.reader import Reader
 from k8s_consul_registrar.settings.selection import annotation_prefix, namespaces, selector
 
@@ -41,6 +42,11 @@ class ProxiedPods:
     annotation_prefix: str
     ca_file: str
     skip_verify: bool
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What is followed, each by itself."""
+        return tuple(Source(Kind.POD, namespace) for namespace in self.namespaces or ("",))
 
 
 def read_inbound(reader: Reader) -> InboundSettings:
