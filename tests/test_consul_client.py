@@ -20,6 +20,7 @@ from k8s_consul_registrar.errors import (
     AccessError,
     ConsulBusy,
     ConsulError,
+    ConsulFenced,
     ConsulForbidden,
     ConsulRefused,
     ConsulUnreachable,
@@ -136,6 +137,31 @@ async def test_what_is_held_ends_with_the_client() -> None:
             task = client.hold(client.request("GET", "/v1/x", wait=60))
             await asyncio.sleep(0.05)
         assert task.cancelled()
+
+
+async def test_a_fence_is_asked_for_each_write_and_for_no_read() -> None:
+    """A replica that does not lead sends no write; one that loses its lead breaks off what is under way."""
+    seen: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        seen.append(request.method)
+        if request.path == "/v1/slow":
+            await asyncio.sleep(5)
+        return web.Response(text="{}")
+
+    left = [0.0]
+    async with serving(answer) as url:
+        access = ConsulAccess(ConsulAddress(url))
+        async with ConsulClient(access, QUICK, writes_for=lambda: left[0]) as client:
+            with pytest.raises(ConsulFenced):
+                await client.request("PUT", "/v1/x")
+            await client.request("GET", "/v1/x")
+            assert seen == ["GET"]
+            left[0] = 10.0
+            await client.request("PUT", "/v1/x")
+            left[0] = 0.1
+            with pytest.raises(ConsulFenced):
+                await client.request("PUT", "/v1/slow")
 
 
 async def test_unix_socket(tmp_path: Path) -> None:

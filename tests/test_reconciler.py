@@ -13,6 +13,7 @@ from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.budget import BudgetRules
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.ownership import Identity
+from k8s_consul_registrar.registrar.ports import Leadership
 from k8s_consul_registrar.registrar.reconciler import Reconciler
 from k8s_consul_registrar.targets.sharding import RandomShards, Shards
 from memory import PODS, MemoryCluster, MemoryRegistry
@@ -30,6 +31,7 @@ class Lab:
         shards: Shards | None = None,
         period: float = 60,
         budget: BudgetRules | None = None,
+        leadership: Leadership | None = None,
     ) -> None:
         self.cluster = MemoryCluster()
         self.consul = MemoryRegistry(checks_versions=checks_versions)
@@ -44,6 +46,7 @@ class Lab:
             timing=QUICK,
             metrics=RegistrarMetrics(self.metrics),
             budget=budget or BudgetRules(gap=0),
+            leadership=leadership,
         )
 
     @asynccontextmanager
@@ -77,6 +80,24 @@ class Lab:
     def value(self, name: str, **labels: str) -> float | None:
         """Return a metric's value."""
         return self.metrics.get_sample_value(f"k8s_consul_registrar_{name}", labels)
+
+
+class Vote:
+    """A leadership that a test gives and takes."""
+
+    def __init__(self, *, is_leader: bool) -> None:
+        self.is_leader = is_leader
+        self._flipped = asyncio.Event()
+
+    def set(self, *, is_leader: bool) -> None:
+        """Give or take leadership."""
+        self.is_leader = is_leader
+        self._flipped.set()
+
+    async def changed(self) -> None:
+        """Wait for that."""
+        await self._flipped.wait()
+        self._flipped.clear()
 
 
 both_backends = pytest.mark.parametrize("checks_versions", [True, False], ids=["catalog", "agent"])
@@ -340,3 +361,39 @@ async def test_standing_problems_are_said_once(capsys: pytest.CaptureFixture[str
         lab.cluster.put_list([make_pod("a", ip="")])
         await lab.until_so(lambda: lab.consul.reads > 5)
     assert capsys.readouterr().out.count("no_ip") == 1
+
+
+async def test_a_standby_writes_nothing_and_takes_over_warm() -> None:
+    """It is ready once it knows the cluster, knows the shards, and on winning does what is left to do."""
+    vote = Vote(is_leader=False)
+    lab = Lab(leadership=vote)
+    lab.consul.put_by_hand(our_pod_service("by-the-leader", shard_path="s1"))
+    async with lab.running():
+        lab.cluster.put_list([make_pod("a")])
+        await lab.until_so(lambda: lab.reconciler.status.readiness() == "")
+        await lab.until_so(lambda: lab.reconciler.passes.shard("pod--shop--by-the-leader") == "s1")
+        assert lab.consul.writes == []
+        assert lab.value("leader") == 0
+        vote.set(is_leader=True)
+        await lab.until(["a"])
+        await lab.until_so(lambda: lab.value("leader") == 1)
+
+
+async def test_a_leader_that_lost_learns_anew_when_it_wins_again() -> None:
+    """What another replica wrote meanwhile is compared, not overwritten from memory."""
+    vote = Vote(is_leader=True)
+    lab = Lab(leadership=vote)
+    async with lab.running():
+        await lab.synced("a", "b")
+        vote.set(is_leader=False)
+        await lab.until_so(lambda: lab.value("leader") == 0)
+        writes = len(lab.consul.writes)
+        lab.cluster.mirror.put(PODS, make_pod("c"))
+        lab.consul.put_by_hand(our_pod_service("c"), is_noticed=False)
+        lab.consul.remove_by_hand("pod--shop--a")
+        await asyncio.sleep(0.05)
+        assert len(lab.consul.writes) == writes
+        vote.set(is_leader=True)
+        await lab.until(["a", "b", "c"])
+        await asyncio.sleep(0.05)
+    assert lab.consul.writes[writes:] == [("register", "pod--shop--a")]

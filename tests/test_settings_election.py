@@ -10,7 +10,8 @@ from k8s_consul_registrar.settings.modes import read_registrar
 
 def election(**environment: str) -> ElectionSettings:
     """Read the settings of an election that is wanted."""
-    settings = read_registrar({"CLUSTER_NAME": "lab", "LEADER_ELECTION": "true", **environment}).election
+    wanted = {"CLUSTER_NAME": "lab", "LEADER_ELECTION": "true", "CONSUL_BACKEND": "catalog"}
+    settings = read_registrar({**wanted, **environment}).election
     assert settings is not None
     return settings
 
@@ -18,7 +19,7 @@ def election(**environment: str) -> ElectionSettings:
 def problems(**environment: str) -> tuple[str, ...]:
     """Return the mistakes of an environment."""
     with pytest.raises(SettingsError) as raised:
-        read_registrar({"CLUSTER_NAME": "lab", **environment})
+        read_registrar({"CLUSTER_NAME": "lab", "CONSUL_BACKEND": "catalog", **environment})
     return raised.value.problems
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from k8s_consul_registrar.app.registrar import identity, shards, target_rules
+from k8s_consul_registrar.app.parts import identity, shards, target_rules
 from k8s_consul_registrar.cli import main
 from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.model import Kind, Source

@@ -18,6 +18,7 @@ OperationalError
     ├── ConsulUnreachable     no connection, or it broke, or time ran out: retry
     ├── ConsulForbidden       403: the token lacks a right
     ├── ConsulBusy            429 or 5xx, no leader among them: retry
+    ├── ConsulFenced          we may not write, or no longer: another replica leads
     ├── ConsulFiltered        a read came back with what the token may not see left out
     └── ConsulRefused         a 4xx for this one request: the request is at fault
 """
@@ -139,6 +140,12 @@ class ConsulBusy(ConsulError):
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class ConsulFenced(ConsulError):
+    """A write that was not sent, or was broken off, since this replica does not lead."""
+
+    cause = "fenced"
 
 
 class ConsulFiltered(ConsulError):

@@ -1,8 +1,5 @@
 """The HTTP server of the admin port: health, metrics, and what a mode adds; never in the NodePort Service."""
 
-import errno
-import os
-import socket
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
@@ -11,8 +8,8 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from k8s_consul_registrar.admin.health import Health, health_routes
+from k8s_consul_registrar.admin.listening import listen
 from k8s_consul_registrar.admin.metrics import metrics_routes
-from k8s_consul_registrar.errors import OperationalError
 
 # Seconds a request under way gets when the server stops; probes and scrapes of us are short.
 _SHUTDOWN_TIMEOUT = 1.0
@@ -47,7 +44,7 @@ class AdminServer:
 
     async def __aenter__(self) -> Self:
         """Start listening; raises OperationalError when the port cannot be had."""
-        listening = _listen(self._wanted)
+        listening = listen(self._wanted, "ADMIN_PORT")
         self.port = listening.getsockname()[1]
         try:
             await self._runner.setup()
@@ -66,19 +63,3 @@ class AdminServer:
     ) -> None:
         """Stop listening and close what is open."""
         await self._runner.cleanup()
-
-
-def _listen(port: int) -> socket.socket:
-    """Return a socket that listens on every address of the machine, in both families where it has them."""
-    try:
-        if socket.has_dualstack_ipv6():
-            try:
-                return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-            except OSError as error:
-                if error.errno != errno.EADDRNOTAVAIL:  # IPv6 compiled in and switched off
-                    raise
-        return socket.create_server(("", port))
-    except OSError as error:
-        # The socket module appends the address to strerror; the number alone gives the plain words.
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OperationalError(f"ADMIN_PORT {port} cannot be listened on: {reason}") from error

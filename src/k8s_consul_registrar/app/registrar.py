@@ -1,36 +1,44 @@
-"""Composition of the registrar: reads what was asked for, builds the parts and connects them."""
+"""Composition of the registrar: builds the parts the settings ask for, and connects them."""
 
+import asyncio
 import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
+from prometheus_client import CollectorRegistry
+
 from k8s_consul_registrar import __version__
+from k8s_consul_registrar.admin.api import api_routes
+from k8s_consul_registrar.admin.page import page_routes
 from k8s_consul_registrar.admin.server import AdminServer
 from k8s_consul_registrar.app.lifecycle import Stop, run_until_stopped
+from k8s_consul_registrar.app.parts import (
+    brake_rules,
+    consul_access,
+    consul_registry,
+    followed_cluster,
+    http_sd_server,
+    identity,
+    new_elector,
+    shards,
+)
 from k8s_consul_registrar.app.process import new_registry
+from k8s_consul_registrar.app.view import View
 from k8s_consul_registrar.backoff import Timing
-from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress, ConsulToken, build_ssl_context
-from k8s_consul_registrar.consul.agent import CONCURRENCY, AgentRegistry
-from k8s_consul_registrar.consul.catalog import CONCURRENCY as TRANSACTIONS
-from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.kube.access import load_access
+from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.cluster import FollowedCluster
-from k8s_consul_registrar.kube.mirror import Verdict
-from k8s_consul_registrar.kube.objects import Item
-from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.budget import FULL_READ_GAP, BudgetRules
+from k8s_consul_registrar.registrar.elector import Elector
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
-from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.ports import Registry
 from k8s_consul_registrar.registrar.reconciler import Reconciler
+from k8s_consul_registrar.registrar.record import OwnRecord
 from k8s_consul_registrar.registrar.status import RegistrarStatus
-from k8s_consul_registrar.settings.backend_options import CATALOG
-from k8s_consul_registrar.settings.consul import ConsulSettings
+from k8s_consul_registrar.settings.backend_options import NONE
 from k8s_consul_registrar.settings.modes import RegistrarSettings
-from k8s_consul_registrar.settings.naming import HASH
-from k8s_consul_registrar.targets.sharding import HashShards, RandomShards, Shards
-from k8s_consul_registrar.targets.targets import TargetRules, judge
 from k8s_consul_registrar.telemetry import get_logger
 
 # A loop that has not turned for so long, in seconds, hangs: no single request may take a tenth of it.
@@ -61,127 +69,96 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
         log.warning(warning)
     access = load_access(settings.common.environment)
     registry = new_registry("registrar")
-    rules = target_rules(settings)
-
-    def verdict(item: Item) -> Verdict | None:
-        return judge(item, rules)
-
-    async with (
-        KubeClient(access, timing) as kube,
-        ConsulClient(consul_access(settings.consul), timing) as consul,
-    ):
-        cluster = FollowedCluster(
-            kube,
-            settings.selection.sources,
-            verdict,
-            period=settings.sync_period,
-            timing=timing,
-            follow=settings.backend.follows,
-            selectors=settings.selection.selectors,
-        )
+    async with KubeClient(access, timing) as kube, AsyncExitStack() as stack:
+        elector = new_elector(settings, kube)
+        consul = await _registry(settings, timing, elector, stack)
+        cluster = followed_cluster(settings, kube, timing)
         reconciler = Reconciler(
             cluster=cluster,
-            registry=consul_registry(settings, consul, timing),
+            registry=consul,
             identity=identity(settings),
             shards=shards(settings),
-            rules=BrakeRules(
-                confirm=settings.brake.confirm,
-                confirm_start=settings.brake.confirm_start,
-                allow_mass=settings.brake.allow_mass,
-            ),
+            rules=brake_rules(settings),
             period=settings.sync_period,
             timing=timing,
             metrics=RegistrarMetrics(registry),
             budget=BudgetRules(gap=min(FULL_READ_GAP, settings.sync_period)),
+            leadership=elector,
         )
-        health = _Health(reconciler.status)
-        async with AdminServer(port=settings.common.admin_port, health=health, registry=registry) as admin:
-            log.info(
-                "registrar starts",
-                version=__version__,
-                cluster=settings.cluster_name,
-                instance=settings.instance,
-                api_server=access.server,
-                credentials=access.origin,
-                consul=str(settings.consul.socket or settings.consul.url),
-                admin_port=admin.port,
-            )
-            await run_until_stopped(stop, cluster.run(), reconciler.run())
-            reconciler.status.is_draining = True
+        view = View(
+            settings,
+            cluster.mirror,
+            reconciler.passes,
+            reconciler.status,
+            identity(settings),
+            shards(settings),
+            None if elector is None else lambda: elector.holder,
+        )
+        await _serve(settings, view, registry, stack, access)
+        await _run(stop, cluster, reconciler, elector)
     log.info("registrar ends; what is registered stays")
 
 
-def identity(settings: RegistrarSettings) -> Identity:
-    """Say who this registrar is."""
-    return Identity(
+async def _registry(
+    settings: RegistrarSettings, timing: Timing, elector: Elector | None, stack: AsyncExitStack
+) -> Registry:
+    """Connect to Consul, or keep our own record where there is none."""
+    if settings.backend.backend == NONE:
+        return OwnRecord()
+    client = ConsulClient(consul_access(settings.consul), timing, writes_for=_fence(elector))
+    return consul_registry(settings, await stack.enter_async_context(client), timing)
+
+
+async def _serve(
+    settings: RegistrarSettings,
+    view: View,
+    registry: CollectorRegistry,
+    stack: AsyncExitStack,
+    access: Access,
+) -> None:
+    """Open the admin port, and the port of http_sd where it is wanted."""
+    meta_keys = settings.naming.meta_keys
+    ports = {}
+    if settings.http_sd is not None:
+        server = http_sd_server(settings.http_sd, view, meta_keys.wire)
+        await stack.enter_async_context(server)
+        refreshing = asyncio.create_task(server.keep_fresh())
+        stack.callback(refreshing.cancel)
+        ports["http_sd_port"] = server.port
+    admin = await stack.enter_async_context(
+        AdminServer(
+            port=settings.common.admin_port,
+            health=_Health(view.status_of),
+            registry=registry,
+            routes=[*page_routes(), *api_routes(view, meta_keys.wire)],
+        )
+    )
+    log.info(
+        "registrar starts",
+        version=__version__,
         cluster=settings.cluster_name,
         instance=settings.instance,
-        previous_clusters=settings.previous_cluster_names,
-        previous_instances=settings.previous_instances,
-        speaks_for_cluster=not settings.instance and settings.selection.is_whole_cluster,
-        has_default_name=settings.has_default_name,
+        api_server=access.server,
+        credentials=access.origin,
+        consul=settings.consul.socket or settings.consul.url,
+        backend=settings.backend.backend,
+        admin_port=admin.port,
+        **ports,
     )
 
 
-def consul_registry(settings: RegistrarSettings, client: ConsulClient, timing: Timing) -> Registry:
-    """Build the registry of the chosen backend."""
-    backend, meta_keys = settings.backend, settings.naming.meta_keys
-    if backend.backend == CATALOG:
-        return CatalogRegistry(
-            client,
-            backend.node_name,
-            concurrency=backend.concurrency or TRANSACTIONS,
-            timing=timing,
-            meta_keys=meta_keys,
-        )
-    return AgentRegistry(client, concurrency=backend.concurrency or CONCURRENCY, meta_keys=meta_keys)
+async def _run(stop: Stop, cluster: FollowedCluster, reconciler: Reconciler, elector: Elector | None) -> None:
+    """Run everything until the stop; the lease is given back only when nothing writes any more."""
+    async with asyncio.TaskGroup() as group:
+        electing = None if elector is None else group.create_task(elector.run())
+        await run_until_stopped(stop, cluster.run(), reconciler.run())
+        reconciler.status.is_draining = True
+        if electing is not None:
+            electing.cancel()
 
 
-def target_rules(settings: RegistrarSettings) -> TargetRules:
-    """Say what becomes a target, and under which name."""
-    selection, naming = settings.selection, settings.naming
-    return TargetRules(
-        annotation_prefix=selection.annotation_prefix,
-        proxy_node_port=settings.proxy_node_port,
-        cluster=settings.cluster_name,
-        id_prefix=naming.id_prefix,
-        pod_name=naming.pod_name,
-        node_name=naming.node_name,
-        tags=naming.tags,
-        labels=naming.labels,
-        node_address_types=selection.node_address_types,
-        longest_shard=naming.longest_shard,
-        has_readiness=settings.backend.has_readiness,
-    )
-
-
-def shards(settings: RegistrarSettings) -> Shards:
-    """Say how services get their shard paths."""
-    naming = settings.naming
-    return (
-        HashShards(naming.shard_paths) if naming.shard_strategy == HASH else RandomShards(naming.shard_paths)
-    )
-
-
-def consul_access(settings: ConsulSettings) -> ConsulAccess:
-    """Load what a connection to Consul needs; raises an `AccessError` naming the file at fault."""
-    is_tls = settings.url.startswith("https://")
-    context = None
-    if is_tls:
-        context = build_ssl_context(
-            ca_file=settings.ca_file,
-            cert_file=settings.cert_file,
-            key_file=settings.key_file,
-            verify=settings.verify,
-        )
-    access = ConsulAccess(
-        address=ConsulAddress(settings.url, settings.socket),
-        token=settings.token,
-        token_file=settings.token_file,
-        ssl_context=context,
-        tls_server_name=settings.tls_server_name,
-        namespace=settings.namespace,
-        partition=settings.partition,
-    )
-    ConsulToken(access).current()
-    return access
+def _fence(elector: Elector | None) -> Callable[[], float] | None:
+    """Return what tells for how many seconds more a write may be made, None where it always may."""
+    if elector is None:
+        return None
+    return lambda: elector.writes_until - time.monotonic() if elector.is_leader else 0.0

@@ -1,8 +1,9 @@
 """Speaks HTTP to Consul and turns what goes wrong into errors that say who is at fault."""
 
 import asyncio
+import math
 import ssl
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,6 +18,7 @@ from k8s_consul_registrar.errors import (
     AccessError,
     ConsulBusy,
     ConsulError,
+    ConsulFenced,
     ConsulForbidden,
     ConsulRefused,
     ConsulUnreachable,
@@ -58,8 +60,16 @@ class StreamedAnswer:
 class ConsulClient:
     """One Consul, over kept connections; use it as an async context manager."""
 
-    def __init__(self, access: ConsulAccess, timing: Timing, *, connections: int = CONNECTIONS) -> None:
+    def __init__(
+        self,
+        access: ConsulAccess,
+        timing: Timing,
+        *,
+        connections: int = CONNECTIONS,
+        writes_for: Callable[[], float] | None = None,
+    ) -> None:
         self._access = access
+        self._writes_for = writes_for
         self._timing = timing
         self._connections = connections
         self._token = ConsulToken(access)
@@ -136,13 +146,15 @@ class ConsulClient:
         A blocking query says in `wait`, in seconds, how long Consul may take before it answers; Consul adds
         up to a sixteenth of it (Consul API, "Blocking queries").
         """
-        timeout = aiohttp.ClientTimeout(
-            total=self._timing.read_timeout + wait * 17 / 16, sock_connect=self._timing.connect_timeout
-        )
+        longest = self._timing.read_timeout + wait * 17 / 16
+        fence = self._fence(method)
+        timeout = aiohttp.ClientTimeout(total=min(longest, fence), sock_connect=self._timing.connect_timeout)
         try:
             async with self._send(method, path, params, body, timeout) as response:
                 answer = Answer(await response.read(), response.headers, response.status)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            if isinstance(error, TimeoutError) and fence < longest:
+                raise ConsulFenced("a write was broken off: this replica leads no longer") from None
             raise self._unreachable(error) from None
         if answer.status not in accepts:
             raise refusal(answer.status, path, answer)
@@ -168,6 +180,18 @@ class ConsulClient:
             yield StreamedAnswer(self._chunks(response), response.headers)
         finally:
             await sending.__aexit__(None, None, None)
+
+    def _fence(self, method: str) -> float:
+        """Return how long a request may take, in seconds; raises `ConsulFenced` for a write we may not make.
+
+        The clock is looked at for each single write: a process that was stopped meanwhile learns it here.
+        """
+        if method == "GET" or self._writes_for is None:
+            return math.inf
+        left = self._writes_for()
+        if left <= 0:
+            raise ConsulFenced("no write: this replica does not lead")
+        return left
 
     def _send(
         self,

@@ -63,6 +63,11 @@ class FollowedCluster:
             for follower in self._followers.values():
                 group.create_task(follower.run())
 
+    @property
+    def mirror(self) -> Mirror:
+        """What every source asks for now, for whoever shows it."""
+        return self._mirror
+
     def wanted(self) -> Wanted:
         """Return everything known now; it does not change afterwards."""
         return self._mirror.wanted()

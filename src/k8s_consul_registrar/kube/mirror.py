@@ -1,7 +1,7 @@
 """Our copy of what the API server's objects ask for: targets and rejections, never the objects."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
@@ -58,6 +58,8 @@ class Mirror:
         self._dirty: set[str] = set()
         self._needs_full_pass = False
         self._changed = asyncio.Event()
+        # Moves with every change, for whoever keeps what was made of the claims.
+        self.generation = 0
 
     def start_listing(self, source: Source) -> None:
         """Begin to take in a list: what it holds counts at once, what it lacks only at its end.
@@ -168,6 +170,25 @@ class Mirror:
         self._dirty.clear()
         return self._value(dict(self._claims))
 
+    @property
+    def claims(self) -> Mapping[str, Sequence[Target]]:
+        """The targets by service ID as they are at this moment; it changes under the reader."""
+        return self._claims
+
+    @property
+    def rejections(self) -> Mapping[ObjectKey, Rejection]:
+        """The rejections as they are at this moment; it changes under the reader."""
+        return self._rejections
+
+    @property
+    def cluster_uid(self) -> str:
+        """The cluster's identity, empty while it is not known."""
+        return self._cluster_uid
+
+    def states(self) -> dict[Source, SourceState]:
+        """Return how well each source is known."""
+        return {source: known.state() for source, known in self._known.items()}
+
     def changes(self, also: AbstractSet[str] = frozenset()) -> Wanted:
         """Return what changed since the last call of this or `wanted`, as a value.
 
@@ -203,7 +224,7 @@ class Mirror:
         return Wanted(
             claims=claims,
             rejections=self._rejections_copy,
-            sources={source: known.state() for source, known in self._known.items()},
+            sources=self.states(),
             departed=frozenset(self._departed),
             cluster_uid=self._cluster_uid,
         )
@@ -227,6 +248,7 @@ class Mirror:
 
     def _wake_for_full_pass(self) -> None:
         self._needs_full_pass = True
+        self.generation += 1
         self._changed.set()
 
     def _replace(self, known: _Known, key: ObjectKey, before: Verdict, after: Verdict) -> None:
@@ -248,6 +270,7 @@ class Mirror:
         else:
             self._claim(after)
         self._dirty.discard("")
+        self.generation += 1
         self._changed.set()
 
     def _unclaim(self, key: ObjectKey, targets: tuple[Target, ...]) -> None:

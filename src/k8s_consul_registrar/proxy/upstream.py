@@ -10,7 +10,7 @@ from k8s_consul_registrar.proxy.buffers import Buffers
 from k8s_consul_registrar.proxy.nodes import Endpoint
 from k8s_consul_registrar.proxy.outcomes import Refusal
 from k8s_consul_registrar.proxy.response import END_OF_HEAD, HEAD_LIMIT, Answer, Chunked, Counted, Malformed
-from k8s_consul_registrar.proxy.tls import TlsStep
+from k8s_consul_registrar.proxy.tls import PlainStep, TlsStep
 
 SWITCHING_PROTOCOLS = 101
 # The framing of a body that came along with its head.
@@ -41,7 +41,7 @@ class Exchange(Protocol):
 
 
 class Upstream(asyncio.BufferedProtocol):
-    """A TLS connection to a kubelet, kept between scrapes.
+    """A connection to a kubelet or a Pod, kept between scrapes; without TLS where there is no context for it.
 
     `idle_since` is the loop's time at which it was last put aside.
     """
@@ -65,7 +65,7 @@ class Upstream(asyncio.BufferedProtocol):
         "idle_since",
     )
 
-    def __init__(self, endpoint: Endpoint, context: ssl.SSLContext, buffers: Buffers) -> None:
+    def __init__(self, endpoint: Endpoint, context: ssl.SSLContext | None, buffers: Buffers) -> None:
         self.endpoint = endpoint
         self.context = context
         self.idle_since = 0.0
@@ -80,7 +80,7 @@ class Upstream(asyncio.BufferedProtocol):
         self._closed = False
         self._connecting: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._tls: TlsStep | None = None
+        self._tls: TlsStep | PlainStep | None = None
         self._transport: asyncio.Transport | None = None
 
     # Connecting
@@ -89,7 +89,8 @@ class Upstream(asyncio.BufferedProtocol):
         """Connect and secure within `timeout` seconds; ends in `on_connected` or `on_failure`."""
         self._exchange = exchange
         try:
-            self._tls = TlsStep(self.context, self.endpoint.server_name)
+            context, name = self.context, self.endpoint.server_name
+            self._tls = PlainStep() if context is None else TlsStep(context, name)
         except (ValueError, ssl.SSLError):
             self._loop.call_soon(self._fail, failures.UNSOUND_NAME)
             return

@@ -39,6 +39,8 @@ class Ledger:
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
         self._uncertain: dict[str, str] = {}
+        # Moves with every change, for whoever keeps what was made of the entries.
+        self.generation = 0
 
     def __len__(self) -> int:
         """Return how many services of ours are known to stand in Consul."""
@@ -59,15 +61,18 @@ class Ledger:
 
     def note(self, entry: Entry) -> None:
         """Note what stands in Consul under an ID."""
+        self.generation += 1
         self._entries[entry.id] = entry
         self._uncertain.pop(entry.id, None)
 
     def doubt(self, service_id: str, shard: str = "") -> None:
         """Note that what stands under an ID has to be looked up: another's, or a write whose end is unknown."""
+        self.generation += 1
         self._uncertain[service_id] = shard or self.shard(service_id)
         self._entries.pop(service_id, None)
 
     def forget(self, service_id: str) -> None:
         """Note that nothing stands under an ID."""
+        self.generation += 1
         self._entries.pop(service_id, None)
         self._uncertain.pop(service_id, None)

@@ -48,6 +48,7 @@ class Passes:
         self._pending: set[str] = set()
         self._refused: set[str] = set()
         self._had_full_pass = False
+        self._readings = 0
         self._lost_shards: dict[str, str] = {}
         self._taken_names: set[str] = set()
 
@@ -55,6 +56,19 @@ class Passes:
     def has_refused(self) -> bool:
         """Whether Consul refused single writes that are still owed."""
         return bool(self._refused)
+
+    def entry(self, service_id: str) -> Entry | None:
+        """Return what is known to stand in Consul under an ID."""
+        return self._ledger.get(service_id)
+
+    def shard(self, service_id: str) -> str:
+        """Return the shard a service has or had in Consul, empty where that is not known."""
+        return self._recall(service_id)
+
+    @property
+    def generation(self) -> int:
+        """A number that is another one whenever `entry` or `shard` may tell anything else."""
+        return self._readings + self._ledger.generation
 
     async def learn(self) -> None:
         """Read which IDs stand in Consul, so that what is free can be registered while lists still stream."""
@@ -69,6 +83,7 @@ class Passes:
                 await asyncio.sleep(0)
         for service_id, shard in (await self._registry.lost_shards()).items():
             self._lost_shards.setdefault(service_id, shard)
+        self._readings += self._ledger.generation + 1
         self._ledger = ledger
 
     async def full(self) -> PassReport:
@@ -90,6 +105,7 @@ class Passes:
         held, memory = planner.brake(self._rules, self._memory)
         plan = planner.plan(held, memory)
         self._reporter.planned(plan)
+        self._readings += self._ledger.generation + 1
         self._ledger = ledger
         self._pending.clear()
         self._refused.clear()
@@ -155,7 +171,7 @@ class Passes:
             deregistered = await self._deregister(plan.deregister)
         except ConsulError:
             for entry in (*plan.register, *plan.update):
-                self._ledger.doubt(entry.id)
+                self._ledger.doubt(entry.id, entry.shard)
             for service in plan.deregister:
                 self._ledger.doubt(service.id)
             raise
@@ -182,7 +198,7 @@ class Passes:
             missed = {failure.id for failure in written.failures} | set(written.stale)
             for entry in batch:
                 if entry.id in missed:
-                    self._ledger.doubt(entry.id)
+                    self._ledger.doubt(entry.id, entry.shard)
                     self._refused.add(entry.id)
                 else:
                     self._refused.discard(entry.id)

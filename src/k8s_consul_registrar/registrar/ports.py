@@ -1,5 +1,6 @@
 """What the reconciler asks of the two sides it keeps equal."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Protocol
@@ -40,6 +41,29 @@ class Cluster(Protocol):
         It confirms, or not, what the last list did not show.
         """
         ...
+
+
+class Leadership(Protocol):
+    """Whether this replica is the one that writes."""
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether a write may start now."""
+        ...
+
+    async def changed(self) -> None:
+        """Wait until leadership was won or lost since this last returned."""
+        ...
+
+
+class Alone:
+    """The leadership of a registrar without replicas."""
+
+    is_leader = True
+
+    async def changed(self) -> None:
+        """Wait for ever."""
+        await asyncio.Event().wait()
 
 
 class Registry(Protocol):

@@ -1,19 +1,20 @@
 """The loop that keeps Consul equal to what the cluster wants: which pass, and when."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from functools import partial
 
 from k8s_consul_registrar.backoff import Timing, delays
-from k8s_consul_registrar.errors import ConsulError
+from k8s_consul_registrar.errors import ConsulError, ConsulFenced
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.budget import Budget, BudgetRules
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.passes import Passes
-from k8s_consul_registrar.registrar.ports import Cluster, Registry
+from k8s_consul_registrar.registrar.ports import Alone, Cluster, Leadership, Registry
 from k8s_consul_registrar.registrar.report import Reporter
 from k8s_consul_registrar.registrar.status import PassReport, RegistrarStatus
 from k8s_consul_registrar.targets.sharding import Shards
@@ -39,10 +40,12 @@ class Reconciler:
         timing: Timing,
         metrics: RegistrarMetrics,
         budget: BudgetRules | None = None,
+        leadership: Leadership | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cluster = cluster
         self._registry = registry
+        self._leadership: Leadership = leadership or Alone()
         self._period = period
         self._timing = timing
         self._clock = clock
@@ -60,21 +63,52 @@ class Reconciler:
         self._full_due = clock() + period
         self._probe_due = clock() + timing.probe
         self._retry_due = float("inf")
+        self._look_due = clock()
         self._owes_full = False
+        # Whether a full pass is owed to a list, or to an outage of Consul, and not to somebody's writing alone.
+        self._is_urgent = False
+        self._has_learned = False
         self._unusable = delays(timing.retry_first, timing.retry_cap)
         self._refusing = delays(timing.retry_first, max(period, timing.retry_first))
 
+    @property
+    def passes(self) -> Passes:
+        """What is known of Consul, for whoever shows it."""
+        return self._passes
+
     async def run(self) -> None:
         """Keep Consul equal for ever; ends only by cancellation."""
-        while not await self._is_done(self._passes.learn()):
-            pass
         while True:
-            await self._turn()
+            if not self._leadership.is_leader:
+                await self._stand_by()
+                continue
+            self._reporter.leads()
+            if self._has_learned:
+                await self._turn()
+            else:
+                self._has_learned = await self._is_done(self._passes.learn())
+
+    async def _stand_by(self) -> None:
+        """Wait to lead, the cluster's mirrors warm meanwhile; what the other wrote is learned anew then."""
+        self._has_learned = False
+        self._owes_full = True
+        self.status.ticked_at = self._clock()
+        self._reporter.stands_by(self._cluster.changes())
+        if self._clock() >= self._look_due:
+            # What it serves to others carries the shards that the leader gave.
+            self._look_due = self._clock() + self._timing.standby_look
+            await self._is_done(self._passes.learn())
+        with contextlib.suppress(TimeoutError):
+            tick = self._timing.tick if self.status.has_synced else self._timing.retry_first
+            async with asyncio.timeout(tick):
+                await self._leadership.changed()
 
     async def _turn(self) -> None:
         """Make the pass that is due, or wait for the next reason to make one."""
         now = self.status.ticked_at = self._clock()
-        full_at = now + self._budget.wait(now) if self._wants_full(now) else self._full_due
+        self._is_urgent = self._is_urgent or self._cluster.needs_full_pass()
+        wants_full = self._wants_full(now)
+        full_at = now + self._budget.wait(now, is_urgent=self._is_urgent) if wants_full else self._full_due
         if full_at <= now:
             await self._full()
         elif self._retry_due <= now:
@@ -102,7 +136,7 @@ class Reconciler:
         self._owes_full = True
         started = self._clock()
         if await self._is_done(self._make(self._passes.full, is_full=True)):
-            self._owes_full = False
+            self._owes_full = self._is_urgent = False
             self._full_due = self._clock() + self._period
             self._budget.spend(self._clock(), self._clock() - started)
 
@@ -135,8 +169,12 @@ class Reconciler:
         """Do something with Consul; when that cannot be used, wait a little longer each time."""
         try:
             await work
+        except ConsulFenced:
+            self._owes_full = True
+            return False
         except ConsulError as error:
             self._reporter.failed(str(error))
+            self._is_urgent = True
             self._retry_due = self._clock()
             await asyncio.sleep(next(self._unusable))
             return False

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from k8s_consul_registrar.model import Kind, Service, Written
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.plan import Kept, Plan
-from k8s_consul_registrar.registrar.status import PassReport, RegistrarStatus
+from k8s_consul_registrar.registrar.status import PassRecord, PassReport, RegistrarStatus
 from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.wanted import Wanted
 from k8s_consul_registrar.telemetry import get_logger
@@ -67,11 +67,26 @@ class Reporter:
             log.warning("cannot list; nothing of it is deregistered meanwhile", source=about, problem=text)
         for kind in Kind:
             states = [state for source, state in wanted.sources.items() if source.kind is kind]
-            is_up = bool(states) and all(one.is_followed for one in states)
-            self._metrics.source_up.labels(kind.value).set(is_up)
+            self._metrics.follows(kind, all(one.is_followed for one in states) if states else None)
+
+    def leads(self) -> None:
+        """Show that this replica writes."""
+        self._status.is_standby = False
+        self._metrics.leader.set(1)
+
+    def stands_by(self, wanted: Wanted) -> None:
+        """Show that another replica writes; a standby is ready once it knows the cluster."""
+        self._status.is_standby = True
+        self._metrics.leader.set(0)
+        self.sources(wanted)
+        if all(state.listed_at is not None for state in wanted.sources.values()):
+            self._status.has_synced = True
 
     def planned(self, plan: Plan) -> None:
         """Show what a full comparison leaves alone, and what the brake holds."""
+        self._status.conflicts = {one.id: one for one in plan.conflicts}
+        self._status.lost = {one.key: one for one in plan.rejections}
+        self._status.held = plan.held
         self._metrics.conflicts.set(len(plan.conflicts))
         self._metrics.held.set(sum(len(held.ids) for held in plan.held))
         for why in Kept:
@@ -92,6 +107,9 @@ class Reporter:
         for service in services[:MOST_NAMED]:
             log.debug(verb, service=service.id, address=service.address, port=service.port)
         refused = {failure.id: failure.problem for failure in written.failures}
+        for service in services:
+            self._status.refused.pop(service.id, None)
+        self._status.refused.update(refused)
         self._news.over("refused", (service.id for service in services if service.id not in refused))
         for about, text in self._news.further("refused", refused)[:MOST_NAMED]:
             log.warning("Consul refuses a service", verb=verb, service=about, problem=text)
@@ -100,13 +118,18 @@ class Reporter:
         """Take in a full comparison: every standing figure is renewed."""
         self.sources(wanted)
         self._targets(wanted, report)
-        self._status.last = report
         if all(state.listed_at is not None for state in wanted.sources.values()):
             self._status.has_synced = True
 
     def passed_over_changes(self, wanted: Wanted, plan: Plan) -> None:
         """Take in a pass over a few changes: only what is new in it is said."""
         self.sources(wanted)
+        for service_id, claims in wanted.claims.items():
+            self._status.conflicts.pop(service_id, None)
+            for target in claims:
+                self._status.lost.pop(target.key, None)
+        self._status.conflicts.update({one.id: one for one in plan.conflicts})
+        self._status.lost.update({one.key: one for one in plan.rejections})
         self._conflicts(self._news.further("conflicts", conflicts_of(plan)))
         facts = {str(one.key): f"{one.reason}: {one.detail}" for one in plan.rejections}
         for about, text in self._news.further("rejections", facts)[:MOST_NAMED]:
@@ -130,6 +153,8 @@ class Reporter:
 
     def passed(self, report: PassReport, *, is_full: bool) -> None:
         """Report how a pass ended, its time taken included."""
+        if is_full or report.writes or report.refused:
+            self._status.recent.appendleft(PassRecord(is_full, time.time(), report))
         self._metrics.passes.labels(report.outcome).inc()
         self._metrics.pass_seconds.observe(report.seconds)
         if not report.refused:

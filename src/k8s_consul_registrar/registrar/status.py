@@ -1,10 +1,15 @@
 """What the reconciler last saw and did, as values an operator's endpoints can read."""
 
+from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from k8s_consul_registrar.model import Rejection
+from k8s_consul_registrar.model import ObjectKey, Rejection
 from k8s_consul_registrar.registrar.brake import Held
 from k8s_consul_registrar.registrar.plan import Conflict
+
+# So many passes are remembered for whoever looks.
+RECENT = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +43,28 @@ class PassReport:
         return self.registered + self.updated + self.deregistered
 
 
+class PassRecord(NamedTuple):
+    """A pass that was made; `at` is when it ended, in seconds of the epoch."""
+
+    is_full: bool
+    at: float
+    report: PassReport
+
+
 @dataclass(slots=True)
 class RegistrarStatus:
-    """Where the registrar stands. `ticked_at` is when its loop last turned, monotonic seconds."""
+    """Where the registrar stands. `ticked_at` is when its loop last turned, monotonic seconds.
 
-    last: PassReport = field(default_factory=PassReport)
+    `refused` says of service IDs why Consul refuses them, `conflicts` which IDs somebody else holds, `lost`
+    which objects lost an ID to another; `held` is what the brake holds.
+    """
+
+    recent: deque[PassRecord] = field(default_factory=lambda: deque(maxlen=RECENT))
+    refused: dict[str, str] = field(default_factory=dict)
+    conflicts: dict[str, Conflict] = field(default_factory=dict)
+    lost: dict[ObjectKey, Rejection] = field(default_factory=dict)
+    held: tuple[Held, ...] = ()
+    is_standby: bool = False
     has_synced: bool = False
     is_draining: bool = False
     ticked_at: float = 0.0

@@ -4,13 +4,14 @@ from k8s_consul_registrar.settings.option import REGISTRAR_ONLY, Option
 
 AGENT = "agent"
 CATALOG = "catalog"
-BACKENDS = (AGENT, CATALOG)
+NONE = "none"
+BACKENDS = (AGENT, CATALOG, NONE)
 
 BACKEND_OPTIONS: tuple[Option, ...] = (
     Option(
         "CONSUL_BACKEND",
         "agent: services belong to the agent at CONSUL_ADDRESS; catalog: to a node of their own, written in "
-        "transactions",
+        "transactions; none: no Consul, targets are served on HTTP_SD_PORT alone",
         REGISTRAR_ONLY,
         AGENT,
     ),
@@ -35,5 +36,29 @@ BACKEND_OPTIONS: tuple[Option, ...] = (
         "false: the cluster is listed every SYNC_PERIOD instead of being followed by events",
         REGISTRAR_ONLY,
         "true",
+    ),
+)
+
+HTTP_SD_OPTIONS: tuple[Option, ...] = (
+    Option(
+        "HTTP_SD_PORT",
+        "port of /sd/targets, Prometheus' HTTP service discovery; off unless given, 0 for one the system picks",
+        REGISTRAR_ONLY,
+    ),
+    Option(
+        "HTTP_SD_BEARER_TOKEN_FILE",
+        "file with a token that callers of it must carry, read again as it changes",
+        REGISTRAR_ONLY,
+    ),
+    Option(
+        "HTTP_SD_TLS_CERT_FILE",
+        "file with the certificate of that port, which makes it HTTPS",
+        REGISTRAR_ONLY,
+    ),
+    Option("HTTP_SD_TLS_KEY_FILE", "file with the key of that certificate", REGISTRAR_ONLY),
+    Option(
+        "HTTP_SD_TLS_CLIENT_CA_FILE",
+        "file with the authority of the certificates that callers of it must have",
+        REGISTRAR_ONLY,
     ),
 )

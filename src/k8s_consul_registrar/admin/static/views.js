@@ -1,0 +1,222 @@
+// What each tab shows, made of what the API answered.
+import { ago, badge, cell, clock, element, Keyed, moment, number, objectName, span, table, took } from "./parts.js";
+import { hint, word } from "./words.js";
+
+const TONES = {
+  registered: "good", standby: "good", pending: "wait", kept: "wait", refused: "bad", conflict: "bad",
+  success: "good", partial: "wait", failure: "bad", leader: "good", single: "good",
+};
+export const tone = (name) => TONES[name] ?? "plain";
+
+const pairs = (entries) =>
+  element("dl", { class: "pairs" }, entries.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
+
+const dim = (...children) => element("span", { class: "dim" }, ...children);
+const code = (text) => element("code", {}, text);
+const notice = (text) => element("p", { class: "notice" }, text);
+const none = (text) => element("p", { class: "none" }, text);
+
+function scrapeText(target) {
+  const query = Object.entries(target.params).map(([name, value]) => `${name}=${value}`).join("&");
+  return `${target.path}${query ? `?${query}` : ""}`;
+}
+
+function targetDetails(target) {
+  const rows = [
+    ...(target.detail ? [[word("detail"), target.detail]] : []),
+    [word("id"), target.id],
+    [word("name"), target.name],
+    ...(target.tags.length ? [[word("tags"), target.tags.join(", ")]] : []),
+  ];
+  return element(
+    "tr", { class: "details" },
+    element("td", { colspan: 7 }, pairs(rows), element("h3", {}, word("labels")), pairs(Object.entries(target.labels))),
+  );
+}
+
+function targetRow(target, isOpen, toggle) {
+  const name = objectName(target.object);
+  const button = element(
+    "button",
+    { type: "button", class: "fold", "aria-expanded": String(isOpen), "data-id": target.id, onclick: () => toggle(target.id) },
+    element("bdi", {}, name),
+  );
+  return element(
+    "tr", { class: isOpen ? "open" : undefined },
+    cell("state", {}, badge(target.state, tone(target.state))),
+    cell("kind", { class: "dim" }, word(target.object.kind)),
+    cell("object", { class: "main" }, button),
+    cell("address", {}, code(target.socket)),
+    cell("path", {}, dim(target.scheme === "http" ? "" : `${target.scheme} `), code(scrapeText(target))),
+    cell("on_node", { class: "dim" }, target.node),
+    cell("shard", { class: "dim" }, target.shard),
+  );
+}
+
+const targetRows = new Keyed();
+
+export function targetsView(answer, { open, toggle }) {
+  if (!answer.targets.length) return [none(word("nothing"))];
+  const groups = targetRows.of(
+    answer.targets,
+    (target) => target.id,
+    (target) => {
+      const isOpen = open.has(target.id);
+      return [targetRow(target, isOpen, toggle), ...(isOpen ? [targetDetails(target)] : [])];
+    },
+    (target) => `${open.has(target.id)}${JSON.stringify(target)}`,
+  );
+  return { columns: ["state", "kind", "object", "address", "path", "on_node", "shard"], rows: groups.flat() };
+}
+
+const rejectionRows = new Keyed();
+
+export function rejectionsView(answer) {
+  if (!answer.total) return [none(word("no_rejections"))];
+  if (!answer.found) return [none(word("nothing"))];
+  const rows = rejectionRows.of(
+    answer.rejections,
+    (one) => JSON.stringify(one.object) + one.kept_id,
+    (one) =>
+      element(
+        "tr", {},
+        cell("object", { class: "main" }, element("bdi", {}, objectName(one.object)), " ", dim(word(one.object.kind))),
+        cell("reason", {}, element("span", { class: "badge bad" }, one.reason), element("p", {}, one.detail)),
+        cell("fix", {}, element("p", {}, hint(one.reason)), one.kept_id ? dim(`${word("kept_id")} `, code(one.kept_id)) : null),
+      ),
+  );
+  return { notice: word("rejections_why"), columns: ["object", "reason", "fix"], rows };
+}
+
+export function conflictsView(status) {
+  if (!status.conflicts.length) return [none(word("no_conflicts"))];
+  const rows = status.conflicts.map((one) =>
+    element(
+      "tr", {},
+      cell("id", { class: "main" }, code(one.id)),
+      cell("wanted_by", {}, objectName(one.object), " ", dim(word(one.object.kind))),
+      cell("holder", {}, one.holder),
+    ),
+  );
+  const shown = status.conflicts.length;
+  return [
+    notice(word("conflicts_why")),
+    ...(shown < status.counts.conflicts ? [notice(word("shown_first", { shown: number(shown) }))] : []),
+    table(["id", "wanted_by", "holder"], rows),
+  ];
+}
+
+function passRow(pass, now) {
+  const done = Object.entries(pass.counts).filter(([, count]) => count).map(([name, count]) => `${word(name)} ${number(count)}`);
+  return element(
+    "tr", {},
+    cell("when", {}, moment(pass.at, now)),
+    cell("kind", {}, word(pass.kind)),
+    cell("outcome", {}, badge(pass.outcome, tone(pass.outcome))),
+    cell("took", {}, took(pass.seconds)),
+    cell("counts", {}, done.join(" · ") || dim("–"), pass.problem ? element("p", { class: "problem" }, pass.problem) : null),
+  );
+}
+
+export function healthView(status) {
+  const { consul, now } = status;
+  const sources = status.sources.map((one) =>
+    element(
+      "tr", {},
+      cell("source", { class: "main" }, one.name),
+      cell("is_followed", {}, badge(one.is_followed ? "yes" : "no", one.is_followed ? "good" : "bad")),
+      cell("listed", {}, moment(one.listed_at, now)),
+      cell("objects", {}, number(one.objects)),
+      cell("problem", {}, one.problem || dim("–")),
+    ),
+  );
+  return [
+    element("h2", {}, word("consul")),
+    pairs([
+      [word("state"), badge(consul.is_up ? "up" : "down", consul.is_up ? "good" : "bad")],
+      [word("backend"), consul.backend],
+      ...(consul.address ? [[word("address"), code(consul.address)]] : []),
+      ...(consul.problem ? [[word("problem"), consul.problem]] : []),
+    ]),
+    element("h2", {}, word("sources")),
+    table(["source", "is_followed", "listed", "objects", "problem"], sources),
+    element("h2", {}, word("passes")),
+    status.passes.length
+      ? table(["when", "kind", "outcome", "took", "counts"], status.passes.map((pass) => passRow(pass, now)))
+      : none(word("no_passes")),
+  ];
+}
+
+export function configurationView(status) {
+  const about = [
+    [word("version"), status.version],
+    [word("cluster"), status.cluster],
+    ...(status.instance ? [[word("instance"), status.instance]] : []),
+    [word("started"), moment(status.started_at, status.now)],
+  ];
+  const rows = status.settings.map((one) =>
+    element("tr", {}, cell("setting", { class: "main" }, code(one.name)), cell("value", {}, one.value ? code(one.value) : dim("–"))),
+  );
+  return [pairs(about), table(["setting", "value"], rows)];
+}
+
+/** What an operator has to know whatever tab is open, the worst first. */
+export function banners(status, failure) {
+  const list = [];
+  const add = (kind, title, text, names) =>
+    list.push(
+      element(
+        "div", { class: `banner ${kind}` }, element("b", {}, title),
+        text ? element("p", {}, text) : null, names ? element("p", { class: "names" }, names) : null,
+      ),
+    );
+  if (failure) add("bad", word("unreachable", { problem: failure.problem, ago: ago(status.now, failure.now) }));
+  if (status.unready) add("wait", word("unready", { problem: status.unready }));
+  if (!status.consul.is_up) add("bad", word("consul_down", { problem: status.consul.problem }));
+  for (const one of status.brakes) {
+    const names = `${one.sample.join(", ")}${one.count > one.sample.length ? ", …" : ""}`;
+    const until = `${clock(one.until)} (${word("in", { span: span(Math.max(0, one.until - status.now)) })})`;
+    add("wait", word("brake_on", { count: number(one.count), source: one.source }), word("brake_why", { until }), names);
+  }
+  for (const one of status.sources.filter((source) => source.problem))
+    add("bad", word("source_down", { source: one.name, problem: one.problem }), word("source_why"));
+  return list;
+}
+
+/** The figures at the top: each leads to the tab that explains it. */
+export function cards(status) {
+  const { counts, now } = status;
+  const rejected = Object.values(counts.rejections).reduce((sum, count) => sum + count, 0);
+  const held = status.brakes.reduce((sum, one) => sum + one.count, 0);
+  const followed = status.sources.filter((one) => one.is_followed).length;
+  const pass = status.passes[0];
+  const card = (tab, name, kind, figure, ...text) =>
+    element("a", { class: `card ${kind}`, href: `#${tab}` }, element("span", { class: "name" }, word(name)), element("b", {}, figure), dim(...text));
+  const unwell = ["refused", "conflict", "pending"].filter((name) => counts.states[name]);
+  const passText = pass ? `${pass.problem || took(pass.seconds)} · ${ago(pass.at, now)}` : "";
+  return [
+    card(
+      "targets", "targets", counts.states.refused ? "wait" : "good", number(counts.targets),
+      unwell.map((name) => `${number(counts.states[name])} ${word(name)}`).join(" · ") ||
+        `${number(counts.kinds.pod)} ${word("pod")} · ${number(counts.kinds.node)} ${word("node")}`,
+    ),
+    card("rejections", "rejections", rejected ? "wait" : "good", number(rejected), Object.keys(counts.rejections).slice(0, 2).join(", ")),
+    card("conflicts", "conflicts", counts.conflicts ? "bad" : "good", number(counts.conflicts)),
+    ...(held ? [card("health", "brake", "wait", number(held), word("held"))] : []),
+    card("health", "consul", status.consul.is_up ? "good" : "bad", word(status.consul.is_up ? "up" : "down"), status.consul.backend),
+    card(
+      "health", "sources", followed === status.sources.length ? "good" : "bad", `${followed}/${status.sources.length}`, word("followed"),
+    ),
+    card("health", "last_pass", pass ? tone(pass.outcome) : "plain", pass ? word(pass.outcome) : "–", passText),
+  ];
+}
+
+/** A row of buttons that choose one value of the filter `by`; `counts` in the order given. */
+export const chips = (by, counts, chosen, choose) =>
+  counts.map(([name, count]) =>
+    element(
+      "button",
+      { type: "button", class: `chip ${tone(name)}`, "aria-pressed": String(name === chosen), "data-by": by, "data-chip": name, onclick: () => choose(name) },
+      name ? word(name) : word("all"), " ", element("b", {}, number(count)),
+    ),
+  );

@@ -1,0 +1,154 @@
+"""The parts of a registrar, each made of the settings it needs: shared by the commands that read or write Consul."""
+
+import socket
+from pathlib import Path
+
+from k8s_consul_registrar.admin.sd_server import HttpSdServer
+from k8s_consul_registrar.admin.view import MetaNames, TargetsView
+from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.bearer import BearerFile
+from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress, ConsulToken, build_ssl_context
+from k8s_consul_registrar.consul.agent import CONCURRENCY, AgentRegistry
+from k8s_consul_registrar.consul.catalog import CONCURRENCY as TRANSACTIONS
+from k8s_consul_registrar.consul.catalog import CatalogRegistry
+from k8s_consul_registrar.consul.client import ConsulClient
+from k8s_consul_registrar.kube.client import KubeClient
+from k8s_consul_registrar.kube.cluster import FollowedCluster
+from k8s_consul_registrar.kube.lease import LeaseClient, default_lease_name, new_identity, pod_namespace
+from k8s_consul_registrar.kube.mirror import Verdict
+from k8s_consul_registrar.kube.objects import Item
+from k8s_consul_registrar.registrar.brake import BrakeRules
+from k8s_consul_registrar.registrar.elector import Elector
+from k8s_consul_registrar.registrar.ownership import Identity
+from k8s_consul_registrar.registrar.ports import Registry
+from k8s_consul_registrar.server_tls import ServerTls, TlsFiles
+from k8s_consul_registrar.settings.backend_options import CATALOG
+from k8s_consul_registrar.settings.consul import ConsulSettings
+from k8s_consul_registrar.settings.http_sd import HttpSdSettings
+from k8s_consul_registrar.settings.modes import RegistrarSettings
+from k8s_consul_registrar.settings.naming import HASH
+from k8s_consul_registrar.targets.sharding import HashShards, RandomShards, Shards
+from k8s_consul_registrar.targets.targets import TargetRules, judge
+
+
+def followed_cluster(settings: RegistrarSettings, kube: KubeClient, timing: Timing) -> FollowedCluster:
+    """Build the cluster's side."""
+    rules = target_rules(settings)
+
+    def verdict(item: Item) -> Verdict | None:
+        return judge(item, rules)
+
+    return FollowedCluster(
+        kube,
+        settings.selection.sources,
+        verdict,
+        period=settings.sync_period,
+        timing=timing,
+        follow=settings.backend.follows,
+        selectors=settings.selection.selectors,
+    )
+
+
+def new_elector(settings: RegistrarSettings, kube: KubeClient) -> Elector | None:
+    """Build what takes part in the election, None where there is none; raises an `AccessError`."""
+    election = settings.election
+    if election is None:
+        return None
+    name = election.lease_name or default_lease_name(settings.cluster_name, settings.instance)
+    leases = LeaseClient(kube, election.lease_namespace or pod_namespace(), name)
+    return Elector(leases, new_identity(socket.gethostname()), election.timing)
+
+
+def http_sd_server(settings: HttpSdSettings, view: TargetsView, meta_names: MetaNames) -> HttpSdServer:
+    """Build what serves targets to collectors; raises an `AccessError` naming the setting at fault."""
+    bearer = tls = None
+    if settings.bearer_token_file:
+        bearer = BearerFile(Path(settings.bearer_token_file), setting="HTTP_SD_BEARER_TOKEN_FILE")
+    if settings.cert_file:
+        client_ca = Path(settings.client_ca_file) if settings.client_ca_file else None
+        tls = ServerTls(TlsFiles(Path(settings.cert_file), Path(settings.key_file), client_ca))
+    return HttpSdServer(port=settings.port, view=view, meta_names=meta_names, bearer=bearer, tls=tls)
+
+
+def brake_rules(settings: RegistrarSettings) -> BrakeRules:
+    """Say when a removal is held."""
+    brake = settings.brake
+    return BrakeRules(confirm=brake.confirm, confirm_start=brake.confirm_start, allow_mass=brake.allow_mass)
+
+
+def identity(settings: RegistrarSettings) -> Identity:
+    """Say who this registrar is."""
+    return Identity(
+        cluster=settings.cluster_name,
+        instance=settings.instance,
+        previous_clusters=settings.previous_cluster_names,
+        previous_instances=settings.previous_instances,
+        speaks_for_cluster=not settings.instance and settings.selection.is_whole_cluster,
+        has_default_name=settings.has_default_name,
+    )
+
+
+def consul_registry(settings: RegistrarSettings, client: ConsulClient, timing: Timing) -> Registry:
+    """Build the registry of the chosen backend."""
+    backend, meta_keys = settings.backend, settings.naming.meta_keys
+    if backend.backend == CATALOG:
+        return CatalogRegistry(
+            client,
+            backend.node_name,
+            concurrency=backend.concurrency or TRANSACTIONS,
+            timing=timing,
+            meta_keys=meta_keys,
+        )
+    return AgentRegistry(client, concurrency=backend.concurrency or CONCURRENCY, meta_keys=meta_keys)
+
+
+def target_rules(settings: RegistrarSettings) -> TargetRules:
+    """Say what becomes a target, and under which name."""
+    selection, naming = settings.selection, settings.naming
+    return TargetRules(
+        annotation_prefix=selection.annotation_prefix,
+        proxy_node_port=settings.proxy_node_port,
+        proxy_scheme=settings.proxy_scheme,
+        pods_through_proxy=settings.pods_through_proxy,
+        cluster=settings.cluster_name,
+        id_prefix=naming.id_prefix,
+        pod_name=naming.pod_name,
+        node_name=naming.node_name,
+        tags=naming.tags,
+        labels=naming.labels,
+        node_address_types=selection.node_address_types,
+        longest_shard=naming.longest_shard,
+        has_readiness=settings.backend.has_readiness,
+    )
+
+
+def shards(settings: RegistrarSettings) -> Shards:
+    """Say how services get their shard paths."""
+    naming = settings.naming
+    return (
+        HashShards(naming.shard_paths) if naming.shard_strategy == HASH else RandomShards(naming.shard_paths)
+    )
+
+
+def consul_access(settings: ConsulSettings) -> ConsulAccess:
+    """Load what a connection to Consul needs; raises an `AccessError` naming the file at fault."""
+    is_tls = settings.url.startswith("https://")
+    context = None
+    if is_tls:
+        context = build_ssl_context(
+            ca_file=settings.ca_file,
+            cert_file=settings.cert_file,
+            key_file=settings.key_file,
+            verify=settings.verify,
+        )
+    access = ConsulAccess(
+        address=ConsulAddress(settings.url, settings.socket),
+        token=settings.token,
+        token_file=settings.token_file,
+        ssl_context=context,
+        tls_server_name=settings.tls_server_name,
+        namespace=settings.namespace,
+        partition=settings.partition,
+    )
+    ConsulToken(access).current()
+    return access

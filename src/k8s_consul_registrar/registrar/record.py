@@ -1,0 +1,44 @@
+"""A registry of our own for where there is no Consul: what is wanted is kept here, to be served to collectors."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+from k8s_consul_registrar.model import Service, Written
+
+
+class OwnRecord:
+    """Keeps services in memory as Consul would, so that the brake holds here what it holds there."""
+
+    checks_versions = False
+
+    def __init__(self) -> None:
+        self._services: dict[str, Service] = {}
+
+    async def services(self) -> AsyncIterator[Service]:
+        """Yield every service."""
+        for service in tuple(self._services.values()):
+            yield service
+
+    async def lookup(self, ids: Sequence[str]) -> AsyncIterator[Service]:
+        """Yield those of these services that are there."""
+        for service_id in ids:
+            if service_id in self._services:
+                yield self._services[service_id]
+
+    async def register(self, services: Sequence[Service]) -> Written:
+        """Keep services, in place of those of the same ID."""
+        self._services.update({service.id: service for service in services})
+        return Written(len(services))
+
+    async def deregister(self, services: Sequence[Service]) -> Written:
+        """Drop services."""
+        for service in services:
+            self._services.pop(service.id, None)
+        return Written(len(services))
+
+    async def is_disturbed(self) -> bool:
+        """Tell that nobody else writes here."""
+        return False
+
+    async def lost_shards(self) -> Mapping[str, str]:
+        """Return none."""
+        return {}

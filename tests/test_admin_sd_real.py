@@ -1,0 +1,119 @@
+"""A real Prometheus reads the HTTP service discovery: the same rules serve it and Consul's."""
+
+from pathlib import Path
+
+import pytest
+import trustme
+import yaml
+
+from k8s_consul_registrar.admin.http_sd import SD_PATH
+from k8s_consul_registrar.admin.sd_server import HttpSdServer
+from k8s_consul_registrar.bearer import BearerFile
+from k8s_consul_registrar.server_tls import ServerTls, TlsFiles
+from real_process import wait_until
+from real_servers import REAL, real_prometheus
+from seen import Registrar, many_targets, pod_target
+
+pytestmark = [*REAL, pytest.mark.timeout(120)]
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "deploy" / "prometheus.yml"
+
+
+def example_rules() -> list[dict[str, object]]:
+    """Return the relabelling rules of the example, written for Consul's discovery."""
+    rules: list[dict[str, object]] = yaml.safe_load(EXAMPLE.read_text())["scrape_configs"][0][
+        "relabel_configs"
+    ]
+    return rules
+
+
+async def test_prometheus_reads_it_with_token_and_certificate(tmp_path: Path) -> None:
+    """Targets come over TLS with client certificate and token, and the example's own rules label them."""
+    authority = trustme.CA()
+    ours, theirs = authority.issue_cert("localhost"), authority.issue_cert("prometheus")
+    files = TlsFiles(tmp_path / "tls.crt", tmp_path / "tls.key", tmp_path / "ca.crt")
+    for path, pem in (
+        (files.certificate, ours.cert_chain_pems[0]), (files.key, ours.private_key_pem),
+        (tmp_path / "ca.crt", authority.cert_pem), (tmp_path / "client.crt", theirs.cert_chain_pems[0]),
+        (tmp_path / "client.key", theirs.private_key_pem),
+    ):  # fmt: skip
+        pem.write_to_path(str(path))
+    (tmp_path / "token").write_text("t0ken\n")
+    registrar = Registrar(missing="not listed yet")
+    registrar.put(
+        pod_target("web-1", address="::1", meta={"param_module": "http_2xx", "scheme": "https"}),
+        pod_target("web-2", "search", meta={"shard_path": "shard-2"}),
+    )
+    async with HttpSdServer(
+        port=0, view=registrar, bearer=BearerFile(tmp_path / "token", "TOKEN"), tls=ServerTls(files)
+    ) as server:
+        discovery = {
+            "url": f"https://localhost:{server.port}{SD_PATH}?shard_path=shard-1",
+            "refresh_interval": "1s",
+            # Prometheus 2.42 sends no scheme where none is written here.
+            "authorization": {"type": "Bearer", "credentials_file": str(tmp_path / "token")},
+            "tls_config": {
+                "ca_file": str(tmp_path / "ca.crt"),
+                "cert_file": str(tmp_path / "client.crt"),
+                "key_file": str(tmp_path / "client.key"),
+            },
+        }
+        job = {
+            "job_name": "pods",
+            "scrape_interval": "1h",
+            "http_sd_configs": [discovery],
+            "relabel_configs": example_rules(),
+        }
+        config = yaml.safe_dump({"scrape_configs": [job]})
+        async with real_prometheus(config, mechanism="http_sd") as prometheus:
+
+            async def was_put_off() -> bool:
+                return "503" in prometheus.program.tail()
+
+            await wait_until(was_put_off, 30, every=0.2)
+            assert await prometheus.targets() == []
+            registrar.missing = ""
+
+            async def is_there() -> bool:
+                return len(await prometheus.targets()) == 1
+
+            await wait_until(is_there, 30, every=0.2)
+            (target,) = await prometheus.targets()
+            assert target["scrapeUrl"] == "https://[::1]:9102/metrics?module=http_2xx"
+            assert target["labels"] == {
+                "cluster": "lab", "instance": "[::1]:9102", "job": "pods", "kind": "pod",
+                "namespace": "shop", "node": "node-1", "pod": "web-1",
+            }  # fmt: skip
+            del registrar.held["pod--shop--web-1"]
+            registrar.put(pod_target("web-3", tags=("a",)))
+
+            async def is_another() -> bool:
+                found = await prometheus.targets()
+                return [one["labels"]["pod"] for one in found] == ["web-3"]
+
+            await wait_until(is_another, 30, every=0.2)
+
+
+async def test_prometheus_takes_ten_thousand_targets() -> None:
+    """All of 10,000 targets are there, each with its own labels."""
+    async with HttpSdServer(port=0, view=Registrar(many_targets(10_000))) as server:
+        discovery = {"url": f"http://localhost:{server.port}{SD_PATH}", "refresh_interval": "1s"}
+        job = {
+            "job_name": "pods",
+            "scrape_interval": "1h",
+            "http_sd_configs": [discovery],
+            # Nothing beyond this machine is asked for anything.
+            "relabel_configs": [
+                *example_rules(),
+                {"target_label": "__address__", "replacement": "127.0.0.1:9"},
+            ],
+        }
+        config = yaml.safe_dump({"scrape_configs": [job]})
+        async with real_prometheus(config, mechanism="http_sd") as prometheus:
+
+            async def are_there() -> bool:
+                return len(await prometheus.targets()) == 10_000
+
+            await wait_until(are_there, 60, every=1.0)
+            pods = {one["labels"].get("pod") for one in await prometheus.targets()}
+            assert len(pods) == 10_000 - 200 + 1

@@ -1,0 +1,143 @@
+"""What the admin endpoints see of a running registrar: every state a target can be in, and no secret."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from builders import make_pod, our_pod_service
+from fake_consul import QUICK
+from k8s_consul_registrar.admin.view import SeenTarget, TargetState
+from k8s_consul_registrar.app.parts import identity, shards
+from k8s_consul_registrar.app.view import View, shown_settings
+from k8s_consul_registrar.registrar.brake import BrakeRules
+from k8s_consul_registrar.registrar.budget import BudgetRules
+from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.reconciler import Reconciler
+from k8s_consul_registrar.settings.modes import read_registrar
+from memory import PODS, MemoryCluster, MemoryRegistry
+
+SETTINGS = read_registrar({"CLUSTER_NAME": "lab", "SHARD_PATHS": "s1,s2", "CONSUL_HTTP_TOKEN": "t0p-secret"})
+
+
+class Seen:
+    """A reconciler with its view."""
+
+    def __init__(self) -> None:
+        self.cluster = MemoryCluster()
+        self.consul = MemoryRegistry(checks_versions=True)
+        self.reconciler = Reconciler(
+            cluster=self.cluster,
+            registry=self.consul,
+            identity=identity(SETTINGS),
+            shards=shards(SETTINGS),
+            rules=BrakeRules(confirm=0.1, confirm_start=600),
+            period=60,
+            timing=QUICK,
+            metrics=RegistrarMetrics(CollectorRegistry()),
+            budget=BudgetRules(gap=0),
+        )
+        self.view = View(
+            SETTINGS,
+            self.cluster.mirror,
+            self.reconciler.passes,
+            self.reconciler.status,
+            identity(SETTINGS),
+            shards(SETTINGS),
+        )
+
+    def targets(self) -> dict[str, SeenTarget]:
+        """Return what is seen, by Pod."""
+        return {one.key.name: one for one in self.view.targets()}
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Run the loop."""
+        task = asyncio.create_task(self.reconciler.run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def synced(self) -> None:
+        """Wait for the first comparison."""
+        async with asyncio.timeout(5):
+            while not self.reconciler.status.has_synced:
+                await asyncio.sleep(0.005)
+
+
+async def test_every_state_of_a_target() -> None:
+    """Registered, refused and held by another, each with what there is to say."""
+    seen = Seen()
+    seen.consul.refused = {"pod--shop--bad"}
+    seen.consul.put_by_hand(our_pod_service("taken", cluster="other"))
+    assert "not listed yet" in seen.view.unlisted()
+    async with seen.running():
+        seen.cluster.put_list([make_pod(name) for name in ("good", "bad", "taken")] + [make_pod("x", ip="")])
+        await seen.synced()
+        assert seen.view.unlisted() == ""
+        states = {name: one.state for name, one in seen.targets().items()}
+        assert states == {
+            "good": TargetState.REGISTERED,
+            "bad": TargetState.REFUSED,
+            "taken": TargetState.CONFLICT,
+        }
+        good = seen.targets()["good"].service
+        assert good == replace(seen.consul.held["pod--shop--good"], index=0)
+        assert good.value("shard_path") in ("s1", "s2")
+        assert seen.targets()["bad"].detail == "no"
+        assert "cluster=other" in seen.targets()["taken"].detail
+        assert [(one.key.name, one.reason) for one in seen.view.rejections()] == [("x", "no_ip")]
+        status = seen.view.status()
+        assert [one.id for one in status.conflicts] == ["pod--shop--taken"]
+        assert status.passes[0].outcome == "partial"
+        assert status.sources[0].objects == 4
+
+
+async def test_the_generation_moves_with_what_is_seen() -> None:
+    """It stays while nothing changes, and moves when a target is added, written or refused."""
+    seen = Seen()
+    async with seen.running():
+        seen.cluster.put_list([make_pod("a")])
+        await seen.synced()
+        await asyncio.sleep(0.05)
+        before = seen.view.generation
+        assert seen.view.generation == before
+        seen.cluster.mirror.put(PODS, make_pod("b"))
+        asked = seen.view.generation
+        assert asked != before
+        assert seen.targets()["b"].state is TargetState.PENDING
+        assert seen.targets()["b"].service.value("shard_path") == ""
+        async with asyncio.timeout(5):
+            while seen.targets()["b"].state is not TargetState.REGISTERED:
+                await asyncio.sleep(0.005)
+        assert seen.view.generation not in (before, asked)
+
+
+async def test_the_brake_is_seen() -> None:
+    """What is held is counted and named, with when it would be let go."""
+    seen = Seen()
+    for number in range(40):
+        seen.consul.put_by_hand(our_pod_service(f"p{number}"))
+    async with seen.running():
+        seen.cluster.put_list([])
+        async with asyncio.timeout(5):
+            while not seen.view.status().brakes:
+                await asyncio.sleep(0.005)
+    (brake,) = seen.view.status().brakes
+    assert (brake.source, brake.count, len(brake.sample)) == ("pods", 40, 20)
+    assert brake.until - brake.since == pytest.approx(600)
+
+
+def test_secrets_are_not_shown() -> None:
+    """Of a secret only that it is set."""
+    shown = {one.name: one.value for one in shown_settings(SETTINGS.common.environment)}
+    assert shown["CONSUL_HTTP_TOKEN"] == "set"
+    assert shown["CLUSTER_NAME"] == "lab"
+    assert shown["SYNC_PERIOD"] == "600"
+    assert "t0p-secret" not in repr(shown)
