@@ -75,7 +75,7 @@ async def test_bodies_of_any_size(tmp_path: Path, size: int) -> None:
 
 async def test_a_slow_caller_holds_the_kubelet_back(tmp_path: Path) -> None:
     """What the socket does not take is kept and the kubelet read no further, and in the end all of it arrives."""
-    body = os.urandom(8_000_000)
+    body = os.urandom(1_000_000) * 32  # more than the system holds for two sockets
     kubelet = Kubelet(always(answer(body)))
     async with secured(Files(tmp_path, AUTHORITY), kubelet) as proxy:
         caller = await connect(proxy, caller_context(AUTHORITY))
