@@ -107,9 +107,7 @@ class ChaosLab(Lab):
     def put_pods(self, count: int, namespace: str = "shop", prefix: str = "web") -> None:
         """Create so many Pods that are scraped."""
         for number in range(count):
-            self.put_pod(
-                f"{prefix}-{number}", namespace, f"198.18.{number // 250 % 250}.{number % 250 + 1}"
-            )
+            self.put_pod(f"{prefix}-{number}", namespace, f"198.18.{number // 250 % 250}.{number % 250 + 1}")
 
     def put_node(self, name: str, address: str) -> None:
         """Create a Node."""
@@ -142,9 +140,7 @@ class ChaosLab(Lab):
         assert status in (0, 200, 500), answer
         services = (answer or {}).get("Services") or {} if status == 200 else {}
         return {
-            service_id: _record(service)
-            for service_id, service in services.items()
-            if service_id != "consul"
+            service_id: _record(service) for service_id, service in services.items() if service_id != "consul"
         }
 
     async def is_equal(self, node: str = "") -> bool:
@@ -222,9 +218,7 @@ async def chaos_lab(
             port = int(sandbox.kube.url.rpartition(":")[2])
             cluster = Cluster(Endpoint(port, authority), sandbox.admin_token, sandbox.access, None)
             stack.push_async_callback(cluster.close)
-            yield ChaosLab(
-                sandbox, cluster, api, api_wire, consul, consul_wire, real, Path(folder), name
-            )
+            yield ChaosLab(sandbox, cluster, api, api_wire, consul, consul_wire, real, Path(folder), name)
 
 
 def created_of(records: dict[str, Record], kept: Sequence[str] | None = None) -> dict[str, int]:

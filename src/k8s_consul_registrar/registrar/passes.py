@@ -57,6 +57,11 @@ class Passes:
         """Whether Consul refused single writes that are still owed."""
         return bool(self._refused)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything was compared once, and Consul refused nothing that is still owed."""
+        return self._had_full_pass and not self._refused and not self._pending
+
     def entry(self, service_id: str) -> Entry | None:
         """Return what is known to stand in Consul under an ID."""
         return self._ledger.get(service_id)
