@@ -205,7 +205,10 @@ async def test_a_right_withdrawn(consul: RealConsul, plural: str) -> None:
         del lab.wanted["node--192.0.2.3"]
         lab.put_pod("new")
         lab.put_node("node-new", "192.0.2.77")
-        other = {"pods": ("node--192.0.2.77", "node--192.0.2.3"), "nodes": ("pod--shop--new", "pod--shop--web-7")}
+        other = {
+            "pods": ("node--192.0.2.77", "node--192.0.2.3"),
+            "nodes": ("pod--shop--new", "pod--shop--web-7"),
+        }
         came, went = other[plural]
 
         async def is_followed() -> bool:
