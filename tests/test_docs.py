@@ -31,7 +31,8 @@ README, README_ZH, ARCHITECTURE = (
     ROOT / "docs" / "architecture.md",
 )
 READMES = (README, README_ZH)
-DOCUMENTS = (*READMES, ARCHITECTURE, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md")
+DOCUMENTS = (*READMES, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md")
+OPERATIONS = ROOT / "docs" / "operations.md"
 UNSET = "–"  # noqa: RUF001 - how a table of the READMEs shows a setting without a default
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -210,3 +211,29 @@ def test_help_mentions_every_variable() -> None:
     assert "variable MODE" in shown
     for option in OPTIONS:
         assert re.search(rf"^  {option.env} \[", shown, re.MULTILINE), option.env
+
+
+def test_the_texts_that_troubleshooting_quotes_are_said() -> None:
+    """Each text quoted as a symptom is one that the code says."""
+    quoted = re.findall(
+        r"^\| `([^`]+)` \| [^|]* \| [^|]* \|$",
+        text_of(OPERATIONS).split("## Troubleshooting")[1],
+        re.MULTILINE,
+    )
+    code = " ".join(text_of(path) for path in PACKAGE.rglob("*.py") if "sandbox" not in path.parts)
+    joined = re.sub(r'"\s*f?"', "", code)  # a text may be written over several lines
+    assert len(quoted) > 10
+    assert [text for text in quoted if text not in joined] == []
+
+
+def test_findings_that_operations_lists_are_found() -> None:
+    """Each finding named in the table of `check` is one that a check gives."""
+    table = text_of(OPERATIONS).split("| finding | what |")[1].split("\n\n")[0]
+    named = {
+        name.removesuffix(" …")
+        for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+        for name in re.findall(r"`([^`]+)`", cell)
+    }
+    code = " ".join(text_of(path) for path in (PACKAGE / "app").rglob("*.py"))
+    assert len(named) > 10
+    assert [name for name in sorted(named - {"list pods"}) if f'"{name}' not in code] == []

@@ -22,8 +22,10 @@ SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "fetch-real-server
 
 @pytest.fixture(scope="module")
 def fetcher() -> ModuleType:
-    """Load the fetching script as a module; it has no suffix, so Python needs telling."""
-    loader = importlib.machinery.SourceFileLoader("fetch_real_servers", str(SCRIPT))
+    """Load what the fetching script reads Debian's sources with."""
+    loader = importlib.machinery.SourceFileLoader(
+        "debian_packages", str(SCRIPT.parent / "debian_packages.py")
+    )
     spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
@@ -74,6 +76,7 @@ def _script(tmp_path: Path, path: str, required: str) -> tuple[int, str]:
     copy = tmp_path / "scripts" / "fetch-real-servers"
     copy.parent.mkdir(exist_ok=True)
     shutil.copy(SCRIPT, copy)
+    shutil.copy(SCRIPT.parent / "debian_packages.py", copy.parent)
     environment = {"PATH": path, "REQUIRE_REAL_SERVERS": required}
     done = subprocess.run(
         [sys.executable, copy], env=environment, capture_output=True, text=True, timeout=30, check=False

@@ -203,7 +203,14 @@ class KubeClient:
         return _decode(await self._exchange.send(Request(action, "/version")), _Version, action).git_version
 
     async def can_i(
-        self, verb: str, resource: str, *, group: str = "", subresource: str = "", namespace: str = ""
+        self,
+        verb: str,
+        resource: str,
+        *,
+        group: str = "",
+        subresource: str = "",
+        namespace: str = "",
+        name: str = "",
     ) -> bool:
         """Tell whether our credentials are allowed something (a SelfSubjectAccessReview)."""
         attributes = {
@@ -212,11 +219,12 @@ class KubeClient:
             "group": group,
             "subresource": subresource,
             "namespace": namespace,
+            "name": name,
         }
         review = {
             "apiVersion": "authorization.k8s.io/v1",
             "kind": "SelfSubjectAccessReview",
-            "spec": {"resourceAttributes": {name: value for name, value in attributes.items() if value}},
+            "spec": {"resourceAttributes": {key: value for key, value in attributes.items() if value}},
         }
         action = Action("create", "selfsubjectaccessreviews")
         request = Request(

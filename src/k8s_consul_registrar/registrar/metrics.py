@@ -1,5 +1,7 @@
 """The registrar's own figures, every label known in advance and at zero from the start."""
 
+from contextlib import suppress
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from k8s_consul_registrar.model import Kind
@@ -61,6 +63,14 @@ class RegistrarMetrics:
             f"{PREFIX}_consul_up", "Whether the last pass could use Consul.", registry=registry
         )
         self._zero()
+
+    def follows(self, kind: Kind, is_followed: bool | None) -> None:  # noqa: FBT001 - a reading, not a switch
+        """Show whether a kind is followed; nothing (None) of one that is not looked at, which would alarm."""
+        if is_followed is None:
+            with suppress(KeyError):
+                self.source_up.remove(kind.value)
+        else:
+            self.source_up.labels(kind.value).set(is_followed)
 
     def _zero(self) -> None:
         for kind in Kind:

@@ -67,8 +67,7 @@ class Reporter:
             log.warning("cannot list; nothing of it is deregistered meanwhile", source=about, problem=text)
         for kind in Kind:
             states = [state for source, state in wanted.sources.items() if source.kind is kind]
-            is_up = bool(states) and all(one.is_followed for one in states)
-            self._metrics.source_up.labels(kind.value).set(is_up)
+            self._metrics.follows(kind, all(one.is_followed for one in states) if states else None)
 
     def leads(self) -> None:
         """Show that this replica writes."""

@@ -53,6 +53,7 @@ class Agent:
         router.add_get("/v1/agent/service/{id:.+}", self._get)
         router.add_get("/v1/agent/self", self._self)
         router.add_get("/v1/agent/members", self._members)
+        router.add_post("/v1/internal/acl/authorize", self._authorize)
 
     def run_anti_entropy(self) -> None:
         """Make the catalog's record of this agent's node equal to what the agent holds.
@@ -125,6 +126,14 @@ class Agent:
         service = self._services.get(service_id)
         content = msgspec.json.encode(service.agent_json()) if service else b""
         return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+    async def _authorize(self, request: web.Request) -> web.Response:
+        """Answer what the token may do; here it is everything or nothing."""
+        if not self._options.token:
+            raise HttpError(401, "ACL support disabled")
+        may_all = self._gate.sees_everything(request)
+        asked = msgspec.json.decode(await request.read(), type=list[dict[str, str]])
+        return json_response([{**one, "Allow": may_all} for one in asked])
 
     async def _self(self, request: web.Request) -> web.Response:
         self._gate.require_all(request)

@@ -1,0 +1,287 @@
+"""Composition of `check`: is each thing that a mode needs in place, and what to do where it is not."""
+
+import asyncio
+import os
+import shutil
+import sys
+from collections.abc import Awaitable, Collection, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from k8s_consul_registrar.app.checks.cluster import (
+    NEVER_NEEDED,
+    PROXY_PERMISSIONS,
+    Permission,
+    check_credentials,
+    check_identity,
+    check_permissions,
+    check_server,
+    lease_permissions,
+    some_nodes,
+    source_permissions,
+)
+from k8s_consul_registrar.app.checks.consul import (
+    Naming,
+    Need,
+    check_consul,
+    check_token,
+    naming_of,
+    need_of_agent,
+    need_of_catalog,
+    needs_of_services,
+)
+from k8s_consul_registrar.app.checks.finding import Finding, Outcome, fail, is_passed, ok, skipped, warn
+from k8s_consul_registrar.app.checks.kubelets import Kubelets, check_kubelets
+from k8s_consul_registrar.app.checks.node_port import check_node_port
+from k8s_consul_registrar.app.checks.report import as_json, as_table
+from k8s_consul_registrar.app.checks.services import holdings, judge_catalog, judge_holdings
+from k8s_consul_registrar.app.lifecycle import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, complain
+from k8s_consul_registrar.app.parts import consul_access, consul_registry, identity
+from k8s_consul_registrar.app.upstream_trust import KubeletIdentity
+from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.consul.client import ConsulClient
+from k8s_consul_registrar.consul.status import read_service_names
+from k8s_consul_registrar.errors import AccessError, ConsulError, SettingsError
+from k8s_consul_registrar.kube.access import Access, load_access
+from k8s_consul_registrar.kube.client import KubeClient
+from k8s_consul_registrar.kube.lease import default_lease_name, pod_namespace
+from k8s_consul_registrar.model import Kind, Node
+from k8s_consul_registrar.settings.backend_options import CATALOG, NONE
+from k8s_consul_registrar.settings.modes import ProxySettings, RegistrarSettings, read_proxy, read_registrar
+from k8s_consul_registrar.settings.option import PROXY, REGISTRAR
+from k8s_consul_registrar.telemetry import configure_logging
+
+# Somebody waits for the answer, so less patience than the daemon has; in seconds.
+TIMING = Timing(connect_timeout=3, read_timeout=6)
+LONGEST = 30.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The modes to check, each with its settings; None for a mode that is not asked about."""
+
+    registrar: RegistrarSettings | None
+    proxy: ProxySettings | None
+    environment: Mapping[str, str]
+
+    @property
+    def permissions(self) -> tuple[Permission, ...]:
+        """What these modes need of the API server, each once."""
+        of_registrar = _registrar_permissions(self.registrar) if self.registrar else ()
+        of_proxy = _proxy_permissions(self.proxy) if self.proxy else ()
+        return tuple(dict.fromkeys((*of_registrar, *of_proxy)))
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """What the first look at the cluster brought; empty parts where it brought nothing."""
+
+    findings: tuple[Finding, ...]
+    access: Access | None = None
+    uid: str = ""
+    nodes: tuple[Node, ...] = ()
+
+
+def run_check(modes: Collection[str], environment: Mapping[str, str], *, output: str) -> int:
+    """Check what these modes need and show what was found; the exit code is 1 when anything fails."""
+    try:
+        subject = read_subject(modes, environment)
+    except SettingsError as error:
+        return complain(error)
+    configure_logging("error", "console")
+    try:
+        findings = asyncio.run(check(subject))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    is_terminal = output == "table" and sys.stdout.isatty()
+    if output == "json":
+        print(as_json(findings))
+    else:
+        width = shutil.get_terminal_size().columns if is_terminal else 0
+        print(as_table(findings, width=width, is_coloured=is_terminal and not os.environ.get("NO_COLOR")))
+    return EXIT_OK if is_passed(findings) else EXIT_FAILURE
+
+
+def read_subject(modes: Collection[str], environment: Mapping[str, str]) -> Subject:
+    """Read the settings of these modes; raises a `SettingsError` with every mistake in them."""
+    problems: list[str] = []
+    registrar = proxy = None
+    try:
+        registrar = read_registrar(environment) if REGISTRAR in modes else None
+    except SettingsError as error:
+        problems += error.problems
+    try:
+        proxy = read_proxy(environment) if PROXY in modes else None
+    except SettingsError as error:
+        problems += error.problems
+    if problems:
+        raise SettingsError(list(dict.fromkeys(problems)))
+    return Subject(registrar, proxy, environment)
+
+
+async def check(subject: Subject, timing: Timing = TIMING) -> list[Finding]:
+    """Look at everything at once, as far as one thing does not need another, within LONGEST seconds."""
+    cluster = asyncio.ensure_future(_within("cluster", _check_cluster(subject, timing)))
+    parts: list[Awaitable[list[Finding]]] = []
+    if subject.registrar:
+        parts.append(_listed("consul", _check_consul(subject.registrar, cluster, timing)))
+        parts.append(_listed("node port", _check_node_port(subject.registrar, cluster, timing)))
+    if subject.proxy:
+        parts.append(_listed("kubelets", _check_kubelets(subject.proxy, cluster, timing)))
+    found = await asyncio.gather(*parts)
+    view = await cluster
+    of_cluster = [view] if isinstance(view, Finding) else list(view.findings)
+    return [*_settings(subject), *of_cluster, *(finding for part in found for finding in part)]
+
+
+async def _within(name: str, work: Awaitable[T]) -> T | Finding:
+    try:
+        async with asyncio.timeout(LONGEST):
+            return await work
+    except TimeoutError:
+        return fail(
+            name, f"not done within {LONGEST:g} s", "something accepts connections and does not answer"
+        )
+
+
+async def _listed(name: str, work: Awaitable[list[Finding]]) -> list[Finding]:
+    found = await _within(name, work)
+    return [found] if isinstance(found, Finding) else found
+
+
+def _settings(subject: Subject) -> list[Finding]:
+    chosen = [mode for mode, value in ((REGISTRAR, subject.registrar), (PROXY, subject.proxy)) if value]
+    told = [settings.common.warnings for settings in (subject.registrar, subject.proxy) if settings]
+    warnings = dict.fromkeys(text for texts in told for text in texts)
+    if warnings:
+        return [warn("settings", text) for text in warnings]
+    return [ok("settings", f"those of the {' and the '.join(chosen)} can be read")]
+
+
+def _registrar_permissions(settings: RegistrarSettings) -> tuple[Permission, ...]:
+    followed = source_permissions(settings.selection.sources)
+    election = settings.election
+    if election is None:
+        return followed
+    try:
+        namespace = election.lease_namespace or pod_namespace()
+    except AccessError:  # outside of a Pod; where the Lease would be is not known
+        namespace = "default"
+    name = election.lease_name or default_lease_name(settings.cluster_name, settings.instance)
+    return (*followed, *lease_permissions(namespace, name))
+
+
+def _proxy_permissions(settings: ProxySettings) -> tuple[Permission, ...]:
+    if settings.pods is None:
+        return tuple(PROXY_PERMISSIONS)
+    return (*PROXY_PERMISSIONS, *source_permissions(settings.pods.sources))
+
+
+async def _check_cluster(subject: Subject, timing: Timing) -> ClusterView:
+    try:
+        access = load_access(subject.environment)
+    except AccessError as error:
+        return ClusterView((fail("credentials", str(error), "KUBECONFIG names the kubeconfig to use"),))
+    credentials = await check_credentials(access)
+    if credentials.outcome is Outcome.FAIL:
+        return ClusterView((credentials,))
+    async with KubeClient(access, timing) as client:
+        server = await check_server(client, access)
+        if server.outcome is Outcome.FAIL:
+            missed = skipped("permissions", "not asked, since the API server does not serve us")
+            return ClusterView((credentials, server, missed), access)
+        permissions, (uid_finding, uid), nodes = await asyncio.gather(
+            check_permissions(client, subject.permissions, NEVER_NEEDED),
+            check_identity(client),
+            some_nodes(client),
+        )
+    of_identity = [uid_finding] if subject.registrar else []
+    return ClusterView((credentials, server, *permissions, *of_identity), access, uid, tuple(nodes))
+
+
+async def _view(cluster: Awaitable[ClusterView | Finding]) -> ClusterView:
+    view = await cluster
+    return ClusterView(()) if isinstance(view, Finding) else view
+
+
+async def _check_consul(
+    settings: RegistrarSettings, cluster: Awaitable[ClusterView | Finding], timing: Timing
+) -> list[Finding]:
+    if settings.backend.backend == NONE:
+        return [ok("consul", "not used (CONSUL_BACKEND=none)")]
+    try:
+        access = consul_access(settings.consul)
+    except AccessError as error:
+        return [fail("consul", str(error))]
+    async with ConsulClient(access, timing) as client:
+        is_catalog = settings.backend.backend == CATALOG
+        found, node = await check_consul(client, str(access.address), is_catalog=is_catalog)
+        if any(finding.outcome is Outcome.FAIL for finding in found):
+            return [*found, skipped("consul token", "not asked, since Consul does not serve us")]
+        has_token = bool(access.token or access.token_file)
+        of_token = await check_token(client, _needs(settings, node), has_token=has_token)
+        sees_all = all(one.outcome is Outcome.OK for one in of_token)
+        view = await _view(cluster)
+        of_services = await _check_services(client, settings, timing, view.uid, sees_all=sees_all)
+        return [*found, *of_token, *of_services]
+
+
+def _namings(settings: RegistrarSettings) -> list[Naming]:
+    naming = settings.naming
+    templates = {Kind.POD: naming.pod_name, Kind.NODE: naming.node_name}
+    shard = next(iter(naming.shard_paths), "")
+    kinds = sorted(settings.selection.kinds, reverse=True)
+    return [naming_of(kind, templates[kind], settings.cluster_name, shard) for kind in kinds]
+
+
+def _needs(settings: RegistrarSettings, agent_node: str) -> list[Need]:
+    needs = [*needs_of_services(_namings(settings))]
+    if settings.backend.backend == CATALOG:
+        return [*needs, need_of_catalog(settings.backend.node_name)]
+    return [*needs, need_of_agent(agent_node)] if agent_node else needs
+
+
+async def _check_services(
+    client: ConsulClient, settings: RegistrarSettings, timing: Timing, uid: str, *, sees_all: bool
+) -> list[Finding]:
+    who = identity(settings)
+    try:
+        services = [service async for service in consul_registry(settings, client, timing).services()]
+        names = await read_service_names(client)
+    except ConsulError as error:
+        return [skipped("services", str(error))]
+    found = holdings(services, who, uid)
+    prefixes = tuple(naming.prefix for naming in _namings(settings))
+    elsewhere = judge_catalog(names, [service.name for service in services], prefixes)
+    return [*judge_holdings(found, who, sees_all=sees_all), *elsewhere]
+
+
+async def _check_node_port(
+    settings: RegistrarSettings, cluster: Awaitable[ClusterView | Finding], timing: Timing
+) -> list[Finding]:
+    if Kind.NODE not in settings.selection.kinds:
+        return []
+    view = await _view(cluster)
+    return [await check_node_port(view.nodes, settings.proxy_node_port, timing.connect_timeout)]
+
+
+async def _check_kubelets(
+    settings: ProxySettings, cluster: Awaitable[ClusterView | Finding], timing: Timing
+) -> list[Finding]:
+    view = await _view(cluster)
+    if view.access is None:
+        return [skipped("kubelets", "no credentials to show them")]
+    try:
+        identity = KubeletIdentity(settings.kubelets, view.access)
+        await identity.refresh()
+        kubelets = Kubelets(
+            context=identity.context(),
+            verifies_node_name=settings.kubelets.tls_server_name == "node",
+            token=identity.token(),
+            timeout=timing.read_timeout,
+        )
+    except AccessError as error:
+        return [fail("kubelets", str(error))]
+    return await check_kubelets(view.nodes, kubelets, allow_loopback=settings.allow_loopback)

@@ -1,0 +1,1 @@
+"""What `check` looks at, one module a concern; each check returns what it found, and none changes anything."""

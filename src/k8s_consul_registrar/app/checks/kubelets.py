@@ -1,0 +1,208 @@
+"""Kubelets: do they answer, can their certificates be verified, do they let us read."""
+
+import asyncio
+import os
+import ssl
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, zip_longest
+from typing import NamedTuple
+
+import aiohttp
+
+from k8s_consul_registrar.app.checks.finding import Finding, fail, ok, skipped, warn
+from k8s_consul_registrar.model import Node
+from k8s_consul_registrar.proxy.nodes import usable_addresses
+from k8s_consul_registrar.targets.addresses import url_host
+
+SAMPLE = 5
+PATH = "/metrics/cadvisor"
+# OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH, X509_V_ERR_CERT_HAS_EXPIRED.
+NAME_MISMATCHES = (62, 64)
+EXPIRED = 10
+
+
+class Place(NamedTuple):
+    """One address of one Node."""
+
+    node: str
+    address: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"{url_host(self.address)}:{self.port}"
+
+
+def sample(places: Iterable[Place], size: int = SAMPLE) -> list[Place]:
+    """Pick some places, the address families in turn, so that each that is there is among them."""
+    families: dict[bool, list[Place]] = {}
+    for place in places:
+        families.setdefault(":" in place.address, []).append(place)
+    in_turn = chain.from_iterable(zip_longest(*families.values()))
+    return [place for place in in_turn if place is not None][:size]
+
+
+def kubelet_places(nodes: Iterable[Node], *, allow_loopback: bool) -> list[Place]:
+    """Return where the proxy would dial, the Ready Nodes first."""
+    by_readiness = sorted(nodes, key=lambda node: not node.ready)
+    return [
+        Place(node.name, address, node.kubelet_port)
+        for node in by_readiness
+        for address in usable_addresses(node, allow_loopback=allow_loopback)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Kubelets:
+    """How kubelets are spoken to: whom to trust, which name a certificate must hold, our token."""
+
+    context: ssl.SSLContext
+    verifies_node_name: bool
+    token: str = field(repr=False)
+    timeout: float
+
+    def server_name(self, place: Place) -> str:
+        """Return the name that the certificate of this kubelet must hold."""
+        return place.node if self.verifies_node_name else place.address
+
+    def other_name(self, place: Place) -> str:
+        """Return the name that it must hold under the other KUBELET_TLS_SERVER_NAME."""
+        return place.address if self.verifies_node_name else place.node
+
+
+async def check_kubelets(nodes: Sequence[Node], kubelets: Kubelets, *, allow_loopback: bool) -> list[Finding]:
+    """Scrape a few kubelets as the proxy would."""
+    if not nodes:
+        return [skipped("kubelets", "no Node is known")]
+    places = kubelet_places(nodes, allow_loopback=allow_loopback)
+    if not places:
+        return [
+            fail(
+                "kubelets",
+                "no Node has an address that may be dialled",
+                "link-local, multicast and unspecified addresses never are; loopback only with "
+                "PROXY_ALLOW_LOOPBACK=true",
+            )
+        ]
+    findings = [*await asyncio.gather(*(_check(place, kubelets) for place in sample(places)))]
+    if not kubelets.token:
+        findings.insert(0, _tokenless())
+    return findings
+
+
+def _tokenless() -> Finding:
+    return warn(
+        "kubelet token",
+        "our credentials bring no bearer token, which is what kubelets are shown",
+        "use a service account or a kubeconfig with a token; a client certificate is not shown to kubelets",
+    )
+
+
+async def _check(place: Place, kubelets: Kubelets) -> Finding:
+    name = f"kubelet {place.node}"
+    try:
+        async with asyncio.timeout(kubelets.timeout):
+            status = await _scrape(place, kubelets)
+    except TimeoutError:
+        return fail(name, f"{place}: no answer within {kubelets.timeout:g} s", UNREACHABLE)
+    except aiohttp.ClientConnectorCertificateError as error:
+        if isinstance(error.certificate_error, ssl.SSLCertVerificationError):
+            return await _unverified(place, kubelets, error.certificate_error)
+        return fail(name, f"{place}: {error.certificate_error}", UNREACHABLE)
+    except aiohttp.ClientConnectorError as error:
+        return fail(name, f"{place} cannot be reached: {os_reason(error)}", UNREACHABLE)
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        return fail(name, f"{place}: {type(error).__name__}: {str(error)[:200]}", UNREACHABLE)
+    return _judge_status(name, place, status, is_verified=kubelets.context.verify_mode is ssl.CERT_REQUIRED)
+
+
+def os_reason(error: aiohttp.ClientConnectorError) -> str:
+    """Return the system's words for a connection that did not come about."""
+    number = error.os_error.errno
+    return os.strerror(number).lower() if number else str(error.os_error)[:200]
+
+
+UNREACHABLE = "may this machine reach the kubelets' port (NetworkPolicy, firewall, security groups)?"
+
+
+async def _scrape(place: Place, kubelets: Kubelets) -> int:
+    """Return the status of one scrape; its body is not read."""
+    headers = {"Authorization": f"Bearer {kubelets.token}"} if kubelets.token else {}
+    async with (
+        aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), trust_env=False) as session,
+        session.get(
+            f"https://{place}{PATH}",
+            headers=headers,
+            ssl=kubelets.context,
+            server_hostname=kubelets.server_name(place),
+            allow_redirects=False,
+        ) as response,
+    ):
+        response.close()
+        return response.status
+
+
+def _judge_status(name: str, place: Place, status: int, *, is_verified: bool) -> Finding:
+    match status:
+        case 200 if is_verified:
+            return ok(name, f"{place} serves {PATH}, its certificate is verified")
+        case 200:
+            return warn(
+                name,
+                f"{place} serves {PATH}, its certificate is not verified",
+                "whoever takes a Node's address can read our token: give KUBELET_CA_FILE and take "
+                "KUBELET_INSECURE_SKIP_TLS_VERIFY away",
+            )
+        case 401:
+            return fail(
+                name,
+                f"{place} answers 401: it does not accept our token",
+                "the kubelet needs webhook authentication (authentication.webhook.enabled), and we a valid token",
+            )
+        case 403:
+            return fail(
+                name,
+                f"{place} answers 403: our account may not read it",
+                'grant verbs ["get"] on resources ["nodes/metrics"] in the ClusterRole of our account '
+                "(deploy/rbac.yaml); nodes/proxy is never needed",
+            )
+        case _:
+            return fail(name, f"{place} answers {status} to {PATH}", "is this a kubelet's port?")
+
+
+async def _unverified(place: Place, kubelets: Kubelets, error: ssl.SSLCertVerificationError) -> Finding:
+    """Say which setting would have the certificate verified, having tried it; our token is not sent."""
+    detail = f"{place}: its certificate cannot be verified: {error.verify_message}"
+    name = f"kubelet {place.node}"
+    if error.verify_code in NAME_MISMATCHES:
+        other = "ip" if kubelets.verifies_node_name else "node"
+        wanted = kubelets.other_name(place)
+        if await _is_verifiable(place, kubelets, wanted):
+            return fail(name, detail, f"set KUBELET_TLS_SERVER_NAME={other}: the certificate names {wanted}")
+        return fail(
+            name,
+            detail,
+            "it names neither the Node nor its address: have it issued anew (serverTLSBootstrap), or set "
+            "KUBELET_INSECURE_SKIP_TLS_VERIFY=true",
+        )
+    if error.verify_code == EXPIRED:
+        return fail(name, detail, "have the kubelet's serving certificate renewed (kubectl get csr)")
+    return fail(
+        name,
+        detail,
+        "set KUBELET_CA_FILE to the CA that signed it; where kubelets sign for themselves, have the cluster sign "
+        "(serverTLSBootstrap: true) or set KUBELET_INSECURE_SKIP_TLS_VERIFY=true",
+    )
+
+
+async def _is_verifiable(place: Place, kubelets: Kubelets, server_name: str) -> bool:
+    """Whether a handshake under another name succeeds."""
+    try:
+        async with asyncio.timeout(kubelets.timeout):
+            _, writer = await asyncio.open_connection(
+                place.address, place.port, ssl=kubelets.context, server_hostname=server_name
+            )
+    except (OSError, TimeoutError, ValueError):
+        return False
+    writer.transport.abort()
+    return True

@@ -1,0 +1,60 @@
+"""Shows findings: a table for people, JSON for programs."""
+
+from collections.abc import Sequence
+from textwrap import wrap
+
+import msgspec
+
+from k8s_consul_registrar.app.checks.finding import Finding, Outcome, is_passed
+
+_COLOURS = {Outcome.OK: "32", Outcome.WARN: "33", Outcome.FAIL: "1;31", Outcome.SKIPPED: "2"}
+_NARROWEST = 30  # columns for the text, however narrow the terminal is
+
+
+def as_table(findings: Sequence[Finding], *, width: int = 0, is_coloured: bool = False) -> str:
+    """Lay findings out as outcome, name and detail, each hint below its own, and a line that sums them up.
+
+    `width` is the terminal's in columns, 0 for lines of any length.
+    """
+    names = max((len(finding.name) for finding in findings), default=0)
+    outcomes = max(len(outcome) for outcome in Outcome)
+    indent = outcomes + names + 4
+    room = max(width - indent, _NARROWEST) if width else 0
+    lines: list[str] = []
+    for finding in findings:
+        outcome = _coloured(finding.outcome, is_coloured=is_coloured)
+        head = f"{outcome}{' ' * (outcomes - len(finding.outcome))}  {finding.name.ljust(names)}  "
+        first, *rest = _wrapped(finding.detail, room)
+        lines.append(f"{head}{first}".rstrip())
+        lines += [f"{' ' * indent}{line}" for line in rest]
+        if finding.hint:
+            hint, *rest = _wrapped(finding.hint, max(room - 2, 0))
+            lines += [f"{' ' * indent}> {hint}", *(f"{' ' * indent}  {line}" for line in rest)]
+    return "\n".join((*lines, "", summary(findings)))
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    """Return one JSON object: whether all is well, and every finding."""
+    records = [
+        {"name": one.name, "outcome": one.outcome.value, "detail": one.detail, "hint": one.hint}
+        for one in findings
+    ]
+    shown = {"passed": is_passed(findings), "findings": records}
+    return msgspec.json.format(msgspec.json.encode(shown), indent=2).decode()
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """Count the findings by outcome, the worst first."""
+    counts = {outcome: sum(one.outcome is outcome for one in findings) for outcome in Outcome}
+    words = {Outcome.FAIL: "failed", Outcome.WARN: "to look at", Outcome.SKIPPED: "skipped", Outcome.OK: "ok"}
+    return ", ".join(f"{counts[outcome]} {word}" for outcome, word in words.items() if counts[outcome])
+
+
+def _coloured(outcome: Outcome, *, is_coloured: bool) -> str:
+    return f"\x1b[{_COLOURS[outcome]}m{outcome}\x1b[0m" if is_coloured else str(outcome)
+
+
+def _wrapped(text: str, room: int) -> list[str]:
+    if not room:
+        return [text]
+    return wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]

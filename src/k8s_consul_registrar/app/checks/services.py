@@ -1,0 +1,143 @@
+"""Whose are the services that Consul holds already? Pure: values in, findings out."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from k8s_consul_registrar.app.checks.finding import Finding, fail, ok, warn
+from k8s_consul_registrar.model import Service
+from k8s_consul_registrar.registrar.ownership import MANAGED_BY, Claim, Identity
+from k8s_consul_registrar.targets.names import kind_of_id
+
+MOST_NAMED = 3  # examples shown of each sort
+OUR_KEYS = frozenset(
+    (
+        *("cluster", "cluster_uid", "instance", "kind", "managed_by", "metrics_path"),
+        *("namespace", "node", "pod", "scheme", "shard_path"),
+    )
+)
+
+
+@dataclass(slots=True)
+class Holdings:
+    """The services of one Consul agent, by whose they are; lists hold IDs."""
+
+    ours: list[str] = field(default_factory=list)
+    legacy: list[str] = field(default_factory=list)
+    alike: list[str] = field(default_factory=list)
+    other_uids: Counter[str] = field(default_factory=Counter)
+    other_clusters: Counter[str] = field(default_factory=Counter)
+    meta_keys: Counter[str] = field(default_factory=Counter)
+    others: int = 0
+
+
+def holdings(services: Iterable[Service], identity: Identity, cluster_uid: str) -> Holdings:
+    """Sort services by whose they are."""
+    found = Holdings()
+    for service in services:
+        claim = identity.claim(service, cluster_uid)
+        if claim is Claim.OURS:
+            found.ours.append(service.id)
+            continue
+        if claim is Claim.LEGACY:
+            found.legacy.append(service.id)
+            continue
+        found.others += 1
+        if _is_of_our_name(service, identity) and service.value("cluster_uid"):
+            found.other_uids[service.value("cluster_uid")] += 1
+        elif service.value("managed_by") == MANAGED_BY:
+            instance = service.value("instance")
+            found.other_clusters[f"{service.value('cluster')}{f' ({instance})' if instance else ''}"] += 1
+        else:
+            found.meta_keys.update(key for key, _ in service.meta)
+            if kind_of_id(service.id) is not None:
+                found.alike.append(service.id)
+    return found
+
+
+def _is_of_our_name(service: Service, identity: Identity) -> bool:
+    return (
+        service.value("managed_by") == MANAGED_BY
+        and service.value("cluster") == identity.cluster
+        and service.value("instance") == identity.instance
+    )
+
+
+def judge_holdings(found: Holdings, identity: Identity, *, sees_all: bool = True) -> list[Finding]:
+    """Say what the services that are there mean for a registrar that starts here."""
+    name = "services"
+    aside = "" if sees_all else ", as far as our token sees"
+    findings = [ok(name, f"{len(found.ours)} ours, {found.others} of others{aside}")]
+    if found.legacy:
+        findings.append(_legacy(found.legacy, identity))
+    if found.other_uids:
+        uids = ", ".join(uid for uid, _ in found.other_uids.most_common(MOST_NAMED))
+        findings.append(
+            fail(
+                "cluster name",
+                f"{found.other_uids.total()} services carry our cluster's name, {identity.cluster!r}, and "
+                f"another cluster's UID ({uids})",
+                "two clusters share one CLUSTER_NAME: give one of them another (or this kubeconfig leads to the "
+                "wrong cluster; or the cluster was built anew, and its old services are to be removed by hand)",
+            )
+        )
+    if found.other_clusters:
+        named = ", ".join(
+            f"{cluster} {count}" for cluster, count in found.other_clusters.most_common(MOST_NAMED)
+        )
+        findings.append(ok("other registrars", f"services of other clusters or instances: {named}"))
+    if found.alike:
+        findings.append(
+            warn(
+                "look-alikes",
+                f"{len(found.alike)} services have IDs like ours and are not: {_some(found.alike)}",
+                "where our cluster wants such an ID it is a conflict, and the service stays theirs; after a change of "
+                "name or instance set PREVIOUS_CLUSTER_NAMES or PREVIOUS_INSTANCES",
+            )
+        )
+    if found.meta_keys:
+        findings.append(_meta_keys(found.meta_keys))
+    return findings
+
+
+def _legacy(ids: Sequence[str], identity: Identity) -> Finding:
+    detail = f"{len(ids)} of the original program for {identity.cluster!r}: {_some(ids)}"
+    if identity.speaks_for_cluster:
+        return ok("adoption", f"{detail}; taken over in place when wanted, else removed")
+    return warn(
+        "adoption",
+        f"{detail}; taken over in place when wanted, else left",
+        "a registrar with an INSTANCE removes none of them: run one without it, or remove them by hand",
+    )
+
+
+def _meta_keys(keys: Counter[str]) -> Finding:
+    shared = sorted(keys.keys() & OUR_KEYS)
+    others = ", ".join(sorted(keys)[:10]) + (", …" if len(keys) > 10 else "")
+    detail = f"services that are no registrar's use the meta keys {others}"
+    if not shared:
+        return ok("meta keys", detail)
+    return warn(
+        "meta keys",
+        f"{detail}; of ours among them: {', '.join(shared)}",
+        "where Prometheus relabels by these keys, keep its rule on managed_by (deploy/prometheus.yml)",
+    )
+
+
+def judge_catalog(names: Iterable[str], held: Iterable[str], prefixes: tuple[str, ...]) -> list[Finding]:
+    """Say what the catalog's service names tell beyond what we read; ours begin with `prefixes`."""
+    elsewhere = sorted({name for name in names if name.startswith(prefixes)} - set(held))
+    if not elsewhere:
+        return []
+    detail = f"{len(elsewhere)} services named like ours belong to other nodes: {_some(elsewhere)}"
+    return [
+        ok(
+            "rest of the catalog",
+            f"{detail}; another registrar's, or an agent's that ours replaced (its services go with its node)",
+        )
+    ]
+
+
+def _some(ids: Sequence[str]) -> str:
+    shown = ", ".join(text[:80] for text in ids[:MOST_NAMED])
+    return shown + (", …" if len(ids) > MOST_NAMED else "")
