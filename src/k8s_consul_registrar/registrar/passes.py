@@ -1,6 +1,7 @@
 """The two kinds of pass: over all that Consul holds, and over what changed alone."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -51,6 +52,8 @@ class Passes:
         self._readings = 0
         self._lost_shards: dict[str, str] = {}
         self._taken_names: set[str] = set()
+        # What the last full read of Consul took, in seconds, without the writes that followed it.
+        self.read_seconds = 0.0
 
     @property
     def has_refused(self) -> bool:
@@ -97,6 +100,7 @@ class Passes:
         planner = Planner(wanted, self._identity, self._shards, self._recall)
         ledger = Ledger()
         count = 0
+        started = time.monotonic()
         async for service in self._registry.services():
             entry = planner.consider(service)
             if entry is None:
@@ -106,6 +110,7 @@ class Passes:
             count += 1
             if count % SLICE == 0:
                 await asyncio.sleep(0)
+        self.read_seconds = time.monotonic() - started
         await _run(planner.complete())
         held, memory = planner.brake(self._rules, self._memory)
         plan = planner.plan(held, memory)
