@@ -14,7 +14,6 @@ QUICK = Timing(
     retry_cap=0.05,
     connect_timeout=1,
     read_timeout=1,
-    node_poll=0.05,
     gather=0.0,
     tick=0.2,
     probe=0.02,

@@ -18,10 +18,10 @@ from multidict import CIMultiDictProxy
 from k8s_consul_registrar.admin.http_sd import SD_PATH, accepts_gzip
 from k8s_consul_registrar.admin.sd_query import BadQuery, GroupEncoder, parse_sd_query
 from k8s_consul_registrar.admin.sd_server import HttpSdServer
-from k8s_consul_registrar.admin.server_tls import ServerTls, TlsFiles
 from k8s_consul_registrar.admin.view import SeenTarget
 from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.errors import AccessError, OperationalError
+from k8s_consul_registrar.server_tls import ServerTls, TlsFiles
 from seen import Registrar, many_targets, node_target, pod_target
 
 

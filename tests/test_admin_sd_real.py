@@ -8,8 +8,8 @@ import yaml
 
 from k8s_consul_registrar.admin.http_sd import SD_PATH
 from k8s_consul_registrar.admin.sd_server import HttpSdServer
-from k8s_consul_registrar.admin.server_tls import ServerTls, TlsFiles
 from k8s_consul_registrar.bearer import BearerFile
+from k8s_consul_registrar.server_tls import ServerTls, TlsFiles
 from real_process import wait_until
 from real_servers import REAL, real_prometheus
 from seen import Registrar, many_targets, pod_target

@@ -351,7 +351,8 @@ async def test_client_certificate_to_the_kubelet(tmp_path_factory: pytest.TempPa
     server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=server_context)
     kubelet = Kubelet(port=server.sockets[0].getsockname()[1])
     pem = ca.cert_pem.bytes().decode()
-    known = kubelet_context(ca_pem=pem, client_certificate=(folder / "cert.pem", folder / "key.pem"))
+    known = kubelet_context(ca_pem=pem)
+    known.load_cert_chain(folder / "cert.pem", folder / "key.pem")
     async with proxying(kubelet.node(), context=known, token=lambda: "") as proxy:
         assert (await proxy.get(cadvisor(kubelet))).status == 200
     async with proxying(kubelet.node(), context=kubelet_context(ca_pem=pem)) as proxy:

@@ -43,7 +43,7 @@ def test_proxy_defaults() -> None:
     """Without anything set the proxy listens on 8080 and verifies kubelets."""
     settings = proxy()
     assert (settings.port, settings.paths) == (8080, ("/metrics/cadvisor",))
-    assert (settings.kubelet_skip_verify, settings.allow_loopback) == (False, False)
+    assert (settings.kubelets.skip_verify, settings.allow_loopback) == (False, False)
 
 
 def test_a_name_that_is_set_to_the_default_is_a_name() -> None:

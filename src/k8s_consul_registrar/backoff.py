@@ -20,7 +20,6 @@ class Timing:
     retry_after_cap: float = 30.0
     connect_timeout: float = 5.0
     read_timeout: float = 30.0
-    node_poll: float = 15.0
     gather: float = 0.005
     probe: float = 2.0
     standby_look: float = 30.0

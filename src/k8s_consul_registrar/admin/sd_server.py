@@ -9,10 +9,10 @@ from aiohttp.typedefs import Handler, Middleware
 
 from k8s_consul_registrar.admin.http_sd import SD_PATH, sd_handler
 from k8s_consul_registrar.admin.listening import listen
-from k8s_consul_registrar.admin.server_tls import ServerTls
 from k8s_consul_registrar.admin.view import MetaNames, TargetsView, as_they_are
 from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.errors import AccessError
+from k8s_consul_registrar.server_tls import ServerTls
 from k8s_consul_registrar.telemetry import get_logger
 
 # Seconds between two looks at the files: a Secret's volume is up to a minute late itself.

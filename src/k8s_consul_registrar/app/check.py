@@ -37,7 +37,7 @@ from k8s_consul_registrar.app.checks.report import as_json, as_table
 from k8s_consul_registrar.app.checks.services import holdings, judge_catalog, judge_holdings
 from k8s_consul_registrar.app.lifecycle import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, complain
 from k8s_consul_registrar.app.parts import consul_access, consul_registry, identity
-from k8s_consul_registrar.app.proxy import kubelet_trust
+from k8s_consul_registrar.app.upstream_trust import KubeletIdentity
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.status import read_service_names
@@ -70,7 +70,8 @@ class Subject:
     def permissions(self) -> tuple[Permission, ...]:
         """What these modes need of the API server, each once."""
         of_registrar = _registrar_permissions(self.registrar) if self.registrar else ()
-        return tuple(dict.fromkeys((*of_registrar, *(PROXY_PERMISSIONS if self.proxy else ()))))
+        of_proxy = _proxy_permissions(self.proxy) if self.proxy else ()
+        return tuple(dict.fromkeys((*of_registrar, *of_proxy)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +173,12 @@ def _registrar_permissions(settings: RegistrarSettings) -> tuple[Permission, ...
     return (*followed, *lease_permissions(namespace, name))
 
 
+def _proxy_permissions(settings: ProxySettings) -> tuple[Permission, ...]:
+    if settings.pods is None:
+        return tuple(PROXY_PERMISSIONS)
+    return (*PROXY_PERMISSIONS, *source_permissions(settings.pods.sources))
+
+
 async def _check_cluster(subject: Subject, timing: Timing) -> ClusterView:
     try:
         access = load_access(subject.environment)
@@ -267,10 +274,12 @@ async def _check_kubelets(
     if view.access is None:
         return [skipped("kubelets", "no credentials to show them")]
     try:
+        identity = KubeletIdentity(settings.kubelets, view.access)
+        await identity.refresh()
         kubelets = Kubelets(
-            context=kubelet_trust(settings, view.access),
-            verifies_node_name=settings.kubelet_tls_server_name == "node",
-            token=await view.access.token(),
+            context=identity.context(),
+            verifies_node_name=settings.kubelets.tls_server_name == "node",
+            token=identity.token(),
             timeout=timing.read_timeout,
         )
     except AccessError as error:

@@ -4,7 +4,6 @@ import socket
 from pathlib import Path
 
 from k8s_consul_registrar.admin.sd_server import HttpSdServer
-from k8s_consul_registrar.admin.server_tls import ServerTls, TlsFiles
 from k8s_consul_registrar.admin.view import MetaNames, TargetsView
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.bearer import BearerFile
@@ -22,6 +21,7 @@ from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.elector import Elector
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.ports import Registry
+from k8s_consul_registrar.server_tls import ServerTls, TlsFiles
 from k8s_consul_registrar.settings.backend_options import CATALOG
 from k8s_consul_registrar.settings.consul import ConsulSettings
 from k8s_consul_registrar.settings.http_sd import HttpSdSettings
@@ -108,6 +108,8 @@ def target_rules(settings: RegistrarSettings) -> TargetRules:
     return TargetRules(
         annotation_prefix=selection.annotation_prefix,
         proxy_node_port=settings.proxy_node_port,
+        proxy_scheme=settings.proxy_scheme,
+        pods_through_proxy=settings.pods_through_proxy,
         cluster=settings.cluster_name,
         id_prefix=naming.id_prefix,
         pod_name=naming.pod_name,

@@ -1,38 +1,62 @@
 """Composition of the proxy: reads what was asked for, builds the parts and connects them."""
 
 import asyncio
-import ssl
+import socket
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from k8s_consul_registrar import __version__
+from k8s_consul_registrar.admin.failing import failing_routes
 from k8s_consul_registrar.admin.server import AdminServer
 from k8s_consul_registrar.app.lifecycle import Stop, run_until_stopped
-from k8s_consul_registrar.app.node_poll import KubeletToken, NodePoll
 from k8s_consul_registrar.app.process import new_registry
+from k8s_consul_registrar.app.proxy_feed import FeedRules, NodeFeed, PodFeed
+from k8s_consul_registrar.app.upstream_trust import KubeletIdentity, PodTrust
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.bearer import BearerFile
-from k8s_consul_registrar.errors import AccessError, OperationalError
-from k8s_consul_registrar.kube.access import Access, load_access
+from k8s_consul_registrar.errors import OperationalError
+from k8s_consul_registrar.kube.access import load_access
 from k8s_consul_registrar.kube.client import KubeClient
+from k8s_consul_registrar.proxy.failing import failing_report
 from k8s_consul_registrar.proxy.limits import Concurrency
 from k8s_consul_registrar.proxy.metrics import ProxyCollector
 from k8s_consul_registrar.proxy.nodes import Nodes
+from k8s_consul_registrar.proxy.peers import PodAccess
+from k8s_consul_registrar.proxy.pod_route import Pods
 from k8s_consul_registrar.proxy.relay import RelayTiming
 from k8s_consul_registrar.proxy.server import ProxyServer
-from k8s_consul_registrar.proxy.sockets import listen
-from k8s_consul_registrar.proxy.tls import kubelet_context
+from k8s_consul_registrar.proxy.sockets import Fit, listen, raise_file_limit
+from k8s_consul_registrar.server_tls import ServerTls, TlsFiles
 from k8s_consul_registrar.settings.modes import ProxySettings
+from k8s_consul_registrar.settings.proxying import InboundSettings, ProxiedPods
 from k8s_consul_registrar.telemetry import get_logger
+
+# Connections of callers, and kept ones to each kind of peer, where the limit of open files allows them.
+MOST_CALLERS = 4096
+KEPT_CONNECTIONS = 8192
 
 log = get_logger("app")
 
 
+@dataclass(frozen=True, slots=True)
+class _PodSide:
+    """What there is for Pods where they are relayed."""
+
+    wanted: ProxiedPods
+    pods: Pods
+    trust: PodTrust
+
+
 @dataclass(slots=True)
 class _Health:
-    """Ready once the Nodes were first known, until draining: losing the API server is no reason."""
+    """Ready once the Nodes, and the Pods where they are relayed, were first known, until draining.
 
-    poll: NodePoll
+    Losing the API server later is no reason.
+    """
+
+    feeds: tuple[NodeFeed | PodFeed, ...]
     is_draining: bool = False
 
     def is_alive(self) -> bool:
@@ -43,9 +67,14 @@ class _Health:
         """Return why not ready, empty when ready."""
         if self.is_draining:
             return "draining"
-        if self.poll.has_known:
-            return ""
-        return f"the Nodes are not known yet{': ' if self.poll.problem else ''}{self.poll.problem}"
+        for feed in self.feeds:
+            if not feed.has_known:
+                return f"the {feed.kind}s are not known yet{': ' if feed.problem else ''}{feed.problem}"
+        return ""
+
+    def blindness(self) -> dict[str, float]:
+        """Return for how many seconds the API server is out of sight, by kind."""
+        return {str(feed.kind): feed.blind_seconds for feed in self.feeds}
 
 
 async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None = None) -> None:
@@ -54,45 +83,32 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
     for warning in settings.common.warnings:
         log.warning(warning)
     access = load_access(settings.common.environment)
-    context = kubelet_trust(settings, access)
-    inbound = None
-    if settings.bearer_token_file:
-        inbound = BearerFile(Path(settings.bearer_token_file), "PROXY_BEARER_TOKEN_FILE")
+    if settings.kubelets.skip_verify:
+        log.warning("KUBELET_INSECURE_SKIP_TLS_VERIFY: any certificate of a kubelet is accepted")
+    if settings.pods is not None and settings.pods.skip_verify:
+        log.warning("POD_INSECURE_SKIP_TLS_VERIFY: any certificate of a Pod is accepted")
+    identity = KubeletIdentity(settings.kubelets, access)
+    pod_side = None if settings.pods is None else _PodSide(settings.pods, Pods(), PodTrust(settings.pods))
     nodes = Nodes()
-    token = KubeletToken(access)
-    await token.refresh()
-    server = ProxyServer(
-        nodes=nodes,
-        paths=frozenset(settings.paths),
-        token=token,
-        context=lambda: context,
-        concurrency=Concurrency(per_node=settings.concurrency_per_node, overall=settings.concurrency),
-        inbound=inbound,
-        timing=RelayTiming(longest_scrape=settings.scrape_timeout_max),
-    )
+    await identity.refresh()
+    server = _server(settings, nodes, identity, pod_side)
     registry = new_registry("proxy")
     async with KubeClient(access, timing) as kube:
-        poll = NodePoll(
-            kube,
-            nodes,
-            changed=server.notice_nodes,
-            allow_loopback=settings.allow_loopback,
-            verify_node_name=settings.kubelet_tls_server_name == "node",
-            stale_after=settings.stale_nodes_max,
-            timing=timing,
-        )
-        health = _Health(poll)
-        try:
-            sockets = listen(settings.port)
-        except OSError as error:
-            raise OperationalError(
-                f"cannot listen on port {settings.port} (PORT): {error.strerror or error}"
-            ) from None
+        feeds = _feeds(settings, kube, nodes, server, pod_side=pod_side, timing=timing)
+        health = _Health(feeds)
+        sockets = _listen(settings.port)
         await server.start(sockets)
-        registry.register(ProxyCollector(server.stats))
+        registry.register(ProxyCollector(server.stats, health.blindness))
+
+        def failing() -> dict[str, object]:
+            return failing_report(server.failures(), _names(nodes, pod_side))
+
         try:
             async with AdminServer(
-                port=settings.common.admin_port, health=health, registry=registry
+                port=settings.common.admin_port,
+                health=health,
+                registry=registry,
+                routes=failing_routes(failing),
             ) as admin:
                 log.info(
                     "proxy starts",
@@ -102,16 +118,103 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
                     port=sockets[0].getsockname()[1],
                     admin_port=admin.port,
                     paths=settings.paths,
+                    pods=settings.pods is not None,
+                    tls=bool(settings.inbound.cert_file),
+                    authentication=settings.inbound.is_authenticated,
                 )
-                await run_until_stopped(
-                    stop,
-                    poll.run(),
-                    token.keep_fresh(),
-                    ending=lambda: _end(settings, server, health, stop),
-                )
+                services: list[Coroutine[Any, Any, None]] = [feed.run() for feed in feeds]
+                services.append(identity.keep_fresh())
+                if pod_side is not None:
+                    services.append(pod_side.trust.keep_fresh())
+                await run_until_stopped(stop, *services, ending=lambda: _end(settings, server, health, stop))
         finally:
             await server.stop()
     log.info("proxy ends")
+
+
+def _server(
+    settings: ProxySettings, nodes: Nodes, identity: KubeletIdentity, pod_side: _PodSide | None
+) -> ProxyServer:
+    concurrency = Concurrency(per_node=settings.concurrency_per_node, overall=settings.concurrency)
+    fit = _fit(concurrency, kinds=1 if pod_side is None else 2)
+    pods = None
+    if pod_side is not None:
+        pods = PodAccess(pod_side.pods, pod_side.trust.context, concurrency, fit.kept_connections)
+    token_file = settings.inbound.bearer_token_file
+    return ProxyServer(
+        nodes=nodes,
+        paths=frozenset(settings.paths),
+        token=identity.token,
+        context=identity.context,
+        concurrency=concurrency,
+        inbound=BearerFile(Path(token_file), "PROXY_BEARER_TOKEN_FILE") if token_file else None,
+        tls=_tls(settings.inbound),
+        pods=pods,
+        max_callers=fit.max_callers,
+        kept_connections=fit.kept_connections,
+        timing=RelayTiming(longest_scrape=settings.scrape_timeout_max),
+    )
+
+
+def _fit(concurrency: Concurrency, *, kinds: int) -> Fit:
+    fit = raise_file_limit(concurrency, MOST_CALLERS, KEPT_CONNECTIONS, kinds=kinds)
+    if fit != (MOST_CALLERS, KEPT_CONNECTIONS):
+        log.warning(
+            "the limit of open files is low: fewer connections are kept",
+            callers=fit.max_callers,
+            kept_connections=fit.kept_connections,
+        )
+    return fit
+
+
+def _tls(inbound: InboundSettings) -> ServerTls | None:
+    if not inbound.cert_file:
+        return None
+    client_ca = Path(inbound.client_ca_file) if inbound.client_ca_file else None
+    return ServerTls(TlsFiles(Path(inbound.cert_file), Path(inbound.key_file), client_ca, "TLS"))
+
+
+def _feeds(
+    settings: ProxySettings,
+    kube: KubeClient,
+    nodes: Nodes,
+    server: ProxyServer,
+    *,
+    pod_side: _PodSide | None,
+    timing: Timing,
+) -> tuple[NodeFeed | PodFeed, ...]:
+    rules = FeedRules(timing, settings.stale_nodes_max, settings.allow_loopback)
+    of_nodes = NodeFeed(
+        kube,
+        nodes,
+        rules,
+        changed=server.notice_nodes,
+        verify_node_name=settings.kubelets.tls_server_name == "node",
+    )
+    if pod_side is None:
+        return (of_nodes,)
+    of_pods = PodFeed(
+        kube,
+        pod_side.pods,
+        rules,
+        sources=pod_side.wanted.sources,
+        label_selector=pod_side.wanted.label_selector,
+        annotation_prefix=pod_side.wanted.annotation_prefix,
+    )
+    return of_nodes, of_pods
+
+
+def _listen(port: int) -> list[socket.socket]:
+    try:
+        return listen(port)
+    except OSError as error:
+        raise OperationalError(f"cannot listen on port {port} (PORT): {error.strerror or error}") from None
+
+
+def _names(nodes: Nodes, pod_side: _PodSide | None) -> dict[str, str]:
+    """Return the names of Nodes and Pods by UID."""
+    names = {endpoint.uid: name for name, endpoint in nodes.current.by_name.items()}
+    return names if pod_side is None else names | dict(pod_side.pods.names())
 
 
 async def _end(settings: ProxySettings, server: ProxyServer, health: _Health, stop: Stop) -> None:
@@ -124,20 +227,3 @@ async def _end(settings: ProxySettings, server: ProxyServer, health: _Health, st
         await server.drain(settings.shutdown_grace)
 
     await stop.unless_urgent(drain())
-
-
-def kubelet_trust(settings: ProxySettings, access: Access) -> ssl.SSLContext:
-    """Make the TLS context for kubelets; raises an `AccessError` naming the setting at fault."""
-    ca_pem = access.cluster_ca
-    if settings.kubelet_ca_file:
-        try:
-            ca_pem = Path(settings.kubelet_ca_file).read_text(encoding="ascii")
-        except (OSError, UnicodeDecodeError) as error:
-            raise AccessError(f"KUBELET_CA_FILE {settings.kubelet_ca_file} cannot be read: {error}") from None
-    if settings.kubelet_skip_verify:
-        log.warning("KUBELET_INSECURE_SKIP_TLS_VERIFY: any certificate of a kubelet is accepted")
-    try:
-        return kubelet_context(ca_pem=ca_pem, skip_verification=settings.kubelet_skip_verify)
-    except (OSError, ssl.SSLError) as error:
-        where = settings.kubelet_ca_file or "the cluster's own"
-        raise AccessError(f"KUBELET_CA_FILE ({where}) holds no usable certificate: {error}") from None

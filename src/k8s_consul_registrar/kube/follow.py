@@ -10,8 +10,7 @@ from typing import Protocol
 from k8s_consul_registrar.backoff import Timing, delays
 from k8s_consul_registrar.errors import ClusterBusy, ClusterError
 from k8s_consul_registrar.kube.activity import ActivityCounter
-from k8s_consul_registrar.kube.mirror import Mirror
-from k8s_consul_registrar.kube.objects import Page
+from k8s_consul_registrar.kube.objects import Item, Page
 from k8s_consul_registrar.model import Kind, Source
 
 # After so many objects of a page others get their turn.
@@ -38,6 +37,42 @@ class Identity(Protocol):
         ...
 
 
+class Copy(Protocol):
+    """Takes in what is heard of a source; a mirror of targets, or a table of something smaller."""
+
+    def start_listing(self, source: Source) -> None:
+        """Begin to take in a list, or begin it anew where it broke off."""
+        ...
+
+    def put(self, source: Source, item: Item, *, is_added: bool = True) -> None:
+        """Take in an object as it is now."""
+        ...
+
+    def remove(self, source: Source, item: Item) -> None:
+        """Take in that an object is gone; `item` is its last state."""
+        ...
+
+    def infer_absences(self, source: Source) -> bool:
+        """Take in a slice of what a complete list lacks; return whether more is left."""
+        ...
+
+    def finish_listing(self, source: Source, at: float) -> None:
+        """Take in that a list is complete, at a moment of the clock."""
+        ...
+
+    def fail(self, source: Source, problem: str) -> None:
+        """Note that a source cannot be followed."""
+        ...
+
+    def resume(self, source: Source) -> None:
+        """Note that a source is followed again from where it was lost."""
+        ...
+
+    def is_opaque(self, source: Source) -> bool:
+        """Whether something was seen there that could not even be named."""
+        ...
+
+
 class Follower(Protocol):
     """Keeps one source of the mirror level with the API server."""
 
@@ -55,7 +90,7 @@ class Following:
     """What a follower of one source works with."""
 
     source: Source
-    mirror: Mirror
+    mirror: Copy
     identity: Identity
     timing: Timing
     counter: ActivityCounter

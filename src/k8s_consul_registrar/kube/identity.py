@@ -20,6 +20,14 @@ class NamespaceReader(Protocol):
         ...
 
 
+class AnyCluster:
+    """Asks nobody, for those who own nothing that outlives a change of clusters."""
+
+    async def confirm(self) -> str:
+        """Return an empty text: it is not known which cluster answers."""
+        return ""
+
+
 class ClusterIdentity:
     """Asks which cluster answers, whenever there is reason to doubt it, and tells the mirror.
 

@@ -57,7 +57,7 @@ class Trust:
         else:
             context.load_default_certs()
         if pair is not None:
-            _show(context, pair)
+            show(context, pair)
         return context
 
 
@@ -72,7 +72,8 @@ def certificates(text: bytes, setting: str) -> str:
     return "\n".join(found) + "\n"
 
 
-def _show(context: ssl.SSLContext, pair: KeyPair) -> None:
+def show(context: ssl.SSLContext, pair: KeyPair) -> None:
+    """Have a context show a client certificate; raises AccessError, naming its origin, where it cannot."""
     try:
         with _private_file(pair.certificate + b"\n" + pair.key) as path:
             # The password keeps OpenSSL from asking on the terminal for an encrypted key's.

@@ -161,6 +161,10 @@ class Downstream(asyncio.BufferedProtocol):
         assert self._transport is not None
         self._transport.write(rest)
 
+    def _say(self, answer: bytes) -> None:
+        """Send an answer of our own."""
+        self._queue(answer)
+
     def pause_writing(self) -> None:
         """Wait: the caller takes no more for now."""
         self._is_blocked = True
@@ -197,7 +201,7 @@ class Downstream(asyncio.BufferedProtocol):
         if self._transport is None or self._fd < 0:
             return
         closes = self._closes_after()
-        self._transport.write(refusal_bytes(refusal, close=closes, with_body=not self._is_head))
+        self._say(refusal_bytes(refusal, close=closes, with_body=not self._is_head))
         if not closes:
             self.finish()
         else:
@@ -243,6 +247,9 @@ class Downstream(asyncio.BufferedProtocol):
             self.refuse(request.TOO_SLOW)
         else:
             self.abort()
+
+    def doubt(self) -> None:
+        """Hear that whom to believe has changed; nothing to a connection without certificates."""
 
     def eof_received(self) -> None:
         """Take a caller that sends no more as one that has left, as nginx and Go's server do."""

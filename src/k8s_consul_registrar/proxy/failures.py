@@ -69,6 +69,32 @@ def other_status(status: int) -> Refusal:
             return Refusal(502, Outcome.ANSWERED, f"the kubelet answered {status} ({phrase})")
 
 
+_OF_PODS = {
+    Outcome.UNREACHABLE: Outcome.POD_UNREACHABLE,
+    Outcome.UNVERIFIED: Outcome.POD_UNVERIFIED,
+    Outcome.FORBIDDEN: Outcome.POD_ANSWERED,
+    Outcome.ANSWERED: Outcome.POD_ANSWERED,
+    Outcome.MALFORMED: Outcome.POD_MALFORMED,
+}
+UNVERIFIED_POD = (
+    "the Pod's certificate cannot be verified: set POD_CA_FILE to the CA that signed it for the Pod's address, "
+    "or POD_INSECURE_SKIP_TLS_VERIFY=true to do without"
+)
+FORBIDDEN_POD = "the Pod answered 401 or 403: the proxy has no credentials for Pods"
+
+
+def of_pod(refusal: Refusal) -> Refusal:
+    """Return the same about a Pod: what would help with a kubelet is no help there."""
+    match refusal.outcome:
+        case Outcome.UNVERIFIED:
+            reason = UNVERIFIED_POD
+        case Outcome.FORBIDDEN:
+            reason = FORBIDDEN_POD
+        case _:
+            reason = refusal.reason.replace("the kubelet", "the Pod")
+    return Refusal(refusal.status, _OF_PODS.get(refusal.outcome, refusal.outcome), reason)
+
+
 def printable(text: str) -> str:
     """Return a library's text cut short and in ASCII: it may quote what a peer sent."""
     return "".join(letter if " " <= letter <= "~" else "?" for letter in text[:200])

@@ -1,10 +1,11 @@
 """The proxy's figures for the admin port, read off the relay's plain counts when somebody asks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from k8s_consul_registrar.proxy.histogram import BOUNDS
 from k8s_consul_registrar.proxy.outcomes import ProxyStats
 
 PREFIX = "k8s_consul_registrar_proxy"
@@ -13,8 +14,12 @@ PREFIX = "k8s_consul_registrar_proxy"
 class ProxyCollector(Collector):
     """Turns the relay's figures into metrics; no label per node, of which there may be thousands."""
 
-    def __init__(self, stats: Callable[[], ProxyStats]) -> None:
+    def __init__(
+        self, stats: Callable[[], ProxyStats], blindness: Callable[[], Mapping[str, float]] = dict
+    ) -> None:
+        """`blindness` says, by kind, for how many seconds the API server has been out of sight."""
         self._stats = stats
+        self._blindness = blindness
 
     def describe(self) -> list[Metric]:
         """Return nothing: the figures are collected only once the relay has started."""
@@ -29,17 +34,43 @@ class ProxyCollector(Collector):
         yield scrapes
         for name, text, value in (
             ("body_bytes", "Bytes of bodies passed on.", stats.body_bytes),
-            ("kubelet_dials", "Connections opened to kubelets.", stats.dials),
+            ("kubelet_dials", "Connections opened to kubelets and Pods.", stats.dials),
             ("kubelet_reuses", "Scrapes sent over a kept connection.", stats.reuses),
             ("kubelet_retries", "Scrapes sent again since a kept connection had closed.", stats.retries),
         ):
             yield CounterMetricFamily(f"{PREFIX}_{name}", text, value=value)
         for name, text, value in (
-            ("scrapes_in_flight", "Scrapes under way at kubelets.", stats.running),
+            ("scrapes_in_flight", "Scrapes under way at kubelets and Pods.", stats.running),
             ("scrapes_waiting", "Scrapes that wait for a place.", stats.waiting),
             ("callers", "Open connections of callers.", stats.callers),
-            ("kept_connections", "Idle connections to kubelets.", stats.kept),
+            ("kept_connections", "Idle connections to kubelets and Pods.", stats.kept),
             ("nodes", "Nodes that can be scraped.", stats.nodes),
             ("nodes_known", "Whether the Nodes are known.", int(stats.nodes_known)),
+            ("pods", "Pods that can be scraped.", stats.pods),
+            ("pods_known", "Whether the Pods are known.", int(stats.pods_known)),
         ):
             yield GaugeMetricFamily(f"{PREFIX}_{name}", text, value=value)
+        yield from self._times(stats)
+        blind = GaugeMetricFamily(
+            f"{PREFIX}_blind_seconds",
+            "For how long the API server is not followed, by kind; what was known last is served.",
+            labels=["kind"],
+        )
+        for kind, seconds in self._blindness().items():
+            blind.add_metric([kind], seconds)
+        yield blind
+
+    @staticmethod
+    def _times(stats: ProxyStats) -> Iterator[Metric]:
+        for name, text, times in (
+            ("scrape_duration", "From a request to the end of its answer.", stats.durations),
+            ("upstream_duration", "From asking a kubelet or Pod to its first byte.", stats.upstream_times),
+        ):
+            count = 0
+            buckets = []
+            for bound, held in zip((*map(str, BOUNDS), "+Inf"), times.counts, strict=True):
+                count += held
+                buckets.append((bound, float(count)))
+            yield HistogramMetricFamily(
+                f"{PREFIX}_{name}_seconds", text, buckets=buckets, sum_value=times.total
+            )

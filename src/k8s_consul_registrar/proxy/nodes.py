@@ -3,6 +3,7 @@
 import ipaddress
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 from k8s_consul_registrar.model import Node
@@ -17,16 +18,24 @@ THIS_NETWORK = ipaddress.IPv4Network("0.0.0.0/8")
 BROADCAST = ipaddress.IPv4Address("255.255.255.255")
 
 
-class Endpoint(NamedTuple):
-    """One kubelet: an IP literal, the port its Node states, and the name its certificate must hold.
+# What an endpoint is, so that no connection to one kind ever serves another.
+KUBELET = "kubelet"
+POD = "pod over http"
+POD_TLS = "pod over https"
 
-    `uid` is the Node's: a Node that is replaced at the same address shares no connection with the old one.
+
+class Endpoint(NamedTuple):
+    """Whom to dial: an IP literal, the port its object states, and the name its certificate must hold.
+
+    `uid` is the object's: a Node or Pod that is replaced at the same address shares no connection with the
+    old one. `peer` is KUBELET, POD or POD_TLS.
     """
 
     address: str
     port: int
     server_name: str
     uid: str
+    peer: str = KUBELET
 
     def __str__(self) -> str:
         return f"{url_host(self.address)}:{self.port}"
@@ -97,13 +106,25 @@ class NodeTable:
 def usable_addresses(node: Node, *, allow_loopback: bool) -> list[str]:
     """Return the addresses a Node may be dialled at, in its own order and each in canonical spelling."""
     for wanted in NODE_ADDRESS_TYPES:
-        parsed = [parse_ip(entry.address) for entry in node.addresses if entry.type == wanted]
-        usable = [
-            str(ip) for ip in parsed if ip is not None and is_dialable(ip, allow_loopback=allow_loopback)
+        spelled = [
+            dialable_spelling(entry.address, allow_loopback=allow_loopback)
+            for entry in node.addresses
+            if entry.type == wanted
         ]
+        usable = [address for address in spelled if address]
         if usable:
             return usable
     return []
+
+
+# The table is built anew at every change of a Node, of which there may be thousands, and their addresses stay.
+@lru_cache(maxsize=16_384)
+def dialable_spelling(text: str, *, allow_loopback: bool) -> str:
+    """Return the canonical spelling of an address that may be dialled, empty where it may not or is none."""
+    address = parse_ip(text)
+    if address is None or not is_dialable(address, allow_loopback=allow_loopback):
+        return ""
+    return str(address)
 
 
 class Nodes:

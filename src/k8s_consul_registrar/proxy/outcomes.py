@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from k8s_consul_registrar.proxy.histogram import NO_TIMES, Histogram, HistogramValue
+
 
 class Outcome(StrEnum):
     """How a request to the proxy ended; a fixed set, fit for a metric's label."""
@@ -12,10 +14,13 @@ class Outcome(StrEnum):
     OK = "ok"
     BAD_REQUEST = "bad_request"
     UNAUTHORIZED = "unauthorized"
+    HANDSHAKE = "tls_handshake_failed"
     METHOD = "method_not_allowed"
     UNKNOWN_PATH = "unknown_path"
     UNKNOWN_NODE = "unknown_node"
+    UNKNOWN_POD = "unknown_pod"
     NODES_UNKNOWN = "nodes_not_yet_known"
+    PODS_UNKNOWN = "pods_not_yet_known"
     BUSY = "too_many_scrapes"
     NO_CREDENTIALS = "no_credentials"
     UNREACHABLE = "kubelet_unreachable"
@@ -23,6 +28,10 @@ class Outcome(StrEnum):
     FORBIDDEN = "kubelet_forbids"
     ANSWERED = "kubelet_other_status"
     MALFORMED = "kubelet_malformed"
+    POD_UNREACHABLE = "pod_unreachable"
+    POD_UNVERIFIED = "pod_unverified"
+    POD_ANSWERED = "pod_other_status"
+    POD_MALFORMED = "pod_malformed"
     TIMEOUT = "timeout"
     CUT = "cut"
     CALLER_LEFT = "caller_left"
@@ -38,7 +47,7 @@ class Refusal(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ProxyStats:
-    """The proxy's own figures at one moment; everything but the last six only ever grows."""
+    """The proxy's own figures at one moment; those from `running` on go up and down, but for the histograms."""
 
     outcomes: Mapping[Outcome, int]
     body_bytes: int
@@ -51,12 +60,16 @@ class ProxyStats:
     kept: int
     nodes: int
     nodes_known: bool
+    pods: int = 0
+    pods_known: bool = False
+    durations: HistogramValue = NO_TIMES
+    upstream_times: HistogramValue = NO_TIMES
 
 
 class Counts:
     """Counts what the relay does, one increment a scrape."""
 
-    __slots__ = ("body_bytes", "dials", "outcomes", "retries", "reuses")
+    __slots__ = ("body_bytes", "dials", "durations", "outcomes", "retries", "reuses", "upstream_times")
 
     def __init__(self) -> None:
         self.outcomes: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
@@ -64,6 +77,8 @@ class Counts:
         self.dials = 0
         self.reuses = 0
         self.retries = 0
+        self.durations = Histogram()
+        self.upstream_times = Histogram()
 
     def ended(self, outcome: Outcome) -> None:
         """Count one request by how it ended."""

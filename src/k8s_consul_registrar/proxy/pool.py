@@ -24,7 +24,7 @@ class Pool:
     def __len__(self) -> int:
         return len(self._in_order)
 
-    def take(self, endpoint: Endpoint, context: ssl.SSLContext) -> Upstream | None:
+    def take(self, endpoint: Endpoint, context: ssl.SSLContext | None) -> Upstream | None:
         """Return the connection used last that still stands, None where there is none.
 
         One that was made under another context (a CA or certificate was replaced since) is closed instead.
@@ -61,6 +61,11 @@ class Pool:
         for endpoint in [endpoint for endpoint in self._by_endpoint if endpoint not in endpoints]:
             for upstream in list(self._by_endpoint[endpoint]):
                 self._drop(upstream)
+
+    def forget(self, endpoint: Endpoint) -> None:
+        """Close the connections to one."""
+        for upstream in list(self._by_endpoint.get(endpoint, ())):
+            self._drop(upstream)
 
     def close(self) -> None:
         """Close all."""

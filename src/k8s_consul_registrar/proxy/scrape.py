@@ -1,6 +1,8 @@
 """One scrape: waits for its place, asks the kubelet, hands the answer on, and ends in one way only."""
 
 import asyncio
+from http import HTTPStatus
+from time import monotonic
 from typing import Protocol
 
 from k8s_consul_registrar.errors import OperationalError
@@ -10,8 +12,10 @@ from k8s_consul_registrar.proxy.limits import Entry, scrape_deadline
 from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
 from k8s_consul_registrar.proxy.relay import Relay, Routed
 from k8s_consul_registrar.proxy.response import Chunked, Counted, Head, Malformed
-from k8s_consul_registrar.proxy.route import UNKNOWN_NODE
 from k8s_consul_registrar.proxy.upstream import Upstream
+
+# Refusals of these statuses are about whom we asked, and worth remembering.
+FAILED = (HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT)
 
 
 class Caller(Protocol):
@@ -41,6 +45,8 @@ class Scrape:
     """
 
     __slots__ = (
+        "_asked_at",
+        "_began_at",
         "_caller",
         "_fields",
         "_has_begun",
@@ -58,6 +64,7 @@ class Scrape:
         self._caller = caller
         self._routed = routed
         self._fields = fields
+        self._began_at = self._asked_at = monotonic()
         self._upstream: Upstream | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._has_place = False
@@ -68,7 +75,7 @@ class Scrape:
     def start(self) -> None:
         """Take a place or wait for one."""
         relay = self._relay
-        entry = relay.limits.enter(self._routed.route.endpoint, self)
+        entry = self._routed.peers.limits.enter(self._routed.route.endpoint, self)
         if entry is Entry.FULL:
             self._refuse(failures.QUEUE_FULL)
             return
@@ -82,14 +89,19 @@ class Scrape:
     def admitted(self) -> None:
         """Begin: a place came free."""
         self._has_place = True
-        if self._relay.is_current(self._routed.route):
+        self._asked_at = monotonic()
+        if self._is_current():
             self._run()
         else:
-            self._refuse(UNKNOWN_NODE)
+            self._refuse(self._routed.peers.unknown)
+
+    def _is_current(self) -> bool:
+        """Say whether whom we ask may still be asked: Nodes and Pods go while a scrape waits or connects."""
+        return self._routed.peers.is_current(self._routed.route.endpoint)
 
     def _run(self) -> None:
-        relay = self._relay
-        upstream = relay.pool.take(self._routed.route.endpoint, relay.context())
+        relay, peers = self._relay, self._routed.peers
+        upstream = peers.pool.take(self._routed.route.endpoint, peers.context())
         if upstream is None:
             self._dial()
             return
@@ -102,13 +114,14 @@ class Scrape:
         relay = self._relay
         relay.counts.dials += 1
         self._is_reused = False
-        self._upstream = Upstream(self._routed.route.endpoint, relay.context(), relay.buffers)
+        self._upstream = Upstream(self._routed.route.endpoint, self._routed.peers.context(), relay.buffers)
         self._upstream.dial(self, relay.timing.connect)
 
     def _ask(self, upstream: Upstream) -> None:
         fields = self._fields
         try:
-            rest = request_rest(fields.get(b"accept"), fields.get(b"accept-encoding"), self._relay.token())
+            token = self._routed.peers.token()
+            rest = request_rest(fields.get(b"accept"), fields.get(b"accept-encoding"), token)
         except (OperationalError, ValueError):
             self._refuse(failures.NO_CREDENTIALS)
             return
@@ -119,7 +132,10 @@ class Scrape:
     def on_connected(self) -> None:
         """Ask over the fresh connection."""
         assert self._upstream is not None
-        self._ask(self._upstream)
+        if self._is_current():
+            self._ask(self._upstream)
+        else:
+            self._refuse(self._routed.peers.unknown)
 
     def on_response(self, head: Head, framing: Counted | Chunked, body: memoryview) -> None:
         """Hand the beginning of the answer on."""
@@ -129,7 +145,9 @@ class Scrape:
         except ValueError as error:
             raise Malformed(str(error)) from None
         self._has_begun = True
-        self._relay.counts.body_bytes += len(body)
+        counts = self._relay.counts
+        counts.upstream_times.observe(monotonic() - self._asked_at)
+        counts.body_bytes += len(body)
         self._caller.respond(start + framing.field, body)
 
     def on_body(self, body: memoryview) -> None:
@@ -142,9 +160,9 @@ class Scrape:
         relay, upstream = self._relay, self._upstream
         assert upstream is not None
         self._upstream = None
-        if is_reusable and relay.is_current(self._routed.route) and not relay.is_draining:
+        if is_reusable and self._is_current() and not relay.is_draining:
             upstream.resume()
-            relay.pool.put(upstream, relay.loop.time())
+            self._routed.peers.pool.put(upstream, relay.loop.time())
         else:
             upstream.close()
         if self._end(Outcome.OK):
@@ -153,11 +171,11 @@ class Scrape:
     def on_failure(self, refusal: Refusal, *, heard: bool) -> None:
         """Try once more where a kept connection had gone stale; else the scrape has failed."""
         self._upstream = None
-        if self._is_reused and not heard and self._relay.is_current(self._routed.route):
+        if self._is_reused and not heard and self._is_current():
             self._relay.counts.retries += 1
             self._dial()
         elif self._has_begun:
-            self._cut()
+            self._cut(refusal.reason)
         else:
             self._refuse(refusal)
 
@@ -181,32 +199,41 @@ class Scrape:
 
     def _expire(self) -> None:
         if self._has_begun:
-            self._cut()
+            self._cut(failures.TIMED_OUT.reason)
         else:
             self._refuse(failures.TIMED_OUT if self._has_place else failures.WAITED_OUT)
 
-    def _cut(self) -> None:
+    def _cut(self, reason: str) -> None:
         if self._end(Outcome.CUT):
+            worded = self._routed.peers.worded(Refusal(HTTPStatus.BAD_GATEWAY, Outcome.CUT, reason))
+            self._note(worded)
             self._caller.reset()
 
     def _refuse(self, refusal: Refusal) -> None:
+        refusal = self._routed.peers.worded(refusal)
         if self._end(refusal.outcome):
+            self._note(refusal)
             self._caller.refuse(refusal)
+
+    def _note(self, refusal: Refusal) -> None:
+        if refusal.status in FAILED:
+            self._relay.failures.note(self._routed.route.endpoint, refusal.outcome, refusal.reason)
 
     def _end(self, outcome: Outcome) -> bool:
         """Give everything back; True the first time."""
         if self._is_over:
             return False
         self._is_over = True
-        relay, endpoint = self._relay, self._routed.route.endpoint
-        relay.counts.ended(outcome)
+        counts, limits, endpoint = self._relay.counts, self._routed.peers.limits, self._routed.route.endpoint
+        counts.ended(outcome)
+        counts.durations.observe(monotonic() - self._began_at)
         if self._upstream is not None:
             self._upstream.close()
             self._upstream = None
         if self._timer is not None:
             self._timer.cancel()
             if self._has_place:
-                relay.limits.leave(endpoint)
+                limits.leave(endpoint)
             else:
-                relay.limits.withdraw(endpoint, self)
+                limits.withdraw(endpoint, self)
         return True

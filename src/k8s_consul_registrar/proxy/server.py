@@ -7,13 +7,21 @@ import ssl
 from collections.abc import Callable, Sequence
 
 from k8s_consul_registrar.bearer import BearerFile
+from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.proxy.downstream import Downstream
+from k8s_consul_registrar.proxy.failing import Failure
 from k8s_consul_registrar.proxy.limits import Concurrency
 from k8s_consul_registrar.proxy.nodes import Nodes
 from k8s_consul_registrar.proxy.outcomes import ProxyStats
-from k8s_consul_registrar.proxy.relay import Relay, RelayTiming, TokenSource
+from k8s_consul_registrar.proxy.peers import PodAccess, TokenSource
+from k8s_consul_registrar.proxy.relay import Relay, RelayTiming
+from k8s_consul_registrar.proxy.secure import SecureDownstream
+from k8s_consul_registrar.server_tls import ServerTls
+from k8s_consul_registrar.telemetry import get_logger
 
 BACKLOG = 1024
+
+_log = get_logger(__name__)
 
 
 class ProxyServer:
@@ -21,7 +29,8 @@ class ProxyServer:
 
     `nodes` is the table of kubelets, replaced from outside at any time (call `notice_nodes` after it).
     `token` and `context` are asked at every scrape, so a rotated token or CA counts at once. `inbound` is
-    what callers must show, None for an open port. Beyond `max_callers` connections new ones are closed.
+    what callers must show, None for an open port; with `tls` they must speak it. `pods` are relayed beside the
+    Nodes. Beyond `max_callers` connections new ones are closed.
     """
 
     def __init__(
@@ -33,6 +42,8 @@ class ProxyServer:
         context: Callable[[], ssl.SSLContext],
         concurrency: Concurrency | None = None,
         inbound: BearerFile | None = None,
+        tls: ServerTls | None = None,
+        pods: PodAccess | None = None,
         max_callers: int = 4096,
         kept_connections: int = 8192,
         timing: RelayTiming | None = None,
@@ -43,6 +54,8 @@ class ProxyServer:
         self._context = context
         self._concurrency = concurrency or Concurrency()
         self._inbound = inbound
+        self._tls = tls
+        self._pods = pods
         self._max_callers = max_callers
         self._kept_connections = kept_connections
         self._timing = timing or RelayTiming()
@@ -63,6 +76,7 @@ class ProxyServer:
             concurrency=self._concurrency,
             kept_connections=self._kept_connections,
             timing=self._timing,
+            pods=self._pods,
         )
         for bound in sockets:
             self._servers.append(
@@ -73,7 +87,11 @@ class ProxyServer:
     def _accept(self, relay: Relay) -> asyncio.BaseProtocol:
         if len(self._callers) >= self._max_callers:
             return _TurnedAway()
-        caller = Downstream(relay, self._inbound, self._forget)
+        caller = (
+            Downstream(relay, self._inbound, self._forget)
+            if self._tls is None
+            else SecureDownstream(relay, self._inbound, self._forget, self._tls)
+        )
         self._callers.add(caller)
         self._empty.clear()
         return caller
@@ -88,9 +106,23 @@ class ProxyServer:
         now = relay.loop.time()
         for caller in list(self._callers):
             caller.expire(now)
-        relay.pool.expire(now)
+        for peers in relay.all_peers:
+            peers.pool.expire(now)
         if self._inbound is not None:
             self._inbound.refresh()
+        if self._tls is not None:
+            self._refresh(self._tls)
+
+    def _refresh(self, tls: ServerTls) -> None:
+        try:
+            is_new = tls.refresh()
+        except AccessError as error:
+            _log.warning("the certificate for callers stays as it was", problem=str(error))
+            return
+        if is_new:
+            _log.info("a new certificate or authority for callers is in use")
+            for caller in list(self._callers):
+                caller.doubt()
 
     def notice_nodes(self) -> None:
         """Close the kept connections to kubelets that left the table."""
@@ -122,7 +154,7 @@ class ProxyServer:
         for caller in list(self._callers):
             caller.reset()
         if self._relay is not None:
-            self._relay.pool.close()
+            self._relay.close()
         # Connections tell of their end in the loop's next turns.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1):
@@ -139,13 +171,21 @@ class ProxyServer:
             dials=counts.dials,
             reuses=counts.reuses,
             retries=counts.retries,
-            running=relay.limits.running,
-            waiting=relay.limits.waiting,
+            running=sum(peers.limits.running for peers in relay.all_peers),
+            waiting=sum(peers.limits.waiting for peers in relay.all_peers),
             callers=len(self._callers),
-            kept=len(relay.pool),
+            kept=sum(len(peers.pool) for peers in relay.all_peers),
             nodes=len(self._nodes.current.by_name),
             nodes_known=self._nodes.known,
+            pods=0 if self._pods is None else len(self._pods.pods),
+            pods_known=self._pods is not None and self._pods.pods.known,
+            durations=counts.durations.value(),
+            upstream_times=counts.upstream_times.value(),
         )
+
+    def failures(self) -> list[Failure]:
+        """Return the scrapes that failed lately, the latest last."""
+        return [] if self._relay is None else self._relay.failures.lately()
 
 
 class _TurnedAway(asyncio.Protocol):

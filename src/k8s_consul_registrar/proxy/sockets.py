@@ -3,6 +3,7 @@
 import errno
 import resource
 import socket
+from typing import NamedTuple
 
 from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.proxy.limits import Concurrency
@@ -46,19 +47,39 @@ def _bound(family: int, host: str, port: int, *, reuse_port: bool) -> socket.soc
     return bound
 
 
-def raise_file_limit(concurrency: Concurrency, max_callers: int, kept_connections: int) -> None:
-    """Raise the soft limit of open files to what these numbers need.
+class Fit(NamedTuple):
+    """How many connections may be open: of callers, and kept ones to each kind of peer."""
 
-    Raises SettingsError where the hard limit is below it.
+    max_callers: int
+    kept_connections: int
+
+
+def raise_file_limit(
+    concurrency: Concurrency, max_callers: int, kept_connections: int, *, kinds: int = 1
+) -> Fit:
+    """Raise the soft limit of open files to what these numbers need, and return what fits in.
+
+    `kinds` is how many kinds of peers there are, kubelets and perhaps Pods, each with these limits of its own.
+    Where the hard limit is too low, callers and kept connections are fewer; raises SettingsError where not
+    even the scrapes under way fit in, each with the connection of its caller.
     """
-    needed = concurrency.overall + max_callers + kept_connections + OTHER_FILES
+    scrapes = concurrency.overall * kinds
+    least = 2 * scrapes + OTHER_FILES
+    kept = kept_connections * kinds
+    needed = max(least, scrapes + max_callers + kept + OTHER_FILES)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    if hard != resource.RLIM_INFINITY and hard < needed:
+        return Fit(max_callers, kept_connections)
+    if hard == resource.RLIM_INFINITY or hard >= needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        return Fit(max_callers, kept_connections)
+    if hard < least:
         problem = (
-            f"the proxy needs {needed} open files, for {concurrency.overall} scrapes, {max_callers} callers "
-            f"and {kept_connections} kept connections, and the system allows {hard}"
+            f"SCRAPE_CONCURRENCY: {concurrency.overall} scrapes at once need {least} open files and the system "
+            f"allows {hard}: at most {max(0, hard - OTHER_FILES) // (2 * kinds)} fit in, or raise the limit"
         )
         raise SettingsError([problem])
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    spare = hard - least
+    callers = scrapes + spare * max_callers // (max_callers + kept)
+    return Fit(min(max_callers, callers), max(1, spare * kept_connections // (max_callers + kept)))

@@ -20,7 +20,7 @@ from k8s_consul_registrar.proxy.response import (
     framing_of,
     read_head,
 )
-from k8s_consul_registrar.proxy.tls import TlsStep
+from k8s_consul_registrar.proxy.tls import PlainStep, TlsStep
 
 SWITCHING_PROTOCOLS = 101
 
@@ -49,7 +49,7 @@ class Exchange(Protocol):
 
 
 class Upstream(asyncio.BufferedProtocol):
-    """A TLS connection to a kubelet, kept between scrapes.
+    """A connection to a kubelet or a Pod, kept between scrapes; without TLS where there is no context for it.
 
     `idle_since` is the loop's time at which it was last put aside.
     """
@@ -72,7 +72,7 @@ class Upstream(asyncio.BufferedProtocol):
         "idle_since",
     )
 
-    def __init__(self, endpoint: Endpoint, context: ssl.SSLContext, buffers: Buffers) -> None:
+    def __init__(self, endpoint: Endpoint, context: ssl.SSLContext | None, buffers: Buffers) -> None:
         self.endpoint = endpoint
         self.context = context
         self.idle_since = 0.0
@@ -86,7 +86,7 @@ class Upstream(asyncio.BufferedProtocol):
         self._closed = False
         self._connecting: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._tls: TlsStep | None = None
+        self._tls: TlsStep | PlainStep | None = None
         self._transport: asyncio.Transport | None = None
 
     # Connecting
@@ -95,7 +95,8 @@ class Upstream(asyncio.BufferedProtocol):
         """Connect and secure within `timeout` seconds; ends in `on_connected` or `on_failure`."""
         self._exchange = exchange
         try:
-            self._tls = TlsStep(self.context, self.endpoint.server_name)
+            context, name = self.context, self.endpoint.server_name
+            self._tls = PlainStep() if context is None else TlsStep(context, name)
         except (ValueError, ssl.SSLError):
             self._loop.call_soon(self._fail, failures.UNSOUND_NAME)
             return

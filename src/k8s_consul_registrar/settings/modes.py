@@ -9,6 +9,14 @@ from k8s_consul_registrar.settings.consul import ConsulSettings, read_consul
 from k8s_consul_registrar.settings.election import ElectionSettings, election_problem, read_election
 from k8s_consul_registrar.settings.http_sd import HttpSdSettings, read_http_sd
 from k8s_consul_registrar.settings.naming import HASH, NamingSettings, read_naming
+from k8s_consul_registrar.settings.proxying import (
+    InboundSettings,
+    KubeletSettings,
+    ProxiedPods,
+    read_inbound,
+    read_kubelets,
+    read_proxied_pods,
+)
 from k8s_consul_registrar.settings.reader import Reader, parse_seconds
 from k8s_consul_registrar.settings.selection import SelectionSettings, read_selection
 from k8s_consul_registrar.telemetry import FORMATS, LEVELS
@@ -56,6 +64,8 @@ class RegistrarSettings:
     selection: SelectionSettings
     naming: NamingSettings
     proxy_node_port: int
+    proxy_scheme: str
+    pods_through_proxy: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +74,11 @@ class ProxySettings:
 
     common: CommonSettings
     port: int
-    kubelet_ca_file: str
-    kubelet_skip_verify: bool
-    kubelet_tls_server_name: str
+    inbound: InboundSettings
+    kubelets: KubeletSettings
+    pods: ProxiedPods | None
     paths: tuple[str, ...]
     allow_loopback: bool
-    bearer_token_file: str
     stale_nodes_max: float
     scrape_timeout_max: float
     concurrency_per_node: int
@@ -113,6 +122,8 @@ def read_registrar(environment: Mapping[str, str]) -> RegistrarSettings:
     if problem:
         reader.problem("LEADER_ELECTION", problem)
     node_port = reader.integer("PROXY_NODE_PORT", 1, 65535)
+    proxy_scheme = reader.choice("PROXY_SCHEME", ("http", "https"))
+    pod_address = reader.choice("POD_ADDRESS", ("pod", "proxy"))
     common = _common(reader)
     reader.check()
     return RegistrarSettings(
@@ -131,20 +142,22 @@ def read_registrar(environment: Mapping[str, str]) -> RegistrarSettings:
         selection=selection,
         naming=naming,
         proxy_node_port=node_port,
+        proxy_scheme=proxy_scheme,
+        pods_through_proxy=pod_address == "proxy",
     )
 
 
 def read_proxy(environment: Mapping[str, str]) -> ProxySettings:
     """Read the proxy's settings; raises a `SettingsError` with every mistake."""
     reader = Reader(environment)
+    inbound = read_inbound(reader)
     settings = ProxySettings(
         port=reader.integer("PORT", 0, 65535),
-        kubelet_ca_file=reader.text("KUBELET_CA_FILE"),
-        kubelet_skip_verify=reader.boolean("KUBELET_INSECURE_SKIP_TLS_VERIFY"),
-        kubelet_tls_server_name=reader.choice("KUBELET_TLS_SERVER_NAME", ("ip", "node")),
+        inbound=inbound,
+        kubelets=read_kubelets(reader),
+        pods=read_proxied_pods(reader, inbound),
         paths=_kubelet_paths(reader),
         allow_loopback=reader.boolean("PROXY_ALLOW_LOOPBACK"),
-        bearer_token_file=reader.text("PROXY_BEARER_TOKEN_FILE"),
         stale_nodes_max=reader.seconds("STALE_NODES_MAX"),
         scrape_timeout_max=reader.seconds("SCRAPE_TIMEOUT_MAX", 0.1),
         concurrency_per_node=reader.integer("SCRAPE_CONCURRENCY_PER_NODE", 1, 1000),

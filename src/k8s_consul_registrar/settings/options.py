@@ -7,6 +7,12 @@ from k8s_consul_registrar.settings.option import BOTH_MODES as _BOTH
 from k8s_consul_registrar.settings.option import PROXY_ONLY as _PROXY
 from k8s_consul_registrar.settings.option import REGISTRAR_ONLY as _REGISTRAR
 from k8s_consul_registrar.settings.option import Option
+from k8s_consul_registrar.settings.proxy_options import (
+    IDENTITY_OPTIONS,
+    INBOUND_OPTIONS,
+    POD_OPTIONS,
+    REACHING_OPTIONS,
+)
 from k8s_consul_registrar.settings.target_options import NAMING_OPTIONS, SELECTION_OPTIONS
 
 OPTIONS: tuple[Option, ...] = (
@@ -64,6 +70,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "PROXY_NODE_PORT", "NodePort of the proxy, the port Nodes are registered with", _REGISTRAR, "31112"
     ),
+    *REACHING_OPTIONS,
     Option(
         "BRAKE_CONFIRM", "seconds that lists must agree on a mass removal before it is done", _REGISTRAR, "60"
     ),
@@ -119,6 +126,7 @@ OPTIONS: tuple[Option, ...] = (
         _PROXY,
         "ip",
     ),
+    *IDENTITY_OPTIONS,
     Option(
         "PROXY_PATHS",
         "comma-separated kubelet paths to relay beside /metrics/cadvisor: /metrics, /metrics/resource, "
@@ -130,11 +138,17 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "PROXY_BEARER_TOKEN_FILE",
-        "file with a token that every scrape must carry as 'Authorization: Bearer'",
+        "file with a token that every scrape must carry as 'Authorization: Bearer'; of several, one a line, each "
+        "is good",
         _PROXY,
     ),
+    *INBOUND_OPTIONS,
+    *POD_OPTIONS,
     Option(
-        "STALE_NODES_MAX", "seconds the last known Nodes are served without the API server", _PROXY, "3600"
+        "STALE_NODES_MAX",
+        "seconds the last known Nodes and Pods are served without the API server",
+        _PROXY,
+        "3600",
     ),
     Option("SCRAPE_TIMEOUT_MAX", "longest scrape in seconds, whatever the caller announces", _PROXY, "120"),
     Option("SCRAPE_CONCURRENCY_PER_NODE", "scrapes under way at one Node; further ones wait", _PROXY, "8"),

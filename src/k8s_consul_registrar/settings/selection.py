@@ -49,10 +49,10 @@ def read_selection(reader: Reader) -> SelectionSettings:
     """Read what is looked at; warns of what would have no effect or one too many."""
     settings = SelectionSettings(
         kinds=_kinds(reader),
-        namespaces=_namespaces(reader),
-        pod_label_selector=_selector(reader, "POD_LABEL_SELECTOR"),
-        node_label_selector=_selector(reader, "NODE_LABEL_SELECTOR"),
-        annotation_prefix=_annotation_prefix(reader),
+        namespaces=namespaces(reader),
+        pod_label_selector=selector(reader, "POD_LABEL_SELECTOR"),
+        node_label_selector=selector(reader, "NODE_LABEL_SELECTOR"),
+        annotation_prefix=annotation_prefix(reader),
         node_address_types=_address_types(reader),
     )
     for name, kind in (
@@ -82,7 +82,8 @@ def _kinds(reader: Reader) -> frozenset[Kind]:
     return frozenset(_KINDS[name] for name in names if name in _KINDS)
 
 
-def _namespaces(reader: Reader) -> tuple[str, ...]:
+def namespaces(reader: Reader) -> tuple[str, ...]:
+    """Read the namespaces whose Pods count; none means all."""
     names = reader.entries("NAMESPACES")
     if reader.is_set("NAMESPACES") and not names:
         reader.problem("NAMESPACES", "names no namespace")
@@ -94,14 +95,16 @@ def _namespaces(reader: Reader) -> tuple[str, ...]:
     return names
 
 
-def _selector(reader: Reader, name: str) -> str:
+def selector(reader: Reader, name: str) -> str:
+    """Read a label selector."""
     text = reader.text(name)
     if not text.isprintable():
         reader.problem(name, "is not printable")
     return text
 
 
-def _annotation_prefix(reader: Reader) -> str:
+def annotation_prefix(reader: Reader) -> str:
+    """Read what our annotations begin with."""
     text = reader.text("ANNOTATION_PREFIX")
     if not _PREFIX.fullmatch(text):
         reader.problem("ANNOTATION_PREFIX", f"{text!r} is not a DNS name in lower case and a slash")

@@ -1,6 +1,6 @@
 """The settings that say which objects become targets, and how those are named, tagged and sharded."""
 
-from k8s_consul_registrar.settings.option import REGISTRAR_ONLY, Option
+from k8s_consul_registrar.settings.option import BOTH_MODES, REGISTRAR_ONLY, Option
 from k8s_consul_registrar.targets.addresses import NODE_ADDRESS_TYPES
 from k8s_consul_registrar.targets.naming import DEFAULT_NODE_NAME, DEFAULT_POD_NAME
 from k8s_consul_registrar.targets.templates import ALL_FIELDS
@@ -16,16 +16,16 @@ SELECTION_OPTIONS: tuple[Option, ...] = (
     Option(
         "NAMESPACES",
         "comma-separated namespaces whose Pods count, each listed by itself, so that a Role in each is enough",
-        REGISTRAR_ONLY,
+        BOTH_MODES,
     ),
     Option(
-        "POD_LABEL_SELECTOR", "Kubernetes label selector; Pods it does not match do not count", REGISTRAR_ONLY
+        "POD_LABEL_SELECTOR", "Kubernetes label selector; Pods it does not match do not count", BOTH_MODES
     ),
     Option("NODE_LABEL_SELECTOR", "the same for Nodes", REGISTRAR_ONLY),
     Option(
         "ANNOTATION_PREFIX",
         "what the annotations of Pods begin with, a DNS name and a slash",
-        REGISTRAR_ONLY,
+        BOTH_MODES,
         "prometheus.io/",
     ),
     Option(

@@ -13,6 +13,8 @@ class Reason(StrEnum):
     INVALID_PORT = "invalid_port"
     UNKNOWN_PORT_NAME = "unknown_port_name"
     TOO_MANY_PORTS = "too_many_ports"
+    UNDECLARED_PORT = "undeclared_port"
+    NO_HOST_IP = "no_host_ip"
     INVALID_PATH = "invalid_path"
     INVALID_SCHEME = "invalid_scheme"
     INVALID_PARAM = "invalid_param"

@@ -3,29 +3,27 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from k8s_consul_registrar.model import Kind, Node, Pod, Rejection, Target, Undecodable
 from k8s_consul_registrar.targets.addresses import NODE_ADDRESS_TYPES, node_address, parse_ip, url_host
-from k8s_consul_registrar.targets.annotations import (
-    DEFAULT_PATH,
-    scrape_params,
-    scrape_path,
-    scrape_ports,
-    scrape_scheme,
-)
 from k8s_consul_registrar.targets.meta import PARAM_PREFIX, LabelMeta, checked_meta, label_meta
 from k8s_consul_registrar.targets.names import node_service_id, pod_port_id, pod_service_id
 from k8s_consul_registrar.targets.naming import NODE_NAME, POD_NAME, service_name, service_tags
 from k8s_consul_registrar.targets.reasons import Reason, Refused
+from k8s_consul_registrar.targets.scrapes import (
+    PodScrape,
+    is_scraped,
+    pod_scrape,
+    proxied_path,
+    require_declared,
+)
 from k8s_consul_registrar.targets.templates import Subject, Template
-from k8s_consul_registrar.targets.text import quoted
 
 # Kubernetes, "Well-Known Labels, Annotations and Taints".
 ZONE_LABEL = "topology.kubernetes.io/zone"
 
 Verdict = tuple[Target, ...] | Rejection
-
-_SCRAPED_PHASES = frozenset({"Running", "Unknown"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +33,7 @@ class TargetRules:
     `cluster` is for names and tags. `node_address_types` are the kinds of address Prometheus reaches a
     Node by, the first that is there counts. `longest_shard` is how many bytes the longest shard path has.
     With `has_readiness` a target says whether its object is ready, so that every change of it counts.
+    With `pods_through_proxy` a Pod's target is the proxy at the Pod's node, which `proxy_scheme` is spoken to.
     """
 
     annotation_prefix: str = "prometheus.io/"
@@ -48,6 +47,8 @@ class TargetRules:
     node_address_types: tuple[str, ...] = NODE_ADDRESS_TYPES
     longest_shard: int = 0
     has_readiness: bool = False
+    pods_through_proxy: bool = False
+    proxy_scheme: str = "http"
 
 
 def judge(item: Pod | Node | Undecodable, rules: TargetRules) -> Verdict | None:
@@ -68,17 +69,15 @@ def judge(item: Pod | Node | Undecodable, rules: TargetRules) -> Verdict | None:
 
 
 def judge_pod(pod: Pod, rules: TargetRules) -> Verdict:
-    """Return the targets of a Pod, one a port: none unless it is annotated and in phase Running or Unknown.
-
-    Succeeded and Failed Pods keep an IP that others may already use, so they are gone at once. A Pod that
-    is being deleted is scraped until it leaves these phases. The first port has the plain ID.
-    """
-    if pod.annotations.get(f"{rules.annotation_prefix}scrape") != "true" or pod.phase not in _SCRAPED_PHASES:
+    """Return the targets of a Pod, one a port: none unless it `is_scraped`. The first port has the plain ID."""
+    if not is_scraped(pod, rules.annotation_prefix):
         return ()
     service_id = pod_service_id(pod.namespace, pod.name, rules.id_prefix)
     try:
-        address, meta = _pod_address(pod), checked_meta(_pod_meta(pod, rules))
-        ports = scrape_ports(pod.annotations.get(f"{rules.annotation_prefix}port"), pod.ports)
+        scrape = pod_scrape(pod, rules.annotation_prefix)
+        doors = (
+            _doors_of_proxy(pod, scrape, rules) if rules.pods_through_proxy else _doors(pod, scrape, rules)
+        )
         subject = _pod_subject(pod, rules)
         name = service_name(rules.pod_name, subject, rules.longest_shard)
         tags = service_tags(rules.tags, subject, rules.longest_shard)
@@ -89,14 +88,14 @@ def judge_pod(pod: Pod, rules: TargetRules) -> Verdict:
             key=pod.key,
             id=pod_port_id(service_id, port) if place else service_id,
             name=name,
-            address=address,
-            port=port,
-            meta=meta,
+            address=door.address,
+            port=door.port,
+            meta=door.meta,
             rank=(0, pod.created, pod.uid),
             tags=tags,
             ready=pod.ready if rules.has_readiness else None,
         )
-        for place, port in enumerate(ports)
+        for place, (port, door) in enumerate(zip(scrape.ports, doors, strict=True))
     )
 
 
@@ -120,7 +119,7 @@ def judge_node(node: Node, rules: TargetRules) -> Verdict:
             name=service_name(rules.node_name, subject, rules.longest_shard),
             address=_reached_address(node, rules.node_address_types),
             port=rules.proxy_node_port,
-            meta=checked_meta(_node_meta(node, node_ip)),
+            meta=checked_meta(_node_meta(node, node_ip, rules.proxy_scheme)),
             rank=(0 if node.ready else 1, node.created, node.uid),
             tags=service_tags(rules.tags, subject, rules.longest_shard),
             ready=node.ready if rules.has_readiness else None,
@@ -130,28 +129,57 @@ def judge_node(node: Node, rules: TargetRules) -> Verdict:
     return (target,)
 
 
+class _Door(NamedTuple):
+    """Where Prometheus goes for one port of a Pod."""
+
+    address: str
+    port: int
+    meta: tuple[tuple[str, str], ...]
+
+
+def _doors(pod: Pod, scrape: PodScrape, rules: TargetRules) -> list[_Door]:
+    meta = checked_meta(
+        {
+            **_pod_meta(pod, rules),
+            "metrics_path": scrape.path,
+            "scheme": scrape.scheme,
+            **{f"{PARAM_PREFIX}{name}": value for name, value in scrape.params.items()},
+        }
+    )
+    return [_Door(scrape.address, port, meta) for port in scrape.ports]
+
+
+def _doors_of_proxy(pod: Pod, scrape: PodScrape, rules: TargetRules) -> list[_Door]:
+    """Return the proxy's NodePort at the Pod's node; path, parameters and scheme of the Pod are its business."""
+    require_declared(pod, scrape.ports)
+    host = parse_ip(pod.host_ip)
+    if host is None or host.is_unspecified or host.is_multicast:
+        raise Refused(Reason.NO_HOST_IP, "the Pod's status names no address of its node")
+    is_alone = len(scrape.ports) == 1
+    base = {**_pod_meta(pod, rules), "scheme": rules.proxy_scheme}
+    paths = [proxied_path(pod.namespace, pod.name, None if is_alone else port) for port in scrape.ports]
+    return [
+        _Door(str(host), rules.proxy_node_port, checked_meta({**base, "metrics_path": path}))
+        for path in paths
+    ]
+
+
 def _pod_meta(pod: Pod, rules: TargetRules) -> Mapping[str, str]:
-    prefix = rules.annotation_prefix
-    path, query = scrape_path(pod.annotations.get(f"{prefix}path", DEFAULT_PATH))
-    params = scrape_params(query, pod.annotations, prefix)
     return {
         "kind": Kind.POD.value,
-        "metrics_path": path,
         "namespace": pod.namespace,
         "node": pod.node,
         "pod": pod.name,
-        "scheme": scrape_scheme(pod.annotations.get(f"{prefix}scheme", "")),
-        **{f"{PARAM_PREFIX}{name}": value for name, value in params.items()},
         **label_meta(pod.labels, rules.labels),
     }
 
 
-def _node_meta(node: Node, node_ip: str) -> Mapping[str, str]:
+def _node_meta(node: Node, node_ip: str, scheme: str) -> Mapping[str, str]:
     return {
         "kind": Kind.NODE.value,
         "metrics_path": f"/api/v1/nodes/{url_host(node_ip)}:{node.kubelet_port}/metrics/cadvisor",
         "node": node.name,
-        "scheme": "http",
+        "scheme": scheme,
         "zone": node.labels.get(ZONE_LABEL, ""),
     }
 
@@ -178,15 +206,6 @@ def _canonical_ip(text: str) -> str:
     """Spell a Node's IP as everywhere else; many Pods share one."""
     address = parse_ip(text)
     return "" if address is None else str(address)
-
-
-def _pod_address(pod: Pod) -> str:
-    if not pod.ip:
-        raise Refused(Reason.NO_IP, "the Pod has no IP yet")
-    address = parse_ip(pod.ip)
-    if address is None or address.is_unspecified or address.is_multicast:
-        raise Refused(Reason.INVALID_IP, f"the Pod's IP {quoted(pod.ip)} cannot be scraped")
-    return str(address)
 
 
 def _reached_address(node: Node, types: tuple[str, ...]) -> str:

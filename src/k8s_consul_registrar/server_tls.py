@@ -1,6 +1,7 @@
 """TLS of a server of ours out of files that a Secret's volume replaces now and then."""
 
 import ssl
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,43 +27,54 @@ class ServerTls:
 
     Never an old one changed in place: authorities can be added to a context and not taken away. Once read,
     a context stays until another can be made, so that files caught half-way through their replacement
-    neither open the port nor close it.
+    neither open the port nor close it. `trust` is the content of `client_ca`: where it is another, whoever
+    was believed before may have to be asked again.
     """
 
     def __init__(self, files: TlsFiles) -> None:
         """Read the files; raises AccessError, naming the setting, where one cannot be used."""
         self._files = files
-        self._seen = _look(files)
-        self.context = _build(files)
+        self._seen = stamps(_paths(files))
+        self.context, self.trust = _build(files)
 
     def refresh(self) -> bool:
         """Read the files again where one changed, and say whether `context` is a new one.
 
         Raises AccessError, once for each change, where they cannot be used.
         """
-        seen = _look(self._files)
+        seen = stamps(_paths(self._files))
         if seen == self._seen:
             return False
         self._seen = seen
-        self.context = _build(self._files)
+        self.context, self.trust = _build(self._files)
         return True
 
 
-def _look(files: TlsFiles) -> tuple[object, ...]:
+def stamps(paths: Iterable[Path]) -> tuple[object, ...]:
     """Return what shows that a file was replaced; a file that is not there looks like nothing."""
     seen: list[object] = []
-    for path in (files.certificate, files.key, files.client_ca):
+    for path in paths:
         try:
-            status = path.stat() if path else None
+            status = path.stat()
         except OSError:
-            status = None
-        seen.append(status and (status.st_ino, status.st_mtime_ns, status.st_size))
+            seen.append(None)
+        else:
+            seen.append((status.st_ino, status.st_mtime_ns, status.st_size))
     return tuple(seen)
 
 
-def _build(files: TlsFiles) -> ssl.SSLContext:
+def _paths(files: TlsFiles) -> list[Path]:
+    return [files.certificate, files.key, *([files.client_ca] if files.client_ca else [])]
+
+
+def _build(files: TlsFiles) -> tuple[ssl.SSLContext, bytes]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    # No resumption: whoever connects shows its certificate, and no session is kept for those who never return.
+    context.num_tickets = 0
+    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
+    trust = b""
     pair = f"{files.setting}_CERT_FILE {files.certificate} with {files.setting}_KEY_FILE {files.key}"
     try:
         # The password keeps OpenSSL from asking on the terminal for an encrypted key's.
@@ -71,13 +83,14 @@ def _build(files: TlsFiles) -> ssl.SSLContext:
         raise AccessError(f"{pair} cannot be used: {_reason(error)}") from None
     if files.client_ca is not None:
         try:
-            context.load_verify_locations(files.client_ca)
+            trust = files.client_ca.read_bytes()
+            context.load_verify_locations(cadata=trust.decode("ascii", "replace"))
         except (OSError, ValueError) as error:
             raise AccessError(
                 f"{files.setting}_CLIENT_CA_FILE {files.client_ca} cannot be used: {_reason(error)}"
             ) from None
         context.verify_mode = ssl.CERT_REQUIRED
-    return context
+    return context, trust
 
 
 def _reason(error: OSError | ValueError) -> str:

@@ -1,0 +1,170 @@
+"""Who the proxy is to kubelets, and whom it believes to be a kubelet or a Pod, followed as it changes."""
+
+import asyncio
+import ssl
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from k8s_consul_registrar.errors import AccessError
+from k8s_consul_registrar.kube.access import Access
+from k8s_consul_registrar.kube.credentials import Identity
+from k8s_consul_registrar.kube.tls import KeyPair, certificates, show
+from k8s_consul_registrar.proxy.tls import kubelet_context, pod_context
+from k8s_consul_registrar.server_tls import stamps
+from k8s_consul_registrar.settings.proxying import KubeletSettings, ProxiedPods
+from k8s_consul_registrar.telemetry import get_logger
+
+# The file behind a token is read again once a minute at the most; asking this often costs nothing.
+PERIOD = 10.0
+
+log = get_logger("trust")
+
+
+class FileContext:
+    """A TLS context made of files; a new one is made when one of them changes, or `make` must know better.
+
+    A context that was had stays while the next cannot be made: files are replaced one after the other.
+    """
+
+    def __init__(self, paths: Sequence[Path], make: Callable[[], ssl.SSLContext]) -> None:
+        """Make the first; raises AccessError where that cannot be."""
+        self._paths = paths
+        self._make = make
+        self._seen = stamps(paths)
+        self.current = make()
+
+    def refresh(self, *, is_due: bool = False) -> None:
+        """Make it again where a file changed."""
+        seen = stamps(self._paths)
+        if seen == self._seen and not is_due:
+            return
+        self._seen = seen
+        try:
+            self.current = self._make()
+        except AccessError as error:
+            log.warning("the certificates for kubelets and Pods stay as they were", problem=str(error))
+        else:
+            log.info("new certificates for kubelets or Pods are in use")
+
+
+class KubeletIdentity:
+    """The token or certificate that kubelets know us by, for code that must not wait.
+
+    A certificate of our own (KUBELET_CLIENT_CERT_FILE) stands in place of the token; without both, the
+    kubeconfig's certificate does.
+    """
+
+    def __init__(self, settings: KubeletSettings, access: Access) -> None:
+        """Read the files; raises AccessError, naming the setting, where one cannot be used."""
+        self._settings = settings
+        self._access = access
+        self._token = ""
+        self._pair: KeyPair | None = None
+        self._problem = ""
+        names = (settings.ca_file, settings.client_cert_file, settings.client_key_file)
+        self._context = FileContext([Path(name) for name in names if name], self._make)
+
+    def token(self) -> str:
+        """Return the token, empty for none; raises AccessError where none could be had."""
+        if self._problem:
+            raise AccessError(self._problem)
+        return self._token
+
+    def context(self) -> ssl.SSLContext:
+        """Return the context for kubelets."""
+        return self._context.current
+
+    async def refresh(self) -> None:
+        """Ask for what is current; a token that was had stays while the next cannot be."""
+        if self._settings.client_cert_file:
+            self._context.refresh()
+            return
+        try:
+            identity = await self._access.credentials.identity()
+        except AccessError as error:
+            if not self._token and self._pair is None:
+                self._problem = str(error)
+            log.warning("no fresh credentials for the kubelets", problem=str(error))
+            self._context.refresh()
+        else:
+            self._take(identity)
+
+    def _take(self, identity: Identity) -> None:
+        self._problem, self._token = "", identity.token
+        pair = None if identity.token else identity.pair
+        is_another = pair != self._pair
+        self._pair = pair
+        self._context.refresh(is_due=is_another)
+
+    async def keep_fresh(self) -> None:
+        """Follow every change for ever; ends only by cancellation."""
+        while True:
+            await asyncio.sleep(PERIOD)
+            await self.refresh()
+
+    def _make(self) -> ssl.SSLContext:
+        settings = self._settings
+        ca_pem = _read_ca(settings.ca_file, "KUBELET_CA_FILE") or self._access.cluster_ca
+        try:
+            context = kubelet_context(ca_pem=ca_pem, skip_verification=settings.skip_verify)
+        except (OSError, ValueError) as error:
+            where = settings.ca_file or "the cluster's own"
+            raise AccessError(f"KUBELET_CA_FILE ({where}) holds no usable certificate: {error}") from None
+        if settings.client_cert_file:
+            _show_files(context, settings.client_cert_file, settings.client_key_file)
+        elif self._pair is not None:
+            show(context, self._pair)
+        return context
+
+
+class PodTrust:
+    """Whom we believe to be a Pod that is scraped by https."""
+
+    def __init__(self, pods: ProxiedPods) -> None:
+        """Read the file; raises AccessError where it cannot be used."""
+        self._pods = pods
+        self._context = FileContext([Path(pods.ca_file)] if pods.ca_file else [], self._make)
+
+    def context(self) -> ssl.SSLContext:
+        """Return the context for Pods."""
+        return self._context.current
+
+    async def keep_fresh(self) -> None:
+        """Follow every change for ever; ends only by cancellation."""
+        while True:
+            await asyncio.sleep(PERIOD)
+            self._context.refresh()
+
+    def _make(self) -> ssl.SSLContext:
+        ca_pem = _read_ca(self._pods.ca_file, "POD_CA_FILE")
+        try:
+            return pod_context(ca_pem=ca_pem, skip_verification=self._pods.skip_verify)
+        except (OSError, ValueError) as error:
+            raise AccessError(
+                f"POD_CA_FILE {self._pods.ca_file} holds no usable certificate: {error}"
+            ) from None
+
+
+def _read_ca(name: str, setting: str) -> str | None:
+    """Return the certificates of a file, None where none is set; raises AccessError."""
+    if not name:
+        return None
+    try:
+        text = Path(name).read_bytes()
+    except OSError as error:
+        raise AccessError(f"{setting} {name} cannot be read: {error.strerror}") from None
+    return certificates(text, f"{setting} {name}")
+
+
+def _show_files(context: ssl.SSLContext, certificate: str, key: str) -> None:
+    try:
+        # The password keeps OpenSSL from asking on the terminal for an encrypted key's.
+        context.load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError) as error:
+        what = (isinstance(error, ssl.SSLError) and error.reason) or (
+            isinstance(error, OSError) and error.strerror
+        )
+        raise AccessError(
+            f"KUBELET_CLIENT_CERT_FILE {certificate} with KUBELET_CLIENT_KEY_FILE {key} cannot be used: "
+            f"{str(what or error).lower().replace('_', ' ')}"
+        ) from None

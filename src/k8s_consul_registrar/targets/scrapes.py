@@ -1,0 +1,79 @@
+"""What a Pod asks to be scraped by, whoever scrapes it: Prometheus itself, or the proxy in its stead."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from k8s_consul_registrar.model import Pod
+from k8s_consul_registrar.targets.addresses import parse_ip
+from k8s_consul_registrar.targets.annotations import (
+    DEFAULT_PATH,
+    scrape_params,
+    scrape_path,
+    scrape_ports,
+    scrape_scheme,
+)
+from k8s_consul_registrar.targets.reasons import Reason, Refused
+from k8s_consul_registrar.targets.text import quoted
+
+_SCRAPED_PHASES = frozenset({"Running", "Unknown"})
+
+
+class PodScrape(NamedTuple):
+    """How a Pod is scraped: each of the ports at one path, with the same parameters (values decoded)."""
+
+    address: str
+    ports: tuple[int, ...]
+    path: str
+    params: Mapping[str, str]
+    scheme: str
+
+
+def is_scraped(pod: Pod, prefix: str) -> bool:
+    """Say whether a Pod asks to be scraped and can be: it is annotated, and in phase Running or Unknown.
+
+    Succeeded and Failed Pods keep an IP that others may already use, so they are gone at once. A Pod that
+    is being deleted is scraped until it leaves these phases.
+    """
+    return pod.annotations.get(f"{prefix}scrape") == "true" and pod.phase in _SCRAPED_PHASES
+
+
+def pod_scrape(pod: Pod, prefix: str) -> PodScrape:
+    """Read the annotations of a Pod that `is_scraped`; raises `Refused` for what cannot be honoured."""
+    given = pod.annotations
+    address = _pod_address(pod)
+    path, query = scrape_path(given.get(f"{prefix}path", DEFAULT_PATH))
+    params = scrape_params(query, given, prefix)
+    scheme = scrape_scheme(given.get(f"{prefix}scheme", ""))
+    return PodScrape(address, scrape_ports(given.get(f"{prefix}port"), pod.ports), path, params, scheme)
+
+
+def require_declared(pod: Pod, ports: tuple[int, ...]) -> None:
+    """Raise `Refused` where a Pod has its node's network and asks for a port that none of its containers has.
+
+    That port would be the node's own: a kubelet's, an etcd's. The API server lets a Pod declare a port there
+    that it takes from the node (`hostPort` equals `containerPort`), so a declared one is the Pod's.
+    """
+    if not pod.host_network:
+        return
+    declared = {port.number for port in pod.ports if port.protocol == "TCP"}
+    for port in ports:
+        if port not in declared:
+            raise Refused(
+                Reason.UNDECLARED_PORT,
+                f"the Pod has its node's network and no container declares the TCP port {port}",
+            )
+
+
+def proxied_path(namespace: str, name: str, port: int | None = None) -> str:
+    """Return the path at which the proxy relays a Pod; the port is named where the Pod has several."""
+    which = name if port is None else f"{name}:{port}"
+    return f"/api/v1/namespaces/{namespace}/pods/{which}/metrics"
+
+
+def _pod_address(pod: Pod) -> str:
+    if not pod.ip:
+        raise Refused(Reason.NO_IP, "the Pod has no IP yet")
+    address = parse_ip(pod.ip)
+    if address is None or address.is_unspecified or address.is_multicast:
+        raise Refused(Reason.INVALID_IP, f"the Pod's IP {quoted(pod.ip)} cannot be scraped")
+    return str(address)
