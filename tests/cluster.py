@@ -135,6 +135,7 @@ class Cluster:
         phase: str = "Running",
         annotations: Mapping[str, str] = SCRAPED,
         ports: Mapping[str, int] | None = None,
+        host_ip: str = "",
     ) -> JsonObject:
         """Create a Pod on a node, and report its status as a kubelet would."""
         container: JsonObject = {"name": "app", "image": "registry.example/app:1.0"}
@@ -149,13 +150,21 @@ class Cluster:
             },
         }
         await self.request("POST", f"/api/v1/namespaces/{namespace}/pods", pod)
-        return await self.set_pod_status(name, namespace, phase=phase, ips=ips)
+        return await self.set_pod_status(name, namespace, phase=phase, ips=ips, host_ip=host_ip)
 
     async def set_pod_status(
-        self, name: str = "web-1", namespace: str = NAMESPACE, *, phase: str, ips: Sequence[str]
+        self,
+        name: str = "web-1",
+        namespace: str = NAMESPACE,
+        *,
+        phase: str,
+        ips: Sequence[str],
+        host_ip: str = "",
     ) -> JsonObject:
         """Report a Pod's phase and addresses as a kubelet would."""
         addresses = {"podIP": ips[0], "podIPs": [{"ip": ip} for ip in ips]} if ips else {}
+        if host_ip:
+            addresses |= {"hostIP": host_ip, "hostIPs": [{"ip": host_ip}]}
         path = f"/api/v1/namespaces/{namespace}/pods/{name}/status"
         status = {"status": {"phase": phase, **addresses}}
         return await self.request("PATCH", path, status, content_type=MERGE_PATCH)

@@ -17,11 +17,13 @@ from k8s_consul_registrar.model import Node, NodeAddress
 from k8s_consul_registrar.proxy.downstream import Downstream
 from k8s_consul_registrar.proxy.limits import Concurrency
 from k8s_consul_registrar.proxy.nodes import Nodes, NodeTable
+from k8s_consul_registrar.proxy.peers import PodAccess
 from k8s_consul_registrar.proxy.relay import RelayTiming
 from k8s_consul_registrar.proxy.route import allowed_paths
 from k8s_consul_registrar.proxy.server import ProxyServer
 from k8s_consul_registrar.proxy.sockets import listen
 from k8s_consul_registrar.proxy.tls import kubelet_context
+from k8s_consul_registrar.server_tls import ServerTls
 
 TOKEN = "the-proxys-own-token"
 METRICS = (
@@ -74,12 +76,13 @@ def always(payload: bytes, *, then_close: bool = False) -> Behaviour:
 
 @dataclass
 class Kubelet:
-    """A TLS server that counts connections and requests and answers as `behave` says."""
+    """A server, of TLS unless it is told otherwise, that counts what comes and answers as `behave` says."""
 
     behave: Behaviour = serve_metrics
     host: str = "127.0.0.1"
     names: tuple[str, ...] = ("127.0.0.1", "::1")
     signed_by: trustme.CA = field(default_factory=authority)
+    is_secure: bool = True
     port: int = 0
     connections: int = 0
     open_now: int = 0
@@ -91,8 +94,10 @@ class Kubelet:
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator["Kubelet"]:
         """Serve until the block ends."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.signed_by.issue_cert(*self.names).configure_cert(context)
+        context = None
+        if self.is_secure:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self.signed_by.issue_cert(*self.names).configure_cert(context)
         server = await asyncio.start_server(self._converse, self.host, self.port, ssl=context)
         self.port = server.sockets[0].getsockname()[1]
         try:
@@ -232,6 +237,8 @@ async def proxying(
     context: ssl.SSLContext | list[ssl.SSLContext] | None = None,
     concurrency: Concurrency | None = None,
     inbound: BearerFile | None = None,
+    tls: ServerTls | None = None,
+    pods: PodAccess | None = None,
     max_callers: int = 100,
     kept_connections: int = 100,
     timing: RelayTiming | None = None,
@@ -252,6 +259,8 @@ async def proxying(
         context=lambda: contexts[0],
         concurrency=concurrency,
         inbound=inbound,
+        tls=tls,
+        pods=pods,
         max_callers=max_callers,
         kept_connections=kept_connections,
         timing=timing or RelayTiming(tick=0.05),

@@ -6,12 +6,17 @@ from pathlib import Path
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.telemetry import get_logger
 
+# Each is compared with at every request.
+MOST_TOKENS = 16
+
 _log = get_logger(__name__)
 
 
 class BearerFile:
     """The token callers must send; a Secret's volume replaces the file, `refresh` notices.
 
+    Of several tokens, one a line, each is good: so one is replaced without a moment in which callers that
+    still have the old one, or have the new one already, are turned away.
     Once read, a token stays valid until another can be read: a file caught half-way through its replacement
     must neither open the port nor fail every scrape.
     """
@@ -21,7 +26,7 @@ class BearerFile:
         self._path = path
         self._setting = setting
         self._seen: tuple[int, int, int] | None = None
-        self._expected = b""
+        self._expected: tuple[bytes, ...] = ()
         self._problem = ""
         self._load()
 
@@ -30,7 +35,11 @@ class BearerFile:
         if authorization is None:
             return False
         scheme, _, credentials = authorization.partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(credentials.strip(b" \t"), self._expected)
+        shown = credentials.strip(b" \t")
+        is_known = False
+        for token in self._expected:
+            is_known |= hmac.compare_digest(shown, token)
+        return scheme.lower() == b"bearer" and is_known
 
     def refresh(self) -> None:
         """Read the file again where it changed; a problem is logged when it begins."""
@@ -49,10 +58,13 @@ class BearerFile:
             seen = (status.st_ino, status.st_mtime_ns, status.st_size)
             if seen == self._seen:
                 return
-            token = self._path.read_bytes().strip()
+            lines = self._path.read_bytes().splitlines()
         except OSError as error:
             raise AccessError(f"{self._setting} {self._path} cannot be read: {error.strerror}") from None
         self._seen = seen
-        if not token or any(byte < 0x21 or byte > 0x7E for byte in token):
+        tokens = tuple(token for line in lines if (token := line.strip()))
+        if not tokens or any(byte < 0x21 or byte > 0x7E for token in tokens for byte in token):
             raise AccessError(f"{self._setting} {self._path} holds no token")
-        self._expected = token
+        if len(tokens) > MOST_TOKENS:
+            raise AccessError(f"{self._setting} {self._path} holds more than {MOST_TOKENS} tokens")
+        self._expected = tokens
