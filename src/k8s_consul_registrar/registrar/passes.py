@@ -171,7 +171,7 @@ class Passes:
             deregistered = await self._deregister(plan.deregister)
         except ConsulError:
             for entry in (*plan.register, *plan.update):
-                self._ledger.doubt(entry.id)
+                self._ledger.doubt(entry.id, entry.shard)
             for service in plan.deregister:
                 self._ledger.doubt(service.id)
             raise
@@ -198,7 +198,7 @@ class Passes:
             missed = {failure.id for failure in written.failures} | set(written.stale)
             for entry in batch:
                 if entry.id in missed:
-                    self._ledger.doubt(entry.id)
+                    self._ledger.doubt(entry.id, entry.shard)
                     self._refused.add(entry.id)
                 else:
                     self._refused.discard(entry.id)
