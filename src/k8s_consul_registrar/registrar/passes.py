@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -69,6 +69,10 @@ class Passes:
         """Return what is known to stand in Consul under an ID."""
         return self._ledger.get(service_id)
 
+    def unclaimed(self, claimed: Container[str]) -> Iterator[Entry]:
+        """Yield what stands in Consul though nobody in `claimed` asks for it: it may not go yet."""
+        return self._ledger.unclaimed(claimed)
+
     def shard(self, service_id: str) -> str:
         """Return the shard a service has or had in Consul, empty where that is not known."""
         return self._recall(service_id)
@@ -105,6 +109,8 @@ class Passes:
             entry = planner.consider(service)
             if entry is None:
                 ledger.doubt(service.id, service.value("shard_path"))
+                if (known := self._ledger.find(service.id)) is not None:
+                    ledger.keep(known)
             else:
                 ledger.note(entry)
             count += 1
