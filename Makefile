@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup check fix test demo lock real-servers clean
+.PHONY: help setup check fix test soak demo lock real-servers clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -33,6 +33,10 @@ real-servers: ## fetch Consul and Prometheus into .cache (no system install)
 test: $(STAMP) ## every test, those on real servers included
 	-scripts/fetch-real-servers
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+soak: $(STAMP) ## the long versions of the tests of faults, with their figures as bounds (about an hour)
+	-scripts/fetch-real-servers
+	SOAK=1 $(BIN)/python -m pytest -m soak $(ARGS)
 
 demo: $(STAMP) ## the whole thing in a sandbox; KEEP=1 leaves it running
 	@$(BIN)/python -m k8s_consul_registrar demo $(if $(KEEP),--keep)

@@ -64,9 +64,14 @@ async def revoke(consul: RealConsul, token: Token) -> None:
     assert status == 200
 
 
+def empty(consul: RealConsul) -> None:
+    """Remove the data of a Consul that is not running."""
+    (folder,) = [one.partition("=")[2] for one in consul.program.argv if one.startswith("-data-dir=")]
+    shutil.rmtree(Path(folder))
+
+
 async def restart_empty(consul: RealConsul) -> None:
     """Kill a Consul and start it on the same ports without its data."""
     await consul.program.stop(signal.SIGKILL)
-    (folder,) = [one.partition("=")[2] for one in consul.program.argv if one.startswith("-data-dir=")]
-    shutil.rmtree(Path(folder))
+    empty(consul)
     await consul.start()

@@ -140,6 +140,12 @@ class Daemon:
                 return float(value)
         return None
 
+    def megabytes(self) -> float:
+        """Return its resident memory."""
+        status = Path(f"/proc/{self._program.pid}/status").read_text(encoding="utf-8")
+        (line,) = [each for each in status.splitlines() if each.startswith("VmRSS:")]
+        return int(line.split()[1]) / 1024
+
     def send(self, number: int) -> None:
         """Send it a signal."""
         self._program.send(number)

@@ -83,6 +83,12 @@ class Program:
         """Whether it was started and has not ended."""
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """Its process; setpriv becomes the program itself."""
+        assert self._process is not None, "not started"
+        return self._process.pid
+
     def launch(self) -> None:
         """Start it with its output appended to the log.
 

@@ -180,6 +180,7 @@ async def test_a_stall_is_outlived(server: str) -> None:
     async with running_lab() as lab, await lab.registrar() as daemon:
         await lab.cluster.add_pod()
         await daemon.until(lambda: lab.has(WEB))
+        await daemon.until_said("pass")
         door = lab.api_door if server == "api" else lab.consul_door
         door.stall()
         await lab.cluster.add_pod("web-2")

@@ -10,6 +10,7 @@ from k8s_consul_registrar import __version__
 from k8s_consul_registrar.app.completion import SHELLS, script
 from k8s_consul_registrar.app.lifecycle import EXIT_OK, EXIT_SETTINGS, complain, run_mode
 from k8s_consul_registrar.errors import SettingsError
+from k8s_consul_registrar.settings.backend_options import NONE
 from k8s_consul_registrar.settings.modes import CommonSettings, read_proxy, read_registrar
 from k8s_consul_registrar.settings.option import MODES, PROXY, REGISTRAR, Option
 from k8s_consul_registrar.settings.options import OPTIONS, options_of
@@ -17,6 +18,9 @@ from k8s_consul_registrar.telemetry import configure_logging
 
 DEMO = "demo"
 CHECK = "check"
+PLAN = "plan"
+SYNC = "sync"
+PURGE = "purge"
 ALL = "all"
 OUTPUTS = ("table", "json")
 COMPLETION = "completion"
@@ -24,6 +28,9 @@ COMMANDS = {
     REGISTRAR: "keep Consul equal to what the cluster wants scraped",
     PROXY: "let Prometheus read every node's cAdvisor metrics through one port",
     CHECK: "tell what is missing before a mode can do its work, and how to repair it",
+    PLAN: "show what a pass of the registrar would do now, and change nothing",
+    SYNC: "make one pass of the registrar, and end",
+    PURGE: "remove every service of one cluster and instance from Consul",
     DEMO: "show both modes at work on a sandbox of this machine",
     COMPLETION: "print the completion script of a shell",
 }
@@ -43,7 +50,12 @@ def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] 
         if mode not in MODES:
             return _wrong_mode(mode, "MODE", MODES)
         arguments = [mode, *arguments]
-    parsed = parser.parse_args(arguments)
+    return _carry_out(parser.parse_args(arguments), parser, environment)
+
+
+def _carry_out(
+    parsed: argparse.Namespace, parser: argparse.ArgumentParser, environment: Mapping[str, str]
+) -> int:
     if parsed.command == DEMO:
         from k8s_consul_registrar.app.demo import run_demo  # noqa: PLC0415 - needs the extra [sandbox]
 
@@ -58,7 +70,31 @@ def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] 
         from k8s_consul_registrar.app.check import run_check  # noqa: PLC0415 - a mode does without it
 
         return run_check(_checked(parsed.what, environment), environment, output=parsed.output)
+    if parsed.command in (PLAN, SYNC, PURGE):
+        return _once(parsed, environment)
     return _run(parsed.command, environment)
+
+
+def _once(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    """Run a command that reads the registrar's settings, does one thing and ends."""
+    try:
+        settings = read_registrar({"LOG_LEVEL": "warning", **environment})
+    except SettingsError as error:
+        return complain(error)
+    if settings.backend.backend == NONE:
+        print(f"{parsed.command}: there is no Consul with CONSUL_BACKEND=none", file=sys.stderr)
+        return EXIT_SETTINGS
+    _configure_logging(settings.common)
+    if parsed.command == PURGE:
+        from k8s_consul_registrar.app.purge import run_purge  # noqa: PLC0415 - a mode does without it
+
+        if settings.has_default_name:
+            print("purge: name the cluster by CLUSTER_NAME or --cluster-name", file=sys.stderr)
+            return EXIT_SETTINGS
+        return run_purge(settings, is_agreed=parsed.yes)
+    from k8s_consul_registrar.app.once import run_plan, run_sync  # noqa: PLC0415 - the same
+
+    return run_plan(settings, output=parsed.output) if parsed.command == PLAN else run_sync(settings)
 
 
 def _checked(asked: str | None, environment: Mapping[str, str]) -> Sequence[str]:
@@ -114,9 +150,43 @@ def build_parser() -> argparse.ArgumentParser:
         )
         if name in _ADDITIONS:
             _ADDITIONS[name](command)
-        for option in OPTIONS if name == CHECK else options_of(name):
+        for option in _options_of(name):
             _add_flag(command, option)
     return parser
+
+
+def _options_of(command: str) -> Iterable[Option]:
+    """Return the settings that a command heeds."""
+    if command == CHECK:
+        return OPTIONS
+    return options_of(REGISTRAR if command in (PLAN, SYNC, PURGE) else command)
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output", choices=("diff", "json"), default="diff", help="how to show it")
+    command.epilog = (
+        "+ register, ~ update, - deregister, ! left alone and why. Exit codes: 0 nothing to do, 3 changes, "
+        "1 failure, 2 wrong settings."
+    )
+
+
+def _add_sync(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--once", action="store_true", help="one pass; said for clarity, there is no other way"
+    )
+    command.epilog = (
+        "For a CronJob. Exit codes: 0 done, 3 a mass removal is held by the brake and nothing of it was "
+        "removed, 1 failure, 2 wrong settings."
+    )
+
+
+def _add_purge(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--yes", action="store_true", help="remove without asking")
+    command.epilog = (
+        "Stop the registrar first, or it registers everything again. Settings aim it: --cluster-name, "
+        "--instance, --consul-backend, --consul-node-name. A catalog's empty node is left behind. Exit codes: "
+        "0 done, 1 not agreed to or failed, 2 wrong settings."
+    )
 
 
 def _add_demo(command: argparse.ArgumentParser) -> None:
@@ -149,6 +219,9 @@ def _add_completion(command: argparse.ArgumentParser) -> None:
 _ADDITIONS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     DEMO: _add_demo,
     CHECK: _add_check,
+    PLAN: _add_plan,
+    SYNC: _add_sync,
+    PURGE: _add_purge,
     COMPLETION: _add_completion,
 }
 

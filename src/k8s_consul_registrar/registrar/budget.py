@@ -11,11 +11,13 @@ class BudgetRules:
     """Full reads in a row that are allowed at once, and the least time between later ones.
 
     One read a `gap` (seconds), and no more than `share` of wall time: at 8,200 services a full read under
-    load cost Consul a core for seconds, so events and small reads do the work in between.
+    load cost Consul a core for seconds, so events and small reads do the work in between. A read that is
+    urgent waits `urgent_gap` instead, and for its share: nothing else removes what a new list does not show.
     """
 
     burst: int = 3
     gap: float = FULL_READ_GAP
+    urgent_gap: float = 2.0
     share: float = 0.02
 
 
@@ -27,17 +29,22 @@ class Budget:
         self._left = float(rules.burst)
         self._gap = rules.gap
         self._at = now
+        self._free_at = now
 
-    def wait(self, now: float) -> float:
+    def wait(self, now: float, *, is_urgent: bool = False) -> float:
         """Return how long the next full read has to wait, 0 when it may begin."""
         self._refill(now)
-        return 0.0 if self._left >= 1 else (1 - self._left) * self._gap
+        if self._left >= 1:
+            return 0.0
+        by_gap = (1 - self._left) * self._gap
+        return min(by_gap, max(0.0, self._free_at - now)) if is_urgent else by_gap
 
     def spend(self, now: float, seconds: float) -> None:
         """Count a full read that took `seconds` and ended now."""
         self._refill(now)
-        self._left -= 1
+        self._left = max(self._left - 1, 0.0)
         self._gap = max(self._rules.gap, seconds / self._rules.share)
+        self._free_at = now + max(self._rules.urgent_gap, seconds / self._rules.share)
 
     def _refill(self, now: float) -> None:
         if self._gap > 0:

@@ -57,6 +57,11 @@ class Passes:
         """Whether Consul refused single writes that are still owed."""
         return bool(self._refused)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything was compared once, and Consul refused nothing that is still owed."""
+        return self._had_full_pass and not self._refused and not self._pending
+
     def entry(self, service_id: str) -> Entry | None:
         """Return what is known to stand in Consul under an ID."""
         return self._ledger.get(service_id)
@@ -171,7 +176,7 @@ class Passes:
             deregistered = await self._deregister(plan.deregister)
         except ConsulError:
             for entry in (*plan.register, *plan.update):
-                self._ledger.doubt(entry.id)
+                self._ledger.doubt(entry.id, entry.shard)
             for service in plan.deregister:
                 self._ledger.doubt(service.id)
             raise
@@ -198,7 +203,7 @@ class Passes:
             missed = {failure.id for failure in written.failures} | set(written.stale)
             for entry in batch:
                 if entry.id in missed:
-                    self._ledger.doubt(entry.id)
+                    self._ledger.doubt(entry.id, entry.shard)
                     self._refused.add(entry.id)
                 else:
                     self._refused.discard(entry.id)

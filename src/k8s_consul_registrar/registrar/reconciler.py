@@ -65,6 +65,8 @@ class Reconciler:
         self._retry_due = float("inf")
         self._look_due = clock()
         self._owes_full = False
+        # Whether a full pass is owed to a list, or to an outage of Consul, and not to somebody's writing alone.
+        self._is_urgent = False
         self._has_learned = False
         self._unusable = delays(timing.retry_first, timing.retry_cap)
         self._refusing = delays(timing.retry_first, max(period, timing.retry_first))
@@ -104,7 +106,9 @@ class Reconciler:
     async def _turn(self) -> None:
         """Make the pass that is due, or wait for the next reason to make one."""
         now = self.status.ticked_at = self._clock()
-        full_at = now + self._budget.wait(now) if self._wants_full(now) else self._full_due
+        self._is_urgent = self._is_urgent or self._cluster.needs_full_pass()
+        wants_full = self._wants_full(now)
+        full_at = now + self._budget.wait(now, is_urgent=self._is_urgent) if wants_full else self._full_due
         if full_at <= now:
             await self._full()
         elif self._retry_due <= now:
@@ -132,7 +136,7 @@ class Reconciler:
         self._owes_full = True
         started = self._clock()
         if await self._is_done(self._make(self._passes.full, is_full=True)):
-            self._owes_full = False
+            self._owes_full = self._is_urgent = False
             self._full_due = self._clock() + self._period
             self._budget.spend(self._clock(), self._clock() - started)
 
@@ -170,6 +174,7 @@ class Reconciler:
             return False
         except ConsulError as error:
             self._reporter.failed(str(error))
+            self._is_urgent = True
             self._retry_due = self._clock()
             await asyncio.sleep(next(self._unusable))
             return False
