@@ -28,6 +28,11 @@ def workers_of(daemon: Daemon) -> list[int]:
     return [pid for pid in pids if is_running(pid)]
 
 
+def shown_of(pid: int) -> bytes:
+    """Return what the system shows of a process: its arguments and its environment."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/environ").read_bytes()
+
+
 def is_running(pid: int) -> bool:
     """Whether a process is there and not just waiting to be buried."""
     try:
@@ -130,9 +135,8 @@ async def test_a_rotated_token_reaches_the_workers() -> None:
             old = [(await scrape(daemon, path_of(kubelet.port), first)).status for _ in range(8)]
             assert set(old) == {401}
             for pid in workers_of(daemon):
-                line = Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/environ").read_bytes()
-                assert b"shown" not in line
-                assert lab.token_file.read_bytes() not in line
+                assert b"shown" not in shown_of(pid)
+                assert lab.token_file.read_bytes() not in shown_of(pid)
 
 
 async def test_sigterm_drains_every_worker() -> None:
