@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup check fix test soak demo lock real-servers clean
+.PHONY: help setup check fix test soak demo bench-proxy lock real-servers clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,9 @@ soak: $(STAMP) ## the long versions of the tests of faults, with their figures a
 
 demo: $(STAMP) ## the whole thing in a sandbox; KEEP=1 leaves it running
 	@$(BIN)/python -m k8s_consul_registrar demo $(if $(KEEP),--keep)
+
+bench-proxy: $(STAMP) ## what a relayed scrape costs, beside nginx (needs nginx and wrk); BENCH_FULL=1 takes longer
+	@$(BIN)/python benchmarks/proxy.py
 
 lock: $(STAMP) ## rewrite the hashed lock files after a change of dependencies
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements/runtime.txt

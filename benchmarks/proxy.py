@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from relaying.contenders import NGINX, Contender, benchmark_nodes, nginx, ours, path_of, plain
+from relaying.contenders import LARGER_BUFFERS, NGINX, Contender, benchmark_nodes, nginx, ours, path_of, plain
 from relaying.kubelets import TOKEN, Body, Kubelets
 from relaying.load import Full, answer_of, full_load, open_loop
 from relaying.machine import Cores, Missing
@@ -188,6 +188,7 @@ async def main() -> None:
                 makers = (
                     ours(kubelets, sandbox, folder, cores),
                     nginx(kubelets, folder, cores),
+                    nginx(kubelets, folder, cores, buffers=LARGER_BUFFERS),
                     plain(kubelets, folder, cores),
                 )
                 contenders = [await running.enter_async_context(each) for each in makers]

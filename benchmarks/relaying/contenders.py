@@ -14,7 +14,9 @@ from k8s_consul_registrar.sandbox.synthetic import synthetic_nodes
 from relaying.kubelets import DOMAIN, TOKEN, Kubelets
 from relaying.machine import LOOPBACK, Cores, Process, free_port, program
 
-OURS, NGINX, PLAIN = "ours", "nginx", "aiohttp"
+OURS, NGINX, TUNED, PLAIN = "ours", "nginx", "nginx, larger buffers", "aiohttp"
+# What it takes to hold a whole TLS record; as many as a response needs to flow.
+LARGER_BUFFERS = "proxy_buffer_size 16k; proxy_buffers 16 16k; proxy_busy_buffers_size 64k;"
 
 
 class Contender:
@@ -78,8 +80,8 @@ def ours(kubelets: Kubelets, sandbox: Sandbox, folder: Path, cores: Cores, **set
     return Contender(OURS, port, process)
 
 
-def nginx(kubelets: Kubelets, folder: Path, cores: Cores, buffers: str = "") -> Contender:
-    """Return nginx with a location and kept connections a kubelet; its buffers are its own unless given."""
+def nginx(kubelets: Kubelets, folder: Path, cores: Cores, *, buffers: str = "") -> Contender:
+    """Return nginx with a location and kept connections a kubelet; its buffers are of its own size unless given."""
     port = free_port()
     home = folder / f"nginx-{port}"
     home.mkdir()
@@ -117,7 +119,8 @@ http {{
 }}
 """)
     argv = [program("nginx", "nginx-light"), "-p", str(home), "-c", str(configuration)]
-    return Contender(NGINX, port, Process(argv, cores=cores.proxy, log=home / "log"))
+    name = TUNED if buffers else NGINX
+    return Contender(name, port, Process(argv, cores=cores.proxy, log=home / "log"))
 
 
 def plain(kubelets: Kubelets, folder: Path, cores: Cores) -> Contender:

@@ -87,10 +87,14 @@ class Loop:
         self._poll = select.epoll()
         self._by_file: dict[int, Connection] = {}
         self._idle: deque[Connection] = deque()
-        for _ in range(job.connections):
-            self._connect()
         self.times: list[float] = []
         self.failed = 0
+
+    def _can_ask(self) -> bool:
+        """Say whether a connection is idle; one is opened where there may be more, as it is needed."""
+        if not self._idle and len(self._by_file) < self._job.connections:
+            self._connect()
+        return bool(self._idle)
 
     def _connect(self) -> None:
         connection = Connection(self._job.host, self._job.port, self._buffer)
@@ -105,7 +109,7 @@ class Loop:
         step, sent, start = 1 / job.rate, 0, clock()
         while len(self.times) + self.failed < total:
             now = clock()
-            while sent < total and self._idle and start + sent * step <= now:
+            while sent < total and start + sent * step <= now and self._can_ask():
                 # The one used last, so that few connections carry what few can.
                 self._idle.pop().ask(self._requests[sent % len(self._requests)], start + sent * step)
                 sent += 1
@@ -120,11 +124,10 @@ class Loop:
             if not connection.is_answered():
                 return
         except OSError as error:
-            print(error, file=sys.stderr)
+            print(repr(error), file=sys.stderr)
             self.failed += 1
             del self._by_file[connection.socket.fileno()]
             connection.socket.close()
-            self._connect()
             return
         self.times.append(time.perf_counter() - connection.due)
         self._idle.append(connection)
