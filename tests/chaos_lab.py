@@ -61,6 +61,22 @@ class Record(NamedTuple):
     shard: str
 
 
+class Doors(NamedTuple):
+    """What stands between a registrar and both sides, the wire before the door that reads what it carries."""
+
+    api: HttpDoor
+    api_wire: TcpProxy
+    consul: Recorder
+    consul_wire: TcpProxy
+
+
+class Home(NamedTuple):
+    """The name of a cluster, and where its files are."""
+
+    name: str
+    folder: Path
+
+
 class ChaosLab(Lab):
     """One cluster with what it wants, before one Consul.
 
@@ -69,20 +85,16 @@ class ChaosLab(Lab):
     """
 
     def __init__(
-        self, sandbox: Sandbox, cluster: Cluster, api: HttpDoor, api_wire: TcpProxy, consul: Recorder,
-        consul_wire: TcpProxy, real: RealConsul, folder: Path, name: str,
-    ) -> None:  # fmt: skip
-        super().__init__(cluster, api_wire, consul_wire.address, folder)
+        self, sandbox: Sandbox, cluster: Cluster, doors: Doors, real: RealConsul, home: Home
+    ) -> None:
+        super().__init__(cluster, doors.api_wire, doors.consul_wire.address, home.folder)
         self.sandbox = sandbox
-        self.api = api
-        self.api_wire = api_wire
-        self.consul = consul
-        self.consul_wire = consul_wire
+        self.api, self.api_wire, self.consul, self.consul_wire = doors
         self.real = real
-        self.name = name
-        self.node = f"k8s-{name}"
+        self.name = home.name
+        self.node = f"k8s-{home.name}"
         self.wanted: dict[str, Held] = {}
-        consul.is_wanted = self.wanted.__contains__
+        self.consul.is_wanted = self.wanted.__contains__
 
     async def chaotic(self, **environment: str) -> Daemon:
         """Return a registrar with the catalog backend and the periods of a deployment, not started yet."""
@@ -218,7 +230,9 @@ async def chaos_lab(
             port = int(sandbox.kube.url.rpartition(":")[2])
             cluster = Cluster(Endpoint(port, authority), sandbox.admin_token, sandbox.access, None)
             stack.push_async_callback(cluster.close)
-            yield ChaosLab(sandbox, cluster, api, api_wire, consul, consul_wire, real, Path(folder), name)
+            yield ChaosLab(
+                sandbox, cluster, Doors(api, api_wire, consul, consul_wire), real, Home(name, Path(folder))
+            )
 
 
 def created_of(records: dict[str, Record], kept: Sequence[str] | None = None) -> dict[str, int]:

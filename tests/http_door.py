@@ -30,7 +30,7 @@ class Refuse(NamedTuple):
 class CutAfter(NamedTuple):
     """Let so many bytes of the answer's body through, then reset the connection."""
 
-    count: int
+    most: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,10 @@ class HttpDoor:
 
         self.fault = choose
 
+    def refuse(self, status: int, retry_after: str = "") -> None:
+        """Answer everything with a status."""
+        self.fault = lambda _: Refuse(status, retry_after)
+
     def heal(self) -> None:
         """Let everything through again."""
         self.fault = lambda _: None
@@ -138,7 +142,7 @@ class HttpDoor:
             if key.lower() not in _PER_CONNECTION:
                 response.headers[key] = value
         await response.prepare(request)
-        left = fault.count if isinstance(fault, CutAfter) else None
+        left = fault.most if isinstance(fault, CutAfter) else None
         pieces = _after_the_list(answer) if isinstance(fault, Emptied) else answer.content.iter_any()
         async for piece in pieces:
             await response.write(piece[:left])

@@ -69,6 +69,7 @@ class MemoryRegistry:
         self.lookups: list[str] = []
         self.reads = 0
         self.is_down = False
+        self.failing_writes = 0
         self.is_foreign = False
         self.lost: dict[str, str] = {}
 
@@ -90,6 +91,9 @@ class MemoryRegistry:
     async def register(self, services: Sequence[Service]) -> Written:
         """Take services in, except the refused ones and those of another version."""
         self._check()
+        if self.failing_writes:
+            self.failing_writes -= 1
+            raise ConsulUnreachable("Consul went down in the middle")
         failures = tuple(WriteFailure(one.id, "no") for one in services if one.id in self.refused)
         stale = tuple(one.id for one in services if one.id not in self.refused and self._is_stale(one))
         indexes = {}

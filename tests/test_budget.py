@@ -27,16 +27,16 @@ def test_slow_reads_are_spread_wider() -> None:
     assert budget.wait(2) == pytest.approx(100)
 
 
-def test_an_urgent_read_waits_for_little_more_than_its_share() -> None:
-    """Two seconds instead of thirty after a quick read, and as long as any other after a slow one."""
+def test_an_urgent_read_waits_less() -> None:
+    """Two seconds instead of thirty after a quick read, and ten instead of a hundred after one of two."""
     budget = Budget(BudgetRules(burst=1, gap=30, share=0.02), 0)
     budget.spend(0, 0.1)
-    assert budget.wait(1, is_urgent=True) == pytest.approx(4)
-    budget.spend(5, 0.001)
-    assert budget.wait(5, is_urgent=True) == pytest.approx(2)
-    budget.spend(7, 2)
-    assert budget.wait(7, is_urgent=True) == pytest.approx(100)
-    assert budget.wait(107, is_urgent=True) == 0
+    assert budget.wait(0, is_urgent=True) == pytest.approx(2)
+    assert budget.wait(0) == pytest.approx(30)
+    budget.spend(5, 2)
+    assert budget.wait(5, is_urgent=True) == pytest.approx(10)
+    assert budget.wait(5) == pytest.approx(100)
+    assert budget.wait(15, is_urgent=True) == 0
 
 
 def test_rest_earns_no_more_than_a_burst() -> None:

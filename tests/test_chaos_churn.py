@@ -4,14 +4,15 @@ import asyncio
 import random
 import signal
 import time
+from collections.abc import Awaitable, Callable
 
 import pytest
 
 from chaos_lab import IS_SOAK, ChaosLab, chaos, chaos_lab, is_blind, scaled
-from consul_kit import empty
+from consul_kit import restart_empty
 from daemon import Daemon
-from http_door import CutAfter, Refuse
-from real_servers import RealConsul, real_consul
+from http_door import CutAfter
+from real_servers import real_consul
 
 pytestmark = chaos("chaos-consul", seconds=150, soak_seconds=1200)
 
@@ -43,41 +44,49 @@ class _Churn:
             )
 
 
-async def _befall(lab: ChaosLab, consul: RealConsul, pick: random.Random) -> None:
+Fault = Callable[[ChaosLab], Awaitable[None] | None]
+
+
+def _api_refuses(lab: ChaosLab) -> None:
+    lab.api.refuse(503)
+    lab.api_wire.cut()
+
+
+def _lists_break_off(lab: ChaosLab) -> None:
+    lab.api.fault = lambda _: CutAfter(2000)
+    lab.forget_history()
+
+
+def _slow(lab: ChaosLab) -> None:
+    lab.consul_wire.delay = 0.2
+
+
+async def _restarts(lab: ChaosLab) -> None:
+    await lab.real.restart(signal.SIGKILL)
+
+
+FAULTS: tuple[Fault, ...] = (
+    lambda lab: lab.api_wire.refuse(),
+    lambda lab: lab.api_wire.cut(),
+    lambda lab: lab.forget_history(),
+    lambda lab: lab.consul_wire.refuse(),
+    lambda lab: lab.consul_wire.cut(),
+    lambda lab: lab.consul.refuse(500),
+    lambda lab: restart_empty(lab.real),
+    _api_refuses,
+    _lists_break_off,
+    _slow,
+    _restarts,
+)
+
+
+async def _befall(lab: ChaosLab, pick: random.Random) -> None:
     """Let something go wrong for a while, and mend it."""
-    fault = pick.choice(["api down", "api cut", "api refuses", "half lists", "expired", "consul down",
-                         "consul cut", "consul slow", "consul refuses", "consul restarts", "consul is emptied"])  # fmt: skip
-    match fault:
-        case "api down":
-            lab.api_wire.refuse()
-        case "api cut":
-            lab.api_wire.cut()
-        case "api refuses":
-            lab.api.fault = lambda _: Refuse(503)
-            lab.api_wire.cut()
-        case "half lists":
-            lab.api.fault = lambda _: CutAfter(2000)
-            lab.forget_history()
-        case "expired":
-            lab.forget_history()
-        case "consul down":
-            lab.consul_wire.refuse()
-        case "consul cut":
-            lab.consul_wire.cut()
-        case "consul slow":
-            lab.consul_wire.delay = 0.2
-        case "consul refuses":
-            lab.consul.fault = lambda _: Refuse(500)
-        case _:
-            await consul.program.stop(signal.SIGKILL)
-            if fault == "consul is emptied":
-                empty(consul)
-            await consul.start()
+    doing = pick.choice(FAULTS)(lab)
+    if doing is not None:
+        await doing
     await asyncio.sleep(pick.uniform(0.3, 2))
-    lab.api.heal()
-    lab.consul.heal()
-    await lab.api_wire.heal()
-    await lab.consul_wire.heal()
+    await _mend(lab)
     await asyncio.sleep(pick.uniform(0.3, 2))
 
 
@@ -92,13 +101,15 @@ async def test_churn_with_faults(backend: str) -> None:
             lab.put_nodes(5)
             await lab.equal(daemon, node=node)
             churn = _Churn(lab, pick)
-            faults = asyncio.create_task(_go_wrong(lab, consul, pick))
+            faults = asyncio.create_task(_go_wrong(lab, pick))
             await _change(churn, SECONDS / 3)
             early = daemon.megabytes()
             await _change(churn, 2 * SECONDS / 3)
             faults.cancel()
             await asyncio.gather(faults, return_exceptions=True)
-            await _mend(lab, consul)
+            await _mend(lab)
+            if not await consul.is_ready():  # the last fault was cut short
+                await consul.restart(signal.SIGKILL)
             took = await lab.equal(daemon, node=node, within=60 if not IS_SOAK else 30)
             await daemon.until(lambda: _sees(daemon))
             assert await lab.is_quiet_for(2), f"still writing {took:g} s after the last fault"
@@ -117,16 +128,13 @@ async def _change(churn: _Churn, seconds: float) -> None:
         await asyncio.sleep(1 / RATE)
 
 
-async def _go_wrong(lab: ChaosLab, consul: RealConsul, pick: random.Random) -> None:
+async def _go_wrong(lab: ChaosLab, pick: random.Random) -> None:
     while True:
-        await _befall(lab, consul, pick)
+        await _befall(lab, pick)
 
 
-async def _mend(lab: ChaosLab, consul: RealConsul) -> None:
+async def _mend(lab: ChaosLab) -> None:
     lab.api.heal()
     lab.consul.heal()
     await lab.api_wire.heal()
     await lab.consul_wire.heal()
-    if not consul.program.is_running or not await consul.is_ready():
-        await consul.program.stop(signal.SIGKILL)
-        await consul.start()

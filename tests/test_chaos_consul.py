@@ -118,14 +118,17 @@ async def test_writes_whose_answer_is_lost() -> None:
 async def test_few_connections_allowed() -> None:
     """An agent that allows one address a handful of connections is still filled."""
     limits = "-hcl=limits { http_max_conns_per_client = 4 }"
-    async with real_consul(limits) as consul, chaos_lab(consul) as lab:
-        async with await lab.chaotic(CONSUL_ADDRESS=consul.address, **SHARDS) as daemon:
-            lab.put_pods(TARGETS)
+    async with (
+        real_consul(limits) as consul,
+        chaos_lab(consul) as lab,
+        await lab.chaotic(CONSUL_ADDRESS=consul.address, **SHARDS) as daemon,
+    ):
+        lab.put_pods(TARGETS)
 
-            async def is_filled() -> bool:
-                return await daemon.is_ready() and await lab.is_equal()
+        async def is_filled() -> bool:
+            return await daemon.is_ready() and await lab.is_equal()
 
-            await daemon.until(is_filled, within=HEAL_WITHIN)
+        await daemon.until(is_filled, within=HEAL_WITHIN)
 
 
 @contextlib.asynccontextmanager
@@ -135,8 +138,7 @@ async def _three_servers() -> AsyncIterator[list[RealConsul]]:
     with tempfile.TemporaryDirectory(prefix="consul-", ignore_cleanup_errors=True) as folder:
         servers: list[RealConsul] = []
         for number in range(3):
-            home = Path(folder, str(number))
-            home.mkdir()
+            home = Path(tempfile.mkdtemp(dir=folder))
             join = [f"-retry-join={one.serf}" for one in servers]
             flags = ["-bootstrap-expect=3", "-retry-interval=1s", *join]
             servers.append(RealConsul(binary, home, flags, join="", acl=False, node=f"server-{number}"))

@@ -68,37 +68,38 @@ async def test_two_clusters_that_left_their_name_unset(consul: RealConsul, backe
     """What both want is the first's and a conflict of the second; neither removes a thing of the other's."""
     node = {"agent": consul.node, "catalog": "k8s-default-cluster"}[backend]
     settings = {"CLUSTER_NAME": "", "CONSUL_BACKEND": backend}
-    async with chaos_lab(consul, name="default-cluster") as one:
-        async with chaos_lab(consul, name="default-cluster") as two:
-            one.put_pods(20)
-            async with await one.chaotic(**settings) as first:
-                await one.equal(first, node=node)
-                before = created_of(await one.records(node))
-                two.put_pods(5)
-                two.put_pods(20, "bank")
-                two.consul.is_wanted = lambda key: key in one.wanted or key in two.wanted
-                one.consul.is_wanted = two.consul.is_wanted
-                async with await two.chaotic(**settings) as second:
-                    both = {*one.wanted, *two.wanted}
+    async with (
+        chaos_lab(consul, name="default-cluster") as one,
+        chaos_lab(consul, name="default-cluster") as two,
+    ):
+        one.put_pods(20)
+        async with await one.chaotic(**settings) as first:
+            await one.equal(first, node=node)
+            before = created_of(await one.records(node))
+            two.put_pods(5)
+            two.put_pods(20, "bank")
+            two.consul.is_wanted = lambda key: key in one.wanted or key in two.wanted
+            one.consul.is_wanted = two.consul.is_wanted
+            async with await two.chaotic(**settings) as second:
+                both = {*one.wanted, *two.wanted}
 
-                    async def are_there() -> bool:
-                        return (await one.records(node)).keys() == both
+                async def are_there() -> bool:
+                    return (await one.records(node)).keys() == both
 
-                    await wait_until(are_there, HEAL_WITHIN)
-                    await second.until_said("conflict: the service ID is not ours to write")
-                    one.drop_pod("web-19")
-                    two.drop_pod("web-19", "bank")
-                    both -= {"pod--shop--web-19", "pod--bank--web-19"}
-                    await wait_until(are_there, HEAL_WITHIN)
-                    await asyncio.sleep(REST)
-                    quiet = await asyncio.gather(one.is_quiet_for(REST), two.is_quiet_for(REST))
-                    assert quiet == [True, True]
-            now = created_of(await one.records(node))
-            assert {key: now[key] for key in before if key in now} == {
-                key: before[key] for key in before if key in now
-            }
-            one.assert_nothing_wrongful()
-            two.assert_nothing_wrongful()
+                await wait_until(are_there, HEAL_WITHIN)
+                await second.until_said("conflict: the service ID is not ours to write")
+                one.drop_pod("web-19")
+                two.drop_pod("web-19", "bank")
+                both -= {"pod--shop--web-19", "pod--bank--web-19"}
+                await wait_until(are_there, HEAL_WITHIN)
+                await asyncio.sleep(REST)
+                assert all(await asyncio.gather(one.is_quiet_for(REST), two.is_quiet_for(REST)))
+        now = created_of(await one.records(node))
+        assert {key: now[key] for key in before if key in now} == {
+            key: before[key] for key in before if key in now
+        }
+        one.assert_nothing_wrongful()
+        two.assert_nothing_wrongful()
 
 
 @pytest.mark.parametrize("backend", ["catalog", "agent"])
@@ -157,7 +158,7 @@ async def test_two_clusters_on_one_consul(consul: RealConsul) -> None:
             await east.equal(first)
             await west.equal(second)
             await asyncio.sleep(REST)
-            assert await asyncio.gather(east.is_quiet_for(REST), west.is_quiet_for(REST)) == [True, True]
+            assert all(await asyncio.gather(east.is_quiet_for(REST), west.is_quiet_for(REST)))
 
 
 @pytest.mark.parametrize("backend", ["catalog", "agent"])

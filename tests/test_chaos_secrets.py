@@ -6,7 +6,6 @@ import pytest
 
 from chaos_lab import chaos, chaos_lab
 from consul_kit import make_token
-from http_door import Refuse
 from k8s_consul_registrar.sandbox import objects
 from real_servers import real_consul
 
@@ -16,7 +15,7 @@ RULES = 'node_prefix "" { policy = "write" } service_prefix "" { policy = "write
 PAGES = ("/", "/metrics", "/readyz", "/healthz", "/api/v1/status", "/api/v1/targets", "/sd")
 HOSTILE = {
     "control": {"path": "/m\x00\x1b[31m\r\nX: y", "port": "80"},
-    "newlines": {"path": "/metrics\n{\"level\": \"error\"}", "port": "80"},
+    "newlines": {"path": '/metrics\n{"level": "error"}', "port": "80"},
     "huge": {"path": "/" + "x" * 200_000, "port": "80"},
     "traversal": {"path": "/../../v1/agent/service/deregister/pod--shop--good", "port": "80"},
     "bidi": {"path": "/\u202egnp.\u2066x\u2069", "port": "80"},
@@ -24,7 +23,7 @@ HOSTILE = {
     "json": {"path": '/","ID":"pod--shop--good","x":"', "port": "80"},
     "scheme": {"path": "/", "port": "80", "scheme": "http://evil.example/?"},
     "port": {"path": "/", "port": "80\r\nHost: evil"},
-    "param": {"path": "/", "port": "80", "param-a": "\"}]}\u0000"},
+    "param": {"path": "/", "port": "80", "param-a": '"}]}\u0000'},
     "digits": {"path": "/", "port": "\u0661\u0662"},
     "fraction": {"path": "/", "port": "8e1"},
 }  # fmt: skip
@@ -39,8 +38,8 @@ async def test_secrets_stay_in_through_every_fault() -> None:
             await lab.equal(daemon)
             secrets = [token.secret, lab.token_file.read_text()]
             for status in (401, 403, 500):
-                lab.api.fault = lambda _, status=status: Refuse(status)
-                lab.consul.fault = lambda _, status=status: Refuse(status)
+                lab.api.refuse(status)
+                lab.consul.refuse(status)
                 lab.api_wire.cut()
                 lab.put_pod(f"new-{status}")
                 await asyncio.sleep(1)

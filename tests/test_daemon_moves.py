@@ -7,7 +7,7 @@ WEB = "pod--shop--web-1"
 
 def at_node(lab: SandboxLab, node: str) -> set[str]:
     """Return the IDs of the services at a node of the catalog."""
-    return set(lab.consul.catalog.services_of(node))
+    return {service.id for service in lab.consul.catalog.services_of(node)}
 
 
 async def test_from_the_agent_to_the_catalog_and_back() -> None:

@@ -316,6 +316,21 @@ async def test_one_refused_target_does_not_hold_up_the_rest() -> None:
     assert lab.value("passes_total", outcome="partial")
 
 
+async def test_shards_outlive_a_consul_that_forgets_and_fails() -> None:
+    """Services that Consul lost get their shards back, even when the first attempt to refill it fails."""
+    lab = Lab(shards=FIFTY_SHARDS)
+    names = [f"p{number}" for number in range(20)]
+    async with lab.running():
+        await lab.synced(*names)
+        before = {key: one.value("shard_path") for key, one in lab.consul.held.items()}
+        lab.consul.held.clear()
+        lab.consul.failing_writes = 2
+        lab.consul.is_foreign = True
+        await lab.until(names)
+    assert lab.consul.failing_writes == 0
+    assert {key: one.value("shard_path") for key, one in lab.consul.held.items()} == before
+
+
 async def test_brake_asks_for_another_list_and_lets_go() -> None:
     """A held removal asks the cluster to list again, and is done when that list agrees."""
     lab = Lab()

@@ -12,13 +12,14 @@ class BudgetRules:
 
     One read a `gap` (seconds), and no more than `share` of wall time: at 8,200 services a full read under
     load cost Consul a core for seconds, so events and small reads do the work in between. A read that is
-    urgent waits `urgent_gap` instead, and for its share: nothing else removes what a new list does not show.
+    urgent heeds `urgent_gap` and `urgent_share` instead: nothing else removes what a new list does not show.
     """
 
     burst: int = 3
     gap: float = FULL_READ_GAP
     urgent_gap: float = 2.0
     share: float = 0.02
+    urgent_share: float = 0.2
 
 
 class Budget:
@@ -44,7 +45,7 @@ class Budget:
         self._refill(now)
         self._left = max(self._left - 1, 0.0)
         self._gap = max(self._rules.gap, seconds / self._rules.share)
-        self._free_at = now + max(self._rules.urgent_gap, seconds / self._rules.share)
+        self._free_at = now + max(self._rules.urgent_gap, seconds / self._rules.urgent_share)
 
     def _refill(self, now: float) -> None:
         if self._gap > 0:

@@ -1,7 +1,8 @@
 """The two kinds of pass: over all that Consul holds, and over what changed alone."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -51,6 +52,8 @@ class Passes:
         self._readings = 0
         self._lost_shards: dict[str, str] = {}
         self._taken_names: set[str] = set()
+        # What the last full read of Consul took, in seconds, without the writes that followed it.
+        self.read_seconds = 0.0
 
     @property
     def has_refused(self) -> bool:
@@ -65,6 +68,10 @@ class Passes:
     def entry(self, service_id: str) -> Entry | None:
         """Return what is known to stand in Consul under an ID."""
         return self._ledger.get(service_id)
+
+    def unclaimed(self, claimed: Container[str]) -> Iterator[Entry]:
+        """Yield what stands in Consul though nobody in `claimed` asks for it: it may not go yet."""
+        return self._ledger.unclaimed(claimed)
 
     def shard(self, service_id: str) -> str:
         """Return the shard a service has or had in Consul, empty where that is not known."""
@@ -97,15 +104,19 @@ class Passes:
         planner = Planner(wanted, self._identity, self._shards, self._recall)
         ledger = Ledger()
         count = 0
+        started = time.monotonic()
         async for service in self._registry.services():
             entry = planner.consider(service)
             if entry is None:
                 ledger.doubt(service.id, service.value("shard_path"))
+                if (known := self._ledger.find(service.id)) is not None:
+                    ledger.keep(known)
             else:
                 ledger.note(entry)
             count += 1
             if count % SLICE == 0:
                 await asyncio.sleep(0)
+        self.read_seconds = time.monotonic() - started
         await _run(planner.complete())
         held, memory = planner.brake(self._rules, self._memory)
         plan = planner.plan(held, memory)

@@ -134,11 +134,10 @@ class Reconciler:
 
     async def _full(self) -> None:
         self._owes_full = True
-        started = self._clock()
         if await self._is_done(self._make(self._passes.full, is_full=True)):
             self._owes_full = self._is_urgent = False
             self._full_due = self._clock() + self._period
-            self._budget.spend(self._clock(), self._clock() - started)
+            self._budget.spend(self._clock(), self._passes.read_seconds)
 
     async def _partial(self, *, retries_refused: bool = False) -> None:
         pass_over_changes = partial(self._passes.partial, retries_refused=retries_refused)
