@@ -115,12 +115,9 @@ class TlsStep:
         return self._outgoing.read()
 
     def encrypt_all(self, *parts: bytes | memoryview) -> bytes:
-        """Return what to send for parts of any size; OpenSSL takes one record of them at a time."""
-        write = self._object.write
+        """Return what to send for parts of any size."""
         for part in parts:
-            rest = memoryview(part)
-            while rest:
-                rest = rest[write(rest) :]
+            self._object.write(part)
         return self._outgoing.read()
 
     def farewell(self) -> bytes:
