@@ -86,7 +86,7 @@ async def test_before_the_nodes_are_known() -> None:
         kubelet = await lab.cluster.add_kubelet("node-a")
         lab.api_door.refuse()
         async with await lab.proxy() as daemon:
-            await daemon.until_said("cannot list the Nodes", "no connection to")
+            await daemon.until_said("cannot follow", "no connection to")
             answer = await scrape(daemon, path_of(kubelet.port))
             assert (answer.status, "not known yet" in answer.text) == (503, True)
             assert (await daemon.admin("/readyz"))[0] == 503

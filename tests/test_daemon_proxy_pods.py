@@ -101,7 +101,7 @@ async def test_without_the_permission_it_says_so() -> None:
         lab.token_file.write_text(await lab.cluster.token(PROXY_RULES))
         environment = {"PROXY_PODS": "true", "PROXY_PODS_ANONYMOUS": "true"}
         async with await lab.proxy(**environment) as daemon:
-            line = await daemon.until_said("cannot list the Pods")
+            line = await daemon.until_said("cannot follow", "'kind': 'pod'")
             assert "pods" in line["problem"]
             number, text = await daemon.admin("/readyz")
             assert (number, "pods" in text) == (503, True)

@@ -42,10 +42,6 @@ class Feed(Generic[ValueT]):
     """
 
     kind: Kind
-    # What is said when it is out of sight, back in it, and for too long out of it.
-    lost: str
-    found: str
-    stale: str
 
     def __init__(
         self,
@@ -115,9 +111,11 @@ class Feed(Generic[ValueT]):
         self.has_known = self.has_known or self.table.has_listed
         is_blind = self.table.blind_since is not None
         if is_blind and self.problem:
-            log.warning(self.lost, problem=self.problem, still_served=len(self.table))
+            log.warning(
+                "cannot follow", kind=self.kind.value, problem=self.problem, still_served=len(self.table)
+            )
         elif self._was_blind and not is_blind:
-            log.info(self.found, known=len(self.table))
+            log.info("followed again", kind=self.kind.value, known=len(self.table))
         self._was_blind = is_blind and bool(self.problem)
         self.on_trust()
 
@@ -127,7 +125,11 @@ class Feed(Generic[ValueT]):
             left = self.rules.stale_after - self.blind_seconds
             await asyncio.sleep(min(self.rules.timing.tick, left) if left > 0 else self.rules.timing.tick)
             if self.is_serving and not self.is_trusted:
-                log.error(self.stale, seconds=self.rules.stale_after)
+                log.error(
+                    "what is known is too old to be trusted",
+                    kind=self.kind.value,
+                    seconds=self.rules.stale_after,
+                )
                 self.on_trust()
 
 
@@ -138,9 +140,6 @@ class NodeFeed(Feed[Node]):
     """
 
     kind = Kind.NODE
-    lost = "cannot list the Nodes"
-    found = "the Nodes are followed again"
-    stale = "the Nodes last known are too old to be trusted"
 
     def __init__(
         self,
@@ -205,9 +204,6 @@ class PodFeed(Feed[ProxiedPod]):
     """Keeps the Pods that may be scraped, each changed by itself."""
 
     kind = Kind.POD
-    lost = "cannot list the Pods"
-    found = "the Pods are followed again"
-    stale = "the Pods last known are too old to be trusted"
 
     def __init__(
         self,

@@ -84,7 +84,7 @@ class KubeletIdentity:
         except AccessError as error:
             if not self._token and self._pair is None:
                 self._problem = str(error)
-            log.warning("no fresh token for the kubelets", problem=str(error))
+            log.warning("no fresh credentials for the kubelets", problem=str(error))
             self._context.refresh()
         else:
             self._take(identity)
