@@ -235,6 +235,7 @@ async def proxying(
     paths: tuple[str, ...] = (),
     token: Callable[[], str] = lambda: TOKEN,
     context: ssl.SSLContext | list[ssl.SSLContext] | None = None,
+    contexts: Callable[[], ssl.SSLContext] | None = None,
     concurrency: Concurrency | None = None,
     inbound: BearerFile | None = None,
     tls: ServerTls | None = None,
@@ -251,12 +252,12 @@ async def proxying(
     holder = Nodes()
     if known:
         holder.replace(NodeTable.of(nodes, allow_loopback=allow_loopback, verify_node_name=verify_node_name))
-    contexts = context if isinstance(context, list) else [context or kubelet_context(ca_pem=authority_pem())]
+    given = context if isinstance(context, list) else [context or kubelet_context(ca_pem=authority_pem())]
     server = ProxyServer(
         nodes=holder,
         paths=allowed_paths(paths),
         token=token,
-        context=lambda: contexts[0],
+        context=contexts or (lambda: given[0]),
         concurrency=concurrency,
         inbound=inbound,
         tls=tls,

@@ -1,13 +1,14 @@
 """The documents against the code: what they list is what there is, and both READMEs say the same."""
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from k8s_consul_registrar.app import lifecycle
+from k8s_consul_registrar.app import lifecycle, once
 from k8s_consul_registrar.app.process import new_registry
 from k8s_consul_registrar.cli import build_parser
 from k8s_consul_registrar.proxy.metrics import ProxyCollector
@@ -125,7 +126,8 @@ def test_no_metric_is_named_that_does_not_exist(readme: Path) -> None:
 @each_readme
 def test_exit_codes_are_documented(readme: Path) -> None:
     """The table of exit codes holds the codes of the code."""
-    codes = {value for name, value in vars(lifecycle).items() if name.startswith("EXIT_")}
+    named = {**vars(lifecycle), **vars(once)}
+    codes = {value for name, value in named.items() if name.startswith("EXIT_")}
     last_table = sections(readme)[-2]
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", last_table, re.MULTILINE)} == codes
 
@@ -211,6 +213,27 @@ def test_help_mentions_every_variable() -> None:
     assert "variable MODE" in shown
     for option in OPTIONS:
         assert re.search(rf"^  {option.env} \[", shown, re.MULTILINE), option.env
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_shown_are_understood(document: Path) -> None:
+    """Every `k8s-consul-registrar` command line in a block is one that the parser takes."""
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```$", text_of(document), re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    for line in lines:
+        if line.startswith("k8s-consul-registrar "):
+            words = shlex.split(line)[1:]
+            if words != ["--help"]:
+                build_parser().parse_args(words)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_variables_named_are_settings(document: Path) -> None:
+    """A word that looks like one of our variables is one."""
+    known = {option.env for option in OPTIONS}
+    families = {name.split("_")[0] for name in known if "_" in name} - {"LOG"}
+    named = re.findall(rf"`((?:{'|'.join(sorted(families))})_[A-Z_]+)\b", prose_of(document))
+    assert sorted(set(named) - known) == []
 
 
 def test_the_texts_that_troubleshooting_quotes_are_said() -> None:

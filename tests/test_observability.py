@@ -44,7 +44,7 @@ def families() -> dict[str, Family]:
     RegistrarMetrics(registry)
     stats = ProxyStats(dict.fromkeys(Outcome, 0), 0, 0, 0, 0, 0, 0, 0, 0, 0, nodes_known=True)
     found: dict[str, Family] = {}
-    for one in (*registry.collect(), *ProxyCollector(lambda: stats).collect()):
+    for one in (*registry.collect(), *ProxyCollector(lambda: stats, lambda: {"node": 0.0}).collect()):
         name = f"{one.name}_total" if one.type == "counter" else one.name
         labels = frozenset(label for sample in one.samples for label in sample.labels) - {"le"}
         if OURS.match(name):

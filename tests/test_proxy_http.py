@@ -10,7 +10,14 @@ from k8s_consul_registrar.proxy import failures, headers, request, response
 from k8s_consul_registrar.proxy.nodes import Endpoint
 from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
 from k8s_consul_registrar.proxy.request import Fault, Memory, Request, RequestReader
-from k8s_consul_registrar.proxy.response import Chunked, Counted, Malformed, framing_of, read_head
+from k8s_consul_registrar.proxy.response import (
+    AnswerMemory,
+    Chunked,
+    Counted,
+    Malformed,
+    framing_of,
+    read_head,
+)
 from k8s_consul_registrar.proxy.route import Route
 
 GET = (
@@ -163,8 +170,8 @@ def test_any_bytes_as_chunks(body: bytes) -> None:
 
 def test_counted() -> None:
     """Ends with the last byte announced, and finds one more."""
-    assert Counted(b"0").take(memoryview(b""))
-    framing = Counted(b"5")
+    assert Counted(0).take(memoryview(b""))
+    framing = Counted(5)
     assert not framing.take(memoryview(b"abcd"))
     assert framing.take(memoryview(b"e"))
     with pytest.raises(Malformed):
@@ -202,3 +209,31 @@ def test_texts_of_libraries_are_cut() -> None:
     """Lets no control character and no endless text of a peer's making into an answer."""
     assert failures.printable("a\r\nb\x1b[31mé") == "a??b?[31m?"
     assert len(failures.printable("x" * 1000)) == 200
+
+
+def test_heads_are_remembered_by_their_bytes() -> None:
+    """Makes of a head seen before what was made of it first, and tells heads apart that differ in any byte."""
+    memory = AnswerMemory()
+    first = memory.read(HEAD + b"Date: Sun, 22 Nov 2026 16:00:00 GMT\r\nContent-Length: 5\r\n\r\n")
+    assert memory.read(HEAD + b"Date: Sun, 22 Nov 2026 16:00:00 GMT\r\nContent-Length: 5\r\n\r\n") is first
+    assert first.length == 5
+    assert first.start.endswith(b"Content-Length: 5\r\n")
+    other = memory.read(HEAD + b"Date: Sun, 22 Nov 2026 16:00:00 GMT\r\nContent-Length: 6\r\n\r\n")
+    assert (other.length, first.length) == (6, 5)
+    closing = memory.read(HEAD + b"Content-Length: 5\r\nConnection: close\r\n\r\n")
+    assert (closing.keeps, first.keeps) == (False, True)
+
+
+def test_only_sound_heads_are_remembered() -> None:
+    """Judges every head that is none of a 200 anew, and holds a bounded number of the others."""
+    memory = AnswerMemory()
+    refused = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
+    assert memory.read(refused) is not memory.read(refused)
+    for _ in range(2):
+        with pytest.raises(Malformed):
+            memory.read(HEAD + b"\r\n")
+    long = HEAD + b"X: " + b"y" * AnswerMemory.LONGEST + b"\r\nContent-Length: 5\r\n\r\n"
+    assert memory.read(long) is not memory.read(long)
+    for number in range(3 * AnswerMemory.MOST):
+        assert memory.read(HEAD + b"Content-Length: %d\r\n\r\n" % number).length == number
+        assert len(memory._seen) <= AnswerMemory.MOST

@@ -96,7 +96,7 @@ def test_never_beyond_the_limits_and_never_stuck(seed: int, per_node: int, overa
         scrape = next(scrape for scrape in present if scrape.runs)
         present.remove(scrape)
         limits.leave(scrape.node)
-    assert (limits.running, limits.waiting, limits._lanes) == (0, 0, {})
+    assert (limits.running, limits.waiting, limits._claimed, limits._queues) == (0, 0, {}, {})
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import trustme
 
 from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.errors import AccessError
+from k8s_consul_registrar.proxy.buffers import RECEIVE_SIZE
 from k8s_consul_registrar.proxy.outcomes import Outcome
 from k8s_consul_registrar.proxy.relay import RelayTiming
 from proxy_kit import (
@@ -75,7 +76,7 @@ async def test_bodies_of_any_size(tmp_path: Path, size: int) -> None:
 
 async def test_a_slow_caller_holds_the_kubelet_back(tmp_path: Path) -> None:
     """What the socket does not take is kept and the kubelet read no further, and in the end all of it arrives."""
-    body = os.urandom(8_000_000)
+    body = os.urandom(1_000_000) * 30  # more than the sockets of loopback hold
     kubelet = Kubelet(always(answer(body)))
     async with secured(Files(tmp_path, AUTHORITY), kubelet) as proxy:
         caller = await connect(proxy, caller_context(AUTHORITY))
@@ -84,6 +85,9 @@ async def test_a_slow_caller_holds_the_kubelet_back(tmp_path: Path) -> None:
         await eventually(lambda: proxy.server.stats().body_bytes > 0)
         await asyncio.sleep(0.3)
         assert proxy.server.stats().body_bytes < len(body)
+        (downstream,) = proxy.server._callers
+        assert downstream._transport is not None
+        assert 0 < downstream._transport.get_write_buffer_size() < 2 * RECEIVE_SIZE
         transport_of(caller.writer).resume_reading()
         await caller.reader.readuntil(b"\r\n\r\n")
         assert await caller.reader.readexactly(len(body)) == body

@@ -195,6 +195,8 @@ async def test_services_at_a_former_agent_are_removed() -> None:
         registry = AgentRegistry(client)
         foreign = make_service("foreign")
         await registry.register([*(our_pod_service(f"p{number}") for number in range(100)), foreign])
-        cleared = await FormerPlace(registry, lambda service: service.value("cluster") == "lab").clear()
+        cleared = await FormerPlace(
+            "former", registry, lambda service: service.value("cluster") == "lab"
+        ).clear()
         assert (cleared.done, cleared.failures) == (100, ())
         assert await held(registry) == {"foreign": foreign}

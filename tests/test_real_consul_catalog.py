@@ -363,7 +363,7 @@ async def test_services_at_a_former_node_are_removed() -> None:
         services = [our_pod_service(f"p{number}") for number in range(1500)]
         foreign = make_service("foreign")
         await before.register([*services, foreign])
-        former = FormerPlace(before, lambda service: service.value("cluster") == "lab")
+        former = FormerPlace("former", before, lambda service: service.value("cluster") == "lab")
         assert len([one async for one in former.services()]) == 1500
         cleared = await former.clear()
         assert (cleared.done, cleared.failures, cleared.stale) == (1500, (), ())

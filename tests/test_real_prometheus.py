@@ -7,7 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
-from cluster import PROXY_RULES, REGISTRAR_RULES
+from cluster import PROXY_RULES, REGISTRAR_RULES, rule
 from lab import Lab, running_lab_with
 from real_process import LOOPBACK, has_ipv6, wait_until
 from real_servers import REAL, RealPrometheus, real_consul, real_prometheus
@@ -31,18 +31,22 @@ def example_config(consul_address: str) -> str:
 
 
 @contextlib.asynccontextmanager
-async def an_application(asked: list[dict[str, str]]) -> AsyncIterator[int]:
+async def an_application(
+    asked: list[dict[str, str]], host: str = LOOPBACK, headers: list[dict[str, str]] | None = None
+) -> AsyncIterator[int]:
     """Serve one metric under /stats on loopback, as a Pod's container would, and note what is asked for."""
 
     async def stats(request: web.Request) -> web.Response:
         asked.append(dict(request.query))
+        if headers is not None:
+            headers.append(dict(request.headers))
         return web.Response(text="an_application_metric 42\n")
 
     app = web.Application()
     app.router.add_get("/stats", stats)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    await web.TCPSite(runner, LOOPBACK, 0).start()
+    await web.TCPSite(runner, host, 0).start()
     try:
         yield int(runner.addresses[0][1])
     finally:
@@ -115,3 +119,45 @@ async def test_prometheus_scrapes_pods_and_nodes() -> None:
 
                 await lab.cluster.delete_pod()
                 await _are_up(prometheus, nodes)
+
+
+async def test_prometheus_scrapes_a_pod_through_the_proxy_with_a_token(tmp_path: Path) -> None:
+    """A Pod it could not reach is up at the proxy's port, by the token it shows, which the Pod never sees."""
+    asked: list[dict[str, str]] = []
+    headers: list[dict[str, str]] = []
+    shown = tmp_path / "shown-by-prometheus"
+    shown.write_text("what-prometheus-shows")
+    async with (
+        real_consul() as consul,
+        running_lab_with(consul.address) as lab,
+        an_application(asked, "127.0.0.2", headers) as pod_port,
+    ):
+        annotations = {
+            "prometheus.io/scrape": "true",
+            "prometheus.io/port": str(pod_port),
+            "prometheus.io/path": "/stats?format=prometheus",
+            "prometheus.io/param-depth": "a b&c",
+        }
+        await lab.cluster.add_pod(ips=["127.0.0.2"], host_ip=LOOPBACK, annotations=annotations)
+        await lab.cluster.add_kubelet("node-a")
+        rules = [*REGISTRAR_RULES, *PROXY_RULES, rule("list watch", "pods")]
+        lab.token_file.write_text(await lab.cluster.token(rules))
+        async with await lab.proxy(PROXY_PODS="true", PROXY_BEARER_TOKEN_FILE=str(shown)) as proxy:
+            port = await proxy.port("port")
+            await proxy.ready()
+            config = example_config(consul.address).replace(
+                "  - job_name: kubernetes\n",
+                f"  - job_name: kubernetes\n    bearer_token_file: {shown}\n",
+            )
+            async with (
+                await lab.registrar(PROXY_NODE_PORT=str(port), POD_ADDRESS="proxy") as registrar,
+                real_prometheus(config) as prometheus,
+            ):
+                await registrar.ready()
+                await _are_up(prometheus, {(kind, f"{LOOPBACK}:{port}") for kind in ("pod", "node")})
+                (sample,) = await prometheus.wait_for("an_application_metric == 42", 1)
+                assert (sample["metric"]["namespace"], sample["metric"]["pod"]) == ("shop", "web-1")
+                assert asked[-1] == {"depth": "a b&c", "format": "prometheus"}
+                assert all("Authorization" not in each for each in headers)
+                shown.write_text("another")
+                await prometheus.wait_for('up{job="kubernetes"} == 1', 2)

@@ -134,6 +134,29 @@ async def test_the_brake_is_seen() -> None:
     assert brake.until - brake.since == pytest.approx(600)
 
 
+async def test_what_the_brake_holds_is_still_served() -> None:
+    """Targets that a list suddenly lacks stay with collectors until they are let go."""
+    seen = Seen()
+    async with seen.running():
+        seen.cluster.put_list([make_pod(f"p{number}") for number in range(10)])
+        await seen.synced()
+        before = seen.view.generation
+        seen.cluster.put_list([make_pod("p0")])
+        async with asyncio.timeout(5):
+            while not seen.view.status().brakes:
+                await asyncio.sleep(0.005)
+        assert seen.view.generation != before
+        states = [one.state for one in seen.view.targets()]
+        assert states == [TargetState.REGISTERED] + [TargetState.KEPT] * 9
+        await asyncio.sleep(0.15)
+        seen.cluster.now += 1
+        seen.cluster.put_list([make_pod("p0")])
+        async with asyncio.timeout(5):
+            while len(seen.consul.held) > 1:
+                await asyncio.sleep(0.005)
+        assert list(seen.targets()) == ["p0"]
+
+
 def test_secrets_are_not_shown() -> None:
     """Of a secret only that it is set."""
     shown = {one.name: one.value for one in shown_settings(SETTINGS.common.environment)}

@@ -1,6 +1,7 @@
 """The parts of a registrar, each made of the settings it needs: shared by the commands that read or write Consul."""
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from k8s_consul_registrar.admin.sd_server import HttpSdServer
@@ -12,11 +13,13 @@ from k8s_consul_registrar.consul.agent import CONCURRENCY, AgentRegistry
 from k8s_consul_registrar.consul.catalog import CONCURRENCY as TRANSACTIONS
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient
+from k8s_consul_registrar.consul.elsewhere import FormerPlace
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.cluster import FollowedCluster
 from k8s_consul_registrar.kube.lease import LeaseClient, default_lease_name, new_identity, pod_namespace
 from k8s_consul_registrar.kube.mirror import Verdict
 from k8s_consul_registrar.kube.objects import Item
+from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.elector import Elector
 from k8s_consul_registrar.registrar.ownership import Identity
@@ -100,6 +103,26 @@ def consul_registry(settings: RegistrarSettings, client: ConsulClient, timing: T
             meta_keys=meta_keys,
         )
     return AgentRegistry(client, concurrency=backend.concurrency or CONCURRENCY, meta_keys=meta_keys)
+
+
+def former_places(
+    settings: RegistrarSettings, client: ConsulClient, timing: Timing, is_ours: Callable[[Service], bool]
+) -> list[FormerPlace]:
+    """Name the places that may still hold our services: the other backend's, and nodes of earlier settings."""
+    backend, meta_keys = settings.backend, settings.naming.meta_keys
+    current = backend.node_name.lower() if backend.backend == CATALOG else ""
+    nodes = sorted(
+        name for name in {backend.node_name, *backend.previous_node_names} if name.lower() != current
+    )
+    places = [
+        FormerPlace(
+            f"node {name}", CatalogRegistry(client, name, timing=timing, meta_keys=meta_keys), is_ours
+        )
+        for name in nodes
+    ]
+    if backend.backend == CATALOG:
+        places.append(FormerPlace("agent", AgentRegistry(client, meta_keys=meta_keys), is_ours))
+    return places
 
 
 def target_rules(settings: RegistrarSettings) -> TargetRules:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from k8s_consul_registrar.app.parts import (
     consul_access,
     consul_registry,
     followed_cluster,
+    former_places,
     http_sd_server,
     identity,
     new_elector,
@@ -30,12 +31,14 @@ from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.cluster import FollowedCluster
+from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.registrar.budget import FULL_READ_GAP, BudgetRules
 from k8s_consul_registrar.registrar.elector import Elector
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
-from k8s_consul_registrar.registrar.ports import Registry
+from k8s_consul_registrar.registrar.ownership import Claim
 from k8s_consul_registrar.registrar.reconciler import Reconciler
 from k8s_consul_registrar.registrar.record import OwnRecord
+from k8s_consul_registrar.registrar.relocation import leave
 from k8s_consul_registrar.registrar.status import RegistrarStatus
 from k8s_consul_registrar.settings.backend_options import NONE
 from k8s_consul_registrar.settings.modes import RegistrarSettings
@@ -71,11 +74,14 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
     registry = new_registry("registrar")
     async with KubeClient(access, timing) as kube, AsyncExitStack() as stack:
         elector = new_elector(settings, kube)
-        consul = await _registry(settings, timing, elector, stack)
+        client = None
+        if settings.backend.backend != NONE:
+            client = ConsulClient(consul_access(settings.consul), timing, writes_for=_fence(elector))
+            await stack.enter_async_context(client)
         cluster = followed_cluster(settings, kube, timing)
         reconciler = Reconciler(
             cluster=cluster,
-            registry=consul,
+            registry=OwnRecord() if client is None else consul_registry(settings, client, timing),
             identity=identity(settings),
             shards=shards(settings),
             rules=brake_rules(settings),
@@ -95,18 +101,23 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
             None if elector is None else lambda: elector.holder,
         )
         await _serve(settings, view, registry, stack, access)
-        await _run(stop, cluster, reconciler, elector)
+        await _run(stop, cluster, reconciler, elector, _relocation(settings, view, client, timing))
     log.info("registrar ends; what is registered stays")
 
 
-async def _registry(
-    settings: RegistrarSettings, timing: Timing, elector: Elector | None, stack: AsyncExitStack
-) -> Registry:
-    """Connect to Consul, or keep our own record where there is none."""
-    if settings.backend.backend == NONE:
-        return OwnRecord()
-    client = ConsulClient(consul_access(settings.consul), timing, writes_for=_fence(elector))
-    return consul_registry(settings, await stack.enter_async_context(client), timing)
+async def _relocation(
+    settings: RegistrarSettings, view: View, client: ConsulClient | None, timing: Timing
+) -> None:
+    """Remove from places of earlier settings what stands at the new one; what does not, stays there."""
+    who, passes, mirror = view.identity, view.passes, view.mirror
+
+    def may_go(service: Service) -> bool:
+        is_here = passes.entry(service.id) is not None
+        return is_here and who.claim(service, mirror.cluster_uid) is Claim.OURS
+
+    if client is not None:
+        places = former_places(settings, client, timing, may_go)
+        await leave(places, passes, lambda: not view.status_of.is_standby, timing)
 
 
 async def _serve(
@@ -147,11 +158,17 @@ async def _serve(
     )
 
 
-async def _run(stop: Stop, cluster: FollowedCluster, reconciler: Reconciler, elector: Elector | None) -> None:
+async def _run(
+    stop: Stop,
+    cluster: FollowedCluster,
+    reconciler: Reconciler,
+    elector: Elector | None,
+    relocation: Coroutine[None, None, None],
+) -> None:
     """Run everything until the stop; the lease is given back only when nothing writes any more."""
     async with asyncio.TaskGroup() as group:
         electing = None if elector is None else group.create_task(elector.run())
-        await run_until_stopped(stop, cluster.run(), reconciler.run())
+        await run_until_stopped(stop, cluster.run(), reconciler.run(), relocation)
         reconciler.status.is_draining = True
         if electing is not None:
             electing.cancel()

@@ -67,6 +67,8 @@ class View:
             claims = self.mirror.claims.get(service_id)
             if claims:
                 yield self._seen(service_id, min(claims, key=lambda target: target.rank))
+        for entry in self.passes.unclaimed(self.mirror.claims):
+            yield SeenTarget(entry.service(self.identity), entry.target.key, TargetState.KEPT)
 
     def rejections(self) -> list[Rejection]:
         """Return every object that asks to be scraped and cannot be."""

@@ -28,7 +28,8 @@ class FormerPlace:
     one there a moment ago.
     """
 
-    def __init__(self, place: Place, is_ours: Callable[[Service], bool]) -> None:
+    def __init__(self, name: str, place: Place, is_ours: Callable[[Service], bool]) -> None:
+        self.name = name
         self._place = place
         self._is_ours = is_ours
 

@@ -118,6 +118,8 @@ class Table(Generic[ValueT]):
 
     def finish_listing(self, source: Source, at: float) -> None:  # noqa: ARG002 - of a `Copy`
         """Take in that a list is complete."""
+        while self.infer_absences(source):
+            pass
         sight = self._sights[source]
         sight.unseen = None
         sight.is_opaque = sight.is_list_opaque

@@ -4,18 +4,21 @@ The event loop asks for a buffer, reads and reports in one go, so what was read 
 report returns. A buffer of its own for each of 5,000 kept connections would be 320 MB.
 """
 
+from k8s_consul_registrar.proxy.response import AnswerMemory
+
 RECEIVE_SIZE = 64 * 1024
 # What 64 KB of TLS records decrypt to, and a record of which the rest had come before.
 PLAIN_SIZE = RECEIVE_SIZE + 17 * 1024
 
 
 class Buffers:
-    """The shared memory: `received` is what came off a socket, `plain` what it decrypts to."""
+    """The shared memory: `received` is what came off a socket, `plain` what it decrypts to; and `answers`."""
 
-    __slots__ = ("plain", "plain_bytes", "received", "received_bytes")
+    __slots__ = ("answers", "plain", "plain_bytes", "received", "received_bytes")
 
     def __init__(self) -> None:
         self.received_bytes = bytearray(RECEIVE_SIZE)
         self.received = memoryview(self.received_bytes)
         self.plain_bytes = bytearray(PLAIN_SIZE)
         self.plain = memoryview(self.plain_bytes)
+        self.answers = AnswerMemory()

@@ -35,16 +35,6 @@ class Entry(Enum):
     FULL = "full"
 
 
-class _Lane:
-    """One node's places: `claimed` counts scrapes that run, or wait for a place over all."""
-
-    __slots__ = ("claimed", "queue")
-
-    def __init__(self) -> None:
-        self.claimed = 0
-        self.queue: deque[Waiter] = deque()
-
-
 class Limits:
     """Gives out the places and keeps the queues, first come first served.
 
@@ -54,28 +44,31 @@ class Limits:
 
     def __init__(self, allowed: Concurrency) -> None:
         self._allowed = allowed
-        self._lanes: dict[Hashable, _Lane] = {}
+        # By node: how many scrapes run, or wait for a place over all; and who waits for one of the node's places.
+        self._claimed: dict[Hashable, int] = {}
+        self._queues: dict[Hashable, deque[Waiter]] = {}
         self._ready: deque[tuple[Hashable, Waiter]] = deque()
         self.running = 0
         self.waiting = 0
 
     def enter(self, node: Hashable, waiter: Waiter) -> Entry:
         """Ask for a place; after RUN or a later `admitted()` it is held until `leave`."""
-        allowed, lane = self._allowed, self._lanes.get(node)
-        has_claim = lane is None or lane.claimed < allowed.per_node
+        allowed, claimed = self._allowed, self._claimed.get(node, 0)
+        has_claim = claimed < allowed.per_node
         if has_claim and self.running < allowed.overall:
-            self._claim(node)
+            self._claimed[node] = claimed + 1
             self.running += 1
             return Entry.RUN
         if self.waiting >= allowed.patience * allowed.overall:
             return Entry.FULL
         if has_claim:
-            self._claim(node)
+            self._claimed[node] = claimed + 1
             self._ready.append((node, waiter))
-        elif lane is not None and len(lane.queue) < allowed.patience * allowed.per_node:
-            lane.queue.append(waiter)
         else:
-            return Entry.FULL
+            queue = self._queues.setdefault(node, deque())
+            if len(queue) >= allowed.patience * allowed.per_node:
+                return Entry.FULL
+            queue.append(waiter)
         self.waiting += 1
         return Entry.WAIT
 
@@ -83,33 +76,34 @@ class Limits:
         """Give a place back, and let in whoever is next."""
         self.running -= 1
         self._unclaim(node)
-        self._admit()
+        if self._ready:
+            self._admit()
 
     def withdraw(self, node: Hashable, waiter: Waiter) -> None:
         """Stop waiting."""
         self.waiting -= 1
-        lane = self._lanes[node]
-        if waiter in lane.queue:
-            lane.queue.remove(waiter)
+        queue = self._queues.get(node)
+        if queue is not None and waiter in queue:
+            queue.remove(waiter)
+            if not queue:
+                del self._queues[node]
             return
         self._ready.remove((node, waiter))
         self._unclaim(node)
         self._admit()
 
-    def _claim(self, node: Hashable) -> None:
-        lane = self._lanes.get(node)
-        if lane is None:
-            lane = self._lanes[node] = _Lane()
-        lane.claimed += 1
-
     def _unclaim(self, node: Hashable) -> None:
-        lane = self._lanes[node]
-        if lane.queue:
-            self._ready.append((node, lane.queue.popleft()))
+        queue = self._queues.get(node)
+        if queue is not None:
+            self._ready.append((node, queue.popleft()))
+            if not queue:
+                del self._queues[node]
             return
-        lane.claimed -= 1
-        if lane.claimed == 0:
-            del self._lanes[node]
+        claimed = self._claimed[node] - 1
+        if claimed:
+            self._claimed[node] = claimed
+        else:
+            del self._claimed[node]
 
     def _admit(self) -> None:
         while self._ready and self.running < self._allowed.overall:

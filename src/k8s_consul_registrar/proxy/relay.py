@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from k8s_consul_registrar.proxy.buffers import Buffers
+from k8s_consul_registrar.proxy.deadlines import Deadlines
 from k8s_consul_registrar.proxy.failing import Failures
 from k8s_consul_registrar.proxy.failures import of_pod
 from k8s_consul_registrar.proxy.headers import request_start
@@ -95,6 +96,7 @@ class Relay:
         self.timing = timing
         self.failures = Failures()
         self.nodes = nodes
+        self.deadlines = Deadlines(self.loop)
         self.kubelets = Peers(
             context=context,
             token=token,
@@ -151,6 +153,7 @@ class Relay:
         return (self.kubelets,) if self.pods is None else (self.kubelets, self.pods.in_plain)
 
     def close(self) -> None:
-        """Close every connection that is kept."""
+        """Close every connection that is kept, and forget every deadline."""
+        self.deadlines.close()
         for peers in self.all_peers:
             peers.pool.close()

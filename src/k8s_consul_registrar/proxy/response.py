@@ -5,11 +5,12 @@ body in the one form of RFC 9112 alone (no bare LF, no folding, no spaces), so w
 the same end.
 """
 
+from http import HTTPStatus
 from typing import NamedTuple
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
-from k8s_consul_registrar.proxy.headers import RESPONSE_FIELDS, Fields
+from k8s_consul_registrar.proxy.headers import RESPONSE_FIELDS, Fields, response_start, wants_close
 
 HEAD_LIMIT = 16 * 1024
 END_OF_HEAD = b"\r\n\r\n"
@@ -67,20 +68,24 @@ def read_head(head: memoryview) -> Head:
 class Counted:
     """A body of a length announced."""
 
-    __slots__ = ("_left", "field")
+    __slots__ = ("left",)
 
     is_exact = True
 
-    def __init__(self, digits: bytes) -> None:
-        self._left = int(digits)
-        self.field = b"Content-Length: " + digits + b"\r\n"
+    def __init__(self, length: int) -> None:
+        self.left = length
+
+    @property
+    def field(self) -> bytes:
+        """The line of the head that says so."""
+        return b"Content-Length: %d\r\n" % self.left
 
     def take(self, body: memoryview) -> bool:
         """Follow some bytes and say whether the body ends with them; raises Malformed beyond its end."""
-        self._left -= len(body)
-        if self._left < 0:
+        self.left -= len(body)
+        if self.left < 0:
             raise Malformed("it sends more than the length it announced")
-        return self._left == 0
+        return self.left == 0
 
 
 class Chunked:
@@ -147,4 +152,63 @@ def framing_of(head: Head) -> Counted | Chunked:
         raise Malformed("its body has neither a length nor chunks")
     if not length.isdigit() or len(length) > 18:
         raise Malformed("its length is no number")
-    return Counted(length)
+    return Counted(int(length))
+
+
+class Answer(NamedTuple):
+    """What is made of a head: where the status is 200, how the answer to the caller begins.
+
+    `length` is the body's, None where it comes in chunks. `keeps` says whether another answer may follow on
+    the connection.
+    """
+
+    status: int
+    start: bytes
+    length: int | None
+    keeps: bool
+
+
+def read_answer(raw: memoryview) -> Answer:
+    """Parse a whole head, its empty line included; raises Malformed."""
+    head = read_head(raw)
+    if head.status != HTTPStatus.OK:
+        return Answer(head.status, b"", None, keeps=False)
+    framing = framing_of(head)
+    try:
+        start = response_start(head.fields.get(b"content-type"), head.fields.get(b"content-encoding"))
+    except ValueError as error:
+        raise Malformed(str(error)) from None
+    return Answer(
+        head.status,
+        start + framing.field,
+        framing.left if isinstance(framing, Counted) else None,
+        head.is_http_1_1 and not wants_close(head.fields),
+    )
+
+
+class AnswerMemory:
+    """Heads of answers seen lately, by their bytes.
+
+    A head says when it was made to the second, and what else it says kubelets share: where there are many
+    scrapes a second most heads were seen before. What is made of one depends on its bytes alone.
+    """
+
+    __slots__ = ("_seen",)
+
+    LONGEST = 1024
+    MOST = 256
+
+    def __init__(self) -> None:
+        self._seen: dict[bytes, Answer] = {}
+
+    def read(self, raw: bytes) -> Answer:
+        """Return what a whole head says; raises Malformed."""
+        known = self._seen.get(raw)
+        if known is not None:
+            return known
+        answer = read_answer(memoryview(raw))
+        if answer.status == HTTPStatus.OK and len(raw) <= self.LONGEST:
+            if len(self._seen) >= self.MOST:
+                self._seen.clear()
+            self._seen[raw] = answer
+        return answer

@@ -1,17 +1,15 @@
 """One scrape: waits for its place, asks the kubelet, hands the answer on, and ends in one way only."""
 
-import asyncio
 from http import HTTPStatus
 from time import monotonic
 from typing import Protocol
 
 from k8s_consul_registrar.errors import OperationalError
 from k8s_consul_registrar.proxy import failures
-from k8s_consul_registrar.proxy.headers import Fields, request_rest, response_start
+from k8s_consul_registrar.proxy.headers import Fields, request_rest
 from k8s_consul_registrar.proxy.limits import Entry, scrape_deadline
 from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
 from k8s_consul_registrar.proxy.relay import Relay, Routed
-from k8s_consul_registrar.proxy.response import Chunked, Counted, Head, Malformed
 from k8s_consul_registrar.proxy.upstream import Upstream
 
 # Refusals of these statuses are about whom we asked, and worth remembering.
@@ -55,7 +53,7 @@ class Scrape:
         "_is_reused",
         "_relay",
         "_routed",
-        "_timer",
+        "_seconds",
         "_upstream",
     )
 
@@ -66,7 +64,8 @@ class Scrape:
         self._fields = fields
         self._began_at = self._asked_at = monotonic()
         self._upstream: Upstream | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        # How long it may take once it was let in or queued; 0 until then.
+        self._seconds = 0.0
         self._has_place = False
         self._has_begun = False
         self._is_reused = False
@@ -80,8 +79,8 @@ class Scrape:
             self._refuse(failures.QUEUE_FULL)
             return
         announced = self._fields.get(b"x-prometheus-scrape-timeout-seconds")
-        seconds = scrape_deadline(announced, relay.timing.longest_scrape)
-        self._timer = relay.loop.call_later(seconds, self._expire)
+        self._seconds = seconds = scrape_deadline(announced, relay.timing.longest_scrape)
+        relay.deadlines.start(self, seconds)
         if entry is Entry.RUN:
             self._has_place = True
             self._run()
@@ -137,18 +136,13 @@ class Scrape:
         else:
             self._refuse(self._routed.peers.unknown)
 
-    def on_response(self, head: Head, framing: Counted | Chunked, body: memoryview) -> None:
+    def on_response(self, start: bytes, body: memoryview) -> None:
         """Hand the beginning of the answer on."""
-        fields = head.fields
-        try:
-            start = response_start(fields.get(b"content-type"), fields.get(b"content-encoding"))
-        except ValueError as error:
-            raise Malformed(str(error)) from None
         self._has_begun = True
         counts = self._relay.counts
         counts.upstream_times.observe(monotonic() - self._asked_at)
         counts.body_bytes += len(body)
-        self._caller.respond(start + framing.field, body)
+        self._caller.respond(start, body)
 
     def on_body(self, body: memoryview) -> None:
         """Hand more of it on."""
@@ -197,7 +191,8 @@ class Scrape:
 
     # Ending
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
+        """End in a 504, a 503 or a cut: the time is up."""
         if self._has_begun:
             self._cut(failures.TIMED_OUT.reason)
         else:
@@ -224,14 +219,15 @@ class Scrape:
         if self._is_over:
             return False
         self._is_over = True
-        counts, limits, endpoint = self._relay.counts, self._routed.peers.limits, self._routed.route.endpoint
+        relay, limits, endpoint = self._relay, self._routed.peers.limits, self._routed.route.endpoint
+        counts = relay.counts
         counts.ended(outcome)
         counts.durations.observe(monotonic() - self._began_at)
         if self._upstream is not None:
             self._upstream.close()
             self._upstream = None
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._seconds:
+            relay.deadlines.stop(self, self._seconds)
             if self._has_place:
                 limits.leave(endpoint)
             else:

@@ -4,10 +4,14 @@ import contextlib
 import ssl
 from collections.abc import Callable
 
-# A piece of ciphertext at a time: an idle connection keeps a buffer of this order, not of a whole read.
-PIECE = 16 * 1024
 # The most plain text one record holds (RFC 8446, 5.1), so the most one read returns.
 RECORD = 16 * 1024
+# How much ciphertext OpenSSL is handed at a time, where records are smaller than that.
+PIECE = 16 * 1024
+# What a record begins with: its type, a version, and in two bytes the length of the rest (RFC 8446, 5.1).
+RECORD_HEADER = 5
+# The most a length may say (RFC 5246, 6.2.3); OpenSSL is shown more at once and refuses it.
+LONGEST_RECORD = RECORD + 2048
 
 
 def kubelet_context(
@@ -68,9 +72,14 @@ class PlainStep:
 
 
 class TlsStep:
-    """One connection's TLS between ciphertext off a plain transport and plain text."""
+    """One connection's TLS between ciphertext off a plain transport and plain text.
 
-    __slots__ = ("_incoming", "_object", "_outgoing", "_read", "has_ended")
+    OpenSSL is handed whole records and asked as often as they hold data: asked for one of which a part is
+    missing it raises, which costs as much as decrypting it. Where records end is followed from the first
+    byte on; it decides when to ask, and never what is read.
+    """
+
+    __slots__ = ("_header", "_incoming", "_left", "_object", "_outgoing", "_read", "has_ended")
 
     def __init__(self, context: ssl.SSLContext, server_name: str | None) -> None:
         """Begin the client's side to the server of a name; without a name, the server's side."""
@@ -81,12 +90,19 @@ class TlsStep:
         )
         # typeshed knows only the form that returns bytes; with a buffer it returns their number.
         self._read: Callable[[int, memoryview], int] = self._object.read  # type: ignore[assignment]
+        # Of the record at hand: the beginning of its header, or how much of it is still to come.
+        self._header = b""
+        self._left = 0
         self.has_ended = False
 
     def advance_handshake(self, received: memoryview | bytes = b"") -> bool:
         """Take the peer's bytes and say whether the handshake is complete; raises ssl.SSLError."""
         if received:
             self._incoming.write(received)
+            end = self._rest_of_record(received)
+            while end + RECORD_HEADER <= len(received):
+                end += RECORD_HEADER + (received[end + 3] << 8 | received[end + 4])
+            self._suspend(received, end)
         try:
             self._object.do_handshake()
         except ssl.SSLWantReadError:
@@ -124,39 +140,77 @@ class TlsStep:
 
     def decrypt_rest(self, plain: memoryview) -> int:
         """Decrypt into `plain` what came along with the end of the handshake; returns how many bytes there are."""
-        filled = 0
-        while self._incoming.pending and not self.has_ended:
-            try:
-                count = self._read(RECORD, plain[filled:])
-            except ssl.SSLWantReadError:
-                break
-            except ssl.SSLZeroReturnError:
-                count = 0
-            self.has_ended = not count
-            filled += count
-        return filled
+        return self._take(plain, 0) if self._incoming.pending else 0
 
     def decrypt(self, received: memoryview, plain: memoryview) -> int:
         """Decrypt all of `received` into `plain` and return how many bytes there are.
 
         `has_ended` turns true where the peer closes the stream. Raises ssl.SSLError.
         """
-        incoming, tls, read = self._incoming, self._object, self._read
-        filled = 0
-        for start in range(0, len(received), PIECE):
-            incoming.write(received[start : start + PIECE])
-            while True:
-                try:
-                    count = read(RECORD, plain[filled:])
-                except ssl.SSLWantReadError:
+        filled = start = 0
+        size = len(received)
+        end = self._rest_of_record(received) if self._left or self._header else 0
+        while start < size and not self.has_ended:
+            # Small records together, up to a piece: an idle connection keeps a buffer of this order.
+            while end - start < PIECE // 2 and end + RECORD_HEADER <= size:
+                length = received[end + 3] << 8 | received[end + 4]
+                further = end + RECORD_HEADER + length if length <= LONGEST_RECORD else size
+                if further > size or (further - start > LONGEST_RECORD and end > start):
                     break
-                except ssl.SSLZeroReturnError:
-                    count = 0
-                if not count:
-                    self.has_ended = True
-                    return filled
-                filled += count
-                # Asking again with nothing at hand would raise, which costs more than a small read.
-                if not incoming.pending and not tls.pending():
-                    break
+                end = further
+            if start == end or end > size:
+                self._incoming.write(received[start:])
+                break
+            self._incoming.write(received[start:end])
+            filled = self._take(plain, filled)
+            start = end
+        if end != size:
+            self._suspend(received, end)
         return filled
+
+    def _take(self, plain: memoryview, filled: int) -> int:
+        """Read all there is into `plain` from `filled` on, and return up to where it is filled then."""
+        incoming, read = self._incoming, self._read
+        roomy = len(plain) - RECORD
+        while True:
+            try:
+                count = read(RECORD, plain[filled:])
+            except ssl.SSLWantReadError:
+                return filled  # the rest held no data of ours: a session ticket, a key update
+            except ssl.SSLZeroReturnError:
+                count = 0
+            if not count:
+                self.has_ended = True
+                return filled
+            filled += count
+            # A record that had room is read whole, and nothing of it is left inside.
+            if not incoming.pending and (filled <= roomy or not self._object.pending()):
+                return filled
+
+    # Following where records end
+
+    def _rest_of_record(self, received: memoryview | bytes) -> int:
+        """Return where the record ends that began before `received`, 0 where none did.
+
+        Where not even its header is complete, that is the end of `received`.
+        """
+        if self._header:
+            header = self._header + bytes(received[: RECORD_HEADER - len(self._header)])
+            if len(header) < RECORD_HEADER:
+                self._header = header
+                return len(received)
+            end = RECORD_HEADER - len(self._header) + (header[3] << 8 | header[4])
+            self._header = b""
+            return end
+        end, self._left = self._left, 0
+        return end
+
+    def _suspend(self, received: memoryview | bytes, end: int) -> None:
+        """Note how much is missing of the record at hand, of which the one before it ends at `end`."""
+        begun = received[end:]
+        if len(begun) >= RECORD_HEADER:
+            self._left = RECORD_HEADER + (begun[3] << 8 | begun[4]) - len(begun)
+        elif begun:
+            self._header = bytes(begun)
+        else:
+            self._left = max(0, end - len(received))

@@ -7,22 +7,14 @@ from typing import Protocol, cast
 
 from k8s_consul_registrar.proxy import failures
 from k8s_consul_registrar.proxy.buffers import Buffers
-from k8s_consul_registrar.proxy.headers import wants_close
 from k8s_consul_registrar.proxy.nodes import Endpoint
 from k8s_consul_registrar.proxy.outcomes import Refusal
-from k8s_consul_registrar.proxy.response import (
-    END_OF_HEAD,
-    HEAD_LIMIT,
-    Chunked,
-    Counted,
-    Head,
-    Malformed,
-    framing_of,
-    read_head,
-)
+from k8s_consul_registrar.proxy.response import END_OF_HEAD, HEAD_LIMIT, Answer, Chunked, Counted, Malformed
 from k8s_consul_registrar.proxy.tls import PlainStep, TlsStep
 
 SWITCHING_PROTOCOLS = 101
+# The framing of a body that came along with its head.
+WHOLE = Counted(0)
 
 
 class Exchange(Protocol):
@@ -31,8 +23,8 @@ class Exchange(Protocol):
     def on_connected(self) -> None:
         """Ask: the connection is up and secure."""
 
-    def on_response(self, head: Head, framing: Counted | Chunked, body: memoryview) -> None:
-        """Take the head of a 200 and the first bytes of its body; the memory is lent for this call only."""
+    def on_response(self, start: bytes, body: memoryview) -> None:
+        """Take how the answer to a 200 begins and the first of its body; the memory is lent for this call only."""
 
     def on_body(self, body: memoryview) -> None:
         """Take more of the body; the memory is lent for this call only."""
@@ -61,6 +53,7 @@ class Upstream(asyncio.BufferedProtocol):
         "_exchange",
         "_framing",
         "_heard",
+        "_is_paused",
         "_keeps",
         "_loop",
         "_partial",
@@ -81,6 +74,7 @@ class Upstream(asyncio.BufferedProtocol):
         self._exchange: Exchange | None = None
         self._framing: Counted | Chunked | None = None
         self._heard = False
+        self._is_paused = False
         self._keeps = True
         self._partial = b""
         self._closed = False
@@ -159,11 +153,13 @@ class Upstream(asyncio.BufferedProtocol):
     def pause(self) -> None:
         """Read no more until `resume`: the caller is slower than the kubelet."""
         if self._transport is not None and not self._closed:
+            self._is_paused = True
             self._transport.pause_reading()
 
     def resume(self) -> None:
         """Read on."""
-        if self._transport is not None and not self._closed:
+        if self._is_paused and self._transport is not None and not self._closed:
+            self._is_paused = False
             self._transport.resume_reading()
 
     # Reading
@@ -230,23 +226,28 @@ class Upstream(asyncio.BufferedProtocol):
                 raise Malformed("its head is too long")
             if self._partial:
                 return
-            head = read_head(view[start:end])
-            if head.status >= 200 or head.status == SWITCHING_PROTOCOLS:
+            answer = self._buffers.answers.read(view[start:end].tobytes())
+            if answer.status >= 200 or answer.status == SWITCHING_PROTOCOLS:
                 break
             start = end
             if start == count:
                 return
-        self._begin(exchange, head, view[end:count])
+        self._begin(exchange, answer, view[end:count])
 
-    def _begin(self, exchange: Exchange, head: Head, body: memoryview) -> None:
-        if head.status != 200:
-            self._fail(failures.other_status(head.status))
+    def _begin(self, exchange: Exchange, answer: Answer, body: memoryview) -> None:
+        if answer.status != 200:
+            self._fail(failures.other_status(answer.status))
             return
-        framing = framing_of(head)
+        self._keeps = answer.keeps
+        if answer.length == len(body):
+            self._framing = WHOLE
+            exchange.on_response(answer.start, body)
+            self._end()
+            return
+        framing = Chunked() if answer.length is None else Counted(answer.length)
         is_end = framing.take(body)
         self._framing = framing
-        self._keeps = head.is_http_1_1 and not wants_close(head.fields)
-        exchange.on_response(head, framing, body)
+        exchange.on_response(answer.start, body)
         if is_end:
             self._end()
 

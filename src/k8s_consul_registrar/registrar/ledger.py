@@ -1,5 +1,6 @@
 """What Consul holds of ours, in short: enough to make each service again without reading or copying it."""
 
+from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 from k8s_consul_registrar.model import Service, Target
@@ -39,6 +40,7 @@ class Ledger:
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
         self._uncertain: dict[str, str] = {}
+        self._kept: dict[str, Entry] = {}
         # Moves with every change, for whoever keeps what was made of the entries.
         self.generation = 0
 
@@ -49,6 +51,22 @@ class Ledger:
     def get(self, service_id: str) -> Entry | None:
         """Return what stands under an ID, None where nothing of ours is known to."""
         return self._entries.get(service_id)
+
+    def unclaimed(self, claimed: Container[str]) -> Iterator[Entry]:
+        """Yield what stands in Consul though nobody in `claimed` asks for it; good while both change."""
+        for entries in (self._entries, self._kept):
+            for service_id in tuple(entries):
+                if service_id not in claimed and (entry := entries.get(service_id)) is not None:
+                    yield entry
+
+    def find(self, service_id: str) -> Entry | None:
+        """Return what stands under an ID, asked for or kept."""
+        return self._entries.get(service_id) or self._kept.get(service_id)
+
+    def keep(self, entry: Entry) -> None:
+        """Note what stands in Consul though nobody asks for it, until the brake lets it go."""
+        self.generation += 1
+        self._kept[entry.id] = entry
 
     def is_uncertain(self, service_id: str) -> bool:
         """Whether something stands, or may stand, under an ID that is not known here."""
@@ -62,6 +80,7 @@ class Ledger:
     def note(self, entry: Entry) -> None:
         """Note what stands in Consul under an ID."""
         self.generation += 1
+        self._kept.pop(entry.id, None)
         self._entries[entry.id] = entry
         self._uncertain.pop(entry.id, None)
 
@@ -74,5 +93,6 @@ class Ledger:
     def forget(self, service_id: str) -> None:
         """Note that nothing stands under an ID."""
         self.generation += 1
+        self._kept.pop(service_id, None)
         self._entries.pop(service_id, None)
         self._uncertain.pop(service_id, None)

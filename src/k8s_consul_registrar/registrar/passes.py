@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -60,9 +60,18 @@ class Passes:
         """Whether Consul refused single writes that are still owed."""
         return bool(self._refused)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything was compared once, and Consul refused nothing that is still owed."""
+        return self._had_full_pass and not self._refused and not self._pending
+
     def entry(self, service_id: str) -> Entry | None:
         """Return what is known to stand in Consul under an ID."""
         return self._ledger.get(service_id)
+
+    def unclaimed(self, claimed: Container[str]) -> Iterator[Entry]:
+        """Yield what stands in Consul though nobody in `claimed` asks for it: it may not go yet."""
+        return self._ledger.unclaimed(claimed)
 
     def shard(self, service_id: str) -> str:
         """Return the shard a service has or had in Consul, empty where that is not known."""
@@ -100,6 +109,8 @@ class Passes:
             entry = planner.consider(service)
             if entry is None:
                 ledger.doubt(service.id, service.value("shard_path"))
+                if (known := self._ledger.find(service.id)) is not None:
+                    ledger.keep(known)
             else:
                 ledger.note(entry)
             count += 1

@@ -13,10 +13,14 @@ _BACKENDS_OWN = 0
 
 @dataclass(frozen=True, slots=True)
 class BackendSettings:
-    """Where services are kept. `concurrency` is 0 where the backend's own default counts."""
+    """Where services are kept, and at which nodes they may have been kept before.
+
+    `concurrency` is 0 where the backend's own default counts.
+    """
 
     backend: str
     node_name: str
+    previous_node_names: frozenset[str]
     concurrency: int
     has_readiness: bool
     follows: bool
@@ -25,8 +29,7 @@ class BackendSettings:
 def read_backend(reader: Reader, cluster_name: str, instance: str) -> BackendSettings:
     """Read every variable about the backend."""
     backend = reader.choice("CONSUL_BACKEND", BACKENDS)
-    default = "-".join(part for part in ("k8s", cluster_name, instance) if part)
-    node_name = reader.text("CONSUL_NODE_NAME") or default
+    node_name = reader.text("CONSUL_NODE_NAME") or _default_node(cluster_name, instance)
     if reader.is_set("CONSUL_NODE_NAME") and not _NODE_NAME.fullmatch(node_name):
         reader.problem("CONSUL_NODE_NAME", f"{node_name!r} must be letters, digits, '.', '_' or '-'")
     has_concurrency = reader.is_set("CONSUL_CONCURRENCY")
@@ -34,4 +37,13 @@ def read_backend(reader: Reader, cluster_name: str, instance: str) -> BackendSet
     has_readiness = reader.boolean("REGISTER_READINESS")
     if has_readiness and backend != CATALOG:
         reader.problem("REGISTER_READINESS", "needs CONSUL_BACKEND=catalog: an agent runs its checks itself")
-    return BackendSettings(backend, node_name, concurrency, has_readiness, reader.boolean("WATCH"))
+    previous = reader.names("PREVIOUS_CONSUL_NODE_NAMES") - {""}
+    former_clusters = reader.names("PREVIOUS_CLUSTER_NAMES") - {""}
+    defaults = {_default_node(name, instance) for name in (cluster_name, *former_clusters)}
+    return BackendSettings(
+        backend, node_name, previous | defaults, concurrency, has_readiness, reader.boolean("WATCH")
+    )
+
+
+def _default_node(cluster_name: str, instance: str) -> str:
+    return "-".join(part for part in ("k8s", cluster_name, instance) if part)

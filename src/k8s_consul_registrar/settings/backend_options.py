@@ -21,6 +21,12 @@ BACKEND_OPTIONS: tuple[Option, ...] = (
         REGISTRAR_ONLY,
     ),
     Option(
+        "PREVIOUS_CONSUL_NODE_NAMES",
+        "comma-separated catalog nodes the services were at before; ours are removed there once all are at the "
+        "new place, as they are at the default nodes of this cluster and its previous names",
+        REGISTRAR_ONLY,
+    ),
+    Option(
         "CONSUL_CONCURRENCY",
         "requests under way at Consul at once; 32 for an agent, 4 transactions for the catalog, unless given",
         REGISTRAR_ONLY,

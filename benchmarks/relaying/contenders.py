@@ -1,0 +1,129 @@
+"""The relays that are compared: ours as users run it, nginx configured for the same, and a plain aiohttp one.
+
+Each runs on the one core that is the proxy's and relays to the same kubelets, with their certificates
+verified, their connections kept, the token added and the same fields passed on.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any, Self
+
+from k8s_consul_registrar.sandbox import objects
+from k8s_consul_registrar.sandbox.sandbox import Sandbox
+from k8s_consul_registrar.sandbox.synthetic import synthetic_nodes
+from relaying.kubelets import DOMAIN, TOKEN, Kubelets
+from relaying.machine import LOOPBACK, Cores, Process, free_port, program
+
+OURS, NGINX, PLAIN = "ours", "nginx", "aiohttp"
+
+
+class Contender:
+    """One running relay."""
+
+    def __init__(self, name: str, port: int, process: Process) -> None:
+        self.name = name
+        self.port = port
+        self.process = process
+
+    async def __aenter__(self) -> Self:
+        await self.process.__aenter__()
+        try:
+            await self.process.until_listening(self.port)
+        except BaseException:
+            await self.process.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.process.__aexit__()
+
+
+def path_of(address: str, port: int) -> str:
+    """Return the path a kubelet is registered with."""
+    return f"/api/v1/nodes/{address}:{port}/metrics/cadvisor"
+
+
+def benchmark_nodes(kubelets: Kubelets, distinct: int) -> list[dict[str, Any]]:
+    """Return a Node a body, and `distinct` more of addresses of their own."""
+    nodes = [
+        objects.node(body.node, addresses=(("InternalIP", body.address),), kubelet_port=kubelets.port)
+        for body in kubelets.bodies
+    ]
+    for node in synthetic_nodes(distinct):
+        node["metadata"]["name"] += f".{DOMAIN}"
+        node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"] = kubelets.port
+        nodes.append(node)
+    return nodes
+
+
+def ours(kubelets: Kubelets, sandbox: Sandbox, folder: Path, cores: Cores, **settings: str) -> Contender:
+    """Return the daemon itself; its cluster is the sandbox's, whose Nodes are the kubelets'."""
+    port = free_port()
+    kubeconfig = sandbox.write_kubeconfig(
+        folder / f"kubeconfig-{port}", sandbox.access.grant("proxy", token=TOKEN)
+    )
+    environment = {
+        "KUBECONFIG": str(kubeconfig),
+        "PORT": str(port),
+        "ADMIN_PORT": "0",
+        "KUBELET_CA_FILE": str(kubelets.ca_file),
+        "KUBELET_TLS_SERVER_NAME": "node",
+        "PROXY_ALLOW_LOOPBACK": "true",
+        # All clients ask one kubelet; nginx has no such limit.
+        "SCRAPE_CONCURRENCY_PER_NODE": "512",
+        **settings,
+    }
+    argv = [sys.executable, "-m", "k8s_consul_registrar", "proxy"]
+    process = Process(argv, cores=cores.proxy, log=folder / f"ours-{port}.log", environment=environment)
+    return Contender(OURS, port, process)
+
+
+def nginx(kubelets: Kubelets, folder: Path, cores: Cores, buffers: str = "") -> Contender:
+    """Return nginx with a location and kept connections a kubelet; its buffers are its own unless given."""
+    port = free_port()
+    home = folder / f"nginx-{port}"
+    home.mkdir()
+    configuration = home / "nginx.conf"
+    groups = "".join(
+        f"  upstream k{number} {{ server {body.address}:{kubelets.port}; keepalive 256; "
+        "keepalive_requests 1000000000; keepalive_timeout 75s; }\n"
+        for number, body in enumerate(kubelets.bodies)
+    )
+    locations = "".join(
+        f"    location = {path_of(body.address, kubelets.port)} {{ "
+        f"proxy_pass https://k{number}/metrics/cadvisor; proxy_ssl_name {body.node}; }}\n"
+        for number, body in enumerate(kubelets.bodies)
+    )
+    configuration.write_text(f"""
+daemon off; worker_processes 1; pid {home}/pid; error_log stderr crit; worker_rlimit_nofile 20000;
+events {{ worker_connections 8000; }}
+http {{
+  access_log off; server_tokens off; etag off;
+  keepalive_timeout 330s; keepalive_requests 1000000000;
+  client_body_temp_path {home}/body; proxy_temp_path {home}/proxy;
+  fastcgi_temp_path {home}/fcgi; uwsgi_temp_path {home}/uwsgi; scgi_temp_path {home}/scgi;
+{groups}
+  server {{
+    listen {LOOPBACK}:{port} backlog=1024;
+    proxy_http_version 1.1;
+    proxy_set_header Connection ""; proxy_set_header Cookie ""; proxy_set_header User-Agent bench;
+    proxy_set_header X-Prometheus-Scrape-Timeout-Seconds "";
+    proxy_set_header Authorization "Bearer {TOKEN}";
+    proxy_hide_header Accept-Ranges; proxy_hide_header Last-Modified;
+    proxy_ssl_verify on; proxy_ssl_trusted_certificate {kubelets.ca_file}; proxy_ssl_server_name on;
+    proxy_ssl_protocols TLSv1.2 TLSv1.3;
+    proxy_read_timeout 30s; proxy_max_temp_file_size 0; {buffers}
+{locations}  }}
+}}
+""")
+    argv = [program("nginx", "nginx-light"), "-p", str(home), "-c", str(configuration)]
+    return Contender(NGINX, port, Process(argv, cores=cores.proxy, log=home / "log"))
+
+
+def plain(kubelets: Kubelets, folder: Path, cores: Cores) -> Contender:
+    """Return the plain aiohttp relay."""
+    port = free_port()
+    script = Path(__file__).with_name("plain.py")
+    argv = [sys.executable, str(script), str(port), str(kubelets.ca_file)]
+    process = Process(argv, cores=cores.proxy, log=folder / "plain.log", environment={"TOKEN": TOKEN})
+    return Contender(PLAIN, port, process)
