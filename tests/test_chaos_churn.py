@@ -90,7 +90,7 @@ async def _befall(lab: ChaosLab, pick: random.Random) -> None:
     await asyncio.sleep(pick.uniform(0.3, 2))
 
 
-@pytest.mark.parametrize("backend", ["catalog", "agent"])
+@pytest.mark.parametrize("backend", ["catalog", *(["agent"] if IS_SOAK else [])])
 async def test_churn_with_faults(backend: str) -> None:
     """Through all of it nothing that is wanted is removed, and in the quiet nothing is left to do."""
     pick = random.Random(55)
