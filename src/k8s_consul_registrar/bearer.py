@@ -18,7 +18,7 @@ class BearerFile:
     Of several tokens, one a line, each is good: so one is replaced without a moment in which callers that
     still have the old one, or have the new one already, are turned away.
     Once read, a token stays valid until another can be read: a file caught half-way through its replacement
-    must neither open the port nor fail every scrape.
+    must neither open the port nor fail every scrape. `problem` is why the file as it is now cannot be used.
     """
 
     def __init__(self, path: Path, setting: str) -> None:
@@ -27,7 +27,7 @@ class BearerFile:
         self._setting = setting
         self._seen: tuple[int, int, int] | None = None
         self._expected: tuple[bytes, ...] = ()
-        self._problem = ""
+        self.problem = ""
         self._load()
 
     def accepts(self, authorization: bytes | None) -> bool:
@@ -48,9 +48,9 @@ class BearerFile:
             self._load()
         except AccessError as error:
             problem = str(error)
-            if problem != self._problem:
+            if problem != self.problem:
                 _log.warning("the bearer token for callers stays as it was", problem=problem)
-        self._problem = problem
+        self.problem = problem
 
     def _load(self) -> None:
         try:

@@ -4,7 +4,6 @@ import asyncio
 import socket
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from k8s_consul_registrar import __version__
@@ -14,8 +13,8 @@ from k8s_consul_registrar.app.lifecycle import Stop, run_until_stopped
 from k8s_consul_registrar.app.process import new_registry
 from k8s_consul_registrar.app.proxy_feed import FeedRules, NodeFeed, PodFeed
 from k8s_consul_registrar.app.upstream_trust import KubeletIdentity, PodTrust
+from k8s_consul_registrar.app.worker_state import WORKER, CredentialsInHand, Inbound, begin
 from k8s_consul_registrar.backoff import Timing
-from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.errors import OperationalError
 from k8s_consul_registrar.kube.access import load_access
 from k8s_consul_registrar.kube.client import KubeClient
@@ -28,9 +27,9 @@ from k8s_consul_registrar.proxy.pod_route import Pods
 from k8s_consul_registrar.proxy.relay import RelayTiming
 from k8s_consul_registrar.proxy.server import ProxyServer
 from k8s_consul_registrar.proxy.sockets import Fit, listen, raise_file_limit
-from k8s_consul_registrar.server_tls import ServerTls, TlsFiles
+from k8s_consul_registrar.proxy.workers import Workers
 from k8s_consul_registrar.settings.modes import ProxySettings
-from k8s_consul_registrar.settings.proxying import InboundSettings, ProxiedPods
+from k8s_consul_registrar.settings.proxying import ProxiedPods
 from k8s_consul_registrar.telemetry import get_logger
 
 # Connections of callers, and kept ones to each kind of peer, where the limit of open files allows them.
@@ -57,6 +56,7 @@ class _Health:
     """
 
     feeds: tuple[NodeFeed | PodFeed, ...]
+    server: ProxyServer | Workers
     is_draining: bool = False
 
     def is_alive(self) -> bool:
@@ -70,7 +70,7 @@ class _Health:
         for feed in self.feeds:
             if not feed.has_known:
                 return f"the {feed.kind}s are not known yet{': ' if feed.problem else ''}{feed.problem}"
-        return ""
+        return "" if self.server.is_serving else "no worker serves"
 
     def blindness(self) -> dict[str, float]:
         """Return for how many seconds the API server is out of sight, by kind."""
@@ -91,13 +91,17 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
     pod_side = None if settings.pods is None else _PodSide(settings.pods, Pods(), PodTrust(settings.pods))
     nodes = Nodes()
     await identity.refresh()
-    server = _server(settings, nodes, identity, pod_side)
+    server = _relaying(settings, nodes, identity, pod_side)
     registry = new_registry("proxy")
     async with KubeClient(access, timing) as kube:
         feeds = _feeds(settings, kube, nodes, server, pod_side=pod_side, timing=timing)
-        health = _Health(feeds)
-        sockets = _listen(settings.port)
-        await server.start(sockets)
+        health = _Health(feeds, server)
+        sockets = _listen(settings.port, reuse_port=settings.workers > 1)
+        try:
+            await server.start(sockets)
+        except BaseException:
+            await server.stop()
+            raise
         registry.register(ProxyCollector(server.stats, health.blindness))
 
         def failing() -> dict[str, object]:
@@ -121,9 +125,12 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
                     pods=settings.pods is not None,
                     tls=bool(settings.inbound.cert_file),
                     authentication=settings.inbound.is_authenticated,
+                    workers=settings.workers,
                 )
                 services: list[Coroutine[Any, Any, None]] = [feed.run() for feed in feeds]
                 services.append(identity.keep_fresh())
+                if isinstance(server, Workers):
+                    services.append(server.run())
                 if pod_side is not None:
                     services.append(pod_side.trust.keep_fresh())
                 await run_until_stopped(stop, *services, ending=lambda: _end(settings, server, health, stop))
@@ -132,23 +139,34 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
     log.info("proxy ends")
 
 
-def _server(
+def _relaying(
     settings: ProxySettings, nodes: Nodes, identity: KubeletIdentity, pod_side: _PodSide | None
-) -> ProxyServer:
+) -> ProxyServer | Workers:
+    """Build what relays: in this process, or in several others."""
     concurrency = Concurrency(per_node=settings.concurrency_per_node, overall=settings.concurrency)
     fit = _fit(concurrency, kinds=1 if pod_side is None else 2)
+    inbound = Inbound(settings.inbound)
+    if settings.workers > 1:
+        shown = CredentialsInHand(identity, None if pod_side is None else pod_side.trust, inbound)
+        return Workers(
+            count=settings.workers,
+            command=WORKER,
+            begin=lambda port: begin(settings, fit, port),
+            credentials=shown,
+            nodes=nodes,
+            pods=None if pod_side is None else pod_side.pods,
+        )
     pods = None
     if pod_side is not None:
         pods = PodAccess(pod_side.pods, pod_side.trust.context, concurrency, fit.kept_connections)
-    token_file = settings.inbound.bearer_token_file
     return ProxyServer(
         nodes=nodes,
         paths=frozenset(settings.paths),
         token=identity.token,
         context=identity.context,
         concurrency=concurrency,
-        inbound=BearerFile(Path(token_file), "PROXY_BEARER_TOKEN_FILE") if token_file else None,
-        tls=_tls(settings.inbound),
+        inbound=inbound.bearer,
+        tls=inbound.tls,
         pods=pods,
         max_callers=fit.max_callers,
         kept_connections=fit.kept_connections,
@@ -167,18 +185,11 @@ def _fit(concurrency: Concurrency, *, kinds: int) -> Fit:
     return fit
 
 
-def _tls(inbound: InboundSettings) -> ServerTls | None:
-    if not inbound.cert_file:
-        return None
-    client_ca = Path(inbound.client_ca_file) if inbound.client_ca_file else None
-    return ServerTls(TlsFiles(Path(inbound.cert_file), Path(inbound.key_file), client_ca, "TLS"))
-
-
 def _feeds(
     settings: ProxySettings,
     kube: KubeClient,
     nodes: Nodes,
-    server: ProxyServer,
+    server: ProxyServer | Workers,
     *,
     pod_side: _PodSide | None,
     timing: Timing,
@@ -204,9 +215,9 @@ def _feeds(
     return of_nodes, of_pods
 
 
-def _listen(port: int) -> list[socket.socket]:
+def _listen(port: int, *, reuse_port: bool) -> list[socket.socket]:
     try:
-        return listen(port)
+        return listen(port, reuse_port=reuse_port)
     except OSError as error:
         raise OperationalError(f"cannot listen on port {port} (PORT): {error.strerror or error}") from None
 
@@ -217,7 +228,7 @@ def _names(nodes: Nodes, pod_side: _PodSide | None) -> dict[str, str]:
     return names if pod_side is None else names | dict(pod_side.pods.names())
 
 
-async def _end(settings: ProxySettings, server: ProxyServer, health: _Health, stop: Stop) -> None:
+async def _end(settings: ProxySettings, server: ProxyServer | Workers, health: _Health, stop: Stop) -> None:
     """Show that we are ending, accept while kube-proxy still sends callers here, then drain."""
     health.is_draining = True
     log.info("draining", delay=settings.drain_delay, grace=settings.shutdown_grace)

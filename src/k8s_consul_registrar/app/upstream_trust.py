@@ -4,11 +4,13 @@ import asyncio
 import ssl
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.credentials import Identity
 from k8s_consul_registrar.kube.tls import KeyPair, certificates, show
+from k8s_consul_registrar.proxy.frames import Trust
 from k8s_consul_registrar.proxy.tls import kubelet_context, pod_context
 from k8s_consul_registrar.server_tls import stamps
 from k8s_consul_registrar.settings.proxying import KubeletSettings, ProxiedPods
@@ -20,18 +22,35 @@ PERIOD = 10.0
 log = get_logger("trust")
 
 
+class Made(NamedTuple):
+    """A context, and what it is made of, for a process that must make the same without the files."""
+
+    context: ssl.SSLContext
+    trust: Trust
+
+
 class FileContext:
     """A TLS context made of files; a new one is made when one of them changes, or `make` must know better.
 
     A context that was had stays while the next cannot be made: files are replaced one after the other.
     """
 
-    def __init__(self, paths: Sequence[Path], make: Callable[[], ssl.SSLContext]) -> None:
+    def __init__(self, paths: Sequence[Path], make: Callable[[], Made]) -> None:
         """Make the first; raises AccessError where that cannot be."""
         self._paths = paths
         self._make = make
         self._seen = stamps(paths)
-        self.current = make()
+        self._made = make()
+
+    @property
+    def current(self) -> ssl.SSLContext:
+        """The context of this moment."""
+        return self._made.context
+
+    @property
+    def trust(self) -> Trust:
+        """What it is made of."""
+        return self._made.trust
 
     def refresh(self, *, is_due: bool = False) -> None:
         """Make it again where a file changed."""
@@ -40,7 +59,7 @@ class FileContext:
             return
         self._seen = seen
         try:
-            self.current = self._make()
+            self._made = self._make()
         except AccessError as error:
             log.warning("the certificates for kubelets and Pods stay as they were", problem=str(error))
         else:
@@ -74,6 +93,16 @@ class KubeletIdentity:
         """Return the context for kubelets."""
         return self._context.current
 
+    @property
+    def trust(self) -> Trust:
+        """What that context is made of, our key included."""
+        return self._context.trust
+
+    @property
+    def problem(self) -> str:
+        """Why there is no token to be had, empty where there is or none is needed."""
+        return self._problem
+
     async def refresh(self) -> None:
         """Ask for what is current; a token that was had stays while the next cannot be."""
         if self._settings.client_cert_file:
@@ -102,8 +131,9 @@ class KubeletIdentity:
             await asyncio.sleep(PERIOD)
             await self.refresh()
 
-    def _make(self) -> ssl.SSLContext:
+    def _make(self) -> Made:
         settings = self._settings
+        pair = self._pair
         ca_pem = _read_ca(settings.ca_file, "KUBELET_CA_FILE") or self._access.cluster_ca
         try:
             context = kubelet_context(ca_pem=ca_pem, skip_verification=settings.skip_verify)
@@ -111,10 +141,11 @@ class KubeletIdentity:
             where = settings.ca_file or "the cluster's own"
             raise AccessError(f"KUBELET_CA_FILE ({where}) holds no usable certificate: {error}") from None
         if settings.client_cert_file:
-            _show_files(context, settings.client_cert_file, settings.client_key_file)
-        elif self._pair is not None:
-            show(context, self._pair)
-        return context
+            pair = _show_files(context, settings.client_cert_file, settings.client_key_file)
+        elif pair is not None:
+            show(context, pair)
+        certificate, key = (b"", b"") if pair is None else (pair.certificate, pair.key)
+        return Made(context, Trust(ca_pem, settings.skip_verify, certificate, key))
 
 
 class PodTrust:
@@ -129,16 +160,22 @@ class PodTrust:
         """Return the context for Pods."""
         return self._context.current
 
+    @property
+    def trust(self) -> Trust:
+        """What that context is made of."""
+        return self._context.trust
+
     async def keep_fresh(self) -> None:
         """Follow every change for ever; ends only by cancellation."""
         while True:
             await asyncio.sleep(PERIOD)
             self._context.refresh()
 
-    def _make(self) -> ssl.SSLContext:
+    def _make(self) -> Made:
         ca_pem = _read_ca(self._pods.ca_file, "POD_CA_FILE")
+        skips = self._pods.skip_verify
         try:
-            return pod_context(ca_pem=ca_pem, skip_verification=self._pods.skip_verify)
+            return Made(pod_context(ca_pem=ca_pem, skip_verification=skips), Trust(ca_pem, skips))
         except (OSError, ValueError) as error:
             raise AccessError(
                 f"POD_CA_FILE {self._pods.ca_file} holds no usable certificate: {error}"
@@ -156,10 +193,12 @@ def _read_ca(name: str, setting: str) -> str | None:
     return certificates(text, f"{setting} {name}")
 
 
-def _show_files(context: ssl.SSLContext, certificate: str, key: str) -> None:
+def _show_files(context: ssl.SSLContext, certificate: str, key: str) -> KeyPair:
+    """Have a context show a certificate out of files, and return it."""
     try:
         # The password keeps OpenSSL from asking on the terminal for an encrypted key's.
         context.load_cert_chain(certificate, key, password="")
+        return KeyPair(Path(certificate).read_bytes(), Path(key).read_bytes())
     except (OSError, ValueError) as error:
         what = (isinstance(error, ssl.SSLError) and error.reason) or (
             isinstance(error, OSError) and error.strerror

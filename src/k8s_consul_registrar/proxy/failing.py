@@ -23,15 +23,26 @@ class Failure(NamedTuple):
 
 
 class Failures:
-    """The latest failures of one process."""
+    """The latest failures; `noted` counts all there ever were."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._latest: deque[Failure] = deque(maxlen=MOST)
+        self.noted = 0
 
     def note(self, endpoint: Endpoint, outcome: Outcome, reason: str) -> None:
         """Remember one, at the cost of the oldest."""
-        self._latest.append(Failure(self._clock(), endpoint, outcome, reason))
+        self.take(Failure(self._clock(), endpoint, outcome, reason))
+
+    def take(self, failure: Failure) -> None:
+        """Remember one that another process noted."""
+        self._latest.append(failure)
+        self.noted += 1
+
+    def since(self, noted: int) -> list[Failure]:
+        """Return those noted after so many, as far as they are remembered."""
+        fresh = min(self.noted - noted, len(self._latest))
+        return list(self._latest)[len(self._latest) - fresh :]
 
     def lately(self) -> list[Failure]:
         """Return those that are not too old, the latest last."""

@@ -14,6 +14,11 @@ class HistogramValue(NamedTuple):
     counts: tuple[int, ...]
     total: float
 
+    def plus(self, other: "HistogramValue") -> "HistogramValue":
+        """Return both together."""
+        counts = tuple(one + another for one, another in zip(self.counts, other.counts, strict=True))
+        return HistogramValue(counts, self.total + other.total)
+
 
 NO_TIMES = HistogramValue((0,) * (len(BOUNDS) + 1), 0.0)
 

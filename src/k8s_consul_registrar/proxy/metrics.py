@@ -50,6 +50,13 @@ class ProxyCollector(Collector):
             ("pods_known", "Whether the Pods are known.", int(stats.pods_known)),
         ):
             yield GaugeMetricFamily(f"{PREFIX}_{name}", text, value=value)
+        if stats.workers is not None:
+            yield GaugeMetricFamily(f"{PREFIX}_workers", "Workers that accept callers.", value=stats.workers)
+            yield CounterMetricFamily(
+                f"{PREFIX}_worker_deaths",
+                "Workers that ended and were started again.",
+                value=stats.worker_deaths,
+            )
         yield from self._times(stats)
         blind = GaugeMetricFamily(
             f"{PREFIX}_blind_seconds",

@@ -1,7 +1,7 @@
 """What became of each scrape, as plain counts that cost next to nothing to keep."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -47,7 +47,10 @@ class Refusal(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ProxyStats:
-    """The proxy's own figures at one moment; those from `running` on go up and down, but for the histograms."""
+    """The proxy's own figures at one moment; those from `running` on go up and down, but for the histograms.
+
+    `workers` is None in a process that relays itself; `worker_deaths` only grows.
+    """
 
     outcomes: Mapping[Outcome, int]
     body_bytes: int
@@ -64,6 +67,33 @@ class ProxyStats:
     pods_known: bool = False
     durations: HistogramValue = NO_TIMES
     upstream_times: HistogramValue = NO_TIMES
+    workers: int | None = None
+    worker_deaths: int = 0
+
+
+NO_STATS = ProxyStats(dict.fromkeys(Outcome, 0), 0, 0, 0, 0, 0, 0, 0, 0, 0, nodes_known=False)
+
+
+def added(one: ProxyStats, other: ProxyStats, *, with_gauges: bool = True) -> ProxyStats:
+    """Return the sum of two processes' figures; without gauges those of `other` are of the past.
+
+    Nodes and Pods are the same for all, and not added.
+    """
+    gauges = (other.running, other.waiting, other.callers, other.kept) if with_gauges else (0, 0, 0, 0)
+    return replace(
+        one,
+        outcomes={outcome: count + other.outcomes.get(outcome, 0) for outcome, count in one.outcomes.items()},
+        body_bytes=one.body_bytes + other.body_bytes,
+        dials=one.dials + other.dials,
+        reuses=one.reuses + other.reuses,
+        retries=one.retries + other.retries,
+        running=one.running + gauges[0],
+        waiting=one.waiting + gauges[1],
+        callers=one.callers + gauges[2],
+        kept=one.kept + gauges[3],
+        durations=one.durations.plus(other.durations),
+        upstream_times=one.upstream_times.plus(other.upstream_times),
+    )
 
 
 class Counts:

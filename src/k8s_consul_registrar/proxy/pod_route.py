@@ -74,7 +74,8 @@ def _asked_path(scrape: PodScrape) -> str:
 class Pods:
     """The Pods of this moment, replaced one at a time; nothing of all of them is ever copied.
 
-    `on_gone` hears of each endpoint that may no longer be asked, so that connections to it are closed.
+    `on_gone` hears of each endpoint that may no longer be asked, so that connections to it are closed;
+    `on_put` of every Pod that is put.
     """
 
     def __init__(self) -> None:
@@ -82,6 +83,7 @@ class Pods:
         self._endpoints: set[Endpoint] = set()
         self.known = False
         self.on_gone: Callable[[Endpoint], None] = lambda _: None
+        self.on_put: Callable[[str, str, ProxiedPod | None], None] = lambda *_: None
 
     def __len__(self) -> int:
         return len(self._pods)
@@ -98,6 +100,11 @@ class Pods:
         for endpoint in old - new:
             self._endpoints.discard(endpoint)
             self.on_gone(endpoint)
+        self.on_put(namespace, name, pod)
+
+    def items(self) -> Iterator[tuple[tuple[str, str], ProxiedPod]]:
+        """Yield each with its namespace and name."""
+        return iter(self._pods.items())
 
     def is_current(self, endpoint: Endpoint) -> bool:
         """Say whether an endpoint may still be asked: its Pod may have gone while a scrape of it waited."""

@@ -187,6 +187,16 @@ class ProxyServer:
         """Return the scrapes that failed lately, the latest last."""
         return [] if self._relay is None else self._relay.failures.lately()
 
+    def failures_since(self, noted: int) -> tuple[list[Failure], int]:
+        """Return those after the first so many, and how many there were by now."""
+        assert self._relay is not None, "the server has not started"
+        return self._relay.failures.since(noted), self._relay.failures.noted
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether callers are accepted."""
+        return bool(self._servers)
+
 
 class _TurnedAway(asyncio.Protocol):
     """A connection too many."""

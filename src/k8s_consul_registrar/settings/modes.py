@@ -83,6 +83,7 @@ class ProxySettings:
     scrape_timeout_max: float
     concurrency_per_node: int
     concurrency: int
+    workers: int
     drain_delay: float
     shutdown_grace: float
 
@@ -162,6 +163,7 @@ def read_proxy(environment: Mapping[str, str]) -> ProxySettings:
         scrape_timeout_max=reader.seconds("SCRAPE_TIMEOUT_MAX", 0.1),
         concurrency_per_node=reader.integer("SCRAPE_CONCURRENCY_PER_NODE", 1, 1000),
         concurrency=reader.integer("SCRAPE_CONCURRENCY", 1, 100_000),
+        workers=reader.integer("PROXY_WORKERS", 1, 64),
         drain_delay=reader.seconds("DRAIN_DELAY"),
         shutdown_grace=reader.seconds("SHUTDOWN_GRACE"),
         common=_common(reader),

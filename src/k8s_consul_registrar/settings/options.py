@@ -153,6 +153,12 @@ OPTIONS: tuple[Option, ...] = (
     Option("SCRAPE_TIMEOUT_MAX", "longest scrape in seconds, whatever the caller announces", _PROXY, "120"),
     Option("SCRAPE_CONCURRENCY_PER_NODE", "scrapes under way at one Node; further ones wait", _PROXY, "8"),
     Option("SCRAPE_CONCURRENCY", "scrapes under way in all; further ones wait", _PROXY, "512"),
+    Option(
+        "PROXY_WORKERS",
+        "processes that relay, for more than one core; beyond 1 each has its share of the limits above",
+        _PROXY,
+        "1",
+    ),
     Option("DRAIN_DELAY", "seconds the proxy still accepts after SIGTERM", _PROXY, "3"),
     Option("SHUTDOWN_GRACE", "seconds scrapes under way may take after that", _PROXY, "25"),
     Option("ADMIN_PORT", "port of /healthz, /readyz and /metrics; 0 for one the system picks", _BOTH, "8081"),

@@ -1,0 +1,144 @@
+"""What the processes of one proxy tell each other over a socket that only the two of them have.
+
+A frame is its length in four bytes and a message in msgpack. Credentials go this way alone: never by an
+argument, the environment or a file on a disk.
+"""
+
+import asyncio
+
+import msgspec
+
+from k8s_consul_registrar.proxy.failing import Failure
+from k8s_consul_registrar.proxy.nodes import NodeTable
+from k8s_consul_registrar.proxy.outcomes import ProxyStats
+from k8s_consul_registrar.proxy.pod_route import ProxiedPod
+
+# Five thousand Nodes are about a megabyte; a length beyond this is no frame of ours.
+LONGEST = 1 << 28
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """One worker's share of what may run at once and be open."""
+
+    per_node: int
+    overall: int
+    max_callers: int
+    kept_connections: int
+
+
+class Begin(msgspec.Struct, frozen=True, tag=True):
+    """To a worker, the first of all: what never changes. `has_pods` is whether Pods are relayed."""
+
+    port: int
+    paths: frozenset[str]
+    limits: Limits
+    longest_scrape: float
+    has_pods: bool
+    log_level: str
+    log_format: str
+
+
+class Trust(msgspec.Struct, frozen=True):
+    """Whom to believe, and the client certificate to show with its key, both empty for none."""
+
+    ca_pem: str | None
+    skip_verification: bool
+    certificate: bytes = b""
+    key: bytes = b""
+
+    def __repr__(self) -> str:
+        return "Trust(…)"
+
+
+class Credentials(msgspec.Struct, frozen=True, tag=True):
+    """To a worker: everything secret, as it is now.
+
+    `problem` says why there is no token. `files` are the contents of those that callers are checked by, by
+    what each is for: see the constants below.
+    """
+
+    token: str
+    problem: str
+    kubelets: Trust
+    pods: Trust | None
+    files: dict[str, bytes]
+
+    def __repr__(self) -> str:
+        return "Credentials(…)"
+
+
+BEARER, CERTIFICATE, KEY, CLIENT_CA = "bearer", "certificate", "key", "client-ca"
+
+
+class Table(msgspec.Struct, frozen=True, tag=True):
+    """To a worker: the kubelets of this moment."""
+
+    table: NodeTable
+    known: bool
+
+
+class PodPut(msgspec.Struct, frozen=True, tag=True):
+    """To a worker: one Pod as it is now, None where it may not be scraped or is gone."""
+
+    namespace: str
+    name: str
+    pod: ProxiedPod | None
+
+
+class PodsKnown(msgspec.Struct, frozen=True, tag=True):
+    """To a worker: whether the Pods told so far may be served."""
+
+    known: bool
+
+
+class Drain(msgspec.Struct, frozen=True, tag=True):
+    """To a worker: accept no more, and end once what is under way is done or `grace` seconds have passed."""
+
+    grace: float
+
+
+class Serving(msgspec.Struct, frozen=True, tag=True):
+    """From a worker, once: it accepts callers."""
+
+
+class Figures(msgspec.Struct, frozen=True, tag=True):
+    """From a worker, every second and at its end: its counts since it began, and what failed since the last."""
+
+    stats: ProxyStats
+    failures: list[Failure]
+
+
+ToWorker = Begin | Credentials | Table | PodPut | PodsKnown | Drain
+FromWorker = Serving | Figures
+
+_encode = msgspec.msgpack.Encoder().encode
+_to_worker = msgspec.msgpack.Decoder(ToWorker)
+_from_worker = msgspec.msgpack.Decoder(FromWorker)
+
+
+def frame(message: ToWorker | FromWorker) -> bytes:
+    """Return a message as it is sent."""
+    body = _encode(message)
+    return len(body).to_bytes(4, "big") + body
+
+
+async def read_to_worker(reader: asyncio.StreamReader) -> ToWorker | None:
+    """Return the next message to a worker, None where the proxy is gone."""
+    body = await _body(reader)
+    return None if body is None else _to_worker.decode(body)
+
+
+async def read_from_worker(reader: asyncio.StreamReader) -> FromWorker | None:
+    """Return the next message of a worker, None where it is gone."""
+    body = await _body(reader)
+    return None if body is None else _from_worker.decode(body)
+
+
+async def _body(reader: asyncio.StreamReader) -> bytes | None:
+    try:
+        length = int.from_bytes(await reader.readexactly(4), "big")
+        if length > LONGEST:
+            return None
+        return await reader.readexactly(length)
+    except (asyncio.IncompleteReadError, OSError):
+        return None

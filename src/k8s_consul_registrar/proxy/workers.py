@@ -1,0 +1,262 @@
+"""Several processes on one port, for whom one core is not enough: a `ProxyServer` made of workers.
+
+The parent alone knows the cluster and the credentials and answers on the admin port; each worker listens on
+the port itself (SO_REUSEPORT, socket(7)) and the system spreads connections over them. So a worker that dies
+takes the scrapes it had under way along, and no others; its successor is told everything anew.
+"""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from k8s_consul_registrar.backoff import delays
+from k8s_consul_registrar.errors import OperationalError
+from k8s_consul_registrar.proxy.failing import Failure, Failures
+from k8s_consul_registrar.proxy.frames import (
+    Begin,
+    Credentials,
+    Drain,
+    PodPut,
+    PodsKnown,
+    Table,
+    ToWorker,
+    frame,
+)
+from k8s_consul_registrar.proxy.nodes import Nodes
+from k8s_consul_registrar.proxy.outcomes import NO_STATS, ProxyStats, added
+from k8s_consul_registrar.proxy.pod_route import Pods, ProxiedPod
+from k8s_consul_registrar.proxy.worker_process import WorkerProcess
+from k8s_consul_registrar.telemetry import get_logger
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerTiming:
+    """Every delay in keeping workers, in seconds; tests hand in smaller ones.
+
+    `tick` is how often credentials are looked at; the rest is told when it happens. A worker that lived for
+    `settled` has not failed to start. `last_words` is what one may take beyond the grace of a drain, and one
+    that says nothing for `silence` hangs: it tells its figures every second.
+    """
+
+    starts_within: float = 30.0
+    tick: float = 1.0
+    settled: float = 60.0
+    last_words: float = 2.0
+    silence: float = 30.0
+    retry_first: float = 0.5
+    retry_cap: float = 5.0
+
+
+class Workers:
+    """Relays scrapes as a `ProxyServer` does, in `count` processes of `command`.
+
+    `begin` makes the first message for a port; `credentials` is asked every second for what is current.
+    `nodes` and `pods` are replaced from outside (call `notice_nodes` after the former).
+    """
+
+    def __init__(
+        self,
+        *,
+        count: int,
+        command: Sequence[str],
+        begin: Callable[[int], Begin],
+        credentials: Callable[[], Credentials],
+        nodes: Nodes,
+        pods: Pods | None,
+        timing: WorkerTiming | None = None,
+    ) -> None:
+        self._count = count
+        self._command = tuple(command)
+        self._begin = begin
+        self._credentials = credentials
+        self._nodes = nodes
+        self._pods = pods
+        self._timing = timing or WorkerTiming()
+        self._sockets: Sequence[socket.socket] = ()
+        self._port = 0
+        self._running: dict[int, WorkerProcess] = {}
+        self._keepers: list[asyncio.Task[None]] = []
+        self._following: asyncio.Task[None] | None = None
+        self._told: Credentials | None = None
+        self._told_pods_known = False
+        self._failures = Failures()
+        # What workers that are gone had counted: a counter never goes back.
+        self._past = NO_STATS
+        self._deaths = 0
+        self._ending = asyncio.Event()
+        if pods is not None:
+            pods.on_put = self._put_pod
+
+    async def start(self, sockets: Sequence[socket.socket]) -> None:
+        """Start the workers on the port of these sockets, which stay bound and idle to keep it ours.
+
+        Raises OperationalError where not all of them serve in time.
+        """
+        self._sockets = sockets
+        self._port = sockets[0].getsockname()[1]
+        self._told = self._credentials()
+        serving = [asyncio.Event() for _ in range(self._count)]
+        self._keepers = [asyncio.create_task(self._keep(*each)) for each in enumerate(serving)]
+        self._following = asyncio.create_task(self._follow_credentials())
+        try:
+            async with asyncio.timeout(self._timing.starts_within):
+                for first in serving:
+                    await first.wait()
+        except TimeoutError:
+            raise OperationalError(
+                f"PROXY_WORKERS: not all workers serve within {self._timing.starts_within:g} s"
+            ) from None
+
+    async def run(self) -> None:
+        """Look after the workers until they are stopped; raises what went wrong with that."""
+        await asyncio.gather(*self._tasks())
+
+    def _tasks(self) -> list[asyncio.Task[None]]:
+        return self._keepers + ([] if self._following is None else [self._following])
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether any worker accepts callers."""
+        return any(worker.serving.is_set() for worker in self._running.values())
+
+    @property
+    def pids(self) -> list[int]:
+        """The workers' processes."""
+        return [worker.pid for worker in self._running.values()]
+
+    # Telling
+
+    def notice_nodes(self) -> None:
+        """Tell the workers of another table of Nodes."""
+        self._tell_all(Table(self._nodes.current, self._nodes.known))
+
+    def _put_pod(self, namespace: str, name: str, pod: ProxiedPod | None) -> None:
+        self._tell_all(PodPut(namespace, name, pod))
+
+    async def _follow_credentials(self) -> None:
+        while True:
+            await asyncio.sleep(self._timing.tick)
+            credentials = self._credentials()
+            if credentials != self._told:
+                self._told = credentials
+                self._tell_all(credentials)
+            known = self._pods is not None and self._pods.known
+            if known != self._told_pods_known:
+                self._told_pods_known = known
+                self._tell_all(PodsKnown(known))
+
+    def _tell_all(self, message: ToWorker) -> None:
+        if self._running:
+            frames = frame(message)
+            for worker in self._running.values():
+                worker.pass_on(frames)
+
+    def _everything(self) -> Iterator[ToWorker]:
+        yield self._begin(self._port)
+        assert self._told is not None
+        yield self._told
+        yield Table(self._nodes.current, self._nodes.known)
+        if self._pods is not None:
+            for (namespace, name), pod in self._pods.items():
+                yield PodPut(namespace, name, pod)
+            yield PodsKnown(self._told_pods_known)
+
+    # Keeping them
+
+    async def _keep(self, number: int, first: asyncio.Event) -> None:
+        """Keep one of the workers running until the end."""
+        loop = asyncio.get_running_loop()
+        retry = delays(self._timing.retry_first, self._timing.retry_cap)
+        while True:
+            began = loop.time()
+            problem = await self._run_one(number, first)
+            if self._ending.is_set():
+                return
+            if loop.time() - began > self._timing.settled:
+                retry = delays(self._timing.retry_first, self._timing.retry_cap)
+            self._deaths += 1
+            pause = next(retry)
+            _log.error("a worker ended", worker=number, problem=problem, restart_in=round(pause, 1))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._ending.wait()
+                return
+
+    async def _run_one(self, number: int, first: asyncio.Event) -> str:
+        try:
+            worker = await WorkerProcess.start(self._command, self._hear_failures)
+        except OSError as error:
+            return f"cannot be started: {error.strerror or error}"
+        self._running[number] = worker
+        if self._ending.is_set():
+            worker.kill()  # it began too late to be told
+        waiting = asyncio.create_task(self._announce(number, worker, first))
+        try:
+            worker.tell(self._everything())
+            code = await worker.follow(self._timing.silence)
+        finally:
+            waiting.cancel()
+            worker.kill()
+            del self._running[number]
+            if worker.stats is not None:
+                self._past = added(self._past, worker.stats, with_gauges=False)
+        return f"exit code {code}" if code >= 0 else f"signal {-code}"
+
+    async def _announce(self, number: int, worker: WorkerProcess, first: asyncio.Event) -> None:
+        await worker.serving.wait()
+        first.set()
+        _log.info("a worker serves", worker=number, pid=worker.pid)
+
+    def _hear_failures(self, failures: list[Failure]) -> None:
+        for failure in failures:
+            self._failures.take(failure)
+
+    # Ending
+
+    async def drain(self, grace: float) -> None:
+        """Have every worker accept no more and finish what is under way within `grace` seconds."""
+        self._ending.set()
+        self._tell_all(Drain(grace))
+        await self._gone_within(grace + self._timing.last_words)
+
+    async def stop(self) -> None:
+        """End everything at once; answers under way are reset."""
+        self._ending.set()
+        self._tell_all(Drain(0))
+        await self._gone_within(self._timing.last_words)
+        for task in self._tasks():
+            task.cancel()
+        await asyncio.gather(*self._tasks(), return_exceptions=True)
+        for bound in self._sockets:
+            bound.close()
+
+    async def _gone_within(self, seconds: float) -> None:
+        if self._keepers:
+            await asyncio.wait(self._keepers, timeout=seconds)
+
+    # Figures
+
+    def stats(self) -> ProxyStats:
+        """Return the figures of all, at most a second old."""
+        total = self._past
+        for worker in self._running.values():
+            if worker.stats is not None:
+                total = added(total, worker.stats)
+        pods = self._pods
+        return replace(
+            total,
+            nodes=len(self._nodes.current.by_name),
+            nodes_known=self._nodes.known,
+            pods=0 if pods is None else len(pods),
+            pods_known=pods is not None and pods.known,
+            workers=sum(worker.serving.is_set() for worker in self._running.values()),
+            worker_deaths=self._deaths,
+        )
+
+    def failures(self) -> list[Failure]:
+        """Return the scrapes that failed lately, the latest last."""
+        return sorted(self._failures.lately(), key=lambda failure: failure.at)
