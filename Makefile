@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup check fix test soak demo bench-proxy lock real-servers clean
+.PHONY: help setup check fix test soak bench-registrar bench-proxy demo lock real-servers clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -37,6 +37,10 @@ test: $(STAMP) ## every test, those on real servers included
 soak: $(STAMP) ## the long versions of the tests of faults, with their figures as bounds (about an hour)
 	-scripts/fetch-real-servers
 	SOAK=1 $(BIN)/python -m pytest -m soak $(ARGS)
+
+bench-registrar: $(STAMP) ## the registrar beside the original's algorithm; PODS=1000,10000 sets sizes
+	@scripts/fetch-real-servers
+	@PYTHONPATH=tests $(BIN)/python benchmarks/registrar.py $(if $(PODS),--pods $(PODS)) $(ARGS)
 
 demo: $(STAMP) ## the whole thing in a sandbox; KEEP=1 leaves it running
 	@$(BIN)/python -m k8s_consul_registrar demo $(if $(KEEP),--keep)

@@ -5,6 +5,7 @@ left in `.cache/real`. Where there is none the test is skipped with the reason, 
 `REQUIRE_REAL_SERVERS=1`. Tests that use them carry `pytestmark = REAL`.
 """
 
+import asyncio
 import contextlib
 import functools
 import os
@@ -13,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 from urllib.parse import urlencode
@@ -210,6 +211,23 @@ async def real_consul(
             yield consul
         finally:
             await consul.program.stop(signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def shared_consul(*flags: str) -> Iterator[RealConsul]:
+    """Run one Consul agent for tests on several loops, such as all of a module."""
+    binary = consul_binary()
+    with tempfile.TemporaryDirectory(prefix="consul-", ignore_cleanup_errors=True) as folder:
+
+        def make() -> RealConsul:
+            home = Path(tempfile.mkdtemp(dir=folder))
+            return RealConsul(binary, home, flags, join="", acl=False, node="test-node")
+
+        consul = asyncio.run(_started(make))
+        try:
+            yield consul
+        finally:
+            asyncio.run(consul.program.stop(signal.SIGKILL))
 
 
 class RealPrometheus:

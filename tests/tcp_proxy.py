@@ -15,11 +15,14 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 seconds
 class TcpProxy:
     """Carries bytes to and from `host:port`, whatever they mean; an asynchronous context manager.
 
-    Its own port stays the same while it refuses. `delay` (seconds) holds each piece back for so long.
+    Its own port stays the same while it refuses. `delay` (seconds) holds each piece back for so long;
+    `rate` (bytes a second, 0 for no bound) is the most that each direction of a connection carries.
     """
 
     def __init__(self, host: str, port: int, *, listen_on: str = LOOPBACK) -> None:
         self.delay = 0.0
+        self.rate = 0.0
+        self._is_hole = False
         self._upstream = (host, port)
         self._host = listen_on
         self._bound = self._bind(0)
@@ -51,10 +54,15 @@ class TcpProxy:
 
     async def heal(self) -> None:
         """Let everything through again, what was held back included."""
-        self.delay = 0.0
+        self.delay = self.rate = 0.0
+        self._is_hole = False
         self._flowing.set()
         if self._server is None:
             self._server = await asyncio.start_server(self._accept, sock=self._bound)
+
+    def black_hole(self) -> None:
+        """Swallow what is sent from now on, both ways; what was swallowed never arrives, healed or not."""
+        self._is_hole = True
 
     def stall(self) -> None:
         """Go on accepting and carry nothing, in either direction."""
@@ -108,6 +116,11 @@ class TcpProxy:
                 await self._flowing.wait()
             finally:
                 self._held -= 1
+            if self.rate:
+                await asyncio.sleep(len(data) / self.rate)
+            if self._is_hole:
+                # A stream with a gap would be garbage: this connection is dead and nobody is told.
+                await asyncio.Event().wait()
             writer.write(data)
             await writer.drain()
         with contextlib.suppress(OSError):

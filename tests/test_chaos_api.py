@@ -1,27 +1,35 @@
 """Faults of the API server: it goes away, forgets, goes back in time, hangs, refuses and lies by omission."""
 
 import asyncio
+import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 
 import pytest
 
-from chaos_lab import HEAL_WITHIN, ChaosLab, chaos, chaos_lab, created_of, is_blind, scaled, stays
+from chaos_lab import HEAL_WITHIN, IS_SOAK, ChaosLab, chaos, chaos_lab, created_of, is_blind, scaled, stays
 from daemon import Daemon
 from http_door import CutAfter, Emptied, Refuse
-from real_servers import RealConsul, real_consul
+from real_servers import RealConsul, shared_consul
 
 pytestmark = chaos("chaos-api")
 
-OUTAGE = scaled(3, 60)
+OUTAGE = scaled(2, 60)
+NUMBERS = itertools.count()
 CANNOT = "cannot list; nothing of it is deregistered meanwhile"
 
 
-@pytest.fixture
-async def consul() -> AsyncIterator[RealConsul]:
-    """Run a Consul for one test."""
-    async with real_consul() as running:
+@pytest.fixture(scope="module")
+def consul() -> Iterator[RealConsul]:
+    """Run one Consul; each test has a cluster, and so a node of the catalog, of its own."""
+    with shared_consul() as running:
         yield running
+
+
+@pytest.fixture
+def name() -> str:
+    """Return a cluster name of a test's own."""
+    return f"lab-{next(NUMBERS)}"
 
 
 async def _settled(lab: ChaosLab, daemon: Daemon) -> dict[str, int]:
@@ -41,9 +49,9 @@ async def _unharmed(lab: ChaosLab, before: dict[str, int]) -> None:
     assert {key: now.get(key) for key in kept} == kept
 
 
-async def test_down_and_up_again(consul: RealConsul) -> None:
+async def test_down_and_up_again(consul: RealConsul, name: str) -> None:
     """Nothing goes, it is shown, and what changed meanwhile is done soon after."""
-    async with chaos_lab(consul) as lab, await lab.chaotic() as daemon:
+    async with chaos_lab(consul, name=name) as lab, await lab.chaotic() as daemon:
         before = await _settled(lab, daemon)
         lab.api_wire.refuse()
         lab.drop_pod("web-7")
@@ -64,9 +72,9 @@ async def _sees(daemon: Daemon) -> bool:
 
 
 @pytest.mark.parametrize("history", ["compacted", "lower", "lower and ahead again"])
-async def test_up_again_with_another_history(consul: RealConsul, history: str) -> None:
+async def test_up_again_with_another_history(consul: RealConsul, name: str, history: str) -> None:
     """A version that is too old (410), or from a future that never was, leads to a new list, never to loss."""
-    async with chaos_lab(consul) as lab, await lab.chaotic() as daemon:
+    async with chaos_lab(consul, name=name) as lab, await lab.chaotic() as daemon:
         backup = lab.sandbox.kube.store.backup()
         lab.put_pods(300)
         lab.put_nodes(5)
@@ -95,9 +103,9 @@ async def test_up_again_with_another_history(consul: RealConsul, history: str) -
         await _unharmed(lab, before)
 
 
-async def test_hung_in_the_middle_of_a_watch(consul: RealConsul) -> None:
+async def test_hung_in_the_middle_of_a_watch(consul: RealConsul, name: str) -> None:
     """A server that stops answering and then goes on loses nothing and is waited for."""
-    async with chaos_lab(consul) as lab, await lab.chaotic() as daemon:
+    async with chaos_lab(consul, name=name) as lab, await lab.chaotic() as daemon:
         before = await _settled(lab, daemon)
         lab.api_wire.stall()
         lab.drop_pod("web-7")
@@ -109,19 +117,35 @@ async def test_hung_in_the_middle_of_a_watch(consul: RealConsul) -> None:
         await _unharmed(lab, before)
 
 
-@pytest.mark.parametrize("status", [429, 500, 504])
-async def test_answers_that_ask_for_patience(consul: RealConsul, status: int) -> None:
-    """Refused lists and watches harm nothing, and are over soon after the server recovers."""
-    async with chaos_lab(consul) as lab, await lab.chaotic() as daemon:
+@pytest.mark.skipif(not IS_SOAK, reason="a watch is given up only after three silent minutes")
+@pytest.mark.timeout(400)
+async def test_a_watch_that_hangs_for_good(consul: RealConsul, name: str) -> None:
+    """A connection that swallows everything and never ends is given up for its silence."""
+    async with chaos_lab(consul, name=name) as lab, await lab.chaotic() as daemon:
         before = await _settled(lab, daemon)
-        lab.api.fault = lambda _: Refuse(status, "1" if status == 429 else "")
-        lab.api_wire.cut()
+        lab.api_wire.black_hole()
         lab.drop_pod("web-7")
         lab.put_pod("new")
-        lab.sandbox.kube.store.compact()
-        await daemon.until(lambda: is_blind(daemon, "pod"))
-        await daemon.until(lambda: is_blind(daemon, "node"))
         await asyncio.sleep(OUTAGE)
+        await lab.api_wire.heal()
+        await daemon.until_said(CANNOT, "neither event nor bookmark", within=200)
+        await lab.equal(daemon)
+        await _unharmed(lab, before)
+
+
+async def test_answers_that_ask_for_patience(consul: RealConsul, name: str) -> None:
+    """Refused lists and watches harm nothing, and are over soon after the server recovers."""
+    async with chaos_lab(consul, name=name) as lab, await lab.chaotic() as daemon:
+        before = await _settled(lab, daemon)
+        for status in (429, 500, 504):
+            lab.api.refuse(status, "1" if status == 429 else "")
+            lab.forget_history()
+            await daemon.until_said(CANNOT, f"answered {status}")
+            await asyncio.sleep(OUTAGE)
+            lab.drop_pod(f"web-{status - 400}")
+            lab.put_pod(f"new-{status}")
+        assert await is_blind(daemon, "pod")
+        assert await is_blind(daemon, "node")
         assert created_of(await lab.records()) == before
         lab.api.heal()
         await lab.equal(daemon)
@@ -129,10 +153,10 @@ async def test_answers_that_ask_for_patience(consul: RealConsul, status: int) ->
 
 
 @pytest.mark.parametrize("can_stream_lists", [True, False], ids=["streamed", "paged"])
-async def test_a_list_cut_in_the_middle(consul: RealConsul, can_stream_lists: bool) -> None:
+async def test_a_list_cut_in_the_middle(consul: RealConsul, name: str, can_stream_lists: bool) -> None:
     """However often it breaks off, half a list removes nothing."""
     async with (
-        chaos_lab(consul, can_stream_lists=can_stream_lists) as lab,
+        chaos_lab(consul, name=name, can_stream_lists=can_stream_lists) as lab,
         await lab.chaotic() as daemon,
     ):
         lab.put_pods(900)
@@ -152,10 +176,10 @@ async def test_a_list_cut_in_the_middle(consul: RealConsul, can_stream_lists: bo
 
 @pytest.mark.parametrize("plural", ["pods", "nodes"])
 @pytest.mark.parametrize("can_stream_lists", [True, False], ids=["streamed", "paged"])
-async def test_an_empty_list(consul: RealConsul, plural: str, can_stream_lists: bool) -> None:
+async def test_an_empty_list(consul: RealConsul, name: str, plural: str, can_stream_lists: bool) -> None:
     """The brake holds what an empty list would remove, shows it, and a later full list ends it."""
     async with (
-        chaos_lab(consul, can_stream_lists=can_stream_lists) as lab,
+        chaos_lab(consul, name=name, can_stream_lists=can_stream_lists) as lab,
         await lab.chaotic(BRAKE_CONFIRM_START="5") as daemon,
     ):
         before = await _settled(lab, daemon)
@@ -177,9 +201,11 @@ async def _holds(daemon: Daemon, count: int) -> bool:
 
 
 @pytest.mark.parametrize("plurals", [("pods",), ("nodes",), ("pods", "nodes")], ids="+".join)
-async def test_an_empty_list_on_the_first_pass(consul: RealConsul, plurals: tuple[str, ...]) -> None:
+async def test_an_empty_list_on_the_first_pass(
+    consul: RealConsul, name: str, plurals: tuple[str, ...]
+) -> None:
     """A start that sees nothing removes nothing, and goes right once it sees."""
-    async with chaos_lab(consul) as lab:
+    async with chaos_lab(consul, name=name) as lab:
         async with await lab.chaotic() as daemon:
             before = await _settled(lab, daemon)
         lab.api.break_lists(Emptied(), *plurals)
@@ -193,9 +219,9 @@ async def test_an_empty_list_on_the_first_pass(consul: RealConsul, plurals: tupl
 
 
 @pytest.mark.parametrize("plural", ["pods", "nodes"])
-async def test_a_right_withdrawn(consul: RealConsul, plural: str) -> None:
+async def test_a_right_withdrawn(consul: RealConsul, name: str, plural: str) -> None:
     """From one moment on a 403 blocks its kind alone; the other is followed on."""
-    async with chaos_lab(consul) as lab, await lab.chaotic() as daemon:
+    async with chaos_lab(consul, name=name) as lab, await lab.chaotic() as daemon:
         before = await _settled(lab, daemon)
         lab.api.break_lists(Refuse(403), plural)
         lab.api_wire.cut()
@@ -225,9 +251,9 @@ async def test_a_right_withdrawn(consul: RealConsul, plural: str) -> None:
         await _unharmed(lab, before)
 
 
-async def test_a_right_withdrawn_in_one_namespace(consul: RealConsul) -> None:
+async def test_a_right_withdrawn_in_one_namespace(consul: RealConsul, name: str) -> None:
     """With NAMESPACES a 403 in one of them blocks that one alone."""
-    async with chaos_lab(consul) as lab, await lab.chaotic(NAMESPACES="shop,bank") as daemon:
+    async with chaos_lab(consul, name=name) as lab, await lab.chaotic(NAMESPACES="shop,bank") as daemon:
         lab.put_pods(20, "shop")
         lab.put_pods(20, "bank")
         await lab.equal(daemon)
@@ -251,9 +277,9 @@ async def test_a_right_withdrawn_in_one_namespace(consul: RealConsul) -> None:
         await _unharmed(lab, before)
 
 
-async def test_an_expired_token(consul: RealConsul) -> None:
+async def test_an_expired_token(consul: RealConsul, name: str) -> None:
     """A token that is accepted no more blinds; the file's next one mends it."""
-    async with chaos_lab(consul) as lab, await lab.chaotic() as daemon:
+    async with chaos_lab(consul, name=name) as lab, await lab.chaotic() as daemon:
         before = await _settled(lab, daemon)
         lab.cluster.access.revoke(lab.token_file.read_text())
         lab.api_wire.cut()
@@ -271,9 +297,9 @@ async def _is_as(lab: ChaosLab, before: dict[str, int]) -> bool:
     return created_of(await lab.records()) == before
 
 
-async def test_flapping_for_a_while(consul: RealConsul) -> None:
+async def test_flapping_for_a_while(consul: RealConsul, name: str) -> None:
     """Many short outages, each with a lost history, leave what must be removed no longer than others."""
-    async with chaos_lab(consul) as lab, await lab.chaotic() as daemon:
+    async with chaos_lab(consul, name=name) as lab, await lab.chaotic() as daemon:
         before = await _settled(lab, daemon)
         for number in range(scaled(5, 20)):
             lab.api_wire.refuse()

@@ -184,7 +184,10 @@ class World(RuleBasedStateMachine):
         self.sandbox.kube.store.compact()
         self.pause()
 
-    @rule(wire=st.sampled_from(["api", "consul"]), fault=st.sampled_from(["refuse", "stall", "cut"]))
+    @rule(
+        wire=st.sampled_from(["api", "consul"]),
+        fault=st.sampled_from(["refuse", "stall", "cut", "black_hole"]),
+    )
     def fail(self, wire: str, fault: str) -> None:
         """Let the way to one side fail."""
         door = self.api_wire if wire == "api" else self.consul_wire

@@ -27,6 +27,7 @@ from proxy_kit import (
     parse_answer,
     proxying,
 )
+from tcp_proxy import TcpProxy
 
 NOBODY = NodeTable()
 
@@ -165,6 +166,21 @@ async def test_a_scrape_that_waits_for_a_pod_that_goes() -> None:
             assert (await second).status == 404
             assert (await first).status == 504
     assert pod.connections == 1
+
+
+async def test_a_pod_that_goes_while_it_is_dialled() -> None:
+    """404 once the connection is up, and not a byte of a request over it."""
+    pod = PodServer(is_secure=True)
+    async with pod.serving(), TcpProxy(POD_HOST, pod.port, listen_on=POD_HOST) as door:
+        pods = known(pod.pod(annotations={"port": str(door.port)}))
+        async with proxying(pods=access(pods)) as proxy:
+            door.stall()
+            scrape = asyncio.create_task(proxy.get(path_of()))
+            await eventually(lambda: door.is_held)
+            pods.put("shop", "web-1", None)
+            await door.heal()
+            assert (await scrape).status == 404
+    assert pod.requests == []
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])

@@ -1,5 +1,6 @@
 """The TLS step: what it decrypts is what was encrypted, however it comes, and it asks OpenSSL only when it must."""
 
+import contextlib
 import functools
 import random
 import ssl
@@ -22,11 +23,22 @@ def server_context(version: ssl.TLSVersion) -> ssl.SSLContext:
     return context
 
 
+@functools.cache
+def client_context() -> ssl.SSLContext:
+    """Return the step's own context."""
+    return kubelet_context(ca_pem=authority_pem())
+
+
 class Pair:
     """A step and the server at its other end, without a socket between; `late` is what the server sent last."""
 
-    def __init__(self, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3, piece: int = 1 << 20) -> None:
-        self.step = TlsStep(kubelet_context(ca_pem=authority_pem()), "127.0.0.1")
+    def __init__(
+        self,
+        version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
+        piece: int = 1 << 20,
+        incoming: ssl.MemoryBIO | None = None,
+    ) -> None:
+        self.step = TlsStep(client_context(), "127.0.0.1", incoming)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.server = server_context(version).wrap_bio(self._incoming, self._outgoing, server_side=True)
         is_complete = self.step.advance_handshake()
@@ -107,6 +119,36 @@ def test_data_that_comes_along_with_the_handshake() -> None:
     pair.step.advance_handshake(pair.encrypt(b"early"))
     assert pair.decrypt(pair.encrypt(b"next")) == b"earlynext"
     assert pair.decrypt(pair.encrypt(b"last")) == b"last"
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_connections_that_share_their_memory(seed: int) -> None:
+    """Each gets its own bytes in any order of events, and one that fails takes none of the others along."""
+    pick = random.Random(seed)
+    incoming = ssl.MemoryBIO()
+    pairs = [Pair(pick.choice(VERSIONS), pick.choice((7, 1 << 20)), incoming) for _ in range(4)]
+    sent = {pair: b"" for pair in pairs}
+    wires = dict.fromkeys(pairs, b"")
+    got = dict.fromkeys(pairs, b"")
+    for _ in range(60):
+        pair = pick.choice(pairs)
+        if pick.random() < 0.4:
+            part = pick.randbytes(pick.choice((1, 100, 4096, 16384)))
+            sent[pair] += part
+            wires[pair] += pair.encrypt(part)
+        elif pair is pairs[0] and pick.random() < 0.3:
+            with contextlib.suppress(ssl.SSLError):
+                pair.decrypt(pick.randbytes(pick.choice((3, 30, 300))))
+            pairs.remove(pair)
+        else:
+            count = pick.choice((1, 5, 500, 16406, 40000))
+            got[pair] += pair.decrypt(wires[pair][:count])
+            wires[pair] = wires[pair][count:]
+    for pair in pairs:
+        got[pair] += pair.decrypt(wires[pair])
+        assert got[pair] == sent[pair]
+        assert not pair.step.has_ended
 
 
 def test_the_end_of_the_stream() -> None:

@@ -120,7 +120,9 @@ async def test_the_end_is_announced(tmp_path: Path) -> None:
                     done = step()
                 except ssl.SSLWantReadError:
                     await loop.sock_sendall(sock, outgoing.read())
-                    incoming.write(await asyncio.wait_for(loop.sock_recv(sock, 65536), 3))
+                    came = await asyncio.wait_for(loop.sock_recv(sock, 65536), 3)
+                    assert came, "the connection ended without a farewell"
+                    incoming.write(came)
                 else:
                     await loop.sock_sendall(sock, outgoing.read())
                     return done

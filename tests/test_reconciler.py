@@ -1,7 +1,7 @@
 """The reconciler's loop: what it writes in which order, when it wakes, and what it survives."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import pytest
@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from builders import make_pod, our_pod_service
 from fake_consul import QUICK
+from k8s_consul_registrar.model import Service, Written
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.budget import BudgetRules
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
@@ -114,6 +115,26 @@ async def test_follows_the_cluster(checks_versions: bool) -> None:
     assert lab.consul.held["pod--shop--b"].address == "198.51.100.77"
     assert lab.reconciler.status.readiness() == ""
     assert lab.value("writes_total", verb="deregister", outcome="success") == 1
+
+
+@both_backends
+async def test_first_list_is_registered_before_consul_is_compared_whole(checks_versions: bool) -> None:
+    """What a start finds missing is written at once; only then is everything read and compared."""
+    lab = Lab(checks_versions=checks_versions)
+    reads_at_write: list[int] = []
+    register = lab.consul.register
+
+    async def noting(services: Sequence[Service]) -> Written:
+        reads_at_write.append(lab.consul.reads)
+        return await register(services)
+
+    lab.consul.register = noting  # type: ignore[method-assign] # to see when it is called
+    lab.cluster.put_list([make_pod("a"), make_pod("b")])
+    async with lab.running():
+        await lab.until(["a", "b"])
+        await lab.until_so(lambda: lab.reconciler.status.has_synced)
+    assert reads_at_write == [1]
+    assert lab.consul.reads == 2
 
 
 @both_backends

@@ -69,6 +69,21 @@ def trusting(sandbox: Sandbox) -> ssl.SSLContext:
 PODS = "/api/v1/namespaces/default/pods"
 
 
+async def test_metrics_count_requests_by_verb_and_resource(sandbox: Sandbox, client: Client) -> None:
+    """A list, a watch and a get are told apart, as the real server's apiserver_request_total does."""
+    await client("GET", "/api/v1/pods")
+    await client("GET", "/api/v1/pods?limit=1")
+    await client("GET", "/api/v1/namespaces/kube-system")
+    assert [event async for event in client.events("/api/v1/nodes?watch=1&timeoutSeconds=1")] == []
+    async with client.session.get(f"{client.root}/metrics") as response:
+        lines = set((await response.text()).splitlines())
+    assert lines == {
+        'apiserver_request_total{verb="LIST",resource="pods"} 2',
+        'apiserver_request_total{verb="GET",resource="namespaces"} 1',
+        'apiserver_request_total{verb="WATCH",resource="nodes"} 1',
+    }
+
+
 async def test_a_minimal_manifest_becomes_a_pending_pod(client: Client) -> None:
     """POST fills in identity, defaults and status, whatever status the manifest claims."""
     status, pod = await client("POST", PODS, {**MANIFEST, "status": {"phase": "Running"}})

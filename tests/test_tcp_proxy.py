@@ -90,3 +90,29 @@ async def test_a_server_that_is_not_there_is_an_end() -> None:
     async with TcpProxy(LOOPBACK, 1) as door:
         with contextlib.suppress(ConnectionResetError):
             assert await say(door, b"hello") == b""
+
+
+async def test_a_black_hole_swallows_for_good() -> None:
+    """An open connection hears nothing more, healed or not; a new one works once it is healed."""
+    async with an_echo_behind_a_door() as door:
+        reader, writer = await asyncio.open_connection(LOOPBACK, door.port)
+        writer.write(b"x")
+        assert await reader.read(1) == b"x"
+        door.black_hole()
+        writer.write(b"lost")
+        await asyncio.sleep(0.05)
+        await door.heal()
+        assert await say(door, b"hello") == b"hello"
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await reader.read(1)
+        writer.close()
+
+
+async def test_a_rate_bounds_what_is_carried() -> None:
+    """A thousand bytes at ten thousand a second take a tenth of a second each way."""
+    async with an_echo_behind_a_door() as door:
+        door.rate = 10_000
+        began = asyncio.get_running_loop().time()
+        assert await say(door, b"x" * 1000) == b"x" * 1000
+        assert asyncio.get_running_loop().time() - began > 0.15

@@ -94,6 +94,11 @@ class Feed(Generic[ValueT]):
         """Whether what is known may be served: all of it was listed, and lately enough."""
         return self.table.has_listed and self.blind_seconds <= self.rules.stale_after
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether what is known is served at present."""
+        raise NotImplementedError
+
     def on_change(self, key: ObjectKey, value: ValueT | None) -> None:
         """Take in one object's value."""
         raise NotImplementedError
@@ -107,27 +112,25 @@ class Feed(Generic[ValueT]):
         is_blind = self.table.blind_since is not None
         if is_blind and self.problem:
             log.warning(
-                "cannot follow", kind=str(self.kind), problem=self.problem, still_served=len(self.table)
+                "cannot follow", kind=self.kind.value, problem=self.problem, still_served=len(self.table)
             )
         elif self._was_blind and not is_blind:
-            log.info("followed again", kind=str(self.kind), known=len(self.table))
+            log.info("followed again", kind=self.kind.value, known=len(self.table))
         self._was_blind = is_blind and bool(self.problem)
         self.on_trust()
 
     async def _grow_stale(self) -> None:
         """Stop serving what has become too old."""
-        was_trusted = False
         while True:
             left = self.rules.stale_after - self.blind_seconds
             await asyncio.sleep(min(self.rules.timing.tick, left) if left > 0 else self.rules.timing.tick)
-            if was_trusted and not self.is_trusted:
+            if self.is_serving and not self.is_trusted:
                 log.error(
                     "what is known is too old to be trusted",
-                    kind=str(self.kind),
+                    kind=self.kind.value,
                     seconds=self.rules.stale_after,
                 )
                 self.on_trust()
-            was_trusted = self.is_trusted
 
 
 class NodeFeed(Feed[Node]):
@@ -153,6 +156,11 @@ class NodeFeed(Feed[Node]):
         self._verify_node_name = verify_node_name
         self._due: asyncio.TimerHandle | None = None
         self._counted = (-1, -1)
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether a table is served."""
+        return self._nodes.known
 
     def on_change(self, key: ObjectKey, value: Node | None) -> None:  # noqa: ARG002 - the table has it
         """Make a new table soon."""
@@ -214,6 +222,11 @@ class PodFeed(Feed[ProxiedPod]):
 
         super().__init__(client, sources, rules, judge, label_selector)
         self._pods = pods
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether Pods are served."""
+        return self._pods.known
 
     def on_change(self, key: ObjectKey, value: ProxiedPod | None) -> None:
         """Take it over."""

@@ -1,7 +1,8 @@
 """Does many small requests with bounded concurrency."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from itertools import chain, islice
 from typing import TypeVar
 
 from k8s_consul_registrar.errors import ConsulBusy, ConsulError, ConsulForbidden, ConsulRefused
@@ -15,7 +16,14 @@ T = TypeVar("T")
 
 async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], concurrency: int) -> None:
     """Do the work for each item, at most so many at once; the first `ConsulError` ends it and is raised."""
-    left = iter(items)
+    left: Iterator[T] = iter(items)
+    opening = list(islice(left, 2))
+    if len(opening) < 2:
+        # The usual case of a single change does without tasks.
+        for item in opening:
+            await work(item)
+        return
+    left = chain(opening, left)
 
     async def worker() -> None:
         for item in left:

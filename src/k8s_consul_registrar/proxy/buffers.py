@@ -4,6 +4,8 @@ The event loop asks for a buffer, reads and reports in one go, so what was read 
 report returns. A buffer of its own for each of 5,000 kept connections would be 320 MB.
 """
 
+import ssl
+
 from k8s_consul_registrar.proxy.response import AnswerMemory
 
 RECEIVE_SIZE = 64 * 1024
@@ -12,13 +14,18 @@ PLAIN_SIZE = RECEIVE_SIZE + 17 * 1024
 
 
 class Buffers:
-    """The shared memory: `received` is what came off a socket, `plain` what it decrypts to; and `answers`."""
+    """The shared memory: `received` is what came off a socket, `plain` what it decrypts to; and `answers`.
 
-    __slots__ = ("answers", "plain", "plain_bytes", "received", "received_bytes")
+    `incoming` is what OpenSSL reads from, empty between two reports: one for each of 5,000 connections would
+    hold on to the 22 KB of the largest record it ever saw.
+    """
+
+    __slots__ = ("answers", "incoming", "plain", "plain_bytes", "received", "received_bytes")
 
     def __init__(self) -> None:
         self.received_bytes = bytearray(RECEIVE_SIZE)
         self.received = memoryview(self.received_bytes)
         self.plain_bytes = bytearray(PLAIN_SIZE)
         self.plain = memoryview(self.plain_bytes)
+        self.incoming = ssl.MemoryBIO()
         self.answers = AnswerMemory()

@@ -37,7 +37,7 @@ class SecureDownstream(Downstream):
         super().__init__(relay, inbound, on_lost)
         self._files = files
         self._trust = files.trust
-        self._tls = TlsStep(files.context, None)
+        self._tls = TlsStep(files.context, None, relay.buffers.incoming)
         self._is_secure = False
 
     def buffer_updated(self, nbytes: int) -> None:

@@ -75,39 +75,46 @@ class TlsStep:
     """One connection's TLS between ciphertext off a plain transport and plain text.
 
     OpenSSL is handed whole records and asked as often as they hold data: asked for one of which a part is
-    missing it raises, which costs as much as decrypting it. Where records end is followed from the first
-    byte on; it decides when to ask, and never what is read.
+    missing it raises, which costs as much as decrypting it. The parts are kept here until then, so that one
+    `incoming`, the memory OpenSSL reads from, does for all connections of a process: it holds nothing between
+    two calls, and an idle connection has none of its own.
     """
 
-    __slots__ = ("_header", "_incoming", "_left", "_object", "_outgoing", "_read", "has_ended")
+    __slots__ = ("_begun", "_incoming", "_object", "_outgoing", "_read", "_rest", "has_ended")
 
-    def __init__(self, context: ssl.SSLContext, server_name: str | None) -> None:
+    def __init__(
+        self, context: ssl.SSLContext, server_name: str | None, incoming: ssl.MemoryBIO | None = None
+    ) -> None:
         """Begin the client's side to the server of a name; without a name, the server's side."""
-        self._incoming = ssl.MemoryBIO()
+        self._incoming = incoming or ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._object = context.wrap_bio(
             self._incoming, self._outgoing, server_side=server_name is None, server_hostname=server_name
         )
         # typeshed knows only the form that returns bytes; with a buffer it returns their number.
         self._read: Callable[[int, memoryview], int] = self._object.read  # type: ignore[assignment]
-        # Of the record at hand: the beginning of its header, or how much of it is still to come.
-        self._header = b""
-        self._left = 0
+        # What came of the record at hand; and what came along with the end of the handshake.
+        self._begun = b""
+        self._rest = b""
         self.has_ended = False
 
     def advance_handshake(self, received: memoryview | bytes = b"") -> bool:
         """Take the peer's bytes and say whether the handshake is complete; raises ssl.SSLError."""
-        if received:
-            self._incoming.write(received)
-            end = self._rest_of_record(received)
-            while end + RECORD_HEADER <= len(received):
-                end += RECORD_HEADER + (received[end + 3] << 8 | received[end + 4])
-            self._suspend(received, end)
+        self._hand_over(received)
         try:
             self._object.do_handshake()
         except ssl.SSLWantReadError:
             return False
+        self._rest = self._incoming.read()
         return True
+
+    def _hand_over(self, piece: memoryview | bytes) -> None:
+        """Let OpenSSL read this and nothing else: no byte of another connection, however that one failed."""
+        incoming = self._incoming
+        if incoming.pending:
+            incoming.read()
+        if piece:
+            incoming.write(piece)
 
     def encrypt(self, plain: bytes) -> bytes:
         """Return what to send for `plain`."""
@@ -115,12 +122,9 @@ class TlsStep:
         return self._outgoing.read()
 
     def encrypt_all(self, *parts: bytes | memoryview) -> bytes:
-        """Return what to send for parts of any size; OpenSSL takes one record of them at a time."""
-        write = self._object.write
+        """Return what to send for parts of any size."""
         for part in parts:
-            rest = memoryview(part)
-            while rest:
-                rest = rest[write(rest) :]
+            self._object.write(part)
         return self._outgoing.read()
 
     def farewell(self) -> bytes:
@@ -140,33 +144,54 @@ class TlsStep:
 
     def decrypt_rest(self, plain: memoryview) -> int:
         """Decrypt into `plain` what came along with the end of the handshake; returns how many bytes there are."""
-        return self._take(plain, 0) if self._incoming.pending else 0
+        return self.decrypt(memoryview(b""), plain) if self._rest else 0
 
     def decrypt(self, received: memoryview, plain: memoryview) -> int:
         """Decrypt all of `received` into `plain` and return how many bytes there are.
 
         `has_ended` turns true where the peer closes the stream. Raises ssl.SSLError.
         """
+        if self._rest:
+            received, self._rest = memoryview(self._rest + received.tobytes()), b""
         filled = start = 0
         size = len(received)
-        end = self._rest_of_record(received) if self._left or self._header else 0
+        if self._begun:
+            start, filled = self._complete(received, plain)
         while start < size and not self.has_ended:
-            # Small records together, up to a piece: an idle connection keeps a buffer of this order.
+            end = start
+            # Small records together, up to a piece.
             while end - start < PIECE // 2 and end + RECORD_HEADER <= size:
                 length = received[end + 3] << 8 | received[end + 4]
                 further = end + RECORD_HEADER + length if length <= LONGEST_RECORD else size
                 if further > size or (further - start > LONGEST_RECORD and end > start):
                     break
                 end = further
-            if start == end or end > size:
-                self._incoming.write(received[start:])
+            if end == start:
+                self._begun = received[start:].tobytes()
                 break
-            self._incoming.write(received[start:end])
+            self._hand_over(received[start:end])
             filled = self._take(plain, filled)
             start = end
-        if end != size:
-            self._suspend(received, end)
         return filled
+
+    def _complete(self, received: memoryview, plain: memoryview) -> tuple[int, int]:
+        """Decrypt what began before `received`; returns where that ends in it, and how many bytes there are."""
+        begun, start = self._begun, 0
+        if len(begun) < RECORD_HEADER:
+            start = min(RECORD_HEADER - len(begun), len(received))
+            begun += received[:start].tobytes()
+        if len(begun) >= RECORD_HEADER:
+            length = begun[3] << 8 | begun[4]
+            missing = RECORD_HEADER + length - len(begun) if length <= LONGEST_RECORD else 0
+            if missing <= len(received) - start:
+                end = start + missing
+                self._begun = b""
+                self._hand_over(begun)
+                self._incoming.write(received[start:end])
+                filled = self._take(plain, 0)
+                return end, filled
+        self._begun = begun + received[start:].tobytes()
+        return len(received), 0
 
     def _take(self, plain: memoryview, filled: int) -> int:
         """Read all there is into `plain` from `filled` on, and return up to where it is filled then."""
@@ -186,31 +211,3 @@ class TlsStep:
             # A record that had room is read whole, and nothing of it is left inside.
             if not incoming.pending and (filled <= roomy or not self._object.pending()):
                 return filled
-
-    # Following where records end
-
-    def _rest_of_record(self, received: memoryview | bytes) -> int:
-        """Return where the record ends that began before `received`, 0 where none did.
-
-        Where not even its header is complete, that is the end of `received`.
-        """
-        if self._header:
-            header = self._header + bytes(received[: RECORD_HEADER - len(self._header)])
-            if len(header) < RECORD_HEADER:
-                self._header = header
-                return len(received)
-            end = RECORD_HEADER - len(self._header) + (header[3] << 8 | header[4])
-            self._header = b""
-            return end
-        end, self._left = self._left, 0
-        return end
-
-    def _suspend(self, received: memoryview | bytes, end: int) -> None:
-        """Note how much is missing of the record at hand, of which the one before it ends at `end`."""
-        begun = received[end:]
-        if len(begun) >= RECORD_HEADER:
-            self._left = RECORD_HEADER + (begun[3] << 8 | begun[4]) - len(begun)
-        elif begun:
-            self._header = bytes(begun)
-        else:
-            self._left = max(0, end - len(received))

@@ -90,7 +90,7 @@ class Upstream(asyncio.BufferedProtocol):
         self._exchange = exchange
         try:
             context, name = self.context, self.endpoint.server_name
-            self._tls = PlainStep() if context is None else TlsStep(context, name)
+            self._tls = PlainStep() if context is None else TlsStep(context, name, self._buffers.incoming)
         except (ValueError, ssl.SSLError):
             self._loop.call_soon(self._fail, failures.UNSOUND_NAME)
             return

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 
 from k8s_consul_registrar.model import Kind, ObjectKey, Service, Target
 from k8s_consul_registrar.targets.names import kind_of_id, pod_of_id
@@ -66,24 +67,29 @@ class Identity:
 
         `index` is that of the record it replaces.
         """
-        added = {
-            "cluster": self.cluster,
-            "cluster_uid": cluster_uid,
-            "instance": self.instance,
-            "managed_by": MANAGED_BY,
-            "shard_path": shard,
-        }
-        pairs = (*target.meta, *((key, value) for key, value in added.items() if value))
+        added = _added_meta(self.cluster, cluster_uid, self.instance, shard)
         return Service(
             id=target.id,
             name=sharded_name(target.name, shard),
             address=target.address,
             port=target.port,
-            meta=tuple(sorted(pairs)),
+            meta=tuple(sorted((*target.meta, *added))),
             tags=sharded_tags(target.tags, shard),
             index=index,
             ready=target.ready,
         )
+
+
+@lru_cache(maxsize=256)
+def _added_meta(cluster: str, cluster_uid: str, instance: str, shard: str) -> tuple[tuple[str, str], ...]:
+    added = {
+        "cluster": cluster,
+        "cluster_uid": cluster_uid,
+        "instance": instance,
+        "managed_by": MANAGED_BY,
+        "shard_path": shard,
+    }
+    return tuple((key, value) for key, value in added.items() if value)
 
 
 def kind_of(service: Service) -> Kind | None:

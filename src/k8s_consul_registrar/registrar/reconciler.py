@@ -110,6 +110,9 @@ class Reconciler:
         wants_full = self._wants_full(now)
         full_at = now + self._budget.wait(now, is_urgent=self._is_urgent) if wants_full else self._full_due
         if full_at <= now:
+            if not self.status.has_synced:
+                # What is known to be missing need not wait until all that is there was read.
+                await self._partial()
             await self._full()
         elif self._retry_due <= now:
             await self._partial(retries_refused=True)

@@ -31,6 +31,8 @@ def scrape_path(text: str) -> tuple[str, list[tuple[str, str]]]:
     path = path or DEFAULT_PATH
     if not path.startswith("/"):
         path = f"/{path}"
+    if not query:
+        return path, []
     try:
         pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=MOST_PARAMS)
     except (ValueError, UnicodeError):

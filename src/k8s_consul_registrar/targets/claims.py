@@ -13,6 +13,8 @@ def settle(claims: Sequence[Target], holder: ObjectKey | None) -> tuple[Target, 
     hands at every pass would be worse than either. Among Nodes with one address the `rank` alone decides
     (Ready, then older), since the holder may be the Node that is gone.
     """
+    if len(claims) == 1:
+        return claims[0], []
     first = min(claims, key=lambda target: target.rank)
     if first.key.kind is Kind.POD and holder is not None:
         first = next((target for target in claims if target.key == holder), first)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from k8s_consul_registrar.model import Pod
-from k8s_consul_registrar.targets.addresses import parse_ip
+from k8s_consul_registrar.targets.addresses import scraped_address
 from k8s_consul_registrar.targets.annotations import (
     DEFAULT_PATH,
     scrape_params,
@@ -73,7 +73,7 @@ def proxied_path(namespace: str, name: str, port: int | None = None) -> str:
 def _pod_address(pod: Pod) -> str:
     if not pod.ip:
         raise Refused(Reason.NO_IP, "the Pod has no IP yet")
-    address = parse_ip(pod.ip)
-    if address is None or address.is_unspecified or address.is_multicast:
+    address = scraped_address(pod.ip)
+    if address is None:
         raise Refused(Reason.INVALID_IP, f"the Pod's IP {quoted(pod.ip)} cannot be scraped")
-    return str(address)
+    return address

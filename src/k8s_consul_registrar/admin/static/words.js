@@ -74,6 +74,8 @@ export const WORDS = {
 // By the words of `targets/reasons.py`; a test holds both lists against it.
 export const HINTS = {
   en: {
+    no_host_ip: "Wait: the Pod is still starting. If it stays, look at its events.",
+    undeclared_port: "Declare the port in the container, or set prometheus.io/port to a declared one.",
     no_ip: "Wait: the Pod is still starting. If it stays, look at its events.",
     invalid_ip: "The cluster's network gave the Pod an address that cannot be scraped: look at the CNI.",
     no_port: "Set prometheus.io/port, or declare the container's TCP port.",
@@ -98,6 +100,8 @@ export const HINTS = {
     invalid_tag: "Correct the label or annotation a tag is made of: Consul does not take it.",
   },
   zh: {
+    no_host_ip: "请稍候：Pod 还在启动。若长期如此，请查看它的事件。",
+    undeclared_port: "请在容器里声明该端口，或把 prometheus.io/port 设为已声明的端口。",
     no_ip: "请稍候：Pod 还在启动。若长期如此，请查看它的事件。",
     invalid_ip: "集群网络给 Pod 分配了无法采集的地址：请检查 CNI。",
     no_port: "请设置 prometheus.io/port，或为容器声明 TCP 端口。",
