@@ -49,7 +49,7 @@ async def _output(argv: Sequence[str], cores: Cores, stdin: bytes = b"") -> str:
     )  # fmt: skip
     output, _ = await process.communicate(stdin)
     if process.returncode:
-        raise RuntimeError(f"{argv[0]} failed: {output.decode()[-2000:]}")
+        raise RuntimeError(f"{argv[0]} failed ({process.returncode}): {output.decode()[-2000:]}")
     return output.decode()
 
 
