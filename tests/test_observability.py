@@ -42,7 +42,7 @@ def families() -> dict[str, Family]:
     """Return every metric of ours, as both modes would show them at their start."""
     registry: CollectorRegistry = new_registry("registrar")
     RegistrarMetrics(registry)
-    stats = ProxyStats(dict.fromkeys(Outcome, 0), 0, 0, 0, 0, 0, 0, 0, 0, 0, nodes_known=True)
+    stats = ProxyStats(dict.fromkeys(Outcome, 0), 0, 0, 0, 0, 0, 0, 0, 0, 0, nodes_known=True, workers=2)
     found: dict[str, Family] = {}
     for one in (*registry.collect(), *ProxyCollector(lambda: stats, lambda: {"node": 0.0}).collect()):
         name = f"{one.name}_total" if one.type == "counter" else one.name

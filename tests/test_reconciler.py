@@ -1,6 +1,7 @@
 """The reconciler's loop: what it writes in which order, when it wakes, and what it survives."""
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 
@@ -19,7 +20,16 @@ from k8s_consul_registrar.registrar.reconciler import Reconciler
 from k8s_consul_registrar.targets.sharding import RandomShards, Shards
 from memory import PODS, MemoryCluster, MemoryRegistry
 
-FIFTY_SHARDS = RandomShards(tuple(f"s{number}" for number in range(50)))
+
+class RolledShards:
+    """Rolls one of fifty shards anew for whatever has none, so that a service that lost its own shows."""
+
+    def choose(self, service_id: str, current: str) -> str:
+        """Return the current shard, else any."""
+        return current or f"s{random.randrange(50)}"
+
+
+FIFTY_SHARDS = RolledShards()
 
 
 class Lab:

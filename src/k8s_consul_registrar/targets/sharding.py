@@ -1,8 +1,7 @@
-"""Gives each service one of the shard paths: at random and for good, or by its ID."""
+"""Gives each service one of the shard paths: any, and for good, or the one its ID decides."""
 
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
 
@@ -17,16 +16,17 @@ class Shards(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RandomShards:
-    """Gives a new service a shard at random, and lets a service keep the one it has while it is on offer."""
+    """Gives a new service any shard, and lets a service keep the one it has while it is on offer.
+
+    Chance falls the same for the same ID: a Consul agent that comes back without its data takes its services
+    out of the catalog before anybody can read what shards they had, and they must come back where they were.
+    """
 
     paths: tuple[str, ...] = ()
-    pick: random.Random = field(default_factory=random.Random, compare=False, repr=False)
 
-    def choose(self, service_id: str, current: str) -> str:  # noqa: ARG002 - chance knows no ID
-        """Return `current` while it is still on offer, else one of the paths at random; empty for none."""
-        if not self.paths or current in self.paths:
-            return current if self.paths else ""
-        return self.pick.choice(self.paths)
+    def choose(self, service_id: str, current: str) -> str:
+        """Return `current` while it is still on offer, else one of the paths; empty for none."""
+        return current if current in self.paths else HashShards(self.paths).choose(service_id, current)
 
 
 @dataclass(frozen=True, slots=True)
