@@ -6,7 +6,16 @@ from dataclasses import replace
 
 from k8s_consul_registrar.errors import ConsulUnreachable
 from k8s_consul_registrar.kube.mirror import Mirror
-from k8s_consul_registrar.model import Kind, ObjectKey, Pod, Service, Source, WriteFailure, Written
+from k8s_consul_registrar.model import (
+    Disturbance,
+    Kind,
+    ObjectKey,
+    Pod,
+    Service,
+    Source,
+    WriteFailure,
+    Written,
+)
 from k8s_consul_registrar.targets.targets import TargetRules, judge
 from k8s_consul_registrar.targets.wanted import Wanted
 
@@ -70,7 +79,7 @@ class MemoryRegistry:
         self.reads = 0
         self.is_down = False
         self.failing_writes = 0
-        self.is_foreign = False
+        self.foreign = Disturbance.NONE
         self.lost: dict[str, str] = {}
 
     async def services(self) -> AsyncIterator[Service]:
@@ -113,10 +122,10 @@ class MemoryRegistry:
                 self.held.pop(one.id, None)
         return Written(len(services) - len(stale), stale=stale)
 
-    async def is_disturbed(self) -> bool:
-        """Whether a test wrote here."""
-        was_foreign, self.is_foreign = self.is_foreign, False
-        return was_foreign
+    async def disturbance(self) -> Disturbance:
+        """Return what a test did here."""
+        found, self.foreign = self.foreign, Disturbance.NONE
+        return found
 
     async def lost_shards(self) -> Mapping[str, str]:
         """Return the shards a test left on record."""
@@ -125,12 +134,12 @@ class MemoryRegistry:
     def put_by_hand(self, service: Service, *, is_noticed: bool = True) -> None:
         """Write as somebody else."""
         self._put(service)
-        self.is_foreign = is_noticed
+        self.foreign = Disturbance.CHANGED if is_noticed else Disturbance.NONE
 
     def remove_by_hand(self, service_id: str) -> None:
         """Remove as somebody else."""
         del self.held[service_id]
-        self.is_foreign = True
+        self.foreign = Disturbance.CHANGED
 
     def _put(self, service: Service) -> int:
         self.index += 1

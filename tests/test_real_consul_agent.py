@@ -12,7 +12,7 @@ from k8s_consul_registrar.consul import agent_node
 from k8s_consul_registrar.consul.access import TOKEN_FILE_AGE
 from k8s_consul_registrar.consul.agent import AgentRegistry
 from k8s_consul_registrar.consul.elsewhere import FormerPlace
-from k8s_consul_registrar.model import UNSYNCED
+from k8s_consul_registrar.model import UNSYNCED, Disturbance
 from real_process import wait_until
 from real_servers import REAL, RealConsul, real_consul
 
@@ -141,12 +141,14 @@ async def test_an_agent_that_restarted_empty_is_noticed() -> None:
         registry = AgentRegistry(client)
         await registry.register([our_pod_service(f"p{number}") for number in range(300)])
         await held(registry)
-        assert not await registry.is_disturbed()
+        assert not await registry.disturbance()
         await consul.restart()
         assert len(await held(registry)) == 300
-        assert not await registry.is_disturbed()
+        assert not await registry.disturbance()
+        await consul.request("PUT", f"/v1/agent/service/deregister/{registry._sample[-1]}")
+        assert await registry.disturbance() is Disturbance.CHANGED
         await restart_empty(consul)
-        assert await registry.is_disturbed()
+        assert await registry.disturbance() is Disturbance.EMPTIED
         assert await held(registry) == {}
 
 
@@ -160,13 +162,13 @@ async def test_a_service_lost_among_many_is_noticed_by_its_node() -> None:
             return len(await in_catalog(consul)) == 100
 
         async def is_seen() -> bool:
-            return await registry.is_disturbed()
+            return bool(await registry.disturbance())
 
         await wait_until(is_settled, 10)
         await held(registry)
         await registry.deregister([our_pod_service("p0")])
         for _ in range(3):
-            assert not await registry.is_disturbed()
+            assert not await registry.disturbance()
         with pytest.raises(TimeoutError):
             await wait_until(is_seen, agent_node.SYNC_TIME + 1, every=0.5)
         await consul.request("PUT", "/v1/agent/service/deregister/pod--shop--p50")
@@ -184,7 +186,7 @@ async def test_without_a_right_to_the_catalog_the_agents_word_counts() -> None:
                 await registry.register([our_pod_service("a")])
                 for _ in range(3):
                     assert (await held(registry))["pod--shop--a"].index == 0
-                assert not await registry.is_disturbed()
+                assert not await registry.disturbance()
             assert [entry["log_level"] for entry in logs] == ["warning"]
             assert await registry.lost_shards() == {}
 

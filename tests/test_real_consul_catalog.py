@@ -278,7 +278,7 @@ async def test_foreign_changes_are_noticed_and_others_are_not() -> None:
         registry = registry_of(client)
 
         async def is_seen() -> bool:
-            return await registry.is_disturbed()
+            return bool(await registry.disturbance())
 
         async def elsewhere(name: str) -> None:
             body = {"Node": "other", "Address": "192.0.2.9", "Service": {"Service": name}}
@@ -288,20 +288,20 @@ async def test_foreign_changes_are_noticed_and_others_are_not() -> None:
         services = [our_pod_service(f"p{number}") for number in range(200)]
         written = await registry.register(services)
         for _ in range(3):
-            assert not await registry.is_disturbed()
+            assert not await registry.disturbance()
             await asyncio.sleep(0.05)
         await asyncio.sleep(1)  # for that long the making of the node explains any change
         for number in range(3):
             await elsewhere(f"s{number}")
-            assert not await registry.is_disturbed()
+            assert not await registry.disturbance()
             await asyncio.sleep(0.05)
 
         edit = {"Node": NODE, "SkipNodeUpdate": True, "Service": {"ID": "pod--shop--p1", "Service": "edited"}}
         await consul.request("PUT", "/v1/catalog/register", edit)
         await wait_until(is_seen, 5)
-        assert await registry.is_disturbed(), "it stays so until everything is read"
+        assert await registry.disturbance(), "it stays so until everything is read"
         assert (await held(registry))["pod--shop--p1"].name == "edited"
-        assert not await registry.is_disturbed()
+        assert not await registry.disturbance()
 
         await consul.request("PUT", "/v1/catalog/deregister", {"Node": NODE, "ServiceID": "pod--shop--p2"})
         await wait_until(is_seen, 5)
@@ -309,7 +309,7 @@ async def test_foreign_changes_are_noticed_and_others_are_not() -> None:
         gone = await registry.deregister(indexed(services[50:60], written))
         assert gone.done == 10
         for _ in range(3):
-            assert not await registry.is_disturbed()
+            assert not await registry.disturbance()
             await asyncio.sleep(0.05)
 
 
@@ -320,14 +320,14 @@ async def test_a_foreign_change_just_before_our_own_is_noticed() -> None:
         written = await registry.register([our_pod_service("a")])
         await held(registry)
         await asyncio.sleep(1.1)  # for that long the making of the node explains any change
-        assert not await registry.is_disturbed()
+        assert not await registry.disturbance()
         body = {"Node": NODE, "SkipNodeUpdate": True, "Service": {"ID": "x", "Service": "x"}}
         await consul.request("PUT", "/v1/catalog/register", body)
         changed = replace(our_pod_service("a"), index=written.indexes["pod--shop--a"], port=7)
         assert (await registry.register([changed])).done == 1
 
         async def is_seen() -> bool:
-            return await registry.is_disturbed()
+            return bool(await registry.disturbance())
 
         await wait_until(is_seen, 5)
 
@@ -339,7 +339,7 @@ async def test_restarts_with_and_without_data() -> None:
         services = [our_pod_service(f"p{number}") for number in range(100)]
         written = await registry.register(services)
         assert len(await held(registry)) == 100
-        assert not await registry.is_disturbed()
+        assert not await registry.disturbance()
         await consul.restart()
         there = await held(registry)
         assert {one.id: one.index for one in there.values()} == written.indexes
@@ -347,11 +347,11 @@ async def test_restarts_with_and_without_data() -> None:
         await restart_empty(consul)
 
         async def is_seen() -> bool:
-            return await registry.is_disturbed()
+            return bool(await registry.disturbance())
 
         await wait_until(is_seen, 10)
         assert await held(registry) == {}
-        assert not await registry.is_disturbed()
+        assert not await registry.disturbance()
         again = await registry.register(services)
         assert (again.done, again.failures, again.stale) == (100, (), ())
 
@@ -384,4 +384,4 @@ async def test_through_a_client_agent() -> None:
         assert (written.done, written.failures) == (100, ())
         assert len(await held(registry_of(direct))) == 100
         assert len(await held(registry)) == 100
-        assert not await registry.is_disturbed()
+        assert not await registry.disturbance()

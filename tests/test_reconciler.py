@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from builders import make_pod, our_pod_service
 from fake_consul import QUICK
-from k8s_consul_registrar.model import Service, Written
+from k8s_consul_registrar.model import Disturbance, Service, Written
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.budget import BudgetRules
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
@@ -248,7 +248,7 @@ async def test_a_lost_service_keeps_its_shard(checks_versions: bool) -> None:
         await lab.synced(*names)
         before = shards()
         lab.consul.held.clear()
-        lab.consul.is_foreign = True
+        lab.consul.foreign = Disturbance.CHANGED
         await lab.until(names)
         assert shards() == before
 
@@ -356,7 +356,7 @@ async def test_shards_outlive_a_consul_that_forgets_and_fails() -> None:
         before = {key: one.value("shard_path") for key, one in lab.consul.held.items()}
         lab.consul.held.clear()
         lab.consul.failing_writes = 2
-        lab.consul.is_foreign = True
+        lab.consul.foreign = Disturbance.CHANGED
         await lab.until(names)
     assert lab.consul.failing_writes == 0
     assert {key: one.value("shard_path") for key, one in lab.consul.held.items()} == before
@@ -398,6 +398,19 @@ async def test_full_reads_are_budgeted() -> None:
             await asyncio.sleep(0.01)
         await lab.until([f"p{n}" for n in range(9)])
     assert lab.consul.reads <= 3
+
+
+async def test_what_consul_lost_does_not_wait_for_the_budget() -> None:
+    """A single change waits until Consul may be read whole again; a Consul that holds nothing is filled at once."""
+    lab = Lab(budget=BudgetRules(burst=1, gap=600, urgent_gap=0.01, urgent_share=1))
+    async with lab.running():
+        await lab.synced("a", "b")
+        lab.consul.remove_by_hand("pod--shop--a")
+        await asyncio.sleep(0.3)
+        assert list(lab.consul.held) == ["pod--shop--b"]
+        lab.consul.held.clear()
+        lab.consul.foreign = Disturbance.EMPTIED
+        await lab.until(["a", "b"])
 
 
 async def test_standing_problems_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ dataclasses, and the garbage collector does not visit them.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
 import msgspec
@@ -180,6 +180,14 @@ class Service:
             if name == key:
                 return text
         return ""
+
+
+class Disturbance(IntEnum):
+    """What became of the services in Consul since they were last read, as far as a cheap look tells."""
+
+    NONE = 0
+    CHANGED = 1  # somebody else may have written
+    EMPTIED = 2  # what was held is gone
 
 
 @dataclass(frozen=True, slots=True)

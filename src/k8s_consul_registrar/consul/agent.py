@@ -13,7 +13,7 @@ from k8s_consul_registrar.consul.codec import decode_agent_services, decode_serv
 from k8s_consul_registrar.consul.meta_keys import MetaKeys
 from k8s_consul_registrar.consul.parallel import Batch, for_each
 from k8s_consul_registrar.errors import ConsulBusy, ConsulFiltered, ConsulForbidden, ConsulRefused
-from k8s_consul_registrar.model import UNSYNCED, Service, Written
+from k8s_consul_registrar.model import UNSYNCED, Disturbance, Service, Written
 
 # An agent's throughput stops growing here: 32 in flight took 1,000 a second where 64 took no more.
 CONCURRENCY = 32
@@ -116,16 +116,19 @@ class AgentRegistry:
         self._sample = deque((one for one in self._sample if one not in gone), SAMPLE)
         return await self._each(services, remove)
 
-    async def is_disturbed(self) -> bool:
-        """Whether the agent lost what it held, or its node changed otherwise; raises a `ConsulError`.
+    async def disturbance(self) -> Disturbance:
+        """Return whether the agent lost what it held, or its node changed otherwise; raises a `ConsulError`.
 
         An agent that restarted empty lacks whatever it is asked for, so a few services are enough.
         """
-        for _ in range(min(ASKED_AT_ONCE, len(self._sample))):
+        asked = min(ASKED_AT_ONCE, len(self._sample))
+        missing = 0
+        for _ in range(asked):
             self._sample.rotate()
-            if await self._read(self._sample[0]) is None:
-                return True
-        return await self._node.is_disturbed()
+            missing += await self._read(self._sample[0]) is None
+        if missing:
+            return Disturbance.EMPTIED if missing == asked else Disturbance.CHANGED
+        return Disturbance.CHANGED if await self._node.is_disturbed() else Disturbance.NONE
 
     async def lost_shards(self) -> Mapping[str, str]:
         """Return the shard path of each service that the catalog shows for the agent's node, by ID.

@@ -19,7 +19,7 @@ from k8s_consul_registrar.consul.transactions import Transactions, write_all
 from k8s_consul_registrar.consul.txn import Operations, Unit, check_id
 from k8s_consul_registrar.consul.watch import NodeWatch
 from k8s_consul_registrar.errors import ConsulFiltered
-from k8s_consul_registrar.model import Service, Written
+from k8s_consul_registrar.model import Disturbance, Service, Written
 
 # Transactions in flight: more than this took no more services a second (8,200 services, 2 cores).
 CONCURRENCY = 4
@@ -118,9 +118,9 @@ class CatalogRegistry:
         self._watch.wrote(0)  # a delete does not tell its index
         return written
 
-    async def is_disturbed(self) -> bool:
-        """Whether somebody else may have changed the node since the last full read; raises a `ConsulError`."""
-        return await self._watch.is_disturbed()
+    async def disturbance(self) -> Disturbance:
+        """Return whether somebody else may have changed the node since the last full read; raises a `ConsulError`."""
+        return Disturbance.CHANGED if await self._watch.is_disturbed() else Disturbance.NONE
 
     async def lost_shards(self) -> Mapping[str, str]:
         """Return none: whatever the node shows is held here."""

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Protocol
 
-from k8s_consul_registrar.model import ObjectKey, Service, Source, Written
+from k8s_consul_registrar.model import Disturbance, ObjectKey, Service, Source, Written
 from k8s_consul_registrar.targets.wanted import Wanted
 
 
@@ -91,8 +91,8 @@ class Registry(Protocol):
         """Remove services; one that is not there counts as done."""
         ...
 
-    async def is_disturbed(self) -> bool:
-        """Whether somebody else may have changed what is there; cheap enough to ask every few seconds."""
+    async def disturbance(self) -> Disturbance:
+        """Return what others may have done to what is there; cheap enough to ask every few seconds."""
         ...
 
     async def lost_shards(self) -> Mapping[str, str]:

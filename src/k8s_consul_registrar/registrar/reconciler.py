@@ -9,6 +9,7 @@ from functools import partial
 
 from k8s_consul_registrar.backoff import Timing, delays
 from k8s_consul_registrar.errors import ConsulError, ConsulFenced
+from k8s_consul_registrar.model import Disturbance
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.budget import Budget, BudgetRules
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
@@ -151,7 +152,10 @@ class Reconciler:
         self._probe_due = self._clock() + self._timing.probe
 
         async def ask() -> None:
-            self._owes_full = await self._registry.is_disturbed() or self._owes_full
+            found = await self._registry.disturbance()
+            self._owes_full = self._owes_full or found is not Disturbance.NONE
+            # Targets are gone from Consul, and nothing else brings them back.
+            self._is_urgent = self._is_urgent or found is Disturbance.EMPTIED
 
         await self._is_done(ask())
 

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 
-from k8s_consul_registrar.model import Service, Written
+from k8s_consul_registrar.model import Disturbance, Service, Written
 
 
 class OwnRecord:
@@ -35,9 +35,9 @@ class OwnRecord:
             self._services.pop(service.id, None)
         return Written(len(services))
 
-    async def is_disturbed(self) -> bool:
+    async def disturbance(self) -> Disturbance:
         """Tell that nobody else writes here."""
-        return False
+        return Disturbance.NONE
 
     async def lost_shards(self) -> Mapping[str, str]:
         """Return none."""
