@@ -1,7 +1,7 @@
 """A followed cluster against the sandbox's API: many sources, lost history, and what is asked at rest."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.kube.access import load_access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.cluster import FollowedCluster
+from k8s_consul_registrar.kube.watch import WatchEvent
 from k8s_consul_registrar.model import Kind, Source
 from k8s_consul_registrar.sandbox import objects
 from k8s_consul_registrar.sandbox.access import Rule
@@ -41,10 +42,11 @@ async def followed(
     timing: Timing = TIMING,
     follow: bool = True,
     selectors: Mapping[Kind, str] | None = None,
+    client_type: type[KubeClient] = KubeClient,
 ) -> AsyncIterator[FollowedCluster]:
     """Follow a sandbox with a kubeconfig of its own."""
     config = sandbox.write_kubeconfig(folder / "kubeconfig", token)
-    async with KubeClient(load_access({"KUBECONFIG": str(config)}), timing) as client:
+    async with client_type(load_access({"KUBECONFIG": str(config)}), timing) as client:
         cluster = FollowedCluster(
             client,
             sources,
@@ -155,6 +157,39 @@ async def test_namespaces_are_sources_each_failing_alone(tmp_path: Path) -> None
             assert wanted.cluster_uid == ""
             assert not wanted.sources[bank].is_followed
             assert wanted.sources[shop].problem == ""
+
+
+class _HangsOnNodes(KubeClient):
+    """Asks for Nodes and never hears of them."""
+
+    async def watch(self, kind: Kind, **query: Any) -> AsyncGenerator[list[WatchEvent], None]:
+        """Yield what the server sends, of Nodes nothing for ever."""
+        if kind is Kind.NODE:
+            await asyncio.Event().wait()
+        async for batch in super().watch(kind, **query):
+            yield batch
+
+
+async def test_pods_wait_for_nodes_but_not_for_long(tmp_path: Path) -> None:
+    """Pods are listed after the Nodes were, so that they begin with their zones, or after a while without."""
+    async with Sandbox() as sandbox:
+        labels = {"topology.kubernetes.io/zone": "eu-1a"}
+        addresses = (("InternalIP", "192.0.2.10"),)
+        sandbox.kube.create(objects.node("node-a", addresses=addresses, labels=labels))
+        sandbox.kube.create({**pod("a"), "spec": {"nodeName": "node-a", "containers": [{"name": "c"}]}})
+        zones: set[str | None] = set()
+
+        def is_there(cluster: FollowedCluster) -> bool:
+            found = cluster.mirror.claims.get("pod--shop--a", ())
+            zones.update(dict(target.meta).get("zone") for target in found)
+            return bool(found)
+
+        async with followed(sandbox, tmp_path) as cluster:
+            await until(lambda: is_there(cluster) and is_settled(cluster))
+        assert zones == {"eu-1a"}
+        async with followed(sandbox, tmp_path, client_type=_HangsOnNodes) as cluster:
+            await until(lambda: is_there(cluster))
+        assert zones == {"eu-1a", None}
 
 
 async def test_selectors_choose_by_kind(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A cluster that is followed: every source by a follower of its own, all into one mirror."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from types import MappingProxyType
@@ -10,12 +11,16 @@ from k8s_consul_registrar.kube.activity import Activity, ActivityCounter
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.follow import Follower, Following
 from k8s_consul_registrar.kube.identity import ClusterIdentity
-from k8s_consul_registrar.kube.mirror import Mirror, Verdict
+from k8s_consul_registrar.kube.known import Verdict
+from k8s_consul_registrar.kube.mirror import Mirror
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.poll import Poller
 from k8s_consul_registrar.kube.watcher import Watcher
 from k8s_consul_registrar.model import Kind, ObjectKey, Source
 from k8s_consul_registrar.targets.wanted import Wanted
+
+# Pods wait for the Nodes' first list so long at most, in seconds: a few hundred Nodes take milliseconds.
+NODES_FIRST = 1.0
 
 
 class FollowedCluster:
@@ -60,8 +65,16 @@ class FollowedCluster:
         it from the first write on, and a wrong cluster is known as wrong before anything is compared.
         """
         async with asyncio.TaskGroup() as group:
-            for follower in self._followers.values():
-                group.create_task(follower.run())
+            for source, follower in self._followers.items():
+                group.create_task(self._follow(source, follower))
+
+    async def _follow(self, source: Source, follower: Follower) -> None:
+        """Follow a source; Pods are written once with their Nodes' zones, not first without and then with."""
+        if source.kind is Kind.POD:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(NODES_FIRST):
+                    await self._mirror.nodes_tried.wait()
+        await follower.run()
 
     @property
     def mirror(self) -> Mirror:

@@ -3,40 +3,16 @@
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
 
+from k8s_consul_registrar.kube.known import Known, Verdict
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.sharing import Sharing
-from k8s_consul_registrar.model import ObjectKey, Rejection, Source, Target
+from k8s_consul_registrar.kube.zones import Zones
+from k8s_consul_registrar.model import Kind, Node, ObjectKey, Rejection, Source, Target
 from k8s_consul_registrar.targets.wanted import SourceState, Wanted
-
-Verdict = tuple[Target, ...] | Rejection
 
 # More absences than these are inferred in slices of as many, some milliseconds each.
 SLICE = 2000
-
-
-@dataclass(slots=True)
-class _Known:
-    """What is known of one source.
-
-    `unseen` are, while a list arrives, the objects of `verdicts` that it has not shown yet; None between
-    lists. `listed_objects` and `is_list_opaque` count for nothing before that list is complete.
-    """
-
-    verdicts: dict[ObjectKey, Verdict] = field(default_factory=dict)
-    objects: int = 0
-    listed_at: float | None = None
-    is_followed: bool = False
-    is_opaque: bool = False
-    problem: str = ""
-    unseen: set[ObjectKey] | None = None
-    listed_objects: int = 0
-    is_list_opaque: bool = False
-
-    def state(self) -> SourceState:
-        """Return what others need to know of it, as a value."""
-        return SourceState(self.listed_at, self.is_followed, self.objects, self.is_opaque, self.problem)
 
 
 class Mirror:
@@ -47,8 +23,14 @@ class Mirror:
 
     def __init__(self, sources: Iterable[Source], judge: Callable[[Item], Verdict | None]) -> None:
         self._judge = judge
-        self._known = {source: _Known() for source in sources}
+        self._known = {source: Known() for source in sources}
         self._sharing = Sharing()
+        has_nodes = Source(Kind.NODE) in self._known
+        self._zones = Zones() if has_nodes else None
+        # Set once the Nodes were listed, or could not be, or are none of ours: what Pods may wait for.
+        self.nodes_tried = asyncio.Event()
+        if not has_nodes:
+            self.nodes_tried.set()
         self._claims: dict[str, tuple[Target, ...]] = {}
         self._rejections: dict[ObjectKey, Rejection] = {}
         # The last copy handed out; None once it is out of date.
@@ -79,13 +61,15 @@ class Mirror:
         known = self._known[source]
         self._count(known, int(is_added))
         verdict = self._judge(item)
+        if isinstance(item, Node):
+            self._learn_zone(item)
         if verdict is None or item.key is None:
             self._blur(known)
             return
         if isinstance(verdict, Rejection):
             key = verdict.key
         elif verdict:
-            verdict = self._sharing.targets(verdict)
+            verdict = self._sharing.targets(self._zones.place(verdict) if self._zones else verdict)
             key = verdict[0].key
         else:
             key = item.key
@@ -138,11 +122,13 @@ class Mirror:
         known.objects = known.listed_objects
         known.is_opaque = known.is_list_opaque
         known.listed_at, known.is_followed, known.problem = at, True, ""
+        self._end_of_try(source)
         self._wake_for_full_pass()
 
     def fail(self, source: Source, problem: str) -> None:
         """Note that a source cannot be followed: what it asks for stays, its absences prove nothing."""
         known = self._known[source]
+        self._end_of_try(source)
         if known.is_followed or known.problem != problem:
             known.is_followed, known.problem = False, problem
             self._wake_for_full_pass()
@@ -229,17 +215,34 @@ class Mirror:
             cluster_uid=self._cluster_uid,
         )
 
-    def _drop(self, known: _Known, keys: Iterable[ObjectKey]) -> None:
+    def _end_of_try(self, source: Source) -> None:
+        if source.kind is Kind.NODE:
+            self.nodes_tried.set()
+
+    def _learn_zone(self, node: Node) -> None:
+        """Move the Pods of a Node, and no others, where its zone is another one than was known."""
+        if self._zones is None:
+            return
+        for key in self._zones.learn(node):
+            known = self._known.get(Source(Kind.POD)) or self._known[Source(Kind.POD, key.namespace)]
+            before = known.verdicts[key]
+            if isinstance(before, Rejection):
+                continue
+            after = self._sharing.targets(self._zones.place(before))
+            if after != before:
+                self._replace(known, key, before, after)
+
+    def _drop(self, known: Known, keys: Iterable[ObjectKey]) -> None:
         for key in keys:
             self._replace(known, key, known.verdicts[key], ())
 
-    def _count(self, known: _Known, step: int) -> None:
+    def _count(self, known: Known, step: int) -> None:
         if known.unseen is not None:
             known.listed_objects = max(0, known.listed_objects + step)
         else:
             known.objects = max(0, known.objects + step)
 
-    def _blur(self, known: _Known) -> None:
+    def _blur(self, known: Known) -> None:
         """Note something nameless: whatever is not known of this source may be what it is about."""
         known.is_list_opaque = True
         if not known.is_opaque:
@@ -251,8 +254,10 @@ class Mirror:
         self.generation += 1
         self._changed.set()
 
-    def _replace(self, known: _Known, key: ObjectKey, before: Verdict, after: Verdict) -> None:
+    def _replace(self, known: Known, key: ObjectKey, before: Verdict, after: Verdict) -> None:
         """Put a verdict that differs in place of the one before, and note the service IDs it is about."""
+        if self._zones is not None:
+            self._zones.moved(key, before, after)
         if after == ():
             del known.verdicts[key]
         else:

@@ -101,7 +101,7 @@ class Passes:
     async def full(self) -> PassReport:
         """Compare everything the cluster wants with everything Consul holds, and write what differs."""
         wanted = self._cluster.wanted()
-        planner = Planner(wanted, self._identity, self._shards, self._recall)
+        planner = Planner(wanted, self._identity, self._shards, self._recall, find=self._ledger.get)
         ledger = Ledger()
         count = 0
         started = time.monotonic()
@@ -145,7 +145,9 @@ class Passes:
             self._refused.clear()
         wanted = self._cluster.changes(frozenset(self._pending))
         self._pending |= wanted.claims.keys()
-        planner = Planner(wanted, self._identity, self._shards, self._recall, self._taken_names)
+        planner = Planner(
+            wanted, self._identity, self._shards, self._recall, self._taken_names, find=self._ledger.get
+        )
         unknown: list[str] = []
         for service_id in wanted.claims:
             entry = self._ledger.get(service_id)

@@ -15,6 +15,7 @@ from k8s_consul_registrar.targets.claims import settle
 from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.sharding import RandomShards, Shards
 from k8s_consul_registrar.targets.wanted import Wanted
+from k8s_consul_registrar.targets.zones import keep_zone
 
 
 class Kept(StrEnum):
@@ -73,7 +74,8 @@ class Planner:
 
     First `consider` every service there is under the wanted IDs (for a full comparison: every service
     there is), then run through `complete`, then take the `plan`. `recall` tells the shard that a service
-    had which Consul has lost; `taken_names` are those an earlier full comparison found taken.
+    had which Consul has lost, `find` what we saw or wrote last under an ID; `taken_names` are those an
+    earlier full comparison found taken.
     """
 
     def __init__(
@@ -83,11 +85,14 @@ class Planner:
         shards: Shards,
         recall: Callable[[str], str] = lambda _: "",
         taken_names: AbstractSet[str] = frozenset(),
+        *,
+        find: Callable[[str], Entry | None] = lambda _: None,
     ) -> None:
         self._wanted = wanted
         self._identity = identity
         self._shards = shards
         self._recall = recall
+        self._find = find
         self._seen: set[str] = set()
         self._register: list[Entry] = []
         self._update: list[Entry] = []
@@ -207,7 +212,7 @@ class Planner:
         target, losers = settle(claims, holder)
         self._rejections.extend(losers)
         entry = Entry(
-            target,
+            self._zoned(target, service),
             self._shards.choose(service.id, service.value("shard_path")),
             self._wanted.cluster_uid or service.value("cluster_uid"),
             max(service.index, 0),
@@ -220,6 +225,13 @@ class Planner:
         else:
             self._rename.append((entry, service.name))
         return None
+
+    def _zoned(self, target: Target, service: Service) -> Target:
+        """Give a target whose zone is not known now the one it had, by our own word rather than Consul's."""
+        if target.is_zone_known:
+            return target
+        last = self._find(service.id)
+        return keep_zone(target, service if last is None else last.service(self._identity))
 
     def _is_still_held(self, holder: ObjectKey, claims: Sequence[Target]) -> bool:
         """Whether an ID belongs to a Pod that does not claim it now, but that nothing shows to be gone."""

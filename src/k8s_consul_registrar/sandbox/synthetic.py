@@ -7,16 +7,18 @@ from typing import Any
 from k8s_consul_registrar.sandbox import objects
 
 NAMESPACES = 20
+ZONES = 3
 _ENVIRONMENT = 68  # variables, which bring a Pod to about 7 KB
 _FIRST_POD_IP = int(ipaddress.IPv4Address("127.64.0.1"))
 _FIRST_NODE_IP = int(ipaddress.IPv4Address("127.32.0.1"))
 
 
 def synthetic_nodes(count: int) -> Iterator[dict[str, Any]]:
-    """Return Nodes named `node-00000` on, each with an address of its own."""
+    """Return Nodes named `node-00000` on, each with an address of its own, in one of `ZONES` zones."""
     for number in range(count):
         address = str(ipaddress.IPv4Address(_FIRST_NODE_IP + number))
-        yield objects.node(node_name(number), addresses=(("InternalIP", address),))
+        labels = {"topology.kubernetes.io/zone": f"eu-1{'abc'[number % ZONES]}"}
+        yield objects.node(node_name(number), addresses=(("InternalIP", address),), labels=labels)
 
 
 def synthetic_pods(count: int, node_count: int) -> Iterator[dict[str, Any]]:

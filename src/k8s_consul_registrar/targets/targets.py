@@ -19,9 +19,7 @@ from k8s_consul_registrar.targets.scrapes import (
     require_declared,
 )
 from k8s_consul_registrar.targets.templates import Subject, Template
-
-# Kubernetes, "Well-Known Labels, Annotations and Taints".
-ZONE_LABEL = "topology.kubernetes.io/zone"
+from k8s_consul_registrar.targets.zones import ZONE_LABEL
 
 Verdict = tuple[Target, ...] | Rejection
 
@@ -94,6 +92,7 @@ def judge_pod(pod: Pod, rules: TargetRules) -> Verdict:
             rank=(0, pod.created, pod.uid),
             tags=tags,
             ready=pod.ready if rules.has_readiness else None,
+            is_zone_known=False,
         )
         for place, (port, door) in enumerate(zip(scrape.ports, doors, strict=True))
     )
