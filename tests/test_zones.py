@@ -59,6 +59,9 @@ def test_another_zone_concerns_the_pods_of_that_node_alone() -> None:
     assert set(mirror.changes().claims) == {"node--192.0.2.10", "pod--shop--a1", "pod--shop--a2"}
     mirror.put(NODES, in_a_zone("z3"), is_added=False)
     assert mirror.changes().claims == {}
+    knows = mirror._zones
+    assert knows is not None
+    assert set(knows.learn(in_a_zone("z5"))) == {make_pod("a1").key, make_pod("a2").key}, "it costs no more"
     mirror.put(NODES, make_node(), is_added=False)
     assert zones(mirror) == {"a1": None, "a2": None, "b1": "z2"}
     mirror.put(PODS, make_pod("a1", node="node-b"), is_added=False)
