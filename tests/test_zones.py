@@ -9,6 +9,7 @@ from k8s_consul_registrar.kube.mirror import Mirror
 from k8s_consul_registrar.model import Kind, Node, Service, Source, Target
 from k8s_consul_registrar.registrar.ledger import Entry
 from k8s_consul_registrar.registrar.plan import Plan, Planner
+from k8s_consul_registrar.targets.meta import LABEL_PREFIX, OWN_KEYS, PARAM_PREFIX
 from k8s_consul_registrar.targets.sharding import RandomShards
 from k8s_consul_registrar.targets.zones import in_zone, zone_of
 from test_mirror import NODES, PODS, new_mirror, put_list, quiet, verdict
@@ -113,6 +114,11 @@ def test_pods_of_chosen_namespaces_get_zones_too() -> None:
         put_list(mirror, source, [make_pod(source.namespace, source.namespace)])
     put_list(mirror, NODES, [in_a_zone("z1")])
     assert zones(mirror) == {"shop": "z1", "search": "z1"}
+
+
+def test_meta_stays_sorted() -> None:
+    """The zone is put behind every other key there may be, which is where it belongs."""
+    assert max(OWN_KEYS | {PARAM_PREFIX, LABEL_PREFIX}) == "zone"
 
 
 @pytest.mark.parametrize("value", ["", "a\nb", "x" * 513])

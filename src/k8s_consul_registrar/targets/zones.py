@@ -53,6 +53,8 @@ def _value(target: Target, key: str) -> str:
 
 
 def _with_zone(target: Target, zone: str) -> tuple[tuple[str, str], ...]:
-    # One pair more than targets.meta allows an object: the room kept for what is added to each has it.
-    others = tuple(pair for pair in target.meta if pair[0] != ZONE)
-    return tuple(sorted((*others, (ZONE, zone)))) if zone else others
+    # No key of ours sorts behind this one, and the room that is kept for what is added has one more pair.
+    meta = target.meta
+    if meta and meta[-1][0] == ZONE:
+        meta = meta[:-1]
+    return (*meta, (ZONE, zone)) if zone else meta
