@@ -182,6 +182,18 @@ class Service:
         return ""
 
 
+class AgentHealth(NamedTuple):
+    """What a check of the catalog says of a node; `version` is its ModifyIndex, another after each change.
+
+    Consul itself keeps the check `serfHealth` for each node that has an agent, and for no other.
+    """
+
+    node: str
+    check: str
+    status: str
+    version: int
+
+
 @dataclass(frozen=True, slots=True)
 class WriteFailure:
     """A write that Consul refused for this one service, and why."""

@@ -23,6 +23,7 @@ from k8s_consul_registrar.app.parts import (
     identity,
     new_elector,
     shards,
+    sweeper,
 )
 from k8s_consul_registrar.app.process import new_registry
 from k8s_consul_registrar.app.view import View
@@ -79,6 +80,7 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
             client = ConsulClient(consul_access(settings.consul), timing, writes_for=_fence(elector))
             await stack.enter_async_context(client)
         cluster = followed_cluster(settings, kube, timing)
+        metrics = RegistrarMetrics(registry)
         reconciler = Reconciler(
             cluster=cluster,
             registry=OwnRecord() if client is None else consul_registry(settings, client, timing),
@@ -87,9 +89,10 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
             rules=brake_rules(settings),
             period=settings.sync_period,
             timing=timing,
-            metrics=RegistrarMetrics(registry),
+            metrics=metrics,
             budget=BudgetRules(gap=min(FULL_READ_GAP, settings.sync_period)),
             leadership=elector,
+            sweeper=None if client is None else sweeper(settings, client, cluster, metrics, timing),
         )
         view = View(
             settings,

@@ -49,6 +49,7 @@ class CheckRecord(msgspec.Struct, gc=False, rename="pascal"):
     check_id: str = msgspec.field(name="CheckID")
     service_id: str = msgspec.field(default="", name="ServiceID")
     status: str = ""
+    modify_index: int = 0
 
     @property
     def is_readiness(self) -> bool:

@@ -168,6 +168,11 @@ class Mirror:
         """Return all that is known now, as a value that later changes do not touch."""
         self._needs_full_pass = False
         self._dirty.clear()
+        self._changed.clear()
+        return self.known()
+
+    def known(self) -> Wanted:
+        """Return the same, but what changed still waits to be seen."""
         return self._value(dict(self._claims))
 
     @property
@@ -197,6 +202,7 @@ class Mirror:
         """
         claims = {service_id: self._claims.get(service_id, ()) for service_id in self._dirty | also}
         self._dirty.clear()
+        self._changed.clear()
         return self._value(claims)
 
     def needs_full_pass(self) -> bool:
@@ -218,7 +224,6 @@ class Mirror:
         self._departed -= departed
 
     def _value(self, claims: Mapping[str, tuple[Target, ...]]) -> Wanted:
-        self._changed.clear()
         if self._rejections_copy is None:
             self._rejections_copy = dict(self._rejections)
         return Wanted(
