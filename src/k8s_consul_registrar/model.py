@@ -146,6 +146,8 @@ class Rejection:
     id: str = ""
 
 
+# What `managed_by` says, in the meta of all that a registrar wrote.
+MANAGED_BY = "k8s-consul-registrar"
 # The `index` of a service that an agent holds and the catalog lacks: it is to be registered again.
 UNSYNCED = -1
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from urllib.parse import quote
 
 import msgspec
@@ -42,7 +42,7 @@ class Listing:
         """What stands before the list; known with its first record."""
         return self._records.head
 
-    async def records(self) -> AsyncIterator[bytes]:
+    async def records(self) -> AsyncGenerator[bytes]:
         """Yield the records; raises a `ConsulError`, and then what was yielded is not all."""
         count = 0
         async with self._client.stream(self._path, params=self._params) as answer:

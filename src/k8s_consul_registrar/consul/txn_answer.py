@@ -40,7 +40,10 @@ class NodeRecord(msgspec.Struct, gc=False, rename="pascal"):
     """A node of the catalog."""
 
     node: str
+    id: str = msgspec.field(default="", name="ID")
+    address: str = ""
     meta: dict[str, str] | None = None
+    modify_index: int = 0
 
 
 class CheckRecord(msgspec.Struct, gc=False, rename="pascal"):

@@ -80,7 +80,7 @@ class Sweeps(Protocol):
         ...
 
     async def sweep(self) -> None:
-        """Remove what may go; for the time after a full pass that left nothing undone."""
+        """Remove what may go; for the time after a full pass."""
         ...
 
 

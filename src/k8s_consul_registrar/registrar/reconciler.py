@@ -147,7 +147,7 @@ class Reconciler:
             self._owes_full = self._is_urgent = False
             self._full_due = self._clock() + self._period
             self._budget.spend(self._clock(), self._passes.read_seconds)
-            if self._sweeper is not None and self._passes.is_complete:
+            if self._sweeper is not None:
                 await self._sweeper.sweep()
 
     async def _partial(self, *, retries_refused: bool = False) -> None:
@@ -164,10 +164,8 @@ class Reconciler:
         await self._is_done(ask())
 
     def _look_for_lost_due(self) -> float:
-        """Return when to look for agents that are gone; never before everything was compared once."""
-        if self._sweeper is None or not self._passes.is_complete:
-            return float("inf")
-        return self._sweeper.look_due
+        """Return when to look for agents that are gone."""
+        return float("inf") if self._sweeper is None else self._sweeper.look_due
 
     async def _look_for_lost(self) -> None:
         if self._sweeper is not None:

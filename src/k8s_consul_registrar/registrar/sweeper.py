@@ -6,7 +6,15 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from k8s_consul_registrar.errors import ConsulError, ConsulFiltered, ConsulForbidden, ConsulRefused
+from k8s_consul_registrar.errors import (
+    ConsulBusy,
+    ConsulError,
+    ConsulFenced,
+    ConsulFiltered,
+    ConsulForbidden,
+    ConsulRefused,
+    ConsulUnreachable,
+)
 from k8s_consul_registrar.model import AgentHealth, Service, Written
 from k8s_consul_registrar.registrar.brake import BrakeRules, Memory
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
@@ -106,7 +114,7 @@ class Sweeper:
     async def sweep(self) -> None:
         """Clear the nodes of agents lost for long enough, as they are now; what fails waits for the next time.
 
-        It is for the time after a full pass that left nothing undone.
+        It is for the time after a full pass: by then our own agent has what it lacked.
         """
         if not self._watched:
             return
@@ -189,6 +197,12 @@ class Sweeper:
             self._metrics.orphans.labels(why.value).set(total[why])
 
     def _report(self, error: ConsulError, node: str = EVERY_NODE) -> None:
-        """Say, once, what keeps us from it: the token of an agent's registrar may be allowed the agent alone."""
+        """Say, once, what keeps us from it: the token of an agent's registrar may be allowed the agent alone.
+
+        That Consul cannot be used is said by whoever needs it more.
+        """
+        if isinstance(error, ConsulUnreachable | ConsulBusy | ConsulFenced):
+            log.debug("nodes of lost agents are not looked after now", problem=str(error))
+            return
         for about, text in self._news.further("problems", {node: str(error)}):
             log.info("nodes of lost agents cannot be looked after", node=about, problem=text)
