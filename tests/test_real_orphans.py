@@ -9,8 +9,11 @@ import pytest
 from builders import make_service, our_pod_service
 from consul_kit import connected, make_token
 from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress
 from k8s_consul_registrar.consul.agent import AgentRegistry
+from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.lost_agents import LostAgents
+from k8s_consul_registrar.errors import ConsulFenced
 from k8s_consul_registrar.model import AgentHealth, Service
 from lab import running_lab_with
 from real_process import wait_until
@@ -141,7 +144,7 @@ async def _failing(agents: LostAgents) -> list[AgentHealth]:
 
 
 async def test_a_node_is_cleared_only_while_its_agent_is_lost() -> None:
-    """Rights on our services and reading nodes are enough; an agent that is back keeps what it has."""
+    """Rights on our services and to read nodes do; an agent that is back keeps all; a standby removes nothing."""
     rules = (
         'service_prefix "pod--" { policy = "write" } service_prefix "" { policy = "read" } '
         'node_prefix "" { policy = "read" } agent_prefix "" { policy = "read" }'
@@ -170,6 +173,11 @@ async def test_a_node_is_cleared_only_while_its_agent_is_lost() -> None:
             assert (old_case.done, len(old_case.stale)) == (0, 100), "it was back in between"
             (again,) = await _failing(agents)
             assert again.version > lost.version
+            fenced = ConsulAccess(ConsulAddress(server.url), token=token.secret)
+            async with ConsulClient(fenced, Timing(), writes_for=lambda: 0.0) as standby:
+                with pytest.raises(ConsulFenced):
+                    await LostAgents(standby, Timing()).place(again, lambda _: True).clear()
+            assert len(await names_at(server, "old")) == 101
             cleared = await agents.place(again, lambda one: one.id != "pod--shop--p7").clear()
             assert (cleared.done, cleared.failures, cleared.stale) == (99, (), ())
             assert await names_at(server, "old") == {"pod--shop--p7", "other-1"}

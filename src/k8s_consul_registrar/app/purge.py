@@ -80,7 +80,8 @@ async def _purge(settings: RegistrarSettings, *, is_agreed: bool, cluster_uid: s
         _show_others(every, found)
         node = _node(settings, client, timing)
         count = sum(len(one.services) for one in found)
-        goes = node is not None and not await node.obstacle() and bool(count or not await node.is_used())
+        obstacle = "" if node is None else await node.obstacle()
+        goes = node is not None and not obstacle and bool(count or not await node.is_used())
         if goes:
             print(f"node {settings.backend.node_name} goes too, once nothing is left on it")
         if not count and not goes:
@@ -89,8 +90,8 @@ async def _purge(settings: RegistrarSettings, *, is_agreed: bool, cluster_uid: s
             print("nothing was removed")
             return EXIT_FAILURE
         written = [await _clear(one, who, uid) for one in found if one.services]
-        if goes and node is not None:
-            stays = await node.remove()
+        if node is not None:
+            stays = obstacle or await node.remove()
             print(f"node {settings.backend.node_name} " + (f"stays: {stays}" if stays else "is removed"))
     return _tell(written)
 

@@ -49,9 +49,13 @@ class NodeRemoval:
         is_ours = meta.get("managed_by") == MANAGED_BY or is_as_of_old
         if record.id or record.address != ADDRESS or meta.get("external-node") != "true" or not is_ours:
             return "it is not of our making"
-        if await rights(self._client, [Right("service", SOMEBODY_S, "read")]) == [False]:
-            return "the token may not see the services of others, which would go with it"
-        return ""
+        try:
+            sees = await rights(self._client, [Right("service", SOMEBODY_S, "read")])
+        except ConsulRefused as error:
+            return f"whether the token sees the services of others cannot be asked: {error}"
+        return (
+            "the token may not see the services of others, which would go with it" if sees == [False] else ""
+        )
 
     async def remove(self) -> str:
         """Remove it if it is ours and empty; say why it stays, empty where it went."""

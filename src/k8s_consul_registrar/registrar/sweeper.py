@@ -27,6 +27,9 @@ from k8s_consul_registrar.telemetry import get_logger
 
 # A short wait is looked at so many times before it is over.
 LOOKS = 4
+# What was not looked at for so many turns, and so many seconds, may have been anything meanwhile: while Consul has no
+# leader, nobody notes there that an agent is back.
+MISSED_LOOKS, SHORTEST_GAP = 4, 10.0
 EVERY_NODE = "all"
 
 log = get_logger("orphans")
@@ -65,6 +68,11 @@ class SweepRules:
         """Seconds between looks."""
         return min(self.look, self.after / LOOKS)
 
+    @property
+    def longest_gap(self) -> float:
+        """Seconds between two looks beyond which they do not belong together."""
+        return max(MISSED_LOOKS * self.every, SHORTEST_GAP)
+
 
 class Sweeper:
     """Looks now and then which agents are lost, and clears their nodes of ours after a full pass.
@@ -91,6 +99,7 @@ class Sweeper:
         self._clock = clock
         self._own_node = ""
         self._watched: dict[str, Watched] = {}
+        self._looked_at = clock()
         # By what the lost agent's check says, so that one that came back and was lost again is a new case.
         self._announced: set[AgentHealth] = set()
         self._clean: set[AgentHealth] = set()
@@ -133,14 +142,19 @@ class Sweeper:
         started = self._clock()
         self._own_node = await self._agents.own_node()
         seen = await self._agents.failing()
-        self._watched = observe(self._watched, seen, self._own_node, self._clock())
+        ended = self._clock()
+        before = self._watched if ended - self._looked_at <= self._rules.longest_gap else {}
+        self._looked_at = ended
+        self._watched = observe(before, seen, self._own_node, ended)
         current = {one.health for one in self._watched.values()}
-        self._announced &= current
         self._clean &= current
         self._memory = {one: memory for one, memory in self._memory.items() if one in current}
         self._stays = {one: stays for one, stays in self._stays.items() if one in current}
+        self._show()
         lost = due(self._watched, self._rules.after, started)
-        return [one for one in lost if one.health not in self._clean]
+        uncleared = [one for one in lost if one.health not in self._clean]
+        self._announced &= {one.health for one in uncleared}
+        return uncleared
 
     async def _clear(self, lost: Watched) -> None:
         """Judge what is there, then remove what may go as a second read finds it."""
