@@ -131,7 +131,7 @@ async def test_the_catalog_backend_leaves_lost_agents_alone() -> None:
     """There, services belong to no agent that could be lost."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()
-        await agent_at(lab, "old", "critical", our_pod_service("web-1"))
+        await agent_at(lab, "old", "critical", our_pod_service("web-1"), our_pod_service("gone"))
         async with await lab.registrar(**QUICK_LOSS, CONSUL_BACKEND="catalog") as daemon:
             await daemon.passes(8)
-        assert at(lab) == {"web-1"}
+        assert at(lab) == {"web-1", "gone"}

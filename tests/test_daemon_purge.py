@@ -101,6 +101,8 @@ async def test_a_node_with_anything_of_others_stays() -> None:
         code, output = await run(lab, "purge", "--yes", CONSUL_BACKEND="catalog")
         assert (code, "node k8s-lab stays: there are services" in output) == (0, True), output
         assert at(lab, "k8s-lab") == {"db"}
+        code, output = await run(lab, "purge", "--yes", CONSUL_BACKEND="catalog")
+        assert (code, "node k8s-lab" in output) == (0, False), output
         made_by_hand = {"Node": "shared", "Address": "127.0.0.1", "NodeMeta": {"external-node": "true"}}
         await put(lab, "/v1/catalog/register", made_by_hand)
         settings = {"CONSUL_BACKEND": "catalog", "CONSUL_NODE_NAME": "shared"}

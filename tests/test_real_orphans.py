@@ -181,3 +181,44 @@ async def test_a_node_is_cleared_only_while_its_agent_is_lost() -> None:
             cleared = await agents.place(again, lambda one: one.id != "pod--shop--p7").clear()
             assert (cleared.done, cleared.failures, cleared.stale) == (99, (), ())
             assert await names_at(server, "old") == {"pod--shop--p7", "other-1"}
+
+
+async def test_what_the_catalog_does_not_show_is_not_here() -> None:
+    """A service that our agent holds counts only while the catalog has it too, and has it just so."""
+    async with real_consul() as consul, connected(consul) as client:
+        names = ("shown", "edited", "lacking")
+        await put_at(consul, *(our_pod_service(name) for name in names))
+        edited = {"ID": "pod--shop--edited", "Service": "pod--shop--edited", "Port": 1}
+        body = {"Node": "test-node", "SkipNodeUpdate": True, "Service": edited}
+        assert (await consul.request("PUT", "/v1/catalog/register", body))[0] == 200
+        lost = {"Node": "test-node", "ServiceID": "pod--shop--lacking"}
+        assert (await consul.request("PUT", "/v1/catalog/deregister", lost))[0] == 200
+        held = [one.id async for one in LostAgents(client, Timing()).held_here("test-node")]
+        assert held == ["pod--shop--shown"]
+        status, there = await consul.request("GET", "/v1/agent/services")
+        assert (status, len(there)) == (200, 3)
+
+
+async def test_purge_clears_the_node_of_a_lost_agent() -> None:
+    """It is shown and cleared of ours without waiting; what is others', and the node itself, stay."""
+    async with (
+        real_consul(QUICK_GOSSIP, node="server") as server,
+        real_consul(QUICK_GOSSIP, join=server.serf, node="old") as old,
+        running_lab_with(server.address) as lab,
+    ):
+        ours = [our_pod_service("a"), our_pod_service("b", cluster_uid="uid-of-another")]
+        await put_at(old, *ours, make_service("hand-made"))
+        await put_at(server, our_pod_service("c"))
+        settings = {"CLUSTER_NAME": "lab", "CONSUL_ADDRESS": server.address}
+        uid = await lab.cluster.uid()
+        async with lab.daemon("purge", "--yes", "--cluster-uid", uid, **settings) as command:
+            assert await command.ended() == 0
+        assert await names_at(server, "server") == {"consul"}
+        assert len(await names_at(server, "old")) == 3, "its agent lives"
+        await old.program.stop(signal.SIGKILL)
+        await until_health(server, "old", "critical")
+        async with lab.daemon("purge", "--yes", "--cluster-uid", uid, **settings) as command:
+            assert await command.ended() == 0
+        assert "1 services of cluster lab at node old, whose agent is gone" in command.output
+        assert await names_at(server, "old") == {"pod--shop--b", "hand-made"}
+        assert await health_of(server, "old") == "critical"
