@@ -13,7 +13,7 @@ import aiohttp
 from yarl import URL
 
 from k8s_consul_registrar.backoff import Timing
-from k8s_consul_registrar.consul.access import ConsulAccess, ConsulToken
+from k8s_consul_registrar.consul.access import ConsulAccess, ConsulToken, unverified
 from k8s_consul_registrar.consul.fence import Fence
 from k8s_consul_registrar.errors import (
     AccessError,
@@ -242,11 +242,10 @@ class ConsulClient:
     def _unreachable(self, error: Exception) -> ConsulUnreachable:
         where = f"Consul at {self._access.address}"
         match error:
-            case aiohttp.ClientConnectorCertificateError() | ssl.SSLCertVerificationError():
-                return ConsulUnreachable(
-                    f"{where}: its certificate cannot be verified (CONSUL_CACERT names the authority, "
-                    f"CONSUL_TLS_SERVER_NAME the name in it): {error}"
-                )
+            case aiohttp.ClientConnectorCertificateError(
+                certificate_error=ssl.SSLCertVerificationError() as why
+            ):
+                return ConsulUnreachable(f"{where}: {unverified(why)}")
             case TimeoutError():
                 return ConsulUnreachable(f"{where}: no answer in time")
             case _:
