@@ -244,7 +244,7 @@ class ConsulClient:
         match error:
             case aiohttp.ClientConnectorCertificateError(
                 certificate_error=ssl.SSLCertVerificationError() as why
-            ):
+            ) | (ssl.SSLCertVerificationError() as why):
                 return ConsulUnreachable(f"{where}: {unverified(why)}")
             case TimeoutError():
                 return ConsulUnreachable(f"{where}: no answer in time")
