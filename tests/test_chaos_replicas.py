@@ -18,7 +18,7 @@ from http_door import Refuse
 from real_process import wait_until
 from real_servers import RealConsul, shared_consul
 
-pytestmark = chaos("chaos-restarts")
+pytestmark = chaos("chaos-replicas")
 
 RULES = [*REGISTRAR_RULES, rule("get create update", "leases", group="coordination.k8s.io")]
 DURATION, DEADLINE, RETRY = (15, 10.0, 2.0) if IS_SOAK else (3, 2.0, 0.3)

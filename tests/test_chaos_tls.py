@@ -20,7 +20,7 @@ from real_process import LOOPBACK
 from real_servers import RealConsul, shared_consul
 from tcp_proxy import TcpProxy
 
-pytestmark = chaos("chaos-restarts")
+pytestmark = chaos("chaos-replicas")
 
 SECRET = "2c1d8c0a-0b64-4d2e-9a55-6f1f6f0b7c11"
 LAST_YEAR = datetime.now(UTC) - timedelta(days=365)

@@ -55,11 +55,11 @@ async def test_a_write_of_a_process_that_is_stopped_is_not_sent_on() -> None:
     """Nobody is awake to break it off; the system gives it up by itself when its time is over."""
     with _deaf_server() as (url, listening):
         async with ConsulClient(
-            ConsulAccess(ConsulAddress(url)), QUICK, fence=Fence(lambda: 60, 0.5)
+            ConsulAccess(ConsulAddress(url)), QUICK, fence=Fence(lambda: 60, 1)
         ) as client:
             writing = asyncio.create_task(client.request("PUT", "/v1/x", body=BODY))
             await asyncio.sleep(0.2)
-            time.sleep(1.5)  # noqa: ASYNC251 - stands for a stopped process: our loop does nothing either
+            time.sleep(2)  # noqa: ASYNC251 - stands for a stopped process: our loop does nothing either
             assert _read_until_reset(listening) < len(BODY)
             with pytest.raises(ConsulUnreachable):
                 await writing

@@ -11,6 +11,8 @@ from aiohttp import AddrInfoType
 _DISCARD_ON_CLOSE = struct.pack("ii", 1, 0)
 # Twice the largest body, in bytes: the system takes a request at once and nothing of it waits in our memory.
 _SEND_BUFFER = 1024 * 1024
+# A connection outlives one lost packet, whatever the grace, in seconds.
+_LEAST_PATIENCE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,8 @@ class Fence:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _DISCARD_ON_CLOSE)
             made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
             if hasattr(socket, "TCP_USER_TIMEOUT"):
-                made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, round(self.grace * 1000)))
+                patience = round(1000 * max(_LEAST_PATIENCE, self.grace))
+                made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
         except OSError:
             made.close()
             raise
