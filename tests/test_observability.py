@@ -16,6 +16,7 @@ from k8s_consul_registrar.model import Kind
 from k8s_consul_registrar.proxy.metrics import ProxyCollector
 from k8s_consul_registrar.proxy.outcomes import Outcome, ProxyStats
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.orphans import Stays
 from k8s_consul_registrar.registrar.plan import Kept
 from k8s_consul_registrar.targets.reasons import Reason
 from real_servers import REAL, prometheus_tools
@@ -104,7 +105,7 @@ def test_the_page_lists_every_metric_as_it_is() -> None:
 def test_the_page_lists_every_value_of_a_label() -> None:
     """Outcomes of scrapes, reasons of rejections and causes of keeping are listed with their meaning."""
     listed = set(re.findall(r"^\| `(\w+)` \| [^|]+ \|$", PAGE.read_text(), re.MULTILINE))
-    assert listed == {one.value for kind in (Outcome, Reason, Kept) for one in kind}
+    assert listed == {one.value for kind in (Outcome, Reason, Kept, Stays) for one in kind}
 
 
 def test_alerts_and_dashboard_use_metrics_that_exist() -> None:

@@ -148,6 +148,8 @@ class Rejection:
     id: str = ""
 
 
+# What `managed_by` says, in the meta of all that a registrar wrote.
+MANAGED_BY = "k8s-consul-registrar"
 # The `index` of a service that an agent holds and the catalog lacks: it is to be registered again.
 UNSYNCED = -1
 
@@ -190,6 +192,18 @@ class Disturbance(IntEnum):
     NONE = 0
     CHANGED = 1  # somebody else may have written
     EMPTIED = 2  # what was held is gone
+
+
+class AgentHealth(NamedTuple):
+    """What a check of the catalog says of a node; `version` is its ModifyIndex, another after each change.
+
+    Consul itself keeps the check `serfHealth` for each node that has an agent, and for no other.
+    """
+
+    node: str
+    check: str
+    status: str
+    version: int
 
 
 @dataclass(frozen=True, slots=True)

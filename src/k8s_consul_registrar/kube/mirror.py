@@ -122,13 +122,15 @@ class Mirror:
         known.objects = known.listed_objects
         known.is_opaque = known.is_list_opaque
         known.listed_at, known.is_followed, known.problem = at, True, ""
-        self._end_of_try(source)
+        if source.kind is Kind.NODE:
+            self.nodes_tried.set()
         self._wake_for_full_pass()
 
     def fail(self, source: Source, problem: str) -> None:
         """Note that a source cannot be followed: what it asks for stays, its absences prove nothing."""
         known = self._known[source]
-        self._end_of_try(source)
+        if source.kind is Kind.NODE:
+            self.nodes_tried.set()
         if known.is_followed or known.problem != problem:
             known.is_followed, known.problem = False, problem
             self._wake_for_full_pass()
@@ -154,6 +156,11 @@ class Mirror:
         """Return all that is known now, as a value that later changes do not touch."""
         self._needs_full_pass = False
         self._dirty.clear()
+        self._changed.clear()
+        return self.known()
+
+    def known(self) -> Wanted:
+        """Return the same, but what changed still waits to be seen."""
         return self._value(dict(self._claims))
 
     @property
@@ -183,6 +190,7 @@ class Mirror:
         """
         claims = {service_id: self._claims.get(service_id, ()) for service_id in self._dirty | also}
         self._dirty.clear()
+        self._changed.clear()
         return self._value(claims)
 
     def needs_full_pass(self) -> bool:
@@ -204,7 +212,6 @@ class Mirror:
         self._departed -= departed
 
     def _value(self, claims: Mapping[str, tuple[Target, ...]]) -> Wanted:
-        self._changed.clear()
         if self._rejections_copy is None:
             self._rejections_copy = dict(self._rejections)
         return Wanted(
@@ -214,10 +221,6 @@ class Mirror:
             departed=frozenset(self._departed),
             cluster_uid=self._cluster_uid,
         )
-
-    def _end_of_try(self, source: Source) -> None:
-        if source.kind is Kind.NODE:
-            self.nodes_tried.set()
 
     def _learn_zone(self, node: Node) -> None:
         """Move the Pods of a Node, and no others, where its zone is another one than was known."""

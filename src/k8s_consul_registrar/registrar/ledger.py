@@ -6,6 +6,7 @@ from typing import NamedTuple
 from k8s_consul_registrar.model import Service, Target
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.targets.naming import sharded_name
+from k8s_consul_registrar.targets.zones import keep_zone
 
 
 class Entry(NamedTuple):
@@ -32,6 +33,13 @@ class Entry(NamedTuple):
     def service(self, identity: Identity) -> Service:
         """Make the service."""
         return identity.service(self.target, self.shard, self.cluster_uid, self.version)
+
+
+def zoned(target: Target, service: Service, last: Entry | None, identity: Identity) -> Target:
+    """Give a target whose zone is not known now the one its service had: by `last`, else by Consul."""
+    if target.is_zone_known:
+        return target
+    return keep_zone(target, service if last is None else last.service(identity))
 
 
 class Ledger:

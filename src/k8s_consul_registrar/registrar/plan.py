@@ -8,14 +8,13 @@ from enum import StrEnum
 
 from k8s_consul_registrar.model import UNSYNCED, Kind, ObjectKey, Rejection, Service, Source, Target
 from k8s_consul_registrar.registrar.brake import Absence, BrakeRules, Held, Memory, judge_absence
-from k8s_consul_registrar.registrar.ledger import Entry
+from k8s_consul_registrar.registrar.ledger import Entry, zoned
 from k8s_consul_registrar.registrar.naming import comparable_name, is_of_a_registrar, refuse_name
 from k8s_consul_registrar.registrar.ownership import Claim, Identity, kind_of, object_of
 from k8s_consul_registrar.targets.claims import settle
 from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.sharding import RandomShards, Shards
 from k8s_consul_registrar.targets.wanted import Wanted
-from k8s_consul_registrar.targets.zones import keep_zone
 
 
 class Kept(StrEnum):
@@ -124,6 +123,10 @@ class Planner:
             return None
         return self._keep_or_update(service, claims)
 
+    def count(self, service: Service) -> None:
+        """Count a service among what its source holds, and judge nothing else of it."""
+        self._count_held(service, object_of(service))
+
     def skip(self, service_id: str) -> None:
         """Leave an ID alone in this plan: what stands under it is not known yet."""
         self._seen.add(service_id)
@@ -212,7 +215,7 @@ class Planner:
         target, losers = settle(claims, holder)
         self._rejections.extend(losers)
         entry = Entry(
-            self._zoned(target, service),
+            zoned(target, service, self._find(service.id), self._identity),
             self._shards.choose(service.id, service.value("shard_path")),
             self._wanted.cluster_uid or service.value("cluster_uid"),
             max(service.index, 0),
@@ -225,13 +228,6 @@ class Planner:
         else:
             self._rename.append((entry, service.name))
         return None
-
-    def _zoned(self, target: Target, service: Service) -> Target:
-        """Give a target whose zone is not known now the one it had, by our own word rather than Consul's."""
-        if target.is_zone_known:
-            return target
-        last = self._find(service.id)
-        return keep_zone(target, service if last is None else last.service(self._identity))
 
     def _is_still_held(self, holder: ObjectKey, claims: Sequence[Target]) -> bool:
         """Whether an ID belongs to a Pod that does not claim it now, but that nothing shows to be gone."""
