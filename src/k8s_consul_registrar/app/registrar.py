@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -29,6 +29,7 @@ from k8s_consul_registrar.app.process import new_registry
 from k8s_consul_registrar.app.view import View
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.client import ConsulClient
+from k8s_consul_registrar.consul.fence import Fence
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.cluster import FollowedCluster
@@ -77,7 +78,7 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
         elector = new_elector(settings, kube)
         client = None
         if settings.backend.backend != NONE:
-            client = ConsulClient(consul_access(settings.consul), timing, writes_for=_fence(elector))
+            client = ConsulClient(consul_access(settings.consul), timing, fence=_fence(settings, elector))
             await stack.enter_async_context(client)
         cluster = followed_cluster(settings, kube, timing)
         metrics = RegistrarMetrics(registry)
@@ -177,8 +178,13 @@ async def _run(
             electing.cancel()
 
 
-def _fence(elector: Elector | None) -> Callable[[], float] | None:
-    """Return what tells for how many seconds more a write may be made, None where it always may."""
-    if elector is None:
+def _fence(settings: RegistrarSettings, elector: Elector | None) -> Fence | None:
+    """Return what keeps writes within our lead, None where nobody else writes."""
+    if elector is None or settings.election is None:
         return None
-    return lambda: elector.writes_until - time.monotonic() if elector.is_leader else 0.0
+    times = settings.election.timing
+
+    def left() -> float:
+        return elector.writes_until - time.monotonic() if elector.is_leader else 0.0
+
+    return Fence(left, times.lease_duration - times.renew_deadline)

@@ -98,6 +98,12 @@ class Passes:
         self._readings += self._ledger.generation + 1
         self._ledger = ledger
 
+    def look(self) -> None:
+        """Show how well the cluster is known where no pass can; what changed meanwhile is still to be done."""
+        wanted = self._cluster.changes()
+        self._pending |= wanted.claims.keys()
+        self._reporter.sources(wanted)
+
     async def full(self) -> PassReport:
         """Compare everything the cluster wants with everything Consul holds, and write what differs."""
         wanted = self._cluster.wanted()

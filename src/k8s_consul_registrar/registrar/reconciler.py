@@ -192,6 +192,7 @@ class Reconciler:
             return False
         except ConsulError as error:
             self._reporter.failed(str(error))
+            self._passes.look()
             self._is_urgent = True
             self._retry_due = self._clock()
             await asyncio.sleep(next(self._unusable))
