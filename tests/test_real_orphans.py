@@ -12,6 +12,7 @@ from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress
 from k8s_consul_registrar.consul.agent import AgentRegistry
 from k8s_consul_registrar.consul.client import ConsulClient
+from k8s_consul_registrar.consul.fence import Fence
 from k8s_consul_registrar.consul.lost_agents import LostAgents
 from k8s_consul_registrar.errors import ConsulFenced
 from k8s_consul_registrar.model import AgentHealth, Service
@@ -174,7 +175,7 @@ async def test_a_node_is_cleared_only_while_its_agent_is_lost() -> None:
             (again,) = await _failing(agents)
             assert again.version > lost.version
             fenced = ConsulAccess(ConsulAddress(server.url), token=token.secret)
-            async with ConsulClient(fenced, Timing(), writes_for=lambda: 0.0) as standby:
+            async with ConsulClient(fenced, Timing(), fence=Fence(lambda: 0.0, 5.0)) as standby:
                 with pytest.raises(ConsulFenced):
                     await LostAgents(standby, Timing()).place(again, lambda _: True).clear()
             assert len(await names_at(server, "old")) == 101
