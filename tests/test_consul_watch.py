@@ -7,7 +7,7 @@ from aiohttp import web
 
 from fake_consul import client_of, serving
 from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.consul.watch import NodeWatch
+from k8s_consul_registrar.consul.watch import HIDDEN, NodeWatch
 from k8s_consul_registrar.errors import ConsulBusy
 
 
@@ -125,7 +125,7 @@ async def test_a_write_without_an_index_explains_what_follows_soon() -> None:
         watch.wrote(0)
         await asyncio.sleep(0.05)
         assert not await watch.is_disturbed()
-        clock.now += 100
+        clock.now += 10
         await asyncio.sleep(0.05)
         assert not await watch.is_disturbed()
         indexes.change(102, here=True)
@@ -223,3 +223,45 @@ async def test_before_the_first_full_read_nothing_is_known() -> None:
     """There is nothing yet that could have been disturbed."""
     async with client_of("http://127.0.0.1:9") as client:
         assert not await NodeWatch(client).is_disturbed()
+
+
+@pytest.mark.parametrize(("writes", "is_hidden"), [((101,), False), ((101, 103), True), ((0,), True)])
+async def test_what_may_hide_behind_our_own_writes(writes: tuple[int, ...], is_hidden: bool) -> None:
+    """Between two of our writes, or beside one without an index, others may have written: a full read is due.
+
+    Not at once, and not after a single write whose index is the node's: that one is accounted for.
+    """
+    indexes = Indexes()
+    async with serving(indexes.answer) as url, client_of(url) as client:
+        watch, clock = await started(client, indexes)
+        for index in writes:
+            indexes.change(index or 101, here=True)
+            watch.wrote(index)
+            await asyncio.sleep(0.05)
+        assert not await watch.is_disturbed()
+        clock.now += HIDDEN / 2
+        assert not await watch.is_disturbed()
+        clock.now += HIDDEN / 2
+        assert await watch.is_disturbed() is is_hidden
+        watch.read(indexes.index)
+        clock.now += 2 * HIDDEN
+        assert not await watch.is_disturbed()
+
+
+async def test_writes_without_a_pause_hide_for_no_longer() -> None:
+    """Where each look meets a write of ours, nothing can be told, which has to end in a full read too."""
+    indexes = Indexes()
+    async with serving(indexes.answer) as url, client_of(url) as client:
+        watch, clock = await started(client, indexes)
+        looks = []
+        for index in range(101, 110):
+            indexes.change(index, here=True)
+            watch.wrote(index)
+            await asyncio.sleep(0.02)
+            look = asyncio.create_task(watch.is_disturbed())
+            await asyncio.sleep(0)
+            with watch.writing():
+                looks.append(await look)
+            clock.now += HIDDEN / 6
+        assert looks[:6] == [False] * 6
+        assert looks[-1]

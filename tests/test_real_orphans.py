@@ -175,7 +175,7 @@ async def test_a_node_is_cleared_only_while_its_agent_is_lost() -> None:
             (again,) = await _failing(agents)
             assert again.version > lost.version
             fenced = ConsulAccess(ConsulAddress(server.url), token=token.secret)
-            async with ConsulClient(fenced, Timing(), fence=Fence(lambda: 0.0, 5.0)) as standby:
+            async with ConsulClient(fenced, Timing(), fence=Fence(left=lambda: 0.0, grace=1.0)) as standby:
                 with pytest.raises(ConsulFenced):
                     await LostAgents(standby, Timing()).place(again, lambda _: True).clear()
             assert len(await names_at(server, "old")) == 101

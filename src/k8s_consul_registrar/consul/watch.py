@@ -20,6 +20,9 @@ WAIT = 45
 TOO_SOON = 1.0
 # Looking takes at most one part in so many of the wall time.
 SHARE = 50
+# For so long, in seconds, others' changes may hide behind our own: with the wait for a full read, within the minute
+# in which a target must be back.
+HIDDEN = 40.0
 
 NO_SERVICE = 'ID == "none"'
 
@@ -28,15 +31,22 @@ class NodeWatch:
     """Holds one blocking query on a node while nothing is written, and compares indexes otherwise.
 
     A change counts as ours when the index does not go beyond our own last write; a write whose index is not
-    known explains every index until `settle` seconds after it. Where ours and others' mix, `is_disturbed`
-    errs towards True, except just after a write without an index: the next full read shows what it missed.
+    known explains every index until `settle` seconds after it. A change of somebody else's may so hide
+    between two of ours, or beside one without an index: `hidden` seconds after it could have done so first,
+    `is_disturbed` says True, and a full read tells.
     """
 
     def __init__(
-        self, client: ConsulClient, *, settle: float = 1.0, clock: Callable[[], float] = time.monotonic
+        self,
+        client: ConsulClient,
+        *,
+        settle: float = 1.0,
+        hidden: float = HIDDEN,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
         self._settle = settle
+        self._hidden = hidden
         self._clock = clock
         self._node = ""
         self._held: asyncio.Task[int] | None = None
@@ -45,6 +55,10 @@ class NodeWatch:
         self._read_at = 0
         self._first_write = 0  # the index of our first write since the last look, 0 for none
         self._unindexed_until: float | None = None
+        self._own_writes = 0  # since the query is held
+        self._may_hide = False  # whether somebody else's change since then could pass for ours
+        self._blind_since: float | None = None  # when our writes ended the held query, until it is held anew
+        self._unsure_since: float | None = None  # since when something may be hidden
         self._writes = 0  # begun so far
         self._writing = 0  # under way
         self._rest_until = 0.0
@@ -61,7 +75,8 @@ class NodeWatch:
     def read(self, index: int) -> None:
         """Note that a full read showed everything up to an index."""
         self._known = self._read_at = index
-        self._first_write = 0
+        self._forget_writes()
+        self._blind_since = self._unsure_since = None
         self._is_disturbed = False
 
     def stop(self) -> None:
@@ -85,12 +100,16 @@ class NodeWatch:
         """Note the index of a write of ours, 0 where it is not told."""
         if not index:
             self._unindexed_until = self._clock() + self._settle
+            self._may_hide = True
             return
+        self._own_writes += 1
+        self._may_hide = self._may_hide or self._own_writes > 1
         self._first_write = self._first_write or index
         self._known = max(self._known, index)
 
     async def is_disturbed(self) -> bool:
         """Whether somebody else may have changed the node since the last full read; raises a `ConsulError`."""
+        self._is_disturbed = self._is_disturbed or self._has_been_unsure()
         if self._is_disturbed:
             return True
         if self._writing or not self._known:
@@ -102,7 +121,10 @@ class NodeWatch:
             if self._is_foreign(self._held.result()):
                 self._is_disturbed = True
                 return True
+            if not self._held.result():
+                self._may_hide = self._may_hide or self._own_writes > 0
             self._held = None
+            self._blind_since = self._clock()
         if self._clock() < self._rest_until:
             return False
         writes = self._writes
@@ -110,6 +132,11 @@ class NodeWatch:
         if self._writes == writes:
             self._is_disturbed = not self._is_explained(index)
         return self._is_disturbed
+
+    def _has_been_unsure(self) -> bool:
+        """Whether for too long nobody could have told somebody else's change from ours."""
+        since = self._blind_since if self._unsure_since is None else self._unsure_since
+        return since is not None and self._clock() - since >= self._hidden
 
     def _is_foreign(self, woke_at: int) -> bool:
         """Whether the held query itself woke for somebody else: it ended below any write of ours."""
@@ -126,9 +153,16 @@ class NodeWatch:
             return False
         self._settle_down()
         self._known = index
-        self._first_write = 0
+        if self._may_hide and self._unsure_since is None:
+            self._unsure_since = self._blind_since
+        self._blind_since = None
+        self._forget_writes()
         self._hold(index)
         return True
+
+    def _forget_writes(self) -> None:
+        self._first_write = self._own_writes = 0
+        self._may_hide = False
 
     def _settle_down(self) -> None:
         """See whether every write without an index must have shown by now."""
