@@ -46,6 +46,10 @@ class TcpProxy:
         """Whether a stall keeps something back right now."""
         return self._held > 0
 
+    async def holds(self) -> bool:
+        """Say the same to whoever waits for it."""
+        return self.is_held
+
     async def __aenter__(self) -> Self:
         await self.heal()
         return self

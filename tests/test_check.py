@@ -17,7 +17,7 @@ from k8s_consul_registrar.sandbox.certificates import KubeletCertificate
 from k8s_consul_registrar.sandbox.consul_http import ConsulOptions
 from lab import SandboxLab as Lab
 from lab import running_lab
-from real_process import Program, free_ports
+from real_process import Program, free_ports, wait_until
 
 QUICK = Timing(connect_timeout=1, read_timeout=1)
 TOKEN = "b1946ac9-2492-4d27-9f1b-6f4a0c3d2e11"
@@ -374,8 +374,7 @@ async def test_ctrl_c_is_quiet(lab: Lab) -> None:
     command = Command(lab, "registrar", CONSUL_ADDRESS=lab.consul.address)
     command.program.launch()
     try:
-        await asyncio.sleep(1.5)
-        assert command.program.is_running
+        await wait_until(lab.api_door.holds, 30)
         command.program.send(signal.SIGINT)
         assert await command.program.ended(5) == 130
         assert command.program.tail() == ""

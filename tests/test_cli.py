@@ -1,13 +1,18 @@
 """The command line: modes, flags, help, and how mistakes end."""
 
+import asyncio
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from k8s_consul_registrar import __version__
 from k8s_consul_registrar.cli import main
 from k8s_consul_registrar.settings.options import OPTIONS
+from real_process import wait_until
 
 
 def test_help_documents_every_variable(capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,3 +107,29 @@ def test_module_is_the_command() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout.strip()) == (0, f"k8s-consul-registrar {__version__}")
+
+
+@pytest.mark.timeout(60)
+async def test_ctrl_c_is_quiet_while_modules_load(tmp_path: Path) -> None:
+    """An interrupt before the command has begun ends it with 130 and no traceback."""
+    marker = tmp_path / "loading"
+    slow = f"import pathlib, time\npathlib.Path({str(marker)!r}).touch()\ntime.sleep(30)\n"
+    (tmp_path / "structlog.py").write_text(slow)
+    pipe = asyncio.subprocess.PIPE
+    command = (sys.executable, "-m", "k8s_consul_registrar", "--help")
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=pipe, stderr=pipe, env={**os.environ, "PYTHONPATH": str(tmp_path)}
+    )
+    try:
+
+        async def is_loading() -> bool:
+            return marker.exists()
+
+        await wait_until(is_loading, 30)
+        process.send_signal(signal.SIGINT)
+        said = await asyncio.wait_for(process.communicate(), 20)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert (process.returncode, *said) == (130, b"", b"")

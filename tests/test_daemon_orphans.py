@@ -57,6 +57,15 @@ async def test_a_lost_agents_node_is_cleared_of_ours() -> None:
         assert lab.has("pod--shop--web-1")
 
 
+async def test_a_lost_agent_asks_for_a_full_pass() -> None:
+    """However long the period is, its node is cleared when its time has come."""
+    async with running_lab() as lab:
+        await lab.cluster.add_pod()
+        await agent_at(lab, "old", "critical", our_pod_service("web-1"))
+        async with await lab.registrar(**QUICK_LOSS, SYNC_PERIOD="600") as daemon:
+            await daemon.until(lambda: at(lab) == set())
+
+
 async def test_only_an_agent_that_is_lost_loses_anything() -> None:
     """A healthy agent's node, our own agent's and one that is no agent's are left alone."""
     async with running_lab() as lab:

@@ -18,6 +18,7 @@ from real_servers import REAL, RealConsul, real_consul
 pytestmark = REAL
 
 NODE = "k8s-lab"
+META = {"external-node": "true", "managed_by": "k8s-consul-registrar"}
 
 
 def registry_of(client: ConsulClient, node: str = NODE) -> CatalogRegistry:
@@ -68,7 +69,7 @@ async def test_register_read_look_up_update_and_deregister() -> None:
         assert (gone.done, gone.failures, gone.stale) == (204, (), ())
         assert await held(registry) == {}
         node = await node_record(consul)
-        assert (node["Address"], node["Meta"]) == ("127.0.0.1", {"external-node": "true"})
+        assert (node["Address"], node["Meta"]) == ("127.0.0.1", META)
 
 
 async def test_a_racing_writer_is_seen_not_overwritten() -> None:
@@ -144,7 +145,7 @@ async def test_a_node_that_vanishes_is_made_again() -> None:
         services = [our_pod_service(f"p{number}") for number in range(300)]
         written = await registry.register(services)
         assert (written.done, written.failures, written.stale) == (300, (), ())
-        assert (await node_record(consul))["Meta"] == {"external-node": "true"}
+        assert (await node_record(consul))["Meta"] == META
 
 
 async def test_a_node_that_is_there_is_left_as_it_is() -> None:

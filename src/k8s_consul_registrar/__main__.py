@@ -1,6 +1,20 @@
-"""Lets `python -m k8s_consul_registrar` be the command."""
+"""The command, as `k8s-consul-registrar` and as `python -m k8s_consul_registrar`: quiet from its first moment."""
 
-from k8s_consul_registrar.cli import main
+import os
+import signal
+
+
+def run() -> int:
+    """Run the command and return its exit code.
+
+    Loading the modules takes a part of a second, in which Ctrl-C would end in a traceback.
+    """
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    from k8s_consul_registrar.cli import main  # noqa: PLC0415 - only now: see above
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return main()
+
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run())

@@ -194,11 +194,13 @@ class Disturbance(IntEnum):
     EMPTIED = 2  # what was held is gone
 
 
-class AgentHealth(NamedTuple):
-    """What a check of the catalog says of a node; `version` is its ModifyIndex, another after each change.
+# The check that Consul keeps for each node that has an agent, and what it says of one that cannot be reached.
+SERF_HEALTH = "serfHealth"
+CRITICAL = "critical"
 
-    Consul itself keeps the check `serfHealth` for each node that has an agent, and for no other.
-    """
+
+class AgentHealth(NamedTuple):
+    """What a check of the catalog says of a node; `version` is its ModifyIndex, another after each change."""
 
     node: str
     check: str

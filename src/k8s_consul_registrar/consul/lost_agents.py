@@ -12,11 +12,18 @@ from k8s_consul_registrar.consul.listing import CONSISTENT, list_services, node_
 from k8s_consul_registrar.consul.meta_keys import MetaKeys
 from k8s_consul_registrar.consul.status import read_self
 from k8s_consul_registrar.consul.transactions import Transactions, write_all
-from k8s_consul_registrar.consul.txn import MOST_OPERATIONS, SERF_HEALTH, Operations
+from k8s_consul_registrar.consul.txn import MOST_OPERATIONS, Operations
 from k8s_consul_registrar.errors import ConsulFiltered, ConsulForbidden, ConsulRefused
-from k8s_consul_registrar.model import MANAGED_BY, AgentHealth, Service, WriteFailure, Written
+from k8s_consul_registrar.model import (
+    CRITICAL,
+    MANAGED_BY,
+    SERF_HEALTH,
+    AgentHealth,
+    Service,
+    WriteFailure,
+    Written,
+)
 
-CRITICAL = "critical"
 # All that a registrar wrote has this key, which no setting renames (`consul.meta_keys`).
 OF_A_REGISTRAR = f'Meta.managed_by == "{MANAGED_BY}"'
 

@@ -6,10 +6,10 @@ each change of a node wakes every watcher of every service on it (consul 1.8 `ag
 """
 
 from k8s_consul_registrar.consul.transactions import Transactions
-from k8s_consul_registrar.consul.txn import SERF_HEALTH, Operations
+from k8s_consul_registrar.consul.txn import Operations
 from k8s_consul_registrar.consul.txn_answer import NodeRecord
 from k8s_consul_registrar.errors import ConsulFiltered, ConsulForbidden, ConsulRefused
-from k8s_consul_registrar.model import MANAGED_BY
+from k8s_consul_registrar.model import MANAGED_BY, SERF_HEALTH
 
 ADDRESS = "127.0.0.1"
 META = {"external-node": "true", "managed_by": MANAGED_BY}

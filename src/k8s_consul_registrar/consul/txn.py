@@ -14,7 +14,6 @@ from k8s_consul_registrar.model import Service
 MOST_OPERATIONS = 64  # 128 from 1.14 on; the least is right for all
 MOST_BYTES = 512 * 1024  # limits.txn_max_req_len, as it is unless somebody changed it
 CHECK_NAME = "Kubernetes readiness"
-SERF_HEALTH = "serfHealth"
 
 _encoder = msgspec.json.Encoder()
 

@@ -9,15 +9,12 @@ from collections.abc import Container, Iterable, Mapping
 from enum import StrEnum
 from typing import NamedTuple
 
-from k8s_consul_registrar.model import AgentHealth, Service
+from k8s_consul_registrar.model import CRITICAL, SERF_HEALTH, AgentHealth, Service
 from k8s_consul_registrar.registrar.brake import BrakeRules, Held, Memory
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
 from k8s_consul_registrar.registrar.plan import Kept, Planner
 from k8s_consul_registrar.targets.sharding import RandomShards
 from k8s_consul_registrar.targets.wanted import Wanted
-
-SERF_HEALTH = "serfHealth"
-CRITICAL = "critical"
 
 
 class Watched(NamedTuple):

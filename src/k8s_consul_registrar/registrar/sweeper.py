@@ -140,8 +140,9 @@ class Sweeper:
     async def _look(self) -> list[Watched]:
         """Return the agents whose nodes are to be cleared."""
         started = self._clock()
-        self._own_node = await self._agents.own_node()
         seen = await self._agents.failing()
+        if seen:
+            self._own_node = await self._agents.own_node()
         ended = self._clock()
         before = self._watched if ended - self._looked_at <= self._rules.longest_gap else {}
         self._looked_at = ended
@@ -187,6 +188,9 @@ class Sweeper:
     def _say_what_went(self, lost: Watched, written: Written) -> None:
         self._metrics.orphan_removals.labels("success").inc(written.done)
         self._metrics.orphan_removals.labels("refused").inc(len(written.failures))
+        if not written.done and not written.failures:
+            log.info("a lost agent is back, or somebody else writes to its node", node=lost.health.node)
+            return
         log.warning(
             "services of a lost agent are removed",
             node=lost.health.node,
