@@ -9,6 +9,7 @@ from typing import Any
 
 import uvloop
 
+from k8s_consul_registrar.app.pauses import Pauses
 from k8s_consul_registrar.errors import AccessError, OperationalError, SettingsError
 from k8s_consul_registrar.telemetry import get_logger
 
@@ -84,6 +85,7 @@ def run_mode(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> int:
 
     # What was loaded so far stays: visiting it was half of what collections cost a first sync.
     gc.freeze()
+    Pauses().watch()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             stop = runner.run(with_signals())

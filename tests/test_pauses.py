@@ -1,0 +1,43 @@
+"""The pauses of Python's collector."""
+
+import gc
+
+import pytest
+
+from k8s_consul_registrar.app.pauses import LONG, Pauses
+
+
+@pytest.mark.parametrize(
+    ("generation", "took", "is_set_aside"),
+    [(2, 1.1 * LONG, True), (2, 0.9 * LONG, False), (1, 2 * LONG, False)],
+)
+def test_what_a_long_collection_visited_is_set_aside(
+    generation: int, took: float, is_set_aside: bool
+) -> None:
+    """Only a full collection that took too long is the last one to visit what it found."""
+    times = iter((100.0, 100.0 + took))
+    pauses = Pauses(clock=lambda: next(times, 0.0))
+    before = gc.get_freeze_count()
+    try:
+        pauses.notice("start", {"generation": generation})
+        pauses.notice("stop", {"generation": generation})
+        assert (gc.get_freeze_count() > before) is is_set_aside
+    finally:
+        gc.unfreeze()
+
+
+def test_python_tells_it_of_collections() -> None:
+    """A real collection reaches it, begin and end."""
+    seen: list[int] = []
+
+    def clock() -> float:
+        seen.append(len(seen))
+        return 0.0
+
+    pauses = Pauses(clock)
+    pauses.watch()
+    try:
+        gc.collect()
+    finally:
+        gc.callbacks.remove(pauses.notice)
+    assert len(seen) == 2
