@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from builders import make_node, make_pod
-from k8s_consul_registrar.kube.mirror import SLICE, Mirror, Verdict
+from k8s_consul_registrar.kube.known import Verdict
+from k8s_consul_registrar.kube.mirror import SLICE, Mirror
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.sharing import LIMIT, Sharing
 from k8s_consul_registrar.model import Kind, ObjectKey, Source, Target, Undecodable

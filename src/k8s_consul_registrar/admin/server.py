@@ -1,6 +1,6 @@
 """The HTTP server of the admin port: health, metrics, and what a mode adds; never in the NodePort Service."""
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from types import TracebackType
 from typing import Self
 
@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from k8s_consul_registrar.admin.health import Health, health_routes
 from k8s_consul_registrar.admin.listening import listen
-from k8s_consul_registrar.admin.metrics import metrics_routes
+from k8s_consul_registrar.admin.metrics import metrics_routes, nothing
 
 # Seconds a request under way gets when the server stops; probes and scrapes of us are short.
 _SHUTDOWN_TIMEOUT = 1.0
@@ -33,9 +33,10 @@ class AdminServer:
         health: Health,
         registry: CollectorRegistry,
         routes: Iterable[web.AbstractRouteDef] = (),
+        before_metrics: Callable[[], Awaitable[None]] = nothing,
     ) -> None:
         app = web.Application()
-        app.add_routes([*health_routes(health), *metrics_routes(registry), *routes])
+        app.add_routes([*health_routes(health), *metrics_routes(registry, before_metrics), *routes])
         self._runner = web.AppRunner(
             app, access_log=None, keepalive_timeout=_KEEPALIVE_TIMEOUT, shutdown_timeout=_SHUTDOWN_TIMEOUT
         )

@@ -16,8 +16,8 @@ from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.elsewhere import FormerPlace
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.cluster import FollowedCluster
+from k8s_consul_registrar.kube.known import Verdict
 from k8s_consul_registrar.kube.lease import LeaseClient, default_lease_name, new_identity, pod_namespace
-from k8s_consul_registrar.kube.mirror import Verdict
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.registrar.brake import BrakeRules

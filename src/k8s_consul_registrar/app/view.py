@@ -70,6 +70,14 @@ class View:
         for entry in self.passes.unclaimed(self.mirror.claims):
             yield SeenTarget(entry.service(self.identity), entry.target.key, TargetState.KEPT)
 
+    def states(self) -> Iterator[tuple[str, str]]:
+        """Yield kind and state of each of `targets`, at a tenth of the cost."""
+        for service_id in tuple(self.mirror.claims):
+            if claims := self.mirror.claims.get(service_id):
+                yield claims[0].key.kind.value, self._state(service_id).value
+        for entry in self.passes.unclaimed(self.mirror.claims):
+            yield entry.target.key.kind.value, TargetState.KEPT.value
+
     def rejections(self) -> list[Rejection]:
         """Return every object that asks to be scraped and cannot be."""
         return [*self.mirror.rejections.values(), *self.status_of.lost.values()]
@@ -121,14 +129,23 @@ class View:
         if entry is not None:
             return SeenTarget(entry.service(self.identity), entry.target.key, TargetState.REGISTERED)
         service = self._expected(service_id, target)
+        detail = ""
         if service_id in state.conflicts:
             detail = f"held by {state.conflicts[service_id].holder}"
-            return SeenTarget(service, target.key, TargetState.CONFLICT, detail)
+        elif service_id in state.refused:
+            detail = state.refused[service_id]
+        return SeenTarget(service, target.key, self._state(service_id), detail)
+
+    def _state(self, service_id: str) -> TargetState:
+        """Return where the target of an ID that is asked for stands."""
+        state = self.status_of
+        if self.passes.entry(service_id) is not None:
+            return TargetState.REGISTERED
+        if service_id in state.conflicts:
+            return TargetState.CONFLICT
         if service_id in state.refused:
-            return SeenTarget(service, target.key, TargetState.REFUSED, state.refused[service_id])
-        return SeenTarget(
-            service, target.key, TargetState.STANDBY if state.is_standby else TargetState.PENDING
-        )
+            return TargetState.REFUSED
+        return TargetState.STANDBY if state.is_standby else TargetState.PENDING
 
     def _expected(self, service_id: str, target: Target) -> Service:
         """Make the service a target is to have; a shard that chance is yet to choose stays open."""

@@ -10,7 +10,8 @@ from k8s_consul_registrar.kube.activity import Activity, ActivityCounter
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.follow import Follower, Following
 from k8s_consul_registrar.kube.identity import ClusterIdentity
-from k8s_consul_registrar.kube.mirror import Mirror, Verdict
+from k8s_consul_registrar.kube.known import Verdict
+from k8s_consul_registrar.kube.mirror import Mirror
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.poll import Poller
 from k8s_consul_registrar.kube.watcher import Watcher

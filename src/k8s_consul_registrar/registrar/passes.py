@@ -97,10 +97,13 @@ class Passes:
             self._lost_shards.setdefault(service_id, shard)
         self._readings += self._ledger.generation + 1
         self._ledger = ledger
+        # What was heard before somebody else led is his to write.
+        self._reporter.owes(frozenset())
 
     async def full(self) -> PassReport:
         """Compare everything the cluster wants with everything Consul holds, and write what differs."""
         wanted = self._cluster.wanted()
+        self._reporter.begins(wanted)
         planner = Planner(wanted, self._identity, self._shards, self._recall)
         ledger = Ledger()
         count = 0
@@ -135,6 +138,7 @@ class Passes:
             self._cluster.relist(one.source, one.due)
         if not report.refused:
             self._cluster.settled(wanted.departed - plan.kept_objects)
+        self._reporter.owes(self._refused)
         self._reporter.passed_over_all(wanted, report)
         return report
 
@@ -144,6 +148,7 @@ class Passes:
             self._pending |= self._refused
             self._refused.clear()
         wanted = self._cluster.changes(frozenset(self._pending))
+        self._reporter.begins(wanted)
         self._pending |= wanted.claims.keys()
         planner = Planner(wanted, self._identity, self._shards, self._recall, self._taken_names)
         unknown: list[str] = []
@@ -159,6 +164,7 @@ class Passes:
         plan = planner.plan()
         report = await self._apply(plan)
         self._pending.clear()
+        self._reporter.owes(self._refused)
         if not self._refused and self._had_full_pass:
             self._cluster.settled(wanted.departed - plan.kept_objects)
         self._reporter.passed_over_changes(wanted, plan)
