@@ -14,7 +14,6 @@ from k8s_consul_registrar.errors import (
     ClusterSilent,
     ClusterUnauthorized,
     ClusterUnreachable,
-    ClusterUnstreamed,
 )
 
 # Beside `ClusterError.cause`: a watch that the server ended as it was asked to, in its own time; and one
@@ -32,7 +31,6 @@ CAUSES = (
             ClusterExpired,
             ClusterAhead,
             ClusterSilent,
-            ClusterUnstreamed,
             ClusterBusy,
             ClusterRefused,
             ClusterError,

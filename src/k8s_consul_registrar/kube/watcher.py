@@ -109,7 +109,6 @@ class Watcher:
             await self._confirm_identity()
             await self._follow()
         except ClusterUnstreamed as error:
-            counter.ended(error.cause)
             return error
         except ClusterError as error:
             self._is_doubtful = True
