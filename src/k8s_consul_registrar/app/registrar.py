@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -38,6 +38,7 @@ from k8s_consul_registrar.registrar.collector import RegistrarCollector
 from k8s_consul_registrar.registrar.elector import Elector
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.ownership import Claim
+from k8s_consul_registrar.registrar.progress import tell_progress
 from k8s_consul_registrar.registrar.reconciler import Reconciler
 from k8s_consul_registrar.registrar.record import OwnRecord
 from k8s_consul_registrar.registrar.relocation import leave
@@ -103,7 +104,11 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
             None if elector is None else lambda: elector.holder,
         )
         await _serve(settings, view, registry, stack, access=access, census=Census(view, cluster.activity))
-        await _run(stop, cluster, reconciler, elector, _relocation(settings, view, client, timing))
+        aside = (
+            _relocation(settings, view, client, timing),
+            tell_progress(view.progress, settings.backend.backend),
+        )
+        await _run(stop, cluster, reconciler, elector, aside)
     log.info("registrar ends; what is registered stays")
 
 
@@ -169,12 +174,12 @@ async def _run(
     cluster: FollowedCluster,
     reconciler: Reconciler,
     elector: Elector | None,
-    relocation: Coroutine[None, None, None],
+    aside: Iterable[Coroutine[None, None, None]],
 ) -> None:
     """Run everything until the stop; the lease is given back only when nothing writes any more."""
     async with asyncio.TaskGroup() as group:
         electing = None if elector is None else group.create_task(elector.run())
-        await run_until_stopped(stop, cluster.run(), reconciler.run(), relocation)
+        await run_until_stopped(stop, cluster.run(), reconciler.run(), *aside)
         reconciler.status.is_draining = True
         if electing is not None:
             electing.cancel()

@@ -21,6 +21,7 @@ from k8s_consul_registrar.kube.mirror import Mirror
 from k8s_consul_registrar.model import Rejection, Service, Target
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.passes import Passes
+from k8s_consul_registrar.registrar.progress import Progress
 from k8s_consul_registrar.registrar.status import PassRecord, RegistrarStatus
 from k8s_consul_registrar.settings.modes import RegistrarSettings
 from k8s_consul_registrar.settings.naming import HASH
@@ -77,6 +78,19 @@ class View:
                 yield claims[0].key.kind.value, self._state(service_id).value
         for entry in self.passes.unclaimed(self.mirror.claims):
             yield entry.target.key.kind.value, TargetState.KEPT.value
+
+    def progress(self) -> Progress | None:
+        """Return how far the first sync is, None once it is done."""
+        if self.status_of.has_synced:
+            return None
+        states = self.mirror.states().values()
+        return Progress(
+            listed=sum(one.objects for one in states),
+            is_listed=all(one.listed_at is not None for one in states),
+            targets=len(self.mirror.claims),
+            registered=self.passes.registered,
+            rejected=len(self.mirror.rejections),
+        )
 
     def rejections(self) -> list[Rejection]:
         """Return every object that asks to be scraped and cannot be."""
