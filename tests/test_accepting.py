@@ -116,7 +116,7 @@ async def test_a_kept_connection_that_asks_no_more_is_ended(kind: str) -> None:
 async def test_five_hundred_that_only_connect_keep_nobody_out(kind: str) -> None:
     """Each newcomer takes the place of the one waited for longest, so whoever asks at once is answered."""
     async with (
-        server(kind, Bounds(connections=32)) as served,
+        server(kind, Bounds(connections=32, request=120)) as served,
         contextlib.AsyncExitStack() as stack,
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=SOON)) as session,
     ):

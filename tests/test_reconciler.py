@@ -369,6 +369,16 @@ async def test_the_lag_of_events_is_counted_once_written(checks_versions: bool) 
         total = lab.value("event_lag_seconds_sum")
         assert total is not None
         assert 0.2 <= total < 10
+        # An event led to a conflict, and that it could be written after all is news of Consul's.
+        lab.consul.put_by_hand(our_pod_service("taken", cluster="other"))
+        await lab.until_so(lambda: not lab.consul.is_foreign)
+        lab.cluster.mirror.put(PODS, make_pod("taken"))
+        await lab.until_so(lambda: "pod--shop--taken" in lab.reconciler.status.conflicts)
+        await lab.until_so(lambda: lab.value("conflicts") == 1)
+        lab.consul.remove_by_hand("pod--shop--taken")
+        await lab.until(["b", "c", "slow", "taken"])
+        await asyncio.sleep(0.1)
+        assert lab.value("event_lag_seconds_count") == 3
 
 
 async def test_the_lag_lasts_through_an_outage_of_consul() -> None:

@@ -25,7 +25,8 @@ _SHUTDOWN_TIMEOUT = 2.0
 _KEEPALIVE_TIMEOUT = 30.0
 # Seconds a body that nobody asked for is read for, before its connection is closed.
 _LINGERING_TIME = 2.0
-_HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'"}
+# Of every answer; what `check` knows us by.
+HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'"}
 
 log = get_logger("http_sd")
 
@@ -140,4 +141,4 @@ def _asks_for(bearer: BearerFile) -> Middleware:
 
 async def _harden(_: web.Request, response: web.StreamResponse) -> None:
     """No answer of ours is a page, whatever a browser makes of it."""
-    response.headers.update(_HEADERS)
+    response.headers.update(HEADERS)
