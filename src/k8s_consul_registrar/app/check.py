@@ -286,5 +286,9 @@ async def _check_kubelets(
             timeout=timing.read_timeout,
         )
     except AccessError as error:
-        return [fail("kubelets", str(error))]
+        return [
+            fail(
+                "kubelets", str(error), "it is read where the proxy runs: is it mounted there, and readable?"
+            )
+        ]
     return await check_kubelets(view.nodes, kubelets, allow_loopback=settings.allow_loopback)
