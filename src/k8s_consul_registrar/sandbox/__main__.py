@@ -1,7 +1,6 @@
 """Runs a sandbox in a process of its own: `python -m k8s_consul_registrar.sandbox --pods 10000 --nodes 200`.
 
-Prints one line of JSON with the addresses and the administrator's kubeconfig, and ends on SIGTERM or
-SIGINT.
+Prints where everything is, as one line of JSON unless it is to a terminal, and ends on SIGTERM or SIGINT.
 """
 
 import argparse
@@ -9,14 +8,16 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import uvloop
 
 from k8s_consul_registrar.sandbox.sandbox import Sandbox
 from k8s_consul_registrar.sandbox.synthetic import synthetic_nodes, synthetic_pods
+from k8s_consul_registrar.sandbox.workloads import MOST, Workloads
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -27,6 +28,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--kubelets", type=int, default=0, help="Nodes with kubelets on 127.0.0.2 and on")
     parser.add_argument(
         "--metrics-file", type=Path, help="what the kubelets answer instead of the recorded text"
+    )
+    parser.add_argument(
+        "--live",
+        action="store_true",
+        help=f"the first {MOST} synthetic Pods answer scrapes, and kubelets stamp samples with the present time",
     )
     parser.add_argument("--kube-port", type=int, default=0, help="0: any free port")
     parser.add_argument("--consul-port", type=int, default=0, help="0: any free port")
@@ -41,38 +47,57 @@ async def run(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     ports = {"kube_port": arguments.kube_port, "consul_port": arguments.consul_port}
-    async with Sandbox(**ports) as sandbox:
+    async with Sandbox(**ports) as sandbox, Workloads() as workloads:
         for node in synthetic_nodes(arguments.nodes):
             sandbox.kube.create(node)
-        for pod in synthetic_pods(arguments.pods, arguments.nodes):
+        for index, pod in enumerate(synthetic_pods(arguments.pods, arguments.nodes)):
             sandbox.kube.create(pod)
+            if arguments.live and index < MOST:
+                await workloads.run(pod)
         metrics = arguments.metrics_file.read_bytes() if arguments.metrics_file else None
         for index in range(arguments.kubelets):
             host = f"127.0.{(index + 2) // 256}.{(index + 2) % 256}"
-            await sandbox.add_kubelet(f"kubelet-{index:03d}", host, metrics=metrics)
+            await sandbox.add_kubelet(f"kubelet-{index:03d}", host, metrics=metrics, is_live=arguments.live)
         if arguments.kubeconfig:
             sandbox.write_kubeconfig(arguments.kubeconfig)
-        announce(sandbox, arguments.port_file)
+        places = places_of(sandbox)
+        if arguments.port_file:
+            announce(places, arguments.port_file)
+        text = summary(places, arguments.kubeconfig) if sys.stdout.isatty() else as_line(places)
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
         await stopped.wait()
 
 
-def announce(sandbox: Sandbox, port_file: Path | None) -> None:
-    """Tell where everything is, by stdout and, in one step, by a file."""
-    line = msgspec.json.encode(
-        {
-            "kube": sandbox.kube.url,
-            "ca": sandbox.ca_pem.decode(),
-            "token": sandbox.admin_token,
-            "consul": sandbox.consul.address,
-            "kubelets": {name: kubelet.url for name, kubelet in sandbox.kubelets.items()},
-        }
-    )
-    if port_file:
-        unfinished = port_file.with_name(f"{port_file.name}.{os.getpid()}")
-        unfinished.write_bytes(line + b"\n")
-        unfinished.rename(port_file)
-    sys.stdout.buffer.write(line + b"\n")
-    sys.stdout.flush()
+def places_of(sandbox: Sandbox) -> dict[str, Any]:
+    """Return where everything is, and what lets in."""
+    return {
+        "kube": sandbox.kube.url,
+        "ca": sandbox.ca_pem.decode(),
+        "token": sandbox.admin_token,
+        "consul": sandbox.consul.address,
+        "kubelets": {name: kubelet.url for name, kubelet in sandbox.kubelets.items()},
+    }
+
+
+def as_line(places: Mapping[str, Any]) -> str:
+    """Return the places for a program."""
+    return msgspec.json.encode(places).decode()
+
+
+def summary(places: Mapping[str, Any], kubeconfig: Path | None) -> str:
+    """Return the places for a reader; what lets in is in the kubeconfig, not on the screen."""
+    hint = f"KUBECONFIG={kubeconfig}" if kubeconfig else "--kubeconfig FILE writes what lets you in"
+    lines = [f"Kubernetes API  {places['kube']}   {hint}", f"Consul          http://{places['consul']}"]
+    lines += [f"{name:<15} {url}" for name, url in list(places["kubelets"].items())[:10]]
+    return "\n".join([*lines, "Ctrl-C ends it."])
+
+
+def announce(places: Mapping[str, Any], port_file: Path) -> None:
+    """Tell where everything is by a file, in one step."""
+    unfinished = port_file.with_name(f"{port_file.name}.{os.getpid()}")
+    unfinished.write_text(as_line(places) + "\n")
+    unfinished.rename(port_file)
 
 
 if __name__ == "__main__":

@@ -81,11 +81,12 @@ class Sandbox:
         port: int = 0,
         certificate: KubeletCertificate = KubeletCertificate.ADDRESS,
         metrics: bytes | None = None,
+        is_live: bool = False,
         has_node: bool = True,
     ) -> Kubelet:
         """Start a kubelet on a loopback address and, as one does, create its Node."""
         tls = self.authority.kubelet(name, host, certificate)
-        kubelet = Kubelet(name, self.access, tls, host=host, port=port, metrics=metrics)
+        kubelet = Kubelet(name, self.access, tls, host=host, port=port, metrics=metrics, is_live=is_live)
         await self._stack.enter_async_context(kubelet)
         self.kubelets[name] = kubelet
         if has_node:

@@ -1,0 +1,59 @@
+"""What runs in the Pods, as far as Prometheus sees it: metrics at the Pods' own addresses."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from ipaddress import ip_address
+from typing import Any, Self
+
+from aiohttp import web
+
+# Each takes a socket; a few are enough to look at.
+MOST = 200
+
+_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Workloads:
+    """Answers scrapes of Pods whose address is a loopback one; an asynchronous context manager."""
+
+    def __init__(self) -> None:
+        self._started = time.time()
+        self._scrapes: Counter[str] = Counter()
+        app = web.Application()
+        app.router.add_get("/{path:.*}", self._answer)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+
+    async def __aenter__(self) -> Self:
+        await self._runner.setup()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+
+    async def run(self, pod: Mapping[str, Any]) -> bool:
+        """Answer on the port a Pod's annotation names; return whether it could: its address must be loopback.
+
+        Raises `OSError` where the port is taken.
+        """
+        host = pod["status"].get("podIP", "")
+        port = pod["metadata"].get("annotations", {}).get("prometheus.io/port", "")
+        if not (port.isdecimal() and host and ip_address(host).is_loopback):
+            return False
+        await web.TCPSite(self._runner, host, int(port)).start()
+        return True
+
+    async def _answer(self, request: web.Request) -> web.Response:
+        assert request.transport is not None
+        host, port = request.transport.get_extra_info("sockname")[:2]
+        where = f"{host}:{port}"
+        self._scrapes[where] += 1
+        text = (
+            "# HELP app_scrapes_total How often this Pod was scraped.\n"
+            "# TYPE app_scrapes_total counter\n"
+            f"app_scrapes_total {self._scrapes[where]}\n"
+            "# HELP process_start_time_seconds When this Pod started, in seconds since the epoch.\n"
+            "# TYPE process_start_time_seconds gauge\n"
+            f"process_start_time_seconds {self._started:.3f}\n"
+        )
+        return web.Response(body=text.encode(), headers={"Content-Type": _CONTENT_TYPE})
