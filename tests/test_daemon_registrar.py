@@ -246,7 +246,7 @@ async def test_a_long_first_sync_is_told_as_it_goes() -> None:
             await asyncio.gather(*(lab.cluster.add_pod(name) for name in names[start : start + 50]))
         lab.consul_door.delay = 0.2
         async with await lab.registrar(CONSUL_BACKEND="agent") as daemon:
-            line = await daemon.until_said("first sync under way")
+            line = await daemon.until_said("first sync under way", "seconds_left")
             assert (line["backend"], line["doing"]) == ("agent", "registering")
             assert (line["listed"], line["targets"]) == (400, 400)
             assert 0 < line["registered"] < 400

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import structlog
 
-from k8s_consul_registrar.registrar.pace import LEAST, LONG, MOST, SHORT, next_batch
+from k8s_consul_registrar.registrar.pace import FIRST, GROWTH, LEAST, MOST, next_batch
 from k8s_consul_registrar.registrar.progress import Progress, describe, tell_progress
 
 
@@ -51,13 +51,12 @@ async def test_one_line_an_interval_and_none_at_the_end() -> None:
     assert lines == []
 
 
-def test_batches_grow_while_they_are_quick_and_shrink_while_they_are_slow() -> None:
-    """Each is at most twice the last, and between the least and the most whatever happens."""
-    size, sizes = LEAST, [LEAST]
-    for seconds in [SHORT / 2] * 8 + [1.0] * 2 + [LONG * 2] * 8:
-        size = next_batch(size, seconds)
-        sizes.append(size)
-    assert max(sizes) == MOST
-    assert sizes[-1] == LEAST
-    assert all(later / earlier in {0.5, 1, 2} for earlier, later in pairwise(sizes))
-    assert sizes[8] == sizes[9] == sizes[10] == MOST
+def test_a_batch_takes_about_a_second_of_any_registry() -> None:
+    """At 20, 540 and 100,000 services a second the sizes settle within a few batches, within bounds."""
+    for rate, settled in ((20, LEAST), (540, 540), (100_000, MOST)):
+        sizes = [FIRST]
+        for _ in range(6):
+            sizes.append(next_batch(sizes[-1], sizes[-1] / rate))
+        assert sizes[-1] == sizes[-2] == settled
+        assert all(later <= GROWTH * earlier for earlier, later in pairwise(sizes))
+    assert next_batch(FIRST, 0.0) == GROWTH * FIRST

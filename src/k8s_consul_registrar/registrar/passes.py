@@ -12,7 +12,7 @@ from k8s_consul_registrar.registrar.brake import BrakeRules, Memory
 from k8s_consul_registrar.registrar.ledger import Entry, Ledger
 from k8s_consul_registrar.registrar.naming import comparable_name, is_of_a_registrar
 from k8s_consul_registrar.registrar.ownership import Identity
-from k8s_consul_registrar.registrar.pace import LEAST, next_batch
+from k8s_consul_registrar.registrar.pace import FIRST, next_batch
 from k8s_consul_registrar.registrar.plan import Plan, Planner
 from k8s_consul_registrar.registrar.ports import Cluster, Registry
 from k8s_consul_registrar.registrar.report import Reporter
@@ -48,7 +48,7 @@ class Passes:
         self._pending: set[str] = set()
         self._refused: set[str] = set()
         self._had_full_pass = False
-        self._batch = LEAST
+        self._batch = FIRST
         self._readings = 0
         self._lost_shards: dict[str, str] = {}
         self._taken_names: set[str] = set()
