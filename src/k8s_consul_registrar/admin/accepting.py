@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
@@ -62,8 +63,7 @@ class _Connection(asyncio.Protocol):
         self.is_answering = self.is_handled = self.has_asked = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by inheritance
         self._http.connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
