@@ -589,6 +589,8 @@ async def test_polling_lists_sooner_when_asked_or_after_a_failure() -> None:
         await followed.until(lambda: api.count("list") == 3)
         await asyncio.sleep(0.2)
     assert api.count("list") == 3
+    assert (+followed.counter.restarts, followed.counter.lists) == ({"busy": 1}, 2)
+    assert followed.counter.heard_at is not None
 
 
 def test_a_list_serves_the_wishes_of_its_past() -> None:
