@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from k8s_consul_registrar.model import ContainerPort, Node, NodeAddress, Pod, Service
-from k8s_consul_registrar.registrar.ownership import MANAGED_BY
+from k8s_consul_registrar.model import MANAGED_BY, ContainerPort, Node, NodeAddress, Pod, Service
 
 SCRAPED = {"prometheus.io/scrape": "true", "prometheus.io/port": "9102"}
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from cluster import Cluster, Endpoint
+from cluster import REGISTRAR_RULES, Cluster, Endpoint, Rules
 from daemon import Daemon
-from http_door import HttpDoor, Recorder
+from http_door import ApiDoor, Recorder
 from k8s_consul_registrar.sandbox import objects
 from k8s_consul_registrar.sandbox.sandbox import Sandbox
 from lab import CLUSTER_NAME, Lab
@@ -64,7 +64,7 @@ class Record(NamedTuple):
 class Doors(NamedTuple):
     """What stands between a registrar and both sides, the wire before the door that reads what it carries."""
 
-    api: HttpDoor
+    api: ApiDoor
     api_wire: TcpProxy
     consul: Recorder
     consul_wire: TcpProxy
@@ -94,11 +94,12 @@ class ChaosLab(Lab):
         self.name = home.name
         self.node = f"k8s-{home.name}"
         self.wanted: dict[str, Held] = {}
+        self.rules: Rules = REGISTRAR_RULES
         self.consul.is_wanted = self.wanted.__contains__
 
     async def chaotic(self, **environment: str) -> Daemon:
         """Return a registrar with the catalog backend and the periods of a deployment, not started yet."""
-        self.token_file.write_text(await self.cluster.token())
+        self.token_file.write_text(await self.cluster.token(self.rules))
         settings = {
             "CLUSTER_NAME": self.name,
             "CONSUL_BACKEND": "catalog",
@@ -213,26 +214,44 @@ async def chaos_lab(
 ) -> AsyncIterator[ChaosLab]:
     """Run an empty cluster before a Consul, with every door between."""
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        async with contextlib.AsyncExitStack() as stack:
-            enter = stack.enter_async_context
-            sandbox = await enter(Sandbox(bookmark_period=2, can_stream_lists=can_stream_lists))
-            authority = sandbox.authority
-            api = await enter(
-                HttpDoor(
-                    sandbox.kube.url,
-                    server_tls=authority.api_server(LOOPBACK),
-                    client_tls=ssl.create_default_context(cadata=authority.pem.decode()),
-                )
-            )
-            api_wire = await enter(TcpProxy(LOOPBACK, api.port))
-            consul = await enter(Recorder(real.url))
-            consul_wire = await enter(TcpProxy(LOOPBACK, consul.port))
+        async with (
+            Sandbox(bookmark_period=2, can_stream_lists=can_stream_lists) as sandbox,
+            _doors(sandbox, real) as doors,
+        ):
             port = int(sandbox.kube.url.rpartition(":")[2])
-            cluster = Cluster(Endpoint(port, authority), sandbox.admin_token, sandbox.access, None)
-            stack.push_async_callback(cluster.close)
-            yield ChaosLab(
-                sandbox, cluster, Doors(api, api_wire, consul, consul_wire), real, Home(name, Path(folder))
-            )
+            cluster = Cluster(Endpoint(port, sandbox.authority), sandbox.admin_token, sandbox.access, None)
+            try:
+                yield ChaosLab(sandbox, cluster, doors, real, Home(name, Path(folder)))
+            finally:
+                await cluster.close()
+
+
+@contextlib.asynccontextmanager
+async def beside(lab: ChaosLab) -> AsyncIterator[ChaosLab]:
+    """Look at the same cluster and the same Consul through doors of one's own, as another replica does."""
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        async with _doors(lab.sandbox, lab.real) as doors:
+            other = ChaosLab(lab.sandbox, lab.cluster, doors, lab.real, Home(lab.name, Path(folder)))
+            other.wanted = lab.wanted
+            other.consul.is_wanted = lab.wanted.__contains__
+            yield other
+
+
+@contextlib.asynccontextmanager
+async def _doors(sandbox: Sandbox, real: RealConsul) -> AsyncIterator[Doors]:
+    """Put doors before both sides."""
+    authority = sandbox.authority
+    async with (
+        ApiDoor(
+            sandbox.kube.url,
+            server_tls=authority.api_server(LOOPBACK),
+            client_tls=ssl.create_default_context(cadata=authority.pem.decode()),
+        ) as api,
+        TcpProxy(LOOPBACK, api.port) as api_wire,
+        Recorder(real.url) as consul,
+        TcpProxy(LOOPBACK, consul.port) as consul_wire,
+    ):
+        yield Doors(api, api_wire, consul, consul_wire)
 
 
 def created_of(records: dict[str, Record], kept: Sequence[str] | None = None) -> dict[str, int]:

@@ -183,6 +183,21 @@ def _refusal(fault: Refuse) -> web.Response:
     return web.json_response(status, status=fault.status, headers=headers)
 
 
+class ApiDoor(HttpDoor):
+    """Stands before an API server and notes when a Lease was written: seconds of the monotonic clock."""
+
+    def __init__(self, upstream: str, *, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext) -> None:
+        super().__init__(upstream, server_tls=server_tls, client_tls=client_tls)
+        self.renewals: list[float] = []
+
+    async def _relay(
+        self, request: web.Request, answer: aiohttp.ClientResponse, fault: Fault | None
+    ) -> web.StreamResponse:
+        if request.method != "GET" and "/leases" in request.path and answer.status < 300:
+            self.renewals.append(time.monotonic())
+        return await super()._relay(request, answer, fault)
+
+
 @dataclass(frozen=True, slots=True)
 class Write:
     """One write of one service that Consul was asked for; `at` is in seconds of the monotonic clock."""

@@ -33,6 +33,10 @@ class MemoryCluster:
         """Return everything known."""
         return self.mirror.wanted()
 
+    def known(self) -> Wanted:
+        """Return everything known, unseen."""
+        return self.mirror.known()
+
     def changes(self, also: AbstractSet[str] = frozenset()) -> Wanted:
         """Return what changed."""
         return self.mirror.changes(also)

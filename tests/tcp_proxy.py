@@ -10,6 +10,7 @@ from real_process import LOOPBACK
 
 _CHUNK = 65536
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 seconds
+_NARROW = 2048  # bytes of a receive buffer that hardly takes more than a head
 
 
 class TcpProxy:
@@ -23,6 +24,8 @@ class TcpProxy:
         self.delay = 0.0
         self.rate = 0.0
         self._is_hole = False
+        self._is_deaf = False
+        self._callers: set[asyncio.StreamWriter] = set()
         self._upstream = (host, port)
         self._host = listen_on
         self._bound = self._bind(0)
@@ -55,7 +58,9 @@ class TcpProxy:
     async def heal(self) -> None:
         """Let everything through again, what was held back included."""
         self.delay = self.rate = 0.0
-        self._is_hole = False
+        self._is_hole = self._is_deaf = False
+        for caller in self._callers:
+            caller.transport.resume_reading()  # type: ignore[attr-defined] # a socket's transport reads, too
         self._flowing.set()
         if self._server is None:
             self._server = await asyncio.start_server(self._accept, sock=self._bound)
@@ -67,6 +72,15 @@ class TcpProxy:
     def stall(self) -> None:
         """Go on accepting and carry nothing, in either direction."""
         self._flowing.clear()
+
+    def deafen(self) -> None:
+        """Accept and read nothing: what callers send stays, but for a little, in their own systems.
+
+        Open connections are reset: they have wide buffers already.
+        """
+        self._is_deaf = True
+        self._bound.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _NARROW)
+        self.cut()
 
     def cut(self) -> None:
         """Reset every open connection; new ones are welcome."""
@@ -92,6 +106,9 @@ class TcpProxy:
         assert task is not None
         self._connections.add(task)
         upstream: asyncio.StreamWriter | None = None
+        self._callers.add(writer)
+        if self._is_deaf:
+            writer.transport.pause_reading()  # type: ignore[attr-defined] # a socket's transport reads, too
         try:
             answers, upstream = await asyncio.open_connection(*self._upstream)
             async with asyncio.TaskGroup() as group:
@@ -105,6 +122,7 @@ class TcpProxy:
             writer.transport.abort()
             if upstream is not None:
                 upstream.transport.abort()
+            self._callers.discard(writer)
             self._connections.discard(task)
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

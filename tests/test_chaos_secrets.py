@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 
-from chaos_lab import chaos, chaos_lab
+from chaos_lab import ANNOTATIONS, chaos, chaos_lab
 from consul_kit import make_token
+from daemon import Daemon
 from k8s_consul_registrar.sandbox import objects
 from real_servers import real_consul
 
@@ -16,7 +17,7 @@ PAGES = ("/", "/metrics", "/readyz", "/healthz", "/api/v1/status", "/api/v1/targ
 HOSTILE = {
     "control": {"path": "/m\x00\x1b[31m\r\nX: y", "port": "80"},
     "newlines": {"path": '/metrics\n{"level": "error"}', "port": "80"},
-    "huge": {"path": "/" + "x" * 200_000, "port": "80"},
+    "huge": {"path": "/" + "x" * 1_000_000, "port": "80"},
     "traversal": {"path": "/../../v1/agent/service/deregister/pod--shop--good", "port": "80"},
     "bidi": {"path": "/\u202egnp.\u2066x\u2069", "port": "80"},
     "surrogates": {"path": "/\ud7ff\ufffe\U0001f4a9", "port": "80"},
@@ -88,8 +89,71 @@ async def test_hostile_annotations(backend: str) -> None:
             assert rejected | services == set(HOSTILE)
             assert rejected & services == set()
             assert {"control", "newlines", "huge", "scheme", "port", "fraction"} <= rejected
-            lines = daemon.output.splitlines()
-            assert len(lines) == len(daemon.lines), "every line is one JSON object"
-            assert max(map(len, lines)) < 5000
-            assert "\x1b" not in daemon.output
+            _assert_log_is_sound(daemon)
+            lab.assert_nothing_wrongful()
+
+
+def _assert_log_is_sound(daemon: Daemon) -> None:
+    """Fail unless each line is one JSON object of a bearable length that moves no terminal."""
+    lines = daemon.output.splitlines()
+    assert len(lines) == len(daemon.lines), "every line is one JSON object"
+    assert max(map(len, lines)) < 5000
+    assert "\x1b" not in daemon.output
+
+
+TWISTED = (
+    "../../../v1/agent/service/deregister/pod--shop--good", "..", "%2e%2e%2f", "a/b", "x?dc=other&ns=y#z",
+    "a\r\nX-Evil: 1", "nul\x00", "\x1b[2J", "\u202egnp.exe", "\u0430pi", '"},{"ID":"x', "x" * 600,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["catalog", "agent"])
+async def test_twisted_names_and_labels(backend: str) -> None:
+    """What no API server lets pass as a name or label ends as itself or as a refusal, coming and going."""
+    async with real_consul() as consul, chaos_lab(consul) as lab:
+        node = consul.node if backend == "agent" else lab.node
+        settings = {
+            "CONSUL_BACKEND": backend,
+            "POD_SERVICE_NAME": "app-{label:app}",
+            "SERVICE_TAGS": "app={label:app}",
+            "POD_LABELS_AS_META": "app",
+        }
+        async with await lab.chaotic(**settings) as daemon:
+            for number, twisted in enumerate(TWISTED):
+                for name, label in ((twisted, "shop"), (f"by-label-{number}", twisted)):
+                    pod = objects.pod(
+                        name,
+                        namespace="shop",
+                        ip="198.51.100.66",
+                        labels={"app": label},
+                        annotations=ANNOTATIONS,
+                    )
+                    lab.sandbox.kube.create(pod)
+            good = objects.pod(
+                "good", namespace="shop", ip="198.51.100.10", labels={"app": "good"}, annotations=ANNOTATIONS
+            )
+            lab.sandbox.kube.create(good)
+            lab.consul.is_wanted = "pod--shop--good".__eq__
+
+            async def is_there() -> bool:
+                return "pod--shop--good" in await lab.records(node)
+
+            await daemon.until(is_there)
+            await daemon.ready()
+            await daemon.until_said("pass")
+            held = await lab.records(node)
+            assert held.keys() <= {"pod--shop--good"} | {
+                f"pod--shop--{name}"
+                for number, twisted in enumerate(TWISTED)
+                for name in (twisted, f"by-label-{number}")
+            }
+            for name in (*TWISTED, *(f"by-label-{number}" for number in range(len(TWISTED)))):
+                lab.sandbox.kube.delete("Pod", name, "shop")
+
+            async def is_alone() -> bool:
+                return (await lab.records(node)).keys() == {"pod--shop--good"}
+
+            await daemon.until(is_alone)
+            assert (await lab.records(node))["pod--shop--good"] == held["pod--shop--good"]
+            _assert_log_is_sound(daemon)
             lab.assert_nothing_wrongful()

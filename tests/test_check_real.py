@@ -11,6 +11,7 @@ from k8s_consul_registrar.app.checks.consul import (
     naming_of,
     need_of_agent,
     need_of_catalog,
+    need_of_lost_agents,
     needs_of_services,
 )
 from k8s_consul_registrar.app.checks.finding import Finding, Outcome
@@ -28,11 +29,12 @@ PODS = 'service_prefix "pod--" { policy = "write" }'
 NODES = 'service_prefix "node--" { policy = "write" }'
 OTHERS = 'service_prefix "" { policy = "read" }'
 AGENT_NODE = 'node_prefix "" { policy = "read" }'
+OWN_NODE = 'node "somewhere" { policy = "read" }'
 CATALOG_NODE = 'node "k8s-lab" { policy = "write" }'
 SERVICES = needs_of_services(
     [naming_of(Kind.POD, POD_NAME, "lab", ""), naming_of(Kind.NODE, NODE_NAME, "lab", "")]
 )
-NEEDS = (*SERVICES, need_of_agent("somewhere"))
+NEEDS = (*SERVICES, need_of_agent("somewhere"), need_of_lost_agents())
 
 
 async def token(consul: RealConsul, *rules: str) -> str:
@@ -68,6 +70,7 @@ async def test_each_line_of_the_policy_is_asked_for(through: str) -> None:
             "no nodes": await token(server, PODS, OTHERS, AGENT_NODE),
             "no others": await token(server, PODS, NODES, AGENT_NODE),
             "no agent": await token(server, PODS, NODES, OTHERS),
+            "own node": await token(server, PODS, NODES, OTHERS, OWN_NODE),
         }
         if through == "client":
             async with real_consul(join=server.serf, acl=True, node="agent") as agent:
@@ -77,11 +80,14 @@ async def test_each_line_of_the_policy_is_asked_for(through: str) -> None:
             found = {name: await asked(server, secret) for name, secret in secrets.items()}
             assert await index(server) == before
     assert [one.outcome for one in found["whole"]] == [Outcome.OK]
+    assert "an agent that is gone" not in found["no agent"][0].detail
+    assert "the node of an agent that is gone" in found["own node"][0].detail
     for name, outcome, line in (
         ("no pods", Outcome.FAIL, PODS),
         ("no nodes", Outcome.FAIL, NODES),
         ("no others", Outcome.WARN, OTHERS),
         ("no agent", Outcome.WARN, AGENT_NODE),
+        ("own node", Outcome.WARN, AGENT_NODE),
     ):
         (finding,) = found[name]
         assert (finding.outcome, finding.hint) == (outcome, f"add to the token's policy: {line}")

@@ -24,7 +24,7 @@ async def test_register_read_and_deregister() -> None:
     """What is registered is read back equal, IDs with odd characters included, and goes when asked."""
     services = [our_pod_service(f"p{number}") for number in range(100)]
     services.append(make_service("node--2001:db8:1::5", {"cluster": "lab"}))
-    services.append(make_service("odd/../ID ?#%25", {"cluster": "lab"}))
+    services.append(make_service("odd/ID ?#%25", {"cluster": "lab"}))
     async with Consul() as consul, client_of(consul.url) as client:
         registry = AgentRegistry(client)
         written = await registry.register(services)

@@ -16,6 +16,7 @@ from k8s_consul_registrar.consul.access import (
     build_ssl_context,
 )
 from k8s_consul_registrar.consul.client import ConsulClient
+from k8s_consul_registrar.consul.fence import Fence
 from k8s_consul_registrar.errors import (
     AccessError,
     ConsulBusy,
@@ -152,7 +153,7 @@ async def test_a_fence_is_asked_for_each_write_and_for_no_read() -> None:
     left = [0.0]
     async with serving(answer) as url:
         access = ConsulAccess(ConsulAddress(url))
-        async with ConsulClient(access, QUICK, writes_for=lambda: left[0]) as client:
+        async with ConsulClient(access, QUICK, fence=Fence(lambda: left[0], 5.0)) as client:
             with pytest.raises(ConsulFenced):
                 await client.request("PUT", "/v1/x")
             await client.request("GET", "/v1/x")

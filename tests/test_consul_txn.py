@@ -64,7 +64,7 @@ def test_namespace_and_partition_are_named_in_each_operation() -> None:
     for operation in (*scoped.put(service, has_check=True).operations, *scoped.remove(service).operations):
         ((kind, body),) = json.loads(operation).items()
         assert (body[kind]["Namespace"], body[kind]["Partition"]) == ("ns1", "p1")
-    assert json.loads(scoped.create_node("127.0.0.1", {}))["Node"]["Node"]["Partition"] == "p1"
+    assert json.loads(scoped.put_node("127.0.0.1", {}))["Node"]["Node"]["Partition"] == "p1"
 
 
 def test_packing_keeps_units_whole_and_within_both_limits() -> None:

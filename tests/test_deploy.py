@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from k8s_consul_registrar.registrar.ownership import MANAGED_BY
+from k8s_consul_registrar.model import MANAGED_BY
 from k8s_consul_registrar.settings.options import options_of
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,6 +20,7 @@ from k8s_consul_registrar.registrar.metrics import (
     WRITE_VERBS,
     RegistrarMetrics,
 )
+from k8s_consul_registrar.registrar.orphans import Stays
 from k8s_consul_registrar.registrar.plan import Kept
 from k8s_consul_registrar.settings.option import PROXY, REGISTRAR
 from k8s_consul_registrar.settings.options import OPTIONS
@@ -114,7 +115,7 @@ def test_every_metric_is_documented(readme: Path) -> None:
     """The tables of metrics hold every name the code shows, and no other."""
     (table,) = [part for part in sections(readme) if "| `k8s_consul_registrar_build_info` |" in part]
     assert {name for name in rows(table) if name.startswith("k8s_")} == metric_names()
-    labels = (*PASS_OUTCOMES, *WRITE_VERBS, *WRITE_OUTCOMES, *(why.value for why in Kept))
+    labels = (*PASS_OUTCOMES, *WRITE_VERBS, *WRITE_OUTCOMES, *(why.value for why in (*Kept, *Stays)))
     assert [label for label in labels if f"`{label}`" not in table] == []
 
 

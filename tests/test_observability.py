@@ -19,6 +19,7 @@ from k8s_consul_registrar.proxy.metrics import ProxyCollector
 from k8s_consul_registrar.proxy.outcomes import Outcome, ProxyStats
 from k8s_consul_registrar.registrar.collector import Figures, RegistrarCollector
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.orphans import Stays
 from k8s_consul_registrar.registrar.plan import Kept
 from k8s_consul_registrar.targets.reasons import Reason
 from real_servers import REAL, prometheus_tools
@@ -109,9 +110,8 @@ def test_the_page_lists_every_metric_as_it_is() -> None:
 def test_the_page_lists_every_value_of_a_label() -> None:
     """Outcomes, states, reasons and causes are listed with their meaning."""
     listed = set(re.findall(r"^\| `(\w+)` \| [^|]+ \|$", PAGE.read_text(), re.MULTILINE))
-    assert listed == {one.value for kind in (Outcome, Reason, Kept, TargetState) for one in kind} | set(
-        CAUSES
-    )
+    kinds = (Outcome, Reason, Kept, Stays, TargetState)
+    assert listed == {one.value for kind in kinds for one in kind} | set(CAUSES)
 
 
 def test_alerts_and_dashboard_use_metrics_that_exist() -> None:

@@ -3,8 +3,8 @@
 import pytest
 
 from builders import make_pod, make_service, our_pod_service
-from k8s_consul_registrar.model import Kind, ObjectKey, Service
-from k8s_consul_registrar.registrar.ownership import MANAGED_BY, Claim, Identity, kind_of, object_of
+from k8s_consul_registrar.model import MANAGED_BY, Kind, ObjectKey, Service
+from k8s_consul_registrar.registrar.ownership import Claim, Identity, kind_of, object_of
 from k8s_consul_registrar.targets.targets import TargetRules, judge_pod
 
 LAB = Identity("lab")

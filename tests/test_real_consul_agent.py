@@ -47,6 +47,43 @@ async def test_lookup_finds_what_is_there() -> None:
         await wait_until(is_shown, 10)
 
 
+UNNAMEABLE = (
+    "http://192.0.2.1:80",
+    "/a",
+    "a/../b",
+    "a/.",
+    "..",
+    "a\u200bb",
+    "a\r\nb",
+    "register",
+    "deregister/a",
+)
+
+
+async def test_ids_that_no_path_leads_to() -> None:
+    """Others' services may have them and disturb nothing; ours are refused, since they could never go again."""
+    async with real_consul() as consul, connected(consul) as client:
+        for service_id in UNNAMEABLE:
+            status, answer = await consul.request(
+                "PUT", "/v1/agent/service/register", {"ID": service_id, "Name": "theirs"}
+            )
+            assert status == 200, answer
+        registry = AgentRegistry(client)
+        assert set(await held(registry)) == set(UNNAMEABLE)
+        for _ in UNNAMEABLE:
+            assert not await registry.is_disturbed()
+        assert [one async for one in registry.lookup(UNNAMEABLE)] == []
+        services = [
+            make_service(service_id, {"cluster": "lab"}) for service_id in (*UNNAMEABLE, "a/b/", "..a")
+        ]
+        written = await registry.register(services)
+        assert written.done == 2
+        assert {one.id for one in written.failures} == set(UNNAMEABLE)
+        assert {one.id async for one in registry.lookup(["a/b/", "..a"])} == {"a/b/", "..a"}
+        assert (await registry.deregister(services[-2:])).done == 2
+        assert set(await held(registry)) == set(UNNAMEABLE)
+
+
 async def test_a_service_the_catalog_lacks_is_unsynced_until_registered_again() -> None:
     """An agent whose token for a service was revoked holds it for ever and calls it synced; we do not."""
     async with real_consul(acl=True) as consul:

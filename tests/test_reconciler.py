@@ -440,6 +440,22 @@ async def test_blindness_changes_nothing_and_shows() -> None:
     assert lab.reconciler.status.readiness() == ""
 
 
+async def test_blindness_shows_while_consul_is_down_too() -> None:
+    """Losing both is told of both, and what was seen before is written once Consul is back."""
+    lab = Lab()
+    async with lab.running():
+        await lab.synced("a")
+        lab.consul.is_down = True
+        lab.cluster.mirror.put(PODS, make_pod("b"))
+        await lab.until_so(lambda: lab.value("consul_up") == 0)
+        lab.cluster.mirror.put(PODS, make_pod("c"))
+        lab.cluster.mirror.fail(PODS, "403")
+        await lab.until_so(lambda: lab.value("source_followed", kind="pod") == 0)
+        lab.consul.is_down = False
+        await lab.until(["a", "b", "c"])
+        assert lab.value("source_followed", kind="pod") == 0
+
+
 async def test_full_reads_are_budgeted() -> None:
     """Lists that complete one after the other do not each cost a full read of Consul."""
     lab = Lab(budget=BudgetRules(burst=2, gap=60))

@@ -57,6 +57,9 @@ AGENT_READS = (
     "/v1/health/service/zz",
     "/v1/catalog/node/zz",
     "/v1/catalog/node-services/test-node",
+    "/v1/health/state/critical?filter=CheckID+%3D%3D+%22serfHealth%22",
+    "/v1/health/state/passing?filter=CheckID+%3D%3D+%22serfHealth%22",
+    "/v1/health/state/any?filter=Nope+%3D%3D+%22a%22",
 )
 CATALOG_REGISTRATIONS: tuple[Any, ...] = (
     {"Node": "n"},

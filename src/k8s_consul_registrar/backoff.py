@@ -23,6 +23,7 @@ class Timing:
     gather: float = 0.005
     probe: float = 2.0
     standby_look: float = 30.0
+    orphan_look: float = 30.0
     tick: float = 5.0
     watch_timeout: float = 300.0
     watch_silence: float = 180.0

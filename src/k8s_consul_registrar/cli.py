@@ -91,7 +91,7 @@ def _once(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
         if settings.has_default_name:
             print("purge: name the cluster by CLUSTER_NAME or --cluster-name", file=sys.stderr)
             return EXIT_SETTINGS
-        return run_purge(settings, is_agreed=parsed.yes)
+        return run_purge(settings, is_agreed=parsed.yes, cluster_uid=parsed.cluster_uid)
     from k8s_consul_registrar.app.once import run_plan, run_sync  # noqa: PLC0415 - the same
 
     return run_plan(settings, output=parsed.output) if parsed.command == PLAN else run_sync(settings)
@@ -182,10 +182,18 @@ def _add_sync(command: argparse.ArgumentParser) -> None:
 
 def _add_purge(command: argparse.ArgumentParser) -> None:
     command.add_argument("--yes", action="store_true", help="remove without asking")
+    command.add_argument(
+        "--cluster-uid",
+        default="",
+        metavar="…",
+        help="UID of the namespace kube-system of the cluster that is meant, where several have one name; "
+        "asked of the API server unless given",
+    )
     command.epilog = (
         "Stop the registrar first, or it registers everything again. Settings aim it: --cluster-name, "
-        "--instance, --consul-backend, --consul-node-name. A catalog's empty node is left behind. Exit codes: "
-        "0 done, 1 not agreed to or failed, 2 wrong settings."
+        "--instance, --consul-backend, --consul-node-name. What is ours at nodes of agents that are gone is "
+        "removed too, and a catalog's node of our making once nothing is left on it. Exit codes: 0 done, 1 not "
+        "agreed to or failed, 2 wrong settings."
     )
 
 

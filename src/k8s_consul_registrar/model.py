@@ -146,6 +146,8 @@ class Rejection:
     id: str = ""
 
 
+# What `managed_by` says, in the meta of all that a registrar wrote.
+MANAGED_BY = "k8s-consul-registrar"
 # The `index` of a service that an agent holds and the catalog lacks: it is to be registered again.
 UNSYNCED = -1
 
@@ -180,6 +182,18 @@ class Service:
             if name == key:
                 return text
         return ""
+
+
+class AgentHealth(NamedTuple):
+    """What a check of the catalog says of a node; `version` is its ModifyIndex, another after each change.
+
+    Consul itself keeps the check `serfHealth` for each node that has an agent, and for no other.
+    """
+
+    node: str
+    check: str
+    status: str
+    version: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from k8s_consul_registrar.app.checks.consul import (
     naming_of,
     need_of_agent,
     need_of_catalog,
+    need_of_lost_agents,
     needs_of_services,
 )
 from k8s_consul_registrar.app.checks.finding import Finding, Outcome, fail, is_passed, ok, skipped, warn
@@ -243,7 +244,7 @@ def _needs(settings: RegistrarSettings, agent_node: str) -> list[Need]:
     needs = [*needs_of_services(_namings(settings))]
     if settings.backend.backend == CATALOG:
         return [*needs, need_of_catalog(settings.backend.node_name)]
-    return [*needs, need_of_agent(agent_node)] if agent_node else needs
+    return [*needs, need_of_agent(agent_node), need_of_lost_agents()] if agent_node else needs
 
 
 async def _check_services(

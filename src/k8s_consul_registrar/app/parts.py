@@ -14,6 +14,7 @@ from k8s_consul_registrar.consul.catalog import CONCURRENCY as TRANSACTIONS
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.elsewhere import FormerPlace
+from k8s_consul_registrar.consul.lost_agents import LostAgents
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.cluster import FollowedCluster
 from k8s_consul_registrar.kube.known import Verdict
@@ -22,10 +23,12 @@ from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.elector import Elector
+from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.ownership import Identity
-from k8s_consul_registrar.registrar.ports import Registry
+from k8s_consul_registrar.registrar.ports import Cluster, Registry
+from k8s_consul_registrar.registrar.sweeper import Sweeper, SweepRules
 from k8s_consul_registrar.server_tls import ServerTls, TlsFiles
-from k8s_consul_registrar.settings.backend_options import CATALOG
+from k8s_consul_registrar.settings.backend_options import AGENT, CATALOG
 from k8s_consul_registrar.settings.consul import ConsulSettings
 from k8s_consul_registrar.settings.http_sd import HttpSdSettings
 from k8s_consul_registrar.settings.modes import RegistrarSettings
@@ -134,6 +137,25 @@ def former_places(
     if backend.backend == CATALOG:
         places.append(FormerPlace("agent", AgentRegistry(client, meta_keys=meta_keys), is_ours))
     return places
+
+
+def sweeper(
+    settings: RegistrarSettings,
+    client: ConsulClient,
+    cluster: Cluster,
+    metrics: RegistrarMetrics,
+    timing: Timing,
+) -> Sweeper | None:
+    """Build what clears nodes of lost agents, None where services do not belong to an agent."""
+    if settings.backend.backend != AGENT:
+        return None
+    return Sweeper(
+        LostAgents(client, timing, settings.naming.meta_keys),
+        cluster=cluster,
+        identity=identity(settings),
+        rules=SweepRules(settings.orphan_after, timing.orphan_look, brake_rules(settings)),
+        metrics=metrics,
+    )
 
 
 def target_rules(settings: RegistrarSettings) -> TargetRules:

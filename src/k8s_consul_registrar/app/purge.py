@@ -2,7 +2,10 @@
 
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import uvloop
 
@@ -10,20 +13,50 @@ from k8s_consul_registrar.app.lifecycle import EXIT_FAILURE, EXIT_INTERRUPTED, E
 from k8s_consul_registrar.app.parts import consul_access, consul_registry, identity
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.errors import AccessError, OperationalError
-from k8s_consul_registrar.model import Service
-from k8s_consul_registrar.registrar.ownership import Claim
+from k8s_consul_registrar.consul.elsewhere import FormerPlace
+from k8s_consul_registrar.consul.lost_agents import LostAgents
+from k8s_consul_registrar.consul.node_removal import NodeRemoval
+from k8s_consul_registrar.consul.transactions import Transactions
+from k8s_consul_registrar.errors import (
+    AccessError,
+    ClusterError,
+    ConsulForbidden,
+    ConsulRefused,
+    OperationalError,
+)
+from k8s_consul_registrar.kube.access import load_access
+from k8s_consul_registrar.kube.client import KubeClient
+from k8s_consul_registrar.kube.identity import IDENTITY_NAMESPACE
+from k8s_consul_registrar.model import Service, Written
+from k8s_consul_registrar.registrar.orphans import observe
+from k8s_consul_registrar.registrar.ownership import Claim, Identity
+from k8s_consul_registrar.settings.backend import default_node
+from k8s_consul_registrar.settings.backend_options import CATALOG
 from k8s_consul_registrar.settings.modes import RegistrarSettings
 
 # Of many services this many are shown; the rest is a count.
 MOST_SHOWN = 50
 
+MayGo = Callable[[Service], bool]
 
-def run_purge(settings: RegistrarSettings, *, is_agreed: bool) -> int:
+
+class _Found(NamedTuple):
+    """What carries our names in one place; `place` makes it a place to be cleared of what may go."""
+
+    where: str
+    place: Callable[[MayGo], FormerPlace]
+    services: Sequence[Service]
+
+    def only(self, is_chosen: MayGo) -> "_Found":
+        """Return the same place with fewer services."""
+        return self._replace(services=[one for one in self.services if is_chosen(one)])
+
+
+def run_purge(settings: RegistrarSettings, *, is_agreed: bool, cluster_uid: str = "") -> int:
     """Remove what is ours: exit 0 done or nothing there, 1 refused, not agreed to, or failed."""
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_purge(settings, is_agreed=is_agreed))
+            return runner.run(_purge(settings, is_agreed=is_agreed, cluster_uid=cluster_uid))
     except AccessError as error:
         return complain(error)
     except OperationalError as error:
@@ -33,38 +66,136 @@ def run_purge(settings: RegistrarSettings, *, is_agreed: bool) -> int:
         return EXIT_INTERRUPTED
 
 
-async def _purge(settings: RegistrarSettings, *, is_agreed: bool) -> int:
+async def _purge(settings: RegistrarSettings, *, is_agreed: bool, cluster_uid: str) -> int:
     timing = Timing()
     who = identity(settings)
+    uid = cluster_uid or await _ask_which_cluster(settings, timing)
     async with ConsulClient(consul_access(settings.consul), timing) as client:
-        registry = consul_registry(settings, client, timing)
-        # The original program's services have no mark but the cluster's name: they are not taken for ours.
-        ours = [one async for one in registry.services() if who.claim(one, "") is Claim.OURS]
-        _show(ours, settings)
-        if not ours:
+        every = [await _at_home(settings, client, timing, who), *await _lost(settings, client, timing, who)]
+        if problem := _ambiguity(every, uid):
+            print(f"purge: {problem}", file=sys.stderr)
+            return EXIT_FAILURE
+        found = [one.only(lambda service: who.claim(service, uid) is Claim.OURS) for one in every]
+        _show(found, settings)
+        _show_others(every, found)
+        node = _node(settings, client, timing)
+        count = sum(len(one.services) for one in found)
+        obstacle = "" if node is None else await node.obstacle()
+        goes = node is not None and not obstacle and bool(count or not await node.is_used())
+        if goes:
+            print(f"node {settings.backend.node_name} goes too, once nothing is left on it")
+        if not count and not goes:
             return EXIT_OK
-        if not is_agreed and not await asyncio.to_thread(_agrees, len(ours)):
+        if not is_agreed and not await asyncio.to_thread(_agrees, count):
             print("nothing was removed")
             return EXIT_FAILURE
-        written = await registry.deregister(ours)
-    left = [*written.failures]
-    print(f"removed {written.done}, refused {len(left)}, changed meanwhile by others {len(written.stale)}")
-    for failure in left[:MOST_SHOWN]:
-        print(f"  {failure.id}: {failure.problem}", file=sys.stderr)
-    return EXIT_FAILURE if left or written.stale else EXIT_OK
+        written = [await _clear(one, who, uid) for one in found if one.services]
+        if node is not None:
+            stays = obstacle or await node.remove()
+            print(f"node {settings.backend.node_name} " + (f"stays: {stays}" if stays else "is removed"))
+    return _tell(written)
 
 
-def _show(services: Sequence[Service], settings: RegistrarSettings) -> None:
-    where = settings.consul.socket or settings.consul.url
-    instance = f", instance {settings.instance}" if settings.instance else ""
-    print(
-        f"{len(services)} services of cluster {settings.cluster_name}{instance} at {where} "
-        f"({settings.backend.backend})"
+async def _ask_which_cluster(settings: RegistrarSettings, timing: Timing) -> str:
+    """Return the UID of the cluster that the credentials at hand lead to, empty where it cannot be asked."""
+    try:
+        async with KubeClient(load_access(settings.common.environment), timing) as kube:
+            return await kube.namespace_uid(IDENTITY_NAMESPACE) or ""
+    except (AccessError, ClusterError) as error:
+        print(f"purge: the cluster cannot be asked for its UID: {error}", file=sys.stderr)
+        return ""
+
+
+async def _at_home(
+    settings: RegistrarSettings, client: ConsulClient, timing: Timing, who: Identity
+) -> _Found:
+    """Find what stands where the settings say."""
+    registry = consul_registry(settings, client, timing)
+    where = f"at {settings.consul.socket or settings.consul.url} ({settings.backend.backend})"
+    return await _found(where, lambda may_go: FormerPlace(where, registry, may_go), who)
+
+
+async def _lost(
+    settings: RegistrarSettings, client: ConsulClient, timing: Timing, who: Identity
+) -> list[_Found]:
+    """Find what stands at nodes of agents that are gone now, except at the one we talk to."""
+    agents = LostAgents(client, timing, settings.naming.meta_keys)
+    try:
+        watched = observe({}, await agents.failing(), await agents.own_node(), 0.0)
+        found = [
+            await _found(f"at node {name}, whose agent is gone", partial(agents.place, one.health), who)
+            for name, one in sorted(watched.items())
+        ]
+    except (ConsulForbidden, ConsulRefused) as error:
+        print(f"purge: nodes of lost agents are not looked at: {error}", file=sys.stderr)
+        return []
+    return [one for one in found if one.services]
+
+
+async def _found(where: str, place: Callable[[MayGo], FormerPlace], who: Identity) -> _Found:
+    # The original program's services have no mark but the cluster's name: they are not taken for ours.
+    by_name = place(lambda service: who.claim(service, "") is Claim.OURS)
+    return _Found(where, place, [one async for one in by_name.services()])
+
+
+def _ambiguity(found: Sequence[_Found], uid: str) -> str:
+    """Say what is wrong with removing by name alone, empty where nothing is."""
+    counts = _uids(found)
+    if uid or len(counts) < 2:
+        return ""
+    named = ", ".join(f"{one} ({count} services)" for one, count in counts.most_common())
+    return (
+        f"several clusters have this name, by their UIDs {named}: choose one by --cluster-uid, or give a "
+        "kubeconfig of the one that is meant"
     )
-    for service in services[:MOST_SHOWN]:
-        print(f"- {service.id}  {service.address}:{service.port}")
-    if len(services) > MOST_SHOWN:
-        print(f"  and {len(services) - MOST_SHOWN} more")
+
+
+def _uids(found: Sequence[_Found]) -> Counter[str]:
+    uids = Counter(service.value("cluster_uid") for one in found for service in one.services)
+    del uids[""]
+    return uids
+
+
+def _node(settings: RegistrarSettings, client: ConsulClient, timing: Timing) -> NodeRemoval | None:
+    """Return what removes the catalog's node, None for an agent's registrar."""
+    name = settings.backend.node_name
+    if settings.backend.backend != CATALOG:
+        return None
+    has_our_name = name == default_node(settings.cluster_name, settings.instance)
+    return NodeRemoval(client, Transactions(client, timing), name, has_our_name=has_our_name)
+
+
+async def _clear(found: _Found, who: Identity, uid: str) -> Written:
+    """Remove what was shown, and is still ours."""
+    shown = {service.id for service in found.services}
+    return await found.place(lambda one: one.id in shown and who.claim(one, uid) is Claim.OURS).clear()
+
+
+def _tell(written: Sequence[Written]) -> int:
+    failures = [failure for one in written for failure in one.failures]
+    stale = sum(len(one.stale) for one in written)
+    done = sum(one.done for one in written)
+    print(f"removed {done}, refused {len(failures)}, changed meanwhile by others {stale}")
+    for failure in failures[:MOST_SHOWN]:
+        print(f"  {failure.id}: {failure.problem}", file=sys.stderr)
+    return EXIT_FAILURE if failures or stale else EXIT_OK
+
+
+def _show(found: Sequence[_Found], settings: RegistrarSettings) -> None:
+    instance = f", instance {settings.instance}" if settings.instance else ""
+    for one in found:
+        print(f"{len(one.services)} services of cluster {settings.cluster_name}{instance} {one.where}")
+        for service in one.services[:MOST_SHOWN]:
+            print(f"- {service.id}  {service.address}:{service.port}")
+        if len(one.services) > MOST_SHOWN:
+            print(f"  and {len(one.services) - MOST_SHOWN} more")
+
+
+def _show_others(every: Sequence[_Found], found: Sequence[_Found]) -> None:
+    for uid, count in (_uids(every) - _uids(found)).items():
+        print(
+            f"{count} services of this name are of another cluster and stay; --cluster-uid {uid} chooses them"
+        )
 
 
 def _agrees(count: int) -> bool:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Coroutine, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -24,11 +24,13 @@ from k8s_consul_registrar.app.parts import (
     identity,
     new_elector,
     shards,
+    sweeper,
 )
 from k8s_consul_registrar.app.process import new_registry
 from k8s_consul_registrar.app.view import View
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.client import ConsulClient
+from k8s_consul_registrar.consul.fence import Fence
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.cluster import FollowedCluster
@@ -79,9 +81,10 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
         elector = new_elector(settings, kube)
         client = None
         if settings.backend.backend != NONE:
-            client = ConsulClient(consul_access(settings.consul), timing, writes_for=_fence(elector))
+            client = ConsulClient(consul_access(settings.consul), timing, fence=_fence(settings, elector))
             await stack.enter_async_context(client)
         cluster = followed_cluster(settings, kube, timing)
+        metrics = RegistrarMetrics(registry)
         reconciler = Reconciler(
             cluster=cluster,
             registry=OwnRecord() if client is None else consul_registry(settings, client, timing),
@@ -90,9 +93,10 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
             rules=brake_rules(settings),
             period=settings.sync_period,
             timing=timing,
-            metrics=RegistrarMetrics(registry),
+            metrics=metrics,
             budget=BudgetRules(gap=min(FULL_READ_GAP, settings.sync_period)),
             leadership=elector,
+            sweeper=None if client is None else sweeper(settings, client, cluster, metrics, timing),
         )
         view = View(
             settings,
@@ -185,8 +189,13 @@ async def _run(
             electing.cancel()
 
 
-def _fence(elector: Elector | None) -> Callable[[], float] | None:
-    """Return what tells for how many seconds more a write may be made, None where it always may."""
-    if elector is None:
+def _fence(settings: RegistrarSettings, elector: Elector | None) -> Fence | None:
+    """Return what keeps writes within our lead, None where nobody else writes."""
+    if elector is None or settings.election is None:
         return None
-    return lambda: elector.writes_until - time.monotonic() if elector.is_leader else 0.0
+    times = settings.election.timing
+
+    def left() -> float:
+        return elector.writes_until - time.monotonic() if elector.is_leader else 0.0
+
+    return Fence(left, times.lease_duration - times.renew_deadline)

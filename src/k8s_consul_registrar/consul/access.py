@@ -8,6 +8,10 @@ from pathlib import Path
 
 from k8s_consul_registrar.errors import AccessError
 
+# OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH.
+NAME_MISMATCHES = (62, 64)
+# OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED.
+OUT_OF_DATE = (9, 10)
 # How long a token read from its file is used before the file is looked at again, in seconds.
 TOKEN_FILE_AGE = 5.0
 
@@ -67,6 +71,17 @@ class ConsulToken:
         if self._read_at is not None and token != self._token:
             self.version += 1
         self._token = token
+
+
+def unverified(error: ssl.SSLCertVerificationError) -> str:
+    """Say why Consul's certificate is not believed, and what repairs it."""
+    if error.verify_code in NAME_MISMATCHES:
+        hint = "CONSUL_TLS_SERVER_NAME can give a name that the certificate has"
+    elif error.verify_code in OUT_OF_DATE:
+        hint = "it or its authority's is to be renewed, unless the clock here is wrong"
+    else:
+        hint = "CONSUL_CACERT must name a file with the authority that signed it"
+    return f"its certificate cannot be verified: {error.verify_message}; {hint}"
 
 
 def build_ssl_context(

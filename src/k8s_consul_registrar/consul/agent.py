@@ -19,6 +19,8 @@ from k8s_consul_registrar.model import UNSYNCED, Service, Written
 CONCURRENCY = 32
 # An agent that lost its services is noticed by asking for this many of those it held, of so many kept.
 ASKED_AT_ONCE, SAMPLE = 4, 64
+# The first parts of paths below /v1/agent/service/ that mean something else than an ID.
+_TAKEN = ("register", "deregister", "maintenance")
 # So many services are compared before the loop gets its turn.
 SLICE = 200
 
@@ -72,10 +74,11 @@ class AgentRegistry:
         self._unlike = unlike
         self._outdated.intersection_update(ids)
         # Python's hashes differ from process to process, so the least of them are as good a sample as any.
-        self._sample = deque(heapq.nsmallest(SAMPLE, ids, key=hash), SAMPLE)
+        self._sample = deque(heapq.nsmallest(SAMPLE, filter(can_be_named, ids), key=hash), SAMPLE)
 
     async def lookup(self, ids: Sequence[str]) -> AsyncIterator[Service]:
-        """Yield those of these services that the agent holds; raises a `ConsulError`."""
+        """Yield those of these services that the agent holds and can be asked for; raises a `ConsulError`."""
+        ids = [service_id for service_id in ids if can_be_named(service_id)]
         found: list[Service] = []
 
         async def read(service_id: str) -> None:
@@ -87,9 +90,14 @@ class AgentRegistry:
             yield service
 
     async def register(self, services: Sequence[Service]) -> Written:
-        """Register services, over what is there under the same ID, keeping its checks."""
+        """Register services, over what is there under the same ID, keeping its checks.
+
+        What could never be deregistered again is refused.
+        """
 
         async def put(service: Service) -> None:
+            if not can_be_named(service.id):
+                raise ConsulRefused(f"no path of an agent leads to the ID {service.id!r}", 400)
             body = encode_registration(self._meta_keys.encode(service))
             await self._client.request("PUT", "/v1/agent/service/register", body=body)
 
@@ -157,3 +165,14 @@ class AgentRegistry:
         with self._node.writing():
             await for_each(services, batch.write, min(self._concurrency, len(services)))
         return Written(batch.done, tuple(batch.failures))
+
+
+def can_be_named(service_id: str) -> bool:
+    """Whether a path of an agent's API leads to a service of this ID; registering knows no such limits.
+
+    Consul refuses paths with what cannot be printed and redirects from those that its router would write
+    otherwise, such as `a//b` (agent/http.go, PrintablePathCheckHandler; Go, http.ServeMux).
+    """
+    *leading, last = service_id.split("/")
+    is_clean = "" not in leading and not {".", ".."} & {*leading, last}
+    return is_clean and service_id.isprintable() and (leading or [last])[0] not in _TAKEN

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import ssl
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,7 +13,8 @@ import aiohttp
 from yarl import URL
 
 from k8s_consul_registrar.backoff import Timing
-from k8s_consul_registrar.consul.access import ConsulAccess, ConsulToken
+from k8s_consul_registrar.consul.access import ConsulAccess, ConsulToken, unverified
+from k8s_consul_registrar.consul.fence import Fence
 from k8s_consul_registrar.errors import (
     AccessError,
     ConsulBusy,
@@ -66,10 +67,10 @@ class ConsulClient:
         timing: Timing,
         *,
         connections: int = CONNECTIONS,
-        writes_for: Callable[[], float] | None = None,
+        fence: Fence | None = None,
     ) -> None:
         self._access = access
-        self._writes_for = writes_for
+        self._fence = fence
         self._timing = timing
         self._connections = connections
         self._token = ConsulToken(access)
@@ -99,7 +100,11 @@ class ConsulClient:
         if self._access.address.socket:
             connector = aiohttp.UnixConnector(path=self._access.address.socket, limit=self._connections)
         else:
-            connector = aiohttp.TCPConnector(limit=self._connections, ssl=self._access.ssl_context or True)
+            connector = aiohttp.TCPConnector(
+                limit=self._connections,
+                ssl=self._access.ssl_context or True,
+                socket_factory=self._fence.socket if self._fence else None,
+            )
         self._session = aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -147,7 +152,7 @@ class ConsulClient:
         up to a sixteenth of it (Consul API, "Blocking queries").
         """
         longest = self._timing.read_timeout + wait * 17 / 16
-        fence = self._fence(method)
+        fence = self._time_for(method)
         timeout = aiohttp.ClientTimeout(total=min(longest, fence), sock_connect=self._timing.connect_timeout)
         try:
             async with self._send(method, path, params, body, timeout) as response:
@@ -181,14 +186,14 @@ class ConsulClient:
         finally:
             await sending.__aexit__(None, None, None)
 
-    def _fence(self, method: str) -> float:
+    def _time_for(self, method: str) -> float:
         """Return how long a request may take, in seconds; raises `ConsulFenced` for a write we may not make.
 
         The clock is looked at for each single write: a process that was stopped meanwhile learns it here.
         """
-        if method == "GET" or self._writes_for is None:
+        if method == "GET" or self._fence is None:
             return math.inf
-        left = self._writes_for()
+        left = self._fence.left()
         if left <= 0:
             raise ConsulFenced("no write: this replica does not lead")
         return left
@@ -237,11 +242,10 @@ class ConsulClient:
     def _unreachable(self, error: Exception) -> ConsulUnreachable:
         where = f"Consul at {self._access.address}"
         match error:
-            case aiohttp.ClientConnectorCertificateError() | ssl.SSLCertVerificationError():
-                return ConsulUnreachable(
-                    f"{where}: its certificate cannot be verified (CONSUL_CACERT names the authority, "
-                    f"CONSUL_TLS_SERVER_NAME the name in it): {error}"
-                )
+            case aiohttp.ClientConnectorCertificateError(
+                certificate_error=ssl.SSLCertVerificationError() as why
+            ) | (ssl.SSLCertVerificationError() as why):
+                return ConsulUnreachable(f"{where}: {unverified(why)}")
             case TimeoutError():
                 return ConsulUnreachable(f"{where}: no answer in time")
             case _:

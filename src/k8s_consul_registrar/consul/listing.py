@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from urllib.parse import quote
 
 import msgspec
@@ -23,10 +23,16 @@ class Listing:
     """One read of one list; what it says of itself is known once `records` came to its end."""
 
     def __init__(
-        self, client: ConsulClient, path: str, opening: re.Pattern[bytes], closing: bytes = b""
+        self,
+        client: ConsulClient,
+        path: str,
+        opening: re.Pattern[bytes],
+        closing: bytes = b"",
+        selection: str = "",
     ) -> None:
         self._client = client
         self._path = path
+        self._params = {**CONSISTENT, "filter": selection} if selection else CONSISTENT
         self._records = Records(opening, closing)
         self.index = 0  # of the state that the list shows
         self.is_filtered = False  # whether Consul says that it left something out
@@ -36,10 +42,10 @@ class Listing:
         """What stands before the list; known with its first record."""
         return self._records.head
 
-    async def records(self) -> AsyncIterator[bytes]:
+    async def records(self) -> AsyncGenerator[bytes]:
         """Yield the records; raises a `ConsulError`, and then what was yielded is not all."""
         count = 0
-        async with self._client.stream(self._path, params=CONSISTENT) as answer:
+        async with self._client.stream(self._path, params=self._params) as answer:
             async for chunk in answer.chunks:
                 for record in self._records.feed(chunk):
                     yield record
@@ -58,9 +64,10 @@ class _Head(msgspec.Struct):
     Node: NodeRecord | None
 
 
-def list_services(client: ConsulClient, node: str) -> Listing:
-    """Return the list of a node's services, not yet read."""
-    return Listing(client, f"/v1/catalog/node-services/{quote(node, safe='')}", NODE_SERVICES, b"}")
+def list_services(client: ConsulClient, node: str, selection: str = "") -> Listing:
+    """Return the list of a node's services, not yet read; `selection` is a filter in Consul's language."""
+    path = f"/v1/catalog/node-services/{quote(node, safe='')}"
+    return Listing(client, path, NODE_SERVICES, b"}", selection)
 
 
 def list_checks(client: ConsulClient, node: str) -> Listing:

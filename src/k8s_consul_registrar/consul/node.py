@@ -1,6 +1,6 @@
 """The synthetic node that catalog services hang on: a record of its own that no agent answers for.
 
-Meta `external-node` says so to consul-esm, and `external-probe` is never set: consul-esm removes what it
+Meta `external-node` says so to consul-esm, `managed_by` says that it is of our making, and `external-probe` is never set: consul-esm removes what it
 probes in vain, with all its services, after 72 hours. The record is written once and left alone, because
 each change of a node wakes every watcher of every service on it (consul 1.8 `agent/consul/state/catalog.go`).
 """
@@ -9,9 +9,10 @@ from k8s_consul_registrar.consul.transactions import Transactions
 from k8s_consul_registrar.consul.txn import SERF_HEALTH, Operations
 from k8s_consul_registrar.consul.txn_answer import NodeRecord
 from k8s_consul_registrar.errors import ConsulFiltered, ConsulForbidden, ConsulRefused
+from k8s_consul_registrar.model import MANAGED_BY
 
 ADDRESS = "127.0.0.1"
-META = {"external-node": "true"}
+META = {"external-node": "true", "managed_by": MANAGED_BY}
 
 
 class SyntheticNode:
@@ -75,7 +76,7 @@ class SyntheticNode:
             raise ConsulRefused(f"{self._named} has external-probe, so consul-esm would remove it in the end")
 
     async def _create(self) -> None:
-        _, errors = await self._transactions.write([self._operations.create_node(ADDRESS, META)])
+        _, errors = await self._transactions.write([self._operations.put_node(ADDRESS, META)])
         # One that somebody else created meanwhile is as good, and verified next.
         for error in errors:
             if not error.is_stale:

@@ -59,6 +59,7 @@ class _NodeBody(msgspec.Struct, gc=False, omit_defaults=True):
     Address: str = ""
     Meta: dict[str, str] = {}
     Partition: str = ""
+    ModifyIndex: int = 0
 
 
 class _ServiceOp(msgspec.Struct, gc=False):
@@ -139,10 +140,15 @@ class Operations:
         """Read the node."""
         return _encoded("Node", _NodeOp("get", _NodeBody(self.node, Partition=self.partition)))
 
-    def create_node(self, address: str, meta: Mapping[str, str]) -> bytes:
-        """Create the node, or fail where there is one: without an index the write takes no other's place."""
-        body = _NodeBody(self.node, address, dict(meta), self.partition)
+    def put_node(self, address: str, meta: Mapping[str, str], index: int = 0) -> bytes:
+        """Write the node over the record of this index, or fail; 0 is for where there is none yet."""
+        body = _NodeBody(self.node, address, dict(meta), self.partition, index)
         return _encoded("Node", _NodeOp("cas", body))
+
+    def remove_node(self, index: int) -> bytes:
+        """Remove the node of this index, or fail; whatever is on it goes with it, whenever that came."""
+        body = _NodeBody(self.node, Partition=self.partition, ModifyIndex=index)
+        return _encoded("Node", _NodeOp("delete-cas", body))
 
     def _check(self, service: Service) -> bytes:
         body = _CheckBody(

@@ -40,7 +40,10 @@ class NodeRecord(msgspec.Struct, gc=False, rename="pascal"):
     """A node of the catalog."""
 
     node: str
+    id: str = msgspec.field(default="", name="ID")
+    address: str = ""
     meta: dict[str, str] | None = None
+    modify_index: int = 0
 
 
 class CheckRecord(msgspec.Struct, gc=False, rename="pascal"):
@@ -49,6 +52,7 @@ class CheckRecord(msgspec.Struct, gc=False, rename="pascal"):
     check_id: str = msgspec.field(name="CheckID")
     service_id: str = msgspec.field(default="", name="ServiceID")
     status: str = ""
+    modify_index: int = 0
 
     @property
     def is_readiness(self) -> bool:

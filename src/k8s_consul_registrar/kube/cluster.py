@@ -73,6 +73,10 @@ class FollowedCluster:
         """Return everything known now; it does not change afterwards."""
         return self._mirror.wanted()
 
+    def known(self) -> Wanted:
+        """Return the same, but what changed still waits to be seen."""
+        return self._mirror.known()
+
     def changes(self, also: AbstractSet[str] = frozenset()) -> Wanted:
         """Return what changed since it was last seen; `claims` are of those service IDs and `also` alone."""
         return self._mirror.changes(also)

@@ -10,6 +10,8 @@ from k8s_consul_registrar.kube.status import Action, clipped
 
 # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH.
 NAME_MISMATCHES = (62, 64)
+# OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED.
+OUT_OF_DATE = (9, 10)
 
 TRANSPORT_ERRORS = (aiohttp.ClientError, TimeoutError, OSError)
 
@@ -59,6 +61,8 @@ def _verification_error(error: Exception) -> ssl.SSLCertVerificationError | None
 def _unverified(error: ssl.SSLCertVerificationError, access: Access) -> str:
     if error.verify_code in NAME_MISMATCHES:
         hint = "tls-server-name of the kubeconfig can give a name that the certificate has"
+    elif error.verify_code in OUT_OF_DATE:
+        hint = "it or its authority's is to be renewed, unless the clock here is wrong"
     else:
         ca = access.trust.ca_setting if access.trust and access.trust.ca else "the system's certificates"
         hint = f"certificate-authority must hold the CA that signed it (now: {ca})"

@@ -151,7 +151,12 @@ class Mirror:
         """Return all that is known now, as a value that later changes do not touch."""
         self._needs_full_pass = False
         _, heard = self._dirty.take()
+        self._changed.clear()
         return self._value(dict(self._claims), heard)
+
+    def known(self) -> Wanted:
+        """Return the same, but what changed still waits to be seen."""
+        return self._value(dict(self._claims), {})
 
     @property
     def claims(self) -> Mapping[str, Sequence[Target]]:
@@ -178,6 +183,7 @@ class Mirror:
         `claims` are of the service IDs whose targets changed, and of `also`; empty where nobody asks now.
         """
         dirty, heard = self._dirty.take()
+        self._changed.clear()
         return self._value({one: self._claims.get(one, ()) for one in dirty | also}, heard)
 
     def needs_full_pass(self) -> bool:
@@ -199,7 +205,6 @@ class Mirror:
         self._departed -= departed
 
     def _value(self, claims: Mapping[str, tuple[Target, ...]], heard: Mapping[str, float]) -> Wanted:
-        self._changed.clear()
         if self._rejections_copy is None:
             self._rejections_copy = dict(self._rejections)
         return Wanted(

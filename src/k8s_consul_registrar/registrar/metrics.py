@@ -5,6 +5,7 @@ from contextlib import suppress
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from k8s_consul_registrar.model import Kind
+from k8s_consul_registrar.registrar.orphans import Stays
 from k8s_consul_registrar.registrar.plan import Kept
 
 PASS_OUTCOMES = ("success", "partial", "failure")
@@ -52,6 +53,18 @@ class RegistrarMetrics:
         self.kept = Gauge(
             f"{PREFIX}_kept_services", "Unwanted services left alone, by why.", ["why"], registry=registry
         )
+        self.orphans = Gauge(
+            f"{PREFIX}_orphaned_services",
+            "Services of ours that stay at nodes of lost agents, by why.",
+            ["why"],
+            registry=registry,
+        )
+        self.orphan_removals = Counter(
+            f"{PREFIX}_orphan_removals",
+            "Services removed from nodes of lost agents.",
+            ["outcome"],
+            registry=registry,
+        )
         self.source_up = Gauge(
             f"{PREFIX}_source_followed",
             "Whether a kind is listed completely and followed since (the worst of its namespaces).",
@@ -84,5 +97,9 @@ class RegistrarMetrics:
         for verb in WRITE_VERBS:
             for outcome in WRITE_OUTCOMES:
                 self.writes.labels(verb, outcome)
+        for outcome in WRITE_OUTCOMES:
+            self.orphan_removals.labels(outcome)
         for why in Kept:
             self.kept.labels(why.value)
+        for stays in Stays:
+            self.orphans.labels(stays.value)

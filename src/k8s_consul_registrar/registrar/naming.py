@@ -2,8 +2,7 @@
 
 from collections.abc import Set as AbstractSet
 
-from k8s_consul_registrar.model import ObjectKey, Rejection, Service
-from k8s_consul_registrar.registrar.ownership import MANAGED_BY
+from k8s_consul_registrar.model import MANAGED_BY, ObjectKey, Rejection, Service
 from k8s_consul_registrar.targets.names import kind_of_id
 from k8s_consul_registrar.targets.reasons import Reason
 

@@ -4,11 +4,9 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 
-from k8s_consul_registrar.model import Kind, ObjectKey, Service, Target
+from k8s_consul_registrar.model import MANAGED_BY, Kind, ObjectKey, Service, Target
 from k8s_consul_registrar.targets.names import kind_of_id, pod_of_id
 from k8s_consul_registrar.targets.naming import sharded_name, sharded_tags
-
-MANAGED_BY = "k8s-consul-registrar"
 
 
 class Claim(Enum):

@@ -105,6 +105,12 @@ class Passes:
         # What was heard before somebody else led is his to write.
         self._reporter.owes(frozenset())
 
+    def look(self) -> None:
+        """Show how well the cluster is known where no pass can; what changed meanwhile is still to be done."""
+        wanted = self._cluster.changes()
+        self._pending |= wanted.claims.keys()
+        self._reporter.sources(wanted)
+
     async def full(self) -> PassReport:
         """Compare everything the cluster wants with everything Consul holds, and write what differs."""
         wanted = self._cluster.wanted()

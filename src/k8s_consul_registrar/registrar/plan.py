@@ -119,6 +119,10 @@ class Planner:
             return None
         return self._keep_or_update(service, claims)
 
+    def count(self, service: Service) -> None:
+        """Count a service among what its source holds, and judge nothing else of it."""
+        self._count_held(service, object_of(service))
+
     def skip(self, service_id: str) -> None:
         """Leave an ID alone in this plan: what stands under it is not known yet."""
         self._seen.add(service_id)

@@ -16,6 +16,10 @@ class Cluster(Protocol):
         """Return everything known now; it does not change afterwards, and counts as seen."""
         ...
 
+    def known(self) -> Wanted:
+        """Return the same, but what changed still waits to be seen."""
+        ...
+
     def changes(self, also: AbstractSet[str] = frozenset()) -> Wanted:
         """Return what changed since it was last seen, and what is known of the service IDs in `also`.
 
@@ -64,6 +68,20 @@ class Alone:
     async def changed(self) -> None:
         """Wait for ever."""
         await asyncio.Event().wait()
+
+
+class Sweeps(Protocol):
+    """The removal of our services from places that nobody keeps any more."""
+
+    look_due: float  # when to look again, in seconds of the monotonic clock
+
+    async def look(self) -> bool:
+        """Look, at little cost, whether there is such a place; tell whether a full pass is wanted for one."""
+        ...
+
+    async def sweep(self) -> None:
+        """Remove what may go; for the time after a full pass."""
+        ...
 
 
 class Registry(Protocol):

@@ -14,7 +14,7 @@ from k8s_consul_registrar.registrar.budget import Budget, BudgetRules
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.passes import Passes
-from k8s_consul_registrar.registrar.ports import Alone, Cluster, Leadership, Registry
+from k8s_consul_registrar.registrar.ports import Alone, Cluster, Leadership, Registry, Sweeps
 from k8s_consul_registrar.registrar.report import Reporter
 from k8s_consul_registrar.registrar.status import PassReport, RegistrarStatus
 from k8s_consul_registrar.targets.sharding import Shards
@@ -41,11 +41,13 @@ class Reconciler:
         metrics: RegistrarMetrics,
         budget: BudgetRules | None = None,
         leadership: Leadership | None = None,
+        sweeper: Sweeps | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cluster = cluster
         self._registry = registry
         self._leadership: Leadership = leadership or Alone()
+        self._sweeper = sweeper
         self._period = period
         self._timing = timing
         self._clock = clock
@@ -118,8 +120,12 @@ class Reconciler:
             await self._partial(retries_refused=True)
         elif self._probe_due <= now:
             await self._probe()
+        elif self._look_for_lost_due() <= now:
+            await self._look_for_lost()
         else:
-            due = min(full_at, self._retry_due, self._probe_due, now + self._timing.tick)
+            due = min(
+                full_at, self._retry_due, self._probe_due, self._look_for_lost_due(), now + self._timing.tick
+            )
             if await self._changed_within(due - now):
                 await asyncio.sleep(self._timing.gather)
                 await self._partial()
@@ -141,6 +147,8 @@ class Reconciler:
             self._owes_full = self._is_urgent = False
             self._full_due = self._clock() + self._period
             self._budget.spend(self._clock(), self._passes.read_seconds)
+            if self._sweeper is not None:
+                await self._sweeper.sweep()
 
     async def _partial(self, *, retries_refused: bool = False) -> None:
         pass_over_changes = partial(self._passes.partial, retries_refused=retries_refused)
@@ -154,6 +162,14 @@ class Reconciler:
             self._owes_full = await self._registry.is_disturbed() or self._owes_full
 
         await self._is_done(ask())
+
+    def _look_for_lost_due(self) -> float:
+        """Return when to look for agents that are gone."""
+        return float("inf") if self._sweeper is None else self._sweeper.look_due
+
+    async def _look_for_lost(self) -> None:
+        if self._sweeper is not None:
+            self._owes_full = await self._sweeper.look() or self._owes_full
 
     async def _make(self, make: Callable[[], Awaitable[PassReport]], *, is_full: bool) -> None:
         """Make a pass, report it, and see to what it left undone."""
@@ -176,6 +192,7 @@ class Reconciler:
             return False
         except ConsulError as error:
             self._reporter.failed(str(error))
+            self._passes.look()
             self._is_urgent = True
             self._retry_due = self._clock()
             await asyncio.sleep(next(self._unusable))

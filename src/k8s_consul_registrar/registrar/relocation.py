@@ -1,12 +1,12 @@
 """Clears the places our services have left, once they all are at the new one."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
 from k8s_consul_registrar.backoff import Timing, delays
 from k8s_consul_registrar.errors import ConsulBusy, ConsulError, ConsulUnreachable
-from k8s_consul_registrar.model import Written
+from k8s_consul_registrar.model import Service, Written
 from k8s_consul_registrar.registrar.passes import Passes
 from k8s_consul_registrar.telemetry import get_logger
 
@@ -17,6 +17,10 @@ class Former(Protocol):
     """A place that may hold services of ours which belong elsewhere now."""
 
     name: str
+
+    def services(self) -> AsyncIterator[Service]:
+        """Yield them; raises a `ConsulError`."""
+        ...
 
     async def clear(self) -> Written:
         """Remove them; raises a `ConsulError`."""

@@ -21,6 +21,20 @@ _SERVICE_FIELDS = frozenset(
 )
 _NODE_FIELDS = frozenset(("ID", "Node", "Address", "Datacenter", "TaggedAddresses", "Meta"))
 _HEALTH_FIELDS = frozenset(("Node", "Service", "Checks"))
+_CHECK_FIELDS = frozenset(
+    (
+        "Node",
+        "CheckID",
+        "Name",
+        "Status",
+        "Notes",
+        "Output",
+        "ServiceID",
+        "ServiceName",
+        "ServiceTags",
+        "Type",
+    )
+)
 _CATALOG_FIELDS = frozenset(
     (
         *("ID", "Node", "Address", "Datacenter", "TaggedAddresses", "NodeMeta"),
@@ -51,6 +65,7 @@ class CatalogApi:
         router.add_get("/v1/catalog/service/{name:.+}", self._instances)
         router.add_get("/v1/health/service/{name:.+}", self._healthy)
         router.add_get("/v1/health/node/{name}", self._node_checks)
+        router.add_get("/v1/health/state/{state}", self._checks_in_state)
         router.add_get("/v1/status/leader", self._leader)
         router.add_get("/v1/status/peers", self._peers)
 
@@ -203,6 +218,16 @@ class CatalogApi:
             lambda: [check.json() for check in self._catalog.checks_of(name)],
             unseen=[],
         )
+
+    async def _checks_in_state(self, request: web.Request) -> web.Response:
+        state = request.match_info["state"]
+
+        def read() -> list[Json]:
+            every = [check for node in self._catalog.nodes() for check in self._catalog.checks_of(node.name)]
+            found = [check.json() for check in every if state in ("any", check.status)]
+            return selected(request, found, _CHECK_FIELDS)
+
+        return await self._gate.query(request, NODES, read, unseen=[])
 
     async def _leader(self, _: web.Request) -> web.Response:
         return json_response(_LEADER)

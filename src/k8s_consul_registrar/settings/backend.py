@@ -29,7 +29,7 @@ class BackendSettings:
 def read_backend(reader: Reader, cluster_name: str, instance: str) -> BackendSettings:
     """Read every variable about the backend."""
     backend = reader.choice("CONSUL_BACKEND", BACKENDS)
-    node_name = reader.text("CONSUL_NODE_NAME") or _default_node(cluster_name, instance)
+    node_name = reader.text("CONSUL_NODE_NAME") or default_node(cluster_name, instance)
     if reader.is_set("CONSUL_NODE_NAME") and not _NODE_NAME.fullmatch(node_name):
         reader.problem("CONSUL_NODE_NAME", f"{node_name!r} must be letters, digits, '.', '_' or '-'")
     has_concurrency = reader.is_set("CONSUL_CONCURRENCY")
@@ -39,11 +39,12 @@ def read_backend(reader: Reader, cluster_name: str, instance: str) -> BackendSet
         reader.problem("REGISTER_READINESS", "needs CONSUL_BACKEND=catalog: an agent runs its checks itself")
     previous = reader.names("PREVIOUS_CONSUL_NODE_NAMES") - {""}
     former_clusters = reader.names("PREVIOUS_CLUSTER_NAMES") - {""}
-    defaults = {_default_node(name, instance) for name in (cluster_name, *former_clusters)}
+    defaults = {default_node(name, instance) for name in (cluster_name, *former_clusters)}
     return BackendSettings(
         backend, node_name, previous | defaults, concurrency, has_readiness, reader.boolean("WATCH")
     )
 
 
-def _default_node(cluster_name: str, instance: str) -> str:
+def default_node(cluster_name: str, instance: str) -> str:
+    """Return the name of the catalog's node unless one is given."""
     return "-".join(part for part in ("k8s", cluster_name, instance) if part)

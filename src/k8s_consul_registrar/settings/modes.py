@@ -22,6 +22,8 @@ from k8s_consul_registrar.settings.selection import SelectionSettings, read_sele
 from k8s_consul_registrar.telemetry import FORMATS, LEVELS
 
 DEFAULT_PERIOD = 600.0
+# Less would be at once: an agent that restarts is out of sight for some seconds.
+SHORTEST_LOSS = 1.0
 KUBELET_PATHS = ("/metrics/cadvisor", "/metrics", "/metrics/resource", "/metrics/probes")
 
 
@@ -47,11 +49,12 @@ class BrakeSettings:
 
 @dataclass(frozen=True, slots=True)
 class RegistrarSettings:
-    """What the registrar heeds. `sync_period` is in seconds."""
+    """What the registrar heeds. `sync_period` and `orphan_after` are in seconds."""
 
     common: CommonSettings
     consul: ConsulSettings
     brake: BrakeSettings
+    orphan_after: float
     election: ElectionSettings | None
     cluster_name: str
     has_default_name: bool
@@ -108,6 +111,7 @@ def read_registrar(environment: Mapping[str, str]) -> RegistrarSettings:
         reader.seconds("BRAKE_CONFIRM_START"),
         reader.boolean("ALLOW_MASS_DEREGISTER"),
     )
+    orphan_after = reader.seconds("ORPHAN_AFTER", SHORTEST_LOSS)
     election = read_election(reader)
     backend = read_backend(reader, cluster_name, instance)
     selection = read_selection(reader)
@@ -131,6 +135,7 @@ def read_registrar(environment: Mapping[str, str]) -> RegistrarSettings:
         common=common,
         consul=consul,
         brake=brake,
+        orphan_after=orphan_after,
         election=election,
         cluster_name=cluster_name,
         has_default_name=has_default_name,

@@ -80,6 +80,13 @@ OPTIONS: tuple[Option, ...] = (
         _REGISTRAR,
         "600",
     ),
+    Option(
+        "ORPHAN_AFTER",
+        "seconds an agent must be seen lost before our services at its node are removed, 1 or more; with "
+        "CONSUL_BACKEND=agent alone",
+        _REGISTRAR,
+        "600",
+    ),
     Option("ALLOW_MASS_DEREGISTER", "true: mass removals are not held", _REGISTRAR, "false"),
     Option(
         "LEADER_ELECTION",

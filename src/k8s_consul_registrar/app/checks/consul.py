@@ -92,6 +92,16 @@ def need_of_agent(node: str) -> Need:
     )
 
 
+def need_of_lost_agents() -> Need:
+    """Return the right to find what is ours at nodes of other agents; to remove it, that on our services is enough."""
+    return Need(
+        Right("node", SOMEBODY_S, "read"),
+        'node_prefix "" { policy = "read" }',
+        "services of ours at the node of an agent that is gone are not found",
+        is_vital=False,
+    )
+
+
 async def check_consul(client: ConsulClient, address: str, *, is_catalog: bool) -> tuple[list[Finding], str]:
     """Say whether Consul answers, has a leader, and which version it is; and name the agent's node if known.
 
@@ -170,7 +180,10 @@ async def check_token(client: ConsulClient, needs: Sequence[Need], *, has_token:
     missing = [need for need, is_granted in zip(needs, granted, strict=True) if not is_granted]
     if not missing:
         return [ok(name, "may write our services and read the others'")]
-    return [_missing(need, has_token=has_token) for need in missing]
+    # One line of a policy may grant several rights; the lesser ones need not be said beside the first.
+    first = {need.rule: need for need in reversed(missing)}
+    told = [need for need in missing if need.is_vital or first[need.rule] is need]
+    return [_missing(need, has_token=has_token) for need in told]
 
 
 def _missing(need: Need, *, has_token: bool) -> Finding:

@@ -1,0 +1,220 @@
+"""When the nodes of lost agents are looked at and cleared, by a clock of the test's own."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from builders import make_pod, our_pod_service
+from k8s_consul_registrar.errors import ConsulError, ConsulForbidden, ConsulUnreachable
+from k8s_consul_registrar.model import AgentHealth, Service, Written
+from k8s_consul_registrar.registrar.brake import BrakeRules
+from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.ownership import Identity
+from k8s_consul_registrar.registrar.sweeper import Sweeper, SweepRules
+from memory import MemoryCluster
+
+AFTER, EVERY = 600.0, 30.0
+LOST = AgentHealth("old", "serfHealth", "critical", 7)
+
+
+class MemoryPlace:
+    """A lost agent's node."""
+
+    def __init__(self, agents: "MemoryAgents", node: str, may_go: Callable[[Service], bool]) -> None:
+        self.name = node
+        self._agents = agents
+        self._may_go = may_go
+
+    async def services(self) -> AsyncIterator[Service]:
+        """Yield what may go."""
+        self._agents.reads.append(self.name)
+        if self.name in self._agents.forbidden:
+            raise ConsulForbidden("no")
+        for one in list(self._agents.nodes[self.name]):
+            if self._may_go(one):
+                yield one
+
+    async def clear(self) -> Written:
+        """Remove it."""
+        gone = [one async for one in self.services()]
+        self._agents.nodes[self.name] = [one for one in self._agents.nodes[self.name] if one not in gone]
+        return Written(len(gone))
+
+
+class MemoryAgents:
+    """A catalog in memory; `problem` is what a look raises."""
+
+    def __init__(self) -> None:
+        self.seen: list[AgentHealth] = [LOST]
+        self.here: list[Service] = []
+        self.nodes: dict[str, list[Service]] = {"old": [], "other": []}
+        self.forbidden: set[str] = set()
+        self.reads: list[str] = []
+        self.problem: ConsulError | None = None
+
+    async def own_node(self) -> str:
+        """Return a name."""
+        if self.problem is not None:
+            raise self.problem
+        return "new"
+
+    async def failing(self) -> Sequence[AgentHealth]:
+        """Return what a test says."""
+        return self.seen
+
+    async def held_here(self, own_node: str) -> AsyncIterator[Service]:
+        """Yield what a test says."""
+        assert own_node == "new"
+        for one in self.here:
+            yield one
+
+    def place(self, lost: AgentHealth, may_go: Callable[[Service], bool]) -> MemoryPlace:
+        """Return a node."""
+        return MemoryPlace(self, lost.node, may_go)
+
+
+class Lab:
+    """A sweeper over a cluster with one Pod, `a`."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.cluster = MemoryCluster()
+        self.cluster.put_list([make_pod("a")])
+        self.agents = MemoryAgents()
+        self.registry = CollectorRegistry()
+        self.sweeper = Sweeper(
+            self.agents,
+            cluster=self.cluster,
+            identity=Identity("lab"),
+            rules=SweepRules(AFTER, EVERY, BrakeRules()),
+            metrics=RegistrarMetrics(self.registry),
+            clock=lambda: self.now,
+        )
+
+    async def look_for(self, seconds: float) -> int:
+        """Look every so often for so long; return how many looks asked for a full pass."""
+        asked = 0
+        for _ in range(int(seconds / EVERY)):
+            self.now += EVERY
+            asked += await self.sweeper.look()
+        return asked
+
+    def left(self, node: str = "old") -> set[str]:
+        """Return the names of what is at a node."""
+        return {one.id.rpartition("--")[2] for one in self.agents.nodes[node]}
+
+    def stays(self, why: str) -> float | None:
+        """Return the metric."""
+        return self.registry.get_sample_value("k8s_consul_registrar_orphaned_services", {"why": why})
+
+
+@pytest.fixture
+def lab() -> Lab:
+    """Return a lab in which our own agent has what the lost one has."""
+    lab = Lab()
+    lab.agents.here = [our_pod_service("a")]
+    lab.agents.nodes["old"] = [our_pod_service("a")]
+    return lab
+
+
+async def test_a_node_is_cleared_when_its_time_has_come(lab: Lab) -> None:
+    """Nothing is read before, one full pass is asked for then, and the sweep after it removes."""
+    assert await lab.look_for(AFTER) == 0
+    await lab.sweeper.sweep()
+    assert (lab.left(), lab.agents.reads) == ({"a"}, [])
+    assert await lab.look_for(3 * EVERY) == 1
+    await lab.sweeper.sweep()
+    assert lab.left() == set()
+
+
+async def test_the_time_runs_anew_after_it_was_seen_back(lab: Lab) -> None:
+    """One look that does not show it as lost is enough."""
+    await lab.look_for(AFTER)
+    lab.agents.seen = []
+    await lab.look_for(EVERY)
+    lab.agents.seen = [LOST]
+    assert await lab.look_for(AFTER) == 0
+    await lab.sweeper.sweep()
+    assert lab.left() == {"a"}
+
+
+async def test_a_sweep_looks_again_before_it_removes(lab: Lab) -> None:
+    """An agent that is back since the look that asked for the pass keeps everything."""
+    assert await lab.look_for(AFTER + EVERY) == 1
+    lab.agents.seen = []
+    await lab.sweeper.sweep()
+    assert lab.left() == {"a"}
+
+
+async def test_what_was_not_looked_at_counts_for_nothing(lab: Lab) -> None:
+    """After an outage of Consul the time runs anew, though the check says what it said before."""
+    await lab.look_for(EVERY)
+    lab.agents.problem = ConsulUnreachable("no leader")
+    assert await lab.look_for(AFTER) == 0
+    lab.agents.problem = None
+    assert await lab.look_for(AFTER) == 0
+    await lab.sweeper.sweep()
+    assert lab.left() == {"a"}
+    assert await lab.look_for(EVERY * 2) == 1
+
+
+async def test_an_agent_that_brings_its_services_back_is_given_time(lab: Lab) -> None:
+    """It lives, and is only out of reach: no removal follows the other at once."""
+    await lab.look_for(AFTER + EVERY)
+    await lab.sweeper.sweep()
+    lab.agents.nodes["old"] = [our_pod_service("a")]
+    await lab.look_for(AFTER - EVERY)
+    await lab.sweeper.sweep()
+    assert lab.left() == {"a"}
+    assert await lab.look_for(2 * EVERY) == 1
+    await lab.sweeper.sweep()
+    assert lab.left() == set()
+
+
+async def test_a_node_without_anything_of_ours_is_read_once(lab: Lab) -> None:
+    """However long its agent is lost; only when that is another loss is it read again."""
+    lab.agents.nodes["old"] = [our_pod_service("a", cluster="other")]
+    await lab.look_for(AFTER + EVERY)
+    for _ in range(3):
+        await lab.sweeper.sweep()
+    assert await lab.look_for(AFTER) == 0
+    assert lab.agents.reads == ["old"]
+    lab.agents.seen = [LOST._replace(version=9)]
+    await lab.look_for(AFTER + EVERY)
+    await lab.sweeper.sweep()
+    assert lab.agents.reads == ["old", "old"]
+
+
+async def test_a_node_that_cannot_be_read_does_not_hold_up_another(lab: Lab) -> None:
+    """Each is by itself."""
+    lab.agents.seen = [LOST, LOST._replace(node="other")]
+    lab.agents.nodes["other"] = [our_pod_service("a")]
+    lab.agents.forbidden = {"old"}
+    await lab.look_for(AFTER + EVERY)
+    await lab.sweeper.sweep()
+    assert (lab.left(), lab.left("other")) == ({"a"}, set())
+
+
+async def test_what_stays_is_shown_until_the_node_is_gone(lab: Lab) -> None:
+    """And the brake asks for the list that it waits for."""
+    lab.agents.here = []
+    lab.agents.nodes["old"] += [our_pod_service(f"gone-{number}") for number in range(3)]
+    await lab.look_for(AFTER + EVERY)
+    await lab.sweeper.sweep()
+    assert (lab.stays("not_here"), lab.stays("held")) == (1, 3)
+    assert len(lab.cluster.relists) == 1
+    lab.agents.seen = []
+    await lab.look_for(EVERY)
+    assert (lab.stays("not_here"), lab.stays("held")) == (0, 0)
+
+
+async def test_changes_of_the_cluster_still_wait_to_be_seen(lab: Lab) -> None:
+    """A sweep looks at the cluster without taking anything from the passes over changes."""
+    lab.cluster.wanted()
+    lab.cluster.put_list([make_pod("a"), make_pod("b")])
+    await lab.look_for(AFTER + EVERY)
+    await lab.sweeper.sweep()
+    assert lab.left() == set()
+    assert lab.cluster.needs_full_pass()
+    assert "pod--shop--b" in lab.cluster.changes().claims
