@@ -8,7 +8,7 @@ import pytest
 import structlog
 import uvloop
 
-ON_BOTH_LOOPS = ("test_proxy_",)
+ON_BOTH_LOOPS = ("test_proxy_", "test_accepting.py", "test_admin.py", "test_admin_sd.py")
 
 
 def pytest_asyncio_loop_factories(

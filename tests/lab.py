@@ -41,7 +41,7 @@ class Lab:
         self.folder = folder
         self.kubeconfig = folder / "kubeconfig"
         self.token_file = folder / "token"
-        self._consul_address = consul_address
+        self.consul_address = consul_address
         self.kubeconfig.write_text(
             kubeconfig(api_door.address, cluster.endpoint.authority, {"tokenFile": str(self.token_file)})
         )
@@ -50,7 +50,7 @@ class Lab:
         """Return a registrar, not started yet, with the rights of `deploy/rbac.yaml` unless it has others."""
         if not self.token_file.exists():
             self.token_file.write_text(await self.cluster.token(REGISTRAR_RULES))
-        settings = {"CONSUL_ADDRESS": self._consul_address, **QUICK, **environment}
+        settings = {"CONSUL_ADDRESS": self.consul_address, **QUICK, **environment}
         return self.daemon("registrar", **settings)
 
     async def proxy(self, **environment: str) -> Daemon:

@@ -51,6 +51,7 @@ async def test_pods_that_may_not_be_listed() -> None:
             status, text = await daemon.admin("/readyz")
             assert (status, "grant list and watch on pods" in text) == (503, True)
             assert await daemon.metric('source_followed{kind="pod"}') == 0
+            assert await daemon.metric('watch_restarts_total{cause="forbidden",kind="pod"}')
             assert await daemon.metric('source_followed{kind="node"}') == 1
 
 
@@ -168,7 +169,7 @@ async def test_five_hundred_odd_pods() -> None:
         await daemon.until(lambda: "pod--shop--the-last" in lab.services, within=30)
         line: JsonObject = await daemon.passes(2)
         assert not daemon.said("Consul refuses a service"), "what we take Consul takes"
-        assert await daemon.metric('targets{kind="pod"}') == len(lab.services)
+        assert await daemon.metric('targets{kind="pod",state="registered"}') == len(lab.services)
         assert line["rejected"] == len(wanted) + 1 - len(lab.services)
         assert set(lab.services) <= {*wanted, "pod--shop--the-last"}
         assert 0 < line["rejected"] < len(wanted), "both sorts are among them"

@@ -236,3 +236,31 @@ async def test_the_shortest_way_to_start_it() -> None:
             await daemon.until(lambda: lab.has(WEB))
             assert lab.meta(WEB)["cluster"] == "c1"
             assert await daemon.terminate() == 0
+
+
+async def test_a_long_first_sync_is_told_as_it_goes() -> None:
+    """A slow Consul: some lines say how far it is and how long it will take, and none once it is done."""
+    names = [f"web-{number}" for number in range(600)]
+    async with running_lab() as lab:
+        for start in range(0, len(names), 50):
+            await asyncio.gather(*(lab.cluster.add_pod(name) for name in names[start : start + 50]))
+        lab.consul_door.delay = 0.4
+        async with await lab.registrar(CONSUL_BACKEND="agent") as daemon:
+            line = await daemon.until_said("first sync under way", "seconds_left", within=60)
+            assert (line["backend"], line["doing"]) == ("agent", "registering")
+            assert (line["listed"], line["targets"]) == (600, 600)
+            assert 0 < line["registered"] < 600
+            assert line["level"] == "info"
+            assert line["seconds_left"] > 0
+            await lab.consul_door.heal()
+            await daemon.ready()
+            assert len(lab.services) == 600
+            # The interval is over once more; nothing is said of a sync that is done.
+            told = len(daemon.said("first sync under way"))
+            await asyncio.sleep(5.5)
+            assert len(daemon.said("first sync under way")) == told
+    async with running_lab() as lab, await lab.registrar() as daemon:
+        await lab.cluster.add_pod()
+        await daemon.until(lambda: lab.has(WEB))
+        await asyncio.sleep(5.5)
+        assert daemon.said("first sync under way") == []

@@ -13,6 +13,7 @@ from k8s_consul_registrar.app.process import new_registry
 from k8s_consul_registrar.cli import build_parser
 from k8s_consul_registrar.proxy.metrics import ProxyCollector
 from k8s_consul_registrar.proxy.outcomes import Outcome, ProxyStats
+from k8s_consul_registrar.registrar.collector import Figures, RegistrarCollector
 from k8s_consul_registrar.registrar.metrics import (
     PASS_OUTCOMES,
     WRITE_OUTCOMES,
@@ -79,6 +80,7 @@ def metric_names() -> set[str]:
     registry: CollectorRegistry = new_registry("registrar")
     RegistrarMetrics(registry)
     stats = ProxyStats(dict.fromkeys(Outcome, 0), 0, 0, 0, 0, 0, 0, 0, 0, 0, nodes_known=True)
+    registry.register(RegistrarCollector(Figures))
     families = [*registry.collect(), *ProxyCollector(lambda: stats).collect()]
     names = {f"{one.name}_total" if one.type == "counter" else one.name for one in families}
     return {name for name in names if name.startswith("k8s_consul_registrar")}

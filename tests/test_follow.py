@@ -234,7 +234,7 @@ async def test_a_drop_is_probed_and_resumed_from_the_last_event() -> None:
     assert [query["resourceVersion"] for query in api.queries("probe")] == ["107", "107"]
     assert api.queries("probe")[0]["limit"] == "1"
     assert [query["resourceVersion"] for query in api.queries("watch")] == ["100", "107"]
-    assert followed.counter.restarts == {"unreachable": 1, "busy": 1}
+    assert +followed.counter.restarts == {"unreachable": 1, "busy": 1}
 
 
 async def test_a_watch_the_server_ends_in_time_stays_followed() -> None:
@@ -246,7 +246,7 @@ async def test_a_watch_the_server_ends_in_time_stays_followed() -> None:
         await followed.until(lambda: api.count("watch") == 4)
         assert not followed.mirror.needs_full_pass()
         assert followed.state.is_followed
-    assert (api.count("list"), followed.counter.restarts) == (1, {"ended": 3})
+    assert (api.count("list"), +followed.counter.restarts) == (1, {"ended": 3})
     assert api.count("probe") == 3
 
 
@@ -261,7 +261,7 @@ async def test_an_expired_version_leads_to_a_list_in_either_form(form: str) -> N
         await followed.settled("a")
     assert api.count("list") == 2
     assert api.count("probe") == 0
-    assert followed.counter.restarts == {"expired": 1}
+    assert +followed.counter.restarts == {"expired": 1}
 
 
 async def test_versions_that_expire_again_and_again_are_not_listed_in_a_rush() -> None:
@@ -284,7 +284,7 @@ async def test_a_history_restored_lower_is_noticed_before_resuming() -> None:
         await followed.settled("a")
         await followed.until(lambda: api.count("watch") == 2)
     assert [query["resourceVersion"] for query in api.queries("watch")] == ["5000", "40"]
-    assert followed.counter.restarts == {"unreachable": 1, "ahead": 1}
+    assert +followed.counter.restarts == {"unreachable": 1, "ahead": 1}
 
 
 async def test_a_silent_watch_is_ended_and_resumed() -> None:
@@ -365,7 +365,7 @@ async def test_an_error_event_of_another_kind_is_a_failure() -> None:
     async with following(api) as followed:
         await followed.until(lambda: api.count("watch") == 2)
         await followed.settled("a", "b")
-    assert followed.counter.restarts == {"busy": 1}
+    assert +followed.counter.restarts == {"busy": 1}
     assert api.queries("watch")[1]["resourceVersion"] == "101"
 
 
@@ -380,7 +380,7 @@ async def test_a_stream_that_makes_no_sense_leads_to_a_list() -> None:
     async with following(api) as followed:
         await followed.until(lambda: api.count("list") == 2)
         await followed.settled("a")
-    assert followed.counter.restarts == {"refused": 1}
+    assert +followed.counter.restarts == {"refused": 1}
 
 
 async def test_retry_after_is_honoured_in_watch_and_list() -> None:
@@ -480,7 +480,7 @@ async def test_relist_interrupts_a_healthy_watch_once() -> None:
         await asyncio.sleep(0.2)
     assert (api.count("list"), api.count("watch"), followed.counter.lists) == (2, 2, 2)
     assert api.queries("watch")[1]["resourceVersion"] == "200"
-    assert followed.counter.restarts == {}
+    assert +followed.counter.restarts == {"relist": 1}
 
 
 async def test_relist_streams_where_lists_stream() -> None:
@@ -589,6 +589,8 @@ async def test_polling_lists_sooner_when_asked_or_after_a_failure() -> None:
         await followed.until(lambda: api.count("list") == 3)
         await asyncio.sleep(0.2)
     assert api.count("list") == 3
+    assert (+followed.counter.restarts, followed.counter.lists) == ({"busy": 1}, 2)
+    assert followed.counter.heard_at is not None
 
 
 def test_a_list_serves_the_wishes_of_its_past() -> None:

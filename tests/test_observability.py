@@ -11,10 +11,13 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
+from k8s_consul_registrar.admin.view import TargetState
 from k8s_consul_registrar.app.process import new_registry
+from k8s_consul_registrar.kube.activity import CAUSES
 from k8s_consul_registrar.model import Kind
 from k8s_consul_registrar.proxy.metrics import ProxyCollector
 from k8s_consul_registrar.proxy.outcomes import Outcome, ProxyStats
+from k8s_consul_registrar.registrar.collector import Figures, RegistrarCollector
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.orphans import Stays
 from k8s_consul_registrar.registrar.plan import Kept
@@ -43,6 +46,8 @@ def families() -> dict[str, Family]:
     """Return every metric of ours, as both modes would show them at their start."""
     registry: CollectorRegistry = new_registry("registrar")
     RegistrarMetrics(registry)
+    counted = Figures({("pod", "pending"): 0}, {"no_ip": 0}, {("pod", "ended"): 0}, {"pod": 0}, {"pod": 0.0})
+    registry.register(RegistrarCollector(lambda: counted))
     stats = ProxyStats(dict.fromkeys(Outcome, 0), 0, 0, 0, 0, 0, 0, 0, 0, 0, nodes_known=True, workers=2)
     found: dict[str, Family] = {}
     for one in (*registry.collect(), *ProxyCollector(lambda: stats, lambda: {"node": 0.0}).collect()):
@@ -103,9 +108,10 @@ def test_the_page_lists_every_metric_as_it_is() -> None:
 
 
 def test_the_page_lists_every_value_of_a_label() -> None:
-    """Outcomes of scrapes, reasons of rejections and causes of keeping are listed with their meaning."""
+    """Outcomes, states, reasons and causes are listed with their meaning."""
     listed = set(re.findall(r"^\| `(\w+)` \| [^|]+ \|$", PAGE.read_text(), re.MULTILINE))
-    assert listed == {one.value for kind in (Outcome, Reason, Kept, Stays) for one in kind}
+    kinds = (Outcome, Reason, Kept, Stays, TargetState)
+    assert listed == {one.value for kind in kinds for one in kind} | set(CAUSES)
 
 
 def test_alerts_and_dashboard_use_metrics_that_exist() -> None:

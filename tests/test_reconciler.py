@@ -347,6 +347,57 @@ async def test_one_refused_target_does_not_hold_up_the_rest() -> None:
     assert lab.value("passes_total", outcome="partial")
 
 
+@pytest.mark.parametrize("checks_versions", [True, False])
+async def test_the_lag_of_events_is_counted_once_written(checks_versions: bool) -> None:
+    """Each service that an event led to counts once, from the event to the write; what a list shows does not."""
+    lab = Lab(checks_versions=checks_versions)
+    async with lab.running():
+        await lab.synced("a", "b")
+        assert lab.value("event_lag_seconds_count") == 0
+        lab.cluster.mirror.put(PODS, make_pod("c"))
+        lab.cluster.mirror.remove(PODS, make_pod("a"))
+        await lab.until(["b", "c"])
+        await lab.until_so(lambda: lab.value("event_lag_seconds_count") == 2)
+        lab.consul.refused = {"pod--shop--slow"}
+        lab.cluster.mirror.put(PODS, make_pod("slow"))
+        lab.cluster.mirror.put(PODS, make_pod("x", ip=""))
+        await lab.until_so(lambda: "pod--shop--slow" in lab.reconciler.status.refused)
+        await asyncio.sleep(0.2)
+        assert lab.value("event_lag_seconds_count") == 2
+        lab.consul.refused.clear()
+        await lab.until_so(lambda: lab.value("event_lag_seconds_count") == 3)
+        total = lab.value("event_lag_seconds_sum")
+        assert total is not None
+        assert 0.2 <= total < 10
+        # An event led to a conflict, and that it could be written after all is news of Consul's.
+        lab.consul.put_by_hand(our_pod_service("taken", cluster="other"))
+        await lab.until_so(lambda: lab.consul.foreign is Disturbance.NONE)
+        lab.cluster.mirror.put(PODS, make_pod("taken"))
+        await lab.until_so(lambda: "pod--shop--taken" in lab.reconciler.status.conflicts)
+        await lab.until_so(lambda: lab.value("conflicts") == 1)
+        lab.consul.remove_by_hand("pod--shop--taken")
+        await lab.until(["b", "c", "slow", "taken"])
+        await asyncio.sleep(0.1)
+        assert lab.value("event_lag_seconds_count") == 3
+
+
+async def test_the_lag_lasts_through_an_outage_of_consul() -> None:
+    """What is written after it counts from its event, although everything was compared anew in between."""
+    lab = Lab()
+    async with lab.running():
+        await lab.synced("a")
+        lab.consul.is_down = True
+        lab.cluster.mirror.put(PODS, make_pod("b"))
+        await lab.until_so(lambda: lab.value("consul_up") == 0)
+        await asyncio.sleep(0.2)
+        lab.consul.is_down = False
+        await lab.until(["a", "b"])
+        await lab.until_so(lambda: lab.value("event_lag_seconds_count") == 1)
+        total = lab.value("event_lag_seconds_sum")
+        assert total is not None
+        assert 0.2 <= total < 10
+
+
 async def test_shards_outlive_a_consul_that_forgets_and_fails() -> None:
     """Services that Consul lost get their shards back, even when the first attempt to refill it fails."""
     lab = Lab(shards=FIFTY_SHARDS)
@@ -452,6 +503,7 @@ async def test_a_standby_writes_nothing_and_takes_over_warm() -> None:
         vote.set(is_leader=True)
         await lab.until(["a"])
         await lab.until_so(lambda: lab.value("leader") == 1)
+    assert lab.value("event_lag_seconds_count") == 0
 
 
 async def test_a_leader_that_lost_learns_anew_when_it_wins_again() -> None:

@@ -1,6 +1,8 @@
 """What the admin endpoints see of a running registrar: every state a target can be in, and no secret."""
 
 import asyncio
+import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -11,8 +13,11 @@ from prometheus_client import CollectorRegistry
 from builders import make_pod, our_pod_service
 from fake_consul import QUICK
 from k8s_consul_registrar.admin.view import SeenTarget, TargetState
+from k8s_consul_registrar.app.census import Census
 from k8s_consul_registrar.app.parts import identity, shards
 from k8s_consul_registrar.app.view import View, shown_settings
+from k8s_consul_registrar.kube.activity import CAUSES, Activity
+from k8s_consul_registrar.model import Kind, Source
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.budget import BudgetRules
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
@@ -97,6 +102,57 @@ async def test_every_state_of_a_target() -> None:
         assert [one.id for one in status.conflicts] == ["pod--shop--taken"]
         assert status.passes[0].outcome == "partial"
         assert status.sources[0].objects == 4
+
+
+async def test_targets_are_counted_by_kind_and_state() -> None:
+    """The count agrees with the targets themselves in every state, is taken anew after a change and not before."""
+    seen = Seen()
+    census = Census(seen.view, dict)
+    seen.consul.refused = {"pod--shop--bad"}
+    seen.consul.put_by_hand(our_pod_service("taken", cluster="other"))
+    pods = [make_pod(name) for name in ("good", "bad", "taken")] + [make_pod("x", ip="")]
+    async with seen.running():
+        seen.cluster.put_list([*pods, *(make_pod(f"gone-{number}") for number in range(3))])
+        await seen.synced()
+        seen.cluster.put_list(pods)
+        async with asyncio.timeout(5):
+            while not seen.view.status().brakes:
+                await asyncio.sleep(0.005)
+        assert sum(census.figures().targets.values()) == 0
+        await census.refresh()
+        figures = census.figures()
+        counted = {state: count for (kind, state), count in figures.targets.items() if kind == "pod"}
+        assert counted == {
+            "registered": 1, "refused": 1, "conflict": 1, "kept": 3, "pending": 0, "standby": 0
+        }  # fmt: skip
+        assert Counter(one.state.value for one in seen.view.targets()) == +Counter(counted)
+        assert figures.rejections["no_ip"] == 1
+        assert sum(figures.rejections.values()) == 1
+        assert {state for kind, state in figures.targets if kind == "node"} == set(TargetState)
+        await census.refresh()
+        assert census.figures().targets is figures.targets
+        seen.cluster.mirror.put(PODS, make_pod("later"))
+        await census.refresh()
+        assert census.figures().targets["pod", "pending"] == 1
+
+
+def test_the_following_is_counted_by_kind() -> None:
+    """Restarts of a kind's namespaces are added up, and the one that was silent longest counts."""
+    now = time.monotonic()
+    one = Activity(lists=2, restarts={**Activity().restarts, "expired": 3}, heard_at=now - 5)
+    other = Activity(lists=1, restarts={**Activity().restarts, "expired": 1, "ended": 2}, heard_at=now - 50)
+    activity = {
+        Source(Kind.POD, "a"): one,
+        Source(Kind.POD, "b"): other,
+        Source(Kind.NODE): Activity(),
+    }
+    figures = Census(Seen().view, lambda: activity).figures()
+    assert figures.restarts["pod", "expired"] == 4
+    assert figures.restarts["pod", "ended"] == 2
+    assert set(figures.restarts) == {(kind.value, cause) for kind in Kind for cause in CAUSES}
+    assert figures.lists == {"pod": 3, "node": 0}
+    assert figures.heard_at["pod"] == pytest.approx(time.time() - 50, abs=2)
+    assert figures.heard_at["node"] == 0
 
 
 async def test_the_generation_moves_with_what_is_seen() -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +10,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from k8s_consul_registrar.admin.rejection_index import RejectionIndex, RejectionSearch
 from k8s_consul_registrar.admin.sd_query import BadQuery, socket_address
 from k8s_consul_registrar.admin.target_index import Search, TargetIndex, parse_terms
 from k8s_consul_registrar.admin.view import MetaNames, RegistrarView, SeenTarget, TargetState, as_they_are
@@ -41,7 +41,7 @@ def api_routes(
     clock: Callable[[], float] = time.time,
 ) -> list[web.RouteDef]:
     """Return `/api/v1/targets`, `/api/v1/rejections` and `/api/v1/status`; `clock` gives epoch seconds."""
-    index = TargetIndex(view)
+    index, refused = TargetIndex(view), RejectionIndex(view)
 
     async def targets(request: web.Request) -> web.Response:
         asked = _parameters(request, _TARGET_PARAMETERS)
@@ -62,15 +62,16 @@ def api_routes(
         asked = _parameters(request, _REJECTION_PARAMETERS)
         limit, offset = _page(request)
         _one_of("kind", {asked["kind"]} - {""}, Kind)
-        every = sorted(view.rejections(), key=lambda rejection: rejection.key)
-        terms = parse_terms(asked["q"])
-        found = [one for one in every if _is_found(one, asked, terms)]
+        rejected = await refused.snapshot()
+        found = await rejected.find(
+            RejectionSearch(parse_terms(asked["q"]), asked["kind"], asked["namespace"], asked["reason"])
+        )
         return _answer(
             {
-                "total": len(every),
+                "total": len(rejected.rejections),
                 "found": len(found),
                 "offset": offset,
-                "reasons": _counts(one.reason for one in every),
+                "reasons": dict(rejected.reasons.most_common()),
                 "rejections": [_rejection(one) for one in found[offset : offset + limit]],
             }
         )
@@ -83,7 +84,7 @@ def api_routes(
             "targets": len(snapshot.targets),
             "states": snapshot.states,
             "kinds": snapshot.kinds,
-            "rejections": _counts(one.reason for one in view.rejections()),
+            "rejections": dict((await refused.snapshot()).reasons.most_common()),
             "conflicts": len(shown.conflicts),
         }
         most = dataclasses.replace(shown, conflicts=shown.conflicts[:MOST_CONFLICTS])
@@ -173,31 +174,12 @@ def _row(target: SeenTarget, meta_names: MetaNames) -> dict[str, Any]:
     }
 
 
-def _is_found(one: Rejection, asked: dict[str, str], terms: tuple[str, ...]) -> bool:
-    return (
-        (not asked["kind"] or one.key.kind == asked["kind"])
-        and (not asked["namespace"] or one.key.namespace == asked["namespace"])
-        and (not asked["reason"] or one.reason == asked["reason"])
-        and (not terms or _has_terms(one, terms))
-    )
-
-
-def _has_terms(one: Rejection, terms: tuple[str, ...]) -> bool:
-    text = f"{one.key.namespace}/{one.key.name}\n{one.reason}\n{one.detail}\n{one.id}".casefold()
-    return all(term in text for term in terms)
-
-
 def _rejection(one: Rejection) -> dict[str, Any]:
     return {"object": _object(one.key), "reason": one.reason, "detail": one.detail, "kept_id": one.id}
 
 
 def _object(key: ObjectKey) -> dict[str, str]:
     return {"kind": key.kind, "namespace": key.namespace, "name": key.name}
-
-
-def _counts(words: Iterable[str]) -> dict[str, int]:
-    """Count words, the most frequent first."""
-    return dict(Counter(words).most_common())
 
 
 def _answer(value: dict[str, Any], status: int = 200) -> web.Response:

@@ -1,12 +1,14 @@
 """The HTTP server of `HTTP_SD_PORT`: targets for collectors outside the cluster, who show who they are."""
 
 import asyncio
+import ssl
 from types import TracebackType
 from typing import Self
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from k8s_consul_registrar.admin.accepting import Acceptor, Bounds, server_log
 from k8s_consul_registrar.admin.http_sd import SD_PATH, sd_handler
 from k8s_consul_registrar.admin.listening import listen
 from k8s_consul_registrar.admin.view import MetaNames, TargetsView, as_they_are
@@ -21,7 +23,10 @@ _LOOK_EVERY = 5.0
 _SHUTDOWN_TIMEOUT = 2.0
 # Collectors ask every minute; a handshake a minute costs less than a connection kept.
 _KEEPALIVE_TIMEOUT = 30.0
-_HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'"}
+# Seconds a body that nobody asked for is read for, before its connection is closed.
+_LINGERING_TIME = 2.0
+# Of every answer; what `check` knows us by.
+HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'"}
 
 log = get_logger("http_sd")
 
@@ -41,16 +46,23 @@ class HttpSdServer:
         meta_names: MetaNames = as_they_are,
         bearer: BearerFile | None = None,
         tls: ServerTls | None = None,
+        bounds: Bounds | None = None,
     ) -> None:
-        app = web.Application(middlewares=[_asks_for(bearer)] if bearer else [])
+        self._acceptor = Acceptor(bounds)
+        asking = [_asks_for(bearer)] if bearer else []
+        app = web.Application(middlewares=[self._acceptor.middleware, *asking])
         app.router.add_get(SD_PATH, sd_handler(view, meta_names), allow_head=False)
         app.on_response_prepare.append(_harden)
         self._runner = web.AppRunner(
-            app, access_log=None, keepalive_timeout=_KEEPALIVE_TIMEOUT, shutdown_timeout=_SHUTDOWN_TIMEOUT
+            app,
+            access_log=None,
+            logger=server_log(),
+            keepalive_timeout=_KEEPALIVE_TIMEOUT,
+            shutdown_timeout=_SHUTDOWN_TIMEOUT,
+            lingering_time=_LINGERING_TIME,
         )
         self._bearer = bearer
         self._tls = tls
-        self._site: web.SockSite | None = None
         self._wanted = port
         self.port = port
 
@@ -60,7 +72,9 @@ class HttpSdServer:
         self.port = self._listening.getsockname()[1]
         try:
             await self._runner.setup()
-            await self._open()
+            assert self._runner.server is not None
+            context = self._tls.context if self._tls else None
+            self._acceptor.start(self._listening, self._runner.server, context)
         except BaseException:
             await self._close()
             raise
@@ -93,27 +107,19 @@ class HttpSdServer:
             log.warning("TLS of HTTP_SD_PORT stays as it was", problem=str(error))
             return
         if is_new:
-            await self._open()
+            await self._renew(self._tls.context)
             log.info("HTTP_SD_PORT has new TLS files")
 
-    async def _open(self) -> None:
-        """Accept with the context of this moment, then end what was accepted with the one before.
-
-        Both take from one queue of connections, so none is turned away in between.
-        """
-        before = self._site
-        context = self._tls.context if self._tls else None
-        self._site = web.SockSite(self._runner, self._listening.dup(), ssl_context=context)
-        await self._site.start()
-        if before is not None:
-            await before.stop()
-            assert self._runner.server is not None
-            # Not their `close`, which leaves an idle connection open and unattended (aiohttp 3.14).
-            await asyncio.gather(
-                *(one.shutdown(_SHUTDOWN_TIMEOUT) for one in self._runner.server.connections)
-            )
+    async def _renew(self, context: ssl.SSLContext) -> None:
+        """Accept with the context of this moment, and end what was accepted with the one before."""
+        assert self._runner.server is not None
+        before = self._runner.server.connections
+        self._acceptor.renew(context)
+        # Not their `close`, which leaves an idle connection open and unattended (aiohttp 3.14).
+        await asyncio.gather(*(one.shutdown(_SHUTDOWN_TIMEOUT) for one in before))
 
     async def _close(self) -> None:
+        await self._acceptor.stop()
         await self._runner.cleanup()
         self._listening.close()
 
@@ -135,4 +141,4 @@ def _asks_for(bearer: BearerFile) -> Middleware:
 
 async def _harden(_: web.Request, response: web.StreamResponse) -> None:
     """No answer of ours is a page, whatever a browser makes of it."""
-    response.headers.update(_HEADERS)
+    response.headers.update(HEADERS)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
 
+from k8s_consul_registrar.admin.ordering import sorted_in_turns
 from k8s_consul_registrar.admin.view import SeenTarget, TargetState, TargetsView
 from k8s_consul_registrar.model import Kind
 
@@ -78,8 +79,8 @@ class Snapshot:
     _found: dict[Search, list[SeenTarget]] = field(default_factory=dict)
 
     def add(self, targets: list[SeenTarget]) -> None:
-        """Take in some targets, in order among themselves; sorting them all is left to the end."""
-        self.targets += sorted(targets, key=_by_id)
+        """Take in some targets; putting them in order is left to the end."""
+        self.targets += targets
         self.states.update(target.state for target in targets)
         self.kinds.update(target.key.kind for target in targets)
         self.namespaces.update(target.key.namespace for target in targets if target.key.namespace)
@@ -138,6 +139,5 @@ class TargetIndex:
                 await asyncio.sleep(0)
         taken.add(slice_)
         await asyncio.sleep(0)
-        # Quick, since every slice is in order already: Python's sort merges what it finds sorted.
-        taken.targets.sort(key=_by_id)
+        taken.targets = await sorted_in_turns(taken.targets, _by_id)
         return taken

@@ -32,6 +32,7 @@ from k8s_consul_registrar.app.checks.consul import (
     needs_of_services,
 )
 from k8s_consul_registrar.app.checks.finding import Finding, Outcome, fail, is_passed, ok, skipped, warn
+from k8s_consul_registrar.app.checks.http_sd import check_http_sd
 from k8s_consul_registrar.app.checks.kubelets import Kubelets, check_kubelets
 from k8s_consul_registrar.app.checks.node_port import check_node_port
 from k8s_consul_registrar.app.checks.report import as_json, as_table
@@ -128,6 +129,8 @@ async def check(subject: Subject, timing: Timing = TIMING) -> list[Finding]:
     parts: list[Awaitable[list[Finding]]] = []
     if subject.registrar:
         parts.append(_listed("consul", _check_consul(subject.registrar, cluster, timing)))
+        if subject.registrar.http_sd:
+            parts.append(_listed("http_sd", check_http_sd(subject.registrar.http_sd, timing.read_timeout)))
         parts.append(_listed("node port", _check_node_port(subject.registrar, cluster, timing)))
     if subject.proxy:
         parts.append(_listed("kubelets", _check_kubelets(subject.proxy, cluster, timing)))
@@ -284,5 +287,9 @@ async def _check_kubelets(
             timeout=timing.read_timeout,
         )
     except AccessError as error:
-        return [fail("kubelets", str(error))]
+        return [
+            fail(
+                "kubelets", str(error), "it is read where the proxy runs: is it mounted there, and readable?"
+            )
+        ]
     return await check_kubelets(view.nodes, kubelets, allow_loopback=settings.allow_loopback)

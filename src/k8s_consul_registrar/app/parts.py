@@ -67,13 +67,24 @@ def new_elector(settings: RegistrarSettings, kube: KubeClient) -> Elector | None
 
 def http_sd_server(settings: HttpSdSettings, view: TargetsView, meta_names: MetaNames) -> HttpSdServer:
     """Build what serves targets to collectors; raises an `AccessError` naming the setting at fault."""
-    bearer = tls = None
-    if settings.bearer_token_file:
-        bearer = BearerFile(Path(settings.bearer_token_file), setting="HTTP_SD_BEARER_TOKEN_FILE")
-    if settings.cert_file:
-        client_ca = Path(settings.client_ca_file) if settings.client_ca_file else None
-        tls = ServerTls(TlsFiles(Path(settings.cert_file), Path(settings.key_file), client_ca))
-    return HttpSdServer(port=settings.port, view=view, meta_names=meta_names, bearer=bearer, tls=tls)
+    return HttpSdServer(
+        port=settings.port,
+        view=view,
+        meta_names=meta_names,
+        bearer=http_sd_bearer(settings) if settings.bearer_token_file else None,
+        tls=http_sd_tls(settings) if settings.cert_file else None,
+    )
+
+
+def http_sd_bearer(settings: HttpSdSettings) -> BearerFile:
+    """Read the token of collectors; raises an `AccessError`."""
+    return BearerFile(Path(settings.bearer_token_file), setting="HTTP_SD_BEARER_TOKEN_FILE")
+
+
+def http_sd_tls(settings: HttpSdSettings) -> ServerTls:
+    """Read the files of TLS towards collectors; raises an `AccessError`."""
+    client_ca = Path(settings.client_ca_file) if settings.client_ca_file else None
+    return ServerTls(TlsFiles(Path(settings.cert_file), Path(settings.key_file), client_ca))
 
 
 def brake_rules(settings: RegistrarSettings) -> BrakeRules:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from k8s_consul_registrar import __version__
 from k8s_consul_registrar.admin.api import api_routes
 from k8s_consul_registrar.admin.page import page_routes
 from k8s_consul_registrar.admin.server import AdminServer
+from k8s_consul_registrar.app.census import Census
 from k8s_consul_registrar.app.lifecycle import Stop, run_until_stopped
 from k8s_consul_registrar.app.parts import (
     brake_rules,
@@ -35,9 +36,11 @@ from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.cluster import FollowedCluster
 from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.registrar.budget import FULL_READ_GAP, BudgetRules
+from k8s_consul_registrar.registrar.collector import RegistrarCollector
 from k8s_consul_registrar.registrar.elector import Elector
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.ownership import Claim
+from k8s_consul_registrar.registrar.progress import tell_progress
 from k8s_consul_registrar.registrar.reconciler import Reconciler
 from k8s_consul_registrar.registrar.record import OwnRecord
 from k8s_consul_registrar.registrar.relocation import leave
@@ -104,8 +107,12 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
             shards(settings),
             None if elector is None else lambda: elector.holder,
         )
-        await _serve(settings, view, registry, stack, access)
-        await _run(stop, cluster, reconciler, elector, _relocation(settings, view, client, timing))
+        await _serve(settings, view, registry, stack, access=access, census=Census(view, cluster.activity))
+        aside = (
+            _relocation(settings, view, client, timing),
+            tell_progress(view.progress, settings.backend.backend),
+        )
+        await _run(stop, cluster, reconciler, elector, aside)
     log.info("registrar ends; what is registered stays")
 
 
@@ -129,10 +136,13 @@ async def _serve(
     view: View,
     registry: CollectorRegistry,
     stack: AsyncExitStack,
+    *,
     access: Access,
+    census: Census,
 ) -> None:
     """Open the admin port, and the port of http_sd where it is wanted."""
     meta_keys = settings.naming.meta_keys
+    registry.register(RegistrarCollector(census.figures))
     ports = {}
     if settings.http_sd is not None:
         server = http_sd_server(settings.http_sd, view, meta_keys.wire)
@@ -146,6 +156,7 @@ async def _serve(
             health=_Health(view.status_of),
             registry=registry,
             routes=[*page_routes(), *api_routes(view, meta_keys.wire)],
+            before_metrics=census.refresh,
         )
     )
     log.info(
@@ -167,12 +178,12 @@ async def _run(
     cluster: FollowedCluster,
     reconciler: Reconciler,
     elector: Elector | None,
-    relocation: Coroutine[None, None, None],
+    aside: Iterable[Coroutine[None, None, None]],
 ) -> None:
     """Run everything until the stop; the lease is given back only when nothing writes any more."""
     async with asyncio.TaskGroup() as group:
         electing = None if elector is None else group.create_task(elector.run())
-        await run_until_stopped(stop, cluster.run(), reconciler.run(), relocation)
+        await run_until_stopped(stop, cluster.run(), reconciler.run(), *aside)
         reconciler.status.is_draining = True
         if electing is not None:
             electing.cancel()

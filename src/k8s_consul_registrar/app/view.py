@@ -21,6 +21,7 @@ from k8s_consul_registrar.kube.mirror import Mirror
 from k8s_consul_registrar.model import Rejection, Service, Target
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.passes import Passes
+from k8s_consul_registrar.registrar.progress import Progress
 from k8s_consul_registrar.registrar.status import PassRecord, RegistrarStatus
 from k8s_consul_registrar.settings.modes import RegistrarSettings
 from k8s_consul_registrar.settings.naming import HASH
@@ -69,6 +70,27 @@ class View:
                 yield self._seen(service_id, min(claims, key=lambda target: target.rank))
         for entry in self.passes.unclaimed(self.mirror.claims):
             yield SeenTarget(entry.service(self.identity), entry.target.key, TargetState.KEPT)
+
+    def states(self) -> Iterator[tuple[str, str]]:
+        """Yield kind and state of each of `targets`, at a tenth of the cost."""
+        for service_id in tuple(self.mirror.claims):
+            if claims := self.mirror.claims.get(service_id):
+                yield claims[0].key.kind.value, self._state(service_id).value
+        for entry in self.passes.unclaimed(self.mirror.claims):
+            yield entry.target.key.kind.value, TargetState.KEPT.value
+
+    def progress(self) -> Progress | None:
+        """Return how far the first sync is, None once it is done."""
+        if self.status_of.has_synced:
+            return None
+        states = self.mirror.states().values()
+        return Progress(
+            listed=sum(one.objects for one in states),
+            is_listed=all(one.listed_at is not None for one in states),
+            targets=len(self.mirror.claims),
+            registered=self.passes.registered,
+            rejected=len(self.mirror.rejections),
+        )
 
     def rejections(self) -> list[Rejection]:
         """Return every object that asks to be scraped and cannot be."""
@@ -121,14 +143,23 @@ class View:
         if entry is not None:
             return SeenTarget(entry.service(self.identity), entry.target.key, TargetState.REGISTERED)
         service = self._expected(service_id, target)
+        detail = ""
         if service_id in state.conflicts:
             detail = f"held by {state.conflicts[service_id].holder}"
-            return SeenTarget(service, target.key, TargetState.CONFLICT, detail)
+        elif service_id in state.refused:
+            detail = state.refused[service_id]
+        return SeenTarget(service, target.key, self._state(service_id), detail)
+
+    def _state(self, service_id: str) -> TargetState:
+        """Return where the target of an ID that is asked for stands."""
+        state = self.status_of
+        if self.passes.entry(service_id) is not None:
+            return TargetState.REGISTERED
+        if service_id in state.conflicts:
+            return TargetState.CONFLICT
         if service_id in state.refused:
-            return SeenTarget(service, target.key, TargetState.REFUSED, state.refused[service_id])
-        return SeenTarget(
-            service, target.key, TargetState.STANDBY if state.is_standby else TargetState.PENDING
-        )
+            return TargetState.REFUSED
+        return TargetState.STANDBY if state.is_standby else TargetState.PENDING
 
     def _expected(self, service_id: str, target: Target) -> Service:
         """Make the service a target is to have; a shard that chance is yet to choose stays open."""

@@ -4,20 +4,52 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# Beside `ClusterError.cause`: a watch that the server ended as it was asked to, in its own time.
-ENDED = "ended"
+from k8s_consul_registrar.errors import (
+    ClusterAhead,
+    ClusterBusy,
+    ClusterError,
+    ClusterExpired,
+    ClusterForbidden,
+    ClusterRefused,
+    ClusterSilent,
+    ClusterUnauthorized,
+    ClusterUnreachable,
+)
+
+# Beside `ClusterError.cause`: a watch that the server ended as it was asked to, in its own time; and one
+# that we ended since a new list was due.
+ENDED, RELIST = "ended", "relist"
+CAUSES = (
+    ENDED,
+    RELIST,
+    *(
+        error.cause
+        for error in (
+            ClusterUnreachable,
+            ClusterUnauthorized,
+            ClusterForbidden,
+            ClusterExpired,
+            ClusterAhead,
+            ClusterSilent,
+            ClusterBusy,
+            ClusterRefused,
+            ClusterError,
+        )
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Activity:
     """One source at one moment.
 
-    `lists` were completed; `restarts` are watches that ended, by cause (`ClusterError.cause` or "ended");
-    `heard_at` is when an event or a bookmark last came, in monotonic seconds, None before the first.
+    `lists` were completed; `restarts` are lists and watches that ended, by cause, with every one of `CAUSES`;
+    `heard_at` is when an event, a bookmark or a complete list last came, in monotonic seconds, None before the
+    first.
     """
 
     lists: int = 0
-    restarts: Mapping[str, int] = field(default_factory=dict)
+    restarts: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0))
     heard_at: float | None = None
 
 
@@ -26,8 +58,12 @@ class ActivityCounter:
     """Counts for one source."""
 
     lists: int = 0
-    restarts: Counter[str] = field(default_factory=Counter)
+    restarts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(CAUSES, 0)))
     heard_at: float | None = None
+
+    def ended(self, cause: str) -> None:
+        """Count a list or a watch that ended; a cause that is none of `CAUSES` counts as an error."""
+        self.restarts[cause if cause in self.restarts else ClusterError.cause] += 1
 
     def snapshot(self) -> Activity:
         """Return the counts as a value."""

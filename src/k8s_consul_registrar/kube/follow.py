@@ -118,7 +118,8 @@ class Following:
         """Tell the mirror that the list is complete."""
         while self.mirror.infer_absences(self.source):  # noqa: ASYNC110 - gives way between slices
             await asyncio.sleep(0)
-        self.mirror.finish_listing(self.source, self.clock())
+        self.counter.heard_at = self.clock()
+        self.mirror.finish_listing(self.source, self.counter.heard_at)
         self.counter.lists += 1
 
 

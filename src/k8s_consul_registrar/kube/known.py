@@ -28,4 +28,5 @@ class Known:
 
     def state(self) -> SourceState:
         """Return what others need to know of it, as a value."""
-        return SourceState(self.listed_at, self.is_followed, self.objects, self.is_opaque, self.problem)
+        objects = self.listed_objects if self.listed_at is None else self.objects
+        return SourceState(self.listed_at, self.is_followed, objects, self.is_opaque, self.problem)

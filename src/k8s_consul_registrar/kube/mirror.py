@@ -1,9 +1,11 @@
 """Our copy of what the API server's objects ask for: targets and rejections, never the objects."""
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
+from k8s_consul_registrar.kube.dirty import Dirty
 from k8s_consul_registrar.kube.known import Known, Verdict
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.sharing import Sharing
@@ -21,8 +23,14 @@ class Mirror:
     It belongs to one event loop. Memory follows targets and rejections, not objects.
     """
 
-    def __init__(self, sources: Iterable[Source], judge: Callable[[Item], Verdict | None]) -> None:
+    def __init__(
+        self,
+        sources: Iterable[Source],
+        judge: Callable[[Item], Verdict | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._judge = judge
+        self._clock = clock
         self._known = {source: Known() for source in sources}
         self._sharing = Sharing()
         has_nodes = Source(Kind.NODE) in self._known
@@ -37,7 +45,7 @@ class Mirror:
         self._rejections_copy: Mapping[ObjectKey, Rejection] | None = None
         self._departed: set[ObjectKey] = set()
         self._cluster_uid = ""
-        self._dirty: set[str] = set()
+        self._dirty = Dirty()
         self._needs_full_pass = False
         self._changed = asyncio.Event()
         # Moves with every change, for whoever keeps what was made of the claims.
@@ -62,7 +70,7 @@ class Mirror:
         self._count(known, int(is_added))
         verdict = self._judge(item)
         if isinstance(item, Node):
-            self._learn_zone(item)
+            self._learn_zone(item, self._moment(known))
         if verdict is None or item.key is None:
             self._blur(known)
             return
@@ -78,7 +86,7 @@ class Mirror:
         before = known.verdicts.get(key, ())
         if before == verdict:
             return
-        self._replace(known, key, before, verdict)
+        self._replace(known, key, before, verdict, self._moment(known))
         if verdict == ():
             self._departed.add(key)
         else:
@@ -95,7 +103,7 @@ class Mirror:
             known.unseen.discard(item.key)
         before = known.verdicts.get(item.key, ())
         if before != ():
-            self._replace(known, item.key, before, ())
+            self._replace(known, item.key, before, (), self._moment(known))
             self._departed.add(item.key)
 
     def infer_absences(self, source: Source) -> bool:
@@ -155,13 +163,13 @@ class Mirror:
     def wanted(self) -> Wanted:
         """Return all that is known now, as a value that later changes do not touch."""
         self._needs_full_pass = False
-        self._dirty.clear()
+        _, heard = self._dirty.take()
         self._changed.clear()
-        return self.known()
+        return self._value(dict(self._claims), heard)
 
     def known(self) -> Wanted:
         """Return the same, but what changed still waits to be seen."""
-        return self._value(dict(self._claims))
+        return self._value(dict(self._claims), {})
 
     @property
     def claims(self) -> Mapping[str, Sequence[Target]]:
@@ -183,15 +191,13 @@ class Mirror:
         return {source: known.state() for source, known in self._known.items()}
 
     def changes(self, also: AbstractSet[str] = frozenset()) -> Wanted:
-        """Return what changed since the last call of this or `wanted`, as a value.
+        """Return what changed since the last call of this or `wanted`, as a value; all else is as in `wanted`.
 
-        `claims` are those of the service IDs whose targets changed, and of those in `also`; empty for an
-        ID that nobody asks for now. All the rest is as in `wanted`.
+        `claims` are of the service IDs whose targets changed, and of `also`; empty where nobody asks now.
         """
-        claims = {service_id: self._claims.get(service_id, ()) for service_id in self._dirty | also}
-        self._dirty.clear()
+        dirty, heard = self._dirty.take()
         self._changed.clear()
-        return self._value(claims)
+        return self._value({one: self._claims.get(one, ()) for one in dirty | also}, heard)
 
     def needs_full_pass(self) -> bool:
         """Whether more than single targets changed since `wanted` was last called.
@@ -211,7 +217,7 @@ class Mirror:
         """Forget departures that Consul no longer holds anything of."""
         self._departed -= departed
 
-    def _value(self, claims: Mapping[str, tuple[Target, ...]]) -> Wanted:
+    def _value(self, claims: Mapping[str, tuple[Target, ...]], heard: Mapping[str, float]) -> Wanted:
         if self._rejections_copy is None:
             self._rejections_copy = dict(self._rejections)
         return Wanted(
@@ -220,9 +226,10 @@ class Mirror:
             sources=self.states(),
             departed=frozenset(self._departed),
             cluster_uid=self._cluster_uid,
+            heard=heard,
         )
 
-    def _learn_zone(self, node: Node) -> None:
+    def _learn_zone(self, node: Node, at: float | None) -> None:
         """Move the Pods of a Node, and no others, where its zone is another one than was known."""
         if self._zones is None:
             return
@@ -233,11 +240,15 @@ class Mirror:
                 continue
             after = self._sharing.targets(self._zones.place(before))
             if after != before:
-                self._replace(known, key, before, after)
+                self._replace(known, key, before, after, at)
 
     def _drop(self, known: Known, keys: Iterable[ObjectKey]) -> None:
         for key in keys:
-            self._replace(known, key, known.verdicts[key], ())
+            self._replace(known, key, known.verdicts[key], (), None)
+
+    def _moment(self, known: Known) -> float | None:
+        """Return when an event of this source is heard of: now; None within a list, which tells of the past."""
+        return None if known.unseen is not None else self._clock()
 
     def _count(self, known: Known, step: int) -> None:
         if known.unseen is not None:
@@ -257,7 +268,9 @@ class Mirror:
         self.generation += 1
         self._changed.set()
 
-    def _replace(self, known: Known, key: ObjectKey, before: Verdict, after: Verdict) -> None:
+    def _replace(
+        self, known: Known, key: ObjectKey, before: Verdict, after: Verdict, at: float | None
+    ) -> None:
         """Put a verdict that differs in place of the one before, and note the service IDs it is about."""
         if self._zones is not None:
             self._zones.moved(key, before, after)
@@ -268,31 +281,30 @@ class Mirror:
         if isinstance(before, Rejection):
             del self._rejections[key]
             self._rejections_copy = None
-            self._dirty.add(before.id)
+            self._dirty.mark(before.id, at)
         else:
-            self._unclaim(key, before)
+            self._unclaim(key, before, at)
         if isinstance(after, Rejection):
             self._rejections[key] = after
             self._rejections_copy = None
-            self._dirty.add(after.id)
+            self._dirty.mark(after.id, at)
         else:
-            self._claim(after)
-        self._dirty.discard("")
+            self._claim(after, at)
         self.generation += 1
         self._changed.set()
 
-    def _unclaim(self, key: ObjectKey, targets: tuple[Target, ...]) -> None:
+    def _unclaim(self, key: ObjectKey, targets: tuple[Target, ...], at: float | None) -> None:
         for target in targets:
-            self._dirty.add(target.id)
+            self._dirty.mark(target.id, at)
             rest = tuple(one for one in self._claims[target.id] if one.key != key)
             if rest:
                 self._claims[target.id] = rest
             else:
                 del self._claims[target.id]
 
-    def _claim(self, targets: tuple[Target, ...]) -> None:
+    def _claim(self, targets: tuple[Target, ...], at: float | None) -> None:
         for target in targets:
-            self._dirty.add(target.id)
+            self._dirty.mark(target.id, at)
             others = self._claims.get(target.id, ())
             # The usual case of one target and one claim shares one tuple, for its memory.
             alone = targets if len(targets) == 1 else (target,)

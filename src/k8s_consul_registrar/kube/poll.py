@@ -26,6 +26,7 @@ class Poller:
             try:
                 await self._list()
             except ClusterError as error:
+                self._following.counter.ended(error.cause)
                 self._following.mirror.fail(self._following.source, str(error))
                 await patience.wait(error)
             else:

@@ -14,7 +14,7 @@ from k8s_consul_registrar.errors import (
     ClusterUnreachable,
     ClusterUnstreamed,
 )
-from k8s_consul_registrar.kube.activity import ENDED
+from k8s_consul_registrar.kube.activity import ENDED, RELIST
 from k8s_consul_registrar.kube.follow import Following, Lister, Patience, Relists
 from k8s_consul_registrar.kube.watch import Bookmark, Broken, Changed, Deleted, WatchEvent
 from k8s_consul_registrar.model import Kind
@@ -104,7 +104,7 @@ class Watcher:
 
     async def _attempt(self) -> ClusterError | None:
         """Follow by one connection to its end; return why it failed, None where it merely ended."""
-        restarts = self._following.counter.restarts
+        counter = self._following.counter
         try:
             await self._confirm_identity()
             await self._follow()
@@ -114,13 +114,12 @@ class Watcher:
             self._is_doubtful = True
             if isinstance(error, LOST):
                 self._version = ""
-            restarts[error.cause] += 1
+            counter.ended(error.cause)
             self._mirror.fail(self._source, str(error))
             return error
         finally:
             self._is_listing = False
-        if self._version:
-            restarts[ENDED] += 1
+        counter.ended(ENDED if self._version else RELIST)
         return None
 
     async def _confirm_identity(self) -> None:

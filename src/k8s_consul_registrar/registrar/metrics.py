@@ -7,7 +7,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from k8s_consul_registrar.model import Kind
 from k8s_consul_registrar.registrar.orphans import Stays
 from k8s_consul_registrar.registrar.plan import Kept
-from k8s_consul_registrar.targets.reasons import Reason
 
 PASS_OUTCOMES = ("success", "partial", "failure")
 WRITE_VERBS = ("register", "update", "deregister")
@@ -19,12 +18,6 @@ class RegistrarMetrics:
     """Counters and gauges of the reconciler, kept in the registry that is handed in."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.targets = Gauge(
-            f"{PREFIX}_targets", "Targets the cluster asks for, by kind.", ["kind"], registry=registry
-        )
-        self.rejections = Gauge(
-            f"{PREFIX}_rejections", "Objects refused as targets, by reason.", ["reason"], registry=registry
-        )
         self.passes = Counter(
             f"{PREFIX}_passes", "Passes over Consul, by outcome.", ["outcome"], registry=registry
         )
@@ -37,8 +30,19 @@ class RegistrarMetrics:
         self.writes = Counter(
             f"{PREFIX}_writes", "Services written to Consul.", ["verb", "outcome"], registry=registry
         )
+        self.event_lag = Histogram(
+            f"{PREFIX}_event_lag_seconds",
+            "Time from an event of the API server to Consul's acknowledgement of what it led to.",
+            registry=registry,
+            buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+        )
         self.last_success = Gauge(
             f"{PREFIX}_last_success_timestamp_seconds", "When a pass last succeeded.", registry=registry
+        )
+        self.last_full_pass = Gauge(
+            f"{PREFIX}_last_full_pass_timestamp_seconds",
+            "When everything was last compared.",
+            registry=registry,
         )
         self.conflicts = Gauge(
             f"{PREFIX}_conflicts", "Service IDs we want that somebody else holds.", registry=registry
@@ -87,10 +91,7 @@ class RegistrarMetrics:
 
     def _zero(self) -> None:
         for kind in Kind:
-            self.targets.labels(kind.value)
             self.source_up.labels(kind.value)
-        for reason in Reason:
-            self.rejections.labels(reason.value)
         for outcome in PASS_OUTCOMES:
             self.passes.labels(outcome)
         for verb in WRITE_VERBS:

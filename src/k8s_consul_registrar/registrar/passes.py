@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -12,6 +12,7 @@ from k8s_consul_registrar.registrar.brake import BrakeRules, Memory
 from k8s_consul_registrar.registrar.ledger import Entry, Ledger
 from k8s_consul_registrar.registrar.naming import comparable_name, is_of_a_registrar
 from k8s_consul_registrar.registrar.ownership import Identity
+from k8s_consul_registrar.registrar.pace import FIRST, next_batch
 from k8s_consul_registrar.registrar.plan import Plan, Planner
 from k8s_consul_registrar.registrar.ports import Cluster, Registry
 from k8s_consul_registrar.registrar.report import Reporter
@@ -20,8 +21,6 @@ from k8s_consul_registrar.targets.sharding import Shards
 
 # After so many services a pass lets the loop turn, so that health checks and events are served meanwhile.
 SLICE = 250
-# So many services at a time are made and handed to the registry: a first sync of 80,000 is never in memory.
-BATCH = 4096
 
 
 class Passes:
@@ -49,6 +48,7 @@ class Passes:
         self._pending: set[str] = set()
         self._refused: set[str] = set()
         self._had_full_pass = False
+        self._batch = FIRST
         self._readings = 0
         self._lost_shards: dict[str, str] = {}
         self._taken_names: set[str] = set()
@@ -68,6 +68,11 @@ class Passes:
     def entry(self, service_id: str) -> Entry | None:
         """Return what is known to stand in Consul under an ID."""
         return self._ledger.get(service_id)
+
+    @property
+    def registered(self) -> int:
+        """How many services of ours are known to stand in Consul, asked for by the cluster."""
+        return len(self._ledger)
 
     def unclaimed(self, claimed: Container[str]) -> Iterator[Entry]:
         """Yield what stands in Consul though nobody in `claimed` asks for it: it may not go yet."""
@@ -97,6 +102,8 @@ class Passes:
             self._lost_shards.setdefault(service_id, shard)
         self._readings += self._ledger.generation + 1
         self._ledger = ledger
+        # What was heard before somebody else led is his to write.
+        self._reporter.owes(frozenset())
 
     def look(self) -> None:
         """Show how well the cluster is known where no pass can; what changed meanwhile is still to be done."""
@@ -107,6 +114,7 @@ class Passes:
     async def full(self) -> PassReport:
         """Compare everything the cluster wants with everything Consul holds, and write what differs."""
         wanted = self._cluster.wanted()
+        self._reporter.begins(wanted)
         planner = Planner(wanted, self._identity, self._shards, self._recall, find=self._ledger.get)
         ledger = Ledger()
         count = 0
@@ -141,6 +149,7 @@ class Passes:
             self._cluster.relist(one.source, one.due)
         if not report.refused:
             self._cluster.settled(wanted.departed - plan.kept_objects)
+        self._reporter.owes(self._refused)
         self._reporter.passed_over_all(wanted, report)
         return report
 
@@ -150,6 +159,7 @@ class Passes:
             self._pending |= self._refused
             self._refused.clear()
         wanted = self._cluster.changes(frozenset(self._pending))
+        self._reporter.begins(wanted)
         self._pending |= wanted.claims.keys()
         planner = Planner(
             wanted, self._identity, self._shards, self._recall, self._taken_names, find=self._ledger.get
@@ -167,6 +177,7 @@ class Passes:
         plan = planner.plan()
         report = await self._apply(plan)
         self._pending.clear()
+        self._reporter.owes(self._refused)
         if not self._refused and self._had_full_pass:
             self._cluster.settled(wanted.departed - plan.kept_objects)
         self._reporter.passed_over_changes(wanted, plan)
@@ -216,7 +227,9 @@ class Passes:
         done = 0
         failures: list[WriteFailure] = []
         stale: list[str] = []
-        for batch in _batches(entries):
+        remaining = iter(entries)
+        while batch := list(islice(remaining, self._batch)):
+            started = time.monotonic()
             services = [entry.service(self._identity) for entry in batch]
             written = await self._write(verb, self._registry.register, services)
             missed = {failure.id for failure in written.failures} | set(written.stale)
@@ -227,6 +240,8 @@ class Passes:
                 else:
                     self._refused.discard(entry.id)
                     self._ledger.note(entry._replace(version=written.indexes.get(entry.id, 0)))
+            if len(batch) == self._batch:
+                self._batch = next_batch(self._batch, time.monotonic() - started)
             done += written.done
             failures.extend(written.failures)
             stale.extend(written.stale)
@@ -262,9 +277,3 @@ async def _run(steps: Iterator[None]) -> None:
     for number, _ in enumerate(steps, start=1):
         if number % SLICE == 0:
             await asyncio.sleep(0)
-
-
-def _batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
-    remaining = iter(entries)
-    while batch := list(islice(remaining, BATCH)):
-        yield batch

@@ -1,14 +1,14 @@
 """Says what a pass did: one log line a pass, one a thing an operator has to act on, and the figures."""
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 from k8s_consul_registrar.model import Kind, Service, Written
+from k8s_consul_registrar.registrar.lag import Lag
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.plan import Kept, Plan
 from k8s_consul_registrar.registrar.status import PassRecord, PassReport, RegistrarStatus
-from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.wanted import Wanted
 from k8s_consul_registrar.telemetry import get_logger
 
@@ -56,6 +56,7 @@ class Reporter:
         self._metrics = metrics
         self._status = status
         self._news = News()
+        self._lag = Lag(metrics.event_lag.observe)
 
     def sources(self, wanted: Wanted) -> None:
         """Show how well each source is known."""
@@ -100,6 +101,14 @@ class Reporter:
         for about, text in self._news.fresh("brake", brakes):
             log.warning("brake: a mass removal is held", source=about, held=text)
 
+    def begins(self, wanted: Wanted) -> None:
+        """Take in what a pass is to bring to Consul."""
+        self._lag.heard(wanted.heard)
+
+    def owes(self, ids: AbstractSet[str]) -> None:
+        """Take in of which services a write is still owed; of all others none is."""
+        self._lag.still_owed(ids)
+
     def wrote(self, verb: str, services: Sequence[Service], written: Written) -> None:
         """Count a batch of writes and name what Consul refused of it."""
         self._metrics.writes.labels(verb, "success").inc(written.done)
@@ -110,6 +119,8 @@ class Reporter:
         for service in services:
             self._status.refused.pop(service.id, None)
         self._status.refused.update(refused)
+        missed = refused.keys() | set(written.stale)
+        self._lag.written(service.id for service in services if service.id not in missed)
         self._news.over("refused", (service.id for service in services if service.id not in refused))
         for about, text in self._news.further("refused", refused)[:MOST_NAMED]:
             log.warning("Consul refuses a service", verb=verb, service=about, problem=text)
@@ -117,7 +128,7 @@ class Reporter:
     def passed_over_all(self, wanted: Wanted, report: PassReport) -> None:
         """Take in a full comparison: every standing figure is renewed."""
         self.sources(wanted)
-        self._targets(wanted, report)
+        self._rejections(wanted, report)
         if all(state.listed_at is not None for state in wanted.sources.values()):
             self._status.has_synced = True
 
@@ -130,6 +141,7 @@ class Reporter:
                 self._status.lost.pop(target.key, None)
         self._status.conflicts.update({one.id: one for one in plan.conflicts})
         self._status.lost.update({one.key: one for one in plan.rejections})
+        self._metrics.conflicts.set(len(self._status.conflicts))
         self._conflicts(self._news.further("conflicts", conflicts_of(plan)))
         facts = {str(one.key): f"{one.reason}: {one.detail}" for one in plan.rejections}
         for about, text in self._news.further("rejections", facts)[:MOST_NAMED]:
@@ -159,6 +171,8 @@ class Reporter:
         self._metrics.pass_seconds.observe(report.seconds)
         if not report.refused:
             self._metrics.last_success.set(time.time())
+        if is_full:
+            self._metrics.last_full_pass.set(time.time())
         say = log.info if is_full or report.writes else log.debug
         say(
             "pass" if is_full else "changes",
@@ -177,14 +191,8 @@ class Reporter:
         for about, text in facts[:MOST_NAMED]:
             log.warning("conflict: the service ID is not ours to write", service=about, problem=text)
 
-    def _targets(self, wanted: Wanted, report: PassReport) -> None:
-        kinds = Counter(claims[0].key.kind for claims in wanted.claims.values())
-        for kind in Kind:
-            self._metrics.targets.labels(kind.value).set(kinds[kind])
+    def _rejections(self, wanted: Wanted, report: PassReport) -> None:
         rejections = (*wanted.rejections.values(), *report.rejections)
-        reasons = Counter(rejection.reason for rejection in rejections)
-        for reason in Reason:
-            self._metrics.rejections.labels(reason.value).set(reasons[reason.value])
         facts = {str(rejection.key): f"{rejection.reason}: {rejection.detail}" for rejection in rejections}
         for about, text in self._news.fresh("rejections", facts)[:MOST_NAMED]:
             log.warning("rejected", object=about, reason=text)

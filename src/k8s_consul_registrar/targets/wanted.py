@@ -12,9 +12,9 @@ class SourceState:
     """How much is known of one source.
 
     `listed_at` is when its last complete list ended, in seconds of a monotonic clock, None before the
-    first. `is_followed` says that nothing has failed since. `objects` is how many that list showed.
-    `is_opaque` says that it held an item whose very name could not be read, so that absence from it
-    proves nothing.
+    first. `is_followed` says that nothing has failed since. `objects` is how many that list showed, or the
+    first list so far. `is_opaque` says that it held an item whose very name could not be read, so that
+    absence from it proves nothing.
     """
 
     listed_at: float | None = None
@@ -35,7 +35,8 @@ class Wanted:
 
     `claims` are the targets by the service ID they ask for; more than one may ask for the same.
     `departed` are objects seen to stop asking (deleted, annotation taken away, phase Succeeded): facts,
-    where absence from a list is only an inference.
+    where absence from a list is only an inference. `heard` says when an event first told of a service ID's
+    change, in seconds of a monotonic clock, for those that changed by events since it was last asked.
     """
 
     claims: Mapping[str, Sequence[Target]] = field(default_factory=dict)
@@ -43,6 +44,7 @@ class Wanted:
     sources: Mapping[Source, SourceState] = field(default_factory=dict)
     departed: AbstractSet[ObjectKey] = frozenset()
     cluster_uid: str = ""
+    heard: Mapping[str, float] = field(default_factory=dict)
 
     def source_of(self, key: ObjectKey) -> Source | None:
         """Find the source an object would be listed by, None where none is followed."""

@@ -1,0 +1,98 @@
+"""Serving targets to collectors: is the port to be had, and can the files it is guarded by be used."""
+
+import errno
+import ssl
+
+import aiohttp
+
+from k8s_consul_registrar.admin.http_sd import SD_PATH
+from k8s_consul_registrar.admin.listening import listen
+from k8s_consul_registrar.admin.sd_server import HEADERS
+from k8s_consul_registrar.app.checks.finding import Finding, fail, ok, warn
+from k8s_consul_registrar.app.parts import http_sd_bearer, http_sd_tls
+from k8s_consul_registrar.errors import AccessError, OperationalError
+from k8s_consul_registrar.settings.http_sd import HttpSdSettings
+
+PORT, TOKEN, TLS = "http_sd port", "http_sd token", "http_sd tls"
+WHERE = (
+    "the files are read where the registrar runs: is their Secret mounted there, and readable to its user?"
+)
+
+
+async def check_http_sd(settings: HttpSdSettings, timeout: float) -> list[Finding]:  # noqa: ASYNC109 - of the request
+    """Look at the port, the token's file and the files of TLS, each by itself."""
+    return [await _port(settings, timeout), *_token(settings), *_tls(settings)]
+
+
+def _token(settings: HttpSdSettings) -> list[Finding]:
+    if not settings.bearer_token_file:
+        return []
+    try:
+        http_sd_bearer(settings)
+    except AccessError as error:
+        hint = f"HTTP_SD_BEARER_TOKEN_FILE names a file with one token a line; {WHERE}"
+        return [fail(TOKEN, str(error), hint)]
+    if settings.cert_file:
+        return [ok(TOKEN, f"{settings.bearer_token_file} can be used")]
+    return [
+        warn(
+            TOKEN,
+            f"{settings.bearer_token_file} can be used, and collectors send the token over plain HTTP",
+            "it can be read on the way: give HTTP_SD_TLS_CERT_FILE and HTTP_SD_TLS_KEY_FILE",
+        )
+    ]
+
+
+def _tls(settings: HttpSdSettings) -> list[Finding]:
+    if not settings.cert_file:
+        return []
+    try:
+        http_sd_tls(settings)
+    except AccessError as error:
+        hint = (
+            "HTTP_SD_TLS_CERT_FILE is a certificate in PEM with its chain, HTTP_SD_TLS_KEY_FILE its own key without "
+            f"a password, HTTP_SD_TLS_CLIENT_CA_FILE an authority's certificates; {WHERE}"
+        )
+        return [fail(TLS, str(error), hint)]
+    clients = (
+        "each caller shows a certificate" if settings.client_ca_file else "no caller needs a certificate"
+    )
+    return [ok(TLS, f"certificate and key match; {clients}")]
+
+
+async def _port(settings: HttpSdSettings, seconds: float) -> Finding:
+    try:
+        listen(settings.port, "HTTP_SD_PORT").close()
+    except OperationalError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE:
+            return await _taken(settings, str(error), seconds)
+        return fail(PORT, str(error), "let HTTP_SD_PORT be a port above 1023 that nothing else uses")
+    if settings.bearer_token_file or settings.client_ca_file:
+        return ok(PORT, f"{settings.port or 'any port'} is free")
+    return ok(PORT, f"{settings.port or 'any port'} is free; whoever reaches it reads the targets")
+
+
+async def _taken(settings: HttpSdSettings, problem: str, seconds: float) -> Finding:
+    """Say whether it is a registrar that has the port, as where this runs beside it in its Pod."""
+    scheme = "https" if settings.cert_file else "http"
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    is_registrar = False
+    try:
+        async with (
+            aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=seconds), cookie_jar=aiohttp.DummyCookieJar()
+            ) as session,
+            session.get(
+                f"{scheme}://127.0.0.1:{settings.port}{SD_PATH}?kind=none", ssl=context, allow_redirects=False
+            ) as response,
+        ):
+            is_registrar = HEADERS.items() <= dict(response.headers).items()
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        if settings.client_ca_file:
+            hint = "beside a running registrar that is as it should be; otherwise end what has the port"
+            return warn(PORT, f"{problem}; by whom cannot be asked without a client's certificate", hint)
+    if is_registrar:
+        return ok(PORT, f"a registrar answers on {settings.port} already")
+    return fail(PORT, problem, "let HTTP_SD_PORT be another port, or end what has this one")
