@@ -32,7 +32,7 @@ real-servers: ## fetch Consul and Prometheus into .cache (no system install)
 
 test: $(STAMP) ## every test, those on real servers included
 	-scripts/fetch-real-servers
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 4 $(ARGS)
 
 soak: $(STAMP) ## the long versions of the tests of faults, with their figures as bounds (about an hour)
 	-scripts/fetch-real-servers
