@@ -1,5 +1,6 @@
 """A cluster and a Consul in memory, for tests of the reconciler's own decisions."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
@@ -85,12 +86,23 @@ class MemoryRegistry:
         self.failing_writes = 0
         self.foreign = Disturbance.NONE
         self.lost: dict[str, str] = {}
+        # While it is clear a full read stops, after `read_first` services; they are all of that moment, which is
+        # the beginning unless the read stops before the first.
+        self.may_read_on = asyncio.Event()
+        self.may_read_on.set()
+        self.read_first = 0
 
     async def services(self) -> AsyncIterator[Service]:
         """Yield what is held."""
         self.reads += 1
         self._check()
-        for service in list(self.held.values()):
+        if not self.read_first:
+            await self.may_read_on.wait()
+            self._check()
+        for number, service in enumerate(list(self.held.values())):
+            if number == self.read_first:
+                await self.may_read_on.wait()
+                self._check()
             yield service
 
     async def lookup(self, ids: Sequence[str]) -> AsyncIterator[Service]:

@@ -265,3 +265,36 @@ async def test_writes_without_a_pause_hide_for_no_longer() -> None:
             clock.now += HIDDEN / 6
         assert looks[:6] == [False] * 6
         assert looks[-1]
+
+
+@pytest.mark.parametrize("writes", [(101,), (101, 103), (0,)])
+async def test_our_writes_during_a_full_read(writes: tuple[int, ...]) -> None:
+    """They are ours, whether the read shows them or not; and what may hide between them is looked for."""
+    indexes = Indexes()
+    async with serving(indexes.answer) as url, client_of(url) as client:
+        watch, clock = await started(client, indexes)
+        await watch.begin("n")
+        for index in writes:
+            indexes.change(index or 101, here=True)
+            watch.wrote(index)
+            await asyncio.sleep(0.05)
+        watch.read(100)
+        assert not await watch.is_disturbed()
+        clock.now += HIDDEN
+        await asyncio.sleep(0.05)
+        assert await watch.is_disturbed() is (writes != (101,))
+
+
+async def test_a_foreign_change_after_our_write_during_a_full_read() -> None:
+    """Our write explains no index beyond its own."""
+    indexes = Indexes()
+    async with serving(indexes.answer) as url, client_of(url) as client:
+        watch, clock = await started(client, indexes)
+        await watch.begin("n")
+        indexes.change(101, here=True)
+        watch.wrote(101)
+        await asyncio.sleep(0.05)
+        indexes.change(102, here=True)
+        watch.read(100)
+        clock.now += 1
+        assert await watch.is_disturbed()

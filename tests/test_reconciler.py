@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -524,3 +525,83 @@ async def test_a_leader_that_lost_learns_anew_when_it_wins_again() -> None:
         await lab.until(["a", "b", "c"])
         await asyncio.sleep(0.05)
     assert lab.consul.writes[writes:] == [("register", "pod--shop--a")]
+
+
+@pytest.mark.parametrize("checks_versions", [True, False])
+@pytest.mark.parametrize("read_first", [0, 4])
+async def test_changes_do_not_wait_for_a_full_read(checks_versions: bool, read_first: int) -> None:
+    """What changes while Consul is read is written meanwhile, and what was read of it before undoes nothing.
+
+    A Pod is added, moved, gone, gone and back; and one that Consul changed by hand is repaired at the end.
+    """
+    lab = Lab(checks_versions=checks_versions)
+    async with lab.running():
+        await lab.synced("moved", "gone", "back", "edited", "same")
+        lab.consul.may_read_on.clear()
+        lab.consul.read_first = read_first
+        edited = lab.consul.held["pod--shop--edited"]
+        lab.consul.put_by_hand(replace(edited, address="9.9.9.9"))
+        reads = lab.consul.reads
+        await lab.until_so(lambda: lab.consul.reads > reads)
+        lab.cluster.mirror.put(PODS, make_pod("added"))
+        lab.cluster.mirror.put(PODS, make_pod("moved", ip="10.1.1.1"))
+        lab.cluster.mirror.remove(PODS, make_pod("gone"))
+        lab.cluster.mirror.remove(PODS, make_pod("back"))
+        await lab.until(["moved", "edited", "same", "added"])
+        await lab.until_so(lambda: lab.consul.held["pod--shop--moved"].address == "10.1.1.1")
+        lab.cluster.mirror.put(PODS, make_pod("back", ip="10.1.1.2"))
+        await lab.until(["moved", "back", "edited", "same", "added"])
+        assert lab.consul.held["pod--shop--edited"].address == "9.9.9.9", "the read is not over"
+        writes = len(lab.consul.writes)
+        lab.consul.may_read_on.set()
+        await lab.until_so(lambda: lab.consul.held["pod--shop--edited"].address == edited.address)
+        await asyncio.sleep(0.1)
+        assert lab.consul.writes[writes:] == [("register", "pod--shop--edited")]
+        assert lab.consul.held["pod--shop--moved"].address == "10.1.1.1"
+        assert lab.consul.held["pod--shop--back"].address == "10.1.1.2"
+        # The ledger knows what was written meanwhile: the next changes go over it at the first attempt.
+        lab.cluster.mirror.put(PODS, make_pod("moved", ip="10.1.1.3"))
+        lab.cluster.mirror.remove(PODS, make_pod("added"))
+        await lab.until(["moved", "back", "edited", "same"])
+        await lab.until_so(lambda: lab.consul.held["pod--shop--moved"].address == "10.1.1.3")
+        assert not lab.reconciler.status.refused
+
+
+async def test_a_full_read_that_fails_keeps_what_was_written_meanwhile() -> None:
+    """Consul goes away in the middle of it: what changed is right there, and again after the next full pass."""
+    lab = Lab()
+    async with lab.running():
+        await lab.synced("a", "b")
+        lab.consul.may_read_on.clear()
+        lab.consul.foreign = Disturbance.CHANGED
+        reads = lab.consul.reads
+        await lab.until_so(lambda: lab.consul.reads > reads)
+        lab.cluster.mirror.put(PODS, make_pod("c"))
+        lab.cluster.mirror.remove(PODS, make_pod("a"))
+        await lab.until(["b", "c"])
+        lab.consul.is_down = True
+        lab.consul.may_read_on.set()
+        await lab.until_so(lambda: lab.value("consul_up") == 0)
+        lab.consul.is_down = False
+        await lab.until_so(lambda: lab.value("consul_up") == 1)
+        lab.cluster.mirror.remove(PODS, make_pod("c"))
+        await lab.until(["b"])
+        assert not lab.reconciler.status.refused
+
+
+async def test_consul_may_go_while_a_change_overtakes_a_full_read() -> None:
+    """A write that fails then ends the full pass too; all is right once Consul is back."""
+    lab = Lab()
+    async with lab.running():
+        await lab.synced("a", "b")
+        lab.consul.may_read_on.clear()
+        lab.consul.foreign = Disturbance.CHANGED
+        reads = lab.consul.reads
+        await lab.until_so(lambda: lab.consul.reads > reads)
+        lab.consul.failing_writes = 1
+        lab.cluster.mirror.put(PODS, make_pod("c"))
+        lab.cluster.mirror.remove(PODS, make_pod("a"))
+        await lab.until_so(lambda: not lab.consul.failing_writes)
+        lab.consul.may_read_on.set()
+        await lab.until(["b", "c"])
+        await lab.until_so(lambda: lab.value("consul_up") == 1)

@@ -59,6 +59,8 @@ class NodeWatch:
         self._may_hide = False  # whether somebody else's change since then could pass for ours
         self._blind_since: float | None = None  # when our writes ended the held query, until it is held anew
         self._unsure_since: float | None = None  # since when something may be hidden
+        self._last_write = 0  # the index of our last write since `begin`, 0 for none
+        self._is_written_since = False  # whether we wrote since `begin`
         self._writes = 0  # begun so far
         self._writing = 0  # under way
         self._rest_until = 0.0
@@ -69,13 +71,17 @@ class NodeWatch:
         if node != self._node:
             self.stop()
             self._node = node
+        self._last_write, self._is_written_since = 0, False
+        self._forget_writes()
         if self._held is None or self._held.done():
             self._hold(await self._look())
 
     def read(self, index: int) -> None:
-        """Note that a full read showed everything up to an index."""
-        self._known = self._read_at = index
-        self._forget_writes()
+        """Note that a full read showed everything up to an index; our writes during it may be beyond that."""
+        self._known = max(index, self._last_write)
+        self._read_at = index
+        if not self._is_written_since:
+            self._forget_writes()
         self._blind_since = self._unsure_since = None
         self._is_disturbed = False
 
@@ -98,6 +104,7 @@ class NodeWatch:
 
     def wrote(self, index: int) -> None:
         """Note the index of a write of ours, 0 where it is not told."""
+        self._is_written_since = True
         if not index:
             self._unindexed_until = self._clock() + self._settle
             self._may_hide = True
@@ -105,6 +112,7 @@ class NodeWatch:
         self._own_writes += 1
         self._may_hide = self._may_hide or self._own_writes > 1
         self._first_write = self._first_write or index
+        self._last_write = max(self._last_write, index)
         self._known = max(self._known, index)
 
     async def is_disturbed(self) -> bool:

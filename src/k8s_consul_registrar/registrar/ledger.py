@@ -1,6 +1,6 @@
 """What Consul holds of ours, in short: enough to make each service again without reading or copying it."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import NamedTuple
 
 from k8s_consul_registrar.model import Service, Target
@@ -71,6 +71,10 @@ class Ledger:
         """Return what stands under an ID, asked for or kept."""
         return self._entries.get(service_id) or self._kept.get(service_id)
 
+    def kept(self, service_id: str) -> Entry | None:
+        """Return what stands under an ID though nobody asks for it."""
+        return self._kept.get(service_id)
+
     def keep(self, entry: Entry) -> None:
         """Note what stands in Consul though nobody asks for it, until the brake lets it go."""
         self.generation += 1
@@ -97,6 +101,17 @@ class Ledger:
         self.generation += 1
         self._uncertain[service_id] = shard or self.shard(service_id)
         self._entries.pop(service_id, None)
+
+    def take_over(self, other: "Ledger", ids: Iterable[str]) -> None:
+        """Note of these IDs what another ledger knows, in place of what is noted here."""
+        for service_id in ids:
+            self.forget(service_id)
+            if (entry := other.get(service_id)) is not None:
+                self.note(entry)
+            elif other.is_uncertain(service_id):
+                self.doubt(service_id, other.shard(service_id))
+            if (kept := other.kept(service_id)) is not None:
+                self.keep(kept)
 
     def forget(self, service_id: str) -> None:
         """Note that nothing stands under an ID."""

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from itertools import islice
 
@@ -47,6 +48,8 @@ class Passes:
         # What a pass took in but did not get through, and what Consul refused one by one.
         self._pending: set[str] = set()
         self._refused: set[str] = set()
+        # What changed while a full pass reads Consul, and was written meanwhile; None while none reads.
+        self._overtaken: set[str] | None = None
         self._had_full_pass = False
         self._batch = FIRST
         self._readings = 0
@@ -111,26 +114,21 @@ class Passes:
         self._pending |= wanted.claims.keys()
         self._reporter.sources(wanted)
 
-    async def full(self) -> PassReport:
-        """Compare everything the cluster wants with everything Consul holds, and write what differs."""
+    async def full(self, follow: Callable[[], Awaitable[None]] | None = None) -> PassReport:
+        """Compare everything the cluster wants with everything Consul holds, and write what differs.
+
+        What changes while Consul is read does not wait for the end: `follow` makes a pass over it. This one
+        then leaves it alone, since what was read of it is older, and `follow` looks at it once more.
+        """
         wanted = self._cluster.wanted()
         self._reporter.begins(wanted)
         planner = Planner(wanted, self._identity, self._shards, self._recall, find=self._ledger.get)
         ledger = Ledger()
-        count = 0
         started = time.monotonic()
-        async for service in self._registry.services():
-            entry = planner.consider(service)
-            if entry is None:
-                ledger.doubt(service.id, service.value("shard_path"))
-                if (known := self._ledger.find(service.id)) is not None:
-                    ledger.keep(known)
-            else:
-                ledger.note(entry)
-            count += 1
-            if count % SLICE == 0:
-                await asyncio.sleep(0)
+        overtaken = await self._read(planner, ledger, follow)
         self.read_seconds = time.monotonic() - started
+        planner.leave(overtaken)
+        ledger.take_over(self._ledger, overtaken)
         await _run(planner.complete())
         held, memory = planner.brake(self._rules, self._memory)
         plan = planner.plan(held, memory)
@@ -151,7 +149,51 @@ class Passes:
             self._cluster.settled(wanted.departed - plan.kept_objects)
         self._reporter.owes(self._refused)
         self._reporter.passed_over_all(wanted, report)
+        if overtaken and follow is not None:
+            self._pending |= overtaken
+            await follow()
         return report
+
+    async def _read(
+        self, planner: Planner, ledger: Ledger, follow: Callable[[], Awaitable[None]] | None
+    ) -> AbstractSet[str]:
+        """Have everything that Consul holds considered, and return the IDs that were written meanwhile."""
+        reading = asyncio.create_task(self._consider_all(planner, ledger))
+        # Before the first comparison what stands under an ID is not known, so nothing may overtake it.
+        self._overtaken = set() if self._had_full_pass else None
+        try:
+            if follow is not None and self._had_full_pass:
+                while await self._has_changed_during(reading):
+                    await follow()
+            await reading
+            return self._overtaken or frozenset()
+        finally:
+            self._overtaken = None
+            reading.cancel()
+            await asyncio.wait({reading})
+
+    async def _has_changed_during(self, reading: asyncio.Task[None]) -> bool:
+        """Wait until something changed, or until the reading is over."""
+        changed = asyncio.create_task(self._cluster.changed())
+        try:
+            await asyncio.wait({reading, changed}, return_when=asyncio.FIRST_COMPLETED)
+            return not reading.done()
+        finally:
+            changed.cancel()
+
+    async def _consider_all(self, planner: Planner, ledger: Ledger) -> None:
+        count = 0
+        async for service in self._registry.services():
+            entry = planner.consider(service)
+            if entry is None:
+                ledger.doubt(service.id, service.value("shard_path"))
+                if (known := self._ledger.find(service.id)) is not None:
+                    ledger.keep(known)
+            else:
+                ledger.note(entry)
+            count += 1
+            if count % SLICE == 0:
+                await asyncio.sleep(0)
 
     async def partial(self, *, retries_refused: bool = False) -> PassReport:
         """Plan and write what changed since the last pass: its cost follows the changes, not the cluster."""
@@ -161,6 +203,8 @@ class Passes:
         wanted = self._cluster.changes(frozenset(self._pending))
         self._reporter.begins(wanted)
         self._pending |= wanted.claims.keys()
+        if self._overtaken is not None:
+            self._overtaken |= wanted.claims.keys()
         planner = Planner(
             wanted, self._identity, self._shards, self._recall, self._taken_names, find=self._ledger.get
         )
@@ -177,9 +221,10 @@ class Passes:
         plan = planner.plan()
         report = await self._apply(plan)
         self._pending.clear()
-        self._reporter.owes(self._refused)
-        if not self._refused and self._had_full_pass:
-            self._cluster.settled(wanted.departed - plan.kept_objects)
+        if self._overtaken is None:
+            self._reporter.owes(self._refused)
+            if not self._refused and self._had_full_pass:
+                self._cluster.settled(wanted.departed - plan.kept_objects)
         self._reporter.passed_over_changes(wanted, plan)
         return report
 

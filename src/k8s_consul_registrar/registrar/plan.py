@@ -131,6 +131,18 @@ class Planner:
         """Leave an ID alone in this plan: what stands under it is not known yet."""
         self._seen.add(service_id)
 
+    def leave(self, ids: AbstractSet[str]) -> None:
+        """Leave these IDs alone, whatever was considered of them: it is out of date."""
+        if not ids:
+            return
+        self._seen |= ids
+        self._update = [entry for entry in self._update if entry.id not in ids]
+        self._rename = [(entry, name) for entry, name in self._rename if entry.id not in ids]
+        self._deregister = [service for service in self._deregister if service.id not in ids]
+        self._conflicts = [conflict for conflict in self._conflicts if conflict.id not in ids]
+        for gathered in self._absent.values():
+            gathered.absent = [service for service in gathered.absent if service.id not in ids]
+
     def complete(self) -> Iterator[None]:
         """Plan what Consul lacks, one service a step, so that a long plan can let others run between."""
         for service_id, claims in self._wanted.claims.items():

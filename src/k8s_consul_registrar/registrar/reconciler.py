@@ -144,12 +144,19 @@ class Reconciler:
 
     async def _full(self) -> None:
         self._owes_full = True
-        if await self._is_done(self._make(self._passes.full, is_full=True)):
+        full_pass = partial(self._passes.full, self._follow)
+        if await self._is_done(self._make(full_pass, is_full=True)):
             self._owes_full = self._is_urgent = False
             self._full_due = self._clock() + self._period
             self._budget.spend(self._clock(), self._passes.read_seconds)
             if self._sweeper is not None:
                 await self._sweeper.sweep()
+
+    async def _follow(self) -> None:
+        """Make a pass over what changes while a full pass is under way."""
+        await asyncio.sleep(self._timing.gather)
+        self.status.ticked_at = self._clock()
+        await self._make(self._passes.partial, is_full=False)
 
     async def _partial(self, *, retries_refused: bool = False) -> None:
         pass_over_changes = partial(self._passes.partial, retries_refused=retries_refused)

@@ -1,0 +1,152 @@
+"""A full pass that changes overtake: what it planned of them is out of date."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from builders import make_pod, our_pod_service
+from k8s_consul_registrar.errors import ConsulError
+from k8s_consul_registrar.registrar.brake import BrakeRules
+from k8s_consul_registrar.registrar.ledger import Ledger
+from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.ownership import Identity
+from k8s_consul_registrar.registrar.passes import Passes
+from k8s_consul_registrar.registrar.report import Reporter
+from k8s_consul_registrar.registrar.status import PassReport, RegistrarStatus
+from k8s_consul_registrar.targets.sharding import RandomShards
+from memory import PODS, MemoryCluster, MemoryRegistry
+
+NAMES = ("a", "b", "c", "d", "e")
+# An absence that is no fact would be held for as long as a test lasts.
+HELD = BrakeRules(confirm=60, confirm_start=60)
+
+
+class Lab:
+    """Passes between a cluster and a Consul in memory, made one by one."""
+
+    def __init__(self, *, checks_versions: bool) -> None:
+        self.cluster = MemoryCluster()
+        self.consul = MemoryRegistry(checks_versions=checks_versions)
+        self.status = RegistrarStatus(ticked_at=0.0)
+        self.passes = Passes(
+            cluster=self.cluster,
+            registry=self.consul,
+            identity=Identity("lab"),
+            shards=RandomShards(),
+            rules=HELD,
+            reporter=Reporter(RegistrarMetrics(CollectorRegistry()), self.status),
+        )
+
+    @property
+    def names(self) -> set[str]:
+        """The Pods that Consul holds a service of."""
+        return {service_id.removeprefix("pod--shop--") for service_id in self.consul.held}
+
+    async def follow(self) -> None:
+        """Make a pass over what changed."""
+        await self.passes.partial()
+
+    @asynccontextmanager
+    async def reading(self, read_first: int = 0) -> AsyncIterator[asyncio.Task[PassReport]]:
+        """Be in the middle of a full pass's read, which goes on at the end of this."""
+        self.consul.read_first = read_first
+        self.consul.may_read_on.clear()
+        full = asyncio.create_task(self.passes.full(self.follow))
+        await asyncio.sleep(0.01)
+        try:
+            yield full
+        finally:
+            self.consul.may_read_on.set()
+            async with asyncio.timeout(5):
+                await asyncio.wait({full})
+
+    async def until(self, *names: str) -> None:
+        """Wait until Consul holds just these Pods' services."""
+        async with asyncio.timeout(5):
+            while self.names != set(names):
+                await asyncio.sleep(0.002)
+
+
+@pytest.fixture(params=[True, False], ids=["catalog", "agent"])
+async def lab(request: pytest.FixtureRequest) -> Lab:
+    """Return a lab that compared everything once."""
+    made = Lab(checks_versions=request.param)
+    made.cluster.put_list([make_pod(name) for name in NAMES])
+    await made.passes.full()
+    assert made.names == set(NAMES)
+    return made
+
+
+@pytest.mark.parametrize("read_first", [0, 4])
+async def test_what_came_back_meanwhile_is_not_removed(lab: Lab, read_first: int) -> None:
+    """It was gone when the pass began, whether it is read before or after it was registered anew."""
+    lab.cluster.mirror.remove(PODS, make_pod("a"))
+    async with lab.reading(read_first) as full:
+        lab.cluster.mirror.put(PODS, make_pod("a", ip="10.1.1.1"))
+        async with asyncio.timeout(5):
+            while lab.consul.held["pod--shop--a"].address != "10.1.1.1":
+                await asyncio.sleep(0.002)
+    assert full.result().deregistered == 0
+    assert lab.names == set(NAMES)
+    assert ("deregister", "pod--shop--a") not in lab.consul.writes
+
+
+@pytest.mark.parametrize("read_first", [0, 4])
+async def test_what_moved_meanwhile_is_written_once(lab: Lab, read_first: int) -> None:
+    """Its record is known as it was written, not as it was read before that."""
+    async with lab.reading(read_first):
+        lab.cluster.mirror.put(PODS, make_pod("b", ip="10.1.1.1"))
+        async with asyncio.timeout(5):
+            while lab.consul.held["pod--shop--b"].address != "10.1.1.1":
+                await asyncio.sleep(0.002)
+    assert not lab.passes.has_refused
+    assert lab.consul.writes.count(("register", "pod--shop--b")) == 2
+    assert lab.consul.held["pod--shop--b"].address == "10.1.1.1"
+
+
+async def test_facts_outlast_a_full_pass_that_fails(lab: Lab) -> None:
+    """What was gone when it began is still a fact to the next, though a pass over changes came between."""
+    for name in NAMES[:4]:
+        lab.cluster.mirror.remove(PODS, make_pod(name))
+    async with lab.reading() as full:
+        lab.cluster.mirror.put(PODS, make_pod("f"))
+        await lab.until(*NAMES, "f")
+        lab.consul.is_down = True
+    assert isinstance(full.exception(), ConsulError)
+    lab.consul.is_down = False
+    await lab.passes.full()
+    assert lab.names == {"e", "f"}
+
+
+async def test_a_conflict_that_came_meanwhile_is_shown(lab: Lab) -> None:
+    """The full pass knows nothing of it, and does not hide it either."""
+    lab.consul.put_by_hand(our_pod_service("taken", cluster="other"))
+    await lab.passes.full()
+    async with lab.reading():
+        lab.cluster.mirror.put(PODS, make_pod("taken"))
+        async with asyncio.timeout(5):
+            while not lab.status.conflicts:
+                await asyncio.sleep(0.002)
+    assert set(lab.status.conflicts) == {"pod--shop--taken"}
+
+
+async def test_a_ledger_takes_over_what_another_knows(lab: Lab) -> None:
+    """Of the IDs it is told, and no others: what stands there, what is doubted, and what is gone."""
+    known = {name: lab.passes.entry(f"pod--shop--{name}") for name in NAMES}
+    a, b, c, d = (entry for name in "abcd" if (entry := known[name]) is not None)
+    old, new = Ledger(), Ledger()
+    old.note(a._replace(version=7))
+    old.doubt(b.id, "s1")
+    old.keep(d)
+    for entry in (a, b, c):
+        new.note(entry)
+    new.take_over(old, {a.id, b.id, d.id, "never-heard-of"})
+    assert new.get(a.id) == a._replace(version=7)
+    assert new.get(b.id) is None
+    assert (new.is_uncertain(b.id), new.shard(b.id)) == (True, "s1")
+    assert new.get(c.id) == c
+    assert new.find(d.id) == d
+    assert new.find("never-heard-of") is None
