@@ -5,19 +5,16 @@ import time
 from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from itertools import islice
 
-from k8s_consul_registrar.errors import ConsulError
-from k8s_consul_registrar.model import Service, WriteFailure, Written
 from k8s_consul_registrar.registrar.brake import BrakeRules, Memory
 from k8s_consul_registrar.registrar.ledger import Entry, Ledger
 from k8s_consul_registrar.registrar.naming import comparable_name, is_of_a_registrar
 from k8s_consul_registrar.registrar.ownership import Identity
-from k8s_consul_registrar.registrar.pace import FIRST, next_batch
-from k8s_consul_registrar.registrar.plan import Plan, Planner
+from k8s_consul_registrar.registrar.plan import Planner
 from k8s_consul_registrar.registrar.ports import Cluster, Registry
 from k8s_consul_registrar.registrar.report import Reporter
 from k8s_consul_registrar.registrar.status import PassReport
+from k8s_consul_registrar.registrar.writing import Writing
 from k8s_consul_registrar.targets.sharding import Shards
 
 # After so many services a pass lets the loop turn, so that health checks and events are served meanwhile.
@@ -45,13 +42,12 @@ class Passes:
         self._reporter = reporter
         self._memory: Memory = {}
         self._ledger = Ledger()
-        # What a pass took in but did not get through, and what Consul refused one by one.
+        # What a pass took in but did not get through.
         self._pending: set[str] = set()
-        self._refused: set[str] = set()
+        self._writing = Writing(registry, identity, reporter)
         # What changed while a full pass reads Consul, and was written meanwhile; None while none reads.
         self._overtaken: set[str] | None = None
         self._had_full_pass = False
-        self._batch = FIRST
         self._readings = 0
         self._lost_shards: dict[str, str] = {}
         self._taken_names: set[str] = set()
@@ -61,12 +57,12 @@ class Passes:
     @property
     def has_refused(self) -> bool:
         """Whether Consul refused single writes that are still owed."""
-        return bool(self._refused)
+        return bool(self._writing.refused)
 
     @property
     def is_complete(self) -> bool:
         """Whether everything was compared once, and Consul refused nothing that is still owed."""
-        return self._had_full_pass and not self._refused and not self._pending
+        return self._had_full_pass and not self._writing.refused and not self._pending
 
     def entry(self, service_id: str) -> Entry | None:
         """Return what is known to stand in Consul under an ID."""
@@ -136,8 +132,8 @@ class Passes:
         self._readings += self._ledger.generation + 1
         self._ledger = ledger
         self._pending.clear()
-        self._refused.clear()
-        report = await self._apply(plan)
+        self._writing.refused.clear()
+        report = await self._writing.apply(plan, self._ledger)
         report = replace(report, rejected=len(wanted.rejections) + len(plan.rejections))
         self._memory = memory
         self._had_full_pass = True
@@ -147,7 +143,7 @@ class Passes:
             self._cluster.relist(one.source, one.due)
         if not report.refused:
             self._cluster.settled(wanted.departed - plan.kept_objects)
-        self._reporter.owes(self._refused)
+        self._reporter.owes(self._writing.refused)
         self._reporter.passed_over_all(wanted, report)
         if overtaken and follow is not None:
             self._pending |= overtaken
@@ -198,8 +194,8 @@ class Passes:
     async def partial(self, *, retries_refused: bool = False) -> PassReport:
         """Plan and write what changed since the last pass: its cost follows the changes, not the cluster."""
         if retries_refused:
-            self._pending |= self._refused
-            self._refused.clear()
+            self._pending |= self._writing.refused
+            self._writing.refused.clear()
         wanted = self._cluster.changes(frozenset(self._pending))
         self._reporter.begins(wanted)
         self._pending |= wanted.claims.keys()
@@ -219,11 +215,11 @@ class Passes:
         await self._look_up(unknown, planner)
         await _run(planner.complete())
         plan = planner.plan()
-        report = await self._apply(plan)
+        report = await self._writing.apply(plan, self._ledger)
         self._pending.clear()
         if self._overtaken is None:
-            self._reporter.owes(self._refused)
-            if not self._refused and self._had_full_pass:
+            self._reporter.owes(self._writing.refused)
+            if not self._writing.refused and self._had_full_pass:
                 self._cluster.settled(wanted.departed - plan.kept_objects)
         self._reporter.passed_over_changes(wanted, plan)
         return report
@@ -242,79 +238,6 @@ class Passes:
         if ids:
             async for service in self._registry.lookup(ids):
                 planner.consider(service)
-
-    async def _apply(self, plan: Plan) -> PassReport:
-        """Write a plan, registers before deregisters; what was under way at an error is looked up later."""
-        try:
-            registered = await self._register("register", plan.register)
-            updated = await self._register("update", plan.update)
-            deregistered = await self._deregister(plan.deregister)
-        except ConsulError:
-            for entry in (*plan.register, *plan.update):
-                self._ledger.doubt(entry.id, entry.shard)
-            for service in plan.deregister:
-                self._ledger.doubt(service.id)
-            raise
-        every = (registered, updated, deregistered)
-        return PassReport(
-            registered=registered.done,
-            updated=updated.done,
-            deregistered=deregistered.done,
-            unchanged=plan.unchanged,
-            refused=sum(len(one.failures) + len(one.stale) for one in every),
-            conflicts=plan.conflicts,
-            rejections=plan.rejections,
-            held=plan.held,
-            kept=plan.kept.total(),
-        )
-
-    async def _register(self, verb: str, entries: Sequence[Entry]) -> Written:
-        done = 0
-        failures: list[WriteFailure] = []
-        stale: list[str] = []
-        remaining = iter(entries)
-        while batch := list(islice(remaining, self._batch)):
-            started = time.monotonic()
-            services = [entry.service(self._identity) for entry in batch]
-            written = await self._write(verb, self._registry.register, services)
-            missed = {failure.id for failure in written.failures} | set(written.stale)
-            for entry in batch:
-                if entry.id in missed:
-                    self._ledger.doubt(entry.id, entry.shard)
-                    self._refused.add(entry.id)
-                else:
-                    self._refused.discard(entry.id)
-                    self._ledger.note(entry._replace(version=written.indexes.get(entry.id, 0)))
-            if len(batch) == self._batch:
-                self._batch = next_batch(self._batch, time.monotonic() - started)
-            done += written.done
-            failures.extend(written.failures)
-            stale.extend(written.stale)
-        return Written(done, tuple(failures), stale=tuple(stale))
-
-    async def _deregister(self, services: Sequence[Service]) -> Written:
-        if not services:
-            return Written()
-        written = await self._write("deregister", self._registry.deregister, services)
-        missed = {failure.id for failure in written.failures} | set(written.stale)
-        for service in services:
-            if service.id in missed:
-                self._ledger.doubt(service.id)
-                self._refused.add(service.id)
-            else:
-                self._refused.discard(service.id)
-                self._ledger.forget(service.id)
-        return written
-
-    async def _write(
-        self,
-        verb: str,
-        write: Callable[[Sequence[Service]], Awaitable[Written]],
-        services: Sequence[Service],
-    ) -> Written:
-        written = await write(services)
-        self._reporter.wrote(verb, services, written)
-        return written
 
 
 async def _run(steps: Iterator[None]) -> None:
