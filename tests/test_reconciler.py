@@ -89,6 +89,13 @@ class Lab:
         await self.until(names)
         await self.until_so(lambda: self.reconciler.status.has_synced)
 
+    async def stall_a_full_read(self) -> None:
+        """Be in the middle of one until Consul `may_read_on`."""
+        self.consul.may_read_on.clear()
+        self.consul.foreign = Disturbance.CHANGED
+        reads = self.consul.reads
+        await self.until_so(lambda: self.consul.reads > reads)
+
     def value(self, name: str, **labels: str) -> float | None:
         """Return a metric's value."""
         return self.metrics.get_sample_value(f"k8s_consul_registrar_{name}", labels)
@@ -537,12 +544,10 @@ async def test_changes_do_not_wait_for_a_full_read(checks_versions: bool, read_f
     lab = Lab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("moved", "gone", "back", "edited", "same")
-        lab.consul.may_read_on.clear()
-        lab.consul.read_first = read_first
         edited = lab.consul.held["pod--shop--edited"]
         lab.consul.put_by_hand(replace(edited, address="9.9.9.9"))
-        reads = lab.consul.reads
-        await lab.until_so(lambda: lab.consul.reads > reads)
+        lab.consul.read_first = read_first
+        await lab.stall_a_full_read()
         lab.cluster.mirror.put(PODS, make_pod("added"))
         lab.cluster.mirror.put(PODS, make_pod("moved", ip="10.1.1.1"))
         lab.cluster.mirror.remove(PODS, make_pod("gone"))
@@ -572,10 +577,7 @@ async def test_a_full_read_that_fails_keeps_what_was_written_meanwhile() -> None
     lab = Lab()
     async with lab.running():
         await lab.synced("a", "b")
-        lab.consul.may_read_on.clear()
-        lab.consul.foreign = Disturbance.CHANGED
-        reads = lab.consul.reads
-        await lab.until_so(lambda: lab.consul.reads > reads)
+        await lab.stall_a_full_read()
         lab.cluster.mirror.put(PODS, make_pod("c"))
         lab.cluster.mirror.remove(PODS, make_pod("a"))
         await lab.until(["b", "c"])
@@ -594,10 +596,7 @@ async def test_consul_may_go_while_a_change_overtakes_a_full_read() -> None:
     lab = Lab()
     async with lab.running():
         await lab.synced("a", "b")
-        lab.consul.may_read_on.clear()
-        lab.consul.foreign = Disturbance.CHANGED
-        reads = lab.consul.reads
-        await lab.until_so(lambda: lab.consul.reads > reads)
+        await lab.stall_a_full_read()
         lab.consul.failing_writes = 1
         lab.cluster.mirror.put(PODS, make_pod("c"))
         lab.cluster.mirror.remove(PODS, make_pod("a"))

@@ -1,16 +1,14 @@
 """The HTTP server of `HTTP_SD_PORT`: targets for collectors outside the cluster, who show who they are."""
 
 import asyncio
-import ssl
-from types import TracebackType
 from typing import Self
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from k8s_consul_registrar.admin.accepting import Acceptor, Bounds, server_log
+from k8s_consul_registrar.admin.accepting import Bounds
 from k8s_consul_registrar.admin.http_sd import SD_PATH, sd_handler
-from k8s_consul_registrar.admin.listening import listen
+from k8s_consul_registrar.admin.serving import Serving
 from k8s_consul_registrar.admin.view import MetaNames, TargetsView, as_they_are
 from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.errors import AccessError
@@ -21,10 +19,6 @@ from k8s_consul_registrar.telemetry import get_logger
 _LOOK_EVERY = 5.0
 # Seconds an answer under way gets when the server stops, or takes new TLS files.
 _SHUTDOWN_TIMEOUT = 2.0
-# Collectors ask every minute; a handshake a minute costs less than a connection kept.
-_KEEPALIVE_TIMEOUT = 30.0
-# Seconds a body that nobody asked for is read for, before its connection is closed.
-_LINGERING_TIME = 2.0
 # Of every answer; what `check` knows us by.
 HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'"}
 
@@ -48,46 +42,28 @@ class HttpSdServer:
         tls: ServerTls | None = None,
         bounds: Bounds | None = None,
     ) -> None:
-        self._acceptor = Acceptor(bounds)
         asking = [_asks_for(bearer)] if bearer else []
-        app = web.Application(middlewares=[self._acceptor.middleware, *asking])
-        app.router.add_get(SD_PATH, sd_handler(view, meta_names), allow_head=False)
-        app.on_response_prepare.append(_harden)
-        self._runner = web.AppRunner(
-            app,
-            access_log=None,
-            logger=server_log(),
-            keepalive_timeout=_KEEPALIVE_TIMEOUT,
-            shutdown_timeout=_SHUTDOWN_TIMEOUT,
-            lingering_time=_LINGERING_TIME,
+        self._serving = Serving(
+            "HTTP_SD_PORT", port, patience=_SHUTDOWN_TIMEOUT, bounds=bounds, middlewares=asking
         )
+        self._serving.app.router.add_get(SD_PATH, sd_handler(view, meta_names), allow_head=False)
+        self._serving.app.on_response_prepare.append(_harden)
         self._bearer = bearer
         self._tls = tls
-        self._wanted = port
-        self.port = port
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return self._serving.port
 
     async def __aenter__(self) -> Self:
         """Start listening; raises OperationalError when the port cannot be had."""
-        self._listening = listen(self._wanted, "HTTP_SD_PORT")
-        self.port = self._listening.getsockname()[1]
-        try:
-            await self._runner.setup()
-            assert self._runner.server is not None
-            context = self._tls.context if self._tls else None
-            self._acceptor.start(self._listening, self._runner.server, context)
-        except BaseException:
-            await self._close()
-            raise
+        await self._serving.start(self._tls.context if self._tls else None)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Stop listening and close what is open."""
-        await self._close()
+        await self._serving.stop()
 
     async def keep_fresh(self) -> None:
         """Follow the files of the token and of TLS for ever; what cannot be read leaves the old in force."""
@@ -107,21 +83,8 @@ class HttpSdServer:
             log.warning("TLS of HTTP_SD_PORT stays as it was", problem=str(error))
             return
         if is_new:
-            await self._renew(self._tls.context)
+            await self._serving.renew(self._tls.context)
             log.info("HTTP_SD_PORT has new TLS files")
-
-    async def _renew(self, context: ssl.SSLContext) -> None:
-        """Accept with the context of this moment, and end what was accepted with the one before."""
-        assert self._runner.server is not None
-        before = self._runner.server.connections
-        self._acceptor.renew(context)
-        # Not their `close`, which leaves an idle connection open and unattended (aiohttp 3.14).
-        await asyncio.gather(*(one.shutdown(_SHUTDOWN_TIMEOUT) for one in before))
-
-    async def _close(self) -> None:
-        await self._acceptor.stop()
-        await self._runner.cleanup()
-        self._listening.close()
 
 
 def _asks_for(bearer: BearerFile) -> Middleware:

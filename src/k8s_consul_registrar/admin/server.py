@@ -1,21 +1,18 @@
 """The HTTP server of the admin port: health, metrics, and what a mode adds; never in the NodePort Service."""
 
 from collections.abc import Awaitable, Callable, Iterable
-from types import TracebackType
 from typing import Self
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
-from k8s_consul_registrar.admin.accepting import Acceptor, Bounds, server_log
+from k8s_consul_registrar.admin.accepting import Bounds
 from k8s_consul_registrar.admin.health import Health, health_routes
-from k8s_consul_registrar.admin.listening import listen
 from k8s_consul_registrar.admin.metrics import metrics_routes, nothing
+from k8s_consul_registrar.admin.serving import Serving
 
 # Seconds a request under way gets when the server stops; probes and scrapes of us are short.
 _SHUTDOWN_TIMEOUT = 1.0
-# Probes come every few seconds and scrapes every minute; an idle connection is not worth keeping long.
-_KEEPALIVE_TIMEOUT = 30.0
 
 
 class AdminServer:
@@ -25,7 +22,7 @@ class AdminServer:
     hands out; `port` says which.
     """
 
-    __slots__ = ("_acceptor", "_listening", "_runner", "_wanted", "port")
+    __slots__ = ("_serving",)
 
     def __init__(
         self,
@@ -37,42 +34,21 @@ class AdminServer:
         before_metrics: Callable[[], Awaitable[None]] = nothing,
         bounds: Bounds | None = None,
     ) -> None:
-        self._acceptor = Acceptor(bounds)
-        app = web.Application(middlewares=[self._acceptor.middleware])
-        app.add_routes([*health_routes(health), *metrics_routes(registry, before_metrics), *routes])
-        self._runner = web.AppRunner(
-            app,
-            access_log=None,
-            logger=server_log(),
-            keepalive_timeout=_KEEPALIVE_TIMEOUT,
-            shutdown_timeout=_SHUTDOWN_TIMEOUT,
+        self._serving = Serving("ADMIN_PORT", port, patience=_SHUTDOWN_TIMEOUT, bounds=bounds)
+        self._serving.app.add_routes(
+            [*health_routes(health), *metrics_routes(registry, before_metrics), *routes]
         )
-        self._wanted = port
-        self.port = port
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return self._serving.port
 
     async def __aenter__(self) -> Self:
         """Start listening; raises OperationalError when the port cannot be had."""
-        self._listening = listen(self._wanted, "ADMIN_PORT")
-        self.port = self._listening.getsockname()[1]
-        try:
-            await self._runner.setup()
-            assert self._runner.server is not None
-            self._acceptor.start(self._listening, self._runner.server, None)
-        except BaseException:
-            await self._close()
-            raise
+        await self._serving.start()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Stop listening and close what is open."""
-        await self._close()
-
-    async def _close(self) -> None:
-        await self._acceptor.stop()
-        await self._runner.cleanup()
-        self._listening.close()
+        await self._serving.stop()
