@@ -116,13 +116,15 @@ def _parse(operation: Mapping[str, Any], datacenter: str) -> Operation | str:
 
 def _parse_service(body: Json, record: Json, _: str) -> Operation | str:
     node, service = body.get("Node") or "", service_of(record, name_field="Service")
-    if record.get("ID") and not service.name:
+    verb = body.get("Verb") or ""
+    # What is to be read is not checked beforehand (consul 1.8, agent/consul/txn_endpoint.go, preCheck).
+    if verb != "get" and record.get("ID") and not service.name:
         return "Must provide service name with ID"
-    if service.address in ANY_ADDRESSES:
+    if verb != "get" and service.address in ANY_ADDRESSES:
         return "Invalid service address"
     return Operation(
         kind="Service",
-        verb=body.get("Verb") or "",
+        verb=verb,
         subject=f'service "{service.id}" on node "{node}"',
         cas_index=record.get("ModifyIndex") or 0,
         read=lambda catalog: catalog.service(node, service.id),
