@@ -231,9 +231,7 @@ class Passes:
     async def _look_up(self, ids: Sequence[str], planner: Planner) -> None:
         """Have the planner consider what stands under these IDs; before the first full pass, leave them."""
         if not self._had_full_pass:
-            for service_id in ids:
-                if self._ledger.is_uncertain(service_id):
-                    planner.skip(service_id)
+            planner.leave({service_id for service_id in ids if self._ledger.is_uncertain(service_id)})
             return
         if ids:
             async for service in self._registry.lookup(ids):

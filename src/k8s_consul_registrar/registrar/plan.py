@@ -127,12 +127,8 @@ class Planner:
         """Count a service among what its source holds, and judge nothing else of it."""
         self._count_held(service, object_of(service))
 
-    def skip(self, service_id: str) -> None:
-        """Leave an ID alone in this plan: what stands under it is not known yet."""
-        self._seen.add(service_id)
-
     def leave(self, ids: AbstractSet[str]) -> None:
-        """Leave these IDs alone, whatever was considered of them: it is out of date."""
+        """Leave these IDs alone: what stands under them is not known yet, or is not what was considered."""
         if not ids:
             return
         self._seen |= ids
