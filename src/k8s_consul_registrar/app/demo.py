@@ -105,6 +105,7 @@ async def _story(stack: contextlib.AsyncExitStack) -> list[tuple[str, str]]:
         ("Consul", f"http://{consul}/v1/agent/services"),
         ("proxy", f"http://127.0.0.1:{proxy_port}/api/v1/nodes/<node_ip>:<port>/metrics/cadvisor"),
         ("proxy's figures", f"http://127.0.0.1:{proxy_admin}/metrics"),
+        ("status page", f"http://127.0.0.1:{registrar_admin}/"),
         ("registrar's figures", f"http://127.0.0.1:{registrar_admin}/metrics"),
         ("logs", f"{proxy.log} {registrar.log}"),
     ]

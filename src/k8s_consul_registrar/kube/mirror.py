@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
-from k8s_consul_registrar.kube.dirty import Dirty
+from k8s_consul_registrar.kube.asked import Asked
 from k8s_consul_registrar.kube.known import Known, Verdict
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.sharing import Sharing
@@ -39,13 +39,9 @@ class Mirror:
         self.nodes_tried = asyncio.Event()
         if not has_nodes:
             self.nodes_tried.set()
-        self._claims: dict[str, tuple[Target, ...]] = {}
-        self._rejections: dict[ObjectKey, Rejection] = {}
-        # The last copy handed out; None once it is out of date.
-        self._rejections_copy: Mapping[ObjectKey, Rejection] | None = None
+        self._asked = Asked()
         self._departed: set[ObjectKey] = set()
         self._cluster_uid = ""
-        self._dirty = Dirty()
         self._needs_full_pass = False
         self._changed = asyncio.Event()
         # Moves with every change, for whoever keeps what was made of the claims.
@@ -163,23 +159,23 @@ class Mirror:
     def wanted(self) -> Wanted:
         """Return all that is known now, as a value that later changes do not touch."""
         self._needs_full_pass = False
-        _, heard = self._dirty.take()
+        _, heard = self._asked.take()
         self._changed.clear()
-        return self._value(dict(self._claims), heard)
+        return self._value(dict(self._asked.claims), heard)
 
     def known(self) -> Wanted:
         """Return the same, but what changed still waits to be seen."""
-        return self._value(dict(self._claims), {})
+        return self._value(dict(self._asked.claims), {})
 
     @property
     def claims(self) -> Mapping[str, Sequence[Target]]:
         """The targets by service ID as they are at this moment; it changes under the reader."""
-        return self._claims
+        return self._asked.claims
 
     @property
     def rejections(self) -> Mapping[ObjectKey, Rejection]:
         """The rejections as they are at this moment; it changes under the reader."""
-        return self._rejections
+        return self._asked.rejections
 
     @property
     def cluster_uid(self) -> str:
@@ -195,9 +191,9 @@ class Mirror:
 
         `claims` are of the service IDs whose targets changed, and of `also`; empty where nobody asks now.
         """
-        dirty, heard = self._dirty.take()
+        dirty, heard = self._asked.take()
         self._changed.clear()
-        return self._value({one: self._claims.get(one, ()) for one in dirty | also}, heard)
+        return self._value({one: self._asked.claims.get(one, ()) for one in dirty | also}, heard)
 
     def needs_full_pass(self) -> bool:
         """Whether more than single targets changed since `wanted` was last called.
@@ -218,11 +214,9 @@ class Mirror:
         self._departed -= departed
 
     def _value(self, claims: Mapping[str, tuple[Target, ...]], heard: Mapping[str, float]) -> Wanted:
-        if self._rejections_copy is None:
-            self._rejections_copy = dict(self._rejections)
         return Wanted(
             claims=claims,
-            rejections=self._rejections_copy,
+            rejections=self._asked.rejected(),
             sources=self.states(),
             departed=frozenset(self._departed),
             cluster_uid=self._cluster_uid,
@@ -278,34 +272,6 @@ class Mirror:
             del known.verdicts[key]
         else:
             known.verdicts[key] = after
-        if isinstance(before, Rejection):
-            del self._rejections[key]
-            self._rejections_copy = None
-            self._dirty.mark(before.id, at)
-        else:
-            self._unclaim(key, before, at)
-        if isinstance(after, Rejection):
-            self._rejections[key] = after
-            self._rejections_copy = None
-            self._dirty.mark(after.id, at)
-        else:
-            self._claim(after, at)
+        self._asked.replace(key, before, after, at)
         self.generation += 1
         self._changed.set()
-
-    def _unclaim(self, key: ObjectKey, targets: tuple[Target, ...], at: float | None) -> None:
-        for target in targets:
-            self._dirty.mark(target.id, at)
-            rest = tuple(one for one in self._claims[target.id] if one.key != key)
-            if rest:
-                self._claims[target.id] = rest
-            else:
-                del self._claims[target.id]
-
-    def _claim(self, targets: tuple[Target, ...], at: float | None) -> None:
-        for target in targets:
-            self._dirty.mark(target.id, at)
-            others = self._claims.get(target.id, ())
-            # The usual case of one target and one claim shares one tuple, for its memory.
-            alone = targets if len(targets) == 1 else (target,)
-            self._claims[target.id] = (*others, target) if others else alone
