@@ -91,6 +91,8 @@ class MemoryRegistry:
         self.may_read_on = asyncio.Event()
         self.may_read_on.set()
         self.read_first = 0
+        # Whether others get their turn after each write.
+        self.gives_way = False
 
     async def services(self) -> AsyncIterator[Service]:
         """Yield what is held."""
@@ -113,20 +115,26 @@ class MemoryRegistry:
             if service_id in self.held:
                 yield self.held[service_id]
 
-    async def register(self, services: Sequence[Service]) -> Written:
-        """Take services in, except the refused ones and those of another version."""
-        self._check()
-        if self.failing_writes:
-            self.failing_writes -= 1
-            raise ConsulUnreachable("Consul went down in the middle")
-        failures = tuple(WriteFailure(one.id, "no") for one in services if one.id in self.refused)
-        stale = tuple(one.id for one in services if one.id not in self.refused and self._is_stale(one))
+    async def register(self, services: Iterable[Service]) -> Written:
+        """Take services in one by one, except the refused ones and those of another version."""
+        failures: list[WriteFailure] = []
+        stale: list[str] = []
         indexes = {}
         for one in services:
-            if one.id not in self.refused and one.id not in stale:
+            self._check()
+            if self.failing_writes:
+                self.failing_writes -= 1
+                raise ConsulUnreachable("Consul went down in the middle")
+            if one.id in self.refused:
+                failures.append(WriteFailure(one.id, "no"))
+            elif self._is_stale(one):
+                stale.append(one.id)
+            else:
                 self.writes.append(("register", one.id))
                 indexes[one.id] = self._put(one)
-        return Written(len(indexes), failures, indexes, stale)
+            if self.gives_way:
+                await asyncio.sleep(0)
+        return Written(len(indexes), tuple(failures), indexes, tuple(stale))
 
     async def deregister(self, services: Sequence[Service]) -> Written:
         """Take services out, except those of another version."""

@@ -1,11 +1,8 @@
 """What is said of a long first sync, and how much a registry is handed at once."""
 
-from itertools import pairwise
-
 import pytest
 import structlog
 
-from k8s_consul_registrar.registrar.pace import FIRST, GROWTH, LEAST, MOST, next_batch
 from k8s_consul_registrar.registrar.progress import Progress, describe, tell_progress
 
 
@@ -49,14 +46,3 @@ async def test_one_line_an_interval_and_none_at_the_end() -> None:
     with structlog.testing.capture_logs() as lines:
         await tell_progress(lambda: None, "agent", 0.001)
     assert lines == []
-
-
-def test_a_batch_takes_about_a_second_of_any_registry() -> None:
-    """At 20, 540 and 100,000 services a second the sizes settle within a few batches, within bounds."""
-    for rate, settled in ((20, LEAST), (540, 540), (100_000, MOST)):
-        sizes = [FIRST]
-        for _ in range(6):
-            sizes.append(next_batch(sizes[-1], sizes[-1] / rate))
-        assert sizes[-1] == sizes[-2] == settled
-        assert all(later <= GROWTH * earlier for earlier, later in pairwise(sizes))
-    assert next_batch(FIRST, 0.0) == GROWTH * FIRST

@@ -127,7 +127,7 @@ async def test_what_we_take_a_real_consul_takes() -> None:
             assert {"pod--shop--longest", "pod--shop--many"} <= found
             assert not found & {"pod--shop--too-long", "pod--shop--too-many"}
             assert line["rejected"] == len(wanted) + 4 - len(found)
-            assert 0 < line["rejected"] < len(wanted), "both sorts are among them"
+            assert line["rejected"] > 2, "odd ones are among them"
 
 
 async def token(consul: RealConsul, rules: str) -> str:

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 
@@ -142,7 +142,7 @@ async def test_first_list_is_registered_before_consul_is_compared_whole(checks_v
     reads_at_write: list[int] = []
     register = lab.consul.register
 
-    async def noting(services: Sequence[Service]) -> Written:
+    async def noting(services: Iterable[Service]) -> Written:
         reads_at_write.append(lab.consul.reads)
         return await register(services)
 

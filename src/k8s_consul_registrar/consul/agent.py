@@ -3,7 +3,7 @@
 import asyncio
 import heapq
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from urllib.parse import quote
 
@@ -89,7 +89,7 @@ class AgentRegistry:
         for service in found:
             yield service
 
-    async def register(self, services: Sequence[Service]) -> Written:
+    async def register(self, services: Iterable[Service]) -> Written:
         """Register services, over what is there under the same ID, keeping its checks.
 
         What could never be deregistered again is refused.
@@ -101,8 +101,15 @@ class AgentRegistry:
             body = encode_registration(self._meta_keys.encode(service))
             await self._client.request("PUT", "/v1/agent/service/register", body=body)
 
-        written = await self._each(services, put)
-        done = {service.id for service in services}.difference(one.id for one in written.failures)
+        taken: set[str] = set()
+
+        def noted() -> Iterator[Service]:
+            for service in services:
+                taken.add(service.id)
+                yield service
+
+        written = await self._each(noted(), put)
+        done = taken.difference(one.id for one in written.failures)
         self._unlike -= done
         self._outdated -= done
         self._sample.extend(list(done)[: SAMPLE - len(self._sample)])
@@ -161,12 +168,12 @@ class AgentRegistry:
         return decode_service(service_id, answer.body)
 
     async def _each(
-        self, services: Sequence[Service], write: Callable[[Service], Awaitable[None]]
+        self, services: Iterable[Service], write: Callable[[Service], Awaitable[None]]
     ) -> Written:
         """Write each service with bounded concurrency; one that is refused does not hold up the rest."""
         batch = Batch(write)
         with self._node.writing():
-            await for_each(services, batch.write, min(self._concurrency, len(services)))
+            await for_each(services, batch.write, self._concurrency)
         return Written(batch.done, tuple(batch.failures))
 
 

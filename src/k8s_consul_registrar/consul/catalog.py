@@ -1,6 +1,6 @@
 """The registry of a synthetic node of Consul's catalog, written by transactions."""
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from k8s_consul_registrar.backoff import Timing
@@ -97,19 +97,24 @@ class CatalogRegistry:
         for service in services:
             yield replace(service, ready=ready.get(service.id))
 
-    async def register(self, services: Sequence[Service]) -> Written:
+    async def register(self, services: Iterable[Service]) -> Written:
         """Write services: index 0 creates, another replaces the record of that index and no other."""
         if await self._node.prove():
             self._watch.wrote(0)
-        written = await self._write(
-            services,
-            lambda service: self._operations.put(
-                self._meta_keys.encode(service), has_check=service.id in self._checked
-            ),
-        )
-        done = [service for service in services if service.id in written.indexes]
-        self._checked.difference_update(service.id for service in done if service.ready is None)
-        self._checked.update(service.id for service in done if service.ready is not None)
+        bare: list[str] = []
+        checked: list[str] = []
+
+        def put(service: Service) -> Unit:
+            has_check = service.id in self._checked
+            if service.ready is not None:
+                checked.append(service.id)
+            elif has_check:
+                bare.append(service.id)
+            return self._operations.put(self._meta_keys.encode(service), has_check=has_check)
+
+        written = await self._write(services, put)
+        self._checked.difference_update(one for one in bare if one in written.indexes)
+        self._checked.update(one for one in checked if one in written.indexes)
         return written
 
     async def deregister(self, services: Sequence[Service]) -> Written:
@@ -126,7 +131,7 @@ class CatalogRegistry:
         """Return none: whatever the node shows is held here."""
         return {}
 
-    async def _write(self, services: Sequence[Service], unit: Callable[[Service], Unit]) -> Written:
+    async def _write(self, services: Iterable[Service], unit: Callable[[Service], Unit]) -> Written:
         with self._watch.writing():
             written = await write_all(
                 self._transactions,

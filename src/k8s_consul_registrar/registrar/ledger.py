@@ -84,6 +84,10 @@ class Ledger:
         """Whether something stands, or may stand, under an ID that is not known here."""
         return service_id in self._uncertain
 
+    def is_free(self, service_id: str) -> bool:
+        """Whether nothing is known, or feared, to stand under an ID."""
+        return service_id not in self._entries and service_id not in self._uncertain
+
     def shard(self, service_id: str) -> str:
         """Return the shard a service has or had, so that one that was lost gets it back; empty for none."""
         entry = self._entries.get(service_id)

@@ -1,13 +1,19 @@
-"""How many services are handed to a registry at once: as many as it writes in about a second."""
+"""How many services are handed to a registry at once: as many as it takes in a second or two."""
 
-# The least fills a registry's connections, or its transactions. The most, made and handed over at a time, keeps a
-# first sync of 80,000 out of memory. Every batch costs a wait for its last write, so the first is not the least.
-LEAST, FIRST, MOST = 128, 256, 4096
-# Seconds a batch is to take, and by how much the next may be larger: one quick batch proves little.
-TAKES, GROWTH = 1.0, 8
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+# What was written is noted, and shown, batch by batch; but every batch costs a wait for its last write.
+MOST, SECONDS = 8192, 2.0
+
+T = TypeVar("T")
 
 
-def next_batch(size: int, seconds: float) -> int:
-    """Return the size of the next batch after one of this size took so many seconds."""
-    fitting = int(size * min(TAKES / max(seconds, 0.001), GROWTH))
-    return min(max(fitting, LEAST), MOST)
+def batch_of(items: Iterator[T], clock: Callable[[], float] = time.monotonic) -> Iterator[T]:
+    """Yield one batch while it is taken: at least one item, so many at most, and none once its time is over."""
+    began = clock()
+    for count, item in enumerate(items, start=1):
+        yield item
+        if count >= MOST or clock() - began >= SECONDS:
+            return

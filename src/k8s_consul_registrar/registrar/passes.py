@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
+from k8s_consul_registrar.model import Written
 from k8s_consul_registrar.registrar.brake import BrakeRules, Memory
 from k8s_consul_registrar.registrar.ledger import Entry, Ledger
 from k8s_consul_registrar.registrar.naming import comparable_name, is_of_a_registrar
@@ -16,6 +17,7 @@ from k8s_consul_registrar.registrar.report import Reporter
 from k8s_consul_registrar.registrar.status import PassReport
 from k8s_consul_registrar.registrar.writing import Writing
 from k8s_consul_registrar.targets.sharding import Shards
+from k8s_consul_registrar.targets.wanted import Wanted
 
 # After so many services a pass lets the loop turn, so that health checks and events are served meanwhile.
 SLICE = 250
@@ -196,14 +198,13 @@ class Passes:
         if retries_refused:
             self._pending |= self._writing.refused
             self._writing.refused.clear()
+        first = Written() if self._had_full_pass else await self._register_missing()
         wanted = self._cluster.changes(frozenset(self._pending))
         self._reporter.begins(wanted)
         self._pending |= wanted.claims.keys()
         if self._overtaken is not None:
             self._overtaken |= wanted.claims.keys()
-        planner = Planner(
-            wanted, self._identity, self._shards, self._recall, self._taken_names, find=self._ledger.get
-        )
+        planner = self._planner(wanted)
         unknown: list[str] = []
         for service_id in wanted.claims:
             entry = self._ledger.get(service_id)
@@ -222,7 +223,45 @@ class Passes:
             if not self._writing.refused and self._had_full_pass:
                 self._cluster.settled(wanted.departed - plan.kept_objects)
         self._reporter.passed_over_changes(wanted, plan)
-        return report
+        return replace(
+            report,
+            registered=first.done + report.registered,
+            refused=len(first.failures) + len(first.stale) + report.refused,
+        )
+
+    async def _register_missing(self) -> Written:
+        """Register what Consul is known to lack, and what the cluster adds meanwhile: all else stays pending."""
+        left: set[str] = set()
+        written = await self._writing.register("register", self._missing(left), self._ledger)
+        self._pending = left
+        return written
+
+    def _missing(self, left: set[str]) -> Iterator[Entry]:
+        """Plan what Consul is known to lack, each entry when it is asked for; what must wait goes to `left`.
+
+        So the writes begin with the first object of a list and go on while the others arrive. An ID is taken
+        once: what becomes of it meanwhile must wait until it is known to stand in Consul.
+        """
+        taken: set[str] = set()
+        wanted = self._cluster.changes(frozenset(self._pending))
+        while wanted.claims:
+            self._reporter.begins(wanted)
+            self._pending |= wanted.claims.keys()
+            waiting = {one for one in wanted.claims if one in taken or not self._ledger.is_free(one)}
+            left |= waiting
+            taken |= wanted.claims.keys()
+            planner = self._planner(wanted)
+            planner.leave(waiting)
+            yield from filter(None, planner.complete())
+            self._reporter.passed_over_changes(wanted, planner.plan())
+            if self._cluster.needs_full_pass():
+                return
+            wanted = self._cluster.changes()
+
+    def _planner(self, wanted: Wanted) -> Planner:
+        return Planner(
+            wanted, self._identity, self._shards, self._recall, self._taken_names, find=self._ledger.get
+        )
 
     def _recall(self, service_id: str) -> str:
         """Return the shard of a service that Consul held, though it may hold it no more."""
@@ -238,7 +277,7 @@ class Passes:
                 planner.consider(service)
 
 
-async def _run(steps: Iterator[None]) -> None:
+async def _run(steps: Iterator[object]) -> None:
     """Run through the steps, letting the loop turn now and then."""
     for number, _ in enumerate(steps, start=1):
         if number % SLICE == 0:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 from k8s_consul_registrar.model import UNSYNCED, Kind, ObjectKey, Rejection, Service, Source, Target
 from k8s_consul_registrar.registrar.brake import Absence, BrakeRules, Held, Memory, judge_absence
@@ -104,8 +105,6 @@ class Planner:
         self._kept: Counter[Kept] = Counter()
         self._kept_objects: set[ObjectKey] = set()
         self._unchanged = 0
-        self._rejected_ids = {one.id for one in wanted.rejections.values() if one.id}
-        self._nameless = {key.kind for key, one in wanted.rejections.items() if not one.id}
 
     def consider(self, service: Service) -> Entry | None:
         """Compare one service that Consul holds; returns its entry when it is just as it should be."""
@@ -139,17 +138,13 @@ class Planner:
         for gathered in self._absent.values():
             gathered.absent = [service for service in gathered.absent if service.id not in ids]
 
-    def complete(self) -> Iterator[None]:
-        """Plan what Consul lacks, one service a step, so that a long plan can let others run between."""
+    def complete(self) -> Iterator[Entry | None]:
+        """Plan what Consul lacks, one service ID a step, so that a long plan can let others run between.
+
+        Each step yields the entry that is to be registered, None where there is nothing to register.
+        """
         for service_id, claims in self._wanted.claims.items():
-            if claims and service_id not in self._seen:
-                target, losers = settle(claims, None)
-                self._rejections.extend(losers)
-                shard = self._shards.choose(service_id, self._recall(service_id))
-                entry = Entry(target, shard, self._wanted.cluster_uid)
-                if self._may_be_named(entry):
-                    self._register.append(entry)
-            yield
+            yield self._lacking(service_id, claims) if claims and service_id not in self._seen else None
         self._update.extend(
             entry for entry, held_name in self._rename if self._may_be_named(entry, held_name)
         )
@@ -200,6 +195,16 @@ class Planner:
         named = {key: service.value(key) for key in ("managed_by", "cluster", "instance", "cluster_uid")}
         holder = ", ".join(f"{key}={value}" for key, value in named.items() if value)
         self._conflicts.append(Conflict(service.id, target.key, holder or "a service without our meta"))
+
+    def _lacking(self, service_id: str, claims: Sequence[Target]) -> Entry | None:
+        target, losers = settle(claims, None)
+        self._rejections.extend(losers)
+        shard = self._shards.choose(service_id, self._recall(service_id))
+        entry = Entry(target, shard, self._wanted.cluster_uid)
+        if not self._may_be_named(entry):
+            return None
+        self._register.append(entry)
+        return entry
 
     def _may_be_named(self, entry: Entry, held_name: str = "") -> bool:
         """Whether a name is free to be given; known only once every service was considered."""
@@ -261,6 +266,14 @@ class Planner:
             self._deregister.append(service)
         else:
             self._absent[source].absent.append(service)
+
+    @cached_property
+    def _rejected_ids(self) -> AbstractSet[str]:
+        return {one.id for one in self._wanted.rejections.values() if one.id}
+
+    @cached_property
+    def _nameless(self) -> AbstractSet[Kind]:
+        return {key.kind for key, one in self._wanted.rejections.items() if not one.id}
 
     def _is_rejected(self, service: Service, key: ObjectKey | None, kind: Kind) -> bool:
         if key is None:

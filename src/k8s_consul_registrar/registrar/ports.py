@@ -1,7 +1,7 @@
 """What the reconciler asks of the two sides it keeps equal."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Protocol
 
@@ -101,8 +101,8 @@ class Registry(Protocol):
         """Yield those of these services that are there now."""
         ...
 
-    async def register(self, services: Sequence[Service]) -> Written:
-        """Write services, over what is there under the same ID."""
+    async def register(self, services: Iterable[Service]) -> Written:
+        """Write services, over what is there under the same ID; each is taken only when there is room for it."""
         ...
 
     async def deregister(self, services: Sequence[Service]) -> Written:

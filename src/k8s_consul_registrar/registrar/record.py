@@ -1,6 +1,6 @@
 """A registry of our own for where there is no Consul: what is wanted is kept here, to be served to collectors."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
 from k8s_consul_registrar.model import Disturbance, Service, Written
 
@@ -24,10 +24,11 @@ class OwnRecord:
             if service_id in self._services:
                 yield self._services[service_id]
 
-    async def register(self, services: Sequence[Service]) -> Written:
+    async def register(self, services: Iterable[Service]) -> Written:
         """Keep services, in place of those of the same ID."""
-        self._services.update({service.id: service for service in services})
-        return Written(len(services))
+        kept = {service.id: service for service in services}
+        self._services.update(kept)
+        return Written(len(kept))
 
     async def deregister(self, services: Sequence[Service]) -> Written:
         """Drop services."""

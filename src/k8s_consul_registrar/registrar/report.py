@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
-from k8s_consul_registrar.model import Kind, Service, Written
+from k8s_consul_registrar.model import Kind, Service, Target, Written
 from k8s_consul_registrar.registrar.lag import Lag
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.plan import Kept, Plan
@@ -109,7 +109,7 @@ class Reporter:
         """Take in of which services a write is still owed; of all others none is."""
         self._lag.still_owed(ids)
 
-    def wrote(self, verb: str, services: Sequence[Service], written: Written) -> None:
+    def wrote(self, verb: str, services: Sequence[Service | Target], written: Written) -> None:
         """Count a batch of writes and name what Consul refused of it."""
         self._metrics.writes.labels(verb, "success").inc(written.done)
         self._metrics.writes.labels(verb, "refused").inc(len(written.failures))

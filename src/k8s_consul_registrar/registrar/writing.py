@@ -1,14 +1,14 @@
 """Writes a plan to Consul and notes in the ledger what became of it."""
 
-import time
-from collections.abc import Awaitable, Callable, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from itertools import chain
 
 from k8s_consul_registrar.errors import ConsulError
 from k8s_consul_registrar.model import Service, WriteFailure, Written
 from k8s_consul_registrar.registrar.ledger import Entry, Ledger
 from k8s_consul_registrar.registrar.ownership import Identity
-from k8s_consul_registrar.registrar.pace import FIRST, next_batch
+from k8s_consul_registrar.registrar.pace import batch_of
 from k8s_consul_registrar.registrar.plan import Plan
 from k8s_consul_registrar.registrar.ports import Registry
 from k8s_consul_registrar.registrar.report import Reporter
@@ -22,16 +22,16 @@ class Writing:
         self._registry = registry
         self._identity = identity
         self._reporter = reporter
-        self._batch = FIRST
         self.refused: set[str] = set()
 
     async def apply(self, plan: Plan, ledger: Ledger) -> PassReport:
-        """Write a plan, registers before deregisters; raises a `ConsulError`, and what was under way then is in doubt."""
+        """Write a plan, registers before deregisters; raises a `ConsulError`, and all of the plan is in doubt then."""
         try:
-            registered = await self._register("register", plan.register, ledger)
-            updated = await self._register("update", plan.update, ledger)
+            registered = await self.register("register", plan.register, ledger)
+            updated = await self.register("update", plan.update, ledger)
             deregistered = await self._deregister(plan.deregister, ledger)
         except ConsulError:
+            # What was not under way yet keeps the shard it had.
             for entry in (*plan.register, *plan.update):
                 ledger.doubt(entry.id, entry.shard)
             for service in plan.deregister:
@@ -50,35 +50,52 @@ class Writing:
             kept=plan.kept.total(),
         )
 
-    async def _register(self, verb: str, entries: Sequence[Entry], ledger: Ledger) -> Written:
+    async def register(self, verb: str, entries: Iterable[Entry], ledger: Ledger) -> Written:
+        """Write entries, each taken only when Consul is ready for it; what came of them, without their indexes.
+
+        Raises a `ConsulError`, and what was under way then is in doubt.
+        """
         done = 0
         failures: list[WriteFailure] = []
         stale: list[str] = []
-        remaining = iter(entries)
-        while batch := list(islice(remaining, self._batch)):
-            started = time.monotonic()
-            services = [entry.service(self._identity) for entry in batch]
-            written = await self._write(verb, self._registry.register, services)
-            missed = {failure.id for failure in written.failures} | set(written.stale)
-            for entry in batch:
-                if entry.id in missed:
-                    ledger.doubt(entry.id, entry.shard)
-                    self.refused.add(entry.id)
-                else:
-                    self.refused.discard(entry.id)
-                    ledger.note(entry._replace(version=written.indexes.get(entry.id, 0)))
-            if len(batch) == self._batch:
-                self._batch = next_batch(self._batch, time.monotonic() - started)
+        coming = iter(entries)
+        for first in coming:
+            written = await self._register_batch(verb, chain((first,), coming), ledger)
             done += written.done
             failures.extend(written.failures)
             stale.extend(written.stale)
         return Written(done, tuple(failures), stale=tuple(stale))
 
+    async def _register_batch(self, verb: str, coming: Iterator[Entry], ledger: Ledger) -> Written:
+        taken: list[Entry] = []
+
+        def services() -> Iterator[Service]:
+            for entry in batch_of(coming):
+                taken.append(entry)
+                yield entry.service(self._identity)
+
+        try:
+            written = await self._registry.register(services())
+        except ConsulError:
+            for entry in taken:
+                ledger.doubt(entry.id, entry.shard)
+            raise
+        missed = _missed(written)
+        for entry in taken:
+            if entry.id in missed:
+                ledger.doubt(entry.id, entry.shard)
+                self.refused.add(entry.id)
+            else:
+                self.refused.discard(entry.id)
+                ledger.note(entry._replace(version=written.indexes.get(entry.id, 0)))
+        self._reporter.wrote(verb, [entry.target for entry in taken], written)
+        return written
+
     async def _deregister(self, services: Sequence[Service], ledger: Ledger) -> Written:
         if not services:
             return Written()
-        written = await self._write("deregister", self._registry.deregister, services)
-        missed = {failure.id for failure in written.failures} | set(written.stale)
+        written = await self._registry.deregister(services)
+        missed = _missed(written)
         for service in services:
             if service.id in missed:
                 ledger.doubt(service.id)
@@ -86,14 +103,10 @@ class Writing:
             else:
                 self.refused.discard(service.id)
                 ledger.forget(service.id)
+        self._reporter.wrote("deregister", services, written)
         return written
 
-    async def _write(
-        self,
-        verb: str,
-        write: Callable[[Sequence[Service]], Awaitable[Written]],
-        services: Sequence[Service],
-    ) -> Written:
-        written = await write(services)
-        self._reporter.wrote(verb, services, written)
-        return written
+
+def _missed(written: Written) -> AbstractSet[str]:
+    """Return the IDs that were not written."""
+    return {failure.id for failure in written.failures} | set(written.stale)
