@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from k8s_consul_registrar.errors import ConsulUnreachable
 from k8s_consul_registrar.kube.mirror import Mirror

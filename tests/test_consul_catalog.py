@@ -4,10 +4,10 @@ import asyncio
 import json
 import tracemalloc
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 
 import pytest
 from aiohttp import web
+from msgspec.structs import replace
 
 from builders import make_service, our_pod_service
 from consul_kit import held

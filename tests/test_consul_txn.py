@@ -1,10 +1,10 @@
 """Transactions: what is sent, how it is packed, and how answers are read."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from builders import make_service, our_pod_service
 from k8s_consul_registrar.consul.txn import MOST_BYTES, MOST_OPERATIONS, Operations, body_of, pack

@@ -150,6 +150,7 @@ async def test_two_nodes_with_one_address_are_one_service() -> None:
         await lab.cluster.add_node("old", ("InternalIP", "192.0.2.10"), is_ready=False)
         await lab.cluster.add_node("new", ("InternalIP", "192.0.2.10"), is_ready=True)
         await daemon.until_said("rejected", "node old")
+        await daemon.until(lambda: lab.has("node--192.0.2.10"))
         await daemon.until(lambda: lab.meta("node--192.0.2.10")["node"] == "new")
         written = len(lab.writes)
         await daemon.passes(3)

@@ -10,8 +10,7 @@ from builders import make_node, make_pod
 from k8s_consul_registrar.kube.known import Verdict
 from k8s_consul_registrar.kube.mirror import SLICE, Mirror
 from k8s_consul_registrar.kube.objects import Item
-from k8s_consul_registrar.kube.sharing import LIMIT, Sharing
-from k8s_consul_registrar.model import Kind, ObjectKey, Source, Target, Undecodable
+from k8s_consul_registrar.model import Kind, ObjectKey, Source, Undecodable
 from k8s_consul_registrar.targets.targets import TargetRules, judge
 
 PODS, NODES = Source(Kind.POD), Source(Kind.NODE)
@@ -354,13 +353,3 @@ def test_equal_parts_of_targets_are_one_object_in_memory() -> None:
     assert shared == [True] * 5
     known = mirror._known[PODS].verdicts
     assert mirror.wanted().claims[first.id] is known[first.key]
-
-
-def test_what_is_shared_is_bounded() -> None:
-    """Pairs that never come again do not pile up."""
-    sharing = Sharing()
-    key = ObjectKey(Kind.POD, "shop", "a")
-    for number in range(3 * LIMIT):
-        (target,) = sharing.targets((Target(key, "a", "a", "a", 1, (("pod", f"p-{number}"),)),))
-        assert target.meta == (("pod", f"p-{number}"),)
-    assert len(sharing._pairs) <= LIMIT + 1

@@ -81,13 +81,13 @@ async def test_a_ledger_takes_over_what_another_knows(lab: Lab) -> None:
     known = {name: lab.passes.entry(f"pod--shop--{name}") for name in NAMES}
     a, b, c, d = (entry for name in "abcd" if (entry := known[name]) is not None)
     old, new = Ledger(), Ledger()
-    old.note(a._replace(version=7))
+    old.note(a.at(7))
     old.doubt(b.id, "s1")
     old.keep(d)
     for entry in (a, b, c):
         new.note(entry)
     new.take_over(old, {a.id, b.id, d.id, "never-heard-of"})
-    assert new.get(a.id) == a._replace(version=7)
+    assert new.get(a.id) == a.at(7)
     assert new.get(b.id) is None
     assert (new.is_uncertain(b.id), new.shard(b.id)) == (True, "s1")
     assert new.get(c.id) == c

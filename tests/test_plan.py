@@ -1,10 +1,10 @@
 """The plan: what is written, what is left alone, and what can never happen."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from builders import make_node, make_pod, make_service, our_pod_service
 from k8s_consul_registrar.model import (

@@ -1,9 +1,9 @@
 """The agent registry on a real Consul: what the catalog lacks, tokens that change, agents that lose all."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from builders import make_service, our_pod_service

@@ -1,9 +1,9 @@
 """The catalog registry on a real Consul: races, refusals, rights, and data that comes and goes."""
 
 import asyncio
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from builders import make_service, our_pod_service
 from consul_kit import PATIENT, connected, held, make_token, restart_empty

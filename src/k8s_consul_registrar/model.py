@@ -154,8 +154,7 @@ MANAGED_BY = "k8s-consul-registrar"
 UNSYNCED = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Service:
+class Service(msgspec.Struct, frozen=True, gc=False, eq=False):
     """Consul's record of a target.
 
     `meta` and `tags` are sorted. `index` is the ModifyIndex of the catalog's record that this one replaces,
@@ -170,8 +169,24 @@ class Service:
     port: int
     meta: tuple[tuple[str, str], ...] = ()
     tags: tuple[str, ...] = ()
-    index: int = field(default=0, compare=False)
+    index: int = 0
     ready: bool | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Service):
+            return NotImplemented
+        return (
+            self.id == other.id
+            and self.meta == other.meta
+            and self.address == other.address
+            and self.port == other.port
+            and self.name == other.name
+            and self.tags == other.tags
+            and self.ready == other.ready
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.id, self.name, self.address, self.port, self.meta, self.tags, self.ready))
 
     def __post_init__(self) -> None:
         """Refuse an empty ID: a catalog deregister without one removes the whole node."""

@@ -4,8 +4,9 @@ import asyncio
 import heapq
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from urllib.parse import quote
+
+from msgspec.structs import replace
 
 from k8s_consul_registrar.consul.agent_node import AgentNode
 from k8s_consul_registrar.consul.client import ConsulClient, is_filtered

@@ -1,7 +1,8 @@
 """The registry of a synthetic node of Consul's catalog, written by transactions."""
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.client import ConsulClient

@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
+
+from msgspec.structs import replace
 
 from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.targets.meta import (
@@ -48,7 +50,7 @@ class MetaKeys:
 
     def encode(self, service: Service) -> Service:
         """Return a service as Consul is to hold it."""
-        if not self.renamed and not any(key.startswith(ASIDE) for key, _ in service.meta):
+        if not self.renamed and not _may_be_aside(service):
             return service
         names = dict(self.renamed)
         meta = [(names.get(key, key), value) for key, value in service.meta if not key.startswith(ASIDE)]
@@ -96,6 +98,11 @@ def parse_meta_keys(entries: Iterable[str]) -> MetaKeys:
     if len(keys.text) > LONGEST_META_VALUE:
         raise ValueError(f"is over the {LONGEST_META_VALUE} characters that Consul takes as a value of meta")
     return keys
+
+
+def _may_be_aside(service: Service) -> bool:
+    """Whether keys were set aside, as far as the first one tells: letters, with which ours begin, come later."""
+    return bool(service.meta) and service.meta[0][0] < "A"
 
 
 def _problem(ours: str, theirs: str) -> str:

@@ -5,7 +5,6 @@ Rules: Consul API, "Transactions", and consul 1.8 `agent/txn_endpoint.go`, `agen
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import msgspec
 
@@ -18,7 +17,7 @@ CHECK_NAME = "Kubernetes readiness"
 _encoder = msgspec.json.Encoder()
 
 
-class Unit(NamedTuple):
+class Unit(msgspec.Struct, frozen=True, gc=False):
     """One service's operations, encoded; they are never split over transactions."""
 
     service: Service

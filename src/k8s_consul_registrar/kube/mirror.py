@@ -8,7 +8,6 @@ from collections.abc import Set as AbstractSet
 from k8s_consul_registrar.kube.asked import Asked
 from k8s_consul_registrar.kube.known import Known, Verdict
 from k8s_consul_registrar.kube.objects import Item
-from k8s_consul_registrar.kube.sharing import Sharing
 from k8s_consul_registrar.kube.zones import Zones
 from k8s_consul_registrar.model import Kind, Node, ObjectKey, Rejection, Source, Target
 from k8s_consul_registrar.targets.wanted import SourceState, Wanted
@@ -32,7 +31,6 @@ class Mirror:
         self._judge = judge
         self._clock = clock
         self._known = {source: Known() for source in sources}
-        self._sharing = Sharing()
         has_nodes = Source(Kind.NODE) in self._known
         self._zones = Zones() if has_nodes else None
         # Set once the Nodes were listed, or could not be, or are none of ours: what Pods may wait for.
@@ -73,8 +71,9 @@ class Mirror:
         if isinstance(verdict, Rejection):
             key = verdict.key
         elif verdict:
-            verdict = self._sharing.targets(self._zones.place(verdict) if self._zones else verdict)
             key = verdict[0].key
+            if self._zones is not None:
+                verdict = self._zones.place(verdict)
         else:
             key = item.key
         if known.unseen:
@@ -232,7 +231,7 @@ class Mirror:
             before = known.verdicts[key]
             if isinstance(before, Rejection):
                 continue
-            after = self._sharing.targets(self._zones.place(before))
+            after = self._zones.place(before)
             if after != before:
                 self._replace(known, key, before, after, at)
 

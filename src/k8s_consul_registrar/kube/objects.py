@@ -253,16 +253,24 @@ def _ports(spec: _PodSpec) -> tuple[ContainerPort, ...]:
     An init container that restarts always is a sidecar (Kubernetes: "Sidecar Containers"); any other has
     ended when the Pod runs.
     """
-    sidecars = [c for c in spec.init_containers or () if c.restart_policy == "Always"]
-    return tuple(
-        ContainerPort(intern(port.name), port.container_port, intern(port.protocol or "TCP"))
-        for container in (*(spec.containers or ()), *sidecars)
-        for port in container.ports or ()
-    )
+    running = spec.containers or []
+    if spec.init_containers:
+        running = running + [one for one in spec.init_containers if one.restart_policy == "Always"]
+    ports: list[ContainerPort] = []
+    for container in running:
+        if container.ports:
+            ports += [
+                ContainerPort(intern(port.name), port.container_port, intern(port.protocol or "TCP"))
+                for port in container.ports
+            ]
+    return tuple(ports)
 
 
 def _is_ready(conditions: list[_Condition] | None) -> bool:
-    return any(c.type == "Ready" and c.status == "True" for c in conditions or ())
+    for condition in conditions or ():  # noqa: SIM110 - a generator costs three times as much
+        if condition.type == "Ready" and condition.status == "True":
+            return True
+    return False
 
 
 def _undecodable(raw: bytes | msgspec.Raw, kind: Kind, problem: str) -> tuple[Undecodable, str]:

@@ -1,7 +1,8 @@
 """What Consul holds of ours, in short: enough to make each service again without reading or copying it."""
 
 from collections.abc import Container, Iterable, Iterator
-from typing import NamedTuple
+
+import msgspec
 
 from k8s_consul_registrar.model import Service, Target
 from k8s_consul_registrar.registrar.ownership import Identity
@@ -9,7 +10,7 @@ from k8s_consul_registrar.targets.naming import sharded_name
 from k8s_consul_registrar.targets.zones import keep_zone
 
 
-class Entry(NamedTuple):
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """A service as a target, its shard and the cluster's UID make it; `version` is its `Service.index`.
 
     The target is the cluster's own value, so an entry costs a few words, not a copy of a service.
@@ -29,6 +30,10 @@ class Entry(NamedTuple):
     def name(self) -> str:
         """The service's name."""
         return sharded_name(self.target.name, self.shard)
+
+    def at(self, version: int) -> "Entry":
+        """Return the same at another version."""
+        return Entry(self.target, self.shard, self.cluster_uid, version)
 
     def service(self, identity: Identity) -> Service:
         """Make the service."""

@@ -87,7 +87,7 @@ class Writing:
                 self.refused.add(entry.id)
             else:
                 self.refused.discard(entry.id)
-                ledger.note(entry._replace(version=written.indexes.get(entry.id, 0)))
+                ledger.note(entry.at(written.indexes.get(entry.id, 0)))
         self._reporter.wrote(verb, [entry.target for entry in taken], written)
         return written
 

@@ -40,17 +40,20 @@ def scrape_path(text: str) -> tuple[str, list[tuple[str, str]]]:
     return path, pairs
 
 
-def scrape_params(
-    query: Sequence[tuple[str, str]], annotations: Mapping[str, str], prefix: str
-) -> dict[str, str]:
-    """Gather the parameters of the query and of `<prefix>param-<name>`.
+def named_params(annotations: Mapping[str, str], prefix: str) -> tuple[tuple[str, str], ...]:
+    """Return the names and values of the annotations `<prefix>param-<name>`, sorted."""
+    start = f"{prefix}param-"
+    keys = [key for key in annotations if key.startswith(start)]
+    return tuple([(key[len(start) :], annotations[key]) for key in sorted(keys)]) if keys else ()
+
+
+def scrape_params(query: Sequence[tuple[str, str]], named: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Gather the parameters of the query and of `named_params`.
 
     Raises `Refused` for a name Prometheus cannot take or one that is given twice.
     """
-    start = f"{prefix}param-"
-    named = [(key[len(start) :], value) for key, value in annotations.items() if key.startswith(start)]
     params: dict[str, str] = {}
-    for name, value in (*query, *sorted(named)):
+    for name, value in (*query, *named):
         if not _PARAM_NAME.fullmatch(name):
             raise Refused(
                 Reason.INVALID_PARAM, f"the parameter name {quoted(name)} is not made of A-Z a-z 0-9 _"

@@ -86,6 +86,8 @@ def service_tags(templates: Sequence[Template], subject: Subject, longest_shard:
     A tag one of whose fields is empty (a namespace, for a Node) says nothing. Raises `Refused` for one
     that is too long or not printable.
     """
+    if not templates:
+        return ()
     tags: set[str] = set()
     for template in templates:
         try:
@@ -107,7 +109,7 @@ def sharded_name(name: str, shard: str) -> str:
 
 def sharded_tags(tags: Sequence[str], shard: str) -> tuple[str, ...]:
     """Return the tags with their shard, sorted and without repeats; without a shard those about it go."""
-    if not any(SHARD_PLACEHOLDER in tag for tag in tags):
+    if not tags or not any(SHARD_PLACEHOLDER in tag for tag in tags):
         return tuple(tags)
     kept = (tag for tag in tags if shard or SHARD_PLACEHOLDER not in tag)
     return tuple(sorted({with_shard(tag, shard) for tag in kept}))
@@ -115,7 +117,8 @@ def sharded_tags(tags: Sequence[str], shard: str) -> tuple[str, ...]:
 
 def _size(text: str, longest_shard: int) -> int:
     shards = text.count(SHARD_PLACEHOLDER)
-    return len(text.encode("utf-8", "replace")) + shards * (longest_shard - len(SHARD_PLACEHOLDER))
+    size = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+    return size + shards * (longest_shard - len(SHARD_PLACEHOLDER))
 
 
 POD_NAME = parse_name(DEFAULT_POD_NAME, Kind.POD)

@@ -1,12 +1,17 @@
 """What a Pod asks to be scraped by, whoever scrapes it: Prometheus itself, or the proxy in its stead."""
 
 from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
 from typing import NamedTuple
 
-from k8s_consul_registrar.model import Pod
+import msgspec
+
+from k8s_consul_registrar.model import ContainerPort, Pod
 from k8s_consul_registrar.targets.addresses import scraped_address
 from k8s_consul_registrar.targets.annotations import (
     DEFAULT_PATH,
+    named_params,
     scrape_params,
     scrape_path,
     scrape_ports,
@@ -15,10 +20,12 @@ from k8s_consul_registrar.targets.annotations import (
 from k8s_consul_registrar.targets.reasons import Reason, Refused
 from k8s_consul_registrar.targets.text import quoted
 
+# Characters of annotations that are worth remembering.
+LONGEST_KEPT = 256
 _SCRAPED_PHASES = frozenset({"Running", "Unknown"})
 
 
-class PodScrape(NamedTuple):
+class PodScrape(msgspec.Struct, frozen=True, gc=False):
     """How a Pod is scraped: each of the ports at one path, with the same parameters (values decoded)."""
 
     address: str
@@ -39,12 +46,40 @@ def is_scraped(pod: Pod, prefix: str) -> bool:
 
 def pod_scrape(pod: Pod, prefix: str) -> PodScrape:
     """Read the annotations of a Pod that `is_scraped`; raises `Refused` for what cannot be honoured."""
-    given = pod.annotations
+    given, keys = pod.annotations, _keys(prefix)
+    path, scheme, port = given.get(keys.path, DEFAULT_PATH), given.get(keys.scheme, ""), given.get(keys.port)
+    params = named_params(given, prefix)
     address = _pod_address(pod)
-    path, query = scrape_path(given.get(f"{prefix}path", DEFAULT_PATH))
-    params = scrape_params(query, given, prefix)
-    scheme = scrape_scheme(given.get(f"{prefix}scheme", ""))
-    return PodScrape(address, scrape_ports(given.get(f"{prefix}port"), pod.ports), path, params, scheme)
+    # Pods are made by the hundred from one template; what is long is not worth the room it would take.
+    is_kept = not params and len(path) + len(scheme) + len(port or "") <= LONGEST_KEPT
+    read = _read if is_kept else _read.__wrapped__
+    return PodScrape(address, *read(path, scheme, port, params, pod.ports))
+
+
+class _Keys(NamedTuple):
+    path: str
+    scheme: str
+    port: str
+
+
+@lru_cache(maxsize=4)
+def _keys(prefix: str) -> _Keys:
+    return _Keys(f"{prefix}path", f"{prefix}scheme", f"{prefix}port")
+
+
+@lru_cache(maxsize=1024)
+def _read(
+    path: str,
+    scheme: str,
+    port: str | None,
+    named: tuple[tuple[str, str], ...],
+    ports: tuple[ContainerPort, ...],
+) -> tuple[tuple[int, ...], str, Mapping[str, str], str]:
+    """Read the annotations as they are; returns all but the address of a `PodScrape`."""
+    path, query = scrape_path(path)
+    params = scrape_params(query, named)
+    scheme = scrape_scheme(scheme)
+    return scrape_ports(port, ports), path, MappingProxyType(params), scheme
 
 
 def require_declared(pod: Pod, ports: tuple[int, ...]) -> None:

@@ -41,7 +41,9 @@ class HashShards:
 
     def choose(self, service_id: str, current: str) -> str:  # noqa: ARG002 - what a service has is no matter
         """Return the path that bids highest for this ID; empty for none."""
-        return max(self.paths, key=lambda path: (_bid(path, service_id), path), default="")
+        if len(self.paths) < 2:
+            return self.paths[0] if self.paths else ""
+        return max(self.paths, key=lambda path: (_bid(path, service_id), path))
 
 
 def _bid(path: str, service_id: str) -> bytes:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+
+import msgspec
 
 from k8s_consul_registrar.model import Kind, Node, Pod, Rejection, Target, Undecodable
 from k8s_consul_registrar.targets.addresses import NODE_ADDRESS_TYPES, node_address, parse_ip, url_host
@@ -81,20 +82,23 @@ def judge_pod(pod: Pod, rules: TargetRules) -> Verdict:
         tags = service_tags(rules.tags, subject, rules.longest_shard)
     except Refused as refused:
         return Rejection(pod.key, refused.reason, refused.detail, service_id)
+    key = pod.key
     return tuple(
-        Target(
-            key=pod.key,
-            id=pod_port_id(service_id, port) if place else service_id,
-            name=name,
-            address=door.address,
-            port=door.port,
-            meta=door.meta,
-            rank=(0, pod.created, pod.uid),
-            tags=tags,
-            ready=pod.ready if rules.has_readiness else None,
-            is_zone_known=False,
-        )
-        for place, (port, door) in enumerate(zip(scrape.ports, doors, strict=True))
+        [
+            Target(
+                key=key,
+                id=pod_port_id(service_id, port) if place else service_id,
+                name=name,
+                address=door.address,
+                port=door.port,
+                meta=door.meta,
+                rank=(0, pod.created, pod.uid),
+                tags=tags,
+                ready=pod.ready if rules.has_readiness else None,
+                is_zone_known=False,
+            )
+            for place, (port, door) in enumerate(zip(scrape.ports, doors, strict=True))
+        ]
     )
 
 
@@ -128,7 +132,7 @@ def judge_node(node: Node, rules: TargetRules) -> Verdict:
     return (target,)
 
 
-class _Door(NamedTuple):
+class _Door(msgspec.Struct, frozen=True, gc=False):
     """Where Prometheus goes for one port of a Pod."""
 
     address: str
@@ -137,13 +141,9 @@ class _Door(NamedTuple):
 
 
 def _doors(pod: Pod, scrape: PodScrape, rules: TargetRules) -> list[_Door]:
+    named = {f"{PARAM_PREFIX}{name}": value for name, value in scrape.params.items()}
     meta = checked_meta(
-        {
-            **_pod_meta(pod, rules),
-            "metrics_path": scrape.path,
-            "scheme": scrape.scheme,
-            **{f"{PARAM_PREFIX}{name}": value for name, value in scrape.params.items()},
-        }
+        _pod_meta(pod, rules) | named | {"metrics_path": scrape.path, "scheme": scrape.scheme}
     )
     return [_Door(scrape.address, port, meta) for port in scrape.ports]
 
@@ -155,7 +155,7 @@ def _doors_of_proxy(pod: Pod, scrape: PodScrape, rules: TargetRules) -> list[_Do
     if host is None or host.is_unspecified or host.is_multicast:
         raise Refused(Reason.NO_HOST_IP, "the Pod's status names no address of its node")
     is_alone = len(scrape.ports) == 1
-    base = {**_pod_meta(pod, rules), "scheme": rules.proxy_scheme}
+    base = _pod_meta(pod, rules) | {"scheme": rules.proxy_scheme}
     paths = [proxied_path(pod.namespace, pod.name, None if is_alone else port) for port in scrape.ports]
     return [
         _Door(str(host), rules.proxy_node_port, checked_meta({**base, "metrics_path": path}))
@@ -163,14 +163,9 @@ def _doors_of_proxy(pod: Pod, scrape: PodScrape, rules: TargetRules) -> list[_Do
     ]
 
 
-def _pod_meta(pod: Pod, rules: TargetRules) -> Mapping[str, str]:
-    return {
-        "kind": Kind.POD.value,
-        "namespace": pod.namespace,
-        "node": pod.node,
-        "pod": pod.name,
-        **label_meta(pod.labels, rules.labels),
-    }
+def _pod_meta(pod: Pod, rules: TargetRules) -> dict[str, str]:
+    meta = {"kind": "pod", "namespace": pod.namespace, "node": pod.node, "pod": pod.name}
+    return meta | label_meta(pod.labels, rules.labels) if rules.labels else meta
 
 
 def _node_meta(node: Node, node_ip: str, scheme: str) -> Mapping[str, str]:

@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import NamedTuple
+
+import msgspec
 
 from k8s_consul_registrar.model import Kind
 
@@ -35,11 +36,11 @@ class Field(NamedTuple):
         return f"{{{self.name}:{self.label}}}" if self.label else f"{{{self.name}}}"
 
 
-class Subject(NamedTuple):
+class Subject(msgspec.Struct, frozen=True, gc=False):
     """What the fields of a template are filled with: the values of one object, and its labels."""
 
     values: Mapping[str, str]
-    labels: Mapping[str, str] = MappingProxyType({})
+    labels: Mapping[str, str] = {}
 
     def value(self, place: Field) -> str:
         """Return what a field stands for, empty when the object has no such thing."""
@@ -78,15 +79,10 @@ class Template:
 
     def render(self, subject: Subject) -> str:
         """Fill in every field but the shard, which `with_shard` does; raises `EmptyField`."""
-        text: list[str] = []
-        for part in self.parts:
-            if isinstance(part, str):
-                text.append(part)
-            elif value := subject.value(part):
-                text.append(value)
-            else:
-                raise EmptyField(part)
-        return "".join(text)
+        texts = [part if isinstance(part, str) else subject.value(part) for part in self.parts]
+        if "" in texts:
+            raise EmptyField(next(place for place in self.fields if not subject.value(place)))
+        return "".join(texts)
 
 
 def parse_template(text: str, known: AbstractSet[str] = ALL_FIELDS) -> Template:

@@ -3,7 +3,7 @@
 from msgspec.structs import replace
 
 from k8s_consul_registrar.model import Node, Service, Target
-from k8s_consul_registrar.targets.meta import checked_meta
+from k8s_consul_registrar.targets.meta import checked_meta, shared_pair
 from k8s_consul_registrar.targets.reasons import Refused
 
 # Kubernetes, "Well-Known Labels, Annotations and Taints".
@@ -57,4 +57,4 @@ def _with_zone(target: Target, zone: str) -> tuple[tuple[str, str], ...]:
     meta = target.meta
     if meta and meta[-1][0] == ZONE:
         meta = meta[:-1]
-    return (*meta, (ZONE, zone)) if zone else meta
+    return (*meta, shared_pair((ZONE, zone))) if zone else meta
