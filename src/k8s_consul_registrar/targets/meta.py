@@ -1,7 +1,7 @@
 """A service's meta: our own keys, the labels taken over, and what Consul takes."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -70,24 +70,24 @@ def label_meta(labels: Mapping[str, str], chosen: Iterable[LabelMeta]) -> dict[s
 
 def checked_meta(meta: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     """Sort meta and leave out what is empty; raises `Refused` for more than Consul takes."""
-    pairs = [(key, meta[key]) for key in sorted(meta) if meta[key]]
-    if len(pairs) > MOST_META_PAIRS:
-        raise Refused(Reason.META_TOO_MANY, f"{len(pairs)} pairs of meta are more than {MOST_META_PAIRS}")
     text = "".join(meta.values())
     # Nearly always all of it together is shorter than any one may be.
-    if not (len(text) <= LONGEST_META_VALUE and text.isascii() and text.isprintable()):
-        _check(pairs, text)
-    return tuple([shared_pair(pair) for pair in pairs])
+    is_plain = len(text) <= LONGEST_META_VALUE and text.isascii() and text.isprintable()
+    if not is_plain or len(meta) > MOST_META_PAIRS:
+        _check({key: value for key, value in meta.items() if value}, text)
+    return tuple([shared_pair((key, meta[key])) for key in sorted(meta) if meta[key]])
 
 
-def _check(pairs: Sequence[tuple[str, str]], text: str) -> None:
-    """Raise `Refused` for a value that Consul does not take; `text` is all of them together."""
-    for key, value in pairs:
+def _check(meta: Mapping[str, str], text: str) -> None:
+    """Raise `Refused` for what Consul does not take; `text` is all values together."""
+    if len(meta) > MOST_META_PAIRS:
+        raise Refused(Reason.META_TOO_MANY, f"{len(meta)} pairs of meta are more than {MOST_META_PAIRS}")
+    for key, value in sorted(meta.items()):
         size = len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
         if size > LONGEST_META_VALUE:
             raise Refused(Reason.META_TOO_LONG, f"{key} is {size} bytes, Consul takes {LONGEST_META_VALUE}")
     if has_control(text):
-        odd = next(key for key, value in pairs if has_control(value))
+        odd = min(key for key, value in meta.items() if has_control(value))
         raise Refused(Reason.INVALID_META, f"{odd} has control characters")
 
 
