@@ -54,7 +54,7 @@ class Reconciler:
         self._clock = clock
         self._budget = Budget(budget or BudgetRules(), clock())
         self.status = RegistrarStatus(ticked_at=clock())
-        self._reporter = Reporter(metrics, self.status)
+        self._reporter = Reporter(metrics, self.status, clock)
         self._passes = Passes(
             cluster=cluster,
             registry=registry,
@@ -81,15 +81,21 @@ class Reconciler:
 
     async def run(self) -> None:
         """Keep Consul equal for ever; ends only by cancellation."""
-        while True:
-            if not self._leadership.is_leader:
-                await self._stand_by()
-                continue
-            self._reporter.leads()
-            if self._has_learned:
-                await self._turn()
-            else:
-                self._has_learned = await self._is_done(self._passes.learn())
+        try:
+            while True:
+                await self._step()
+        finally:
+            self._reporter.tell_all()
+
+    async def _step(self) -> None:
+        if not self._leadership.is_leader:
+            await self._stand_by()
+            return
+        self._reporter.leads()
+        if self._has_learned:
+            await self._turn()
+        else:
+            self._has_learned = await self._is_done(self._passes.learn())
 
     async def _stand_by(self) -> None:
         """Wait to lead, the cluster's mirrors warm meanwhile; what the other wrote is learned anew then."""
@@ -109,6 +115,7 @@ class Reconciler:
     async def _turn(self) -> None:
         """Make the pass that is due, or wait for the next reason to make one."""
         now = self.status.ticked_at = self._clock()
+        self._reporter.tell()
         self._is_urgent = self._is_urgent or self._cluster.needs_full_pass()
         wants_full = self._wants_full(now)
         full_at = now + self._budget.wait(now, is_urgent=self._is_urgent) if wants_full else self._full_due
@@ -125,7 +132,12 @@ class Reconciler:
             await self._look_for_lost()
         else:
             due = min(
-                full_at, self._retry_due, self._probe_due, self._look_for_lost_due(), now + self._timing.tick
+                full_at,
+                self._retry_due,
+                self._probe_due,
+                self._look_for_lost_due(),
+                self._reporter.tell_due,
+                now + self._timing.tick,
             )
             if await self._changed_within(due - now):
                 await asyncio.sleep(self._timing.gather)

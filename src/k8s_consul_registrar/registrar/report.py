@@ -1,10 +1,11 @@
 """Says what a pass did: one log line a pass, one a thing an operator has to act on, and the figures."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
-from k8s_consul_registrar.model import Kind, Service, Target, Written
+from k8s_consul_registrar.model import Kind, Service, Source, Target, Written
+from k8s_consul_registrar.registrar.gathering import Gathering
 from k8s_consul_registrar.registrar.lag import Lag
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.plan import Kept, Plan
@@ -52,14 +53,26 @@ def conflicts_of(plan: Plan) -> dict[str, str]:
 class Reporter:
     """Turns passes into log lines, metrics and the status."""
 
-    def __init__(self, metrics: RegistrarMetrics, status: RegistrarStatus) -> None:
+    def __init__(
+        self,
+        metrics: RegistrarMetrics,
+        status: RegistrarStatus,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._metrics = metrics
         self._status = status
+        self._clock = clock
         self._news = News()
+        self._gathering = Gathering()
+        self._shown_sources: Mapping[Source, tuple[bool, str]] | None = None
         self._lag = Lag(metrics.event_lag.observe)
 
     def sources(self, wanted: Wanted) -> None:
         """Show how well each source is known."""
+        shown = {source: (state.is_followed, state.problem) for source, state in wanted.sources.items()}
+        if shown == self._shown_sources:
+            return
+        self._shown_sources = shown
         problems = {str(source): state.problem for source, state in wanted.sources.items() if state.problem}
         for about in self._status.source_problems.keys() - problems.keys():
             log.info("can be listed again", source=about)
@@ -79,6 +92,7 @@ class Reporter:
         """Show that another replica writes; a standby is ready once it knows the cluster."""
         self._status.is_standby = True
         self._metrics.leader.set(0)
+        self.tell_all()
         self.sources(wanted)
         if all(state.listed_at is not None for state in wanted.sources.values()):
             self._status.has_synced = True
@@ -173,19 +187,32 @@ class Reporter:
             self._metrics.last_success.set(time.time())
         if is_full:
             self._metrics.last_full_pass.set(time.time())
-        say = log.info if is_full or report.writes else log.debug
-        say(
-            "pass" if is_full else "changes",
-            registered=report.registered,
-            updated=report.updated,
-            deregistered=report.deregistered,
-            unchanged=report.unchanged,
-            refused=report.refused,
-            rejected=report.rejected,
-            conflicts=len(report.conflicts),
-            held=sum(len(held.ids) for held in report.held),
-            seconds=round(report.seconds, 3),
-        )
+        if is_full:
+            self.tell_all()
+            _say(log.info, "pass", report)
+        elif not report.writes:
+            _say(log.debug, "changes", report)
+        else:
+            self._gathering.add(report)
+            if self._status.has_synced:
+                self.tell()
+            else:
+                self.tell_all()
+
+    @property
+    def tell_due(self) -> float:
+        """When `tell` has something to tell, in seconds of the clock."""
+        return self._gathering.due
+
+    def tell(self) -> None:
+        """Log what passes over changes did, if that is due."""
+        if (gathered := self._gathering.take(self._clock())) is not None:
+            _say(log.info, "changes", gathered.report, passes=gathered.passes)
+
+    def tell_all(self) -> None:
+        """Log the same, due or not."""
+        if (gathered := self._gathering.rest()) is not None:
+            _say(log.info, "changes", gathered.report, passes=gathered.passes)
 
     def _conflicts(self, facts: list[tuple[str, str]]) -> None:
         for about, text in facts[:MOST_NAMED]:
@@ -196,3 +223,19 @@ class Reporter:
         facts = {str(rejection.key): f"{rejection.reason}: {rejection.detail}" for rejection in rejections}
         for about, text in self._news.fresh("rejections", facts)[:MOST_NAMED]:
             log.warning("rejected", object=about, reason=text)
+
+
+def _say(say: Callable[..., object], event: str, report: PassReport, **more: int) -> None:
+    say(
+        event,
+        registered=report.registered,
+        updated=report.updated,
+        deregistered=report.deregistered,
+        unchanged=report.unchanged,
+        refused=report.refused,
+        rejected=report.rejected,
+        conflicts=len(report.conflicts),
+        held=sum(len(held.ids) for held in report.held),
+        seconds=round(report.seconds, 3),
+        **more,
+    )
