@@ -12,15 +12,16 @@ from typing import Any
 
 import msgspec
 
-from real_servers import real_consul
+from real_servers import RealConsul, real_consul
 from registering.churn import Churn, churn
 from registering.stage import FOLDER, NODE, Api, registrar, run_python, run_small, services_in_catalog
 
 TRANSACTION = 64
-TRANSACTIONS_IN_FLIGHT = "4"
+TRANSACTIONS_IN_FLIGHT = "8"
 PUTS_IN_FLIGHT = "32"
 MODULES = "import k8s_consul_registrar.cli, k8s_consul_registrar.app.registrar"
 REST_SECONDS, REST_PERIOD = 25.0, 10
+SETTLE = 2.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +88,18 @@ def _cpu_ticks() -> tuple[int, int]:
     return ticks[3], sum(ticks)
 
 
+@contextlib.asynccontextmanager
+async def settled_consul() -> AsyncIterator[RealConsul]:
+    """Run a Consul that has done what a new server does when it becomes the leader (its own CA, for one)."""
+    async with real_consul() as consul:
+        await asyncio.sleep(SETTLE)
+        yield consul
+
+
 async def cold_start_catalog(api: Api, folder: Path, *, targets: int) -> ColdStart:
     """Measure a cold start with the catalog backend, and what it is made of."""
     transactions, before = folder / "transactions", load()
-    async with real_consul() as consul:
+    async with settled_consul() as consul:
         async with registrar(folder, api, consul.address) as run:
             whole = await run.until_registered(targets)
         services = await services_in_catalog(consul.address, NODE)
@@ -98,7 +107,7 @@ async def cold_start_catalog(api: Api, folder: Path, *, targets: int) -> ColdSta
     write_transactions(services, transactions)
     startup = (await run_python("-c", MODULES))["wall"]
     listing = (await run_small("bare.py", "list", api.url, str(api.ca), api.token))["seconds"]
-    async with real_consul() as consul:
+    async with settled_consul() as consul:
         arguments = (consul.address, str(transactions), TRANSACTIONS_IN_FLIGHT)
         bare = (await run_small("bare.py", "transactions", *arguments))["seconds"]
         require(len(await services_in_catalog(consul.address, NODE)), targets)
@@ -108,13 +117,13 @@ async def cold_start_catalog(api: Api, folder: Path, *, targets: int) -> ColdSta
 async def cold_start_agent(api: Api, folder: Path, *, targets: int) -> ColdStart:
     """Measure a cold start with the agent backend, and the PUTs alone."""
     puts, before = folder / "puts", load()
-    async with real_consul() as consul:
+    async with settled_consul() as consul:
         async with registrar(folder, api, consul.address, backend="agent") as run:
             whole = await run.until_registered(targets)
         _, services = await consul.request("GET", "/v1/agent/services")
     require(len(services), targets)
     puts.write_bytes(b"\n".join(msgspec.json.encode(registration(one)) for one in services.values()))
-    async with real_consul() as consul:
+    async with settled_consul() as consul:
         arguments = ("puts", consul.address, str(puts), PUTS_IN_FLIGHT)
         bare = (await run_small("bare.py", *arguments))["seconds"]
     return ColdStart(whole, bare, load=before)
@@ -122,7 +131,7 @@ async def cold_start_agent(api: Api, folder: Path, *, targets: int) -> ColdStart
 
 async def original(api: Api, *, targets: int) -> dict[str, Any]:
     """Run the original's algorithm once over an empty Consul; its `wall` is the whole program."""
-    async with real_consul() as consul:
+    async with settled_consul() as consul:
         said = await run_small("original.py", api.url, str(api.ca), api.token, consul.address)
     require(said["registered"], targets)
     return said
@@ -133,7 +142,7 @@ async def steady(
 ) -> Steady:
     """Let a registrar start and then follow changes: once watched from outside for stalls, once left alone."""
     before = load()
-    async with real_consul() as consul, registrar(folder, api, consul.address) as run:
+    async with settled_consul() as consul, registrar(folder, api, consul.address) as run:
         address = await run.admin_address()
         async with stalls(address) as during_start:
             await run.until_registered(targets)
@@ -152,7 +161,7 @@ async def steady(
 
 async def at_rest(api: Api, folder: Path, *, targets: int) -> Rest:
     """Count what reaches the API server while nothing changes and full passes are made all the same."""
-    async with real_consul() as consul:
+    async with settled_consul() as consul:
         period = {"SYNC_PERIOD": str(REST_PERIOD)}
         async with registrar(folder, api, consul.address, **period) as run:
             await run.until_registered(targets)

@@ -28,7 +28,7 @@ BACKEND_OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "CONSUL_CONCURRENCY",
-        "requests under way at Consul at once; 32 for an agent, 4 transactions for the catalog, unless given",
+        "requests under way at Consul at once; 32 for an agent, 8 transactions for the catalog, unless given",
         REGISTRAR_ONLY,
     ),
     Option(
