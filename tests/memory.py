@@ -92,6 +92,7 @@ class MemoryRegistry:
         self.may_read_on = asyncio.Event()
         self.may_read_on.set()
         self.read_first = 0
+        self.register_calls = 0
         # Whether others get their turn after each write.
         self.gives_way = False
 
@@ -118,6 +119,7 @@ class MemoryRegistry:
 
     async def register(self, services: Iterable[Service]) -> Written:
         """Take services in one by one, except the refused ones and those of another version."""
+        self.register_calls += 1
         failures: list[WriteFailure] = []
         stale: list[str] = []
         indexes = {}

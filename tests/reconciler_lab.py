@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 
 from prometheus_client import CollectorRegistry
 
@@ -17,6 +17,18 @@ from k8s_consul_registrar.registrar.ports import Leadership
 from k8s_consul_registrar.registrar.reconciler import Reconciler
 from k8s_consul_registrar.targets.sharding import RandomShards, Shards
 from memory import MemoryCluster, MemoryRegistry
+
+
+@asynccontextmanager
+async def running(reconciler: Reconciler) -> AsyncIterator[None]:
+    """Run a reconciler's loop."""
+    task = asyncio.create_task(reconciler.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 class Lab:
@@ -47,16 +59,9 @@ class Lab:
             leadership=leadership,
         )
 
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    def running(self) -> AbstractAsyncContextManager[None]:
         """Run the loop."""
-        task = asyncio.create_task(self.reconciler.run())
-        try:
-            yield
-        finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+        return running(self.reconciler)
 
     async def until(self, names: Iterable[str]) -> None:
         """Wait until Consul holds just these Pods' services."""

@@ -6,6 +6,7 @@ import pytest
 
 from builders import make_pod
 from k8s_consul_registrar.errors import ConsulError
+from k8s_consul_registrar.registrar.status import PassReport
 from memory import PODS
 from passes_lab import Lab
 
@@ -27,6 +28,16 @@ def see(lab: Lab, *names: str, ip: str = "10.0.0.1") -> None:
         lab.cluster.mirror.put(PODS, make_pod(name, ip=ip))
 
 
+async def first_pass(lab: Lab) -> asyncio.Task[PassReport]:
+    """Return a pass that has begun to write five Pods, and gives way after each."""
+    lab.consul.gives_way = True
+    await lab.passes.learn()
+    see(lab, *NAMES[:5])
+    writing = asyncio.create_task(lab.passes.partial())
+    await asyncio.sleep(0)
+    return writing
+
+
 def registered(lab: Lab) -> list[str]:
     """Return the Pods that were written, in order."""
     return [service_id.removeprefix("pod--shop--") for verb, service_id in lab.consul.writes]
@@ -34,10 +45,7 @@ def registered(lab: Lab) -> list[str]:
 
 async def test_what_arrives_while_writing_is_written_by_the_same_pass(lab: Lab) -> None:
     """The writes neither wait for the list nor for each other's pass."""
-    lab.consul.gives_way = True
-    await lab.passes.learn()
-    see(lab, *NAMES[:5])
-    writing = asyncio.create_task(lab.passes.partial())
+    writing = await first_pass(lab)
     for name in NAMES[5:]:
         await asyncio.sleep(0)
         see(lab, name)
@@ -49,10 +57,7 @@ async def test_what_arrives_while_writing_is_written_by_the_same_pass(lab: Lab) 
 
 async def test_what_changes_while_it_is_written_is_written_again(lab: Lab) -> None:
     """It is over what stands in Consul by then, not beside it."""
-    lab.consul.gives_way = True
-    await lab.passes.learn()
-    see(lab, *NAMES[:5])
-    writing = asyncio.create_task(lab.passes.partial())
+    writing = await first_pass(lab)
     while not registered(lab):
         await asyncio.sleep(0)
     written = registered(lab)[0]
@@ -67,11 +72,7 @@ async def test_what_changes_while_it_is_written_is_written_again(lab: Lab) -> No
 
 async def test_what_vanishes_while_it_is_written_goes(lab: Lab) -> None:
     """A full pass finds it, when its list has ended."""
-    lab.consul.gives_way = True
-    await lab.passes.learn()
-    see(lab, *NAMES[:5])
-    writing = asyncio.create_task(lab.passes.partial())
-    await asyncio.sleep(0)
+    writing = await first_pass(lab)
     lab.cluster.mirror.remove(PODS, make_pod("p0"))
     await writing
     lab.cluster.mirror.finish_listing(PODS, 1.0)
@@ -110,11 +111,7 @@ async def test_what_stands_there_already_is_left_to_the_comparison(lab: Lab) -> 
 
 async def test_a_comparison_that_is_due_does_not_wait_for_a_stream_of_news(lab: Lab) -> None:
     """Once the lists are complete, a pass ends with what it has begun, however much goes on arriving."""
-    lab.consul.gives_way = True
-    await lab.passes.learn()
-    see(lab, *NAMES[:5])
-    writing = asyncio.create_task(lab.passes.partial())
-    await asyncio.sleep(0)
+    writing = await first_pass(lab)
     lab.cluster.mirror.finish_listing(PODS, 1.0)
     arrived = 0
     while not writing.done() and arrived < MOST_NEWS:
@@ -124,6 +121,15 @@ async def test_a_comparison_that_is_due_does_not_wait_for_a_stream_of_news(lab: 
     await writing
     assert arrived < MOST_NEWS
     assert lab.cluster.needs_full_pass()
+
+
+async def test_the_end_of_a_list_is_written_with_the_rest_of_it(lab: Lab) -> None:
+    """What has arrived by then does not wait until it is planned whole."""
+    writing = await first_pass(lab)
+    see(lab, *NAMES[5:])
+    lab.cluster.mirror.finish_listing(PODS, 1.0)
+    assert (await writing).registered == len(NAMES)
+    assert lab.consul.register_calls == 1
 
 
 async def test_where_nothing_is_missing_nothing_is_asked_of_consul(lab: Lab) -> None:

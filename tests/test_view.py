@@ -3,8 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager
 
 import pytest
 from msgspec.structs import replace
@@ -24,6 +23,7 @@ from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.reconciler import Reconciler
 from k8s_consul_registrar.settings.modes import read_registrar
 from memory import PODS, MemoryCluster, MemoryRegistry
+from reconciler_lab import running
 
 SETTINGS = read_registrar({"CLUSTER_NAME": "lab", "SHARD_PATHS": "s1,s2", "CONSUL_HTTP_TOKEN": "t0p-secret"})
 
@@ -58,16 +58,9 @@ class Seen:
         """Return what is seen, by Pod."""
         return {one.key.name: one for one in self.view.targets()}
 
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    def running(self) -> AbstractAsyncContextManager[None]:
         """Run the loop."""
-        task = asyncio.create_task(self.reconciler.run())
-        try:
-            yield
-        finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+        return running(self.reconciler)
 
     async def synced(self) -> None:
         """Wait for the first comparison."""

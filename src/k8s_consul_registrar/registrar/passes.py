@@ -239,10 +239,11 @@ class Passes:
     def _missing(self, left: set[str]) -> Iterator[Entry]:
         """Plan what Consul is known to lack, each entry when it is asked for; what must wait goes to `left`.
 
-        So the writes begin with the first object of a list and go on while the others arrive. An ID is taken
-        once: what becomes of it meanwhile must wait until it is known to stand in Consul.
+        So the writes begin with the first object of a list and go on while the others arrive, until a full pass
+        is due. An ID is taken once: what becomes of it meanwhile must wait until it is known to stand in Consul.
         """
         taken: set[str] = set()
+        is_last = self._cluster.needs_full_pass()
         wanted = self._cluster.changes(frozenset(self._pending))
         while wanted.claims:
             self._reporter.begins(wanted)
@@ -254,8 +255,9 @@ class Passes:
             planner.leave(waiting)
             yield from filter(None, planner.complete())
             self._reporter.passed_over_changes(wanted, planner.plan())
-            if self._cluster.needs_full_pass():
+            if is_last:
                 return
+            is_last = self._cluster.needs_full_pass()
             wanted = self._cluster.changes()
 
     def _planner(self, wanted: Wanted) -> Planner:
