@@ -20,8 +20,9 @@ from k8s_consul_registrar.targets.annotations import (
 from k8s_consul_registrar.targets.reasons import Reason, Refused
 from k8s_consul_registrar.targets.text import quoted
 
-# Characters of annotations that are worth remembering.
-LONGEST_KEPT = 256
+# What is read of annotations is kept for the next Pod of the same template: of so many templates, where they
+# have no more characters and no more ports than these, so that nobody can fill our memory with them.
+TEMPLATES, LONGEST_KEPT, MOST_PORTS_KEPT = 1024, 256, 16
 _SCRAPED_PHASES = frozenset({"Running", "Unknown"})
 
 
@@ -50,8 +51,8 @@ def pod_scrape(pod: Pod, prefix: str) -> PodScrape:
     path, scheme, port = given.get(keys.path, DEFAULT_PATH), given.get(keys.scheme, ""), given.get(keys.port)
     params = named_params(given, prefix)
     address = _pod_address(pod)
-    # Pods are made by the hundred from one template; what is long is not worth the room it would take.
-    is_kept = not params and len(path) + len(scheme) + len(port or "") <= LONGEST_KEPT
+    size = len(path) + len(scheme) + len(port or "")
+    is_kept = not params and size <= LONGEST_KEPT and len(pod.ports) <= MOST_PORTS_KEPT
     read = _read if is_kept else _read.__wrapped__
     return PodScrape(address, *read(path, scheme, port, params, pod.ports))
 
@@ -67,7 +68,7 @@ def _keys(prefix: str) -> _Keys:
     return _Keys(f"{prefix}path", f"{prefix}scheme", f"{prefix}port")
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=TEMPLATES)
 def _read(
     path: str,
     scheme: str,
