@@ -80,6 +80,7 @@ class RegistrarMetrics:
             f"{PREFIX}_consul_up", "Whether the last pass could use Consul.", registry=registry
         )
         self._zero()
+        self._written = {verb: self.writes.labels(verb, "success") for verb in WRITE_VERBS}
 
     def follows(self, kind: Kind, is_followed: bool | None) -> None:  # noqa: FBT001 - a reading, not a switch
         """Show whether a kind is followed; nothing (None) of one that is not looked at, which would alarm."""
@@ -88,6 +89,12 @@ class RegistrarMetrics:
                 self.source_up.remove(kind.value)
         else:
             self.source_up.labels(kind.value).set(is_followed)
+
+    def wrote(self, verb: str, done: int, refused: int) -> None:
+        """Count a batch of writes."""
+        self._written[verb].inc(done)
+        if refused:
+            self.writes.labels(verb, "refused").inc(refused)
 
     def _zero(self) -> None:
         for kind in Kind:

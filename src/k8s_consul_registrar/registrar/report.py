@@ -33,6 +33,8 @@ class News:
 
     def further(self, topic: str, facts: Mapping[str, str]) -> list[tuple[str, str]]:
         """Return the facts that are new or changed, where those said before still stand."""
+        if not facts:
+            return []
         said = self._said.get(topic, {})
         self._said[topic] = {**said, **facts}
         return [(about, text) for about, text in facts.items() if said.get(about) != text]
@@ -64,6 +66,8 @@ class Reporter:
         self._clock = clock
         self._news = News()
         self._gathering = Gathering()
+        # What is shown already need not be shown again 50 times a second.
+        self._is_leading = self._is_reached = False
         self._shown_sources: Mapping[Source, tuple[bool, str]] | None = None
         self._lag = Lag(metrics.event_lag.observe)
 
@@ -85,11 +89,14 @@ class Reporter:
 
     def leads(self) -> None:
         """Show that this replica writes."""
-        self._status.is_standby = False
-        self._metrics.leader.set(1)
+        if not self._is_leading:
+            self._is_leading = True
+            self._status.is_standby = False
+            self._metrics.leader.set(1)
 
     def stands_by(self, wanted: Wanted) -> None:
         """Show that another replica writes; a standby is ready once it knows the cluster."""
+        self._is_leading = False
         self._status.is_standby = True
         self._metrics.leader.set(0)
         self.tell_all()
@@ -125,8 +132,7 @@ class Reporter:
 
     def wrote(self, verb: str, services: Sequence[Service | Target], written: Written) -> None:
         """Count a batch of writes and name what Consul refused of it."""
-        self._metrics.writes.labels(verb, "success").inc(written.done)
-        self._metrics.writes.labels(verb, "refused").inc(len(written.failures))
+        self._metrics.wrote(verb, written.done, len(written.failures))
         for service in services[:MOST_NAMED]:
             log.debug(verb, service=service.id, address=service.address, port=service.port)
         refused = {failure.id: failure.problem for failure in written.failures}
@@ -165,12 +171,16 @@ class Reporter:
         """Report that Consul cannot be used: nothing that is registered changes by it."""
         self._metrics.passes.labels("failure").inc()
         self._metrics.consul_up.set(0)
+        self._is_reached = False
         self._status.consul_problem = problem
         for _, text in self._news.fresh("consul", {"consul": problem}):
             log.error("Consul cannot be used; trying again", problem=text)
 
     def reached(self) -> None:
         """Report that Consul can be used."""
+        if self._is_reached:
+            return
+        self._is_reached = True
         self._metrics.consul_up.set(1)
         if self._status.consul_problem:
             log.info("Consul can be used again")
