@@ -208,6 +208,8 @@ class Planner:
 
     def _may_be_named(self, entry: Entry, held_name: str = "") -> bool:
         """Whether a name is free to be given; known only once every service was considered."""
+        if not self._taken_names:
+            return True
         refusal = refuse_name(entry.id, entry.name, entry.target.key, held_name, self._taken_names)
         if refusal is not None:
             self._rejections.append(refusal)

@@ -1,13 +1,14 @@
 """Says what a pass did: one log line a pass, one a thing an operator has to act on, and the figures."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 from k8s_consul_registrar.model import Kind, Service, Source, Target, Written
 from k8s_consul_registrar.registrar.gathering import Gathering
 from k8s_consul_registrar.registrar.lag import Lag
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.news import News
 from k8s_consul_registrar.registrar.plan import Kept, Plan
 from k8s_consul_registrar.registrar.status import PassRecord, PassReport, RegistrarStatus
 from k8s_consul_registrar.targets.wanted import Wanted
@@ -17,34 +18,6 @@ from k8s_consul_registrar.telemetry import get_logger
 MOST_NAMED = 20
 
 log = get_logger("registrar")
-
-
-class News:
-    """Remembers the standing facts of each topic, so that one is said when it begins and not again."""
-
-    def __init__(self) -> None:
-        self._said: dict[str, Mapping[str, str]] = {}
-
-    def fresh(self, topic: str, facts: Mapping[str, str]) -> list[tuple[str, str]]:
-        """Return the facts that are new or changed since the last call for this topic."""
-        said = self._said.get(topic, {})
-        self._said[topic] = dict(facts)
-        return [(about, text) for about, text in facts.items() if said.get(about) != text]
-
-    def further(self, topic: str, facts: Mapping[str, str]) -> list[tuple[str, str]]:
-        """Return the facts that are new or changed, where those said before still stand."""
-        if not facts:
-            return []
-        said = self._said.get(topic, {})
-        self._said[topic] = {**said, **facts}
-        return [(about, text) for about, text in facts.items() if said.get(about) != text]
-
-    def over(self, topic: str, abouts: Iterable[str]) -> None:
-        """Note that what was said about these no longer stands."""
-        said = self._said.get(topic)
-        if said:
-            gone = set(abouts)
-            self._said[topic] = {about: text for about, text in said.items() if about not in gone}
 
 
 def conflicts_of(plan: Plan) -> dict[str, str]:
@@ -136,8 +109,9 @@ class Reporter:
         for service in services[:MOST_NAMED]:
             log.debug(verb, service=service.id, address=service.address, port=service.port)
         refused = {failure.id: failure.problem for failure in written.failures}
-        for service in services:
-            self._status.refused.pop(service.id, None)
+        if self._status.refused:
+            for service in services:
+                self._status.refused.pop(service.id, None)
         self._status.refused.update(refused)
         missed = refused.keys() | set(written.stale)
         self._lag.written(service.id for service in services if service.id not in missed)
@@ -155,10 +129,11 @@ class Reporter:
     def passed_over_changes(self, wanted: Wanted, plan: Plan) -> None:
         """Take in a pass over a few changes: only what is new in it is said."""
         self.sources(wanted)
-        for service_id, claims in wanted.claims.items():
-            self._status.conflicts.pop(service_id, None)
-            for target in claims:
-                self._status.lost.pop(target.key, None)
+        if self._status.conflicts or self._status.lost:
+            for service_id, claims in wanted.claims.items():
+                self._status.conflicts.pop(service_id, None)
+                for target in claims:
+                    self._status.lost.pop(target.key, None)
         self._status.conflicts.update({one.id: one for one in plan.conflicts})
         self._status.lost.update({one.key: one for one in plan.rejections})
         self._metrics.conflicts.set(len(self._status.conflicts))

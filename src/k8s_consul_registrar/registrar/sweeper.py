@@ -18,11 +18,11 @@ from k8s_consul_registrar.errors import (
 from k8s_consul_registrar.model import AgentHealth, Service, Written
 from k8s_consul_registrar.registrar.brake import BrakeRules, Memory
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.news import News
 from k8s_consul_registrar.registrar.orphans import Judge, Stays, Verdict, Watched, due, is_ours, observe
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.ports import Cluster
 from k8s_consul_registrar.registrar.relocation import Former
-from k8s_consul_registrar.registrar.report import News
 from k8s_consul_registrar.telemetry import get_logger
 
 # A short wait is looked at so many times before it is over.
