@@ -218,6 +218,8 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit(__doc__)
     try:
         asyncio.run(main())
     except Missing as missing:
