@@ -1,6 +1,7 @@
 """The first sync: what Consul lacks is written while the lists still stream, each service once."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -130,6 +131,16 @@ async def test_the_end_of_a_list_is_written_with_the_rest_of_it(lab: Lab) -> Non
     lab.cluster.mirror.finish_listing(PODS, 1.0)
     assert (await writing).registered == len(NAMES)
     assert lab.consul.register_calls == 1
+
+
+async def test_a_long_pass_shows_that_it_is_alive(lab: Lab) -> None:
+    """Filling a slow agent may take longer than a loop may stand still."""
+    await lab.passes.learn()
+    see(lab, *NAMES)
+    assert lab.status.ticked_at == 0.0
+    before = time.monotonic()
+    await lab.passes.partial()
+    assert lab.status.ticked_at >= before
 
 
 async def test_where_nothing_is_missing_nothing_is_asked_of_consul(lab: Lab) -> None:

@@ -1,8 +1,12 @@
 """A registry of our own for where there is no Consul: what is wanted is kept here, to be served to collectors."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
 from k8s_consul_registrar.model import Disturbance, Service, Written
+
+# After so many services, each of which is planned as it is taken, the loop gets its turn.
+SLICE = 250
 
 
 class OwnRecord:
@@ -26,9 +30,12 @@ class OwnRecord:
 
     async def register(self, services: Iterable[Service]) -> Written:
         """Keep services, in place of those of the same ID."""
-        kept = {service.id: service for service in services}
-        self._services.update(kept)
-        return Written(len(kept))
+        count = 0
+        for count, service in enumerate(services, start=1):
+            self._services[service.id] = service
+            if count % SLICE == 0:
+                await asyncio.sleep(0)
+        return Written(count)
 
     async def deregister(self, services: Sequence[Service]) -> Written:
         """Drop services."""

@@ -104,7 +104,8 @@ class Reporter:
         self._lag.still_owed(ids)
 
     def wrote(self, verb: str, services: Sequence[Service | Target], written: Written) -> None:
-        """Count a batch of writes and name what Consul refused of it."""
+        """Count a batch of writes and name what Consul refused of it; a long pass is alive while it writes."""
+        self._status.ticked_at = self._clock()
         self._metrics.wrote(verb, written.done, len(written.failures))
         for service in services[:MOST_NAMED]:
             log.debug(verb, service=service.id, address=service.address, port=service.port)

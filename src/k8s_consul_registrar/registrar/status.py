@@ -53,7 +53,7 @@ class PassRecord(NamedTuple):
 
 @dataclass(slots=True)
 class RegistrarStatus:
-    """Where the registrar stands. `ticked_at` is when its loop last turned, monotonic seconds.
+    """Where the registrar stands. `ticked_at` is when its loop last turned, or a pass last wrote, in monotonic seconds.
 
     `refused` says of service IDs why Consul refuses them, `conflicts` which IDs somebody else holds, `lost`
     which objects lost an ID to another; `held` is what the brake holds.
