@@ -21,7 +21,8 @@ from k8s_consul_registrar.model import (
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.ledger import Entry
 from k8s_consul_registrar.registrar.ownership import Identity
-from k8s_consul_registrar.registrar.plan import Kept, Plan, plan
+from k8s_consul_registrar.registrar.plan import Kept, Plan
+from k8s_consul_registrar.registrar.planner import plan
 from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.sharding import RandomShards
 from k8s_consul_registrar.targets.targets import TargetRules, judge

@@ -11,7 +11,7 @@ from k8s_consul_registrar.model import Kind, Pod, Rejection, Service, Source, Ta
 from k8s_consul_registrar.registrar.ledger import Entry
 from k8s_consul_registrar.registrar.naming import is_of_a_registrar, refuse_name
 from k8s_consul_registrar.registrar.ownership import Identity
-from k8s_consul_registrar.registrar.plan import plan
+from k8s_consul_registrar.registrar.planner import plan
 from k8s_consul_registrar.targets.naming import parse_name, parse_tag
 from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.sharding import HashShards, RandomShards

@@ -8,7 +8,8 @@ from builders import SCRAPED, make_node, make_pod, our_pod_service
 from k8s_consul_registrar.kube.mirror import Mirror
 from k8s_consul_registrar.model import Kind, Node, Service, Source, Target
 from k8s_consul_registrar.registrar.ledger import Entry
-from k8s_consul_registrar.registrar.plan import Plan, Planner
+from k8s_consul_registrar.registrar.plan import Plan
+from k8s_consul_registrar.registrar.planner import Planner
 from k8s_consul_registrar.targets.meta import LABEL_PREFIX, OWN_KEYS, PARAM_PREFIX
 from k8s_consul_registrar.targets.sharding import RandomShards
 from k8s_consul_registrar.targets.zones import in_zone, zone_of

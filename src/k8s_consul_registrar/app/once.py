@@ -28,7 +28,8 @@ from k8s_consul_registrar.kube.cluster import FollowedCluster
 from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.passes import Passes
-from k8s_consul_registrar.registrar.plan import Plan, Planner
+from k8s_consul_registrar.registrar.plan import Plan
+from k8s_consul_registrar.registrar.planner import Planner
 from k8s_consul_registrar.registrar.ports import Registry
 from k8s_consul_registrar.registrar.report import Reporter
 from k8s_consul_registrar.registrar.status import RegistrarStatus

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from k8s_consul_registrar.model import CRITICAL, SERF_HEALTH, AgentHealth, Service
 from k8s_consul_registrar.registrar.brake import BrakeRules, Held, Memory
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
-from k8s_consul_registrar.registrar.plan import Kept, Planner
+from k8s_consul_registrar.registrar.plan import Kept
+from k8s_consul_registrar.registrar.planner import Planner
 from k8s_consul_registrar.targets.sharding import RandomShards
 from k8s_consul_registrar.targets.wanted import Wanted
 

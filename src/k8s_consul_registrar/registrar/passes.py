@@ -11,7 +11,7 @@ from k8s_consul_registrar.registrar.brake import BrakeRules, Memory
 from k8s_consul_registrar.registrar.ledger import Entry, Ledger
 from k8s_consul_registrar.registrar.naming import comparable_name, is_of_a_registrar
 from k8s_consul_registrar.registrar.ownership import Identity
-from k8s_consul_registrar.registrar.plan import Planner
+from k8s_consul_registrar.registrar.planner import Planner
 from k8s_consul_registrar.registrar.ports import Cluster, Registry
 from k8s_consul_registrar.registrar.report import Reporter
 from k8s_consul_registrar.registrar.status import PassReport
