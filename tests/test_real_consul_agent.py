@@ -127,8 +127,7 @@ async def test_a_service_the_catalog_lacks_is_unsynced_until_registered_again() 
 async def test_a_catalog_that_shows_something_else_counts_as_lacking() -> None:
     """A record that differs in the catalog, twice in a row, is to be registered again."""
     async with real_consul() as consul, connected(consul) as client:
-        registry = AgentRegistry(client)
-        await registry.register([our_pod_service("a")])
+        await AgentRegistry(client).register([our_pod_service("a")])
 
         async def is_shown() -> bool:
             return bool(await in_catalog(consul))
@@ -136,9 +135,16 @@ async def test_a_catalog_that_shows_something_else_counts_as_lacking() -> None:
         await wait_until(is_shown, 10)
         edit = {"ID": "pod--shop--a", "Service": "edited"}
         body = {"Node": "test-node", "SkipNodeUpdate": True, "Service": edit}
-        assert (await consul.request("PUT", "/v1/catalog/register", body))[0] == 200
-        assert (await held(registry))["pod--shop--a"].index == 0
-        assert (await held(registry))["pod--shop--a"].index == UNSYNCED
+
+        async def counts_as_lacking_the_second_time() -> bool:
+            # A full comparison of a young agent may undo the edit at any moment: then again.
+            registry = AgentRegistry(client)
+            assert (await consul.request("PUT", "/v1/catalog/register", body))[0] == 200
+            seen = [(await held(registry))["pod--shop--a"].index for _ in range(2)]
+            assert seen[0] == 0, "once may be chance"
+            return seen[1] == UNSYNCED
+
+        await wait_until(counts_as_lacking_the_second_time, 20)
 
 
 async def test_a_changed_token_makes_everything_unsynced_once(tmp_path: Path) -> None:
