@@ -57,6 +57,8 @@ class TcpProxy:
     async def __aexit__(self, *_: object) -> None:
         self.refuse()
         self._bound.close()
+        # What the system had accepted a moment before reaches `_accept` by then, which turns it away.
+        await asyncio.sleep(0.01)
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def heal(self) -> None:
@@ -105,12 +107,24 @@ class TcpProxy:
         bound.bind((self._host, port))
         return bound
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None:
+            writer.transport.abort()
+            return
+        task = asyncio.create_task(self._relay(reader, writer))
         self._connections.add(task)
-        upstream: asyncio.StreamWriter | None = None
         self._callers.add(writer)
+
+        def end(_: asyncio.Task[None]) -> None:
+            # Here and not in the task: one that is cancelled before its first step runs no line of its own.
+            writer.transport.abort()
+            self._connections.discard(task)
+            self._callers.discard(writer)
+
+        task.add_done_callback(end)
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream: asyncio.StreamWriter | None = None
         if self._is_deaf:
             writer.transport.pause_reading()  # type: ignore[attr-defined] # a socket's transport reads, too
         try:
@@ -123,11 +137,8 @@ class TcpProxy:
         except* asyncio.CancelledError:
             _reset(writer)
         finally:
-            writer.transport.abort()
             if upstream is not None:
                 upstream.transport.abort()
-            self._callers.discard(writer)
-            self._connections.discard(task)
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(_CHUNK):
