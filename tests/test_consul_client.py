@@ -14,6 +14,7 @@ from k8s_consul_registrar.consul.access import (
     ConsulAddress,
     ConsulToken,
     build_ssl_context,
+    followed_tls,
 )
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.fence import Fence
@@ -26,6 +27,7 @@ from k8s_consul_registrar.errors import (
     ConsulRefused,
     ConsulUnreachable,
 )
+from k8s_consul_registrar.files import fixed
 
 
 @pytest.mark.parametrize(
@@ -210,7 +212,7 @@ async def test_tls(tmp_path: Path, authority: trustme.CA) -> None:
 
     async def body(context: ssl.SSLContext, name: str = "") -> bytes:
         async with ConsulClient(
-            ConsulAccess(address, ssl_context=context, tls_server_name=name), QUICK
+            ConsulAccess(address, tls=fixed(context), tls_server_name=name), QUICK
         ) as client:
             return (await client.request("GET", "/v1/x")).body
 
@@ -221,6 +223,57 @@ async def test_tls(tmp_path: Path, authority: trustme.CA) -> None:
     with pytest.raises(ConsulUnreachable, match="CONSUL_CACERT"):
         await body(build_ssl_context(), "server.dc1.consul")
     await runner.cleanup()
+
+
+@pytest.fixture
+def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have files looked at whenever what they hold is asked for."""
+    monkeypatch.setattr("k8s_consul_registrar.files.LOOK_EVERY", 0.0)
+
+
+@pytest.mark.usefixtures("looks_at_once")
+async def test_certificates_are_renewed_while_we_run(tmp_path: Path, authority: trustme.CA) -> None:
+    """A new authority and a new certificate of ours count for the next connection, without a restart."""
+    shown: list[str] = []
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.verify_mode = ssl.CERT_REQUIRED
+    authority.configure_trust(server)
+    authority.issue_cert("127.0.0.1").configure_cert(server)
+
+    async def answer(request: web.Request) -> web.Response:
+        assert request.transport is not None
+        shown.append(request.transport.get_extra_info("peercert")["subjectAltName"][0][1])
+        return web.Response(text="ok", headers={"Connection": "close"})
+
+    def issue(name: str, by: trustme.CA) -> None:
+        by.issue_cert(name).private_key_and_cert_chain_pem.write_to_path(tmp_path / "own.pem")
+
+    app = web.Application()
+    app.router.add_get("/v1/x", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=server).start()
+    issue("first.example", authority)
+    tls = followed_tls(ca_file=str(tmp_path / "ca.pem"), cert_file=str(tmp_path / "own.pem"))
+    access = ConsulAccess(ConsulAddress(f"https://127.0.0.1:{runner.addresses[0][1]}"), tls=tls)
+    async with ConsulClient(access, QUICK) as client:
+        await client.request("GET", "/v1/x")
+        issue("second.example", authority)
+        await client.request("GET", "/v1/x")
+        other = trustme.CA()
+        other.issue_cert("127.0.0.1").configure_cert(server)
+        other.configure_trust(server)
+        with pytest.raises(ConsulUnreachable, match="CONSUL_CACERT"):
+            await client.request("GET", "/v1/x")
+        (tmp_path / "ca.pem").write_text("half-way")
+        with pytest.raises(ConsulUnreachable, match="CONSUL_CACERT"):
+            await client.request("GET", "/v1/x")
+        other.cert_pem.write_to_path(tmp_path / "ca.pem")
+        await client.request("GET", "/v1/x")
+        issue("third.example", other)
+        await client.request("GET", "/v1/x")
+    await runner.cleanup()
+    assert shown == ["first.example", "second.example", "second.example", "third.example"]
 
 
 def test_unusable_tls_files_are_named(tmp_path: Path) -> None:

@@ -101,6 +101,54 @@ async def test_in_a_cluster_the_service_account_is_used(tmp_path: Path) -> None:
     assert context.minimum_version is ssl.TLSVersion.TLSv1_2
 
 
+@pytest.fixture
+def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have files looked at whenever what they hold is asked for."""
+    monkeypatch.setattr("k8s_consul_registrar.files.LOOK_EVERY", 0.0)
+
+
+@pytest.mark.usefixtures("looks_at_once")
+def test_a_new_ca_of_the_cluster_is_followed(tmp_path: Path) -> None:
+    """A replaced `ca.crt` makes another context; one that is empty for a moment changes nothing."""
+    folder = service_account(tmp_path / "sa")
+    access = load_access(IN_CLUSTER, home=tmp_path, service_account=folder)
+    first = access.ssl_context(Identity())
+    assert access.ssl_context(Identity()) is first
+    (folder / "ca.crt").write_bytes(b"")
+    assert access.ssl_context(Identity()) is first
+    (folder / "ca.crt").write_bytes(OTHER_CA.cert_pem.bytes())
+    second = access.ssl_context(Identity())
+    assert second is not None
+    assert second is not first
+    assert access.cluster_ca == OTHER_CA.cert_pem.bytes().decode()
+    (trusted,) = second.get_ca_certs(binary_form=True)
+    assert ssl.DER_cert_to_PEM_cert(trusted).split() == OTHER_CA.cert_pem.bytes().decode().split()
+
+
+@pytest.mark.usefixtures("looks_at_once")
+@pytest.mark.parametrize("beside", [{}, {"token": SECRET}, {"tokenFile": "token"}])
+async def test_a_certificate_in_files_is_followed(tmp_path: Path, beside: dict[str, str]) -> None:
+    """A kubeconfig's replaced certificate counts once its key came as well, whatever stands beside it."""
+    files = {"client-certificate": "own.crt", "client-key": "own.key"}
+    (tmp_path / "token").write_text(SECRET)
+    (tmp_path / "own.crt").write_bytes(CERT_PEM)
+    (tmp_path / "own.key").write_bytes(KEY_PEM)
+    access = load(write(tmp_path, config(user={**files, **beside})))
+    first = await access.credentials.identity()
+    assert await access.credentials.identity() is first
+    context = access.ssl_context(first)
+    leaf = CA.issue_cert("renewed.example")
+    renewed = leaf.cert_chain_pems[0].bytes()
+    (tmp_path / "own.crt").write_bytes(renewed)
+    assert await access.credentials.identity() is first, "half-way"
+    (tmp_path / "own.key").write_bytes(leaf.private_key_pem.bytes())
+    second = await access.credentials.identity()
+    assert second.pair is not None
+    assert (second.pair.certificate, second.token) == (renewed, first.token)
+    assert second.token == (SECRET if beside else "")
+    assert access.ssl_context(second) is not context
+
+
 def test_an_ipv6_service_host_is_bracketed(tmp_path: Path) -> None:
     """An IPv6 cluster announces a bare address."""
     env = {**IN_CLUSTER, "KUBERNETES_SERVICE_HOST": "fd00:10:96::1"}

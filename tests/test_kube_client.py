@@ -25,6 +25,7 @@ from k8s_consul_registrar.errors import (
     ClusterUnauthorized,
     ClusterUnreachable,
 )
+from k8s_consul_registrar.files import fixed
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.credentials import FixedCredentials, Identity
@@ -418,7 +419,9 @@ def tls_access(
     return Access(
         f"https://127.0.0.1:{port}",
         FixedCredentials(Identity(pair=pair)),
-        trust=Trust(ca=ca.cert_pem.bytes().decode(), ca_setting="cluster 'x': certificate-authority"),
+        trusted=fixed(
+            Trust(ca=ca.cert_pem.bytes().decode(), ca_setting="cluster 'x': certificate-authority")
+        ),
         server_hostname=name,
     )
 
@@ -439,7 +442,7 @@ async def test_a_certificate_is_verified_and_mistakes_name_the_setting() -> None
         for wrong in (None, "other.example"):
             with pytest.raises(ClusterUnreachable, match=r"cannot be verified: .*tls-server-name"):
                 await list_all(tls_access(port, name=wrong))
-        skipped = Access(f"https://127.0.0.1:{port}", ANONYMOUS, trust=Trust(is_verified=False))
+        skipped = Access(f"https://127.0.0.1:{port}", ANONYMOUS, trusted=fixed(Trust(is_verified=False)))
         assert await list_all(skipped)
 
 
@@ -507,7 +510,7 @@ async def test_the_proxy_of_the_kubeconfig_is_used(monkeypatch: pytest.MonkeyPat
             through = Access(
                 "https://api.example:6443",
                 FixedCredentials(Identity(token=SECRET)),
-                trust=direct.trust,
+                trusted=direct.trusted,
                 proxy=f"http://me:pw@127.0.0.1:{proxy_port}",
             )
             assert await list_all(through)
@@ -526,7 +529,10 @@ async def test_a_proxy_that_refuses_is_told_without_its_password() -> None:
 
     async with raw_server(refuse) as port:
         access = Access(
-            "https://api.example", ANONYMOUS, trust=Trust(), proxy=f"http://me:{SECRET}@127.0.0.1:{port}"
+            "https://api.example",
+            ANONYMOUS,
+            trusted=fixed(Trust()),
+            proxy=f"http://me:{SECRET}@127.0.0.1:{port}",
         )
         with pytest.raises(ClusterUnreachable, match="the proxy answered 407") as caught:
             await list_all(access)

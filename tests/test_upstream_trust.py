@@ -166,6 +166,29 @@ async def test_a_new_authority_of_kubelets(tmp_path: Path, ca: Path) -> None:
         assert (await proxy.get(cadvisor(kubelet))).status == 502
 
 
+async def test_a_new_authority_of_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where kubelets are verified by the cluster's CA, a new one counts for them, too."""
+    monkeypatch.setattr("k8s_consul_registrar.files.LOOK_EVERY", 0.0)
+    ca = tmp_path / "ca.crt"
+    ca.write_text(authority_pem())
+    (tmp_path / "token").write_text("t")
+    inside = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": "1"}
+    identity = KubeletIdentity(PLAIN, load_access(inside, service_account=tmp_path))
+    await identity.refresh()
+    kubelet = Kubelet()
+    async with (
+        kubelet.serving(),
+        proxying(kubelet.node(), token=identity.token, contexts=identity.context) as proxy,
+    ):
+        assert (await proxy.get(cadvisor(kubelet))).status == 200
+        before = identity.context()
+        await identity.refresh()
+        assert identity.context() is before
+        trustme.CA().cert_pem.write_to_path(str(ca))
+        await identity.refresh()
+        assert (await proxy.get(cadvisor(kubelet))).status == 502
+
+
 def test_what_cannot_be_used_is_named(tmp_path: Path, ca: Path) -> None:
     """Every file is named by its setting at the start."""
     access = access_of(tmp_path, {})

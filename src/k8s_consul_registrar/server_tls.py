@@ -1,11 +1,11 @@
 """TLS of a server of ours out of files that a Secret's volume replaces now and then."""
 
 import ssl
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from k8s_consul_registrar.errors import AccessError
+from k8s_consul_registrar.files import FromFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,34 +33,24 @@ class ServerTls:
 
     def __init__(self, files: TlsFiles) -> None:
         """Read the files; raises AccessError, naming the setting, where one cannot be used."""
-        self._files = files
-        self._seen = stamps(_paths(files))
-        self.context, self.trust = _build(files)
+        self._made = FromFiles(_paths(files), lambda: _build(files))
+
+    @property
+    def context(self) -> ssl.SSLContext:
+        """The context for what is accepted from now on."""
+        return self._made.value[0]
+
+    @property
+    def trust(self) -> bytes:
+        """The authorities of clients' certificates, as their file holds them."""
+        return self._made.value[1]
 
     def refresh(self) -> bool:
         """Read the files again where one changed, and say whether `context` is a new one.
 
         Raises AccessError, once for each change, where they cannot be used.
         """
-        seen = stamps(_paths(self._files))
-        if seen == self._seen:
-            return False
-        self._seen = seen
-        self.context, self.trust = _build(self._files)
-        return True
-
-
-def stamps(paths: Iterable[Path]) -> tuple[object, ...]:
-    """Return what shows that a file was replaced; a file that is not there looks like nothing."""
-    seen: list[object] = []
-    for path in paths:
-        try:
-            status = path.stat()
-        except OSError:
-            seen.append(None)
-        else:
-            seen.append((status.st_ino, status.st_mtime_ns, status.st_size))
-    return tuple(seen)
+        return self._made.refresh()
 
 
 def _paths(files: TlsFiles) -> list[Path]:

@@ -8,7 +8,7 @@ from k8s_consul_registrar.admin.sd_server import HttpSdServer
 from k8s_consul_registrar.admin.view import MetaNames, TargetsView
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.bearer import BearerFile
-from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress, ConsulToken, build_ssl_context
+from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress, ConsulToken, followed_tls
 from k8s_consul_registrar.consul.agent import CONCURRENCY, AgentRegistry
 from k8s_consul_registrar.consul.catalog import CONCURRENCY as TRANSACTIONS
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
@@ -188,10 +188,9 @@ def shards(settings: RegistrarSettings) -> Shards:
 
 def consul_access(settings: ConsulSettings) -> ConsulAccess:
     """Load what a connection to Consul needs; raises an `AccessError` naming the file at fault."""
-    is_tls = settings.url.startswith("https://")
-    context = None
-    if is_tls:
-        context = build_ssl_context(
+    tls = None
+    if settings.url.startswith("https://"):
+        tls = followed_tls(
             ca_file=settings.ca_file,
             cert_file=settings.cert_file,
             key_file=settings.key_file,
@@ -201,7 +200,7 @@ def consul_access(settings: ConsulSettings) -> ConsulAccess:
         address=ConsulAddress(settings.url, settings.socket),
         token=settings.token,
         token_file=settings.token_file,
-        ssl_context=context,
+        tls=tls,
         tls_server_name=settings.tls_server_name,
         namespace=settings.namespace,
         partition=settings.partition,

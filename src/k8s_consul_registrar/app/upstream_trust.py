@@ -2,17 +2,16 @@
 
 import asyncio
 import ssl
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from k8s_consul_registrar.errors import AccessError
+from k8s_consul_registrar.files import Followed
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.credentials import Identity
 from k8s_consul_registrar.kube.tls import KeyPair, certificates, show
 from k8s_consul_registrar.proxy.frames import Trust
 from k8s_consul_registrar.proxy.tls import kubelet_context, pod_context
-from k8s_consul_registrar.server_tls import stamps
 from k8s_consul_registrar.settings.proxying import KubeletSettings, ProxiedPods
 from k8s_consul_registrar.telemetry import get_logger
 
@@ -29,43 +28,6 @@ class Made(NamedTuple):
     trust: Trust
 
 
-class FileContext:
-    """A TLS context made of files; a new one is made when one of them changes, or `make` must know better.
-
-    A context that was had stays while the next cannot be made: files are replaced one after the other.
-    """
-
-    def __init__(self, paths: Sequence[Path], make: Callable[[], Made]) -> None:
-        """Make the first; raises AccessError where that cannot be."""
-        self._paths = paths
-        self._make = make
-        self._seen = stamps(paths)
-        self._made = make()
-
-    @property
-    def current(self) -> ssl.SSLContext:
-        """The context of this moment."""
-        return self._made.context
-
-    @property
-    def trust(self) -> Trust:
-        """What it is made of."""
-        return self._made.trust
-
-    def refresh(self, *, is_due: bool = False) -> None:
-        """Make it again where a file changed."""
-        seen = stamps(self._paths)
-        if seen == self._seen and not is_due:
-            return
-        self._seen = seen
-        try:
-            self._made = self._make()
-        except AccessError as error:
-            log.warning("the certificates for kubelets and Pods stay as they were", problem=str(error))
-        else:
-            log.info("new certificates for kubelets or Pods are in use")
-
-
 class KubeletIdentity:
     """The token or certificate that kubelets know us by, for code that must not wait.
 
@@ -80,8 +42,10 @@ class KubeletIdentity:
         self._token = ""
         self._pair: KeyPair | None = None
         self._problem = ""
+        self._cluster_ca = access.cluster_ca
         names = (settings.ca_file, settings.client_cert_file, settings.client_key_file)
-        self._context = FileContext([Path(name) for name in names if name], self._make)
+        paths = [Path(name) for name in names if name]
+        self._made = Followed("certificates for kubelets", paths, self._make)
 
     def token(self) -> str:
         """Return the token, empty for none; raises AccessError where none could be had."""
@@ -91,12 +55,12 @@ class KubeletIdentity:
 
     def context(self) -> ssl.SSLContext:
         """Return the context for kubelets."""
-        return self._context.current
+        return self._made.value.context
 
     @property
     def trust(self) -> Trust:
         """What that context is made of, our key included."""
-        return self._context.trust
+        return self._made.value.trust
 
     @property
     def problem(self) -> str:
@@ -106,7 +70,7 @@ class KubeletIdentity:
     async def refresh(self) -> None:
         """Ask for what is current; a token that was had stays while the next cannot be."""
         if self._settings.client_cert_file:
-            self._context.refresh()
+            self._look()
             return
         try:
             identity = await self._access.credentials.identity()
@@ -114,7 +78,7 @@ class KubeletIdentity:
             if not self._token and self._pair is None:
                 self._problem = str(error)
             log.warning("no fresh credentials for the kubelets", problem=str(error))
-            self._context.refresh()
+            self._look()
         else:
             self._take(identity)
 
@@ -123,7 +87,14 @@ class KubeletIdentity:
         pair = None if identity.token else identity.pair
         is_another = pair != self._pair
         self._pair = pair
-        self._context.refresh(is_due=is_another)
+        self._look(is_due=is_another)
+
+    def _look(self, *, is_due: bool = False) -> None:
+        """Make the context again where our files changed, or what the access to the API server gives for it."""
+        has_cluster_ca = not self._settings.ca_file
+        cluster_ca = self._access.cluster_ca
+        self._made.look(is_due=is_due or (has_cluster_ca and cluster_ca != self._cluster_ca))
+        self._cluster_ca = cluster_ca
 
     async def keep_fresh(self) -> None:
         """Follow every change for ever; ends only by cancellation."""
@@ -154,22 +125,23 @@ class PodTrust:
     def __init__(self, pods: ProxiedPods) -> None:
         """Read the file; raises AccessError where it cannot be used."""
         self._pods = pods
-        self._context = FileContext([Path(pods.ca_file)] if pods.ca_file else [], self._make)
+        paths = [Path(pods.ca_file)] if pods.ca_file else []
+        self._made = Followed("certificates of Pods", paths, self._make)
 
     def context(self) -> ssl.SSLContext:
         """Return the context for Pods."""
-        return self._context.current
+        return self._made.value.context
 
     @property
     def trust(self) -> Trust:
         """What that context is made of."""
-        return self._context.trust
+        return self._made.value.trust
 
     async def keep_fresh(self) -> None:
         """Follow every change for ever; ends only by cancellation."""
         while True:
             await asyncio.sleep(PERIOD)
-            self._context.refresh()
+            self._made.look()
 
     def _make(self) -> Made:
         ca_pem = _read_ca(self._pods.ca_file, "POD_CA_FILE")

@@ -6,9 +6,10 @@ from pathlib import Path
 from k8s_consul_registrar.app.upstream_trust import KubeletIdentity, PodTrust
 from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.errors import AccessError
+from k8s_consul_registrar.files import stamps
 from k8s_consul_registrar.proxy.frames import BEARER, CERTIFICATE, CLIENT_CA, KEY, Begin, Credentials, Limits
 from k8s_consul_registrar.proxy.sockets import Fit
-from k8s_consul_registrar.server_tls import ServerTls, TlsFiles, stamps
+from k8s_consul_registrar.server_tls import ServerTls, TlsFiles
 from k8s_consul_registrar.settings.modes import ProxySettings
 from k8s_consul_registrar.settings.proxying import InboundSettings
 from k8s_consul_registrar.telemetry import get_logger

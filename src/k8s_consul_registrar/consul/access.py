@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from k8s_consul_registrar.errors import AccessError
+from k8s_consul_registrar.files import Followed
 
 # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH.
 NAME_MISMATCHES = (62, 64)
@@ -29,12 +30,15 @@ class ConsulAddress:
 
 @dataclass(frozen=True, slots=True)
 class ConsulAccess:
-    """Everything a connection to Consul needs; `namespace` and `partition` are Consul Enterprise's."""
+    """Everything a connection to Consul needs; `namespace` and `partition` are Consul Enterprise's.
+
+    `tls` is for an https address, and may be None where the system's defaults do.
+    """
 
     address: ConsulAddress
     token: str = field(default="", repr=False)
     token_file: str = ""
-    ssl_context: ssl.SSLContext | None = field(default=None, repr=False)
+    tls: Followed[ssl.SSLContext] | None = field(default=None, repr=False)
     tls_server_name: str = ""
     namespace: str = ""
     partition: str = ""
@@ -84,6 +88,20 @@ def unverified(error: ssl.SSLCertVerificationError) -> str:
     return f"its certificate cannot be verified: {error.verify_message}; {hint}"
 
 
+def followed_tls(
+    *, ca_file: str = "", cert_file: str = "", key_file: str = "", verify: bool = True
+) -> Followed[ssl.SSLContext]:
+    """Make the TLS context for an https address, anew where a file changes.
+
+    Raises `AccessError` naming the file at fault.
+    """
+    return Followed(
+        "certificates for Consul",
+        [Path(file) for file in (ca_file, cert_file, key_file) if file],
+        lambda: build_ssl_context(ca_file=ca_file, cert_file=cert_file, key_file=key_file, verify=verify),
+    )
+
+
 def build_ssl_context(
     *, ca_file: str = "", cert_file: str = "", key_file: str = "", verify: bool = True
 ) -> ssl.SSLContext:
@@ -95,7 +113,8 @@ def build_ssl_context(
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if cert_file:
         try:
-            context.load_cert_chain(cert_file, key_file or None)
+            # The password keeps OpenSSL from asking on the terminal for an encrypted key's.
+            context.load_cert_chain(cert_file, key_file or None, password="")
         except (OSError, ssl.SSLError) as error:
             raise AccessError(
                 f"CONSUL_CLIENT_CERT {cert_file} with CONSUL_CLIENT_KEY {key_file or '(in the same file)'} "

@@ -102,7 +102,6 @@ class ConsulClient:
         else:
             connector = aiohttp.TCPConnector(
                 limit=self._connections,
-                ssl=self._access.ssl_context or True,
                 socket_factory=self._fence.socket if self._fence else None,
             )
         self._session = aiohttp.ClientSession(
@@ -214,6 +213,7 @@ class ConsulClient:
             url,
             data=body,
             headers=self._headers(),
+            ssl=self._access.tls.current() if self._access.tls else True,
             server_hostname=self._access.tls_server_name or None,
             allow_redirects=False,
             timeout=timeout,

@@ -6,18 +6,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from k8s_consul_registrar.errors import AccessError
+from k8s_consul_registrar.files import Followed
 from k8s_consul_registrar.kube.credentials import Credentials, Identity, TokenFile, read_bytes
 from k8s_consul_registrar.kube.entries import credentials_of, proxy_of, server_of, trust_of
 from k8s_consul_registrar.kube.kubeconfig import choose_context
-from k8s_consul_registrar.kube.tls import KeyPair, Trust, certificates
+from k8s_consul_registrar.kube.tls import KeyPair, Trust, trust_in
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
 @dataclass(slots=True)
 class _LastContext:
-    """The last ssl context built: connections are shared while the certificate stays."""
+    """The last ssl context built: connections are shared while trust and certificate stay."""
 
+    trust: Trust | None = None
     pair: KeyPair | None = None
     context: ssl.SSLContext | None = None
 
@@ -26,23 +28,29 @@ class _LastContext:
 class Access:
     """One API server as we reach it.
 
-    `server` is its URL without a trailing slash; `trust` is None for plain HTTP; `server_hostname` is the
+    `server` is its URL without a trailing slash; `trusted` is None for plain HTTP; `server_hostname` is the
     name its certificate must have where that is not the URL's host; `proxy` is the URL of an HTTP proxy
     before it; `origin` says for people where all this was read.
     """
 
     server: str
     credentials: Credentials = field(repr=False)
-    trust: Trust | None = None
+    trusted: Followed[Trust] | None = field(default=None, repr=False)
     server_hostname: str | None = None
     proxy: str | None = field(default=None, repr=False)
     origin: str = ""
     _last: _LastContext = field(default_factory=_LastContext, init=False, repr=False, compare=False)
 
     @property
+    def trust(self) -> Trust | None:
+        """Whom we believe to be the API server at this moment; None for plain HTTP."""
+        return self.trusted.current() if self.trusted else None
+
+    @property
     def cluster_ca(self) -> str | None:
         """The cluster's CA certificates (PEM); None where the system's are used, or none."""
-        return (self.trust.ca or None) if self.trust else None
+        trust = self.trust
+        return (trust.ca or None) if trust else None
 
     async def token(self) -> str:
         """Return the current bearer token, empty where we have none; raises AccessError."""
@@ -51,15 +59,16 @@ class Access:
     def ssl_context(self, identity: Identity) -> ssl.SSLContext | None:
         """Return the context that shows this identity's certificate, None for plain HTTP.
 
-        It is the same object while the certificate stays; an exec plugin may bring a new one. Raises
-        AccessError where the certificate cannot be used.
+        It is the same object while trust and certificate stay; files are replaced, and an exec plugin may
+        bring a new certificate. Raises AccessError where that cannot be used.
         """
-        if self.trust is None:
+        trust, last = self.trust, self._last
+        if trust is None:
             return None
-        if self._last.context is None or self._last.pair != identity.pair:
-            self._last.context = self.trust.ssl_context(identity.pair)
-            self._last.pair = identity.pair
-        return self._last.context
+        if last.context is None or last.trust is not trust or last.pair != identity.pair:
+            last.context = trust.ssl_context(identity.pair)
+            last.trust, last.pair = trust, identity.pair
+        return last.context
 
 
 def load_access(
@@ -90,29 +99,24 @@ def _in_cluster(host: str, port: str, folder: Path) -> Access:
     """Use the service account of the Pod we run in (Kubernetes: "Accessing the API from a Pod")."""
     origin = "in-cluster service account"
     ca_file = folder / "ca.crt"
-    ca = certificates(read_bytes(ca_file, origin), f"{origin}: {ca_file}")
+    setting = f"{origin}: {ca_file}"
     bracketed = f"[{host}]" if ":" in host else host
-    access = Access(
+    return Access(
         server=f"https://{bracketed}:{port}",
         credentials=TokenFile(folder / "token", origin),
-        trust=Trust(ca=ca, ca_setting=f"{origin}: {ca_file}"),
+        trusted=Followed(setting, [ca_file], lambda: trust_in(read_bytes(ca_file, origin), setting)),
         origin=origin,
     )
-    access.ssl_context(Identity())
-    return access
 
 
 def _by_kubeconfig(paths: Sequence[Path], env: Mapping[str, str]) -> Access:
     chosen = choose_context(paths)
-    credentials, pair = credentials_of(chosen.user, chosen.cluster, env)
     user = f", user {chosen.user.name!r}" if chosen.user else ""
-    access = Access(
+    return Access(
         server=server_of(chosen.cluster),
-        credentials=credentials,
-        trust=trust_of(chosen.cluster),
+        credentials=credentials_of(chosen.user, chosen.cluster, env),
+        trusted=trust_of(chosen.cluster),
         server_hostname=chosen.cluster.value.tls_server_name or None,
         proxy=proxy_of(chosen.cluster),
         origin=f"kubeconfig {chosen.cluster.file}: context {chosen.context!r}{user}",
     )
-    access.ssl_context(Identity(pair=pair))
-    return access

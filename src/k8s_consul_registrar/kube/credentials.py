@@ -3,11 +3,12 @@
 import base64
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from k8s_consul_registrar.errors import AccessError
+from k8s_consul_registrar.files import Followed
 from k8s_consul_registrar.kube.tls import KeyPair
 
 # client-go re-reads token files once a minute (transport/token_source.go).
@@ -28,6 +29,10 @@ class Identity:
             return {"Authorization": f"Bearer {self.token}"}
         return {"Authorization": f"Basic {self.basic}"} if self.basic else {}
 
+    def showing(self, pair: KeyPair) -> "Identity":
+        """Return this identity with a certificate; it is the same object where it had that one."""
+        return self if pair is self.pair else replace(self, pair=pair)
+
 
 class Credentials(Protocol):
     """Where the identity of the next request comes from."""
@@ -42,13 +47,16 @@ class Credentials(Protocol):
 
 
 class FixedCredentials:
-    """An identity that never changes."""
+    """An identity that never changes, but for a certificate in files that someone rotates."""
 
-    def __init__(self, identity: Identity) -> None:
+    def __init__(self, identity: Identity, pair: Followed[KeyPair] | None = None) -> None:
         self._identity = identity
+        self._pair = pair
 
     async def identity(self) -> Identity:
         """Return the identity."""
+        if self._pair is not None:
+            self._identity = self._identity.showing(self._pair.current())
         return self._identity
 
     def rejected(self, identity: Identity) -> None:
@@ -67,7 +75,7 @@ class TokenFile:
         path: Path,
         setting: str,
         *,
-        pair: KeyPair | None = None,
+        pair: Followed[KeyPair] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._path = path
@@ -82,6 +90,8 @@ class TokenFile:
         if self._identity is None or self._clock() >= self._stale_at:
             self._identity = self._read()
             self._stale_at = self._clock() + REREAD_SECONDS
+        if self._pair is not None:
+            self._identity = self._identity.showing(self._pair.current())
         return self._identity
 
     def rejected(self, identity: Identity) -> None:
@@ -96,7 +106,7 @@ class TokenFile:
             if self._identity is None:
                 raise
             return self._identity
-        return Identity(token=token, pair=self._pair)
+        return Identity(token=token)
 
 
 def read_bytes(path: Path, setting: str) -> bytes:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from urllib.parse import SplitResult, urlsplit
 
 from k8s_consul_registrar.errors import AccessError
+from k8s_consul_registrar.files import Followed, fixed
 from k8s_consul_registrar.kube.credentials import (
     Credentials,
     FixedCredentials,
@@ -21,7 +22,7 @@ from k8s_consul_registrar.kube.credentials import (
 )
 from k8s_consul_registrar.kube.exec_plugin import API_VERSIONS, ExecCredentials, ExecPlugin
 from k8s_consul_registrar.kube.kubeconfig import Cluster, Entry, Exec, User
-from k8s_consul_registrar.kube.tls import KeyPair, Trust, certificates
+from k8s_consul_registrar.kube.tls import KeyPair, Trust, checked, trust_in
 
 EXEC_EXTENSION = "client.authentication.k8s.io/exec"
 INTERACTIVE_MODES = ("", "Never", "IfAvailable", "Always")
@@ -55,44 +56,44 @@ def proxy_of(cluster: Entry[Cluster]) -> str | None:
     return proxy
 
 
-def trust_of(cluster: Entry[Cluster]) -> Trust | None:
+def trust_of(cluster: Entry[Cluster]) -> Followed[Trust] | None:
     """Return whom to believe, None for plain HTTP; raises AccessError."""
     if server_of(cluster).startswith("http://"):
         return None
-    ca = _content(
-        cluster,
-        "certificate-authority",
-        cluster.value.certificate_authority,
-        cluster.value.certificate_authority_data,
-    )
-    if cluster.value.insecure_skip_tls_verify:
-        if ca is not None:
-            raise AccessError(
-                f"{cluster.setting('insecure-skip-tls-verify')} contradicts certificate-authority; keep one"
-            )
-        return Trust(is_verified=False)
     setting = cluster.setting("certificate-authority")
-    return Trust(ca=certificates(ca, setting) if ca is not None else "", ca_setting=setting)
+    file = cluster.value.certificate_authority
+    if not cluster.value.insecure_skip_tls_verify:
+        paths = [cluster.path(file)] if file else []
+        return Followed(setting, paths, lambda: trust_in(_ca_of(cluster), setting))
+    if file or cluster.value.certificate_authority_data:
+        raise AccessError(
+            f"{cluster.setting('insecure-skip-tls-verify')} contradicts certificate-authority; keep one"
+        )
+    return fixed(Trust(is_verified=False))
 
 
-def credentials_of(
-    user: Entry[User] | None, cluster: Entry[Cluster], env: Mapping[str, str]
-) -> tuple[Credentials, KeyPair | None]:
-    """Return who we are, and the certificate that is known already; raises AccessError."""
+def _ca_of(cluster: Entry[Cluster]) -> bytes | None:
+    value = cluster.value
+    return _content(
+        cluster, "certificate-authority", value.certificate_authority, value.certificate_authority_data
+    )
+
+
+def credentials_of(user: Entry[User] | None, cluster: Entry[Cluster], env: Mapping[str, str]) -> Credentials:
+    """Return who we are; raises AccessError."""
     if user is None:
-        return FixedCredentials(Identity()), None
+        return FixedCredentials(Identity())
     value = user.value
     _refuse_unsupported(user)
     pair = _pair_of(user)
     if value.exec is not None:
         plugin = _plugin_of(user, value.exec, cluster, env)
-        return ExecCredentials(plugin), None
+        return ExecCredentials(plugin)
     if value.token_file:
-        token_file = TokenFile(user.path(value.token_file), user.setting("tokenFile"), pair=pair)
-        return token_file, pair
+        return TokenFile(user.path(value.token_file), user.setting("tokenFile"), pair=pair)
     token = clean_token(value.token, user.setting("token")) if value.token else ""
     basic = basic_credentials(value.username, value.password) if value.username else ""
-    return FixedCredentials(Identity(token=token, basic=basic, pair=pair)), pair
+    return FixedCredentials(Identity(token=token, basic=basic), pair)
 
 
 def _refuse_unsupported(user: Entry[User]) -> None:
@@ -118,18 +119,26 @@ def _refuse_unsupported(user: Entry[User]) -> None:
         raise AccessError(user.setting(f"{' and '.join(names)} exclude each other; keep one"))
 
 
-def _pair_of(user: Entry[User]) -> KeyPair | None:
+def _pair_of(user: Entry[User]) -> Followed[KeyPair] | None:
     value = user.value
-    certificate = _content(
-        user, "client-certificate", value.client_certificate, value.client_certificate_data
-    )
-    key = _content(user, "client-key", value.client_key, value.client_key_data)
-    if certificate is None and key is None:
+    has_certificate = bool(value.client_certificate or value.client_certificate_data)
+    has_key = bool(value.client_key or value.client_key_data)
+    if not has_certificate and not has_key:
         return None
-    if certificate is None or key is None:
-        missing = "client-certificate" if certificate is None else "client-key"
+    if not has_certificate or not has_key:
+        missing = "client-key" if has_certificate else "client-certificate"
         raise AccessError(f"{user.setting(missing)} is missing: a certificate and its key go together")
-    return KeyPair(certificate, key, user.setting("client-certificate"))
+    setting = user.setting("client-certificate")
+
+    def make() -> KeyPair:
+        certificate = _content(
+            user, "client-certificate", value.client_certificate, value.client_certificate_data
+        )
+        key = _content(user, "client-key", value.client_key, value.client_key_data)
+        return checked(KeyPair(certificate or b"", key or b"", setting))
+
+    files = [user.path(file) for file in (value.client_certificate, value.client_key) if file]
+    return Followed(setting, files, make)
 
 
 def _plugin_of(
@@ -157,9 +166,7 @@ def _plugin_of(
 def _cluster_info(cluster: Entry[Cluster]) -> Mapping[str, object]:
     """Return the cluster as a plugin is told of it, with the extension made for plugins as its config."""
     value = cluster.value
-    ca = _content(
-        cluster, "certificate-authority", value.certificate_authority, value.certificate_authority_data
-    )
+    ca = _ca_of(cluster)
     info: dict[str, object] = {
         "server": value.server,
         "tls-server-name": value.tls_server_name,

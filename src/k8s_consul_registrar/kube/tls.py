@@ -72,6 +72,24 @@ def certificates(text: bytes, setting: str) -> str:
     return "\n".join(found) + "\n"
 
 
+def trust_in(ca: bytes | None, setting: str) -> Trust:
+    """Return the trust in the certificates of a bundle, in the system's list without one.
+
+    Raises AccessError, naming the setting, where they cannot be used.
+    """
+    if ca is None:
+        return Trust(ca_setting=setting)
+    trust = Trust(ca=certificates(ca, setting), ca_setting=setting)
+    trust.ssl_context()
+    return trust
+
+
+def checked(pair: KeyPair) -> KeyPair:
+    """Return a pair that can be shown; raises AccessError, naming its origin, for another."""
+    show(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), pair)
+    return pair
+
+
 def show(context: ssl.SSLContext, pair: KeyPair) -> None:
     """Have a context show a client certificate; raises AccessError, naming its origin, where it cannot."""
     try:
