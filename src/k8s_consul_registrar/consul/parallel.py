@@ -25,16 +25,25 @@ async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], con
         return
     left = chain(opening, left)
 
-    async def worker() -> None:
-        for item in left:
-            await work(item)
+    faults: list[ConsulError] = []
+    workers: list[asyncio.Task[None]] = []
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
-                group.create_task(worker())
-    except* ConsulError as errors:
-        raise errors.exceptions[0] from None
+    async def worker() -> None:
+        try:
+            for item in left:
+                await work(item)
+        except ConsulError as fault:
+            faults.append(fault)
+            for other in workers:
+                if other is not asyncio.current_task():
+                    other.cancel()
+
+    # No worker raises a fault: a TaskGroup in which one does forgets that we are cancelled meanwhile
+    # (CPython before 3.13, gh-116720), and who is to end would go on.
+    async with asyncio.TaskGroup() as group:
+        workers.extend(group.create_task(worker()) for _ in range(concurrency))
+    if faults:
+        raise faults[0]
 
 
 class Batch:
