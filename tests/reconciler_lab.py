@@ -13,7 +13,7 @@ from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.budget import BudgetRules
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.ownership import Identity
-from k8s_consul_registrar.registrar.ports import Leadership
+from k8s_consul_registrar.registrar.ports import Leadership, Sweeps
 from k8s_consul_registrar.registrar.reconciler import Reconciler
 from k8s_consul_registrar.targets.sharding import RandomShards, Shards
 from memory import MemoryCluster, MemoryRegistry
@@ -42,6 +42,7 @@ class Lab:
         period: float = 60,
         budget: BudgetRules | None = None,
         leadership: Leadership | None = None,
+        sweeper: Sweeps | None = None,
     ) -> None:
         self.cluster = MemoryCluster()
         self.consul = MemoryRegistry(checks_versions=checks_versions)
@@ -57,6 +58,7 @@ class Lab:
             metrics=RegistrarMetrics(self.metrics),
             budget=budget or BudgetRules(gap=0),
             leadership=leadership,
+            sweeper=sweeper,
         )
 
     def running(self) -> AbstractAsyncContextManager[None]:

@@ -11,6 +11,7 @@ from k8s_consul_registrar.admin.view import (
     SeenConflict,
     SeenConsul,
     SeenLeader,
+    SeenLostAgent,
     SeenPass,
     SeenSource,
     SeenTarget,
@@ -166,6 +167,10 @@ def busy_registrar(count: int = 10_000) -> Registrar:
             SeenConflict("pod--search--ledger-1", ObjectKey(Kind.POD, "search", "ledger-1"), "managed_by=terraform"),
         ),
         brakes=(SeenBrake("pods of media", 1240, names, at - 20, at + 40),),
+        lost_agents=(
+            SeenLostAgent("worker-a7", at - 1900, at - 1300, {"not_here": 2, "rejected": 1}),
+            SeenLostAgent("worker-b2", at - 200, at + 400),
+        ),
         passes=passes,
         settings=(
             Setting("CLUSTER_NAME", "lab"),

@@ -15,8 +15,17 @@ from browser import Page, browser_page
 from k8s_consul_registrar.admin.api import api_routes
 from k8s_consul_registrar.admin.page import page_routes
 from k8s_consul_registrar.admin.server import AdminServer
-from k8s_consul_registrar.admin.view import SeenBrake, SeenConflict, SeenConsul, SeenPass, SeenSource, Setting
+from k8s_consul_registrar.admin.view import (
+    SeenBrake,
+    SeenConflict,
+    SeenConsul,
+    SeenLostAgent,
+    SeenPass,
+    SeenSource,
+    Setting,
+)
 from k8s_consul_registrar.model import Kind, ObjectKey
+from k8s_consul_registrar.registrar.orphans import Stays
 from real_servers import REAL
 from seen import Registrar, busy_registrar, pod_rejection, pod_target
 
@@ -201,6 +210,7 @@ def hostile_registrar() -> Registrar:
         sources=(SeenSource(every, is_followed=False, problem=every),),
         conflicts=(SeenConflict(every, ObjectKey(Kind.POD, every, every), every),),
         brakes=(SeenBrake(every, 3, HOSTILE, 1.0, 2.0),),
+        lost_agents=(SeenLostAgent(every, 1.0, 2.0, {every: 1}),),
         passes=(SeenPass(every, every, 1.0, 1.0, {every: 1}, every),),
         settings=(Setting(every, every),),
     )
@@ -282,3 +292,4 @@ def test_every_word_is_there_in_both_languages() -> None:
         names = [set(re.findall(r'(\w+): "', half)) for half in (english, chinese)]
         assert names[0] == names[1]
         assert len(names[0]) > 10
+    assert all(f'stays_{why.value}: "' in words for why in Stays)

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from builders import make_pod, our_pod_service
 from k8s_consul_registrar.model import Disturbance, Service, Written
 from k8s_consul_registrar.registrar.budget import BudgetRules
+from k8s_consul_registrar.registrar.status import LostAgent
 from memory import PODS
 from reconciler_lab import Lab
 
@@ -419,6 +420,40 @@ async def test_standing_problems_are_said_once(capsys: pytest.CaptureFixture[str
         lab.cluster.put_list([make_pod("a", ip="")])
         await lab.until_so(lambda: lab.consul.reads > 5)
     assert capsys.readouterr().out.count("no_ip") == 1
+
+
+class Sweeping:
+    """Somebody who sees an agent lost at each look, until told to rest."""
+
+    def __init__(self) -> None:
+        self.look_due = 0.0
+        self.lost: tuple[LostAgent, ...] = ()
+
+    async def look(self) -> bool:
+        """See it."""
+        self.look_due = float("inf")
+        self.lost = (LostAgent("old", 1.0, 2.0, {}),)
+        return True
+
+    async def sweep(self) -> None:
+        """Leave something."""
+        self.lost = tuple(one._replace(stays={"held": 1}) for one in self.lost)
+
+    def rest(self) -> None:
+        """See it no more."""
+        self.lost = ()
+
+
+async def test_lost_agents_are_shown_by_who_leads() -> None:
+    """After a look and after a sweep; a standby shows none."""
+    vote = Vote(is_leader=True)
+    lab = Lab(leadership=vote, sweeper=Sweeping())
+    status = lab.reconciler.status
+    async with lab.running():
+        await lab.synced("web")
+        await lab.until_so(lambda: [one.stays for one in status.lost_agents] == [{"held": 1}])
+        vote.set(is_leader=False)
+        await lab.until_so(lambda: status.lost_agents == ())
 
 
 async def test_a_standby_writes_nothing_and_takes_over_warm() -> None:

@@ -11,6 +11,7 @@ from k8s_consul_registrar.model import AgentHealth, Service, Written
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.ownership import Identity
+from k8s_consul_registrar.registrar.status import LostAgent
 from k8s_consul_registrar.registrar.sweeper import Sweeper, SweepRules
 from memory import MemoryCluster
 
@@ -207,6 +208,36 @@ async def test_what_stays_is_shown_until_the_node_is_gone(lab: Lab) -> None:
     lab.agents.seen = []
     await lab.look_for(EVERY)
     assert (lab.stays("not_here"), lab.stays("held")) == (0, 0)
+
+
+async def test_lost_agents_are_shown_until_nothing_of_ours_is_there(lab: Lab) -> None:
+    """With the time their node may be cleared at, and what a clearing left; not those with nothing of ours."""
+    lab.agents.seen = [LOST._replace(node="other"), LOST]
+    lab.agents.here = []
+    lab.agents.nodes["other"] = [our_pod_service("a", cluster="other")]
+    assert not lab.sweeper.lost
+    await lab.look_for(EVERY)
+    began = lab.now
+    assert lab.sweeper.lost == tuple(LostAgent(node, began, began + AFTER, {}) for node in ("old", "other"))
+    await lab.look_for(AFTER)
+    await lab.sweeper.sweep()
+    assert lab.sweeper.lost == (LostAgent("old", began, began + AFTER, {"not_here": 1}),)
+    lab.agents.seen = []
+    await lab.look_for(EVERY)
+    assert not lab.sweeper.lost
+
+
+async def test_a_standby_forgets_what_it_saw(lab: Lab) -> None:
+    """Nothing is shown of it, and the time runs anew when it leads again."""
+    lab.agents.here = []
+    await lab.look_for(AFTER + EVERY)
+    await lab.sweeper.sweep()
+    lab.sweeper.rest()
+    assert (lab.sweeper.lost, lab.stays("not_here")) == ((), 0)
+    lab.agents.here = [our_pod_service("a")]
+    await lab.look_for(AFTER)
+    await lab.sweeper.sweep()
+    assert lab.left() == {"a"}
 
 
 async def test_changes_of_the_cluster_still_wait_to_be_seen(lab: Lab) -> None:

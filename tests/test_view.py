@@ -21,6 +21,7 @@ from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.budget import BudgetRules
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.reconciler import Reconciler
+from k8s_consul_registrar.registrar.status import LostAgent
 from k8s_consul_registrar.settings.modes import read_registrar
 from memory import PODS, MemoryCluster, MemoryRegistry
 from reconciler_lab import running
@@ -204,6 +205,17 @@ async def test_what_the_brake_holds_is_still_served() -> None:
             while len(seen.consul.held) > 1:
                 await asyncio.sleep(0.005)
         assert list(seen.targets()) == ["p0"]
+
+
+def test_lost_agents_are_shown_with_times_of_the_day() -> None:
+    """What the sweeper says in monotonic seconds."""
+    seen = Seen()
+    now = time.monotonic()
+    seen.reconciler.status.lost_agents = (LostAgent("old", now - 60, now + 540, {"not_here": 2}),)
+    (shown,) = seen.view.status().lost_agents
+    assert (shown.node, shown.stays) == ("old", {"not_here": 2})
+    assert abs(shown.since - (time.time() - 60)) < 5
+    assert abs(shown.due - (time.time() + 540)) < 5
 
 
 def test_secrets_are_not_shown() -> None:

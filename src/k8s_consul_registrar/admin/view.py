@@ -56,6 +56,19 @@ class SeenBrake:
 
 
 @dataclass(frozen=True, slots=True)
+class SeenLostAgent:
+    """An agent that is gone: its node is cleared of ours when `due`, apart from what `stays`, by reason.
+
+    `since` and `due` are in seconds of the epoch.
+    """
+
+    node: str
+    since: float
+    due: float
+    stays: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class SeenSource:
     """How well a source is known; `listed_at` is in seconds of the epoch, None before the first list."""
 
@@ -131,6 +144,7 @@ class Status:
     sources: tuple[SeenSource, ...] = ()
     conflicts: tuple[SeenConflict, ...] = ()
     brakes: tuple[SeenBrake, ...] = ()
+    lost_agents: tuple[SeenLostAgent, ...] = ()
     passes: tuple[SeenPass, ...] = ()
     settings: tuple[Setting, ...] = ()
 

@@ -10,6 +10,7 @@ from k8s_consul_registrar.admin.view import (
     SeenConflict,
     SeenConsul,
     SeenLeader,
+    SeenLostAgent,
     SeenPass,
     SeenSource,
     SeenTarget,
@@ -127,6 +128,10 @@ class View:
             brakes=tuple(
                 SeenBrake(str(one.source), len(one.ids), one.ids[:SAMPLE], boot + one.since, boot + one.due)
                 for one in state.held
+            ),
+            lost_agents=tuple(
+                SeenLostAgent(one.node, boot + one.since, boot + one.due, one.stays)
+                for one in state.lost_agents
             ),
             passes=tuple(_seen_pass(record) for record in state.recent),
             settings=shown_settings(self.settings.common.environment),

@@ -6,6 +6,7 @@ from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 from k8s_consul_registrar.model import Disturbance, ObjectKey, Service, Source, Written
+from k8s_consul_registrar.registrar.status import LostAgent
 from k8s_consul_registrar.targets.wanted import Wanted
 
 
@@ -75,12 +76,20 @@ class Sweeps(Protocol):
 
     look_due: float  # when to look again, in seconds of the monotonic clock
 
+    @property
+    def lost(self) -> tuple[LostAgent, ...]:
+        """What is known of such places."""
+
     async def look(self) -> bool:
         """Look, at little cost, whether there is such a place; tell whether a full pass is wanted for one."""
         ...
 
     async def sweep(self) -> None:
         """Remove what may go; for the time after a full pass."""
+        ...
+
+    def rest(self) -> None:
+        """Forget what was seen, since somebody else sees to it now."""
         ...
 
 

@@ -103,6 +103,9 @@ class Reconciler:
         self._owes_full = True
         self.status.ticked_at = self._clock()
         self._reporter.stands_by(self._cluster.changes())
+        if self._sweeper is not None:
+            self._sweeper.rest()
+            self.status.lost_agents = self._sweeper.lost
         if self._clock() >= self._look_due:
             # What it serves to others carries the shards that the leader gave.
             self._look_due = self._clock() + self._timing.standby_look
@@ -163,6 +166,7 @@ class Reconciler:
             self._budget.spend(self._clock(), self._passes.read_seconds)
             if self._sweeper is not None:
                 await self._sweeper.sweep()
+                self.status.lost_agents = self._sweeper.lost
 
     async def _follow(self) -> None:
         """Make a pass over what changes while a full pass is under way."""
@@ -193,6 +197,7 @@ class Reconciler:
     async def _look_for_lost(self) -> None:
         if self._sweeper is not None:
             self._owes_full = await self._sweeper.look() or self._owes_full
+            self.status.lost_agents = self._sweeper.lost
 
     async def _make(self, make: Callable[[], Awaitable[PassReport]], *, is_full: bool) -> None:
         """Make a pass, report it, and see to what it left undone."""

@@ -1,6 +1,7 @@
 """What the reconciler last saw and did, as values an operator's endpoints can read."""
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -51,12 +52,26 @@ class PassRecord(NamedTuple):
     report: PassReport
 
 
+class LostAgent(NamedTuple):
+    """An agent that is gone, and what is to become of our services at its node.
+
+    `since` is when it was first seen so, `due` when the node may be cleared, both in monotonic seconds;
+    `stays` counts by reason the services that a clearing left, empty before the first.
+    """
+
+    node: str
+    since: float
+    due: float
+    stays: Mapping[str, int]
+
+
 @dataclass(slots=True)
 class RegistrarStatus:
     """Where the registrar stands. `ticked_at` is when its loop last turned, or a pass last wrote, in monotonic seconds.
 
     `refused` says of service IDs why Consul refuses them, `conflicts` which IDs somebody else holds, `lost`
-    which objects lost an ID to another; `held` is what the brake holds.
+    which objects lost an ID to another; `held` is what the brake holds; `lost_agents` are those whose nodes
+    may have services of ours.
     """
 
     recent: deque[PassRecord] = field(default_factory=lambda: deque(maxlen=RECENT))
@@ -64,6 +79,7 @@ class RegistrarStatus:
     conflicts: dict[str, Conflict] = field(default_factory=dict)
     lost: dict[ObjectKey, Rejection] = field(default_factory=dict)
     held: tuple[Held, ...] = ()
+    lost_agents: tuple[LostAgent, ...] = ()
     is_standby: bool = False
     has_synced: bool = False
     is_draining: bool = False

@@ -23,6 +23,7 @@ from k8s_consul_registrar.registrar.orphans import Judge, Stays, Verdict, Watche
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.ports import Cluster
 from k8s_consul_registrar.registrar.relocation import Former
+from k8s_consul_registrar.registrar.status import LostAgent
 from k8s_consul_registrar.telemetry import get_logger
 
 # A short wait is looked at so many times before it is over.
@@ -107,6 +108,26 @@ class Sweeper:
         self._stays: dict[AgentHealth, Counter[Stays]] = {}
         self._news = News()
         self.look_due = clock()
+
+    @property
+    def lost(self) -> tuple[LostAgent, ...]:
+        """The agents that are gone, by node, but for those known to have left nothing of ours."""
+        return tuple(
+            LostAgent(
+                node,
+                one.since,
+                one.since + self._rules.after,
+                {why.value: count for why, count in self._stays.get(one.health, Counter()).items()},
+            )
+            for node, one in sorted(self._watched.items())
+            if one.health not in self._clean
+        )
+
+    def rest(self) -> None:
+        """Forget which agents are lost: the replica that leads looks after them."""
+        self._watched = {}
+        self._stays = {}
+        self._show()
 
     async def look(self) -> bool:
         """Look which agents are lost; tell whether one has just been for long enough."""

@@ -118,6 +118,21 @@ function passRow(pass, now) {
   );
 }
 
+function lostAgents({ lost_agents: lost, now }) {
+  if (!lost.length) return [];
+  const rows = lost.map((one) => {
+    const stays = Object.entries(one.stays).map(([why, count]) => `${number(count)} ${word(`stays_${why}`)}`);
+    return element(
+      "tr", {},
+      cell("on_node", { class: "main" }, one.node),
+      cell("lost", {}, moment(one.since, now)),
+      cell("cleared", {}, one.due > now ? moment(one.due, now) : word("with_next_pass")),
+      cell("stays", {}, stays.join(" · ") || dim("–")),
+    );
+  });
+  return [element("h2", {}, word("lost_agents")), notice(word("lost_agents_why")), table(["on_node", "lost", "cleared", "stays"], rows)];
+}
+
 export function healthView(status) {
   const { consul, now } = status;
   const sources = status.sources.map((one) =>
@@ -138,6 +153,7 @@ export function healthView(status) {
       ...(consul.address ? [[word("address"), code(consul.address)]] : []),
       ...(consul.problem ? [[word("problem"), consul.problem]] : []),
     ]),
+    ...lostAgents(status),
     element("h2", {}, word("sources")),
     table(["source", "is_followed", "listed", "objects", "problem"], sources),
     element("h2", {}, word("passes")),

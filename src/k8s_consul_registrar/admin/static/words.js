@@ -34,6 +34,10 @@ export const WORDS = {
     conflicts_why: "Somebody else's service has the ID. It is never overwritten: remove it in Consul, or name the cluster or instance it was written under in PREVIOUS_CLUSTER_NAMES or PREVIOUS_INSTANCES.",
     rejections_why: "These ask to be scraped and cannot be. What Consul holds of them stays as it is.",
     shown_first: "The first {shown} are shown.",
+    lost_agents: "Lost agents", lost: "Watched since", cleared: "To be cleared", stays: "Services that stay", with_next_pass: "with the next full pass",
+    lost_agents_why: "Consul keeps the services of an agent that ended without leaving for 72 hours. Ours go from its node once it was lost for ORPHAN_AFTER seconds: those that our own agent has by then, and those that nothing asks for.",
+    stays_not_here: "not at our agent yet", stays_held: "held by the brake", stays_rejected: "of rejected objects",
+    stays_blind: "of a source out of sight", stays_unfollowed: "of a source not followed", stays_unproven: "not proven ours",
   },
   zh: {
     title: "k8s-consul-registrar", skip: "跳到内容", pause: "暂停", resume: "继续",
@@ -68,6 +72,10 @@ export const WORDS = {
     conflicts_why: "该 ID 被他人的服务占用，绝不会被覆盖：请在 Consul 中删除它，或在 PREVIOUS_CLUSTER_NAMES、PREVIOUS_INSTANCES 中写明它注册时的集群名或实例名。",
     rejections_why: "这些对象要求被采集但无法采集。Consul 中已有的记录保持不变。",
     shown_first: "只显示前 {shown} 条。",
+    lost_agents: "失联的 agent", lost: "观察自", cleared: "清理时间", stays: "仍保留的服务", with_next_pass: "下一轮全量时",
+    lost_agents_why: "agent 未正常离开就消失时，Consul 会把它的服务保留 72 小时。失联满 ORPHAN_AFTER 秒后，我们会移除其节点上属于我们的服务：我们自己的 agent 已有的，以及不再有对象需要的。",
+    stays_not_here: "个在我们的 agent 上还没有", stays_held: "个被刹车暂缓", stays_rejected: "个属于被拒绝的对象",
+    stays_blind: "个的来源暂时看不到", stays_unfollowed: "个的来源未被跟踪", stays_unproven: "个无法证明属于我们",
   },
 };
 
