@@ -9,7 +9,8 @@ from urllib.parse import quote
 from msgspec.structs import replace
 
 from k8s_consul_registrar.consul.agent_node import AgentNode
-from k8s_consul_registrar.consul.client import ConsulClient, is_filtered
+from k8s_consul_registrar.consul.answers import is_filtered
+from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.codec import decode_agent_services, decode_service, encode_registration
 from k8s_consul_registrar.consul.meta_keys import MetaKeys
 from k8s_consul_registrar.consul.parallel import Batch, for_each

@@ -5,7 +5,6 @@ import math
 import ssl
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -14,19 +13,10 @@ from yarl import URL
 
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.access import ConsulAccess, ConsulToken, unverified
+from k8s_consul_registrar.consul.answers import LONGEST_HEAD, Answer, StreamedAnswer, refusal
 from k8s_consul_registrar.consul.fence import Fence
-from k8s_consul_registrar.errors import (
-    AccessError,
-    ConsulBusy,
-    ConsulError,
-    ConsulFenced,
-    ConsulForbidden,
-    ConsulRefused,
-    ConsulUnreachable,
-)
+from k8s_consul_registrar.errors import AccessError, ConsulFenced, ConsulForbidden, ConsulUnreachable
 
-# Of an error's text this much is shown: it is Consul's, and may quote what we sent.
-LONGEST_PROBLEM = 200
 # Half of what an agent allows one address before 1.7.1, a quarter of what it does since (Consul's
 # limits.http_max_conns_per_client): room for the writes, a held query and another registrar beside us.
 CONNECTIONS = 50
@@ -34,28 +24,6 @@ CONNECTIONS = 50
 CHUNK = 64 * 1024
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """An answer, whole."""
-
-    body: bytes
-    headers: Mapping[str, str]
-    status: int = 200
-
-    @property
-    def index(self) -> int:
-        """The index of the state that a read shows (`X-Consul-Index`), 0 where the answer names none."""
-        return index_of(self.headers)
-
-
-@dataclass(frozen=True, slots=True)
-class StreamedAnswer:
-    """A successful answer whose body is still coming; each raises `ConsulUnreachable` if it breaks off."""
-
-    chunks: AsyncIterator[bytes]
-    headers: Mapping[str, str]
 
 
 class ConsulClient:
@@ -228,7 +196,7 @@ class ConsulClient:
 
     async def _head(self, response: aiohttp.ClientResponse) -> bytes:
         try:
-            return await response.content.read(4 * LONGEST_PROBLEM)
+            return await response.content.read(LONGEST_HEAD)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise self._unreachable(error) from None
 
@@ -250,27 +218,3 @@ class ConsulClient:
                 return ConsulUnreachable(f"{where}: no answer in time")
             case _:
                 return ConsulUnreachable(f"{where}: {str(error) or type(error).__name__}")
-
-
-def index_of(headers: Mapping[str, str]) -> int:
-    """Return the index that a read's headers name, 0 where they name none."""
-    text = headers.get("X-Consul-Index", "")
-    return int(text) if text.isdecimal() else 0
-
-
-def is_filtered(headers: Mapping[str, str]) -> bool:
-    """Whether Consul says that it left out what the token may not see; versions before 1.13 do not say."""
-    return headers.get("X-Consul-Results-Filtered-By-ACLs", "") == "true"
-
-
-def refusal(status: int, path: str, answer: Answer) -> ConsulError:
-    """Turn an answer that is no success into the error that says what to do about it."""
-    text = answer.body[: 4 * LONGEST_PROBLEM].decode("utf-8", "replace").strip()
-    text = "".join(char if char.isprintable() else " " for char in text)[:LONGEST_PROBLEM]
-    problem = f"Consul answers {status} to {path.partition('?')[0]}: {text or 'without a reason'}"
-    if status == 403:
-        return ConsulForbidden(f"{problem} (the token lacks a right, or is not known)")
-    if status == 429 or status >= 500:
-        retry_after = answer.headers.get("Retry-After", "")
-        return ConsulBusy(problem, float(retry_after) if retry_after.isdecimal() else None)
-    return ConsulRefused(problem, status)

@@ -7,7 +7,8 @@ from urllib.parse import quote
 
 import msgspec
 
-from k8s_consul_registrar.consul.client import ConsulClient, index_of, is_filtered
+from k8s_consul_registrar.consul.answers import index_of, is_filtered
+from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.records import ARRAY, NODE_SERVICES, Records
 from k8s_consul_registrar.consul.txn_answer import CheckRecord, NodeRecord
 from k8s_consul_registrar.errors import ConsulRefused

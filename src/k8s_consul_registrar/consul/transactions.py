@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from k8s_consul_registrar.backoff import Timing, delays
-from k8s_consul_registrar.consul.client import Answer, ConsulClient
+from k8s_consul_registrar.consul.answers import Answer
+from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.parallel import for_each
 from k8s_consul_registrar.consul.txn import MOST_OPERATIONS, Unit, body_of, pack
 from k8s_consul_registrar.consul.txn_answer import ReadResult, TxnError, decode_read, decode_written
