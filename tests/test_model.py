@@ -303,7 +303,8 @@ class World(RuleBasedStateMachine):
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(scaled(120, 900))
+# By a thread: a daemon that does not end would hold up the end of the test that a signal brings about.
+@pytest.mark.timeout(scaled(120, 900), method="thread")
 def test_whatever_happens() -> None:
     """Events, faults, hand edits and restarts at random: after each quiet Consul equals the model."""
     World.ends_at = time.monotonic() + SEARCH

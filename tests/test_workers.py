@@ -181,8 +181,11 @@ async def test_nodes_and_pods_that_come_and_go() -> None:
 
 def opened_by(pid: int) -> list[str]:
     """Return the files a process has open beside its output and what the system itself provides."""
-    links = [link for link in Path(f"/proc/{pid}/fd").iterdir() if int(link.name) > 2]
-    names = [str(link.readlink()) for link in links]
+    names = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        # What is closed meanwhile is gone from there.
+        with contextlib.suppress(FileNotFoundError):
+            names.append(str(link.readlink()) if int(link.name) > 2 else "")
     return [name for name in names if name.startswith("/") and not name.startswith("/dev")]
 
 
