@@ -24,15 +24,12 @@ class TcpProxy:
         self.delay = 0.0
         self.rate = 0.0
         self._is_hole = False
-        self._is_deaf = False
-        self._callers: set[asyncio.StreamWriter] = set()
         self._upstream = (host, port)
         self._host = listen_on
         self._bound = self._bind(0)
         self.port: int = self._bound.getsockname()[1]
-        self._server: asyncio.Server | None = None
-        self._flowing = asyncio.Event()
-        self._flowing.set()
+        self._listens_in: asyncio.AbstractEventLoop | None = None
+        self._flowing, self._hearing = asyncio.Event(), asyncio.Event()
         self._held = 0
         self._connections: set[asyncio.Task[None]] = set()
 
@@ -57,19 +54,18 @@ class TcpProxy:
     async def __aexit__(self, *_: object) -> None:
         self.refuse()
         self._bound.close()
-        # What the system had accepted a moment before reaches `_accept` by then, which turns it away.
-        await asyncio.sleep(0.01)
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def heal(self) -> None:
         """Let everything through again, what was held back included."""
         self.delay = self.rate = 0.0
-        self._is_hole = self._is_deaf = False
-        for caller in self._callers:
-            caller.transport.resume_reading()  # type: ignore[attr-defined] # a socket's transport reads, too
+        self._is_hole = False
+        self._hearing.set()
         self._flowing.set()
-        if self._server is None:
-            self._server = await asyncio.start_server(self._accept, sock=self._bound)
+        if self._listens_in is None:
+            self._listens_in = asyncio.get_running_loop()
+            self._bound.listen()
+            self._listens_in.add_reader(self._bound, self._accept)
 
     def black_hole(self) -> None:
         """Swallow what is sent from now on, both ways; what was swallowed never arrives, healed or not."""
@@ -84,7 +80,7 @@ class TcpProxy:
 
         Open connections are reset: they have wide buffers already.
         """
-        self._is_deaf = True
+        self._hearing.clear()
         self._bound.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _NARROW)
         self.cut()
 
@@ -95,9 +91,10 @@ class TcpProxy:
 
     def refuse(self) -> None:
         """Reset every open connection and refuse new ones: a port that is bound and does not listen."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        if self._listens_in is not None:
+            self._listens_in.remove_reader(self._bound)
+            self._listens_in = None
+            self._bound.close()
             self._bound = self._bind(self.port)
         self.cut()
 
@@ -105,40 +102,44 @@ class TcpProxy:
         bound = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((self._host, port))
+        bound.setblocking(False)
         return bound
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._server is None:
-            writer.transport.abort()
-            return
-        task = asyncio.create_task(self._relay(reader, writer))
+    def _accept(self) -> None:
+        """Take a connection, in one step: asyncio's servers lose one that comes while they close."""
+        try:
+            caller, _ = self._bound.accept()
+        except OSError:
+            return  # it went away again
+        caller.setblocking(False)
+        task = asyncio.create_task(self._relay(caller))
         self._connections.add(task)
-        self._callers.add(writer)
 
         def end(_: asyncio.Task[None]) -> None:
             # Here and not in the task: one that is cancelled before its first step runs no line of its own.
-            writer.transport.abort()
+            caller.close()
             self._connections.discard(task)
-            self._callers.discard(writer)
 
         task.add_done_callback(end)
 
-    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        upstream: asyncio.StreamWriter | None = None
-        if self._is_deaf:
-            writer.transport.pause_reading()  # type: ignore[attr-defined] # a socket's transport reads, too
+    async def _relay(self, caller: socket.socket) -> None:
+        writers: list[asyncio.StreamWriter] = []
         try:
-            answers, upstream = await asyncio.open_connection(*self._upstream)
+            await self._hearing.wait()
+            requests, back = await asyncio.open_connection(sock=caller)
+            writers.append(back)
+            answers, forth = await asyncio.open_connection(*self._upstream)
+            writers.append(forth)
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._carry(reader, upstream))
-                group.create_task(self._carry(answers, writer))
+                group.create_task(self._carry(requests, forth))
+                group.create_task(self._carry(answers, back))
         except* OSError:
             pass  # either side went away: both do
         except* asyncio.CancelledError:
-            _reset(writer)
+            _reset(caller)
         finally:
-            if upstream is not None:
-                upstream.transport.abort()
+            for writer in writers:
+                writer.transport.abort()
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(_CHUNK):
@@ -160,7 +161,7 @@ class TcpProxy:
             writer.write_eof()
 
 
-def _reset(writer: asyncio.StreamWriter) -> None:
+def _reset(one: socket.socket) -> None:
     """Have the close to come send a RST: a cut connection must look cut."""
     with contextlib.suppress(OSError):
-        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
