@@ -219,6 +219,13 @@ def test_unfollowed_kind_is_left_alone() -> None:
     assert ids(own.deregister) == ["pod--shop--a"]
 
 
+def test_the_original_programs_nodes_stay_where_nodes_are_not_followed() -> None:
+    """They name no object, so their kind alone says that no source of ours would list it."""
+    legacy = make_service("node--192.0.2.99", {"cluster": "lab"})
+    made = plan(wanting(sources={PODS: SEEN}), [legacy], LAB)
+    assert (made.writes, made.kept[Kept.UNFOLLOWED]) == (0, 1)
+
+
 def test_rejected_pod_keeps_what_it_has() -> None:
     """A Pod that is there with a broken annotation loses nothing, and is not overwritten either."""
     broken = make_pod("a", annotations={"prometheus.io/scrape": "true", "prometheus.io/port": "x"})
@@ -267,6 +274,17 @@ def test_mass_absence_is_held_and_single_departures_are_not() -> None:
     later = {PODS: SourceState(800.0, is_followed=True, objects=10), NODES: SEEN}
     confirmed = plan(wanting(sources=later), held[1:], LAB, memory=made.memory)
     assert len(confirmed.deregister) == 9
+
+
+def test_a_blind_source_neither_forgets_nor_counts_as_listed() -> None:
+    """The brake goes on from what the last list said that proves something; the first such is still a first."""
+    held = [our_pod_service(f"p{number}") for number in range(10)]
+    blind = {PODS: SourceState(listed_at=200.0, is_followed=False, objects=10)}
+    assert plan(wanting(sources=blind), held, LAB).memory == {}
+    first = plan(wanting(sources={PODS: SEEN}), held, LAB)
+    assert [one.wait for one in first.held] == [BrakeRules().confirm_start]
+    meanwhile = plan(wanting(sources=blind), held, LAB, memory=first.memory)
+    assert meanwhile.memory == first.memory
 
 
 def test_departures_act_at_once_however_many() -> None:

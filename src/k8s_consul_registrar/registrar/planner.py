@@ -1,29 +1,21 @@
 """Compares what the cluster wants with what Consul holds, and says what to write: pure."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
 from functools import cached_property
 
-from k8s_consul_registrar.model import UNSYNCED, Kind, ObjectKey, Rejection, Service, Source, Target
-from k8s_consul_registrar.registrar.brake import Absence, BrakeRules, Held, Memory, judge_absence
+from k8s_consul_registrar.model import UNSYNCED, Kind, ObjectKey, Rejection, Service, Target
+from k8s_consul_registrar.registrar.absences import Absences
+from k8s_consul_registrar.registrar.brake import BrakeRules, Held, Memory
 from k8s_consul_registrar.registrar.ledger import Entry, zoned
 from k8s_consul_registrar.registrar.naming import comparable_name, is_of_a_registrar, refuse_name
-from k8s_consul_registrar.registrar.ownership import Claim, Identity, kind_of, object_of
+from k8s_consul_registrar.registrar.ownership import Claim, Identity, object_of
 from k8s_consul_registrar.registrar.plan import Conflict, Kept, Plan
 from k8s_consul_registrar.targets.claims import settle
 from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.sharding import RandomShards, Shards
 from k8s_consul_registrar.targets.wanted import Wanted
-
-
-@dataclass(slots=True)
-class _Absent:
-    """What is gathered of one source while Consul's services pass by."""
-
-    held: int = 0
-    absent: list[Service] = field(default_factory=list)
 
 
 class Planner:
@@ -58,7 +50,7 @@ class Planner:
         self._deregister: list[Service] = []
         self._conflicts: list[Conflict] = []
         self._rejections: list[Rejection] = []
-        self._absent: defaultdict[Source, _Absent] = defaultdict(_Absent)
+        self._absences = Absences(wanted)
         self._kept: Counter[Kept] = Counter()
         self._kept_objects: set[ObjectKey] = set()
         self._unchanged = 0
@@ -81,7 +73,7 @@ class Planner:
 
     def count(self, service: Service) -> None:
         """Count a service among what its source holds, and judge nothing else of it."""
-        self._count_held(service, object_of(service))
+        self._absences.count(service, object_of(service))
 
     def leave(self, ids: AbstractSet[str]) -> None:
         """Leave these IDs alone: what stands under them is not known yet, or is not what was considered."""
@@ -92,8 +84,7 @@ class Planner:
         self._rename = [(entry, name) for entry, name in self._rename if entry.id not in ids]
         self._deregister = [service for service in self._deregister if service.id not in ids]
         self._conflicts = [conflict for conflict in self._conflicts if conflict.id not in ids]
-        for gathered in self._absent.values():
-            gathered.absent = [service for service in gathered.absent if service.id not in ids]
+        self._absences.leave(ids)
 
     def complete(self) -> Iterator[Entry | None]:
         """Plan what Consul lacks, one service ID a step, so that a long plan can let others run between.
@@ -128,25 +119,9 @@ class Planner:
 
     def brake(self, rules: BrakeRules, memory: Memory) -> tuple[list[Held], Memory]:
         """Judge what a full comparison found absent: plan what may go, return what is held."""
-        held: list[Held] = []
-        remembered = dict(memory)
-        for source, state in self._wanted.sources.items():
-            if state.listed_at is None or not state.proves_absence:
-                continue
-            gathered = self._absent[source]
-            absence = Absence(
-                source,
-                {service.id for service in gathered.absent},
-                gathered.held,
-                state.objects == 0,
-                state.listed_at,
-            )
-            judgement = judge_absence(absence, memory.get(source), rules)
-            remembered[source] = judgement.memory
-            self._deregister.extend(one for one in gathered.absent if one.id in judgement.released)
-            if judgement.held is not None:
-                held.append(judgement.held)
-        return held, remembered
+        judged = self._absences.judge(rules, memory)
+        self._deregister.extend(judged.released)
+        return judged.held, judged.memory
 
     def _conflict(self, service: Service, target: Target) -> None:
         named = {key: service.value(key) for key in ("managed_by", "cluster", "instance", "cluster_uid")}
@@ -174,7 +149,7 @@ class Planner:
 
     def _keep_or_update(self, service: Service, claims: Sequence[Target]) -> Entry | None:
         holder = object_of(service)
-        self._count_held(service, holder)
+        self._absences.count(service, holder)
         if holder is not None and self._is_still_held(holder, claims):
             self._rejections.extend(
                 Rejection(
@@ -212,7 +187,7 @@ class Planner:
 
     def _unwanted(self, service: Service, claim: Claim) -> None:
         key = object_of(service)
-        source = self._count_held(service, key)
+        source = self._absences.count(service, key)
         if source is None:
             self._keep(Kept.UNFOLLOWED, key)
         elif self._is_rejected(service, key, source.kind):
@@ -224,7 +199,7 @@ class Planner:
         elif key in self._wanted.departed:
             self._deregister.append(service)
         else:
-            self._absent[source].absent.append(service)
+            self._absences.add(source, service)
 
     @cached_property
     def _rejected_ids(self) -> AbstractSet[str]:
@@ -239,17 +214,6 @@ class Planner:
             # The original program's Node: any rejected Node without an address may be this one.
             return kind in self._nameless or service.id in self._rejected_ids
         return key in self._wanted.rejections or service.id in self._rejected_ids
-
-    def _count_held(self, service: Service, key: ObjectKey | None) -> Source | None:
-        if key is not None:
-            source = self._wanted.source_of(key)
-        else:
-            kind = kind_of(service)
-            bare = Source(kind) if kind is not None else None
-            source = bare if bare in self._wanted.sources else None
-        if source is not None:
-            self._absent[source].held += 1
-        return source
 
     def _keep(self, why: Kept, key: ObjectKey | None) -> None:
         self._kept[why] += 1
