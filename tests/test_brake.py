@@ -39,6 +39,13 @@ def test_a_mass_removal_waits_for_a_second_list() -> None:
     assert late.held is None
 
 
+def test_the_rest_of_an_empty_source_waits_too() -> None:
+    """Of ten held eight are known to be gone; that the list shows nothing makes the other two no small matter."""
+    first = judged(absence(2, 10, 0, is_empty=True), KNOWN)
+    assert first.held is not None
+    assert first.held.wait == RULES.confirm_start
+
+
 def test_what_comes_back_starts_anew() -> None:
     """An ID that a list shows again is forgotten, so later lists count from the start for it."""
     first = judged(absence(40, 100, 0), KNOWN)

@@ -185,12 +185,14 @@ def test_a_mass_of_what_seems_gone_waits_for_another_list() -> None:
     assert len(last.may_go) == 5
 
 
-def test_the_brake_counts_what_our_agent_has() -> None:
-    """A few of many that are gone are no mass, though the many go from there as well."""
+def test_the_brake_counts_what_is_wanted() -> None:
+    """A few of many that are gone are no mass, whether our agent has the many, and they go as well, or not."""
     services = [our_pod_service(f"p{number}") for number in range(20)]
     kept = [f"p{number}" for number in range(3, 20)]
     verdict = judged(wanting(*kept), services, here=kept, rules=BrakeRules())
     assert (len(verdict.may_go), verdict.held) == (20, ())
+    not_here = judged(wanting(*kept), services, rules=BrakeRules())
+    assert (len(not_here.may_go), not_here.held) == (3, ())
 
 
 def test_a_departure_that_was_seen_needs_no_second_list() -> None:

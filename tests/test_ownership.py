@@ -57,7 +57,9 @@ def test_legacy_is_removed_only_by_who_speaks_for_the_cluster() -> None:
     """A registrar of a part of the cluster cannot know that a service of the original program is gone."""
     legacy = make_service("pod--a--b", {"cluster": "lab"})
     assert LAB.may_remove(legacy, Claim.LEGACY, "")
-    assert not Identity("lab", speaks_for_cluster=False).may_remove(legacy, Claim.LEGACY, "")
+    of_a_part = Identity("lab", speaks_for_cluster=False)
+    assert not of_a_part.may_remove(legacy, Claim.LEGACY, "")
+    assert of_a_part.may_remove(our_pod_service("a"), Claim.OURS, "")
 
 
 def test_default_name_removes_only_what_the_uid_proves() -> None:
@@ -66,6 +68,7 @@ def test_default_name_removes_only_what_the_uid_proves() -> None:
     unproven = our_pod_service("a", cluster="default-cluster")
     proven = our_pod_service("a", cluster="default-cluster", cluster_uid="one")
     assert not identity.may_remove(unproven, Claim.OURS, "one")
+    assert not identity.may_remove(unproven, Claim.OURS, "")
     assert not identity.may_remove(proven, Claim.OURS, "")
     assert identity.may_remove(proven, Claim.OURS, "one")
 

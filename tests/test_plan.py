@@ -1,5 +1,6 @@
 """The plan: what is written, what is left alone, and what can never happen."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 
 from hypothesis import given
@@ -22,11 +23,13 @@ from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.ledger import Entry
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.plan import Kept, Plan
-from k8s_consul_registrar.registrar.planner import plan
+from k8s_consul_registrar.registrar.planner import Planner
+from k8s_consul_registrar.targets.naming import parse_name
 from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.sharding import RandomShards
 from k8s_consul_registrar.targets.targets import TargetRules, judge
 from k8s_consul_registrar.targets.wanted import SourceState, Wanted
+from planning import plan
 
 LAB = Identity("lab")
 PODS, NODES = Source(Kind.POD), Source(Kind.NODE)
@@ -130,7 +133,8 @@ def test_foreign_services_are_never_touched() -> None:
         make_service("web", {"cluster": "lab"}),
         make_service("consul"),
     ]
-    assert plan(wanting(), foreign, LAB).writes == 0
+    made = plan(wanting(), foreign, LAB)
+    assert (made.writes, made.kept) == (0, {})
 
 
 def test_an_id_that_is_not_ours_is_a_conflict() -> None:
@@ -139,7 +143,9 @@ def test_an_id_that_is_not_ours_is_a_conflict() -> None:
     assert made.writes == 0
     (conflict,) = made.conflicts
     assert conflict.id == "pod--shop--a"
-    assert "cluster=other" in conflict.holder
+    assert conflict.holder == "managed_by=k8s-consul-registrar, cluster=other"
+    bare = plan(wanting(make_pod("a")), [make_service("pod--shop--a")], LAB)
+    assert [one.holder for one in bare.conflicts] == ["a service without our meta"]
 
 
 def test_wrong_cluster_with_the_right_name_is_a_conflict() -> None:
@@ -233,11 +239,52 @@ def test_rejected_pod_keeps_what_it_has() -> None:
     assert (made.writes, made.kept[Kept.REJECTED]) == (0, 1)
 
 
+def test_a_rejected_pod_keeps_every_port_and_protects_no_other_pod() -> None:
+    """Its object tells, whatever the ID; and where the object is another one, the ID does."""
+    broken = make_pod("a", annotations={"prometheus.io/scrape": "true", "prometheus.io/port": "x"})
+    ports = [replace(our_pod_service("a"), id=one) for one in ("pod--shop--a", "pod--shop--a--8081")]
+    made = plan(wanting(broken), [*ports, our_pod_service("gone")], LAB)
+    assert (ids(made.deregister), made.kept[Kept.REJECTED]) == (["pod--shop--gone"], 2)
+    rejected = make_pod("b--c", "a", annotations={"prometheus.io/scrape": "true"})
+    (of_another,) = written(plan(wanting(make_pod("c", "a--b")), [], LAB).register)
+    made = plan(wanting(rejected), [of_another], LAB)
+    assert (made.writes, made.kept[Kept.REJECTED]) == (0, 1)
+
+
+def node_service(name: str, address: str = "192.0.2.99") -> Service:
+    """Return what a registrar of cluster `lab` wrote for a Node."""
+    meta = {"cluster": "lab", "managed_by": "k8s-consul-registrar", "kind": "node", "node": name}
+    return make_service(f"node--{address}", meta)
+
+
 def test_rejected_node_protects_the_original_programs_nodes() -> None:
     """The original wrote no Node's name, so a Node without an address may be any of its services."""
     nameless = make_node("n", ("Hostname", "n"))
     legacy = make_service("node--192.0.2.99", {"cluster": "lab"})
     assert plan(wanting(nameless), [legacy], LAB).kept[Kept.REJECTED] == 1
+    assert ids(plan(wanting(nameless), [node_service("gone")], LAB).deregister) == ["node--192.0.2.99"]
+
+
+def test_a_rejected_node_whose_address_is_known_protects_that_alone() -> None:
+    """Of the original program's services the one with its ID stays, the others go."""
+    known = Rejection(ObjectKey(Kind.NODE, "", "n"), Reason.META_TOO_LONG, "zone", "node--192.0.2.99")
+    wanted = dataclasses.replace(wanting(), rejections={known.key: known})
+    legacy = [make_service(f"node--192.0.2.{last}", {"cluster": "lab"}) for last in (98, 99)]
+    made = plan(wanted, legacy, LAB)
+    assert (ids(made.deregister), made.kept[Kept.REJECTED]) == (["node--192.0.2.98"], 1)
+
+
+def test_the_original_programs_node_is_adopted() -> None:
+    """It names no object, and is updated in place."""
+    legacy = make_service("node--192.0.2.10", {"cluster": "lab"})
+    assert ids(plan(wanting(make_node()), [legacy], LAB).update) == ["node--192.0.2.10"]
+
+
+def test_an_address_goes_to_the_node_that_has_it() -> None:
+    """Also while Nodes are out of sight: two at one address are not there at once."""
+    denied = {PODS: SEEN, NODES: SourceState(listed_at=100.0, is_followed=False)}
+    held = node_service("old", "192.0.2.10")
+    assert ids(plan(wanting(make_node("new"), sources=denied), [held], LAB).update) == ["node--192.0.2.10"]
 
 
 def test_shared_id_stays_with_its_holder_and_never_flaps() -> None:
@@ -258,8 +305,10 @@ def test_shared_id_is_not_taken_from_a_holder_that_cannot_be_seen() -> None:
     older = make_pod("b--c", "a")
     (held,) = written(plan(wanting(make_pod("c", "a--b")), [], LAB).register)
     sources = {Source(Kind.POD, "a"): SEEN, Source(Kind.POD, "a--b"): SourceState()}
-    blind = plan(wanting(older, sources=sources), [held], LAB)
-    assert (blind.writes, blind.kept[Kept.BLIND]) == (0, 1)
+    for where in (sources, {Source(Kind.POD, "a"): SEEN}):
+        blind = plan(wanting(older, sources=where), [held], LAB)
+        assert (blind.writes, blind.kept[Kept.BLIND]) == (0, 1)
+        assert [(one.key, one.reason) for one in blind.rejections] == [(older.key, Reason.ID_TAKEN)]
     broken = make_pod("c", "a--b", annotations={"prometheus.io/scrape": "true"})
     assert plan(wanting(older, broken), [held], LAB).writes == 0
 
@@ -285,6 +334,33 @@ def test_a_blind_source_neither_forgets_nor_counts_as_listed() -> None:
     assert [one.wait for one in first.held] == [BrakeRules().confirm_start]
     meanwhile = plan(wanting(sources=blind), held, LAB, memory=first.memory)
     assert meanwhile.memory == first.memory
+
+
+def test_a_few_of_many_go_at_once() -> None:
+    """What is still wanted counts among what a source holds."""
+    held = [our_pod_service(f"p{number}") for number in range(20)]
+    there = [make_pod(f"p{number}") for number in range(15)]
+    made = plan(wanting(*there), held, LAB)
+    assert (len(made.deregister), made.held, made.unchanged) == (5, (), 15)
+
+
+def test_what_is_to_be_left_is_left_whatever_was_decided() -> None:
+    """Somebody wrote it meanwhile: no update, new name, removal, absence or conflict of it counts any more."""
+    rules = TargetRules(pod_name=parse_name("pods-{namespace}", Kind.POD))
+    renamed = judge(make_pod("renamed"), rules)
+    assert isinstance(renamed, tuple)
+    wanted = wanting(make_pod("edited"), make_pod("taken"), departed=[make_pod("departed").key])
+    wanted = dataclasses.replace(wanted, claims={**wanted.claims, "pod--shop--renamed": list(renamed)})
+    planner = Planner(wanted, LAB, RandomShards())
+    names = ["edited", "renamed", "departed", "absent"]
+    held = [*map(our_pod_service, names), our_pod_service("taken", cluster="other")]
+    for one in held:
+        planner.consider(replace(one, port=1))
+    planner.leave({one.id for one in held})
+    for _ in planner.complete():
+        pass
+    made = planner.plan(*planner.brake(BrakeRules(), {}))
+    assert (made.writes, made.conflicts, made.held) == (0, (), ())
 
 
 def test_departures_act_at_once_however_many() -> None:

@@ -11,12 +11,12 @@ from k8s_consul_registrar.model import Kind, Pod, Rejection, Service, Source, Ta
 from k8s_consul_registrar.registrar.ledger import Entry
 from k8s_consul_registrar.registrar.naming import is_of_a_registrar, refuse_name
 from k8s_consul_registrar.registrar.ownership import Identity
-from k8s_consul_registrar.registrar.planner import plan
 from k8s_consul_registrar.targets.naming import parse_name, parse_tag
 from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.sharding import HashShards, RandomShards
 from k8s_consul_registrar.targets.targets import TargetRules, judge
 from k8s_consul_registrar.targets.wanted import SourceState, Wanted
+from planning import plan
 
 LAB = Identity("lab")
 PODS = Source(Kind.POD)

@@ -1,7 +1,7 @@
 """Compares what the cluster wants with what Consul holds, and says what to write: pure."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from k8s_consul_registrar.registrar.ownership import Claim, Identity, object_of
 from k8s_consul_registrar.registrar.plan import Conflict, Kept, Plan
 from k8s_consul_registrar.targets.claims import settle
 from k8s_consul_registrar.targets.reasons import Reason
-from k8s_consul_registrar.targets.sharding import RandomShards, Shards
+from k8s_consul_registrar.targets.sharding import Shards
 from k8s_consul_registrar.targets.wanted import Wanted
 
 
@@ -219,22 +219,3 @@ class Planner:
         self._kept[why] += 1
         if key is not None:
             self._kept_objects.add(key)
-
-
-def plan(
-    wanted: Wanted,
-    services: Iterable[Service],
-    identity: Identity,
-    *,
-    shards: Shards | None = None,
-    rules: BrakeRules | None = None,
-    memory: Memory | None = None,
-) -> Plan:
-    """Compare everything at once; see `Planner` for services that arrive one by one."""
-    planner = Planner(wanted, identity, shards or RandomShards())
-    for service in services:
-        planner.consider(service)
-    for _ in planner.complete():
-        pass
-    held, remembered = planner.brake(rules or BrakeRules(), memory or {})
-    return planner.plan(held, remembered)
