@@ -46,3 +46,30 @@ def test_an_id_is_free_while_nothing_is_known_or_feared_there() -> None:
     assert ledger.shard(entry().id) == "s1"
     ledger.forget(entry().id)
     assert ledger.is_free(entry().id)
+
+
+def test_what_may_stand_there_is_not_known_to() -> None:
+    """A write whose end is unknown leaves nothing to rely on, but for the shard."""
+    ledger = Ledger()
+    ledger.note(entry())
+    ledger.doubt(entry().id)
+    assert (ledger.get(entry().id), ledger.is_uncertain(entry().id), len(ledger)) == (None, True, 0)
+    ledger.doubt(entry().id, "s2")
+    assert ledger.shard(entry().id) == "s2"
+
+
+def test_it_takes_over_what_another_knows_better() -> None:
+    """Of the IDs asked for alone, and whatever is known: that it stands, may stand, is kept, or is gone."""
+    ledger, other = Ledger(), Ledger()
+    for name in ("stands", "doubted", "kept", "gone", "untouched"):
+        ledger.note(entry(name))
+    stands = entry("stands").at(7)
+    other.note(stands)
+    other.doubt(entry("doubted").id, "s9")
+    other.keep(entry("kept"))
+    ledger.take_over(other, [entry(name).id for name in ("stands", "doubted", "kept", "gone")])
+    assert ledger.get(stands.id) == stands
+    assert (ledger.is_uncertain(entry("doubted").id), ledger.shard(entry("doubted").id)) == (True, "s9")
+    assert (ledger.get(entry("kept").id), ledger.kept(entry("kept").id)) == (None, entry("kept"))
+    assert ledger.is_free(entry("gone").id)
+    assert ledger.get(entry("untouched").id) == entry("untouched")
