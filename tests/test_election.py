@@ -279,6 +279,30 @@ def test_a_release_that_conflicts_is_tried_once_more() -> None:
     assert next_action(again, 100, WALL) == Done()
 
 
+def test_conflicts_of_a_leader_do_not_forget_that_the_record_may_be_ours() -> None:
+    """Who resigns after two in a row looks, and gives back what is ours: the others need not wait for its end."""
+    twice = on_conflict(on_conflict(leading(100), 102, 0), 104, 0)
+    election = resigned(twice)
+    assert next_action(election, 106, WALL) == Read()
+    assert isinstance(next_action(on_read(election, OURS, 106, 0), 106, WALL), Update)
+
+
+def test_who_never_held_it_has_nothing_to_give_back() -> None:
+    """A read, one that fails, or a conflict makes no holder of a standby, so it ends without asking."""
+    reading = asked(NEW, Read())
+    assert reading == NEW
+    for election in (reading, on_failure(reading, 100, 0), on_conflict(reading, 100, 0)):
+        assert next_action(resigned(election), 101, WALL) == Done()
+
+
+@pytest.mark.parametrize("jitter", [0.9, float("nan")])
+def test_a_jitter_that_shortens_is_refused(jitter: float) -> None:
+    """It stretches; exactly 1 is none."""
+    with pytest.raises(ValueError, match="must be"):
+        ElectionTiming(jitter=jitter)
+    assert ElectionTiming(jitter=1).stretched(0.7) == ElectionTiming().retry_period
+
+
 def test_times_are_written_as_microtime() -> None:
     """Six digits and a Z, also where the microseconds are none."""
     assert micro_time(EPOCH) == "2026-11-22T10:00:00.000000Z"
