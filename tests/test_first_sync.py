@@ -4,8 +4,9 @@ import asyncio
 import time
 
 import pytest
+from msgspec.structs import replace
 
-from builders import make_pod
+from builders import make_pod, make_service, our_pod_service
 from k8s_consul_registrar.errors import ConsulError
 from k8s_consul_registrar.registrar.status import PassReport
 from memory import PODS
@@ -108,6 +109,17 @@ async def test_what_stands_there_already_is_left_to_the_comparison(lab: Lab) -> 
     see(lab, *NAMES[:5], ip="10.9.9.9")
     await lab.passes.partial()
     assert sorted(registered(lab)) == NAMES[3:5]
+
+
+async def test_names_that_others_look_up_are_kept_away_from_at_once(lab: Lab) -> None:
+    """They are known before the first write; what another cluster's registrar wrote takes no name."""
+    lab.consul.put_by_hand(make_service("by-hand", name="POD--shop--p0"))
+    theirs = replace(our_pod_service("theirs", cluster="other"), name="pod--shop--p1")
+    lab.consul.put_by_hand(theirs)
+    await lab.passes.learn()
+    see(lab, *NAMES[:3])
+    await lab.passes.partial()
+    assert sorted(registered(lab)) == NAMES[1:3]
 
 
 async def test_a_comparison_that_is_due_does_not_wait_for_a_stream_of_news(lab: Lab) -> None:

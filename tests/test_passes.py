@@ -6,7 +6,6 @@ import pytest
 
 from builders import make_pod, our_pod_service
 from k8s_consul_registrar.errors import ConsulError
-from k8s_consul_registrar.registrar.ledger import Ledger
 from memory import PODS
 from passes_lab import Lab
 
@@ -76,20 +75,27 @@ async def test_a_conflict_that_came_meanwhile_is_shown(lab: Lab) -> None:
     assert set(lab.status.conflicts) == {"pod--shop--taken"}
 
 
-async def test_a_ledger_takes_over_what_another_knows(lab: Lab) -> None:
-    """Of the IDs it is told, and no others: what stands there, what is doubted, and what is gone."""
-    known = {name: lab.passes.entry(f"pod--shop--{name}") for name in NAMES}
-    a, b, c, d = (entry for name in "abcd" if (entry := known[name]) is not None)
-    old, new = Ledger(), Ledger()
-    old.note(a.at(7))
-    old.doubt(b.id, "s1")
-    old.keep(d)
-    for entry in (a, b, c):
-        new.note(entry)
-    new.take_over(old, {a.id, b.id, d.id, "never-heard-of"})
-    assert new.get(a.id) == a.at(7)
-    assert new.get(b.id) is None
-    assert (new.is_uncertain(b.id), new.shard(b.id)) == (True, "s1")
-    assert new.get(c.id) == c
-    assert new.find(d.id) == d
-    assert new.find("never-heard-of") is None
+async def test_everything_is_there_only_when_nothing_is_owed(lab: Lab) -> None:
+    """Not before the first comparison, nor while Consul refuses something or a pass did not get through."""
+    fresh = Lab(checks_versions=lab.consul.checks_versions)
+    fresh.cluster.put_list([make_pod("a")])
+    await fresh.passes.partial()
+    assert (fresh.names, fresh.passes.is_complete) == ({"a"}, False)
+    complete = [lab.passes.is_complete]
+    lab.consul.refused = {"pod--shop--f"}
+    lab.cluster.mirror.put(PODS, make_pod("f"))
+    await lab.passes.partial()
+    complete.append(lab.passes.is_complete)
+    lab.consul.refused = set()
+    await lab.passes.partial(retries_refused=True)
+    complete.append(lab.passes.is_complete)
+    lab.consul.is_down = True
+    lab.cluster.mirror.put(PODS, make_pod("g"))
+    with pytest.raises(ConsulError):
+        await lab.passes.partial()
+    complete.append(lab.passes.is_complete)
+    lab.consul.is_down = False
+    await lab.passes.partial()
+    complete.append(lab.passes.is_complete)
+    assert complete == [True, False, True, False, True]
+    assert lab.names == {*NAMES, "f", "g"}
