@@ -140,14 +140,16 @@ class MemoryRegistry:
         return Written(len(indexes), tuple(failures), indexes, tuple(stale))
 
     async def deregister(self, services: Sequence[Service]) -> Written:
-        """Take services out, except those of another version."""
+        """Take services out, except the refused ones and those of another version."""
         self._check()
-        stale = tuple(one.id for one in services if self._is_stale(one))
-        for one in services:
+        failures = tuple(WriteFailure(one.id, "no") for one in services if one.id in self.refused)
+        left = [one for one in services if one.id not in self.refused]
+        stale = tuple(one.id for one in left if self._is_stale(one))
+        for one in left:
             if one.id not in stale:
                 self.writes.append(("deregister", one.id))
                 self.held.pop(one.id, None)
-        return Written(len(services) - len(stale), stale=stale)
+        return Written(len(left) - len(stale), failures, stale=stale)
 
     async def disturbance(self) -> Disturbance:
         """Return what a test did here."""

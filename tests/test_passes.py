@@ -99,3 +99,54 @@ async def test_everything_is_there_only_when_nothing_is_owed(lab: Lab) -> None:
     complete.append(lab.passes.is_complete)
     assert complete == [True, False, True, False, True]
     assert lab.names == {*NAMES, "f", "g"}
+
+
+async def test_a_refused_removal_of_what_is_known_to_be_gone_stays_a_fact(lab: Lab) -> None:
+    """The next pass needs no second list for it; once it is done the fact is forgotten."""
+    gone = {make_pod(name).key for name in NAMES[:4]}
+    for name in NAMES[:4]:
+        lab.cluster.mirror.remove(PODS, make_pod(name))
+    lab.consul.refused = {f"pod--shop--{name}" for name in NAMES}
+    await lab.passes.full()
+    assert (lab.names, lab.cluster.known().departed) == (set(NAMES), gone)
+    assert not lab.passes.is_complete
+    lab.consul.refused = set()
+    await lab.passes.full()
+    assert (lab.names, lab.cluster.known().departed) == ({"e"}, frozenset())
+    assert lab.passes.is_complete
+
+
+async def test_what_was_seen_while_no_pass_could_be_made_is_not_forgotten(lab: Lab) -> None:
+    """A look at the cluster takes the changes in; the next pass over changes has them."""
+    lab.cluster.mirror.put(PODS, make_pod("f"))
+    lab.passes.look()
+    await lab.passes.partial()
+    assert lab.names == {*NAMES, "f"}
+
+
+async def test_nothing_overtakes_the_first_comparison() -> None:
+    """What stands under an ID is not known before it, so what changes meanwhile waits for its end."""
+    fresh = Lab(checks_versions=True)
+    fresh.cluster.put_list([make_pod("a")])
+    async with fresh.reading():
+        fresh.cluster.mirror.put(PODS, make_pod("b"))
+        await asyncio.sleep(0.05)
+        assert fresh.consul.writes == []
+    assert fresh.names == {"a"}
+    await fresh.passes.partial()
+    assert fresh.names == {"a", "b"}
+
+
+async def test_what_was_overtaken_is_looked_at_once_more() -> None:
+    """Somebody may have written there after us, while the rest was read; an agent says so when it is asked."""
+    lab = Lab(checks_versions=False)
+    lab.cluster.put_list([make_pod(name) for name in NAMES])
+    await lab.passes.full()
+    async with lab.reading():
+        lab.cluster.mirror.put(PODS, make_pod("b", ip="10.1.1.1"))
+        async with asyncio.timeout(5):
+            while lab.consul.held["pod--shop--b"].address != "10.1.1.1":
+                await asyncio.sleep(0.002)
+        lab.consul.put_by_hand(our_pod_service("b", note="by hand"), is_noticed=False)
+    repaired = lab.consul.held["pod--shop--b"]
+    assert (repaired.address, repaired.value("note")) == ("10.1.1.1", "")
