@@ -150,3 +150,19 @@ async def test_what_was_overtaken_is_looked_at_once_more() -> None:
         lab.consul.put_by_hand(our_pod_service("b", note="by hand"), is_noticed=False)
     repaired = lab.consul.held["pod--shop--b"]
     assert (repaired.address, repaired.value("note")) == ("10.1.1.1", "")
+
+
+async def test_a_full_pass_leaves_nothing_running(lab: Lab) -> None:
+    """Its wait for changes ends with it, and when it fails its read does."""
+    async with lab.reading():
+        pass
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    async with lab.reading() as full:
+        lab.consul.failing_writes = 1
+        lab.cluster.mirror.put(PODS, make_pod("f"))
+        async with asyncio.timeout(5):
+            await asyncio.wait({full})
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert isinstance(full.exception(), ConsulError)
