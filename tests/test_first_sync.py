@@ -99,6 +99,15 @@ async def test_a_consul_that_fails_in_the_middle_loses_nothing(lab: Lab) -> None
     assert not lab.passes.has_refused
 
 
+async def test_what_is_refused_of_a_first_sync_is_told(lab: Lab) -> None:
+    """By the pass that wrote it, and it is owed after that."""
+    lab.consul.refused = {f"pod--shop--{name}" for name in NAMES[:2]}
+    writing = await first_pass(lab)
+    report = await writing
+    assert (report.registered, report.refused) == (3, 2)
+    assert lab.passes.has_refused
+
+
 async def test_what_stands_there_already_is_left_to_the_comparison(lab: Lab) -> None:
     """Nothing is written under an ID of which nothing more is known."""
     see(lab, *NAMES[:3])

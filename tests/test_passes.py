@@ -116,6 +116,32 @@ async def test_a_refused_removal_of_what_is_known_to_be_gone_stays_a_fact(lab: L
     assert lab.passes.is_complete
 
 
+async def test_a_pass_over_changes_forgets_a_fact_when_it_acted_on_it(lab: Lab) -> None:
+    """A removal that Consul refuses is still owed, with what it is owed to."""
+    lab.cluster.mirror.remove(PODS, make_pod("a"))
+    lab.consul.refused = {"pod--shop--a"}
+    await lab.passes.partial()
+    assert (lab.names, lab.cluster.known().departed) == (set(NAMES), {make_pod("a").key})
+    lab.consul.refused = set()
+    await lab.passes.partial(retries_refused=True)
+    assert (lab.names, lab.cluster.known().departed) == (set(NAMES) - {"a"}, frozenset())
+
+
+async def test_facts_from_before_the_first_comparison_count_in_it() -> None:
+    """Until then it is not known what stands in Consul of what went: a mass of it would have to wait."""
+    lab = Lab(checks_versions=True)
+    for name in NAMES:
+        lab.consul.put_by_hand(our_pod_service(name))
+    lab.cluster.put_list([make_pod(name) for name in NAMES])
+    for name in NAMES[:4]:
+        lab.cluster.mirror.remove(PODS, make_pod(name))
+    await lab.passes.learn()
+    await lab.passes.partial()
+    assert lab.names == set(NAMES)
+    report = await lab.passes.full()
+    assert (lab.names, report.held) == ({"e"}, ())
+
+
 async def test_what_was_seen_while_no_pass_could_be_made_is_not_forgotten(lab: Lab) -> None:
     """A look at the cluster takes the changes in; the next pass over changes has them."""
     lab.cluster.mirror.put(PODS, make_pod("f"))
