@@ -157,14 +157,14 @@ class Passes:
     ) -> AbstractSet[str]:
         """Have everything that Consul holds considered, and return the IDs that were written meanwhile."""
         reading = asyncio.create_task(self._consider_all(planner, ledger))
-        # Before the first comparison what stands under an ID is not known, so nothing may overtake it.
-        self._overtaken = set() if self._had_full_pass else None
+        overtaken = self._overtaken = set[str]()
         try:
+            # Before the first comparison what stands under an ID is not known, so nothing may overtake it.
             if follow is not None and self._had_full_pass:
                 while await self._has_changed_during(reading):
                     await follow()
             await reading
-            return self._overtaken or frozenset()
+            return overtaken
         finally:
             self._overtaken = None
             reading.cancel()
@@ -203,7 +203,7 @@ class Passes:
         self._reporter.begins(wanted)
         self._pending |= wanted.claims.keys()
         if self._overtaken is not None:
-            self._overtaken |= wanted.claims.keys()
+            self._overtaken.update(wanted.claims)
         planner = self._planner(wanted)
         unknown: list[str] = []
         for service_id in wanted.claims:
