@@ -109,7 +109,7 @@ class Passes:
     def look(self) -> None:
         """Show how well the cluster is known where no pass can; what changed meanwhile is still to be done."""
         wanted = self._cluster.changes()
-        self._pending |= wanted.claims.keys()
+        self._pending.update(wanted.claims)
         self._reporter.sources(wanted)
 
     async def full(self, follow: Callable[[], Awaitable[None]] | None = None) -> PassReport:
@@ -201,7 +201,7 @@ class Passes:
         first = Written() if self._had_full_pass else await self._register_missing()
         wanted = self._cluster.changes(frozenset(self._pending))
         self._reporter.begins(wanted)
-        self._pending |= wanted.claims.keys()
+        self._pending.update(wanted.claims)
         if self._overtaken is not None:
             self._overtaken.update(wanted.claims)
         planner = self._planner(wanted)
@@ -247,10 +247,10 @@ class Passes:
         wanted = self._cluster.changes(frozenset(self._pending))
         while wanted.claims:
             self._reporter.begins(wanted)
-            self._pending |= wanted.claims.keys()
+            self._pending.update(wanted.claims)
             waiting = {one for one in wanted.claims if one in taken or not self._ledger.is_free(one)}
             left |= waiting
-            taken |= wanted.claims.keys()
+            taken.update(wanted.claims)
             planner = self._planner(wanted)
             planner.leave(waiting)
             yield from filter(None, planner.complete())
