@@ -192,3 +192,27 @@ async def test_a_full_pass_leaves_nothing_running(lab: Lab) -> None:
         await asyncio.sleep(0)
         assert asyncio.all_tasks() == {asyncio.current_task()}
     assert isinstance(full.exception(), ConsulError)
+
+
+async def test_what_was_refused_is_owed_no_more_once_it_is_written(lab: Lab) -> None:
+    """By a change of its own, without another try of all that is owed."""
+    lab.consul.refused = {"pod--shop--f"}
+    lab.cluster.mirror.put(PODS, make_pod("f"))
+    await lab.passes.partial()
+    lab.consul.refused = set()
+    lab.cluster.mirror.put(PODS, make_pod("f", ip="10.1.1.1"))
+    await lab.passes.partial()
+    assert (lab.names, lab.passes.has_refused) == ({*NAMES, "f"}, False)
+
+
+async def test_a_removal_whose_end_is_unknown_leaves_nothing_to_rely_on(lab: Lab) -> None:
+    """It may have been made though no answer came, so what stands there is looked up."""
+    lab.cluster.mirror.remove(PODS, make_pod("a"))
+    lab.consul.is_down = True
+    with pytest.raises(ConsulError):
+        await lab.passes.partial()
+    if lab.consul.checks_versions:
+        assert lab.passes.entry("pod--shop--a") is None
+    lab.consul.is_down = False
+    await lab.passes.partial()
+    assert lab.names == set(NAMES) - {"a"}
