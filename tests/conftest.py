@@ -1,6 +1,7 @@
 """Runs what leans on the event loop on both loops: the daemon's (uvloop) and asyncio's own."""
 
 import asyncio
+import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
 
@@ -29,3 +30,12 @@ def logging_as_it_was() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(level)
     structlog.reset_defaults()
+
+
+@pytest.fixture(autouse=True)
+def collector_as_it_was() -> Iterator[None]:
+    """Undo what a mode run in this process told Python's collector: what it set aside nobody can look for."""
+    callbacks = gc.callbacks[:]
+    yield
+    gc.callbacks[:] = callbacks
+    gc.unfreeze()
