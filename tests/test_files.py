@@ -36,7 +36,7 @@ class Pair:
 
 
 def test_it_is_made_again_where_a_file_changed(tmp_path: Path) -> None:
-    """One that did not change is not read; a change that cannot be used is told once and changes nothing."""
+    """One that did not change is not read; what cannot be used is told once, tried again, and changes nothing."""
     pair = Pair(tmp_path)
     made = FromFiles(pair.paths, pair.make)
     assert (made.value, made.refresh(), pair.makes) == ("1", False, 1)
@@ -50,10 +50,37 @@ def test_it_is_made_again_where_a_file_changed(tmp_path: Path) -> None:
     with pytest.raises(AccessError, match="cannot read"):
         made.refresh()
     assert made.value == "2"
-    assert (made.refresh(), made.refresh(is_due=False), pair.makes) == (False, False, 4)
+    assert (made.refresh(), made.refresh(is_due=False), pair.makes) == (False, False, 7)
     pair.write("2", "2")
     made.refresh()
     assert made.refresh(is_due=True)
+
+
+def test_what_failed_is_tried_again_though_no_file_changed(tmp_path: Path) -> None:
+    """A right that was given late, or no free descriptor: what came must not wait for the next change."""
+    pair = Pair(tmp_path)
+    hindered = ""
+
+    def make() -> str:
+        if hindered:
+            raise AccessError(hindered)
+        return pair.make()
+
+    for is_due in (False, True):
+        made = FromFiles(pair.paths, make)
+        if not is_due:
+            pair.write("2", "2")
+        hindered = "permission denied"
+        with pytest.raises(AccessError):
+            made.refresh(is_due=is_due)
+        assert not made.refresh(), "said once"
+        hindered = "too many open files"
+        with pytest.raises(AccessError, match="too many"):
+            made.refresh()
+        hindered = ""
+        assert made.refresh()
+        assert made.value == "2"
+        assert not made.refresh()
 
 
 def test_the_first_must_be_there(tmp_path: Path) -> None:

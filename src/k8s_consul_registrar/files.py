@@ -27,18 +27,29 @@ class FromFiles(Generic[T]):
         self._paths = tuple(paths)
         self._make = make
         self._seen = stamps(self._paths)
+        self._problem = ""
         self.value = make()
 
     def refresh(self, *, is_due: bool = False) -> bool:
         """Make it again where a file changed or `is_due`, and say whether; raises what `make` does.
 
-        What a change brought is tried once: the next try waits for the next change.
+        What could not be made is tried again each time, since not all that may hinder it shows in the files; of a
+        change the same problem is raised once.
         """
         seen = stamps(self._paths)
-        if seen == self._seen and not is_due:
+        is_changed = is_due or seen != self._seen
+        if not is_changed and not self._problem:
             return False
         self._seen = seen
-        self.value = self._make()
+        try:
+            self.value = self._make()
+        except AccessError as error:
+            is_known = not is_changed and str(error) == self._problem
+            self._problem = str(error)
+            if is_known:
+                return False
+            raise
+        self._problem = ""
         return True
 
 
