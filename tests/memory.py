@@ -18,7 +18,7 @@ from k8s_consul_registrar.model import (
     WriteFailure,
     Written,
 )
-from k8s_consul_registrar.targets.targets import TargetRules, judge
+from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from k8s_consul_registrar.targets.wanted import Wanted
 
 PODS = Source(Kind.POD)
@@ -28,7 +28,7 @@ class MemoryCluster:
     """A cluster of Pods that a test lists at will, or changes by events on its `mirror`."""
 
     def __init__(self) -> None:
-        self.mirror = Mirror((PODS,), lambda item: judge(item, TargetRules()))
+        self.mirror = Mirror((PODS,), lambda item: resolve(item, TargetRules()))
         self.relists: list[Source] = []
         self.now = 0.0
 

@@ -19,7 +19,7 @@ from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.model import Kind
-from k8s_consul_registrar.targets.naming import NODE_NAME, POD_NAME
+from k8s_consul_registrar.targets.service_names import NODE_NAME, POD_NAME
 from real_servers import REAL, RealConsul, real_consul
 
 pytestmark = REAL

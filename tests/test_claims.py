@@ -4,12 +4,12 @@ from builders import make_node, make_pod
 from k8s_consul_registrar.model import Target
 from k8s_consul_registrar.targets.claims import settle
 from k8s_consul_registrar.targets.reasons import Reason
-from k8s_consul_registrar.targets.targets import TargetRules, judge
+from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 
 
 def target(item: object) -> Target:
     """Return the one target of an item."""
-    verdict = judge(item, TargetRules())  # type: ignore[arg-type] # Pod or Node by the tests below
+    verdict = resolve(item, TargetRules())  # type: ignore[arg-type] # Pod or Node by the tests below
     assert isinstance(verdict, tuple)
     return verdict[0]
 

@@ -18,7 +18,7 @@ from k8s_consul_registrar.sandbox import objects
 from k8s_consul_registrar.sandbox.access import Rule
 from k8s_consul_registrar.sandbox.resources import NAMESPACES
 from k8s_consul_registrar.sandbox.sandbox import Sandbox
-from k8s_consul_registrar.targets.targets import TargetRules, judge
+from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 
 PODS, NODES = Source(Kind.POD), Source(Kind.NODE)
 TIMING = Timing(retry_first=0.02, retry_cap=0.1, read_timeout=2.0, watch_settle=0.05)
@@ -50,7 +50,7 @@ async def followed(
         cluster = FollowedCluster(
             client,
             sources,
-            lambda item: judge(item, TargetRules()),
+            lambda item: resolve(item, TargetRules()),
             period=0.1,
             timing=timing,
             follow=follow,

@@ -21,7 +21,7 @@ from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.poll import Poller
 from k8s_consul_registrar.kube.watcher import Watcher
 from k8s_consul_registrar.model import Kind, ObjectKey, Source
-from k8s_consul_registrar.targets.targets import TargetRules, judge
+from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from k8s_consul_registrar.targets.wanted import SourceState
 from scripted_api import (
     Answer,
@@ -56,7 +56,7 @@ EXPIRED = status_object(410)
 
 def verdict(item: Item) -> Verdict | None:
     """Judge as the daemon does."""
-    return judge(item, TargetRules())
+    return resolve(item, TargetRules())
 
 
 @dataclass

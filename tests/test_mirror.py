@@ -11,7 +11,7 @@ from k8s_consul_registrar.kube.known import Verdict
 from k8s_consul_registrar.kube.mirror import SLICE, Mirror
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.model import Kind, ObjectKey, Source, Undecodable
-from k8s_consul_registrar.targets.targets import TargetRules, judge
+from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 
 PODS, NODES = Source(Kind.POD), Source(Kind.NODE)
 NAMELESS = Undecodable(Kind.POD, None, "x")
@@ -19,7 +19,7 @@ NAMELESS = Undecodable(Kind.POD, None, "x")
 
 def verdict(item: Item) -> Verdict | None:
     """Judge as the daemon does."""
-    return judge(item, TargetRules())
+    return resolve(item, TargetRules())
 
 
 def new_mirror() -> Mirror:

@@ -5,7 +5,7 @@ import pytest
 from builders import make_pod, make_service, our_pod_service
 from k8s_consul_registrar.model import MANAGED_BY, Kind, ObjectKey, Service
 from k8s_consul_registrar.registrar.ownership import Claim, Identity, kind_of, object_of
-from k8s_consul_registrar.targets.targets import TargetRules, judge_pod
+from k8s_consul_registrar.targets.resolve import TargetRules, resolve_pod
 
 LAB = Identity("lab")
 
@@ -80,7 +80,7 @@ def test_foreign_is_never_removed() -> None:
 
 def test_service_of_a_target_says_whose_it_is() -> None:
     """The service carries cluster, manager, UID and shard beside the target's own meta, sorted."""
-    verdict = judge_pod(make_pod("a"), TargetRules())
+    verdict = resolve_pod(make_pod("a"), TargetRules())
     assert isinstance(verdict, tuple)
     service = Identity("lab", "blue").service(verdict[0], "s1", "uid")
     assert [key for key, _ in service.meta] == sorted(key for key, _ in service.meta)

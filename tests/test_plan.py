@@ -24,10 +24,10 @@ from k8s_consul_registrar.registrar.ledger import Entry
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.plan import Kept, Plan
 from k8s_consul_registrar.registrar.planner import Planner
-from k8s_consul_registrar.targets.naming import parse_name
 from k8s_consul_registrar.targets.reasons import Reason
+from k8s_consul_registrar.targets.resolve import TargetRules, resolve
+from k8s_consul_registrar.targets.service_names import parse_name
 from k8s_consul_registrar.targets.sharding import RandomShards
-from k8s_consul_registrar.targets.targets import TargetRules, judge
 from k8s_consul_registrar.targets.wanted import SourceState, Wanted
 from planning import plan
 
@@ -47,7 +47,7 @@ def wanting(
     claims: dict[str, list[Target]] = {}
     rejections: dict[ObjectKey, Rejection] = {}
     for item in items:
-        verdict = judge(item, TargetRules())
+        verdict = resolve(item, TargetRules())
         if isinstance(verdict, Rejection):
             rejections[item.key] = verdict
         else:
@@ -347,7 +347,7 @@ def test_a_few_of_many_go_at_once() -> None:
 def test_what_is_to_be_left_is_left_whatever_was_decided() -> None:
     """Somebody wrote it meanwhile: no update, new name, removal, absence or conflict of it counts any more."""
     rules = TargetRules(pod_name=parse_name("pods-{namespace}", Kind.POD))
-    renamed = judge(make_pod("renamed"), rules)
+    renamed = resolve(make_pod("renamed"), rules)
     assert isinstance(renamed, tuple)
     wanted = wanting(make_pod("edited"), make_pod("taken"), departed=[make_pod("departed").key])
     wanted = dataclasses.replace(wanted, claims={**wanted.claims, "pod--shop--renamed": list(renamed)})

@@ -11,10 +11,10 @@ from k8s_consul_registrar.model import Kind, Pod, Rejection, Service, Source, Ta
 from k8s_consul_registrar.registrar.ledger import Entry
 from k8s_consul_registrar.registrar.naming import is_of_a_registrar, refuse_name
 from k8s_consul_registrar.registrar.ownership import Identity
-from k8s_consul_registrar.targets.naming import parse_name, parse_tag
 from k8s_consul_registrar.targets.reasons import Reason
+from k8s_consul_registrar.targets.resolve import TargetRules, resolve
+from k8s_consul_registrar.targets.service_names import parse_name, parse_tag
 from k8s_consul_registrar.targets.sharding import HashShards, RandomShards
-from k8s_consul_registrar.targets.targets import TargetRules, judge
 from k8s_consul_registrar.targets.wanted import SourceState, Wanted
 from planning import plan
 
@@ -39,7 +39,7 @@ def wanting(*pods: Pod, rules: TargetRules = GROUPED) -> Wanted:
     """Return what a cluster with these Pods wants."""
     claims: dict[str, list[Target]] = {}
     for pod in pods:
-        verdict = judge(pod, rules)
+        verdict = resolve(pod, rules)
         assert isinstance(verdict, tuple), verdict
         for target in verdict:
             claims.setdefault(target.id, []).append(target)

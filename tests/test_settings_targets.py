@@ -8,8 +8,8 @@ from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.model import Kind, Source
 from k8s_consul_registrar.settings.modes import RegistrarSettings, read_registrar
 from k8s_consul_registrar.targets.meta import LabelMeta
+from k8s_consul_registrar.targets.resolve import TargetRules
 from k8s_consul_registrar.targets.sharding import HashShards, RandomShards
-from k8s_consul_registrar.targets.targets import TargetRules
 
 
 def read(**environment: str) -> RegistrarSettings:

@@ -118,7 +118,7 @@ class Target(msgspec.Struct, frozen=True, gc=False):
     `meta` holds what the object itself decides, sorted by key; whose cluster it is and which shard it
     gets are added when a service is made of it. `rank` orders targets that ask for the same `id`: the
     least one comes first. Where `name` and `tags` depend on the shard its place is still held open
-    (`targets.naming`). `ready` is None where readiness is nobody's concern. While a Pod's Node is not known
+    (`targets.service_names`). `ready` is None where readiness is nobody's concern. While a Pod's Node is not known
     (`targets.zones`) nothing is said of its zone.
     """
 

@@ -33,8 +33,8 @@ from k8s_consul_registrar.settings.consul import ConsulSettings
 from k8s_consul_registrar.settings.http_sd import HttpSdSettings
 from k8s_consul_registrar.settings.modes import RegistrarSettings
 from k8s_consul_registrar.settings.naming import HASH
+from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from k8s_consul_registrar.targets.sharding import HashShards, RandomShards, Shards
-from k8s_consul_registrar.targets.targets import TargetRules, judge
 
 
 def followed_cluster(settings: RegistrarSettings, kube: KubeClient, timing: Timing) -> FollowedCluster:
@@ -42,7 +42,7 @@ def followed_cluster(settings: RegistrarSettings, kube: KubeClient, timing: Timi
     rules = target_rules(settings)
 
     def verdict(item: Item) -> Verdict | None:
-        return judge(item, rules)
+        return resolve(item, rules)
 
     return FollowedCluster(
         kube,

@@ -8,9 +8,9 @@ from collections.abc import Set as AbstractSet
 from k8s_consul_registrar.kube.asked import Asked
 from k8s_consul_registrar.kube.known import Known, Verdict
 from k8s_consul_registrar.kube.objects import Item
-from k8s_consul_registrar.kube.zones import Zones
 from k8s_consul_registrar.model import Kind, Node, ObjectKey, Rejection, Source, Target
 from k8s_consul_registrar.targets.wanted import SourceState, Wanted
+from k8s_consul_registrar.targets.zones import Zones
 
 # More absences than these are inferred in slices of as many, some milliseconds each.
 SLICE = 2000

@@ -9,8 +9,8 @@ from k8s_consul_registrar.model import Pod
 from k8s_consul_registrar.proxy.nodes import POD, POD_TLS, Endpoint, NodeTable, dialable_spelling
 from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
 from k8s_consul_registrar.proxy.route import UNKNOWN_PATH, Route
-from k8s_consul_registrar.targets.reasons import Refused
-from k8s_consul_registrar.targets.scrapes import PodScrape, is_scraped, pod_scrape, require_declared
+from k8s_consul_registrar.targets.reasons import Rejected
+from k8s_consul_registrar.targets.scrape_config import ScrapeConfig, is_scraped, pod_scrape, require_declared
 
 POD_PREFIX = b"/api/v1/namespaces/"
 # What Go's net/url leaves as it is in a path, so that a Pod is asked by us what Prometheus would ask it.
@@ -51,7 +51,7 @@ def proxied_pod(pod: Pod, prefix: str, *, allow_loopback: bool = False) -> Proxi
     try:
         scrape = pod_scrape(pod, prefix)
         require_declared(pod, scrape.ports)
-    except Refused:
+    except Rejected:
         return None
     address = dialable_spelling(scrape.address, allow_loopback=allow_loopback)
     path = _asked_path(scrape)
@@ -62,7 +62,7 @@ def proxied_pod(pod: Pod, prefix: str, *, allow_loopback: bool = False) -> Proxi
     return ProxiedPod(routes, pod.host_network)
 
 
-def _asked_path(scrape: PodScrape) -> str:
+def _asked_path(scrape: ScrapeConfig) -> str:
     """Return path and query as Prometheus would write them; a parameter without a value says nothing."""
     path = quote(scrape.path, safe=_UNESCAPED, errors="replace")
     query = urlencode(

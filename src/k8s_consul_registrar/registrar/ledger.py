@@ -6,7 +6,7 @@ import msgspec
 
 from k8s_consul_registrar.model import Service, Target
 from k8s_consul_registrar.registrar.ownership import Identity
-from k8s_consul_registrar.targets.naming import sharded_name
+from k8s_consul_registrar.targets.service_names import sharded_name
 from k8s_consul_registrar.targets.zones import keep_zone
 
 

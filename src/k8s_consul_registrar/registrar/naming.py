@@ -3,8 +3,8 @@
 from collections.abc import Set as AbstractSet
 
 from k8s_consul_registrar.model import MANAGED_BY, ObjectKey, Rejection, Service
-from k8s_consul_registrar.targets.names import kind_of_id
 from k8s_consul_registrar.targets.reasons import Reason
+from k8s_consul_registrar.targets.service_ids import kind_of_id
 
 
 def comparable_name(name: str) -> str:

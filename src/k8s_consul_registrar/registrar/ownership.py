@@ -5,8 +5,8 @@ from enum import Enum
 from functools import lru_cache
 
 from k8s_consul_registrar.model import MANAGED_BY, Kind, ObjectKey, Service, Target
-from k8s_consul_registrar.targets.names import kind_of_id, pod_of_id
-from k8s_consul_registrar.targets.naming import sharded_name, sharded_tags
+from k8s_consul_registrar.targets.service_ids import kind_of_id, pod_of_id
+from k8s_consul_registrar.targets.service_names import sharded_name, sharded_tags
 
 
 class Claim(Enum):

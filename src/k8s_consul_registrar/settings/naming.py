@@ -8,10 +8,16 @@ from k8s_consul_registrar.consul.meta_keys import MetaKeys, parse_meta_keys
 from k8s_consul_registrar.model import Kind
 from k8s_consul_registrar.settings.reader import Reader
 from k8s_consul_registrar.targets.meta import LONGEST_META_VALUE, LabelMeta, parse_labels
-from k8s_consul_registrar.targets.names import kind_of_id
-from k8s_consul_registrar.targets.naming import NODE_NAME, POD_NAME, is_fit_for_name, parse_name, parse_tag
+from k8s_consul_registrar.targets.service_ids import kind_of_id
+from k8s_consul_registrar.targets.service_names import (
+    NODE_NAME,
+    POD_NAME,
+    Template,
+    is_fit_for_name,
+    parse_name,
+    parse_tag,
+)
 from k8s_consul_registrar.targets.sharding import parse_shard_paths
-from k8s_consul_registrar.targets.templates import Template
 
 RANDOM = "random"
 HASH = "hash"

@@ -2,8 +2,7 @@
 
 from k8s_consul_registrar.settings.option import BOTH_MODES, REGISTRAR_ONLY, Option
 from k8s_consul_registrar.targets.addresses import NODE_ADDRESS_TYPES
-from k8s_consul_registrar.targets.naming import DEFAULT_NODE_NAME, DEFAULT_POD_NAME
-from k8s_consul_registrar.targets.templates import ALL_FIELDS
+from k8s_consul_registrar.targets.service_names import ALL_FIELDS, DEFAULT_NODE_NAME, DEFAULT_POD_NAME
 
 _FIELDS = ", ".join(sorted(ALL_FIELDS))
 

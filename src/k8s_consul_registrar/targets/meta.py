@@ -5,9 +5,8 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
-from k8s_consul_registrar.targets.reasons import Reason, Refused
-from k8s_consul_registrar.targets.templates import is_label_key
-from k8s_consul_registrar.targets.text import has_control
+from k8s_consul_registrar.targets.reasons import Reason, Rejected, has_control
+from k8s_consul_registrar.targets.service_names import is_label_key
 
 # Consul's limits on meta: agent/structs/structs.go, validateMetaPair and metaMaxKeyPairs. Of the 64 pairs,
 # some are kept for what is added to each service (cluster, instance, shard and the like).
@@ -34,6 +33,9 @@ OWN_KEYS = frozenset(
 )
 PARAM_PREFIX = "param_"
 LABEL_PREFIX = "label_"
+
+# Kubernetes, "Well-Known Labels, Annotations and Taints".
+ZONE_LABEL = "topology.kubernetes.io/zone"
 
 _NOT_IN_A_KEY = re.compile(r"[^A-Za-z0-9_]")
 
@@ -69,7 +71,7 @@ def label_meta(labels: Mapping[str, str], chosen: Iterable[LabelMeta]) -> dict[s
 
 
 def checked_meta(meta: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """Sort meta and leave out what is empty; raises `Refused` for more than Consul takes."""
+    """Sort meta and leave out what is empty; raises `Rejected` for more than Consul takes."""
     text = "".join(meta.values())
     # Nearly always all of it together is shorter than any one may be.
     is_plain = len(text) <= LONGEST_META_VALUE and text.isascii() and text.isprintable()
@@ -79,16 +81,16 @@ def checked_meta(meta: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
 
 
 def _check(meta: Mapping[str, str], text: str) -> None:
-    """Raise `Refused` for what Consul does not take; `text` is all values together."""
+    """Raise `Rejected` for what Consul does not take; `text` is all values together."""
     if len(meta) > MOST_META_PAIRS:
-        raise Refused(Reason.META_TOO_MANY, f"{len(meta)} pairs of meta are more than {MOST_META_PAIRS}")
+        raise Rejected(Reason.META_TOO_MANY, f"{len(meta)} pairs of meta are more than {MOST_META_PAIRS}")
     for key, value in sorted(meta.items()):
         size = len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
         if size > LONGEST_META_VALUE:
-            raise Refused(Reason.META_TOO_LONG, f"{key} is {size} bytes, Consul takes {LONGEST_META_VALUE}")
+            raise Rejected(Reason.META_TOO_LONG, f"{key} is {size} bytes, Consul takes {LONGEST_META_VALUE}")
     if has_control(text):
         odd = min(key for key, value in meta.items() if has_control(value))
-        raise Refused(Reason.INVALID_META, f"{odd} has control characters")
+        raise Rejected(Reason.INVALID_META, f"{odd} has control characters")
 
 
 @lru_cache(maxsize=4096)

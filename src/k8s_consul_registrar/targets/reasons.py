@@ -1,6 +1,9 @@
-"""Why an object that asks to be scraped is refused: a fixed set, fit for a metric's label."""
+"""Why an object that asks to be scraped is rejected: a fixed set, fit for a metric's label."""
 
+import re
 from enum import StrEnum
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class Reason(StrEnum):
@@ -32,10 +35,21 @@ class Reason(StrEnum):
     UNDECODABLE = "undecodable"
 
 
-class Refused(Exception):
+class Rejected(Exception):
     """What an object asks for and cannot be honoured; becomes a `Rejection`."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
         self.detail = detail
+
+
+def has_control(text: str) -> bool:
+    """Whether a text has control characters, line ends of any kind, or halves of characters."""
+    return _CONTROL.search(text) is not None
+
+
+def quoted(text: str, most: int = 60) -> str:
+    """Show hostile text on one line, in ASCII and cut short."""
+    shown = ascii(text[:most])
+    return f"{shown}…" if len(text) > most else shown

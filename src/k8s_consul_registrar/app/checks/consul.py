@@ -13,7 +13,7 @@ from k8s_consul_registrar.errors import (
     ConsulUnreachable,
 )
 from k8s_consul_registrar.model import Kind
-from k8s_consul_registrar.targets.templates import Template
+from k8s_consul_registrar.targets.service_names import Template
 
 HOW_TO_GET_ONE = (
     "CONSUL_HTTP_TOKEN or CONSUL_HTTP_TOKEN_FILE must hold the secret ID of a token of this Consul "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from k8s_consul_registrar.app.checks.finding import Finding, fail, ok, warn
 from k8s_consul_registrar.model import MANAGED_BY, Service
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
-from k8s_consul_registrar.targets.names import kind_of_id
+from k8s_consul_registrar.targets.service_ids import kind_of_id
 
 MOST_NAMED = 3  # examples shown of each sort
 OUR_KEYS = frozenset(

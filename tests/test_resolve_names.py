@@ -6,11 +6,11 @@ from hypothesis import strategies as st
 
 from builders import annotated, make_node, make_pod, tcp
 from k8s_consul_registrar.model import Kind, Node, ObjectKey, Pod, Rejection, Target, Undecodable
-from k8s_consul_registrar.targets.annotations import MOST_PORTS
 from k8s_consul_registrar.targets.meta import OWN_KEYS, parse_labels
-from k8s_consul_registrar.targets.naming import parse_name, parse_tag
 from k8s_consul_registrar.targets.reasons import Reason
-from k8s_consul_registrar.targets.targets import TargetRules, judge
+from k8s_consul_registrar.targets.resolve import TargetRules, resolve
+from k8s_consul_registrar.targets.scrape_config import MOST_PORTS
+from k8s_consul_registrar.targets.service_names import parse_name, parse_tag
 
 GROUPED = TargetRules(
     cluster="lab",
@@ -22,14 +22,14 @@ GROUPED = TargetRules(
 
 def targets(item: Pod | Node, rules: TargetRules) -> tuple[Target, ...]:
     """Return the targets of an item."""
-    verdict = judge(item, rules)
+    verdict = resolve(item, rules)
     assert isinstance(verdict, tuple), verdict
     return verdict
 
 
 def refusal(item: Pod | Node, rules: TargetRules) -> Rejection:
     """Return the rejection of an item."""
-    verdict = judge(item, rules)
+    verdict = resolve(item, rules)
     assert isinstance(verdict, Rejection), verdict
     return verdict
 
@@ -84,7 +84,7 @@ def test_id_prefix() -> None:
     (node,) = targets(make_node(), rules)
     assert (node.id, node.name) == ("blue-node--192.0.2.10", "node--192.0.2.10")
     assert refusal(make_pod("a", ip=""), rules).id == "blue-pod--shop--a"
-    unreadable = judge(Undecodable(Kind.POD, ObjectKey(Kind.POD, "shop", "odd"), "x"), rules)
+    unreadable = resolve(Undecodable(Kind.POD, ObjectKey(Kind.POD, "shop", "odd"), "x"), rules)
     assert isinstance(unreadable, Rejection)
     assert unreadable.id == "blue-pod--shop--odd"
 
@@ -215,7 +215,7 @@ def test_odd_pods_keep_names_and_ids_in_order(pod: Pod, template: str) -> None:
         tags=(parse_tag("{label:a/b}"), parse_tag("app={label:app}")),
         labels=parse_labels(["app", "a/b", "cluster"]),
     )
-    verdict = judge(pod, rules)
+    verdict = resolve(pod, rules)
     if isinstance(verdict, Rejection):
         assert verdict.reason in set(Reason)
         assert verdict.detail.isprintable()

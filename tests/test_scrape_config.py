@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from builders import make_pod, tcp
 from k8s_consul_registrar.model import ContainerPort
-from k8s_consul_registrar.targets.reasons import Refused
-from k8s_consul_registrar.targets.scrapes import (
+from k8s_consul_registrar.targets.reasons import Rejected
+from k8s_consul_registrar.targets.scrape_config import (
     LONGEST_KEPT,
     MOST_PORTS_KEPT,
     TEMPLATES,
-    PodScrape,
+    ScrapeConfig,
     _read,
     pod_scrape,
 )
@@ -21,11 +21,11 @@ from k8s_consul_registrar.targets.scrapes import (
 PREFIX = "prometheus.io/"
 
 
-def read(annotations: Mapping[str, str], ports: tuple[ContainerPort, ...]) -> PodScrape | str:
+def read(annotations: Mapping[str, str], ports: tuple[ContainerPort, ...]) -> ScrapeConfig | str:
     """Return how such a Pod is scraped, or the reason why not."""
     try:
         return pod_scrape(make_pod(annotations=annotations, ports=ports), PREFIX)
-    except Refused as refused:
+    except Rejected as refused:
         return refused.reason
 
 

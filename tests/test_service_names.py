@@ -8,20 +8,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from k8s_consul_registrar.model import Kind
-from k8s_consul_registrar.targets.naming import (
+from k8s_consul_registrar.targets.reasons import Reason, Rejected
+from k8s_consul_registrar.targets.service_names import (
+    ALL_FIELDS,
     LONGEST_NAME,
     LONGEST_TAG,
     NODE_NAME,
     POD_NAME,
+    EmptyField,
+    Subject,
     parse_name,
     parse_tag,
+    parse_template,
     service_name,
     service_tags,
     sharded_name,
     sharded_tags,
+    with_shard,
 )
-from k8s_consul_registrar.targets.reasons import Reason, Refused
-from k8s_consul_registrar.targets.templates import ALL_FIELDS, EmptyField, Subject, parse_template, with_shard
 
 SUBJECT = Subject(
     {
@@ -116,7 +120,7 @@ def test_a_nodes_name_has_no_pod() -> None:
 def test_refused_names(values: dict[str, str], text: str, reason: Reason) -> None:
     """An empty field, a character no URL takes and too many of them are refused by reason."""
     subject = Subject({**SUBJECT.values, **values}, SUBJECT.labels)
-    with pytest.raises(Refused) as raised:
+    with pytest.raises(Rejected) as raised:
         service_name(parse_name(text, Kind.POD), subject, longest_shard=3)
     assert raised.value.reason is reason
     assert raised.value.detail.isprintable()
@@ -173,7 +177,7 @@ def test_wrong_tag_templates(text: str, problem: str) -> None:
 @pytest.mark.parametrize("value", ["x" * 513, "a\nb", "\ud800"])
 def test_refused_tags(value: str) -> None:
     """A value that no tag can hold rejects its object by reason."""
-    with pytest.raises(Refused) as raised:
+    with pytest.raises(Rejected) as raised:
         service_tags([parse_tag("{label:app}")], Subject({}, {"app": value}), 0)
     assert raised.value.reason is Reason.INVALID_TAG
 

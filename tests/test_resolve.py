@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 from builders import annotated, make_node, make_pod, tcp
 from k8s_consul_registrar.model import Kind, Node, ObjectKey, Pod, Rejection, Target, Undecodable
 from k8s_consul_registrar.targets.reasons import Reason
-from k8s_consul_registrar.targets.targets import TargetRules, judge
+from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 
 RULES = TargetRules()
 
 
 def only(item: Pod | Node) -> Target:
     """Return the one target of an item."""
-    verdict = judge(item, RULES)
+    verdict = resolve(item, RULES)
     assert isinstance(verdict, tuple), verdict
     (target,) = verdict
     return target
@@ -22,7 +22,7 @@ def only(item: Pod | Node) -> Target:
 
 def refusal(item: Pod | Node) -> Rejection:
     """Return the rejection of an item."""
-    verdict = judge(item, RULES)
+    verdict = resolve(item, RULES)
     assert isinstance(verdict, Rejection), verdict
     return verdict
 
@@ -45,7 +45,7 @@ def test_annotated_pod_is_a_target() -> None:
 @pytest.mark.parametrize("value", ["false", "True", "", "yes", " true"])
 def test_only_the_word_true_asks_to_be_scraped(value: str) -> None:
     """Any other value of the annotation asks for nothing, and is no rejection either."""
-    assert judge(make_pod(annotations={"prometheus.io/scrape": value}), RULES) == ()
+    assert resolve(make_pod(annotations={"prometheus.io/scrape": value}), RULES) == ()
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_only_the_word_true_asks_to_be_scraped(value: str) -> None:
 )
 def test_phase_decides(phase: str, is_scraped: bool) -> None:
     """Only Running and Unknown Pods are scraped: the IP of a finished one may be another's."""
-    assert bool(judge(make_pod(phase=phase), RULES)) is is_scraped
+    assert bool(resolve(make_pod(phase=phase), RULES)) is is_scraped
 
 
 @pytest.mark.parametrize(
@@ -211,12 +211,12 @@ def test_node_without_address(entry: tuple[str, str]) -> None:
 def test_undecodable_item_is_a_rejection_that_names_its_id() -> None:
     """An item that could not be read is rejected under its own ID; without a name nothing is said."""
     key = ObjectKey(Kind.POD, "shop", "odd")
-    assert judge(Undecodable(Kind.POD, key, "x"), RULES) == Rejection(
+    assert resolve(Undecodable(Kind.POD, key, "x"), RULES) == Rejection(
         key, Reason.UNDECODABLE, "x", "pod--shop--odd"
     )
     node = ObjectKey(Kind.NODE, "", "odd")
-    assert judge(Undecodable(Kind.NODE, node, "x"), RULES) == Rejection(node, Reason.UNDECODABLE, "x", "")
-    assert judge(Undecodable(Kind.POD, None, "x"), RULES) is None
+    assert resolve(Undecodable(Kind.NODE, node, "x"), RULES) == Rejection(node, Reason.UNDECODABLE, "x", "")
+    assert resolve(Undecodable(Kind.POD, None, "x"), RULES) is None
 
 
 _TEXT = st.text(max_size=60) | st.sampled_from(["true", "/metrics", "9102", "https", "metrics", "a=1&a=2"])
@@ -236,7 +236,7 @@ _TEXT = st.text(max_size=60) | st.sampled_from(["true", "/metrics", "9102", "htt
 )
 def test_odd_pods_are_targets_that_consul_takes_or_rejections(pod: Pod) -> None:
     """Whatever a Pod holds, it is a target within Consul's limits or a rejection with a printable reason."""
-    verdict = judge(pod, RULES)
+    verdict = resolve(pod, RULES)
     if isinstance(verdict, Rejection):
         assert verdict.reason in set(Reason)
         assert verdict.detail.isprintable()

@@ -8,14 +8,14 @@ from k8s_consul_registrar.proxy.nodes import NodeTable
 from k8s_consul_registrar.proxy.pod_route import Pods, find_pod, proxied_pod
 from k8s_consul_registrar.proxy.route import Route
 from k8s_consul_registrar.targets.reasons import Reason
-from k8s_consul_registrar.targets.targets import TargetRules, judge
+from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 
 RULES = TargetRules(pods_through_proxy=True)
 
 
 def targets(pod: Pod, rules: TargetRules = RULES) -> tuple[Target, ...]:
     """Return the targets of a Pod on a node at 192.0.2.10."""
-    verdict = judge(pod, rules)
+    verdict = resolve(pod, rules)
     assert isinstance(verdict, tuple), verdict
     return verdict
 
@@ -51,7 +51,7 @@ def test_the_proxys_scheme_is_for_nodes_and_pods() -> None:
     """Both are scraped by https where the proxy speaks it; Pods at their own address are not concerned."""
     rules = TargetRules(pods_through_proxy=True, proxy_scheme="https")
     (pod,) = targets(make_pod(host_ip="192.0.2.10"), rules)
-    node = judge(make_node(), rules)
+    node = resolve(make_node(), rules)
     assert isinstance(node, tuple)
     assert [dict(one.meta)["scheme"] for one in (pod, *node)] == ["https", "https"]
     (direct,) = targets(make_pod(), TargetRules(proxy_scheme="https"))
@@ -61,7 +61,7 @@ def test_the_proxys_scheme_is_for_nodes_and_pods() -> None:
 @pytest.mark.parametrize("host_ip", ["", "node-a", "0.0.0.0", "ff02::1"])
 def test_a_node_without_an_address(host_ip: str) -> None:
     """A Pod whose status names no address of its node is rejected."""
-    verdict = judge(make_pod(host_ip=host_ip), RULES)
+    verdict = resolve(make_pod(host_ip=host_ip), RULES)
     assert isinstance(verdict, Rejection)
     assert (verdict.reason, verdict.id) == (Reason.NO_HOST_IP, "pod--shop--web-1")
 
@@ -73,17 +73,17 @@ def test_a_node_without_an_address(host_ip: str) -> None:
 def test_a_pod_with_its_nodes_network(ports: tuple[object, ...], is_refused: bool) -> None:
     """An undeclared port is rejected where it goes through the proxy, and only there."""
     pod = make_pod(host_ip="192.0.2.10", host_network=True, ports=ports)
-    verdict = judge(pod, RULES)
+    verdict = resolve(pod, RULES)
     assert isinstance(verdict, Rejection) is is_refused
     if isinstance(verdict, Rejection):
         assert verdict.reason == Reason.UNDECLARED_PORT
-    assert isinstance(judge(pod, TargetRules()), tuple)
+    assert isinstance(resolve(pod, TargetRules()), tuple)
 
 
 def test_a_pod_is_rejected_for_what_it_would_be_without_the_proxy() -> None:
     """The same annotations are honoured either way."""
     pod = make_pod(host_ip="192.0.2.10", ip="", annotations=annotated(port="9102"))
-    verdict = judge(pod, RULES)
+    verdict = resolve(pod, RULES)
     assert isinstance(verdict, Rejection)
     assert verdict.reason == Reason.NO_IP
 

@@ -1,4 +1,4 @@
-"""Turns one Pod or Node into its targets, or says why it is refused."""
+"""Turns one Pod or Node into its targets, or says why it is rejected."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,21 +8,26 @@ import msgspec
 
 from k8s_consul_registrar.model import Kind, Node, Pod, Rejection, Target, Undecodable
 from k8s_consul_registrar.targets.addresses import NODE_ADDRESS_TYPES, node_address, parse_ip, url_host
-from k8s_consul_registrar.targets.meta import PARAM_PREFIX, LabelMeta, checked_meta, label_meta
-from k8s_consul_registrar.targets.names import node_service_id, pod_port_id, pod_service_id
-from k8s_consul_registrar.targets.naming import NODE_NAME, POD_NAME, service_name, service_tags
-from k8s_consul_registrar.targets.reasons import Reason, Refused
-from k8s_consul_registrar.targets.scrapes import (
-    PodScrape,
+from k8s_consul_registrar.targets.meta import PARAM_PREFIX, ZONE_LABEL, LabelMeta, checked_meta, label_meta
+from k8s_consul_registrar.targets.reasons import Reason, Rejected
+from k8s_consul_registrar.targets.scrape_config import (
+    ScrapeConfig,
     is_scraped,
     pod_scrape,
     proxied_path,
     require_declared,
 )
-from k8s_consul_registrar.targets.templates import Subject, Template
-from k8s_consul_registrar.targets.zones import ZONE_LABEL
+from k8s_consul_registrar.targets.service_ids import node_service_id, pod_port_id, pod_service_id
+from k8s_consul_registrar.targets.service_names import (
+    NODE_NAME,
+    POD_NAME,
+    Subject,
+    Template,
+    service_name,
+    service_tags,
+)
 
-Verdict = tuple[Target, ...] | Rejection
+Resolved = tuple[Target, ...] | Rejection
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +55,16 @@ class TargetRules:
     proxy_scheme: str = "http"
 
 
-def judge(item: Pod | Node | Undecodable, rules: TargetRules) -> Verdict | None:
+def resolve(item: Pod | Node | Undecodable, rules: TargetRules) -> Resolved | None:
     """Return an item's targets (none when it asks for none) or its rejection.
 
     None stands for an item that cannot even be named, about which nothing can be said.
     """
     match item:
         case Pod():
-            return judge_pod(item, rules)
+            return resolve_pod(item, rules)
         case Node():
-            return judge_node(item, rules)
+            return resolve_node(item, rules)
     if item.key is None:
         return None
     is_pod = item.kind is Kind.POD
@@ -67,21 +72,23 @@ def judge(item: Pod | Node | Undecodable, rules: TargetRules) -> Verdict | None:
     return Rejection(item.key, Reason.UNDECODABLE, item.problem, own_id)
 
 
-def judge_pod(pod: Pod, rules: TargetRules) -> Verdict:
+def resolve_pod(pod: Pod, rules: TargetRules) -> Resolved:
     """Return the targets of a Pod, one a port: none unless it `is_scraped`. The first port has the plain ID."""
     if not is_scraped(pod, rules.annotation_prefix):
         return ()
     service_id = pod_service_id(pod.namespace, pod.name, rules.id_prefix)
     try:
         scrape = pod_scrape(pod, rules.annotation_prefix)
-        doors = (
-            _doors_of_proxy(pod, scrape, rules) if rules.pods_through_proxy else _doors(pod, scrape, rules)
+        endpoints = (
+            _proxy_endpoints(pod, scrape, rules)
+            if rules.pods_through_proxy
+            else _endpoints(pod, scrape, rules)
         )
         subject = _pod_subject(pod, rules)
         name = service_name(rules.pod_name, subject, rules.longest_shard)
         tags = service_tags(rules.tags, subject, rules.longest_shard)
-    except Refused as refused:
-        return Rejection(pod.key, refused.reason, refused.detail, service_id)
+    except Rejected as rejected:
+        return Rejection(pod.key, rejected.reason, rejected.detail, service_id)
     key = pod.key
     return tuple(
         [
@@ -89,20 +96,20 @@ def judge_pod(pod: Pod, rules: TargetRules) -> Verdict:
                 key=key,
                 id=pod_port_id(service_id, port) if place else service_id,
                 name=name,
-                address=door.address,
-                port=door.port,
-                meta=door.meta,
+                address=endpoint.address,
+                port=endpoint.port,
+                meta=endpoint.meta,
                 rank=(0, pod.created, pod.uid),
                 tags=tags,
                 ready=pod.ready if rules.has_readiness else None,
                 is_zone_known=False,
             )
-            for place, (port, door) in enumerate(zip(scrape.ports, doors, strict=True))
+            for place, (port, endpoint) in enumerate(zip(scrape.ports, endpoints, strict=True))
         ]
     )
 
 
-def judge_node(node: Node, rules: TargetRules) -> Verdict:
+def resolve_node(node: Node, rules: TargetRules) -> Resolved:
     """Return the target of a Node, which is the proxy's NodePort at an address Prometheus reaches.
 
     Its ID and its path are made of the address by which the proxy, inside, knows the Node. Two Nodes may
@@ -127,12 +134,12 @@ def judge_node(node: Node, rules: TargetRules) -> Verdict:
             tags=service_tags(rules.tags, subject, rules.longest_shard),
             ready=node.ready if rules.has_readiness else None,
         )
-    except Refused as refused:
-        return Rejection(node.key, refused.reason, refused.detail, service_id)
+    except Rejected as rejected:
+        return Rejection(node.key, rejected.reason, rejected.detail, service_id)
     return (target,)
 
 
-class _Door(msgspec.Struct, frozen=True, gc=False):
+class _Endpoint(msgspec.Struct, frozen=True, gc=False):
     """Where Prometheus goes for one port of a Pod."""
 
     address: str
@@ -140,25 +147,25 @@ class _Door(msgspec.Struct, frozen=True, gc=False):
     meta: tuple[tuple[str, str], ...]
 
 
-def _doors(pod: Pod, scrape: PodScrape, rules: TargetRules) -> list[_Door]:
+def _endpoints(pod: Pod, scrape: ScrapeConfig, rules: TargetRules) -> list[_Endpoint]:
     named = {f"{PARAM_PREFIX}{name}": value for name, value in scrape.params.items()}
     meta = checked_meta(
         _pod_meta(pod, rules) | named | {"metrics_path": scrape.path, "scheme": scrape.scheme}
     )
-    return [_Door(scrape.address, port, meta) for port in scrape.ports]
+    return [_Endpoint(scrape.address, port, meta) for port in scrape.ports]
 
 
-def _doors_of_proxy(pod: Pod, scrape: PodScrape, rules: TargetRules) -> list[_Door]:
+def _proxy_endpoints(pod: Pod, scrape: ScrapeConfig, rules: TargetRules) -> list[_Endpoint]:
     """Return the proxy's NodePort at the Pod's node; path, parameters and scheme of the Pod are its business."""
     require_declared(pod, scrape.ports)
     host = parse_ip(pod.host_ip)
     if host is None or host.is_unspecified or host.is_multicast:
-        raise Refused(Reason.NO_HOST_IP, "the Pod's status names no address of its node")
+        raise Rejected(Reason.NO_HOST_IP, "the Pod's status names no address of its node")
     is_alone = len(scrape.ports) == 1
     base = _pod_meta(pod, rules) | {"scheme": rules.proxy_scheme}
     paths = [proxied_path(pod.namespace, pod.name, None if is_alone else port) for port in scrape.ports]
     return [
-        _Door(str(host), rules.proxy_node_port, checked_meta({**base, "metrics_path": path}))
+        _Endpoint(str(host), rules.proxy_node_port, checked_meta({**base, "metrics_path": path}))
         for path in paths
     ]
 
@@ -205,5 +212,5 @@ def _canonical_ip(text: str) -> str:
 def _reached_address(node: Node, types: tuple[str, ...]) -> str:
     address = node_address(node, types)
     if address is None:
-        raise Refused(Reason.NO_ADDRESS, f"the Node's status has no {' or '.join(types)} that is an IP")
+        raise Rejected(Reason.NO_ADDRESS, f"the Node's status has no {' or '.join(types)} that is an IP")
     return address

@@ -1,0 +1,220 @@
+"""Scrape configuration of Pods, read from `prometheus.io/*` annotations and declared ports."""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from types import MappingProxyType
+from typing import NamedTuple
+from urllib.parse import parse_qsl
+
+import msgspec
+
+from k8s_consul_registrar.model import ContainerPort, Pod
+from k8s_consul_registrar.targets.addresses import scraped_address
+from k8s_consul_registrar.targets.reasons import Reason, Rejected, has_control, quoted
+
+DEFAULT_PATH = "/metrics"
+PORT_NAMES = ("metrics", "http-metrics", "prometheus", "prom")
+MOST_PARAMS = 40
+# Each port of a Pod is a service; without a bound one annotation could ask for thousands.
+MOST_PORTS = 16
+
+# Prometheus takes a parameter's name from a label `__param_<name>`, so it must be part of a label's name.
+_PARAM_NAME = re.compile(r"[A-Za-z0-9_]{1,100}")
+_NUMBER = re.compile(r"[0-9]{1,9}")
+
+# What is read of annotations is kept for the next Pod of the same template: of so many templates, where they
+# have no more characters and no more ports than these, so that nobody can fill our memory with them.
+TEMPLATES, LONGEST_KEPT, MOST_PORTS_KEPT = 1024, 256, 16
+_SCRAPED_PHASES = frozenset({"Running", "Unknown"})
+
+
+class ScrapeConfig(msgspec.Struct, frozen=True, gc=False):
+    """How a Pod is scraped: each of the ports at one path, with the same parameters (values decoded)."""
+
+    address: str
+    ports: tuple[int, ...]
+    path: str
+    params: Mapping[str, str]
+    scheme: str
+
+
+def is_scraped(pod: Pod, prefix: str) -> bool:
+    """Say whether a Pod asks to be scraped and can be: it is annotated, and in phase Running or Unknown.
+
+    Succeeded and Failed Pods keep an IP that others may already use, so they are gone at once. A Pod that
+    is being deleted is scraped until it leaves these phases.
+    """
+    return pod.annotations.get(f"{prefix}scrape") == "true" and pod.phase in _SCRAPED_PHASES
+
+
+def pod_scrape(pod: Pod, prefix: str) -> ScrapeConfig:
+    """Read the annotations of a Pod that `is_scraped`; raises `Rejected` for what cannot be honoured."""
+    given, keys = pod.annotations, _keys(prefix)
+    path, scheme, port = given.get(keys.path, DEFAULT_PATH), given.get(keys.scheme, ""), given.get(keys.port)
+    params = named_params(given, prefix)
+    address = _pod_address(pod)
+    size = len(path) + len(scheme) + len(port or "")
+    is_kept = not params and size <= LONGEST_KEPT and len(pod.ports) <= MOST_PORTS_KEPT
+    read = _read if is_kept else _read.__wrapped__
+    return ScrapeConfig(address, *read(path, scheme, port, params, pod.ports))
+
+
+class _Keys(NamedTuple):
+    path: str
+    scheme: str
+    port: str
+
+
+@lru_cache(maxsize=4)
+def _keys(prefix: str) -> _Keys:
+    return _Keys(f"{prefix}path", f"{prefix}scheme", f"{prefix}port")
+
+
+@lru_cache(maxsize=TEMPLATES)
+def _read(
+    path: str,
+    scheme: str,
+    port: str | None,
+    named: tuple[tuple[str, str], ...],
+    ports: tuple[ContainerPort, ...],
+) -> tuple[tuple[int, ...], str, Mapping[str, str], str]:
+    """Read the annotations as they are; returns all but the address of a `ScrapeConfig`."""
+    path, query = scrape_path(path)
+    params = scrape_params(query, named)
+    scheme = scrape_scheme(scheme)
+    return scrape_ports(port, ports), path, MappingProxyType(params), scheme
+
+
+def require_declared(pod: Pod, ports: tuple[int, ...]) -> None:
+    """Raise `Rejected` where a Pod has its node's network and asks for a port that none of its containers has.
+
+    That port would be the node's own: a kubelet's, an etcd's. The API server lets a Pod declare a port there
+    that it takes from the node (`hostPort` equals `containerPort`), so a declared one is the Pod's.
+    """
+    if not pod.host_network:
+        return
+    declared = {port.number for port in pod.ports if port.protocol == "TCP"}
+    for port in ports:
+        if port not in declared:
+            raise Rejected(
+                Reason.UNDECLARED_PORT,
+                f"the Pod has its node's network and no container declares the TCP port {port}",
+            )
+
+
+def proxied_path(namespace: str, name: str, port: int | None = None) -> str:
+    """Return the path at which the proxy relays a Pod; the port is named where the Pod has several."""
+    which = name if port is None else f"{name}:{port}"
+    return f"/api/v1/namespaces/{namespace}/pods/{which}/metrics"
+
+
+def _pod_address(pod: Pod) -> str:
+    if not pod.ip:
+        raise Rejected(Reason.NO_IP, "the Pod has no IP yet")
+    address = scraped_address(pod.ip)
+    if address is None:
+        raise Rejected(Reason.INVALID_IP, f"the Pod's IP {quoted(pod.ip)} cannot be scraped")
+    return address
+
+
+def scrape_path(text: str) -> tuple[str, list[tuple[str, str]]]:
+    """Split a path annotation into the path, with its leading slash, and its query's parameters.
+
+    Raises `Rejected` for control characters and for a query that is not UTF-8 in percent encoding.
+    """
+    text = text.strip()
+    if has_control(text):
+        raise Rejected(Reason.INVALID_PATH, f"the path {quoted(text)} has control characters")
+    path, _, query = text.partition("?")
+    path = path or DEFAULT_PATH
+    if not path.startswith("/"):
+        path = f"/{path}"
+    if not query:
+        return path, []
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=MOST_PARAMS)
+    except (ValueError, UnicodeError):
+        raise Rejected(Reason.INVALID_PATH, f"the query of {quoted(text)} is too long or not UTF-8") from None
+    return path, pairs
+
+
+def named_params(annotations: Mapping[str, str], prefix: str) -> tuple[tuple[str, str], ...]:
+    """Return the names and values of the annotations `<prefix>param-<name>`, sorted."""
+    start = f"{prefix}param-"
+    keys = [key for key in annotations if key.startswith(start)]
+    return tuple([(key[len(start) :], annotations[key]) for key in sorted(keys)]) if keys else ()
+
+
+def scrape_params(query: Sequence[tuple[str, str]], named: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Gather the parameters of the query and of `named_params`.
+
+    Raises `Rejected` for a name Prometheus cannot take or one that is given twice.
+    """
+    params: dict[str, str] = {}
+    for name, value in (*query, *named):
+        if not _PARAM_NAME.fullmatch(name):
+            raise Rejected(
+                Reason.INVALID_PARAM, f"the parameter name {quoted(name)} is not made of A-Z a-z 0-9 _"
+            )
+        if name in params:
+            raise Rejected(Reason.INVALID_PARAM, f"the parameter {name} is given twice")
+        if has_control(value):
+            raise Rejected(Reason.INVALID_PARAM, f"the parameter {name} has control characters")
+        params[name] = value
+    return params
+
+
+def scrape_scheme(text: str) -> str:
+    """Return `http` (the default) or `https`; raises `Rejected` for anything else."""
+    scheme = text.strip().lower() or "http"
+    if scheme not in ("http", "https"):
+        raise Rejected(Reason.INVALID_SCHEME, f"the scheme {quoted(text)} is neither http nor https")
+    return scheme
+
+
+def scrape_ports(text: str | None, ports: Sequence[ContainerPort]) -> tuple[int, ...]:
+    """Find the ports: the annotation's numbers or port names, commas between, else the one that can be meant.
+
+    Repeats are dropped, the order is kept. Without an annotation it is the port named metrics,
+    http-metrics, prometheus or prom, else the only TCP port. Raises `Rejected` where none or more than one
+    is left, and for an annotation any entry of which cannot be honoured.
+    """
+    if text is not None and text.strip():
+        entries = [entry.strip() for entry in text.split(",")]
+        numbers = dict.fromkeys(_annotated_port(entry, ports) for entry in entries)
+        if len(numbers) > MOST_PORTS:
+            raise Rejected(Reason.TOO_MANY_PORTS, f"{len(numbers)} ports are more than {MOST_PORTS}")
+        return tuple(numbers)
+    return (_implied_port(ports),)
+
+
+def _implied_port(ports: Sequence[ContainerPort]) -> int:
+    for name in PORT_NAMES:
+        for port in ports:
+            if port.name == name and port.protocol == "TCP":
+                return port.number
+    numbers = {port.number for port in ports if port.protocol == "TCP"}
+    if len(numbers) == 1:
+        return numbers.pop()
+    if numbers:
+        raise Rejected(
+            Reason.AMBIGUOUS_PORT,
+            f"there are {len(numbers)} TCP ports and none is named {', '.join(PORT_NAMES)}: annotate the port",
+        )
+    raise Rejected(Reason.NO_PORT, "no port is annotated and no container declares a TCP port")
+
+
+def _annotated_port(text: str, ports: Sequence[ContainerPort]) -> int:
+    if _NUMBER.fullmatch(text):
+        number = int(text)
+        if 1 <= number <= 65535:
+            return number
+        raise Rejected(Reason.INVALID_PORT, f"the port {text} is not between 1 and 65535")
+    for port in ports:
+        if text and port.name == text:
+            return port.number
+    raise Rejected(
+        Reason.UNKNOWN_PORT_NAME,
+        f"the port {quoted(text)} is neither a number from 1 to 65535 nor the name of a container's port",
+    )
