@@ -5,9 +5,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import annotated, make_node, make_pod, tcp
-from k8s_consul_registrar.model import Kind, Node, ObjectKey, Pod, Rejection, Target, Undecodable
+from k8s_consul_registrar.model import (
+    ContainerPort,
+    Kind,
+    Node,
+    ObjectKey,
+    Pod,
+    Rejection,
+    Target,
+    Undecodable,
+)
 from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
+from k8s_consul_registrar.targets.scrape_config import PORT_NAMES
 
 RULES = TargetRules()
 
@@ -145,6 +155,58 @@ def test_port(annotation: str | None, ports: tuple[object, ...], port: int) -> N
 def test_two_unnamed_ports_are_ambiguous() -> None:
     """With several TCP ports and no usual name nobody can tell which is meant."""
     assert refusal(make_pod(annotations=annotated(), ports=(tcp(1), tcp(2)))).reason == Reason.AMBIGUOUS_PORT
+
+
+@pytest.mark.parametrize("name", PORT_NAMES)
+@pytest.mark.parametrize("annotation", [None, "", "{name}", "7, {name}", "{name},{name}"])
+def test_port_name_of_two_numbers_is_ambiguous(name: str, annotation: str | None) -> None:
+    """Containers that give one name to two numbers leave open which is meant, annotated or not."""
+    annotations = annotated() if annotation is None else annotated(port=annotation.format(name=name))
+    rejection = refusal(make_pod(annotations=annotations, ports=(tcp(8080, name), tcp(80), tcp(9090, name))))
+    assert rejection.reason == Reason.AMBIGUOUS_PORT
+    assert f"'{name}' (8080, 9090)" in rejection.detail
+
+
+def test_ambiguous_port_name_of_many_containers_has_a_short_detail() -> None:
+    """The detail names a few numbers, however many containers a Pod has."""
+    ports = tuple(tcp(number, "metrics") for number in range(10_000, 12_000))
+    detail = refusal(make_pod(annotations=annotated(), ports=ports)).detail
+    assert len(detail) < 300
+    assert detail.startswith("2000 TCP ports are named 'metrics' (10000, 10001, 10002, 10003)")
+
+
+@pytest.mark.parametrize(
+    ("annotation", "ports", "numbers"),
+    [
+        (None, (tcp(8080, "metrics"), tcp(8080, "metrics")), (8080,)),
+        ("web", (tcp(8080, "web"), tcp(8080, "web")), (8080,)),
+        (None, (tcp(53, "metrics", "UDP"), tcp(8080, "metrics")), (8080,)),
+        ("dns", (tcp(53, "dns", "UDP"), tcp(53, "dns", "SCTP"), tcp(5353, "dns")), (5353,)),
+        (None, (tcp(53, "metrics", "UDP"), tcp(9090, "prom")), (9090,)),
+        (None, (tcp(1, "metrics"), tcp(2, "prom"), tcp(3, "prom")), (1,)),
+        ("web", (tcp(80, "web"), tcp(1, "metrics"), tcp(2, "metrics")), (80,)),
+        ("2,1,metrics", (tcp(1, "metrics"), tcp(1, "metrics")), (2, 1)),
+        ("53", (tcp(53, "dns", "UDP"),), (53,)),
+    ],
+)
+def test_port_name_of_one_tcp_number_is_found(
+    annotation: str | None, ports: tuple[ContainerPort, ...], numbers: tuple[int, ...]
+) -> None:
+    """One number is one port, and only TCP counts; an ambiguous name that is not asked for does not matter."""
+    annotations = annotated() if annotation is None else annotated(port=annotation)
+    targets = resolve(make_pod(annotations=annotations, ports=ports), RULES)
+    assert isinstance(targets, tuple), targets
+    assert tuple(target.port for target in targets) == numbers
+
+
+@pytest.mark.parametrize("annotation", ["dns", "80,dns"])
+@pytest.mark.parametrize("protocols", [("UDP",), ("SCTP",), ("SCTP", "UDP")])
+def test_port_name_without_tcp_is_rejected(annotation: str, protocols: tuple[str, ...]) -> None:
+    """Prometheus scrapes over TCP; the detail names the protocol."""
+    ports = (tcp(80, "web"), *(tcp(53, "dns", protocol) for protocol in protocols))
+    rejection = refusal(make_pod(annotations=annotated(port=annotation), ports=ports))
+    assert rejection.reason == Reason.UNKNOWN_PORT_NAME
+    assert rejection.detail == f"the port 'dns' is '{'/'.join(protocols)}', not TCP"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from k8s_consul_registrar.targets.reasons import Reason, Rejected, has_control, 
 
 DEFAULT_PATH = "/metrics"
 PORT_NAMES = ("metrics", "http-metrics", "prometheus", "prom")
+TCP = "TCP"
 MOST_PARAMS = 40
 # Each port of a Pod is a service; without a bound one annotation could ask for thousands.
 MOST_PORTS = 16
@@ -94,7 +95,7 @@ def require_declared(pod: Pod, ports: tuple[int, ...]) -> None:
     """
     if not pod.host_network:
         return
-    declared = {port.number for port in pod.ports if port.protocol == "TCP"}
+    declared = {port.number for port in pod.ports if port.protocol == TCP}
     for port in ports:
         if port not in declared:
             raise Rejected(
@@ -174,11 +175,11 @@ def scrape_scheme(text: str) -> str:
 
 
 def scrape_ports(text: str | None, ports: Sequence[ContainerPort]) -> tuple[int, ...]:
-    """Find the ports: the annotation's numbers or port names, commas between, else the one that can be meant.
+    """Return the port numbers to scrape, in the annotation's order and without repeats.
 
-    Repeats are dropped, the order is kept. Without an annotation it is the port named metrics,
-    http-metrics, prometheus or prom, else the only TCP port. Raises `Rejected` where none or more than one
-    is left, and for an annotation any entry of which cannot be honoured.
+    The annotation holds numbers or names of TCP ports, separated by commas. Without one, the port is the
+    TCP port named metrics, http-metrics, prometheus or prom, in this order, otherwise the only TCP port.
+    Raises `Rejected` where no port or more than one could be meant, and where any entry is invalid.
     """
     if text is not None and text.strip():
         entries = [entry.strip() for entry in text.split(",")]
@@ -191,10 +192,9 @@ def scrape_ports(text: str | None, ports: Sequence[ContainerPort]) -> tuple[int,
 
 def _implied_port(ports: Sequence[ContainerPort]) -> int:
     for name in PORT_NAMES:
-        for port in ports:
-            if port.name == name and port.protocol == "TCP":
-                return port.number
-    numbers = {port.number for port in ports if port.protocol == "TCP"}
+        if (number := _named_port(name, ports)) is not None:
+            return number
+    numbers = {port.number for port in ports if port.protocol == TCP}
     if len(numbers) == 1:
         return numbers.pop()
     if numbers:
@@ -211,10 +211,29 @@ def _annotated_port(text: str, ports: Sequence[ContainerPort]) -> int:
         if 1 <= number <= 65535:
             return number
         raise Rejected(Reason.INVALID_PORT, f"the port {text} is not between 1 and 65535")
-    for port in ports:
-        if text and port.name == text:
-            return port.number
+    if text and (named := _named_port(text, ports)) is not None:
+        return named
+    protocols = sorted({port.protocol for port in ports if text and port.name == text})
+    if protocols:
+        raise Rejected(
+            Reason.UNKNOWN_PORT_NAME, f"the port {quoted(text)} is {quoted('/'.join(protocols))}, not TCP"
+        )
     raise Rejected(
         Reason.UNKNOWN_PORT_NAME,
         f"the port {quoted(text)} is neither a number from 1 to 65535 nor the name of a container's port",
     )
+
+
+def _named_port(name: str, ports: Sequence[ContainerPort]) -> int | None:
+    """Return the number of the TCP port with this name, None if no container has one.
+
+    Kubernetes keeps port names unique within one container only, so containers can disagree on the number.
+    """
+    numbers = {port.number for port in ports if port.name == name and port.protocol == TCP}
+    if len(numbers) > 1:
+        some = ", ".join(str(number) for number in sorted(numbers)[:4])
+        raise Rejected(
+            Reason.AMBIGUOUS_PORT,
+            f"{len(numbers)} TCP ports are named {quoted(name)} ({some}): annotate the number",
+        )
+    return numbers.pop() if numbers else None
