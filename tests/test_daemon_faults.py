@@ -118,6 +118,7 @@ GARBAGE = {
     "port-none": ({}, "no_port"),
     "scheme": ({"port": "80", "scheme": "gopher"}, "invalid_scheme"),
     "path": ({"port": "80", "path": "/a\nb\x07"}, "invalid_path"),
+    "path-url": ({"port": "80", "path": "HTTPS://example.com/metrics"}, "invalid_path"),
     "path-long": ({"port": "80", "path": "/" + "x" * 600}, "meta_too_long"),
     "query": ({"port": "80", "path": "/m?a=%ff"}, "invalid_path"),
     "param": ({"port": "80", "path": "/m?a-b=1"}, "invalid_param"),

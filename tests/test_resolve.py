@@ -83,6 +83,59 @@ def test_path(annotation: str, path: str) -> None:
     assert dict(only(make_pod(annotations=annotated(path=annotation, port="1"))).meta)["metrics_path"] == path
 
 
+@pytest.mark.parametrize(
+    "annotation",
+    [
+        "http://198.51.100.7:9102/metrics",
+        "https://example.com/metrics?a=1",
+        " HTTPS://example.com",
+        "Http://[2001:db8::1]:9102/",
+        "http:/metrics",
+        "http:\\\\example.com\\metrics",
+        "http:9102/metrics",
+        "ftp://example.com/metrics",
+        "file:///metrics",
+        "unix+http://run/metrics",
+        "//example.com/metrics",
+        "//web/metrics",
+        "//user@web:9102",
+        "//[2001:db8::1]:9102",
+        "http://example.com/" + "x" * 5000,
+    ],
+)
+def test_url_as_path_is_rejected(annotation: str) -> None:
+    """A URL would be scraped as the path `/http://…` of the Pod, which never answers."""
+    rejection = refusal(make_pod(annotations=annotated(path=annotation, port="1")))
+    assert rejection.reason == Reason.INVALID_PATH
+    assert "is a URL: give the path only, such as /metrics" in rejection.detail
+    assert len(rejection.detail) < 300
+
+
+@pytest.mark.parametrize(
+    ("annotation", "path"),
+    [
+        ("//metrics", "//metrics"),
+        ("//metrics/", "//metrics/"),
+        ("///a/metrics", "///a/metrics"),
+        ("/a//metrics", "/a//metrics"),
+        ("/http://example.com/metrics", "/http://example.com/metrics"),
+        ("probe?target=http://example.com/", "/probe"),
+        ("metrics:all", "/metrics:all"),
+        ("/m#part", "/m#part"),
+        ("#part", "/#part"),
+        ("/a b", "/a b"),
+        ("/a\\b", "/a\\b"),
+        ("/a%zz%", "/a%zz%"),
+        ("/a%20b", "/a%20b"),
+        ("/métriques", "/métriques"),
+        ("../metrics", "/../metrics"),
+    ],
+)
+def test_odd_path_is_kept_for_prometheus_to_escape(annotation: str, path: str) -> None:
+    """Prometheus escapes whatever the path holds, so nothing in it needs a rejection."""
+    assert dict(only(make_pod(annotations=annotated(path=annotation, port="1"))).meta)["metrics_path"] == path
+
+
 def test_query_and_annotations_become_params() -> None:
     """The query string and param annotations are param_<name>, decoded, since Prometheus encodes again."""
     pod = make_pod(annotations=annotated(path="/m?format=a%20b&empty=", param__module="x/y", port="1"))

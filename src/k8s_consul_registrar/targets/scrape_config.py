@@ -23,6 +23,9 @@ MOST_PORTS = 16
 # Prometheus takes a parameter's name from a label `__param_<name>`, so it must be part of a label's name.
 _PARAM_NAME = re.compile(r"[A-Za-z0-9_]{1,100}")
 _NUMBER = re.compile(r"[0-9]{1,9}")
+# The start of a URL that names a host: a scheme, `//host/path` or `//host:80` (RFC 3986, 4.2). `//metrics` is
+# only a doubled slash, and in `/http://host` the slash says that all of it is a path.
+_URL_START = re.compile(r"https?:|[a-z][a-z0-9+.-]*:[/\\]{2}|//[^/]+/.|//[^/]*:[0-9]", re.IGNORECASE)
 
 # What is read of annotations is kept for the next Pod of the same template: of so many templates, where they
 # have no more characters and no more ports than these, so that nobody can fill our memory with them.
@@ -122,12 +125,17 @@ def _pod_address(pod: Pod) -> str:
 def scrape_path(text: str) -> tuple[str, list[tuple[str, str]]]:
     """Split a path annotation into the path, with its leading slash, and its query's parameters.
 
-    Raises `Rejected` for control characters and for a query that is not UTF-8 in percent encoding.
+    Raises `Rejected` for control characters, for a URL in place of a path, and for a query that is too long or
+    not UTF-8 in percent encoding. Everything else in the path is kept: Prometheus escapes it.
     """
     text = text.strip()
     if has_control(text):
         raise Rejected(Reason.INVALID_PATH, f"the path {quoted(text)} has control characters")
     path, _, query = text.partition("?")
+    if _URL_START.match(path):
+        raise Rejected(
+            Reason.INVALID_PATH, f"{quoted(text)} is a URL: give the path only, such as {DEFAULT_PATH}"
+        )
     path = path or DEFAULT_PATH
     if not path.startswith("/"):
         path = f"/{path}"
