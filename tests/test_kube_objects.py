@@ -333,3 +333,17 @@ def test_garbage_is_undecodable(raw: bytes) -> None:
     """Bytes that are no object never raise."""
     for kind in Kind:
         assert isinstance(decode_object(raw, kind), Undecodable)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "deleted"),
+    [
+        ({}, False),
+        ({"deletionTimestamp": None}, False),
+        ({"deletionTimestamp": "2026-01-02T00:00:00Z"}, True),
+    ],
+)
+def test_pod_with_a_deletion_timestamp_is_deleted(metadata: dict[str, Any], deleted: bool) -> None:
+    """The API server sets `deletionTimestamp` long before it removes the Pod."""
+    sent = pod()
+    assert read({**sent, "metadata": {**sent["metadata"], **metadata}}).deleted is deleted

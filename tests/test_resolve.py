@@ -281,6 +281,27 @@ def test_ipv6_pod() -> None:
     assert only(make_pod(ip="2001:DB8:0::5")).address == "2001:db8::5"
 
 
+@pytest.mark.parametrize("host_network", [False, True])
+def test_pod_on_its_own_network_has_its_own_address(host_network: bool) -> None:
+    """Each port of a Pod says whether another Pod may be at its address."""
+    pod = make_pod(annotations=annotated(port="1,2"), ports=(tcp(1), tcp(2)), host_network=host_network)
+    targets = resolve(pod, RULES)
+    assert isinstance(targets, tuple)
+    assert [target.has_own_address for target in targets] == [not host_network] * 2
+
+
+def test_node_has_no_address_of_its_own() -> None:
+    """A Node's target is the proxy's NodePort, which other targets share."""
+    assert not only(make_node()).has_own_address
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+@pytest.mark.parametrize("phase", ["Running", "Unknown"])
+def test_pod_being_deleted_is_a_terminating_target(phase: str, deleted: bool) -> None:
+    """A Pod is scraped until it has finished, and its target says that it is going."""
+    assert only(make_pod(phase=phase, deleted=deleted)).is_terminating is deleted
+
+
 def test_node_is_the_proxy_at_its_address() -> None:
     """A Node is registered at its IP and the proxy's NodePort, with the path that leads to its kubelet."""
     target = only(make_node())

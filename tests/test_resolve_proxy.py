@@ -47,6 +47,12 @@ def test_several_ports_are_several_paths() -> None:
     assert {one.port for one in through} == {31112}
 
 
+def test_pod_behind_the_proxy_has_no_address_of_its_own() -> None:
+    """All Pods of a Node share the proxy's address and port, which is no conflict."""
+    pod = make_pod(host_ip="192.0.2.10")
+    assert [one.has_own_address for one in (*targets(pod), *targets(pod, TargetRules()))] == [False, True]
+
+
 def test_the_proxys_scheme_is_for_nodes_and_pods() -> None:
     """Both are scraped by https where the proxy speaks it; Pods at their own address are not concerned."""
     rules = TargetRules(pods_through_proxy=True, proxy_scheme="https")

@@ -51,8 +51,9 @@ class ContainerPort(msgspec.Struct, frozen=True, gc=False):
 class Pod(msgspec.Struct, frozen=True, gc=False):
     """The few fields of a Pod that decide how it is scraped.
 
-    `created` is the API server's RFC 3339 text (it sorts as time does). `ports` are those of the
-    containers and of native sidecars (init containers whose restartPolicy is Always).
+    `created` is the API server's RFC 3339 text (it sorts as time does). `deleted` is True once the API server
+    was asked to delete the Pod, which may still be running. `ports` are those of the containers and of native
+    sidecars (init containers whose restartPolicy is Always).
     """
 
     namespace: str
@@ -64,6 +65,7 @@ class Pod(msgspec.Struct, frozen=True, gc=False):
     host_ip: str = ""
     node: str = ""
     host_network: bool = False
+    deleted: bool = False
     ready: bool = False
     labels: Mapping[str, str] = msgspec.field(default_factory=dict)
     annotations: Mapping[str, str] = msgspec.field(default_factory=dict)
@@ -119,7 +121,9 @@ class Target(msgspec.Struct, frozen=True, gc=False):
     gets are added when a service is made of it. `rank` orders targets that ask for the same `id`: the
     least one comes first. Where `name` and `tags` depend on the shard its place is still held open
     (`targets.service_names`). `ready` is None where readiness is nobody's concern. While a Pod's Node is not known
-    (`targets.zones`) nothing is said of its zone.
+    (`targets.zones`) nothing is said of its zone. `has_own_address` is True for a Pod that is scraped at an IP
+    of its own: no other Pod can rightly be at the same address and port, as can happen on a Node's network or
+    behind the proxy. `is_terminating` is True while the Pod is being deleted.
     """
 
     key: ObjectKey
@@ -132,6 +136,8 @@ class Target(msgspec.Struct, frozen=True, gc=False):
     tags: tuple[str, ...] = ()
     ready: bool | None = None
     is_zone_known: bool = True
+    has_own_address: bool = False
+    is_terminating: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ class _Metadata(_Wire):
     uid: str = ""
     resource_version: str = ""
     creation_timestamp: str | None = None
+    deletion_timestamp: str | None = None
     labels: dict[str, str] | None = None
     annotations: dict[str, str] | None = None
 
@@ -226,6 +227,7 @@ def _pod(wire: _Pod) -> Pod | Undecodable:
         host_ip=intern(status.host_ip),
         node=intern(spec.node_name),
         host_network=spec.host_network,
+        deleted=meta.deletion_timestamp is not None,
         ready=_is_ready(status.conditions),
         labels=meta.labels or {},
         annotations=meta.annotations or {},

@@ -103,6 +103,8 @@ def resolve_pod(pod: Pod, rules: TargetRules) -> Resolved:
                 tags=tags,
                 ready=pod.ready if rules.has_readiness else None,
                 is_zone_known=False,
+                has_own_address=not (pod.host_network or rules.pods_through_proxy),
+                is_terminating=pod.deleted,
             )
             for place, (port, endpoint) in enumerate(zip(scrape.ports, endpoints, strict=True))
         ]
