@@ -24,17 +24,17 @@ RULES = TargetRules()
 
 def only(item: Pod | Node) -> Target:
     """Return the one target of an item."""
-    verdict = resolve(item, RULES)
-    assert isinstance(verdict, tuple), verdict
-    (target,) = verdict
+    resolved = resolve(item, RULES)
+    assert isinstance(resolved, tuple), resolved
+    (target,) = resolved
     return target
 
 
-def refusal(item: Pod | Node) -> Rejection:
+def rejection_of(item: Pod | Node) -> Rejection:
     """Return the rejection of an item."""
-    verdict = resolve(item, RULES)
-    assert isinstance(verdict, Rejection), verdict
-    return verdict
+    resolved = resolve(item, RULES)
+    assert isinstance(resolved, Rejection), resolved
+    return resolved
 
 
 def test_annotated_pod_is_a_target() -> None:
@@ -105,7 +105,7 @@ def test_path(annotation: str, path: str) -> None:
 )
 def test_url_as_path_is_rejected(annotation: str) -> None:
     """A URL would be scraped as the path `/http://…` of the Pod, which never answers."""
-    rejection = refusal(make_pod(annotations=annotated(path=annotation, port="1")))
+    rejection = rejection_of(make_pod(annotations=annotated(path=annotation, port="1")))
     assert rejection.reason == Reason.INVALID_PATH
     assert "is a URL: give the path only, such as /metrics" in rejection.detail
     assert len(rejection.detail) < 300
@@ -170,7 +170,7 @@ def test_query_and_annotations_become_params() -> None:
 )
 def test_garbage_is_rejected_by_reason(annotations: dict[str, str], reason: Reason) -> None:
     """What cannot be honoured is a rejection that names its cause and the ID it leaves alone."""
-    rejection = refusal(make_pod(annotations=annotations))
+    rejection = rejection_of(make_pod(annotations=annotations))
     assert (rejection.reason, rejection.id) == (reason, "pod--shop--web-1")
     assert rejection.detail.isprintable()
     assert len(rejection.detail) < 300
@@ -179,7 +179,7 @@ def test_garbage_is_rejected_by_reason(annotations: dict[str, str], reason: Reas
 def test_many_params_are_too_much_meta() -> None:
     """More meta than Consul takes is a rejection, not a refused write."""
     annotations = annotated(port="1", **{f"param__p{n}": "1" for n in range(60)})
-    assert refusal(make_pod(annotations=annotations)).reason == Reason.META_TOO_MANY
+    assert rejection_of(make_pod(annotations=annotations)).reason == Reason.META_TOO_MANY
 
 
 def test_scheme_is_taken_over() -> None:
@@ -207,7 +207,10 @@ def test_port(annotation: str | None, ports: tuple[object, ...], port: int) -> N
 
 def test_two_unnamed_ports_are_ambiguous() -> None:
     """With several TCP ports and no usual name nobody can tell which is meant."""
-    assert refusal(make_pod(annotations=annotated(), ports=(tcp(1), tcp(2)))).reason == Reason.AMBIGUOUS_PORT
+    assert (
+        rejection_of(make_pod(annotations=annotated(), ports=(tcp(1), tcp(2)))).reason
+        == Reason.AMBIGUOUS_PORT
+    )
 
 
 @pytest.mark.parametrize("name", PORT_NAMES)
@@ -215,7 +218,9 @@ def test_two_unnamed_ports_are_ambiguous() -> None:
 def test_port_name_of_two_numbers_is_ambiguous(name: str, annotation: str | None) -> None:
     """Containers that give one name to two numbers leave open which is meant, annotated or not."""
     annotations = annotated() if annotation is None else annotated(port=annotation.format(name=name))
-    rejection = refusal(make_pod(annotations=annotations, ports=(tcp(8080, name), tcp(80), tcp(9090, name))))
+    rejection = rejection_of(
+        make_pod(annotations=annotations, ports=(tcp(8080, name), tcp(80), tcp(9090, name)))
+    )
     assert rejection.reason == Reason.AMBIGUOUS_PORT
     assert f"'{name}' (8080, 9090)" in rejection.detail
 
@@ -223,7 +228,7 @@ def test_port_name_of_two_numbers_is_ambiguous(name: str, annotation: str | None
 def test_ambiguous_port_name_of_many_containers_has_a_short_detail() -> None:
     """The detail names a few numbers, however many containers a Pod has."""
     ports = tuple(tcp(number, "metrics") for number in range(10_000, 12_000))
-    detail = refusal(make_pod(annotations=annotated(), ports=ports)).detail
+    detail = rejection_of(make_pod(annotations=annotated(), ports=ports)).detail
     assert len(detail) < 300
     assert detail.startswith("2000 TCP ports are named 'metrics' (10000, 10001, 10002, 10003)")
 
@@ -257,7 +262,7 @@ def test_port_name_of_one_tcp_number_is_found(
 def test_port_name_without_tcp_is_rejected(annotation: str, protocols: tuple[str, ...]) -> None:
     """Prometheus scrapes over TCP; the detail names the protocol."""
     ports = (tcp(80, "web"), *(tcp(53, "dns", protocol) for protocol in protocols))
-    rejection = refusal(make_pod(annotations=annotated(port=annotation), ports=ports))
+    rejection = rejection_of(make_pod(annotations=annotated(port=annotation), ports=ports))
     assert rejection.reason == Reason.UNKNOWN_PORT_NAME
     assert rejection.detail == f"the port 'dns' is '{'/'.join(protocols)}', not TCP"
 
@@ -273,7 +278,7 @@ def test_port_name_without_tcp_is_rejected(annotation: str, protocols: tuple[str
 )
 def test_pod_without_a_usable_ip(ip: str, reason: Reason) -> None:
     """A Pod that cannot be reached is rejected."""
-    assert refusal(make_pod(ip=ip)).reason == reason
+    assert rejection_of(make_pod(ip=ip)).reason == reason
 
 
 def test_ipv6_pod() -> None:
@@ -341,7 +346,7 @@ def test_node_address(addresses: tuple[tuple[str, str], ...], address: str) -> N
 )
 def test_node_without_address(entry: tuple[str, str]) -> None:
     """A Node without an IP literal is rejected."""
-    assert refusal(make_node("n", entry)).reason == Reason.NO_ADDRESS
+    assert rejection_of(make_node("n", entry)).reason == Reason.NO_ADDRESS
 
 
 def test_undecodable_item_is_a_rejection_that_names_its_id() -> None:
@@ -372,12 +377,12 @@ _TEXT = st.text(max_size=60) | st.sampled_from(["true", "/metrics", "9102", "htt
 )
 def test_odd_pods_are_targets_that_consul_takes_or_rejections(pod: Pod) -> None:
     """Whatever a Pod holds, it is a target within Consul's limits or a rejection with a printable reason."""
-    verdict = resolve(pod, RULES)
-    if isinstance(verdict, Rejection):
-        assert verdict.reason in set(Reason)
-        assert verdict.detail.isprintable()
+    resolved = resolve(pod, RULES)
+    if isinstance(resolved, Rejection):
+        assert resolved.reason in set(Reason)
+        assert resolved.detail.isprintable()
         return
-    for target in verdict or ():
+    for target in resolved or ():
         assert 1 <= target.port <= 65535
         assert len(target.meta) <= 56
         assert all(len(value.encode()) <= 512 and "\x00" not in value for _, value in target.meta)

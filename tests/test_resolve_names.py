@@ -22,16 +22,16 @@ GROUPED = TargetRules(
 
 def targets(item: Pod | Node, rules: TargetRules) -> tuple[Target, ...]:
     """Return the targets of an item."""
-    verdict = resolve(item, rules)
-    assert isinstance(verdict, tuple), verdict
-    return verdict
+    resolved = resolve(item, rules)
+    assert isinstance(resolved, tuple), resolved
+    return resolved
 
 
-def refusal(item: Pod | Node, rules: TargetRules) -> Rejection:
+def rejection_of(item: Pod | Node, rules: TargetRules) -> Rejection:
     """Return the rejection of an item."""
-    verdict = resolve(item, rules)
-    assert isinstance(verdict, Rejection), verdict
-    return verdict
+    resolved = resolve(item, rules)
+    assert isinstance(resolved, Rejection), resolved
+    return resolved
 
 
 def test_many_targets_share_a_name_and_no_id() -> None:
@@ -52,7 +52,7 @@ def test_a_pods_own_node_is_in_reach_of_its_name() -> None:
     """A Pod's node_ip is that of the Node it runs on, as the API server spells it canonically."""
     rules = TargetRules(pod_name=parse_name("x-{node}-{node_ip}", Kind.POD))
     assert targets(make_pod(host_ip="2001:DB8::0:5"), rules)[0].name == "x-node-a-2001:db8::5"
-    assert refusal(make_pod(host_ip=""), rules).reason == Reason.EMPTY_NAME
+    assert rejection_of(make_pod(host_ip=""), rules).reason == Reason.EMPTY_NAME
 
 
 @pytest.mark.parametrize(
@@ -66,14 +66,14 @@ def test_a_pods_own_node_is_in_reach_of_its_name() -> None:
 )
 def test_names_that_cannot_be(template: str, labels: dict[str, str], reason: Reason) -> None:
     """A Pod whose name comes out empty, odd or over-long is rejected by reason, its own service left alone."""
-    rejection = refusal(make_pod(labels=labels), TargetRules(pod_name=parse_name(template, Kind.POD)))
+    rejection = rejection_of(make_pod(labels=labels), TargetRules(pod_name=parse_name(template, Kind.POD)))
     assert (rejection.reason, rejection.id) == (reason, "pod--shop--web-1")
     assert rejection.detail.isprintable()
 
 
 def test_tag_that_cannot_be() -> None:
     """A tag over the limit rejects its Pod by reason."""
-    assert refusal(make_pod(labels={"app": "a" * 600}), GROUPED).reason == Reason.INVALID_TAG
+    assert rejection_of(make_pod(labels={"app": "a" * 600}), GROUPED).reason == Reason.INVALID_TAG
 
 
 def test_id_prefix() -> None:
@@ -83,7 +83,7 @@ def test_id_prefix() -> None:
     assert (pod.id, pod.name) == ("blue-pod--shop--a", "pod--shop--a")
     (node,) = targets(make_node(), rules)
     assert (node.id, node.name) == ("blue-node--192.0.2.10", "node--192.0.2.10")
-    assert refusal(make_pod("a", ip=""), rules).id == "blue-pod--shop--a"
+    assert rejection_of(make_pod("a", ip=""), rules).id == "blue-pod--shop--a"
     unreadable = resolve(Undecodable(Kind.POD, ObjectKey(Kind.POD, "shop", "odd"), "x"), rules)
     assert isinstance(unreadable, Rejection)
     assert unreadable.id == "blue-pod--shop--odd"
@@ -124,7 +124,7 @@ def test_a_label_cannot_forge_what_is_ours() -> None:
 def test_label_values_over_the_limits(value: str, reason: Reason) -> None:
     """A label value that Consul does not take rejects the Pod by reason."""
     rules = TargetRules(labels=parse_labels(["app"]))
-    assert refusal(make_pod(labels={"app": value}), rules).reason == reason
+    assert rejection_of(make_pod(labels={"app": value}), rules).reason == reason
 
 
 def test_annotation_prefix() -> None:
@@ -146,7 +146,7 @@ def test_outside_address_of_a_node() -> None:
     assert (target.id, target.address) == ("node--192.0.2.1", "203.0.113.9")
     assert dict(target.meta)["metrics_path"].startswith("/api/v1/nodes/192.0.2.1:10250/")
     assert targets(make_node("n", both[0]), rules)[0].address == "192.0.2.1"
-    rejection = refusal(make_node("n", both[0]), TargetRules(node_address_types=("ExternalIP",)))
+    rejection = rejection_of(make_node("n", both[0]), TargetRules(node_address_types=("ExternalIP",)))
     assert (rejection.reason, rejection.id) == (Reason.NO_ADDRESS, "node--192.0.2.1")
 
 
@@ -188,7 +188,7 @@ def test_several_ports(annotation: str, found: list[tuple[str, int]]) -> None:
 def test_one_bad_port_rejects_the_pod(annotation: str, reason: Reason) -> None:
     """An entry that cannot be honoured, or more of them than there may be, rejects the Pod by reason."""
     pod = make_pod(annotations=annotated(port=annotation), ports=(tcp(3),))
-    rejection = refusal(pod, TargetRules())
+    rejection = rejection_of(pod, TargetRules())
     assert (rejection.reason, rejection.id) == (reason, "pod--shop--web-1")
 
 
@@ -215,12 +215,12 @@ def test_odd_pods_keep_names_and_ids_in_order(pod: Pod, template: str) -> None:
         tags=(parse_tag("{label:a/b}"), parse_tag("app={label:app}")),
         labels=parse_labels(["app", "a/b", "cluster"]),
     )
-    verdict = resolve(pod, rules)
-    if isinstance(verdict, Rejection):
-        assert verdict.reason in set(Reason)
-        assert verdict.detail.isprintable()
+    resolved = resolve(pod, rules)
+    if isinstance(resolved, Rejection):
+        assert resolved.reason in set(Reason)
+        assert resolved.detail.isprintable()
         return
-    made = verdict or ()
+    made = resolved or ()
     assert len({target.id for target in made}) == len({target.port for target in made}) == len(made)
     for target in made:
         assert target.id.startswith("b-pod--shop--web-1")

@@ -15,9 +15,9 @@ RULES = TargetRules(pods_through_proxy=True)
 
 def targets(pod: Pod, rules: TargetRules = RULES) -> tuple[Target, ...]:
     """Return the targets of a Pod on a node at 192.0.2.10."""
-    verdict = resolve(pod, rules)
-    assert isinstance(verdict, tuple), verdict
-    return verdict
+    resolved = resolve(pod, rules)
+    assert isinstance(resolved, tuple), resolved
+    return resolved
 
 
 def test_a_pod_is_the_proxy_at_its_node() -> None:
@@ -67,9 +67,9 @@ def test_the_proxys_scheme_is_for_nodes_and_pods() -> None:
 @pytest.mark.parametrize("host_ip", ["", "node-a", "0.0.0.0", "ff02::1"])
 def test_a_node_without_an_address(host_ip: str) -> None:
     """A Pod whose status names no address of its node is rejected."""
-    verdict = resolve(make_pod(host_ip=host_ip), RULES)
-    assert isinstance(verdict, Rejection)
-    assert (verdict.reason, verdict.id) == (Reason.NO_HOST_IP, "pod--shop--web-1")
+    resolved = resolve(make_pod(host_ip=host_ip), RULES)
+    assert isinstance(resolved, Rejection)
+    assert (resolved.reason, resolved.id) == (Reason.NO_HOST_IP, "pod--shop--web-1")
 
 
 @pytest.mark.parametrize(
@@ -79,19 +79,19 @@ def test_a_node_without_an_address(host_ip: str) -> None:
 def test_a_pod_with_its_nodes_network(ports: tuple[object, ...], is_refused: bool) -> None:
     """An undeclared port is rejected where it goes through the proxy, and only there."""
     pod = make_pod(host_ip="192.0.2.10", host_network=True, ports=ports)
-    verdict = resolve(pod, RULES)
-    assert isinstance(verdict, Rejection) is is_refused
-    if isinstance(verdict, Rejection):
-        assert verdict.reason == Reason.UNDECLARED_PORT
+    resolved = resolve(pod, RULES)
+    assert isinstance(resolved, Rejection) is is_refused
+    if isinstance(resolved, Rejection):
+        assert resolved.reason == Reason.UNDECLARED_PORT
     assert isinstance(resolve(pod, TargetRules()), tuple)
 
 
 def test_a_pod_is_rejected_for_what_it_would_be_without_the_proxy() -> None:
     """The same annotations are honoured either way."""
     pod = make_pod(host_ip="192.0.2.10", ip="", annotations=annotated(port="9102"))
-    verdict = resolve(pod, RULES)
-    assert isinstance(verdict, Rejection)
-    assert verdict.reason == Reason.NO_IP
+    resolved = resolve(pod, RULES)
+    assert isinstance(resolved, Rejection)
+    assert resolved.reason == Reason.NO_IP
 
 
 @pytest.mark.parametrize("port", ["9102", "9102,9103", "9103, 9102"])

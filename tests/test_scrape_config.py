@@ -25,8 +25,8 @@ def read(annotations: Mapping[str, str], ports: tuple[ContainerPort, ...]) -> Sc
     """Return how such a Pod is scraped, or the reason why not."""
     try:
         return pod_scrape(make_pod(annotations=annotations, ports=ports), PREFIX)
-    except Rejected as refused:
-        return refused.reason
+    except Rejected as rejected:
+        return rejected.reason
 
 
 TEXTS = st.dictionaries(

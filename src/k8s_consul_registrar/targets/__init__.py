@@ -1,1 +1,1 @@
-"""Turns Pods and Nodes into targets: pure, and used by registrar and proxy alike."""
+"""Resolution of Pods and Nodes into targets: pure, used by the registrar and the proxy."""

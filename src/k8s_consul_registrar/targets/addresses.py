@@ -1,4 +1,4 @@
-"""IP addresses as Kubernetes writes them, in one canonical spelling."""
+"""IP addresses from Kubernetes objects, in one canonical spelling."""
 
 import ipaddress
 import re
@@ -8,8 +8,8 @@ from k8s_consul_registrar.model import Node
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-# Nearly every address is a plain unicast IPv4 one, already in its one spelling: `ipaddress` takes ten times
-# as long to say so, which is felt with ten thousand Pods.
+# Nearly every address is unicast IPv4 in its canonical spelling already. `ipaddress` takes ten times as
+# long as this regex to confirm that, which is noticeable with ten thousand Pods.
 _OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _UNICAST_IPV4 = re.compile(rf"(?:22[0-3]|2[01][0-9]|1[0-9]{{2}}|[1-9][0-9]?)(?:\.{_OCTET}){{3}}")
 
@@ -17,9 +17,9 @@ NODE_ADDRESS_TYPES = ("InternalIP", "ExternalIP")
 
 
 def parse_ip(text: str) -> IPAddress | None:
-    """Read an IP literal, None where it is none; a mapped IPv4 address is that IPv4 address.
+    """Parse an IP literal, None for any other text; an IPv4-mapped IPv6 address becomes the IPv4 address.
 
-    A literal with a zone (`fe80::1%eth0`) means something on one machine only, so it counts as none.
+    A literal with a zone (`fe80::1%eth0`) has a meaning on one machine only, so it is not accepted.
     """
     if "%" in text:
         return None
@@ -33,7 +33,7 @@ def parse_ip(text: str) -> IPAddress | None:
 
 
 def scraped_address(text: str) -> str | None:
-    """Spell an address that can be scraped canonically, None for no IP literal, unspecified or multicast."""
+    """Return the canonical spelling of a unicast IP literal, None for anything else."""
     if _UNICAST_IPV4.fullmatch(text):
         return text
     address = parse_ip(text)
@@ -43,9 +43,9 @@ def scraped_address(text: str) -> str | None:
 
 
 def node_address(node: Node, types: Sequence[str] = NODE_ADDRESS_TYPES) -> str | None:
-    """Return the address a Node is known by, the first IP literal of the first type that has one.
+    """Return the Node's address: the first IP literal of the first type that has one.
 
-    Names (`InternalDNS`, `Hostname`) never count: what a name resolves to is not the Node's to say.
+    Names (`InternalDNS`, `Hostname`) never count: a Node cannot prove what its name resolves to.
     """
     for wanted in types:
         for entry in node.addresses:
@@ -55,5 +55,5 @@ def node_address(node: Node, types: Sequence[str] = NODE_ADDRESS_TYPES) -> str |
 
 
 def url_host(address: str) -> str:
-    """Write an IP literal as a URL's host: IPv6 in brackets (RFC 3986, 3.2.2)."""
+    """Format an IP literal as the host of a URL: IPv6 in brackets (RFC 3986, 3.2.2)."""
     return f"[{address}]" if ":" in address else address

@@ -1,4 +1,4 @@
-"""A service's meta: our own keys, the labels taken over, and what Consul takes."""
+"""Service meta: the registrar's own keys, copied labels, and Consul's limits."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -8,13 +8,13 @@ from typing import NamedTuple
 from k8s_consul_registrar.targets.reasons import Reason, Rejected, has_control
 from k8s_consul_registrar.targets.service_names import is_label_key
 
-# Consul's limits on meta: agent/structs/structs.go, validateMetaPair and metaMaxKeyPairs. Of the 64 pairs,
-# some are kept for what is added to each service (cluster, instance, shard and the like).
+# Consul's limits on meta: agent/structs/structs.go, validateMetaPair and metaMaxKeyPairs. 8 of the 64 pairs
+# are reserved for what the registrar adds to each service (cluster, instance, shard and the like).
 MOST_META_PAIRS = 56
 LONGEST_META_KEY = 128
 LONGEST_META_VALUE = 512
 
-# Every key that is ours to write; beside them there are only those that begin with one of the two prefixes.
+# Every key the registrar writes, except those that begin with one of the two prefixes below.
 OWN_KEYS = frozenset(
     {
         "cluster",
@@ -41,16 +41,16 @@ _NOT_IN_A_KEY = re.compile(r"[^A-Za-z0-9_]")
 
 
 class LabelMeta(NamedTuple):
-    """A label that is taken over, and the meta key it gets."""
+    """A Pod label that is copied to meta, and its meta key."""
 
     label: str
     key: str
 
 
 def parse_labels(labels: Iterable[str]) -> tuple[LabelMeta, ...]:
-    """Give each label its meta key, `label_` before it, so that it never is one of ours.
+    """Return each label with its meta key, which begins with `label_` and so never equals one of `OWN_KEYS`.
 
-    Raises ValueError, fit for an operator, for what is no label, and for two labels that get one key.
+    Raises ValueError, worded for an operator, for an invalid label and for two labels with the same key.
     """
     chosen: dict[str, str] = {}
     for label in dict.fromkeys(labels):
@@ -66,14 +66,14 @@ def parse_labels(labels: Iterable[str]) -> tuple[LabelMeta, ...]:
 
 
 def label_meta(labels: Mapping[str, str], chosen: Iterable[LabelMeta]) -> dict[str, str]:
-    """Return the meta of the chosen labels that an object has."""
+    """Return the meta of the chosen labels; a label that the object lacks is empty."""
     return {one.key: labels.get(one.label, "") for one in chosen}
 
 
 def checked_meta(meta: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """Sort meta and leave out what is empty; raises `Rejected` for more than Consul takes."""
+    """Return meta sorted and without empty values; raises `Rejected` for meta over Consul's limits."""
     text = "".join(meta.values())
-    # Nearly always all of it together is shorter than any one may be.
+    # Nearly always all values together are shorter than the limit for one.
     is_plain = len(text) <= LONGEST_META_VALUE and text.isascii() and text.isprintable()
     if not is_plain or len(meta) > MOST_META_PAIRS:
         _check({key: value for key, value in meta.items() if value}, text)
@@ -81,7 +81,7 @@ def checked_meta(meta: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
 
 
 def _check(meta: Mapping[str, str], text: str) -> None:
-    """Raise `Rejected` for what Consul does not take; `text` is all values together."""
+    """Raise `Rejected` for meta over Consul's limits; `text` is all values joined."""
     if len(meta) > MOST_META_PAIRS:
         raise Rejected(Reason.META_TOO_MANY, f"{len(meta)} pairs of meta are more than {MOST_META_PAIRS}")
     for key, value in sorted(meta.items()):
@@ -95,5 +95,5 @@ def _check(meta: Mapping[str, str], text: str) -> None:
 
 @lru_cache(maxsize=4096)
 def shared_pair(pair: tuple[str, str]) -> tuple[str, str]:
-    """Return one object for equal pairs that Consul takes: tens of thousands of targets are much alike."""
+    """Return the same object for equal pairs, because tens of thousands of targets share most of theirs."""
     return pair

@@ -1,4 +1,4 @@
-"""Why an object that asks to be scraped is rejected: a fixed set, fit for a metric's label."""
+"""Reasons for rejecting an object that asks to be scraped."""
 
 import re
 from enum import StrEnum
@@ -7,7 +7,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class Reason(StrEnum):
-    """One word a cause; the text beside it in a `Rejection` is for people."""
+    """Causes of rejections: a fixed set, so that they can be label values of a metric."""
 
     NO_IP = "no_ip"
     INVALID_IP = "invalid_ip"
@@ -36,7 +36,7 @@ class Reason(StrEnum):
 
 
 class Rejected(Exception):
-    """What an object asks for and cannot be honoured; becomes a `Rejection`."""
+    """An object asks for a target that cannot be made; `targets.resolve` turns it into a `Rejection`."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
@@ -45,11 +45,11 @@ class Rejected(Exception):
 
 
 def has_control(text: str) -> bool:
-    """Whether a text has control characters, line ends of any kind, or halves of characters."""
+    """Return whether a text has control characters, line separators or lone surrogates."""
     return _CONTROL.search(text) is not None
 
 
 def quoted(text: str, most: int = 60) -> str:
-    """Show hostile text on one line, in ASCII and cut short."""
+    """Return untrusted text in quotes: one line, ASCII, at most `most` characters of it."""
     shown = ascii(text[:most])
     return f"{shown}…" if len(text) > most else shown

@@ -1,4 +1,4 @@
-"""Turns one Pod or Node into its targets, or says why it is rejected."""
+"""Resolution of a Pod or Node into its targets or a rejection."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,12 +32,13 @@ Resolved = tuple[Target, ...] | Rejection
 
 @dataclass(frozen=True, slots=True)
 class TargetRules:
-    """What the operator decides about targets.
+    """The operator's settings for targets.
 
-    `cluster` is for names and tags. `node_address_types` are the kinds of address Prometheus reaches a
-    Node by, the first that is there counts. `longest_shard` is how many bytes the longest shard path has.
-    With `has_readiness` a target says whether its object is ready, so that every change of it counts.
-    With `pods_through_proxy` a Pod's target is the proxy at the Pod's node, which `proxy_scheme` is spoken to.
+    `cluster` fills the field of that name in names and tags. `node_address_types` are the types of address
+    at which Prometheus reaches a Node, the preferred one first. `longest_shard` is the length of the
+    longest shard path in bytes. With `has_readiness` a target carries its object's readiness, so each
+    change of it is a change of the target. With `pods_through_proxy` the target of a Pod is the proxy on
+    the Pod's Node, which Prometheus scrapes with `proxy_scheme`.
     """
 
     annotation_prefix: str = "prometheus.io/"
@@ -56,10 +57,7 @@ class TargetRules:
 
 
 def resolve(item: Pod | Node | Undecodable, rules: TargetRules) -> Resolved | None:
-    """Return an item's targets (none when it asks for none) or its rejection.
-
-    None stands for an item that cannot even be named, about which nothing can be said.
-    """
+    """Return an item's targets (`()` if it asks for none) or its rejection; None if the item has no name."""
     match item:
         case Pod():
             return resolve_pod(item, rules)
@@ -73,7 +71,7 @@ def resolve(item: Pod | Node | Undecodable, rules: TargetRules) -> Resolved | No
 
 
 def resolve_pod(pod: Pod, rules: TargetRules) -> Resolved:
-    """Return the targets of a Pod, one a port: none unless it `is_scraped`. The first port has the plain ID."""
+    """Return a Pod's targets, one for each port; the ID of the first one has no port in it."""
     if not is_scraped(pod, rules.annotation_prefix):
         return ()
     service_id = pod_service_id(pod.namespace, pod.name, rules.id_prefix)
@@ -112,10 +110,10 @@ def resolve_pod(pod: Pod, rules: TargetRules) -> Resolved:
 
 
 def resolve_node(node: Node, rules: TargetRules) -> Resolved:
-    """Return the target of a Node, which is the proxy's NodePort at an address Prometheus reaches.
+    """Return the target of a Node: the proxy's NodePort at an address that Prometheus reaches.
 
-    Its ID and its path are made of the address by which the proxy, inside, knows the Node. Two Nodes may
-    claim one address when one of them was replaced: the Ready one, then the older, is first.
+    Its ID and path contain the address at which the proxy, inside the cluster, reaches the kubelet. After a
+    Node was replaced, two Nodes can claim the same address: `rank` prefers the Ready one, then the older.
     """
     node_ip = node_address(node)
     if node_ip is None:
@@ -142,7 +140,7 @@ def resolve_node(node: Node, rules: TargetRules) -> Resolved:
 
 
 class _Endpoint(msgspec.Struct, frozen=True, gc=False):
-    """Where Prometheus goes for one port of a Pod."""
+    """The address, port and meta at which Prometheus scrapes one port of a Pod."""
 
     address: str
     port: int
@@ -158,7 +156,7 @@ def _endpoints(pod: Pod, scrape: ScrapeConfig, rules: TargetRules) -> list[_Endp
 
 
 def _proxy_endpoints(pod: Pod, scrape: ScrapeConfig, rules: TargetRules) -> list[_Endpoint]:
-    """Return the proxy's NodePort at the Pod's node; path, parameters and scheme of the Pod are its business."""
+    """Return the proxy's NodePort on the Pod's Node; the proxy adds the Pod's path, parameters and scheme."""
     require_declared(pod, scrape.ports)
     host = parse_ip(pod.host_ip)
     if host is None or host.is_unspecified or host.is_multicast:
@@ -206,7 +204,7 @@ def _node_subject(node: Node, node_ip: str, rules: TargetRules) -> Subject:
 
 @lru_cache(maxsize=1024)
 def _canonical_ip(text: str) -> str:
-    """Spell a Node's IP as everywhere else; many Pods share one."""
+    """Return the canonical spelling of a Node's IP, empty for other text; many Pods share each."""
     address = parse_ip(text)
     return "" if address is None else str(address)
 

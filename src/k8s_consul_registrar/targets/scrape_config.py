@@ -17,24 +17,24 @@ DEFAULT_PATH = "/metrics"
 PORT_NAMES = ("metrics", "http-metrics", "prometheus", "prom")
 TCP = "TCP"
 MOST_PARAMS = 40
-# Each port of a Pod is a service; without a bound one annotation could ask for thousands.
+# Each port of a Pod is a service, so without a limit one annotation could create thousands.
 MOST_PORTS = 16
 
-# Prometheus takes a parameter's name from a label `__param_<name>`, so it must be part of a label's name.
+# Prometheus reads a parameter from the label `__param_<name>`, so the name must be valid in a label name.
 _PARAM_NAME = re.compile(r"[A-Za-z0-9_]{1,100}")
 _NUMBER = re.compile(r"[0-9]{1,9}")
 # The start of a URL that names a host: a scheme, `//host/path` or `//host:80` (RFC 3986, 4.2). `//metrics` is
 # only a doubled slash, and in `/http://host` the slash says that all of it is a path.
 _URL_START = re.compile(r"https?:|[a-z][a-z0-9+.-]*:[/\\]{2}|//[^/]+/.|//[^/]*:[0-9]", re.IGNORECASE)
 
-# What is read of annotations is kept for the next Pod of the same template: of so many templates, where they
-# have no more characters and no more ports than these, so that nobody can fill our memory with them.
+# Pods of one template have equal annotations and ports, so the result of reading them is cached. The limits
+# keep a user who may create Pods from filling the memory.
 TEMPLATES, LONGEST_KEPT, MOST_PORTS_KEPT = 1024, 256, 16
 _SCRAPED_PHASES = frozenset({"Running", "Unknown"})
 
 
 class ScrapeConfig(msgspec.Struct, frozen=True, gc=False):
-    """How a Pod is scraped: each of the ports at one path, with the same parameters (values decoded)."""
+    """Scrape settings of a Pod; path, parameters (values decoded) and scheme are the same for all ports."""
 
     address: str
     ports: tuple[int, ...]
@@ -44,16 +44,16 @@ class ScrapeConfig(msgspec.Struct, frozen=True, gc=False):
 
 
 def is_scraped(pod: Pod, prefix: str) -> bool:
-    """Say whether a Pod asks to be scraped and can be: it is annotated, and in phase Running or Unknown.
+    """Return whether a Pod is annotated and in phase Running or Unknown.
 
-    Succeeded and Failed Pods keep an IP that others may already use, so they are gone at once. A Pod that
-    is being deleted is scraped until it leaves these phases.
+    The IP of a Succeeded or Failed Pod may already belong to another Pod, so its targets are dropped at
+    once. A Pod that is being deleted is scraped until it leaves these phases.
     """
     return pod.annotations.get(f"{prefix}scrape") == "true" and pod.phase in _SCRAPED_PHASES
 
 
 def pod_scrape(pod: Pod, prefix: str) -> ScrapeConfig:
-    """Read the annotations of a Pod that `is_scraped`; raises `Rejected` for what cannot be honoured."""
+    """Read the annotations of a Pod that `is_scraped`; raises `Rejected` for invalid ones."""
     given, keys = pod.annotations, _keys(prefix)
     path, scheme, port = given.get(keys.path, DEFAULT_PATH), given.get(keys.scheme, ""), given.get(keys.port)
     params = named_params(given, prefix)
@@ -83,7 +83,7 @@ def _read(
     named: tuple[tuple[str, str], ...],
     ports: tuple[ContainerPort, ...],
 ) -> tuple[tuple[int, ...], str, Mapping[str, str], str]:
-    """Read the annotations as they are; returns all but the address of a `ScrapeConfig`."""
+    """Parse the texts of the annotations; returns the fields of a `ScrapeConfig` after the address."""
     path, query = scrape_path(path)
     params = scrape_params(query, named)
     scheme = scrape_scheme(scheme)
@@ -91,10 +91,11 @@ def _read(
 
 
 def require_declared(pod: Pod, ports: tuple[int, ...]) -> None:
-    """Raise `Rejected` where a Pod has its node's network and asks for a port that none of its containers has.
+    """Raise `Rejected` if a Pod on its Node's network asks for a port that none of its containers declares.
 
-    That port would be the node's own: a kubelet's, an etcd's. The API server lets a Pod declare a port there
-    that it takes from the node (`hostPort` equals `containerPort`), so a declared one is the Pod's.
+    An undeclared port could be another process's on the Node, such as the kubelet's or etcd's. A declared
+    one is the Pod's: on the Node's network `hostPort` equals `containerPort`, and the scheduler gives it to
+    one Pod.
     """
     if not pod.host_network:
         return
@@ -108,7 +109,7 @@ def require_declared(pod: Pod, ports: tuple[int, ...]) -> None:
 
 
 def proxied_path(namespace: str, name: str, port: int | None = None) -> str:
-    """Return the path at which the proxy relays a Pod; the port is named where the Pod has several."""
+    """Return the path at which the proxy serves a Pod; `port` is needed only if the Pod has several."""
     which = name if port is None else f"{name}:{port}"
     return f"/api/v1/namespaces/{namespace}/pods/{which}/metrics"
 
@@ -123,10 +124,10 @@ def _pod_address(pod: Pod) -> str:
 
 
 def scrape_path(text: str) -> tuple[str, list[tuple[str, str]]]:
-    """Split a path annotation into the path, with its leading slash, and its query's parameters.
+    """Split a path annotation into the path, with a leading slash, and the parameters of its query.
 
-    Raises `Rejected` for control characters, for a URL in place of a path, and for a query that is too long or
-    not UTF-8 in percent encoding. Everything else in the path is kept: Prometheus escapes it.
+    Raises `Rejected` for control characters, for a URL in place of a path, and for a query that is too long
+    or not UTF-8 in percent encoding. Everything else in the path is kept: Prometheus escapes it.
     """
     text = text.strip()
     if has_control(text):
@@ -156,9 +157,9 @@ def named_params(annotations: Mapping[str, str], prefix: str) -> tuple[tuple[str
 
 
 def scrape_params(query: Sequence[tuple[str, str]], named: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Gather the parameters of the query and of `named_params`.
+    """Merge the parameters of the query and of `named_params`.
 
-    Raises `Rejected` for a name Prometheus cannot take or one that is given twice.
+    Raises `Rejected` for a name that is not valid in Prometheus, a repeated name and control characters.
     """
     params: dict[str, str] = {}
     for name, value in (*query, *named):

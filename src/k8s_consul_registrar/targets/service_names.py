@@ -12,7 +12,7 @@ from k8s_consul_registrar.model import Kind
 from k8s_consul_registrar.targets.reasons import Reason, Rejected, quoted
 
 SHARD = "shard_path"
-# The shard is chosen only when a service is made of a target; until then its field stands for itself.
+# The shard is chosen when a target becomes a service; until then its field stays in the text.
 SHARD_PLACEHOLDER = f"{{{SHARD}}}"
 
 _EVERY_KIND = frozenset({"cluster", "node", "node_ip", "kind", SHARD})
@@ -26,15 +26,15 @@ _PART = re.compile(r"\{([^{}]*)\}|([^{}]+)|(.)", re.DOTALL)
 # Kubernetes, "Labels and Selectors": an optional DNS subdomain and a slash, then a name of at most 63.
 _LABEL = re.compile(r"(?:(?=.{1,253}/)[a-z0-9][a-z0-9.-]*/)?[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 
-# Consul sets no limit of its own to a name (over 63 bytes its DNS does not find it, which its agent only
-# warns of: agent/agent.go, validateService). The default name reaches 323: 7 characters, a namespace of 63
-# and a Pod of 253. 512 is what Consul allows a value of meta.
+# Consul does not limit the length of a name; over 63 bytes its DNS does not find the service and the agent
+# logs a warning (agent/agent.go, validateService). The default name has up to 323 bytes: 7, plus 63 of a
+# namespace and 253 of a Pod. 512 is Consul's limit for a meta value.
 LONGEST_NAME = 512
 LONGEST_TAG = 512
-# Prometheus and others ask for `/v1/health/service/<name>` and do not escape it: the unreserved characters
-# of a URL (RFC 3986, 2.3), and the colon of an IPv6 address.
+# Prometheus and others request `/v1/health/service/<name>` without escaping the name, so only the unreserved
+# characters of a URL (RFC 3986, 2.3) and the colon of IPv6 addresses are allowed.
 _NAME = re.compile(r"[A-Za-z0-9._~:-]*")
-# The name under which Consul's servers are found.
+# Consul's own servers are registered under this name.
 RESERVED_NAMES = frozenset({"consul"})
 
 DEFAULT_POD_NAME = "pod--{namespace}--{pod}"
@@ -42,7 +42,7 @@ DEFAULT_NODE_NAME = "node--{node_ip}"
 
 
 class Field(NamedTuple):
-    """A place in a template; `label` is the key of an object's label where the name is `label`."""
+    """A field of a template; `label` is the label's key in `{label:key}`."""
 
     name: str
     label: str = ""
@@ -52,13 +52,13 @@ class Field(NamedTuple):
 
 
 class Subject(msgspec.Struct, frozen=True, gc=False):
-    """What the fields of a template are filled with: the values of one object, and its labels."""
+    """The values and labels of one object that fill in a template."""
 
     values: Mapping[str, str]
     labels: Mapping[str, str] = {}
 
     def value(self, place: Field) -> str:
-        """Return what a field stands for, empty when the object has no such thing."""
+        """Return the value of a field, empty if the object has none."""
         if place.label:
             return self.labels.get(place.label, "")
         return SHARD_PLACEHOLDER if place.name == SHARD else self.values.get(place.name, "")
@@ -73,13 +73,13 @@ class EmptyField(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A parsed template: literal text and fields in turn."""
+    """A parsed template: literal texts and fields, in order."""
 
     parts: tuple[str | Field, ...]
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """The fields in the order they are written."""
+        """The fields, in order."""
         return tuple(part for part in self.parts if not isinstance(part, str))
 
     @property
@@ -89,11 +89,11 @@ class Template:
 
     @property
     def has_shard(self) -> bool:
-        """Whether a shard path is part of it."""
+        """True if the template has a shard path."""
         return any(place.name == SHARD for place in self.fields)
 
     def render(self, subject: Subject) -> str:
-        """Fill in every field but the shard, which `with_shard` does; raises `EmptyField`."""
+        """Fill in every field except the shard (see `with_shard`); raises `EmptyField`."""
         texts = [part if isinstance(part, str) else subject.value(part) for part in self.parts]
         if "" in texts:
             raise EmptyField(next(place for place in self.fields if not subject.value(place)))
@@ -101,7 +101,7 @@ class Template:
 
 
 def parse_template(text: str, known: AbstractSet[str] = ALL_FIELDS) -> Template:
-    """Read a template once; raises ValueError, fit for an operator, for a brace or a field that is wrong."""
+    """Parse a template; raises ValueError, worded for an operator, for a stray brace or an unknown field."""
     parts: list[str | Field] = []
     for match in _PART.finditer(text):
         inside, literal, stray = match.groups()
@@ -112,12 +112,12 @@ def parse_template(text: str, known: AbstractSet[str] = ALL_FIELDS) -> Template:
 
 
 def is_label_key(text: str) -> bool:
-    """Whether a text can be the key of a label in Kubernetes."""
+    """Return whether Kubernetes accepts a text as the key of a label."""
     return _LABEL.fullmatch(text) is not None
 
 
 def with_shard(text: str, shard: str) -> str:
-    """Fill in the shard, the last field that is known."""
+    """Fill in the shard."""
     return text.replace(SHARD_PLACEHOLDER, shard)
 
 
@@ -134,10 +134,10 @@ def _field(text: str, known: AbstractSet[str]) -> Field:
 
 
 def parse_name(text: str, kind: Kind) -> Template:
-    """Read the template of a service name; raises ValueError, fit for an operator.
+    """Parse the template of a service name; raises ValueError, worded for an operator.
 
-    It begins with text of its own or with the cluster: a name made only of what the objects are called
-    would let whoever may create a Pod choose among all service names.
+    A name must begin with literal text or the cluster. Otherwise a user who may create Pods could choose any
+    service name.
     """
     template = parse_template(text, FIELDS[kind])
     if not template.parts or not (isinstance(first := template.parts[0], str) or first.name == "cluster"):
@@ -150,7 +150,7 @@ def parse_name(text: str, kind: Kind) -> Template:
 
 
 def parse_tag(text: str) -> Template:
-    """Read the template of a tag; raises ValueError, fit for an operator."""
+    """Parse the template of a tag; raises ValueError, worded for an operator."""
     template = parse_template(text)
     if not template.literal.isprintable() or len(template.literal.encode()) > LONGEST_TAG:
         raise ValueError(f"{text[:40]!r} is over {LONGEST_TAG} bytes or not printable")
@@ -158,15 +158,15 @@ def parse_tag(text: str) -> Template:
 
 
 def is_fit_for_name(text: str) -> bool:
-    """Whether a text may be part of a service name."""
+    """Return whether all characters of a text are allowed in a service name."""
     return _NAME.fullmatch(text) is not None
 
 
 def service_name(template: Template, subject: Subject, longest_shard: int) -> str:
-    """Return an object's service name, the shard still to be filled in (`sharded_name`).
+    """Return an object's service name, in which `sharded_name` has yet to fill in the shard.
 
-    `longest_shard` is how many bytes the longest shard path has. Raises `Rejected` for a name that is
-    empty in one of its fields, too long, or of characters that Consul's readers do not escape.
+    `longest_shard` is the length of the longest shard path in bytes. Raises `Rejected` if a field is empty or
+    the name is too long, reserved, or has characters that Consul's clients do not escape.
     """
     try:
         name = template.render(subject)
@@ -183,10 +183,10 @@ def service_name(template: Template, subject: Subject, longest_shard: int) -> st
 
 
 def service_tags(templates: Sequence[Template], subject: Subject, longest_shard: int) -> tuple[str, ...]:
-    """Return an object's tags, sorted, without repeats and without those that have nothing to say.
+    """Return an object's tags, sorted and without repeats.
 
-    A tag one of whose fields is empty (a namespace, for a Node) says nothing. Raises `Rejected` for one
-    that is too long or not printable.
+    A tag with an empty field is left out (a namespace, for a Node). Raises `Rejected` for a tag that is too
+    long or not printable.
     """
     if not templates:
         return ()
@@ -205,12 +205,12 @@ def service_tags(templates: Sequence[Template], subject: Subject, longest_shard:
 
 
 def sharded_name(name: str, shard: str) -> str:
-    """Return the name with its shard."""
+    """Return a service name with its shard filled in."""
     return with_shard(name, shard)
 
 
 def sharded_tags(tags: Sequence[str], shard: str) -> tuple[str, ...]:
-    """Return the tags with their shard, sorted and without repeats; without a shard those about it go."""
+    """Return the tags with their shard filled in; without a shard, tags that contain it are left out."""
     if not tags or not any(SHARD_PLACEHOLDER in tag for tag in tags):
         return tuple(tags)
     kept = (tag for tag in tags if shard or SHARD_PLACEHOLDER not in tag)

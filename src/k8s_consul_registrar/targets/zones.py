@@ -13,10 +13,10 @@ ZONE, NODE = "zone", "node"
 
 
 class Zones:
-    """Gives targets of Pods the zone of their Node, and knows whom a Node's new zone concerns.
+    """The zone of each Node, and the Pods with targets on it.
 
-    What was learned of a Node stays while it has Pods, though the Node be gone or its source be lost: a
-    zone that vanished and came back would be two changes of nothing. It belongs to one mirror.
+    A Node's zone is kept while Pods run on it, even after the Node is deleted or its source fails: dropping
+    it would rewrite every service twice.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Zones:
         self._gone: set[str] = set()
 
     def learn(self, node: Node) -> Sequence[ObjectKey]:
-        """Take in a Node as it is now; return the Pods that are in another zone than was known."""
+        """Record a Node's zone; return the Pods on it if the zone is new or has changed."""
         zone = zone_of(node)
         self._gone.discard(node.name)
         if self._zones.get(node.name) == zone:
@@ -34,14 +34,14 @@ class Zones:
         return tuple(self._pods.get(node.name, ()))
 
     def place(self, targets: tuple[Target, ...]) -> tuple[Target, ...]:
-        """Return the targets of one Pod in their Node's zone; as they are where that is not known."""
+        """Return the targets of one Pod with their Node's zone; unchanged if that is unknown."""
         if not targets or targets[0].key.kind is not Kind.POD:
             return targets
         zone = self._zones.get(node_of(targets[0]))
         return targets if zone is None else tuple(in_zone(target, zone) for target in targets)
 
     def moved(self, key: ObjectKey, before: Resolved, after: Resolved) -> None:
-        """Take in what became of an object: a Pod's targets, or a Node that is gone."""
+        """Record a change of an object: where a Pod's targets are, or that a Node was deleted."""
         if key.kind is Kind.NODE:
             if after == ():
                 self._forget(key.name)
@@ -56,7 +56,7 @@ class Zones:
             self._pods.setdefault(now, set()).add(key)
 
     def _forget(self, name: str) -> None:
-        """Keep what is known of a Node that is gone for its Pods alone."""
+        """Mark a Node as deleted; its zone is dropped with the last Pod on it."""
         if name in self._zones:
             self._gone.add(name)
             self._tidy(name)
@@ -71,7 +71,7 @@ class Zones:
 
 
 def zone_of(node: Node) -> str:
-    """Return the zone a Node is in, empty for none or for one that Consul would not take."""
+    """Return a Node's zone, empty if it has none or one that exceeds Consul's limits."""
     try:
         pairs = checked_meta({ZONE: node.labels.get(ZONE_LABEL, "")})
     except Rejected:
@@ -80,17 +80,17 @@ def zone_of(node: Node) -> str:
 
 
 def in_zone(target: Target, zone: str) -> Target:
-    """Return a Pod's target in the zone that its Node is known to be in, empty for none."""
+    """Return a Pod's target with the known zone of its Node, empty if the Node has none."""
     if target.is_zone_known and _value(target, ZONE) == zone:
         return target
     return replace(target, meta=_with_zone(target, zone), is_zone_known=True)
 
 
 def keep_zone(target: Target, held: Service) -> Target:
-    """Return a target with the zone that its service has, while its Node's is not known.
+    """Return a target with the zone of its service in Consul, as long as its Node's zone is unknown.
 
-    Nodes that are not seen, or not yet, are no reason to take a zone away. A service that was written for
-    another Node says nothing of this one's zone.
+    A Node that is not listed (yet) must not remove a zone. A service that was written for another Node does
+    not tell this Node's zone.
     """
     if target.is_zone_known:
         return target
@@ -100,7 +100,7 @@ def keep_zone(target: Target, held: Service) -> Target:
 
 
 def node_of(target: Target) -> str:
-    """Return the name of the Node that a Pod's target is on, empty where it says none."""
+    """Return the name of the Node that a Pod's target is on, empty if unknown."""
     return _value(target, NODE)
 
 
@@ -112,7 +112,7 @@ def _value(target: Target, key: str) -> str:
 
 
 def _with_zone(target: Target, zone: str) -> tuple[tuple[str, str], ...]:
-    # No key of ours sorts behind this one, and the room that is kept for what is added has one more pair.
+    # `zone` sorts after every other key, and MOST_META_PAIRS leaves room for it.
     meta = target.meta
     if meta and meta[-1][0] == ZONE:
         meta = meta[:-1]
