@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup check fix test soak bench-registrar bench-proxy demo lock real-servers clean
+.PHONY: help setup check fix test test-long soak bench-registrar bench-proxy demo lock real-servers clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,17 +30,21 @@ fix: $(STAMP) ## repair what can be repaired
 real-servers: ## fetch Consul and Prometheus into .cache (no system install)
 	scripts/fetch-real-servers
 
-test: $(STAMP) ## every test, those on real servers included
+test: $(STAMP) ## the tests for every change, those on real servers included (at most 6 minutes)
 	-scripts/fetch-real-servers
-	$(BIN)/python -m pytest -n 4 $(ARGS)
+	$(BIN)/python -m pytest -n 4 -m "not long" $(ARGS)
+
+test-long: $(STAMP) ## the tests that take longer: chaos, scale, whole stories on real servers (at most 18 minutes)
+	-scripts/fetch-real-servers
+	$(BIN)/python -m pytest -n 4 -m long $(ARGS)
 
 soak: $(STAMP) ## the long versions of the tests of faults, with their figures as bounds (about an hour)
 	-scripts/fetch-real-servers
 	SOAK=1 $(BIN)/python -m pytest -m soak $(ARGS)
 
-bench-registrar: $(STAMP) ## the registrar beside the original's algorithm; PODS=1000,10000 sets sizes
+bench-registrar: $(STAMP) ## the registrar beside another checkout: BASE=PATH PAIRS=5 ROWS=cold-catalog-10000,... WRITE=docs/benchmarks.md
 	@scripts/fetch-real-servers
-	@PYTHONPATH=tests $(BIN)/python benchmarks/registrar.py $(if $(PODS),--pods $(PODS)) $(ARGS)
+	@$(BIN)/python benchmarks/registrar.py $(if $(BASE),--base $(BASE)) $(if $(PAIRS),--pairs $(PAIRS)) $(if $(ROWS),--rows $(ROWS)) $(if $(WRITE),--write $(WRITE)) $(ARGS)
 
 demo: $(STAMP) ## the whole thing in a sandbox; KEEP=1 leaves it running
 	@$(BIN)/python -m k8s_consul_registrar demo $(if $(KEEP),--keep)

@@ -1,211 +1,189 @@
-"""Measures the registrar beside a literal reading of the original's algorithm, and prints a table.
+"""Measure the registrar from outside, beside another checkout in alternation, and print one Markdown table.
 
-`make bench-registrar PODS=1000,10000`. The API server is the sandbox's, over TLS in a process of its own;
-Consul is real. Everything is on loopback and gone afterwards.
+`make bench-registrar BASE=/path/to/other/checkout PAIRS=5 ROWS=cold-catalog-10000,steady-10000`. The API server is
+the sandbox's, in a process of its own, with lists in pages; Consul is real. Everything is on loopback.
 """
 
 import argparse
 import asyncio
-import contextlib
 import os
 import platform
 import signal
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections import defaultdict
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
-from registering import figures
-from registering.figures import ColdStart, Rest, Steady, load
-from registering.stage import sandbox_api
+import uvloop
+from registering.bench import Bench, Measured
+from registering.processes import BenchmarkError, consul_version, cpu_ticks, load
+from registering.scenarios import SCENARIOS
+from registering.stage import THIS, Checkout
+from registering.table import FIGURES, Runs, line_of, table, write_table
 
-from k8s_consul_registrar.sandbox.synthetic import synthetic_pods
-from real_servers import consul_binary, consul_version
-
-NODES = 200
-RATE = 50.0
-NOTHING = "-"
-NONE = "none"
-# Above these the original, and the agent, take too long to be worth waiting for.
-MOST_FOR_ORIGINAL = MOST_FOR_AGENT = 10_000
-PEAKS = {10_000: 90, 100_000: 280}
-PARTS = ("catalog", "original", "agent", "steady", "rest")
+ROWS = (
+    "cold-catalog-10000", "cold-catalog-100000", "cold-agent-10000", "steady-10000", "steady-100000",
+    "resync-10000", "removals-catalog-10000", "removals-agent-10000", "rejected-100000", "failed-20000",
+    "foreign-agent-50000", "foreign-catalog-50000", "rest-10000",
+)  # fmt: skip
+# Their budgets are values, not ratios, and each run takes minutes.
+FEW_PAIRS = frozenset(
+    {"rejected", "failed", "foreign-agent", "foreign-catalog", "removals-agent", "rest", "hour"}
+)
+MOST_OF_FEW = 2
+RUN_WITHIN = 1500.0  # seconds that one run may take
+BUSY = 0.25  # share of the machine that others use, above which a run is marked
 
 
 class Row(NamedTuple):
-    """One figure: what was asked for, what was reached, what the original needs, and what to know about it."""
+    """One scenario with a size."""
 
-    figure: str
-    asked: str
-    reached: str
-    original: str
-    is_met: bool | None
-    details: str
+    scenario: str
+    size: int
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pods", default="10000", help="sizes, separated by commas")
-    parser.add_argument("--runs", type=int, default=3, help="runs of a cold start")
+    parser.add_argument("--base", type=Path, help="another checkout, run in alternation with this one")
+    parser.add_argument("--pairs", type=int, default=5, help="runs of each checkout")
+    parser.add_argument("--rows", default=",".join(ROWS), help=f"scenario-size, of {', '.join(SCENARIOS)}")
     parser.add_argument("--seconds", type=float, default=25, help="how long Pods change")
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--hour", type=float, default=3600, help="seconds of the scenario `hour`")
     parser.add_argument(
-        "--wait", type=float, default=0, help="seconds to wait at most for an idle machine before each part"
+        "--limits", action="store_true", help="the bare limit and the original beside a base as well"
     )
+    parser.add_argument(
+        "--wait", type=float, default=30, help="longest wait for an idle machine before each run"
+    )
+    parser.add_argument("--write", type=Path, help="a document whose table takes the lines")
     arguments = parser.parse_args()
-    with contextlib.suppress(asyncio.CancelledError):
-        asyncio.run(measure_all(arguments))
+    rows = [_row(text) for text in arguments.rows.split(",") if text]
+    try:
+        uvloop.run(measure_all(arguments, rows))
+    except BenchmarkError as error:
+        sys.exit(str(error))
+    except asyncio.CancelledError:
+        sys.exit(1)
 
 
-async def measure_all(arguments: argparse.Namespace) -> None:
+def _row(text: str) -> Row:
+    scenario, _, size = text.strip().rpartition("-")
+    if scenario not in SCENARIOS or not size.isdecimal():
+        sys.exit(f"{text} is no row: write scenario-size, of {', '.join(SCENARIOS)}")
+    return Row(scenario, int(size))
+
+
+async def measure_all(arguments: argparse.Namespace, rows: list[Row]) -> None:
     measuring = asyncio.current_task()
     assert measuring is not None
-    # An end from outside leaves nothing behind either.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, measuring.cancel)
-    version = ".".join(map(str, consul_version(consul_binary())))
-    print(
-        f"{os.cpu_count()} cores, {memory_gb():.0f} GB, {cpu_name()}, Python {platform.python_version()}, "
-        f"Consul {version}, Linux {platform.release()}"
+    checkouts = [THIS] if arguments.base is None else [Checkout("base", arguments.base.resolve()), THIS]
+    commits = ", ".join(f"{checkout.name} {checkout.prepare()}" for checkout in checkouts)
+    about = (
+        f"{machine()}; {commits}; medians of {arguments.pairs} runs in alternation, fewer where it says so"
     )
-    for size in map(int, arguments.pods.split(",")):
-        print(f"\n## {size} pods, {NODES} nodes (load {load():.1f} before)\n")
+    say(about)
+    lines: dict[str, str] = {}
+    for row in rows:
         with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as folder:
-            await measure(size, Path(folder), arguments)
+            limits = arguments.limits or len(checkouts) == 1
+            bench = Bench(Path(folder), arguments.seconds, limits, arguments.hour)
+            pairs = min(arguments.pairs, MOST_OF_FEW) if row.scenario in FEW_PAIRS else arguments.pairs
+            try:
+                lines |= await measure_row(bench, checkouts, row, pairs, arguments.wait)
+            finally:
+                await bench.close()
+        if arguments.write:
+            write_table(arguments.write, about, lines)
+    print(f"{about}\n\n{table(lines)}")
 
 
-async def measure(size: int, folder: Path, arguments: argparse.Namespace) -> None:
-    parts = set(arguments.parts.split(","))
-    annotated = [pod["metadata"] for pod in synthetic_pods(size, NODES) if pod["metadata"].get("annotations")]
-    pods = [(one["namespace"], one["name"]) for one in annotated]
-    targets = len(pods) + NODES
-    print("| figure | asked | reached | original | met | details |\n|---|---|---|---|---|---|", flush=True)
-    async with sandbox_api(folder, pods=size, nodes=NODES) as api:
-        reference: float | None = None
-        memory = ""
-        if "original" in parts and size <= MOST_FOR_ORIGINAL:
-            await figures.until_idle(arguments.wait)
-            said = await figures.original(api, targets=targets)
-            reference, memory = said["wall"], f"{said['peak_mb']:.0f} MB"
-        if "catalog" in parts:
-            colds = []
-            for _ in range(arguments.runs):
-                await figures.until_idle(arguments.wait)
-                colds.append(await figures.cold_start_catalog(api, folder, targets=targets))
-            show(catalog_row(colds, reference))
-        if "agent" in parts and size <= MOST_FOR_AGENT:
-            colds = []
-            for _ in range(max(1, arguments.runs - 1)):
-                await figures.until_idle(arguments.wait)
-                colds.append(await figures.cold_start_agent(api, folder, targets=targets))
-            show(agent_row(colds, reference))
-        if "steady" in parts:
-            await figures.until_idle(arguments.wait)
-            steady = await figures.steady(
-                api, folder, pods, targets=targets, rate=RATE, seconds=arguments.seconds
+async def measure_row(
+    bench: Bench, checkouts: list[Checkout], row: Row, pairs: int, patience: float
+) -> dict[str, str]:
+    """Run one scenario on each checkout in turn and return its lines by title."""
+    values: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+    notes: dict[str, str] = {}
+    for pair in range(pairs):
+        measured: list[tuple[Checkout, Measured]] = []
+        for checkout in checkouts:
+            others = await _idle(patience)
+            say(
+                f"{row.scenario}-{row.size} pair {pair + 1} of {pairs}, {checkout.name}: load {load():.1f}, "
+                f"others use {others * 100:.0f} % of the machine{' (busy)' if others > BUSY else ''}"
             )
-            for row in steady_rows(steady, size, memory):
-                show(row)
-        if "rest" in parts:
-            show(rest_row(await figures.at_rest(api, folder, targets=targets)))
+            began = time.monotonic()
+            result = await run_once(bench, checkout, row)
+            if isinstance(result, str):
+                say(f"  failed: {result}")
+                notes[checkout.name] = f"a run failed: {result.splitlines()[0][:150]}"
+                continue
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in result.figures.items())
+            say(f"  {shown}; {'; '.join(result.notes)} ({time.monotonic() - began:.0f} s)")
+            busy = f"; others used {others * 100:.0f} % of the machine before" if others > BUSY else ""
+            notes[checkout.name] = "; ".join(result.notes) + busy
+            measured.append((checkout, result))
+        if len(measured) == len(checkouts):  # a run counts with its pair
+            for checkout, result in measured:
+                for key, value in result.figures.items():
+                    values[checkout.name, key].append(value)
+    text = " / ".join(f"{name}: {note}" for name, note in notes.items())
+    lines: dict[str, str] = {}
+    for figure in (figure for figure in FIGURES if figure.scenario == row.scenario):
+        runs = Runs(values["base", figure.key], values["this", figure.key])
+        counted = f"`{row.scenario}-{row.size}`, {len(runs.this)} of {pairs} runs"
+        said = f"{counted}; {text}" if not lines else f"{counted}, as above"
+        title, line = line_of(figure, row.size, runs, said.replace("|", "¦"))
+        lines[title] = line
+    return lines
 
 
-def show(row: Row) -> None:
-    met = {True: "yes", False: "no", None: NONE}[row.is_met]
-    print(
-        f"| {row.figure} | {row.asked} | {row.reached} | {row.original} | {met} | {row.details} |", flush=True
+async def run_once(bench: Bench, checkout: Checkout, row: Row) -> Measured | str:
+    """Run a scenario once; return its figures, or the problem with them."""
+    try:
+        try:
+            async with asyncio.timeout(RUN_WITHIN + (bench.hour if row.scenario == "hour" else 0)):
+                return await SCENARIOS[row.scenario](bench, checkout, row.size)
+        except* Exception as errors:  # a row that fails must not lose the others
+            raise BenchmarkError(_describe(errors)) from errors
+    except BenchmarkError as error:
+        return str(error)
+
+
+def _describe(errors: BaseException) -> str:
+    """Return the text of the first exception of nested groups."""
+    while isinstance(errors, BaseExceptionGroup):
+        errors = errors.exceptions[0]
+    if isinstance(errors, BenchmarkError):
+        return str(errors)
+    return f"{type(errors).__name__}: {errors}" if str(errors) else type(errors).__name__
+
+
+async def _idle(patience: float) -> float:
+    """Wait for a machine that is mostly idle, at most so long; return the share that others use."""
+    until = time.monotonic() + patience
+    while True:
+        before = cpu_ticks()
+        await asyncio.sleep(2)
+        after = cpu_ticks()
+        used = 1 - (after[0] - before[0]) / max(1, after[1] - before[1])
+        if used <= BUSY or time.monotonic() >= until:
+            return used
+
+
+def say(text: str) -> None:
+    """Tell how it goes, apart from the table."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def machine() -> str:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return (
+        f"{os.cpu_count()} cores of {cpu_name()}, {memory:.0f} GB, Linux {platform.release()}, "
+        f"Python {platform.python_version()}, Consul {consul_version()}"
     )
-
-
-def catalog_row(colds: list[ColdStart], original: float | None) -> Row:
-    limits = [cold.startup + 1.3 * max(cold.listing, cold.bare) for cold in colds]
-    alone = (
-        f"start-up {median(cold.startup for cold in colds):.2f} s, "
-        f"list alone {median(cold.listing for cold in colds):.2f} s, "
-        f"transactions alone {median(cold.bare for cold in colds):.2f} s"
-    )
-    return cold_row("cold start, catalog", colds, limits, original, alone)
-
-
-def agent_row(colds: list[ColdStart], original: float | None) -> Row:
-    limits = [1.2 * cold.bare for cold in colds]
-    alone = f"PUTs alone {median(cold.bare for cold in colds):.2f} s"
-    return cold_row("cold start, agent", colds, limits, original, alone)
-
-
-def cold_row(
-    figure: str, colds: list[ColdStart], limits: list[float], original: float | None, alone: str
-) -> Row:
-    """Judge by the median of the runs' own ratios: the load changes from one minute to the next."""
-    whole = median(cold.registrar for cold in colds)
-    pairs = [(cold.registrar, limit) for cold, limit in zip(colds, limits, strict=True)]
-    each = ", ".join(f"{took:.2f} of {limit:.2f}" for took, limit in pairs)
-    loads = "/".join(f"{cold.load:.1f}" for cold in colds)
-    ratio = median(took / limit for took, limit in pairs)
-    details = f"{alone}; runs {each}, median ratio {ratio:.2f}; load {loads}"
-    asked = f"{median(limits):.2f} s"
-    return Row(figure, asked, f"{whole:.2f} s", times(original, whole), ratio <= 1, details)
-
-
-def steady_rows(steady: Steady, size: int, original_memory: str) -> Iterator[Row]:
-    changes = steady.changes
-    p50, p99 = changes.percentile(50) * 1e3, changes.percentile(99) * 1e3
-    yield Row(
-        "change to health endpoint",
-        "p99 50 ms",
-        f"p50 {p50:.0f} ms, p99 {p99:.0f} ms",
-        "its period",
-        p99 < 50,
-        f"{len(changes.seen)} changes in {changes.seconds:.0f} s; after the API server's answer p50 "
-        f"{changes.percentile_behind(50) * 1e3:.0f} ms, p99 {changes.percentile_behind(99) * 1e3:.0f} ms; "
-        f"load {steady.load:.1f}",
-    )
-    most = PEAKS.get(size)
-    yield Row(
-        "peak memory",
-        f"{most} MB" if most else NONE,
-        f"{steady.peak_mb:.0f} MB",
-        original_memory or NONE,
-        steady.peak_mb <= most if most else None,
-        f"{steady.peak_start_mb:.0f} MB after the first full pass",
-    )
-    for what, stall in (("the start", steady.stall_start), ("changes", steady.stall)):
-        yield Row(
-            f"longest stall, {what}",
-            "100 ms",
-            f"{stall.longest * 1e3:.0f} ms",
-            NONE,
-            stall.longest <= 0.1,
-            f"/healthz every 20 ms from outside; a mere sleep came {stall.late * 1e3:.0f} ms late",
-        )
-    yield Row(
-        "CPU at 50 changes a second",
-        "10 %",
-        f"{steady.cpu * 100:.1f} %",
-        NONE,
-        steady.cpu < 0.1,
-        "of one core, user and system",
-    )
-
-
-def rest_row(rest: Rest) -> Row:
-    asked = ", ".join(f"{count} {what}" for what, count in rest.requests.items()) or "none"
-    return Row(
-        "API server requests at rest",
-        "no list",
-        asked,
-        "every Pod and Node, each period",
-        not any(what.startswith("LIST") for what in rest.requests),
-        f"{rest.full_passes} full passes in {rest.seconds:.0f} s; {rest.cpu * 100:.1f} % of a core",
-    )
-
-
-def times(original: float | None, ours: float) -> str:
-    return f"{original:.1f} s, {original / ours:.1f} times" if original else NONE
-
-
-def memory_gb() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
 def cpu_name() -> str:

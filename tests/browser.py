@@ -18,16 +18,16 @@ from typing import Any
 
 import aiohttp
 
-from real_process import Program, wait_until
+from real_process import Program
 from real_servers import CACHE, unavailable
+from support.waiting import PATIENCE, until
 
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-port=0",
 )  # fmt: skip
-START_WITHIN = 30.0  # seconds until the browser listens
-PATIENCE = 20.0  # seconds one command may take, and a wait
+START_WITHIN = 60.0  # seconds until the browser listens
 
 
 def _command() -> tuple[str, dict[str, str]]:
@@ -86,12 +86,8 @@ class Page:
 
     async def wait(self, expression: str) -> None:
         """Wait until an expression is true."""
-
-        async def is_true() -> bool:
-            return bool(await self.evaluate(expression))
-
         try:
-            await wait_until(is_true, PATIENCE)
+            await until(lambda: self.evaluate(expression))
         except TimeoutError:
             text = await self.evaluate("document.body.innerText")
             raise AssertionError(f"not so: {expression}; {self.problems}; {text[:2000]}") from None

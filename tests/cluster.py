@@ -23,6 +23,7 @@ from k8s_consul_registrar.sandbox.certificates import Authority, KubeletCertific
 from k8s_consul_registrar.sandbox.kubelet import Kubelet
 from k8s_consul_registrar.sandbox.sandbox import Sandbox
 from real_process import LOOPBACK
+from support.waiting import PATIENCE
 
 RBAC = Path(__file__).resolve().parent.parent / "deploy" / "rbac.yaml"
 MERGE_PATCH = "application/merge-patch+json"
@@ -78,7 +79,7 @@ class Cluster:
             f"https://{LOOPBACK}:{endpoint.port}",
             headers={"Authorization": f"Bearer {admin_token}"},
             connector=aiohttp.TCPConnector(ssl=context, limit=8),
-            timeout=aiohttp.ClientTimeout(total=20),
+            timeout=aiohttp.ClientTimeout(total=PATIENCE),
         )
 
     async def close(self) -> None:
@@ -226,7 +227,7 @@ class Cluster:
                 )
 
 
-def kubeconfig(address: str, authority: Authority, user: Mapping[str, str]) -> str:
+def kubeconfig(address: str, authority: Authority, user: Mapping[str, Any]) -> str:
     """Return a kubeconfig's text for an API server behind this `host:port`."""
     ca_data = base64.b64encode(authority.pem).decode()
     cluster = {"server": f"https://{address}", "certificate-authority-data": ca_data}

@@ -9,6 +9,8 @@ import pytest
 import structlog
 import uvloop
 
+from support.internal_errors import FORCED, none_counted
+
 ON_BOTH_LOOPS = ("test_proxy_", "test_accepting.py", "test_admin.py", "test_admin_sd.py")
 
 
@@ -39,3 +41,13 @@ def collector_as_it_was() -> Iterator[None]:
     yield
     gc.callbacks[:] = callbacks
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def no_internal_errors(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test whose registrar counted an internal error; `forces_internal_error` marks one that wants it."""
+    if request.node.get_closest_marker(FORCED) is not None:
+        yield
+        return
+    with none_counted():
+        yield

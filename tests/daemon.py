@@ -1,5 +1,6 @@
 """The daemon as its users run it: a process of its own, known by its log, its ports and its exit code."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -10,10 +11,14 @@ from typing import Any, Self
 import aiohttp
 import msgspec
 
-from real_process import Program, wait_until
+from real_process import Program
+from support.internal_errors import counted_on
+from support.waiting import PATIENCE, until
 
-PATIENCE = 15.0  # seconds until a test gives up on what it waits for
-STOP_WITHIN = 5.0  # seconds the daemon has from SIGTERM to its end
+STOP_WITHIN = (
+    20.0  # seconds from SIGTERM to its end; a quiet machine needs a tenth, Kubernetes kills after 30
+)
+LAST_WORD = 2.0  # seconds it has to tell its metrics before it is killed
 # What no operator may ever see of a daemon: it went wrong in a way nobody thought of.
 UNWANTED = (
     "Traceback",
@@ -42,6 +47,7 @@ class Daemon:
         secrets: Sequence[str] = (),
     ) -> None:
         self._secrets = tuple(secrets)
+        self._errors = 0.0
         self._program = Program(
             [sys.executable, "-m", "k8s_consul_registrar", *arguments],
             folder / f"daemon-{len(list(folder.glob('daemon-*')))}.log",
@@ -54,17 +60,19 @@ class Daemon:
                 **environment,
             },
         )
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5))
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE))
 
     async def __aenter__(self) -> Self:
         self._program.launch()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        errors = self._errors or (await self._internal_errors() if kind is None else 0)
         await self._session.close()
         await self._program.stop(signal.SIGKILL)
         if kind is None:
             self.assert_clean()
+            assert not errors, f"{errors:g} internal errors:\n{self.output}"
 
     @property
     def output(self) -> str:
@@ -95,22 +103,14 @@ class Daemon:
     async def until(
         self, is_true: Callable[[], bool | Awaitable[bool]], what: str = "", *, within: float = PATIENCE
     ) -> None:
-        """Wait until a function (plain or async) returns true; fail with the output of the daemon."""
-
-        async def ask() -> bool:
-            answer = is_true()
-            return answer if isinstance(answer, bool) else await answer
-
-        try:
-            await wait_until(ask, within, every=0.02)
-        except TimeoutError:
-            raise AssertionError(f"not within {within:g} s: {what or is_true}\n{self.output}") from None
+        """Wait until a condition holds; fail with the output of the daemon."""
+        await until(is_true, what, within=within, context=lambda: self.output)
 
     async def passes(self, count: int = 1) -> dict[str, Any]:
         """Wait for so many more passes over Consul, and return the last one's line."""
-        wanted = len(self.said("pass")) + count
-        await self.until(lambda: len(self.said("pass")) >= wanted, f"{count} more passes")
-        return self.said("pass")[-1]
+        wanted = len(self.said("resync")) + count
+        await self.until(lambda: len(self.said("resync")) >= wanted, f"{count} more passes")
+        return self.said("resync")[-1]
 
     async def port(self, field: str) -> int:
         """Return the port its first line names under a field, once it was written."""
@@ -146,6 +146,17 @@ class Daemon:
         (line,) = [each for each in status.splitlines() if each.startswith("VmRSS:")]
         return int(line.split()[1]) / 1024
 
+    async def _internal_errors(self) -> float:
+        """Return how many internal errors it counts; 0 where it does not say, since it ended or is stopped."""
+        ports = [line["admin_port"] for line in self.lines if "admin_port" in line]
+        if not ports or not self._program.is_running:
+            return 0
+        limit = aiohttp.ClientTimeout(total=LAST_WORD)
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with self._session.get(f"http://127.0.0.1:{ports[0]}/metrics", timeout=limit) as response:
+                return counted_on(await response.text())
+        return 0
+
     def send(self, number: int) -> None:
         """Send it a signal."""
         self._program.send(number)
@@ -159,5 +170,6 @@ class Daemon:
 
     async def terminate(self) -> int:
         """Send SIGTERM and return the exit code; fail when it takes longer than it may."""
+        self._errors = await self._internal_errors()
         self.send(signal.SIGTERM)
         return await self.ended(STOP_WITHIN)

@@ -17,9 +17,10 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from k8s_consul_registrar.sandbox.certificates import Authority
-from real_process import LOOPBACK, Program, StartFailedError, free_ports
+from real_process import LOOPBACK, Program, StartFailedError
+from support.ports import reserve_ports
 
-START_WITHIN = 60.0  # seconds for both servers together
+START_WITHIN = 120.0  # seconds for both servers together
 USERS = 200  # a token file is read once, so every user a test may want is in it from the start
 
 
@@ -33,7 +34,7 @@ class RealApiServer:
         self.authority = Authority()
         self.admin_token = "admin-token-of-this-test-run"
         self.spare_users = {f"user-{number}": f"token-of-user-{number}-in-tests" for number in range(USERS)}
-        etcd, peer, self.port = free_ports(3)
+        etcd, peer, self.port = reserve_ports(3)
         self._folder = tempfile.TemporaryDirectory(prefix="envtest-", ignore_cleanup_errors=True)
         home = Path(self._folder.name)
         etcd_url = f"http://{LOOPBACK}:{etcd}"

@@ -16,6 +16,7 @@ QUICK = Timing(
     read_timeout=1,
     gather=0.0,
     tick=0.2,
+    write_interval=0.0,
     probe=0.02,
 )
 
@@ -40,9 +41,9 @@ async def serving(answer: Answer) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def client_of(
-    url: str, *, token: str = "", namespace: str = "", partition: str = ""
+    url: str, *, token: str = "", namespace: str = "", partition: str = "", timing: Timing = QUICK
 ) -> AsyncIterator[ConsulClient]:
     """Open a client for a Consul at a base URL."""
     access = ConsulAccess(ConsulAddress(url), token=token, namespace=namespace, partition=partition)
-    async with ConsulClient(access, QUICK) as client:
+    async with ConsulClient(access, timing) as client:
         yield client

@@ -6,7 +6,7 @@ import ssl
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 from urllib.parse import unquote
 
 import aiohttp
@@ -17,7 +17,6 @@ from yarl import URL
 from real_process import LOOPBACK
 
 _PER_CONNECTION = frozenset({"connection", "host", "keep-alive", "transfer-encoding"})
-_END_OF_LIST = b'"k8s.io/initial-events-end"'
 
 
 class Refuse(NamedTuple):
@@ -35,7 +34,7 @@ class CutAfter(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Emptied:
-    """Answer a list, streamed or not, with all of its items left out."""
+    """Answer a list with all of its items left out."""
 
 
 Fault = Refuse | CutAfter | Emptied
@@ -114,7 +113,7 @@ class HttpDoor:
         body = await request.read()
         self.saw(request, body)
         fault = self.fault(request)
-        if isinstance(fault, Emptied) and "watch" in request.query and not _is_streamed_list(request):
+        if isinstance(fault, Emptied) and "watch" in request.query:
             fault = None
         if isinstance(fault, Refuse):
             return _refusal(fault)
@@ -134,8 +133,7 @@ class HttpDoor:
     async def _relay(
         self, request: web.Request, answer: aiohttp.ClientResponse, fault: Fault | None
     ) -> web.StreamResponse:
-        is_list = not _is_streamed_list(request)
-        if isinstance(fault, Emptied) and answer.status == 200 and is_list:
+        if isinstance(fault, Emptied) and answer.status == 200:
             return web.json_response({**msgspec.json.decode(await answer.read()), "items": []})
         response = web.StreamResponse(status=answer.status, reason=answer.reason)
         for key, value in answer.headers.items():
@@ -143,29 +141,12 @@ class HttpDoor:
                 response.headers[key] = value
         await response.prepare(request)
         left = fault.most if isinstance(fault, CutAfter) else None
-        pieces = _after_the_list(answer) if isinstance(fault, Emptied) else answer.content.iter_any()
-        async for piece in pieces:
+        async for piece in answer.content.iter_any():
             await response.write(piece[:left])
             if left is not None and (left := left - len(piece)) <= 0:
                 raise ConnectionResetError
         await response.write_eof()
         return response
-
-
-async def _after_the_list(answer: aiohttp.ClientResponse) -> Any:
-    """Yield the lines of a watch without the initial events before the bookmark that ends them."""
-    has_ended = False
-    buffered = b""
-    async for piece in answer.content.iter_any():
-        *lines, buffered = (buffered + piece).split(b"\n")
-        for line in lines:
-            has_ended = has_ended or _END_OF_LIST in line
-            if has_ended:
-                yield line + b"\n"
-
-
-def _is_streamed_list(request: web.Request) -> bool:
-    return "sendInitialEvents" in request.query
 
 
 def _abort(request: web.Request) -> None:

@@ -22,7 +22,7 @@ CLUSTER_NAME = "lab"
 MANAGED_BY = "k8s-consul-registrar"
 QUICK = {
     "CLUSTER_NAME": CLUSTER_NAME,
-    "SYNC_PERIOD": "0.3",
+    "SYNC_PERIOD": "1",
     "BRAKE_CONFIRM": "0.5",
     "BRAKE_CONFIRM_START": "1",
 }

@@ -1,16 +1,16 @@
-"""A cluster and a Consul in memory, for tests of the reconciler's own decisions."""
+"""A cluster and a Consul in memory, for tests of the registrar's own decisions."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
 from msgspec.structs import replace
 
-from k8s_consul_registrar.errors import ConsulUnreachable
-from k8s_consul_registrar.kube.mirror import Mirror
+from k8s_consul_registrar.errors import ClusterUnreachable, ConsulUnreachable
+from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.model import (
-    Disturbance,
+    Drift,
     Kind,
+    Node,
     ObjectKey,
     Pod,
     Service,
@@ -18,55 +18,80 @@ from k8s_consul_registrar.model import (
     WriteFailure,
     Written,
 )
+from k8s_consul_registrar.registrar.desired import DesiredState
+from k8s_consul_registrar.registrar.observed import ObservedState
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
-from k8s_consul_registrar.targets.wanted import Wanted
 
 PODS = Source(Kind.POD)
+NODES = Source(Kind.NODE)
 
 
 class MemoryCluster:
-    """A cluster of Pods that a test lists at will, or changes by events on its `mirror`."""
+    """A cluster that a test lists at will, or changes by events on its `store`.
 
-    def __init__(self) -> None:
-        self.mirror = Mirror((PODS,), lambda item: resolve(item, TargetRules()))
-        self.relists: list[Source] = []
-        self.now = 0.0
+    `objects` is what the API server would answer to a read by name; `put_list` sets it. `relists` are the
+    lists that were asked for, and when.
+    """
 
-    def put_list(self, pods: Iterable[Pod]) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source] = (PODS,),
+        *,
+        observed: ObservedState | None = None,
+        clock: Callable[[], float] = lambda: 0.0,
+        rules: TargetRules | None = None,
+    ) -> None:
+        target = rules or TargetRules()
+        self.observed = observed or ObservedState()
+        self.desired = DesiredState(sources, lambda item: resolve(item, target), self.observed, clock=clock)
+        self.store = self.desired.store
+        self.clock = clock
+        self.objects: dict[ObjectKey, Item] = {}
+        self.relists: list[tuple[Source, float]] = []
+        self.reads: list[ObjectKey] = []
+        self.is_down = False
+
+    def put_list(self, items: Iterable[Pod | Node], source: Source = PODS) -> None:
         """Complete a list."""
-        self.mirror.start_listing(PODS)
-        for pod in pods:
-            self.mirror.put(PODS, pod)
-        self.now += 1
-        self.mirror.finish_listing(PODS, self.now)
+        items = list(items)
+        self.start_list(items, source)
+        self.store.finish_listing(source, self.clock())
 
-    def wanted(self) -> Wanted:
-        """Return everything known."""
-        return self.mirror.wanted()
+    def start_list(self, items: Iterable[Pod | Node], source: Source = PODS) -> None:
+        """Begin a list that shows these objects so far."""
+        items = list(items)
+        gone = [key for key in self.objects if self.store.source_of(key) == source]
+        for key in gone:
+            del self.objects[key]
+        self.objects.update((item.key, item) for item in items)
+        self.store.start_listing(source, self.clock())
+        for item in items:
+            self.store.put(source, item)
 
-    def known(self) -> Wanted:
-        """Return everything known, unseen."""
-        return self.mirror.known()
+    def put(self, item: Pod | Node) -> None:
+        """Add or modify an object by an event."""
+        self.objects[item.key] = item
+        source = self.store.source_of(item.key)
+        assert source is not None
+        self.store.put(source, item, is_added=False)
 
-    def changes(self, also: AbstractSet[str] = frozenset()) -> Wanted:
-        """Return what changed."""
-        return self.mirror.changes(also)
+    def remove(self, item: Pod | Node) -> None:
+        """Delete an object by an event."""
+        self.objects.pop(item.key, None)
+        source = self.store.source_of(item.key)
+        assert source is not None
+        self.store.remove(source, item)
 
-    def needs_full_pass(self) -> bool:
-        """Whether a list was completed."""
-        return self.mirror.needs_full_pass()
-
-    async def changed(self) -> None:
-        """Wait for a change."""
-        await self.mirror.changed()
-
-    def settled(self, departed: AbstractSet[ObjectKey]) -> None:
-        """Forget departures."""
-        self.mirror.settled(departed)
+    async def read_object(self, key: ObjectKey) -> Item | None:
+        """Return an object as the API server has it."""
+        self.reads.append(key)
+        if self.is_down:
+            raise ClusterUnreachable("the API server is down")
+        return self.objects.get(key)
 
     def relist(self, source: Source, at: float) -> None:
         """Note that a list was asked for."""
-        self.relists.append(source)
+        self.relists.append((source, at))
 
 
 class MemoryRegistry:
@@ -77,6 +102,8 @@ class MemoryRegistry:
 
     def __init__(self, *, checks_versions: bool) -> None:
         self.checks_versions = checks_versions
+        self.batch_size = 64 if checks_versions else 1
+        self.concurrency = 8 if checks_versions else 32
         self.held: dict[str, Service] = {}
         self.index = 0
         self.writes: list[tuple[str, str]] = []
@@ -85,7 +112,7 @@ class MemoryRegistry:
         self.reads = 0
         self.is_down = False
         self.failing_writes = 0
-        self.foreign = Disturbance.NONE
+        self.foreign = Drift.NONE
         self.lost: dict[str, str] = {}
         # While it is clear a full read stops, after `read_first` services; they are all of that moment, which is
         # the beginning unless the read stops before the first.
@@ -93,41 +120,50 @@ class MemoryRegistry:
         self.may_read_on.set()
         self.read_first = 0
         self.register_calls = 0
+        self.deregister_calls = 0
+        self.taken_names: set[str] = set()
+        self.names_checked: list[str] = []
+        # Called before each write, as other writers get their turn.
+        self.before_write: Callable[[], None] = lambda: None
+        # Whether the latest read and the latest write failed, and whether anything ever succeeded.
+        self.is_read_failing = self.is_write_failing = False
+        self.has_answered = False
+        # Seconds that each call of a write takes.
+        self.write_seconds = 0.0
         # Whether others get their turn after each write.
         self.gives_way = False
 
     async def services(self) -> AsyncIterator[Service]:
         """Yield what is held."""
         self.reads += 1
-        self._check()
+        self._check_read()
         if not self.read_first:
             await self.may_read_on.wait()
-            self._check()
+            self._check_read()
         for number, service in enumerate(list(self.held.values())):
             if number == self.read_first:
                 await self.may_read_on.wait()
-                self._check()
+                self._check_read()
             yield service
 
     async def lookup(self, ids: Sequence[str]) -> AsyncIterator[Service]:
         """Yield what is held of these."""
         self.lookups += ids
-        self._check()
+        self._check_read()
         for service_id in ids:
-            if service_id in self.held:
-                yield self.held[service_id]
+            if (service := self._find(service_id)) is not None:
+                yield service
 
-    async def register(self, services: Iterable[Service]) -> Written:
+    async def register(self, services: Sequence[Service]) -> Written:
         """Take services in one by one, except the refused ones and those of another version."""
         self.register_calls += 1
+        self.before_write()
+        await asyncio.sleep(self.write_seconds)
         failures: list[WriteFailure] = []
         stale: list[str] = []
         indexes = {}
         for one in services:
-            self._check()
-            if self.failing_writes:
-                self.failing_writes -= 1
-                raise ConsulUnreachable("Consul went down in the middle")
+            self._check_write()
             if one.id in self.refused:
                 failures.append(WriteFailure(one.id, "no"))
             elif self._is_stale(one):
@@ -141,7 +177,10 @@ class MemoryRegistry:
 
     async def deregister(self, services: Sequence[Service]) -> Written:
         """Take services out, except the refused ones and those of another version."""
-        self._check()
+        self.deregister_calls += 1
+        self.before_write()
+        await asyncio.sleep(self.write_seconds)
+        self._check_write()
         failures = tuple(WriteFailure(one.id, "no") for one in services if one.id in self.refused)
         left = [one for one in services if one.id not in self.refused]
         stale = tuple(one.id for one in left if self._is_stale(one))
@@ -151,24 +190,31 @@ class MemoryRegistry:
                 self.held.pop(one.id, None)
         return Written(len(left) - len(stale), failures, stale=stale)
 
-    async def disturbance(self) -> Disturbance:
+    async def drift(self) -> Drift:
         """Return what a test did here."""
-        found, self.foreign = self.foreign, Disturbance.NONE
+        self._check_read()
+        found, self.foreign = self.foreign, Drift.NONE
         return found
 
     async def lost_shards(self) -> Mapping[str, str]:
         """Return the shards a test left on record."""
         return self.lost
 
+    async def is_name_taken(self, name: str) -> bool:
+        """Return whether a test says that something else in the catalog has this name."""
+        self.names_checked.append(name)
+        self._check_read()
+        return name in self.taken_names
+
     def put_by_hand(self, service: Service, *, is_noticed: bool = True) -> None:
         """Write as somebody else."""
         self._put(service)
-        self.foreign = Disturbance.CHANGED if is_noticed else Disturbance.NONE
+        self.foreign = Drift.CHANGED if is_noticed else Drift.NONE
 
     def remove_by_hand(self, service_id: str) -> None:
         """Remove as somebody else."""
         del self.held[service_id]
-        self.foreign = Disturbance.CHANGED
+        self.foreign = Drift.CHANGED
 
     def _put(self, service: Service) -> int:
         self.index += 1
@@ -176,12 +222,32 @@ class MemoryRegistry:
         self.held[service.id] = replace(service, index=index)
         return index
 
-    def _check(self) -> None:
+    def _check_read(self) -> None:
+        self.is_read_failing = self.is_down
         if self.is_down:
             raise ConsulUnreachable("Consul is down")
+        self.has_answered = True
+
+    def _check_write(self) -> None:
+        self.is_write_failing = True
+        if self.is_down:
+            raise ConsulUnreachable("Consul is down")
+        if self.failing_writes:
+            self.failing_writes -= 1
+            raise ConsulUnreachable("Consul went down in the middle")
+        self.is_write_failing = False
+        self.has_answered = True
+
+    def _find(self, service_id: str) -> Service | None:
+        """Return what is held under an ID; like the catalog, with versions, without regard to case."""
+        held = self.held.get(service_id)
+        if held is None and self.checks_versions and service_id != service_id.lower():
+            alike = (one for one in self.held.values() if one.id.lower() == service_id.lower())
+            return next(alike, None)
+        return held
 
     def _is_stale(self, service: Service) -> bool:
         if not self.checks_versions:
             return False
-        held = self.held.get(service.id)
+        held = self._find(service.id)
         return service.index != (0 if held is None else held.index)

@@ -16,13 +16,13 @@ from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.lease import LeaseClient
 from k8s_consul_registrar.registrar.elector import Elector, clock
 from real_process import LOOPBACK
+from support.waiting import PATIENCE, until
 from tcp_proxy import TcpProxy
 
 NAME = "k8s-consul-registrar"
 RULES: Rules = [
     {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "create", "update"]}
 ]
-SLACK = 1.0  # seconds a loaded machine may add to a bound
 RETRY = TIMING.stretched(1)
 
 
@@ -97,26 +97,20 @@ class Replica:
         with contextlib.suppress(asyncio.CancelledError):
             await self.task
 
-    async def leads(self, within: float = 10.0) -> float:
+    async def leads(self, within: float = PATIENCE) -> float:
         """Wait until it leads, and return how long that took."""
         began = time.monotonic()
-        async with asyncio.timeout(within):
-            while not self.elector.is_leader:
-                await asyncio.sleep(0.002)
+        await until(lambda: self.elector.is_leader, within=within, every=0.005)
         return time.monotonic() - began
 
     async def sees(self, holder: str) -> None:
         """Wait until it has read who holds the lease."""
-        async with asyncio.timeout(10):
-            while self.elector.holder != holder:
-                await asyncio.sleep(0.002)
+        await until(lambda: self.elector.holder == holder)
 
-    async def yields(self, within: float = 10.0) -> float:
+    async def yields(self, within: float = PATIENCE) -> float:
         """Wait until it leads no longer, and return how long that took."""
         began = time.monotonic()
-        async with asyncio.timeout(within):
-            while self.elector.is_leader:
-                await asyncio.sleep(0.002)
+        await until(lambda: not self.elector.is_leader, within=within, every=0.005)
         return time.monotonic() - began
 
 

@@ -23,7 +23,8 @@ from k8s_consul_registrar.proxy.route import allowed_paths
 from k8s_consul_registrar.proxy.server import ProxyServer
 from k8s_consul_registrar.proxy.sockets import listen
 from k8s_consul_registrar.proxy.tls import kubelet_context
-from k8s_consul_registrar.server_tls import ServerTls
+from k8s_consul_registrar.tls import ServerTls
+from support.waiting import PATIENCE, until
 
 TOKEN = "the-proxys-own-token"
 METRICS = (
@@ -166,21 +167,49 @@ class Proxy:
         reader, writer = await asyncio.open_connection(sock=sock)
         self.writers.append(writer)
         transport_of(writer).pause_reading()
-        await eventually(lambda: any(caller._fd >= 0 for caller in self.server._callers))
+        await until(lambda: any(caller._fd >= 0 for caller in self.server._callers))
         (downstream,) = self.server._callers
         if tiny_buffers:
             downstream._socket().setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
         return (reader, writer), downstream
 
-    async def exchange(self, request: bytes, *, limit: float = 5.0) -> bytes:
+    async def exchange(self, request: bytes) -> bytes:
         """Send raw bytes on a connection of their own and return all that comes until it ends."""
         reader, writer = await self.connect()
         try:
             writer.write(request)
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(PATIENCE):
                 return await reader.read(-1)
         finally:
             writer.transport.abort()
+
+    async def attack(self, raw: bytes, *, piece: int = 0) -> bytes:
+        """Send raw bytes, `piece` at a time, and return all that comes before the end, a reset included.
+
+        The server need not read all of an attack: what it answered counts although the rest finds no reader.
+        """
+        loop, got = asyncio.get_running_loop(), bytearray()
+
+        async def send() -> None:
+            size = piece or len(raw) or 1
+            with contextlib.suppress(OSError):
+                for start in range(0, len(raw), size):
+                    await loop.sock_sendall(sock, raw[start : start + size])
+                    await asyncio.sleep(0)
+
+        with socket.socket() as sock:
+            sock.setblocking(False)
+            await loop.sock_connect(sock, ("127.0.0.1", self.port))
+            sending = asyncio.create_task(send())
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    with contextlib.suppress(ConnectionError):
+                        while data := await loop.sock_recv(sock, 65536):
+                            got += data
+            finally:
+                sending.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
+        return bytes(got)
 
     async def get(self, target: str, *headers: str) -> "Answer":
         """Send one GET and read the answer, the connection closed after it."""
@@ -284,13 +313,6 @@ def cadvisor(kubelet: Kubelet) -> str:
     """Return the path by which a kubelet is registered."""
     host = f"[{kubelet.host}]" if ":" in kubelet.host else kubelet.host
     return f"/api/v1/nodes/{host}:{kubelet.port}/metrics/cadvisor"
-
-
-async def eventually(condition: Callable[[], bool], *, within: float = 3.0) -> None:
-    """Wait until a condition holds; fails when it does not in time."""
-    async with asyncio.timeout(within):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def reset_on_close(writer: asyncio.StreamWriter) -> None:

@@ -1,6 +1,5 @@
 """Programs that tests start for real: loopback ports, waiting until they are ready, and no leftovers."""
 
-import asyncio
 import atexit
 import contextlib
 import os
@@ -10,6 +9,8 @@ import socket
 import subprocess
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+
+from support.waiting import until
 
 LOOPBACK = "127.0.0.1"
 STOP_WITHIN = 10.0  # seconds a program gets to end after a signal before it is killed
@@ -23,7 +24,7 @@ class StartFailedError(Exception):
 
 
 class PortTakenError(StartFailedError):
-    """Someone took a port between our asking the system for it and the program's binding it."""
+    """Something outside the tests took the program's port before the program could bind it."""
 
 
 @atexit.register
@@ -32,22 +33,6 @@ def _kill_groups() -> None:
     for group in tuple(_groups):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
-
-
-def free_ports(count: int) -> list[int]:
-    """Return distinct loopback ports that were free for TCP and UDP a moment ago."""
-    ports: list[int] = []
-    with contextlib.ExitStack() as held:
-        while len(ports) < count:
-            tcp = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-            udp = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-            tcp.bind((LOOPBACK, 0))
-            try:
-                udp.bind((LOOPBACK, tcp.getsockname()[1]))
-            except OSError:
-                continue
-            ports.append(tcp.getsockname()[1])
-    return ports
 
 
 def has_ipv6() -> bool:
@@ -59,11 +44,12 @@ def has_ipv6() -> bool:
         return False
 
 
-async def wait_until(is_true: Callable[[], Awaitable[bool]], within: float, *, every: float = 0.05) -> None:
-    """Ask again and again until the answer is true; raise TimeoutError after `within` seconds."""
-    async with asyncio.timeout(within):
-        while not await is_true():
-            await asyncio.sleep(every)
+def is_running(pid: int) -> bool:
+    """Return whether a process runs; one that ended and was not reaped yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 class Program:
@@ -122,7 +108,7 @@ class Program:
         async def has_ended() -> bool:
             return process.poll() is not None
 
-        await wait_until(has_ended, within, every=0.01)
+        await until(has_ended, within=within)
         return int(process.returncode)
 
     async def stop(self, number: int = signal.SIGTERM) -> None:
@@ -137,7 +123,7 @@ class Program:
 
         try:
             with contextlib.suppress(TimeoutError):
-                await wait_until(has_ended, STOP_WITHIN, every=0.02)
+                await until(has_ended, within=STOP_WITHIN)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -155,13 +141,17 @@ class Program:
             return await is_ready() or not self.is_running
 
         try:
-            await wait_until(is_ready_or_ended, within)
+            await until(is_ready_or_ended, within=within)
         except TimeoutError:
             raise StartFailedError(f"{self.argv[0]} was not ready in {within} s: {self.tail()}") from None
         if not self.is_running:
-            failure = PortTakenError if "address already in use" in self.tail() else StartFailedError
+            failure = PortTakenError if "address already in use" in self.output() else StartFailedError
             raise failure(f"{self.argv[0]} ended: {self.tail()}")
+
+    def output(self) -> str:
+        """Return the whole log."""
+        return self.log.read_text(errors="replace") if self.log.is_file() else ""
 
     def tail(self) -> str:
         """Return the end of the log."""
-        return self.log.read_text(errors="replace")[-TAIL:] if self.log.is_file() else ""
+        return self.output()[-TAIL:]

@@ -22,12 +22,20 @@ from urllib.parse import urlencode
 import aiohttp
 import pytest
 
-from real_process import LOOPBACK, PortTakenError, Program, free_ports, wait_until
+from real_process import LOOPBACK, PortTakenError, Program
+from support.ports import reserve_ports
+from support.waiting import PATIENCE, until
 
-REAL = [pytest.mark.real, pytest.mark.xdist_group("real")]
+
+def real(group: str) -> list[pytest.MarkDecorator]:
+    """Return the marks of tests on real programs; those of one group never run at once."""
+    return [pytest.mark.real, pytest.mark.xdist_group(group)]
+
+
+REAL = real("real")
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "real"
 ROOT_TOKEN = "3f1c6d0e-8f5b-4a52-9d3c-0b7a52a1c9e4"  # the management token of a test's own Consul
-START_WITHIN = 30.0  # seconds until a server must be ready
+START_WITHIN = 60.0  # seconds until a server must be ready
 PORT_ATTEMPTS = 5
 
 Mechanism = Literal["consul_sd", "http_sd"]
@@ -99,7 +107,7 @@ def prometheus_tools(mechanism: Mechanism) -> PrometheusTools:
 async def _answer(method: str, url: str, *, token: str = "", body: Any = None) -> tuple[int, Any]:
     """Return the status and the JSON (or text) of one request; status 0 when there was no answer."""
     headers = {"X-Consul-Token": token} if token else {}
-    timeout = aiohttp.ClientTimeout(total=10)
+    timeout = aiohttp.ClientTimeout(total=PATIENCE)
     async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
         try:
             async with session.request(method, url, json=body) as response:
@@ -131,7 +139,7 @@ class RealConsul:
     def __init__(
         self, binary: Path, folder: Path, flags: Sequence[str], *, join: str, acl: bool, node: str
     ) -> None:
-        http, serf, rpc = free_ports(3)
+        http, serf, rpc = reserve_ports(3)
         self.version = consul_version(binary)
         self.address = f"{LOOPBACK}:{http}"
         self.url = f"http://{self.address}"
@@ -234,7 +242,7 @@ class RealPrometheus:
     """One Prometheus server on loopback; `url` is its base address."""
 
     def __init__(self, tools: PrometheusTools, folder: Path, config: str, flags: Sequence[str]) -> None:
-        self.address = f"{LOOPBACK}:{free_ports(1)[0]}"
+        self.address = f"{LOOPBACK}:{reserve_ports(1)[0]}"
         self.url = f"http://{self.address}"
         self.config = folder / "prometheus.yml"
         self.config.write_text(config)
@@ -266,7 +274,7 @@ class RealPrometheus:
         found: list[dict[str, Any]] = answer["data"]["result"] if answer else []
         return found
 
-    async def wait_for(self, expression: str, count: int, within: float = 30.0) -> list[dict[str, Any]]:
+    async def wait_for(self, expression: str, count: int) -> list[dict[str, Any]]:
         """Wait until an instant query gives exactly `count` samples; raise TimeoutError with the last answer."""
         found: list[dict[str, Any]] = []
 
@@ -275,10 +283,12 @@ class RealPrometheus:
             found = await self.query(expression)
             return len(found) == count
 
-        try:
-            await wait_until(has_count, within, every=0.2)
-        except TimeoutError:
-            raise TimeoutError(f"{expression}: wanted {count}, got {found}; {self.program.tail()}") from None
+        await until(
+            has_count,
+            f"{count} samples of {expression}",
+            every=0.2,
+            context=lambda: f"{found}; {self.program.tail()}",
+        )
         return found
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import aiohttp
 
-from real_process import LOOPBACK, PortTakenError, Program, free_ports
+from real_process import LOOPBACK, PortTakenError, Program
 from real_servers import CACHE, PORT_ATTEMPTS, START_WITHIN, unavailable
+from support.ports import reserve_ports
 
 NAMES = ("victoria-metrics", "victoria-metrics-prod")
 CACHED = CACHE / "victoria-metrics-1.79/usr/bin/victoria-metrics"
@@ -35,7 +36,7 @@ class RealVictoria:
     """One VictoriaMetrics on loopback; `url` is its base address."""
 
     def __init__(self, binary: Path, folder: Path, config: str) -> None:
-        address = f"{LOOPBACK}:{free_ports(1)[0]}"
+        address = f"{LOOPBACK}:{reserve_ports(1)[0]}"
         self.url = f"http://{address}"
         (folder / "scrape.yml").write_text(config)
         flags = {

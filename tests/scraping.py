@@ -10,9 +10,10 @@ from daemon import Daemon
 from k8s_consul_registrar.sandbox.kubelet import recorded_metrics
 from lab import SandboxLab
 from real_process import LOOPBACK
+from support.waiting import PATIENCE
 from tcp_proxy import TcpProxy
 
-LIMIT = aiohttp.ClientTimeout(total=20)
+LIMIT = aiohttp.ClientTimeout(total=PATIENCE)
 
 
 class Scraped(NamedTuple):

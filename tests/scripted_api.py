@@ -6,14 +6,14 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from aiohttp import web
 
 SCRAPED = {"prometheus.io/scrape": "true", "prometheus.io/port": "9102"}
 
 
-def pod_object(name: str, version: int = 1, **changes: Any) -> dict[str, Any]:
+def pod_object(name: str, version: int | str = 1, **changes: Any) -> dict[str, Any]:
     """Return a running Pod of namespace shop that is scraped unless changed."""
     fields = {
         "uid": f"uid-{name}",
@@ -35,12 +35,11 @@ def pod_object(name: str, version: int = 1, **changes: Any) -> dict[str, Any]:
     }
 
 
-def bookmark_object(version: int, *, ends_initial_events: bool = False) -> dict[str, Any]:
+def bookmark_object(version: int | str) -> dict[str, Any]:
     """Return a bookmark's object, as the real server sends it."""
-    annotations = {"annotations": {"k8s.io/initial-events-end": "true"}} if ends_initial_events else {}
     return {
         "kind": "Pod",
-        "metadata": {"resourceVersion": str(version), **annotations},
+        "metadata": {"resourceVersion": str(version)},
         "spec": {"containers": None},
         "status": {},
     }
@@ -65,6 +64,12 @@ class Answer(NamedTuple):
     headers: dict[str, str] = {}  # noqa: RUF012 - never written to
 
 
+def list_answer(version: str, *pods: dict[str, Any], continue_token: str = "") -> Answer:
+    """Return a list, or a page of one."""
+    metadata = {"resourceVersion": version, "continue": continue_token}
+    return Answer(200, {"kind": "PodList", "metadata": metadata, "items": list(pods)})
+
+
 class Asked(NamedTuple):
     """One request: what it was for, and its query."""
 
@@ -76,11 +81,16 @@ class Asked(NamedTuple):
 class Stream:
     """One watch as the server sees it."""
 
+    api: "ScriptedApi"
     request: web.Request
     response: web.StreamResponse
 
     async def send(self, *events: tuple[str, dict[str, Any]]) -> None:
-        """Send events."""
+        """Send events; the server's present version is the newest of them."""
+        for _, obj in events:
+            version = str(obj.get("metadata", {}).get("resourceVersion", ""))
+            if version.isdigit():
+                self.api.sent_version = max(self.api.sent_version, int(version))
         lines = [json.dumps({"type": word, "object": obj}).encode() + b"\n" for word, obj in events]
         await self.response.write(b"".join(lines))
 
@@ -99,6 +109,19 @@ class Stream:
 
 
 Watch = Callable[[Stream], Awaitable[None]]
+StepT = TypeVar("StepT")
+
+
+class Script(deque[StepT]):
+    """Answers given once each, in order."""
+
+
+class Always(Script[StepT]):
+    """One answer, given without end."""
+
+    def popleft(self) -> StepT:
+        """Return the answer, and keep it."""
+        return self[0]
 
 
 async def hold(stream: Stream) -> None:
@@ -136,29 +159,23 @@ def cuts(*events: tuple[str, dict[str, Any]]) -> Watch:
     return watch
 
 
-def initial(version: int, *pods: dict[str, Any]) -> tuple[tuple[str, dict[str, Any]], ...]:
-    """Return a streamed list."""
-    end = ("BOOKMARK", bookmark_object(version, ends_initial_events=True))
-    return (*(("ADDED", pod) for pod in pods), end)
-
-
 @dataclass
 class ScriptedApi:
     """Answers each kind of request from its own script, and after that by default.
 
-    By default the list has `pods` at `version`, a probe agrees, the namespace has `uid`, and a watch is
-    held silently. `streams_lists` False refuses initial events as servers do that have them switched off.
+    By default the list has `pods` at `version`, a probe (a list of one) has the newest version that a list or
+    an event had, the namespace has `uid`, and a watch is held silently.
     """
 
     pods: list[dict[str, Any]] = field(default_factory=list)
-    version: int = 100
+    version: int | str = 100
     uid: str = "cluster-1"
-    streams_lists: bool = False
-    lists: deque[Answer] = field(default_factory=deque)
-    probes: deque[Answer] = field(default_factory=deque)
-    watches: deque[Answer | Watch] = field(default_factory=deque)
-    namespaces: deque[Answer] = field(default_factory=deque)
+    lists: Script[Answer] = field(default_factory=Script)
+    probes: Script[Answer] = field(default_factory=Script)
+    watches: Script[Answer | Watch] = field(default_factory=Script)
+    namespaces: Script[Answer] = field(default_factory=Script)
     asked: list[Asked] = field(default_factory=list)
+    sent_version: int = 0
     url: str = ""
 
     def count(self, what: str) -> int:
@@ -178,19 +195,19 @@ class ScriptedApi:
             return _whole(self.namespaces.popleft() if self.namespaces else found)
         if "watch" in query:
             return await self._watch(request, query)
-        page = Answer(
-            200, {"kind": "PodList", "metadata": {"resourceVersion": str(self.version)}, "items": self.pods}
-        )
-        if "resourceVersionMatch" in query:
+        version = str(self.version)
+        if query.get("limit") == "1":
             self.asked.append(Asked("probe", query))
-            return _whole(self.probes.popleft() if self.probes else page)
+            newest = str(max(int(version), self.sent_version)) if version.isdigit() else version
+            return _whole(self.probes.popleft() if self.probes else list_answer(newest))
         self.asked.append(Asked("list", query))
-        return _whole(self.lists.popleft() if self.lists else page)
+        return _whole(self.lists.popleft() if self.lists else list_answer(version, *self.pods))
+
+    def restore(self, *pods: dict[str, Any], version: int) -> None:
+        """Go back to an earlier state, as a server whose etcd was restored from a backup."""
+        self.pods, self.version, self.sent_version = list(pods), version, 0
 
     async def _watch(self, request: web.Request, query: dict[str, str]) -> web.StreamResponse:
-        if "sendInitialEvents" in query and not self.streams_lists:
-            self.asked.append(Asked("refused", query))
-            return _whole(Answer(422, status_object(422)))
         self.asked.append(Asked("watch", query))
         script = self.watches.popleft() if self.watches else hold
         if isinstance(script, Answer):
@@ -199,7 +216,7 @@ class ScriptedApi:
         response.enable_chunked_encoding()
         await response.prepare(request)
         with suppress(ConnectionError):
-            await script(Stream(request, response))
+            await script(Stream(self, request, response))
             await response.write_eof()
         return response
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from builders import make_service
 from k8s_consul_registrar.admin.view import (
+    EVERYTHING,
+    Scope,
     SeenBrake,
     SeenConflict,
     SeenConsul,
@@ -123,7 +125,7 @@ class Registrar:
         self.held.update({target.service.id: target for target in targets})
         self.generation += 1
 
-    def unlisted(self) -> str:
+    def unlisted(self, scope: Scope = EVERYTHING) -> str:
         return self.missing
 
     def targets(self) -> Iterator[SeenTarget]:

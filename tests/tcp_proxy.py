@@ -7,6 +7,7 @@ import struct
 from typing import Self
 
 from real_process import LOOPBACK
+from support.ports import reserve_ports
 
 _CHUNK = 65536
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 seconds
@@ -26,8 +27,8 @@ class TcpProxy:
         self._is_hole = False
         self._upstream = (host, port)
         self._host = listen_on
-        self._bound = self._bind(0)
-        self.port: int = self._bound.getsockname()[1]
+        (self.port,) = reserve_ports(1)  # it is bound again after each refusal
+        self._bound = self._bind(self.port)
         self._listens_in: asyncio.AbstractEventLoop | None = None
         self._flowing, self._hearing = asyncio.Event(), asyncio.Event()
         self._held = 0

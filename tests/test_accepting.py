@@ -16,14 +16,11 @@ from k8s_consul_registrar.admin.accepting import Bounds
 from k8s_consul_registrar.admin.http_sd import SD_PATH
 from k8s_consul_registrar.admin.sd_server import HttpSdServer
 from k8s_consul_registrar.admin.server import AdminServer
-from k8s_consul_registrar.server_tls import ServerTls, TlsFiles
+from k8s_consul_registrar.tls import ServerTls, TlsFiles
 from seen import Registrar, many_targets
-
-pytestmark = pytest.mark.timeout(60)
+from support.waiting import PATIENCE
 
 HOST = "127.0.0.1"
-# The acceptor looks around once a second; beyond that a machine under load may take its time.
-SOON = 15.0
 
 
 class Healthy:
@@ -67,7 +64,7 @@ async def connected(port: int, receive: int = 0) -> AsyncIterator[socket.socket]
 async def received(raw: socket.socket) -> bytes:
     """Read until the other side ends the connection, and return what came."""
     loop, whole = asyncio.get_running_loop(), bytearray()
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(PATIENCE):
         with contextlib.suppress(ConnectionError):
             while piece := await loop.sock_recv(raw, 65536):
                 whole += piece
@@ -94,7 +91,7 @@ async def test_a_head_that_never_ends_is_cut(kind: str) -> None:
 
         dripping = asyncio.create_task(drip())
         assert await received(raw) == b""
-        assert 0.4 < asyncio.get_running_loop().time() - began < SOON
+        assert 0.4 < asyncio.get_running_loop().time() - began < PATIENCE
         dripping.cancel()
         await asyncio.gather(dripping, return_exceptions=True)
 
@@ -103,7 +100,7 @@ async def test_a_head_that_never_ends_is_cut(kind: str) -> None:
 async def test_a_kept_connection_that_asks_no_more_is_ended(kind: str) -> None:
     """After an answer the next request has its own time; one that comes within it is answered."""
     request = f"GET {path(kind)} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
-    async with server(kind, Bounds(request=0.2, idle=3.0)) as served, connected(served.port) as raw:
+    async with server(kind, Bounds(request=1.0, idle=4.0)) as served, connected(served.port) as raw:
         loop = asyncio.get_running_loop()
         for _ in range(2):
             await loop.sock_sendall(raw, request)
@@ -118,7 +115,7 @@ async def test_five_hundred_that_only_connect_keep_nobody_out(kind: str) -> None
     async with (
         server(kind, Bounds(connections=32, request=120)) as served,
         contextlib.AsyncExitStack() as stack,
-        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=SOON)) as session,
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as session,
     ):
         held = []
         for number in range(500):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from k8s_consul_registrar.targets.addresses import parse_ip, scraped_address
+from k8s_consul_registrar.targets.scrape_config import parse_ip, scraped_address
 
 TEXTS = st.one_of(
     st.ip_addresses().map(str),

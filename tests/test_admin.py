@@ -10,9 +10,9 @@ import pytest
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Info
 
-from k8s_consul_registrar.admin.health import Heartbeat
 from k8s_consul_registrar.admin.server import AdminServer
 from k8s_consul_registrar.errors import OperationalError
+from support.waiting import PATIENCE
 
 
 @dataclass
@@ -55,7 +55,7 @@ async def served() -> AsyncIterator[Served]:
 
     async with (
         AdminServer(port=0, health=daemon, registry=registry, routes=[web.get("/extra", extra)]) as server,
-        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session,
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as session,
     ):
         yield Served(f"http://127.0.0.1:{server.port}", server.port, daemon, registry, session)
 
@@ -157,15 +157,3 @@ async def _ask(session: aiohttp.ClientSession, url: str) -> str:
             return await response.text()
     except aiohttp.ClientError:
         return "cut"
-
-
-def test_a_heartbeat_dies_of_silence_and_revives() -> None:
-    """Alive up to the limit after a beat, dead beyond it, alive again with the next."""
-    now = 100.0
-    heart = Heartbeat(5.0, clock=lambda: now)
-    now = 105.0
-    assert heart.is_alive()
-    now = 105.1
-    assert not heart.is_alive()
-    heart.beat()
-    assert heart.is_alive()

@@ -1,6 +1,5 @@
 """The JSON behind the status page, and the headers of both."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from k8s_consul_registrar.admin.view import SeenConflict, TargetState
 from k8s_consul_registrar.model import Kind, ObjectKey
 from k8s_consul_registrar.targets.reasons import Reason
 from seen import Registrar, many_targets, node_target, pod_rejection, pod_target
+from support.waiting import PATIENCE, until
 
 PATHS = ("/api/v1/targets", "/api/v1/rejections", "/api/v1/status")
 HOSTILE = (
@@ -69,7 +69,7 @@ async def served() -> AsyncIterator[Served]:
     routes = [*page_routes(), *api_routes(registrar, clock=lambda: 1000.0)]
     async with (
         AdminServer(port=0, health=_Healthy(), registry=CollectorRegistry(), routes=routes) as server,
-        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as session,
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as session,
     ):
         yield Served(registrar, f"http://127.0.0.1:{server.port}", session)
 
@@ -161,9 +161,7 @@ async def test_a_change_is_seen_within_a_second_or_so(served: Served) -> None:
     async def is_seen() -> bool:
         return await served.ids("q=newcomer") == ["pod--shop--newcomer"]
 
-    async with asyncio.timeout(5):
-        while not await is_seen():
-            await asyncio.sleep(0.05)
+    await until(is_seen)
 
 
 async def test_an_index_nobody_asks_for_is_dropped() -> None:

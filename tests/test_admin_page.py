@@ -26,10 +26,11 @@ from k8s_consul_registrar.admin.view import (
 )
 from k8s_consul_registrar.model import Kind, ObjectKey
 from k8s_consul_registrar.registrar.orphans import Stays
-from real_servers import REAL
+from real_servers import real
 from seen import Registrar, busy_registrar, pod_rejection, pod_target
+from support.waiting import SLACK
 
-pytestmark = REAL
+pytestmark = real("browser")
 
 ROWS = "document.querySelectorAll('#view tbody tr').length"
 RANGE = "document.getElementById('range')?.textContent"
@@ -58,13 +59,13 @@ async def shown(registrar: Registrar, *flags: str) -> AsyncIterator[tuple[Page, 
 
 
 async def test_ten_thousand_targets_are_there_at_once() -> None:
-    """The first page of 10,000 targets, with the figures and banners, is there within two seconds."""
+    """The first page of 10,000 targets, with the figures and banners, is there at once."""
     async with shown(busy_registrar()) as (page, server):
         began = time.monotonic()
         await page.open(f"http://127.0.0.1:{server.port}/#health")
         await page.open(f"http://127.0.0.1:{server.port}/#targets")
         await page.wait(f"{ROWS} === 100")
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < SLACK
         text = await page.evaluate("document.body.innerText")
         assert f"1{TO}100 of 10,000" in text
         assert "The brake holds 1,240 removals of pods of media" in text

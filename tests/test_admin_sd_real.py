@@ -12,13 +12,14 @@ from aiohttp.test_utils import TestServer
 from k8s_consul_registrar.admin.http_sd import SD_PATH
 from k8s_consul_registrar.admin.sd_server import HttpSdServer
 from k8s_consul_registrar.bearer import BearerFile
-from k8s_consul_registrar.server_tls import ServerTls, TlsFiles
-from real_process import LOOPBACK, wait_until
+from k8s_consul_registrar.tls import ServerTls, TlsFiles
+from real_process import LOOPBACK
 from real_servers import REAL, real_prometheus
 from real_victoria import real_victoria
 from seen import Registrar, many_targets, pod_target
+from support.waiting import until
 
-pytestmark = [*REAL, pytest.mark.timeout(120)]
+pytestmark = REAL
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "deploy" / "prometheus.yml"
 
@@ -84,14 +85,14 @@ async def test_prometheus_reads_it_with_token_and_certificate(tmp_path: Path) ->
             async def was_put_off() -> bool:
                 return "503" in prometheus.program.tail()
 
-            await wait_until(was_put_off, 30, every=0.2)
+            await until(was_put_off)
             assert await prometheus.targets() == []
             registrar.missing = ""
 
             async def is_there() -> bool:
                 return len(await prometheus.targets()) == 1
 
-            await wait_until(is_there, 30, every=0.2)
+            await until(is_there)
             (target,) = await prometheus.targets()
             assert target["scrapeUrl"] == "https://[::1]:9102/metrics?module=http_2xx"
             assert target["labels"] == {
@@ -105,9 +106,10 @@ async def test_prometheus_reads_it_with_token_and_certificate(tmp_path: Path) ->
                 found = await prometheus.targets()
                 return [one["labels"]["pod"] for one in found] == ["web-3"]
 
-            await wait_until(is_another, 30, every=0.2)
+            await until(is_another)
 
 
+@pytest.mark.long
 async def test_prometheus_takes_ten_thousand_targets() -> None:
     """All of 10,000 targets are there, each with its own labels."""
     async with HttpSdServer(port=0, view=Registrar(many_targets(10_000))) as server:
@@ -128,7 +130,7 @@ async def test_prometheus_takes_ten_thousand_targets() -> None:
             async def are_there() -> bool:
                 return len(await prometheus.targets()) == 10_000
 
-            await wait_until(are_there, 60, every=1.0)
+            await until(are_there, within=60, every=1.0)
             pods = {one["labels"].get("pod") for one in await prometheus.targets()}
             assert len(pods) == 10_000 - 200 + 1
 
@@ -166,7 +168,7 @@ async def test_victoriametrics_reads_it_with_token_and_certificate(tmp_path: Pat
             async def is_scraped() -> bool:
                 return [one["health"] for one in await victoria.targets()] == ["up"]
 
-            await wait_until(is_scraped, 40, every=0.2)
+            await until(is_scraped, within=40)
             (found,) = await victoria.targets()
             assert found["labels"] == {
                 "cluster": "lab", "instance": f"{LOOPBACK}:{target.port}", "job": "pods", "kind": "pod",
@@ -183,4 +185,4 @@ async def test_victoriametrics_reads_it_with_token_and_certificate(tmp_path: Pat
             async def is_another() -> bool:
                 return [one["labels"]["pod"] for one in await victoria.targets()] == ["web-3"]
 
-            await wait_until(is_another, 30, every=0.2)
+            await until(is_another)

@@ -152,11 +152,10 @@ async def test_answers_that_ask_for_patience(consul: RealConsul, name: str) -> N
         await _unharmed(lab, before)
 
 
-@pytest.mark.parametrize("can_stream_lists", [True, False], ids=["streamed", "paged"])
-async def test_a_list_cut_in_the_middle(consul: RealConsul, name: str, can_stream_lists: bool) -> None:
+async def test_a_list_cut_in_the_middle(consul: RealConsul, name: str) -> None:
     """However often it breaks off, half a list removes nothing."""
     async with (
-        chaos_lab(consul, name=name, can_stream_lists=can_stream_lists) as lab,
+        chaos_lab(consul, name=name) as lab,
         await lab.chaotic() as daemon,
     ):
         lab.put_pods(900)
@@ -175,11 +174,10 @@ async def test_a_list_cut_in_the_middle(consul: RealConsul, name: str, can_strea
 
 
 @pytest.mark.parametrize("plural", ["pods", "nodes"])
-@pytest.mark.parametrize("can_stream_lists", [True, False], ids=["streamed", "paged"])
-async def test_an_empty_list(consul: RealConsul, name: str, plural: str, can_stream_lists: bool) -> None:
+async def test_an_empty_list(consul: RealConsul, name: str, plural: str) -> None:
     """The brake holds what an empty list would remove, shows it, and a later full list ends it."""
     async with (
-        chaos_lab(consul, name=name, can_stream_lists=can_stream_lists) as lab,
+        chaos_lab(consul, name=name) as lab,
         await lab.chaotic(BRAKE_CONFIRM_START="5") as daemon,
     ):
         before = await _settled(lab, daemon)

@@ -14,7 +14,7 @@ from daemon import Daemon
 from http_door import CutAfter
 from real_servers import real_consul
 
-pytestmark = chaos("chaos-consul", seconds=150, soak_seconds=1200)
+pytestmark = chaos("chaos-consul", soak_seconds=1200)
 
 SECONDS = scaled(24, 600)
 RATE = 50  # changes a second

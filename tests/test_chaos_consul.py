@@ -13,8 +13,8 @@ from chaos_lab import HEAL_WITHIN, ChaosLab, chaos, chaos_lab, created_of, scale
 from consul_kit import empty, make_token
 from daemon import Daemon
 from http_door import Refuse
-from real_process import wait_until
 from real_servers import RealConsul, consul_binary, real_consul
+from support.waiting import until
 
 pytestmark = chaos("chaos-consul")
 
@@ -127,7 +127,7 @@ async def test_few_connections_allowed() -> None:
         settings = {"CONSUL_ADDRESS": consul.address, "SYNC_PERIOD": "2", **SHARDS}
         async with await lab.chaotic(**settings) as daemon:
             # The limit counts by address, so while the daemon runs a look of ours would take its connections.
-            await daemon.until_said("pass", f"'unchanged': {TARGETS}", within=HEAL_WITHIN)
+            await daemon.until_said("resync", f"'unchanged': {TARGETS}", within=HEAL_WITHIN)
         assert await lab.is_equal()
 
 
@@ -174,7 +174,7 @@ async def test_no_leader() -> None:
             assert await daemon.is_ready()
             leader.program.launch()
             other.program.launch()
-            await wait_until(reached.is_ready, 60)
+            await until(reached.is_ready, within=60)
             await _sound(lab, daemon, shards)
 
 

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from chaos_lab import HEAL_WITHIN, IS_SOAK, ChaosLab, Held, beside, chaos, chaos_lab, created_of
-from real_process import wait_until
 from real_servers import RealConsul, real_consul
+from support.waiting import until
 
 pytestmark = chaos("chaos-neighbours")
 
@@ -39,7 +39,7 @@ async def test_a_wrong_kubeconfig(consul: RealConsul, backend: str) -> None:
         async with await wrong.chaotic(**settings) as daemon:
             await daemon.until_said("conflict: the service ID is not ours to write")
             assert await daemon.metric("conflicts") == 5
-            await daemon.until_said("pass")
+            await daemon.until_said("resync")
             await asyncio.sleep(REST)
         wrong.assert_nothing_wrongful()
         after = await right.records(node)
@@ -58,7 +58,7 @@ async def test_the_cluster_changes_under_a_running_registrar(consul: RealConsul)
             wrong.cluster.access.grant("the-same", token=right.token_file.read_text())
             right.api.turn_to(wrong.api)
             right.api_wire.cut()
-            await daemon.until_said("pass", "'conflicts': 5,")
+            await daemon.until_said("resync", "'conflicts': 5,")
             await asyncio.sleep(REST)
             assert await right.records() == before
         right.assert_nothing_wrongful()
@@ -87,12 +87,12 @@ async def test_two_clusters_that_left_their_name_unset(consul: RealConsul, backe
                 async def are_there() -> bool:
                     return (await one.records(node)).keys() == both
 
-                await wait_until(are_there, HEAL_WITHIN)
+                await until(are_there, within=HEAL_WITHIN)
                 await second.until_said("conflict: the service ID is not ours to write")
                 one.drop_pod("web-19")
                 two.drop_pod("web-19", "bank")
                 both -= {"pod--shop--web-19", "pod--bank--web-19"}
-                await wait_until(are_there, HEAL_WITHIN)
+                await until(are_there, within=HEAL_WITHIN)
                 await asyncio.sleep(REST)
                 assert all(await asyncio.gather(one.is_quiet_for(REST), two.is_quiet_for(REST)))
         now = created_of(await one.records(node))

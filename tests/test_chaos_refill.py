@@ -13,11 +13,11 @@ from chaos_lab import IS_SOAK, ChaosLab, chaos, chaos_lab, scaled
 from consul_kit import empty
 from daemon import Daemon
 from http_door import HttpDoor
-from real_process import wait_until
 from real_servers import RealConsul, real_consul
+from support.waiting import until
 from test_deploy_real import agent_flags
 
-pytestmark = chaos("chaos-restarts", seconds=150, soak_seconds=600)
+pytestmark = chaos("chaos-restarts", soak_seconds=600)
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ async def test_an_empty_agent_is_filled_again(size: Size) -> None:
         _populate(lab, size.targets)
         began = time.monotonic()
         async with await lab.chaotic(CONSUL_BACKEND="agent", CONSUL_ADDRESS=agent.address) as daemon:
-            await daemon.until(lambda: bool(daemon.said("pass")), within=150)
+            await daemon.until(lambda: bool(daemon.said("resync")), within=150)
             first = time.monotonic() - began
             await lab.equal(daemon, within=60, node=node)
             registered = await _registered(daemon)
@@ -98,7 +98,7 @@ async def test_an_empty_agent_is_filled_again(size: Size) -> None:
             within = max(size.within, 1.3 * first)
             await daemon.until(is_through, within=within)
             told = time.monotonic() - began
-            await wait_until(lambda: _holds_all(lab, agent, node), within - told + 5, every=0.5)
+            await until(lambda: _holds_all(lab, agent, node), within=within - told + 5, every=0.5)
             log.info("%s: first %.1f s, refilled %.1f s", size, first, told)
         lab.assert_nothing_wrongful()
 
@@ -116,7 +116,7 @@ async def test_at_rest_an_agent_is_not_listed() -> None:
             CONSUL_BACKEND="agent", CONSUL_ADDRESS=address, SYNC_PERIOD="60"
         ) as daemon:
             await lab.equal(daemon, within=300, node=consul.node)
-            await daemon.until(lambda: bool(daemon.said("pass")), within=60)
+            await daemon.until(lambda: bool(daemon.said("resync")), within=60)
             await asyncio.sleep(5)
             door.reads.clear()
             await asyncio.sleep(REST)

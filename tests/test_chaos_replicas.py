@@ -15,8 +15,8 @@ from chaos_lab import IS_SOAK, ChaosLab, beside, chaos, chaos_lab, created_of, s
 from cluster import REGISTRAR_RULES, rule
 from daemon import Daemon
 from http_door import Refuse
-from real_process import wait_until
 from real_servers import RealConsul, shared_consul
+from support.waiting import until
 
 pytestmark = chaos("chaos-replicas")
 
@@ -122,7 +122,7 @@ class Pair:
             return bool(self.new.lab.consul.since(self.struck_at)) and key in await self.lab.records()
 
         try:
-            await wait_until(is_there, within - (time.monotonic() - self.struck_at), every=0.1)
+            await until(is_there, within=within - (time.monotonic() - self.struck_at), every=0.1)
         except TimeoutError:
             pytest.fail(f"no take-over in {within:g} s:\n{self.new.daemon.output[-6000:]}")
         self.took["take-over"] = time.monotonic() - self.struck_at
@@ -157,10 +157,10 @@ async def pair(consul: RealConsul, *, is_restless: bool = True) -> AsyncIterator
         lab.put_pod("moving")
         async with contextlib.AsyncExitStack() as running:
             first = await running.enter_async_context(await lab.chaotic(**settings))
-            await first.until_said("leads now")
+            await first.until_said("became leader")
             second = await running.enter_async_context(await other.chaotic(**settings))
             await lab.equal(first)
-            await second.until_said("stands by")
+            await second.until_said("standing by")
             old, new = Replica(lab, first), Replica(other, second)
             await old.collect(steady)
             await new.collect(steady)
@@ -198,7 +198,7 @@ async def test_the_leader_is_stopped(consul: RealConsul) -> None:
         await two.taken_over(TAKE_OVER)
         continued_at = time.monotonic()
         two.old.daemon.send(signal.SIGCONT)
-        await two.old.daemon.until_said("leads no longer")
+        await two.old.daemon.until_said("lost leadership")
         await asyncio.sleep(scaled(1, 15))
         assert two.old.lab.consul.since(continued_at) == []
         assert await two.old.daemon.metric("leader") == 0
@@ -219,7 +219,7 @@ async def test_the_leader_loses_the_api_server(consul: RealConsul, what: str) ->
                 api.fault = lambda request: Refuse(500) if "/leases" in request.path else None
         await two.taken_over(TAKE_OVER)
         assert two.old.lab.consul.since(two.struck_at), "it had nothing to write: the deadline was not tried"
-        await two.old.daemon.until_said("leads no longer")
+        await two.old.daemon.until_said("lost leadership")
         await asyncio.sleep(scaled(1, 15))
         api.heal()
         await wire.heal()
@@ -246,7 +246,7 @@ async def _has_a_write_stuck(two: Pair) -> None:
         wire.deafen()
         two.lab.put_pods(64, prefix=f"stuck-{attempt}")
         with contextlib.suppress(TimeoutError):
-            return await wait_until(is_stuck, 0.5, every=0.02)
+            return await until(is_stuck, within=0.5, every=0.02)
         await wire.heal()  # it was about to read
     pytest.fail("no write was caught")
 
@@ -269,6 +269,6 @@ async def test_a_write_that_does_not_get_through(consul: RealConsul, fault: str)
         await asyncio.sleep(1)
         two.old.daemon.send(signal.SIGCONT)
         await lab.api_wire.heal()
-        await two.old.daemon.until_said("leads no longer")
+        await two.old.daemon.until_said("lost leadership")
         await asyncio.sleep(scaled(1, 5))
         assert lab.consul.since(healed_at) == []

@@ -9,11 +9,11 @@ import pytest
 
 from chaos_lab import HEAL_WITHIN, ChaosLab, chaos, chaos_lab, scaled
 from consul_kit import empty
-from real_process import wait_until
 from real_servers import RealConsul, real_consul
+from support.waiting import until
 from test_deploy_real import agent_flags
 
-pytestmark = chaos("chaos-restarts", seconds=90, soak_seconds=900)
+pytestmark = chaos("chaos-restarts", soak_seconds=900)
 
 SHARDS = "a,b,c,d,e,f,g,h"
 
@@ -135,4 +135,4 @@ async def _refilled(lab: ChaosLab, agent: RealConsul, node: str, began: float) -
         _, held = await agent.request("GET", "/v1/agent/services")
         return set(held or ()) == set(lab.wanted) and await lab.is_equal(node)
 
-    await wait_until(is_refilled, 30 - (time.monotonic() - began), every=0.1)
+    await until(is_refilled, within=HEAL_WITHIN - (time.monotonic() - began), every=0.1)

@@ -140,7 +140,7 @@ async def test_twisted_names_and_labels(backend: str) -> None:
 
             await daemon.until(is_there)
             await daemon.ready()
-            await daemon.until_said("pass")
+            await daemon.until_said("resync")
             held = await lab.records(node)
             assert held.keys() <= {"pod--shop--good"} | {
                 f"pod--shop--{name}"

@@ -17,7 +17,9 @@ from k8s_consul_registrar.sandbox.certificates import KubeletCertificate
 from k8s_consul_registrar.sandbox.consul_http import ConsulOptions
 from lab import SandboxLab as Lab
 from lab import running_lab
-from real_process import Program, free_ports, wait_until
+from real_process import Program
+from support.ports import reserve_ports
+from support.waiting import PATIENCE, until
 
 QUICK = Timing(connect_timeout=1, read_timeout=1)
 TOKEN = "b1946ac9-2492-4d27-9f1b-6f4a0c3d2e11"
@@ -146,9 +148,9 @@ async def test_an_api_server_of_another_ca_is_found(lab: Lab) -> None:
 
 async def test_unreachable_servers_are_found_in_time(lab: Lab) -> None:
     """An API server that hangs and a Consul that is not there are two failures, well within the bound."""
-    (port,) = free_ports(1)
+    (port,) = reserve_ports(1)
     lab.api_door.stall()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         found = await findings(lab, CONSUL_ADDRESS=f"127.0.0.1:{port}")
     assert outcomes(found, Outcome.FAIL) == {"api server", "consul"}
     assert "timed out" in found["api server"].detail
@@ -156,7 +158,8 @@ async def test_unreachable_servers_are_found_in_time(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(
-    ("token", "failing"), [("made-up", "not known"), ("", "no token is set"), ("blind", "service_prefix")]
+    ("token", "failing"),
+    [("made-up", "does not know the token"), ("", "no token is set"), ("blind", "service_prefix")],
 )
 async def test_a_bad_consul_token_is_found(token: str, failing: str) -> None:
     """An unknown token, none, and one without rights each fail with what repairs them."""
@@ -263,7 +266,7 @@ async def test_node_names_asked_for_where_certificates_name_addresses(lab: Lab) 
 
 async def test_kubelets_that_are_not_there_or_not_dialled(lab: Lab) -> None:
     """A refused connection is told as one; addresses that are never dialled are told without trying."""
-    (port,) = free_ports(1)
+    (port,) = reserve_ports(1)
     await lab.cluster.add_node("n1", ("InternalIP", "127.0.0.2"), kubelet_port=port)
     found = await findings(lab, "proxy")
     assert "connection refused" in found["kubelet n1"].detail
@@ -292,7 +295,7 @@ async def test_a_client_certificate_alone_is_told(lab: Lab) -> None:
 
 async def test_a_node_port_nobody_answers_fails(lab: Lab) -> None:
     """Silence and a stranger on the port both fail; one Node of two that answers is a warning."""
-    (port,) = free_ports(1)
+    (port,) = reserve_ports(1)
     await lab.cluster.add_kubelet("n1", "127.0.0.1")
     found = await findings(lab, PROXY_NODE_PORT=str(port))
     assert found["node port"].outcome is Outcome.FAIL
@@ -328,7 +331,7 @@ class Command:
         """Run it to its end; return the exit code and what it said."""
         self.program.launch()
         try:
-            return await self.program.ended(20), self.program.log.read_text()
+            return await self.program.ended(PATIENCE), self.program.log.read_text()
         finally:
             await self.program.stop(signal.SIGKILL)
 
@@ -374,9 +377,9 @@ async def test_ctrl_c_is_quiet(lab: Lab) -> None:
     command = Command(lab, "registrar", CONSUL_ADDRESS=lab.consul.address)
     command.program.launch()
     try:
-        await wait_until(lab.api_door.holds, 30)
+        await until(lab.api_door.holds)
         command.program.send(signal.SIGINT)
-        assert await command.program.ended(5) == 130
+        assert await command.program.ended(PATIENCE) == 130
         assert command.program.tail() == ""
     finally:
         await command.program.stop(signal.SIGKILL)

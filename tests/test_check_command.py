@@ -14,6 +14,7 @@ from k8s_consul_registrar.sandbox.kubelet import Kubelet
 from lab import Lab, running_lab, running_lab_with
 from real_process import Program
 from real_servers import REAL, real_consul
+from support.waiting import PATIENCE
 
 
 class Said(NamedTuple):
@@ -41,7 +42,7 @@ async def said_by_check(lab: Lab, mode: str, **environment: str) -> Said:
     )
     program.launch()
     try:
-        code = await program.ended(30)
+        code = await program.ended(PATIENCE)
     finally:
         await program.stop(signal.SIGKILL)
     text = program.log.read_text()

@@ -2,6 +2,7 @@
 
 import socket
 import ssl
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,13 +11,15 @@ import trustme
 
 from k8s_consul_registrar.admin.sd_server import HttpSdServer
 from k8s_consul_registrar.app.checks.finding import Finding, Outcome
-from k8s_consul_registrar.app.checks.http_sd import check_http_sd
+from k8s_consul_registrar.app.checks.http_sd import check_http_sd, check_state_file
+from k8s_consul_registrar.app.saved_state import Origin
 from k8s_consul_registrar.bearer import BearerFile
-from k8s_consul_registrar.server_tls import ServerTls, TlsFiles
 from k8s_consul_registrar.settings.http_sd import HttpSdSettings
 from k8s_consul_registrar.settings.modes import read_registrar
-from real_process import free_ports
-from seen import Registrar
+from k8s_consul_registrar.tls import ServerTls, TlsFiles
+from seen import Registrar, pod_target
+from support.ports import reserve_ports
+from test_saved_state import encoded
 
 
 class Files:
@@ -105,7 +108,7 @@ async def test_each_file_that_cannot_be_used_is_named_by_its_setting(
 async def test_a_port_that_somebody_else_has_fails(files: Files) -> None:
     """The hint names HTTP_SD_PORT, whether the other speaks HTTP or not."""
     settings = HttpSdSettings(0, str(files.token), "", "", "")
-    (port,) = free_ports(1)
+    (port,) = reserve_ports(1)
     with socket.create_server(("", port)):
         taken = (await found(HttpSdSettings(port, settings.bearer_token_file, "", "", "")))["http_sd port"]
     assert taken.outcome is Outcome.FAIL
@@ -131,3 +134,38 @@ async def test_whom_a_port_belongs_to_that_wants_a_certificate_is_not_known(file
         assert tls.context.verify_mode is ssl.CERT_REQUIRED
         findings = await found(files.settings(server.port))
     assert findings["http_sd port"].outcome is Outcome.WARN
+
+
+def names(folder: Path) -> set[str]:
+    """Return what is in a folder."""
+    return {one.name for one in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "outcome", "text"),
+    [
+        ("state.json", None, Outcome.OK, "no targets are saved yet"),
+        ("state.json", b"garbage", Outcome.OK, "does not hold saved targets, and it will be replaced"),
+        (
+            "state.json",
+            encoded([pod_target("a")], at=time.time(), origin=Origin("lab", "", "abc")),
+            Outcome.OK,
+            "1 targets are saved",
+        ),
+        ("missing/state.json", None, Outcome.FAIL, "cannot write in"),
+        ("folder", None, Outcome.FAIL, "Is a directory"),
+    ],
+)
+async def test_the_file_of_saved_targets_is_looked_at(
+    name: str, content: bytes | None, outcome: Outcome, text: str, tmp_path: Path
+) -> None:
+    """The folder must be one to write in; what is there already need not be good, unless it is no file."""
+    path = tmp_path / name
+    (tmp_path / "folder").mkdir()
+    if content is not None:
+        path.write_bytes(content)
+    before = names(tmp_path)
+    (finding,) = await check_state_file(path, Origin("lab", "", "abc"))
+    assert (finding.name, finding.outcome) == ("http_sd state", outcome)
+    assert text in finding.detail
+    assert names(tmp_path) == before

@@ -12,7 +12,7 @@ import pytest
 from k8s_consul_registrar import __version__
 from k8s_consul_registrar.cli import main
 from k8s_consul_registrar.settings.options import OPTIONS
-from real_process import wait_until
+from support.waiting import PATIENCE, until
 
 
 def test_help_documents_every_variable(capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,13 +103,12 @@ def test_module_is_the_command() -> None:
         [sys.executable, "-m", "k8s_consul_registrar", "--version"],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=PATIENCE,
         check=False,
     )
     assert (done.returncode, done.stdout.strip()) == (0, f"k8s-consul-registrar {__version__}")
 
 
-@pytest.mark.timeout(60)
 async def test_ctrl_c_is_quiet_while_modules_load(tmp_path: Path) -> None:
     """An interrupt before the command has begun ends it with 130 and no traceback."""
     marker = tmp_path / "loading"
@@ -125,9 +124,9 @@ async def test_ctrl_c_is_quiet_while_modules_load(tmp_path: Path) -> None:
         async def is_loading() -> bool:
             return marker.exists()
 
-        await wait_until(is_loading, 30)
+        await until(is_loading)
         process.send_signal(signal.SIGINT)
-        said = await asyncio.wait_for(process.communicate(), 20)
+        said = await asyncio.wait_for(process.communicate(), PATIENCE)
     finally:
         if process.returncode is None:
             process.kill()

@@ -19,7 +19,7 @@ def run(shell: str, text: str) -> str:
         [shell, "-c", text],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=120,
         check=False,
         env={"PATH": "/usr/bin:/bin"},
     )

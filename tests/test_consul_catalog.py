@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import tracemalloc
 from collections.abc import Awaitable, Callable
 
@@ -11,10 +12,12 @@ from msgspec.structs import replace
 
 from builders import make_service, our_pod_service
 from consul_kit import held
-from fake_consul import QUICK, client_of, serving
+from fake_consul import client_of, serving
+from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.consul.batches import MOST_FAULTS_IN_A_ROW
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
-from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.consul.transactions import ATTEMPTS
+from k8s_consul_registrar.consul.client import ATTEMPTS, ConsulClient
+from k8s_consul_registrar.consul.health import Outcome
 from k8s_consul_registrar.errors import (
     ConsulBusy,
     ConsulFiltered,
@@ -31,7 +34,7 @@ NODE_READ = {"Results": [{"Node": {"Node": NODE, "Meta": {"external-node": "true
 
 def registry_of(client: ConsulClient) -> CatalogRegistry:
     """Return a registry that is quick to try again."""
-    return CatalogRegistry(client, NODE, timing=QUICK)
+    return CatalogRegistry(client, NODE)
 
 
 def verbs(operations: list[dict[str, dict[str, str]]]) -> set[str]:
@@ -65,7 +68,7 @@ def accepted(operations: list[dict[str, dict[str, str]]], index: int = 5) -> web
 
 async def test_round_trip() -> None:
     """What is written is read, replaced only over the record that was read, and removed."""
-    async with Consul() as consul, client_of(consul.url) as client:
+    async with Consul() as consul, client_of(consul.url, timing=Timing()) as client:
         registry = registry_of(client)
         assert await held(registry) == {}
         written = await registry.register(SERVICES)
@@ -84,7 +87,7 @@ async def test_round_trip() -> None:
 
 async def test_readiness_on_the_sandbox() -> None:
     """A check is read with its service."""
-    async with Consul() as consul, client_of(consul.url) as client:
+    async with Consul() as consul, client_of(consul.url, timing=Timing()) as client:
         registry = registry_of(client)
         ready = replace(our_pod_service("a"), ready=True)
         await registry.register([ready, our_pod_service("b")])
@@ -114,16 +117,15 @@ async def test_few_transactions_and_few_at_once() -> None:
     assert sorted(sizes, reverse=True) == [64] * 15 + [40]
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
-async def test_a_busy_consul_is_tried_again(status: int) -> None:
-    """Too many requests or a fault pass; the writes are then made once."""
+async def test_too_many_requests_are_sent_again() -> None:
+    """A 429 passes; the writes are then made once."""
     refusals = 2
 
     async def write(_: web.Request, operations: list[dict[str, dict[str, str]]]) -> web.Response:
         nonlocal refusals
         if refusals:
             refusals -= 1
-            return web.Response(status=status, text="busy", headers={"Retry-After": "0"})
+            return web.Response(status=429, text="busy", headers={"Retry-After": "0"})
         return accepted(operations)
 
     async with serving(proving(write)) as url, client_of(url) as client:
@@ -131,19 +133,61 @@ async def test_a_busy_consul_is_tried_again(status: int) -> None:
     assert (written.done, len(written.indexes)) == (150, 150)
 
 
-async def test_a_consul_that_stays_busy_ends_the_batch() -> None:
-    """After a few attempts the pass fails, for the reconciler to come again later."""
-    requests = 0
+@pytest.mark.parametrize(("status", "requests"), [(429, ATTEMPTS), (500, 1), (503, 1)])
+async def test_a_busy_consul_ends_the_call(status: int, requests: int) -> None:
+    """A 429 is answered by a few attempts, a 5xx by none: the gate decides when to come again."""
+    count = 0
 
     async def write(*_: object) -> web.Response:
-        nonlocal requests
-        requests += 1
-        return web.Response(status=500, text="No cluster leader")
+        nonlocal count
+        count += 1
+        return web.Response(status=status, text="No cluster leader")
 
     async with serving(proving(write)) as url, client_of(url) as client:
         with pytest.raises(ConsulBusy, match="No cluster leader"):
             await registry_of(client).register(SERVICES[:10])
-    assert requests == ATTEMPTS
+        assert client.health.writes is Outcome.FAILURE
+    assert count == requests
+
+
+async def test_writes_that_always_fail_are_searched_seldom() -> None:
+    """While reads work and every write is a 500, no service is blamed, and searches get rarer."""
+    count = 0
+
+    async def write(*_: object) -> web.Response:
+        nonlocal count
+        count += 1
+        return web.Response(status=500, text="raft is stuck")
+
+    async with serving(proving(write)) as url, client_of(url) as client:
+        registry = registry_of(client)
+        for _ in range(12):
+            with pytest.raises(ConsulBusy, match="raft is stuck"):
+                await registry.register(SERVICES[:64])
+        assert not client.health.is_up
+    assert count < 12 + 4 * (MOST_FAULTS_IN_A_ROW + 1)
+
+
+@pytest.mark.parametrize("position", [0, 17, 63])
+async def test_one_service_at_fault_is_found_and_blocks_no_other(position: int) -> None:
+    """A service for which Consul always answers 500 fails alone; the others of its transaction are written."""
+    bad = f"pod--shop--p{position}"
+
+    async def write(_: web.Request, operations: list[dict[str, dict[str, str]]]) -> web.Response:
+        if f'"{bad}"' in json.dumps(operations):
+            return web.Response(status=500, text="this one breaks me")
+        return accepted(operations)
+
+    async with serving(proving(write)) as url, client_of(url) as client:
+        registry = registry_of(client)
+        with pytest.raises(ConsulBusy):
+            await registry.register(SERVICES[:64])
+        written = await registry.register(SERVICES[:64])
+        assert (written.done, [failure.id for failure in written.failures]) == (63, [bad])
+        assert client.health.is_up
+        again = await registry.register([SERVICES[position]])
+        assert [failure.id for failure in again.failures] == [bad]
+        assert client.health.is_up
 
 
 async def test_a_connection_that_breaks_leaves_the_outcome_unknown() -> None:
@@ -263,6 +307,38 @@ async def test_an_empty_list_that_acls_filtered_proves_nothing() -> None:
         assert set(await held(registry_of(client))) == {"z"}
 
 
+@pytest.mark.parametrize("made_after", [0, 1, math.inf])
+async def test_a_node_made_while_it_is_listed_is_listed_again(made_after: float) -> None:
+    """Missing from the list and there when it is asked for by name: made in between, or hidden if that repeats."""
+    lists = 0
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        nonlocal lists
+        if request.path == "/v1/txn":
+            return await proving(unexpected)(request)
+        if not request.path.startswith("/v1/catalog/node-services/") or "filter" in request.query:
+            return web.Response(body=b"[]", headers={"X-Consul-Index": "7"})
+        lists += 1
+        shown = b'{%s,"Services":[{"ID":"z"}]}' % NODE_TEXT
+        return web.Response(
+            body=shown if lists > made_after else b'{"Node":null,"Services":[]}',
+            headers={"X-Consul-Index": "7"},
+        )
+
+    async with serving(answer) as url, client_of(url) as client:
+        if made_after is math.inf:
+            with pytest.raises(ConsulFiltered, match="is not shown"):
+                await held(registry_of(client))
+        else:
+            assert set(await held(registry_of(client))) == {"z"}
+    assert lists == min(made_after + 1, 2)
+
+
+async def unexpected(_request: web.Request, _operations: object) -> web.Response:
+    """Fail on a write."""
+    raise AssertionError
+
+
 @pytest.mark.parametrize("missing", [1, 30, 100])
 async def test_a_list_that_breaks_off_is_no_list(missing: int) -> None:
     """Whatever was yielded, the end is an error: here of the body, there of the connection."""
@@ -303,7 +379,7 @@ async def test_a_refused_read_is_an_error(status: int) -> None:
 
 async def test_a_reader_that_stops_leaves_no_connection_in_use() -> None:
     """A list that nobody reads to its end is given up."""
-    async with Consul() as consul, client_of(consul.url) as client:
+    async with Consul() as consul, client_of(consul.url, timing=Timing()) as client:
         registry = registry_of(client)
         await registry.register(SERVICES)
         services = registry.services()

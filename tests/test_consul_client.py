@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import trustme
 from aiohttp import web
+from structlog.testing import capture_logs
 
 from fake_consul import QUICK, client_of, serving
 from k8s_consul_registrar.consul.access import (
@@ -14,10 +15,10 @@ from k8s_consul_registrar.consul.access import (
     ConsulAddress,
     ConsulToken,
     build_ssl_context,
-    followed_tls,
+    rotating_tls,
 )
-from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.consul.fence import Fence
+from k8s_consul_registrar.consul.client import ConsulClient, Fence
+from k8s_consul_registrar.consul.health import Outcome
 from k8s_consul_registrar.errors import (
     AccessError,
     ConsulBusy,
@@ -27,7 +28,7 @@ from k8s_consul_registrar.errors import (
     ConsulRefused,
     ConsulUnreachable,
 )
-from k8s_consul_registrar.files import fixed
+from k8s_consul_registrar.rotating import fixed
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ async def test_what_is_held_ends_with_the_client() -> None:
 
     async with serving(hang) as url:
         async with client_of(url) as client:
-            task = client.hold(client.request("GET", "/v1/x", wait=60))
+            task = client.start(client.request("GET", "/v1/x", wait=60))
             await asyncio.sleep(0.05)
         assert task.cancelled()
 
@@ -162,9 +163,31 @@ async def test_a_fence_is_asked_for_each_write_and_for_no_read() -> None:
             assert seen == ["GET"]
             left[0] = 10.0
             await client.request("PUT", "/v1/x")
+            assert client.health.writes is Outcome.SUCCESS
             left[0] = 0.1
+            asyncio.get_running_loop().call_later(0.05, left.__setitem__, 0, 0.0)
             with pytest.raises(ConsulFenced):
                 await client.request("PUT", "/v1/slow")
+            assert client.health.writes is Outcome.SUCCESS
+
+
+async def test_a_write_that_hangs_while_we_lead_is_an_outage() -> None:
+    """The lead is renewed while the write hangs, so Consul is at fault, and that shows."""
+
+    async def hang(request: web.Request) -> web.Response:
+        if request.method == "PUT":
+            await asyncio.sleep(5)
+        return web.Response(text="{}")
+
+    async with serving(hang) as url:
+        fence = Fence(lambda: 0.1, 1.0)
+        async with ConsulClient(ConsulAccess(ConsulAddress(url)), QUICK, fence=fence) as client:
+            with pytest.raises(ConsulUnreachable, match="no answer in time"):
+                await client.request("PUT", "/v1/x", body=b"{}")
+            assert client.health.writes is Outcome.FAILURE
+            await client.request("GET", "/v1/x")
+            assert not client.health.is_up
+            assert "no answer in time" in client.health.problem
 
 
 async def test_unix_socket(tmp_path: Path) -> None:
@@ -176,7 +199,7 @@ async def test_unix_socket(tmp_path: Path) -> None:
 
     app = web.Application()
     app.router.add_get("/v1/x", answer)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     await web.UnixSite(runner, str(path)).start()
     access = ConsulAccess(ConsulAddress("http://consul", str(path)))
@@ -203,7 +226,7 @@ async def test_tls(tmp_path: Path, authority: trustme.CA) -> None:
 
     app = web.Application()
     app.router.add_get("/v1/x", answer)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=server)
     await site.start()
@@ -228,7 +251,7 @@ async def test_tls(tmp_path: Path, authority: trustme.CA) -> None:
 @pytest.fixture
 def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have files looked at whenever what they hold is asked for."""
-    monkeypatch.setattr("k8s_consul_registrar.files.LOOK_EVERY", 0.0)
+    monkeypatch.setattr("k8s_consul_registrar.rotating.LOOK_EVERY", 0.0)
 
 
 @pytest.mark.usefixtures("looks_at_once")
@@ -250,11 +273,11 @@ async def test_certificates_are_renewed_while_we_run(tmp_path: Path, authority: 
 
     app = web.Application()
     app.router.add_get("/v1/x", answer)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=server).start()
     issue("first.example", authority)
-    tls = followed_tls(ca_file=str(tmp_path / "ca.pem"), cert_file=str(tmp_path / "own.pem"))
+    tls = rotating_tls(ca_file=str(tmp_path / "ca.pem"), cert_file=str(tmp_path / "own.pem"))
     access = ConsulAccess(ConsulAddress(f"https://127.0.0.1:{runner.addresses[0][1]}"), tls=tls)
     async with ConsulClient(access, QUICK) as client:
         await client.request("GET", "/v1/x")
@@ -279,7 +302,7 @@ async def test_certificates_are_renewed_while_we_run(tmp_path: Path, authority: 
 def test_unusable_tls_files_are_named(tmp_path: Path) -> None:
     """The setting and the file are in the error."""
     (tmp_path / "bad.pem").write_text("nonsense")
-    with pytest.raises(AccessError, match=r"CONSUL_CACERT .*none\.pem"):
+    with pytest.raises(AccessError, match=r"CONSUL_CACERT: cannot read .*none\.pem"):
         build_ssl_context(ca_file=str(tmp_path / "none.pem"))
     with pytest.raises(AccessError, match=r"CONSUL_CLIENT_CERT .*bad\.pem"):
         build_ssl_context(cert_file=str(tmp_path / "bad.pem"))
@@ -303,3 +326,46 @@ def test_token_file_is_read_again_as_it_changes(tmp_path: Path) -> None:
     file.unlink()
     now[0] += 5
     assert (token.current(), token.version) == ("two", 1)
+
+
+BROKEN_TOKENS = [
+    b"",
+    b" \n",
+    b"a b\nc\x7f\n",
+    b"two\nlines\n",
+    b"\xff\xfe",
+    "tök".encode(),
+    b"secret-tok",
+    b"x" * (5 << 20),
+]
+
+
+@pytest.mark.parametrize("content", BROKEN_TOKENS, ids=range(len(BROKEN_TOKENS)))
+def test_a_token_file_that_holds_no_token_leaves_the_last_one(tmp_path: Path, content: bytes) -> None:
+    """Truncated for a moment it was the anonymous token, and two changes of the token."""
+    now = [0.0]
+    file = tmp_path / "token"
+    file.write_text("secret-token\n")
+    access = ConsulAccess(ConsulAddress("http://x"), token_file=str(file))
+    token = ConsulToken(access, clock=lambda: now[0])
+    assert (token.current(), token.version) == ("secret-token", 0)
+    file.write_bytes(content)
+    with capture_logs() as logs:
+        for _ in range(3):
+            now[0] += 6
+            assert (token.current(), token.version) == ("secret-token", 0)
+        file.write_text("secret-token\n")
+        now[0] += 6
+        assert (token.current(), token.version) == ("secret-token", 0)
+        file.write_text("another-token\n")
+        now[0] += 6
+        assert (token.current(), token.version) == ("another-token", 1)
+    assert [line["event"] for line in logs][:2] == [
+        "changed files cannot be used; those before stay in use",
+        "changed files are in use",
+    ]
+    assert "CONSUL_HTTP_TOKEN_FILE" in logs[0]["problem"]
+    if content != b"secret-tok":
+        file.write_bytes(content)
+        with pytest.raises(AccessError, match="CONSUL_HTTP_TOKEN_FILE"):
+            ConsulToken(access).current()

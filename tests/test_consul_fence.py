@@ -10,8 +10,7 @@ import pytest
 
 from fake_consul import QUICK
 from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress
-from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.consul.fence import Fence
+from k8s_consul_registrar.consul.client import ConsulClient, Fence
 from k8s_consul_registrar.errors import ConsulFenced, ConsulUnreachable
 
 BODY = b"x" * 40_000
@@ -42,9 +41,9 @@ def _read_until_reset(listening: socket.socket) -> int:
 async def test_a_write_that_is_broken_off_is_not_sent_on() -> None:
     """What Consul's side did not take before the deadline never arrives, though the way is free again."""
     with _deaf_server() as (url, listening):
-        async with ConsulClient(
-            ConsulAccess(ConsulAddress(url)), QUICK, fence=Fence(lambda: 0.3, 60)
-        ) as client:
+        ends = time.monotonic() + 0.3
+        fence = Fence(lambda: ends - time.monotonic(), 60)
+        async with ConsulClient(ConsulAccess(ConsulAddress(url)), QUICK, fence=fence) as client:
             with pytest.raises(ConsulFenced):
                 await client.request("PUT", "/v1/x", body=BODY)
             await asyncio.sleep(0.1)

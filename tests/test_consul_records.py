@@ -1,12 +1,22 @@
 """Records cut out of lists that arrive in pieces."""
 
 import json
+import random
+import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k8s_consul_registrar.consul.records import ARRAY, LONGEST_HEAD, NODE_SERVICES, Records
+from k8s_consul_registrar.consul.records import (
+    ARRAY,
+    DEEPEST_RECORD,
+    LONG_RECORD,
+    LONGEST_HEAD,
+    LONGEST_RECORD,
+    NODE_SERVICES,
+    Records,
+)
 from k8s_consul_registrar.errors import ConsulRefused
 
 NASTY = '"},{"ID":"x"}]}\\"Services":[{'
@@ -84,3 +94,82 @@ def test_what_never_becomes_a_list_is_not_gathered_for_ever() -> None:
     assert list(records.feed(b"x" * LONGEST_HEAD)) == []
     with pytest.raises(ConsulRefused):
         list(records.feed(b"x"))
+
+
+HOSTILE = ("},{", "}", "{", '"', "\\", '\\"', '"},{"', "}]}", "\n", '},{"ID":"x"},{')
+
+
+@pytest.mark.parametrize("unit", HOSTILE)
+@pytest.mark.parametrize("size", [997, 65536])
+def test_a_hostile_tag_is_read_in_linear_time(unit: str, size: int) -> None:
+    """A long tag full of what looks like JSON costs no more than its bytes, and is read as it was sent."""
+    tag = unit * (2_000_000 // len(unit)) if size > 1000 else unit * (300_000 // len(unit))
+    services: list[dict[str, object]] = [{"ID": "a", "Tags": [tag]}, {"ID": "b"}, {"ID": "c", "Tags": [tag]}]
+    body = node_services(services, None)
+    began = time.process_time()
+    found = cut(body, size, Records(NODE_SERVICES, b"}"))
+    assert time.process_time() - began < 5, "11 s for 300 KB before, and minutes for this"
+    assert [json.loads(one) for one in found] == services
+
+
+def test_many_hostile_records_are_read_in_linear_time() -> None:
+    """Short ones too."""
+    services: list[dict[str, object]] = [{"ID": str(n), "Tags": ["},{" * (n % 9)]} for n in range(20_000)]
+    found = cut(node_services(services, None), 65536, Records(NODE_SERVICES, b"}"))
+    assert [json.loads(one) for one in found] == services
+
+
+TRICKY = st.lists(st.sampled_from(HOSTILE), max_size=12).map("".join)
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(TRICKY, max_size=3), max_size=6), st.integers(0, 2**32))
+def test_tricky_records_come_out_whole_however_they_are_cut(tags: list[list[str]], seed: int) -> None:
+    """Pieces of any size, down to single bytes."""
+    services: list[dict[str, object]] = [{"ID": str(n), "Tags": one} for n, one in enumerate(tags)]
+    pick = random.Random(seed)
+    body = node_services(services, pick.choice([None, 2]))
+    assert [json.loads(one) for one in cut(body, 1, Records(NODE_SERVICES, b"}"))] == services
+    records, start = Records(NODE_SERVICES, b"}"), 0
+    found: list[bytes] = []
+    while start < len(body):
+        end = start + pick.randint(0, 40)
+        found += records.feed(body[start:end])
+        start = end
+    found += records.finish()
+    assert [json.loads(one) for one in found] == services
+
+
+@pytest.mark.parametrize("filler", ["x" * LONG_RECORD, "},{" * 10])
+@pytest.mark.parametrize("size", [1000, 65536])
+def test_a_list_of_hostile_records_cut_short_is_an_error(filler: str, size: int) -> None:
+    """Wherever it ends, and whatever stands in place of the comma."""
+    body = node_services([{"ID": "a", "T": filler}, {"ID": "b", "T": filler}], None).rstrip()
+    middle = body.index(b'},{"ID":"b"') + 1
+    for end in (middle, middle + 1, middle + 2, len(body) - 1, len(body) - 2, len(body) - 3):
+        with pytest.raises(ConsulRefused):
+            cut(body[:end], size, Records(NODE_SERVICES, b"}"))
+    for junk in (b"", b";", b",,", b",1,", b"]"):
+        with pytest.raises(ConsulRefused):
+            cut(body[:middle] + junk + body[middle + 1 :], size, Records(NODE_SERVICES, b"}"))
+    with pytest.raises(ConsulRefused):
+        cut(body.replace(b"]}", b",]}"), size, Records(NODE_SERVICES, b"}"))
+
+
+@pytest.mark.parametrize("brackets", ["[]", "{}", "[}"])
+@pytest.mark.parametrize("depth", [DEEPEST_RECORD, 100_000])
+def test_deep_nesting_is_an_error(brackets: str, depth: int) -> None:
+    """It ends neither our stack nor the program."""
+    opening = brackets[0] if brackets[0] == "[" else '{"a":'
+    deep = opening * depth + "1" + brackets[1] * depth
+    body = f'{{"Node":null,"Services":[{{"ID":"a","x":{deep},"T":"{"y" * LONG_RECORD}"}}]}}'.encode()
+    for size in (4096, len(body)):
+        with pytest.raises(ConsulRefused):
+            cut(body, size, Records(NODE_SERVICES, b"}"))
+
+
+@pytest.mark.parametrize("start", [b"[", b'[{"a":"', b"[{}", b"[{},", b"null", b"[1"])
+def test_a_record_without_end_is_given_up(start: bytes) -> None:
+    """What is gathered of one record, or after the list, has a bound."""
+    with pytest.raises(ConsulRefused):
+        cut(start + b" " * (LONGEST_RECORD + 65536), 65536, Records(ARRAY))

@@ -7,8 +7,15 @@ import pytest
 from msgspec.structs import replace
 
 from builders import make_service, our_pod_service
-from k8s_consul_registrar.consul.txn import MOST_BYTES, MOST_OPERATIONS, Operations, body_of, pack
-from k8s_consul_registrar.consul.txn_answer import decode_read, decode_written
+from k8s_consul_registrar.consul.transactions import (
+    MOST_BYTES,
+    MOST_OPERATIONS,
+    Operations,
+    body_of,
+    decode_read,
+    decode_written,
+    pack,
+)
 from k8s_consul_registrar.errors import ConsulRefused
 from k8s_consul_registrar.model import UNSYNCED, Service
 
@@ -100,7 +107,7 @@ def test_recorded_answers() -> None:
 @pytest.mark.parametrize("body", [b"", b"[]", b"true", b'{"Results":[{"Service":{"ID":1}}]}', b"\xff"])
 def test_another_answer_is_refused(body: bytes) -> None:
     """What is no transaction's answer is neither a success nor a list of errors."""
-    with pytest.raises(ConsulRefused, match="not answer as Consul"):
+    with pytest.raises(ConsulRefused, match="not what Consul sends"):
         decode_written(body)
 
 

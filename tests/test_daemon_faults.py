@@ -81,7 +81,7 @@ async def refusing_consul(lab: SandboxLab, refused: dict[str, int]) -> AsyncIter
 
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", relay)
-        runner = web.AppRunner(app, access_log=None)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         try:
@@ -99,14 +99,14 @@ async def test_a_target_consul_refuses_does_not_hold_up_the_rest(status: int) ->
             await lab.cluster.add_pod(f"web-{number}")
         await lab.seed_pod("gone")
         async with await lab.registrar(CONSUL_ADDRESS=address) as daemon:
-            line = await daemon.until_said("Consul refuses a service", within=5)
+            line = await daemon.until_said("Consul refuses a service")
             assert (line["service"], line["verb"]) == (WEB, "register")
             assert f"Consul answers {status}" in line["problem"]
             others = [f"pod--shop--web-{number}" for number in (0, 2, 3, 4)]
             await daemon.until(lambda: lab.has(*others))
-            await daemon.until(lambda: len(daemon.said("pass", "'refused': 1")) >= 2)
+            await daemon.until(lambda: len(daemon.said("changes", "'refused': 1")) >= 2)
             assert len(daemon.said("Consul refuses a service")) == 1
-            assert await daemon.is_ready()
+            await daemon.ready()
             refused.clear()
             await daemon.until(lambda: lab.has(WEB, *others))
 
@@ -164,10 +164,10 @@ async def test_five_hundred_odd_pods() -> None:
         pods.append(pod)
 
     collect()
-    async with running_lab() as lab, await lab.registrar() as daemon:
+    async with running_lab() as lab, await lab.registrar(SYNC_PERIOD="2") as daemon:
         wanted = await add_odd_pods(lab.cluster, pods)
         await lab.cluster.add_pod("the-last")
-        await daemon.until(lambda: "pod--shop--the-last" in lab.services, within=30)
+        await daemon.until(lambda: "pod--shop--the-last" in lab.services)
         line: JsonObject = await daemon.passes(2)
         assert not daemon.said("Consul refuses a service"), "what we take Consul takes"
         assert await daemon.metric('targets{kind="pod",state="registered"}') == len(lab.services)
@@ -182,7 +182,8 @@ async def test_a_stall_is_outlived(server: str) -> None:
     async with running_lab() as lab, await lab.registrar() as daemon:
         await lab.cluster.add_pod()
         await daemon.until(lambda: lab.has(WEB))
-        await daemon.until_said("pass")
+        await daemon.until_said("resync")
+        await daemon.ready()
         door = lab.api_door if server == "api" else lab.consul_door
         door.stall()
         await lab.cluster.add_pod("web-2")

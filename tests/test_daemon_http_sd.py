@@ -41,7 +41,7 @@ async def test_without_consul_targets_are_served() -> None:
             assert group["labels"]["__metrics_path__"] == "/metrics"
             await lab.cluster.delete_pod()
             await daemon.until(lambda: _serves(daemon))
-            assert await daemon.is_ready()
+            await daemon.ready()
 
 
 async def test_blindness_keeps_what_is_served() -> None:
@@ -62,7 +62,7 @@ async def test_leader_and_standby_serve_the_same_shards() -> None:
         )
         settings = {**ELECTION, "HTTP_SD_PORT": "0", "SHARD_PATHS": ",".join(f"s{n}" for n in range(40))}
         async with await lab.registrar(**settings) as first:
-            await first.until_said("leads now")
+            await first.until_said("became leader")
             for number in range(5):
                 await lab.cluster.add_pod(f"web-{number}")
             names = [f"pod--shop--web-{number}" for number in range(5)]
@@ -74,7 +74,7 @@ async def test_leader_and_standby_serve_the_same_shards() -> None:
                 await second.until(second.is_ready)
                 writes = len(lab.writes)
                 assert await first.terminate() == 0
-                await second.until_said("leads now")
+                await second.until_said("became leader")
                 await lab.cluster.add_pod("web-9")
                 await second.until(lambda: _serves(second, *names, "pod--shop--web-9"))
                 await second.until(lambda: len(lab.writes) > writes)

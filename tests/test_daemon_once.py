@@ -1,10 +1,12 @@
 """plan, sync and purge as commands: what they show, what they write, and how they end."""
 
 import json
+from collections import Counter
 
 import pytest
 
-from cluster import REGISTRAR_RULES
+from cluster import REGISTRAR_RULES, SCRAPED
+from k8s_consul_registrar.registrar.absences import MOST_BY_NAME
 from lab import SandboxLab, running_lab
 
 WEB = "pod--shop--web-1"
@@ -62,6 +64,62 @@ async def test_sync_removes_nothing_of_a_held_removal() -> None:
         assert len(lab.services) == 5
         code, _ = await run(lab, "sync", "--once", "--allow-mass-deregister")
         assert (code, len(lab.services)) == (0, 0)
+
+
+async def test_plan_shows_rejections_conflicts_kept_and_held_services() -> None:
+    """Each rejected object has a line, and everything that a sync counts is counted; JSON has the same lines."""
+    async with running_lab() as lab:
+        await lab.cluster.add_pod("bad-port", annotations={**SCRAPED, "prometheus.io/port": "none"})
+        await lab.cluster.add_pod("bad-path", annotations={**SCRAPED, "prometheus.io/path": "http://x/y"})
+        await lab.cluster.add_pod("taken")
+        await lab.seed("pod--shop--taken", {"cluster": "other"})
+        for name in ("gone-1", "gone-2", "gone-3", "bad-port"):
+            await lab.seed_pod(name)
+        code, output = await run(lab, "plan")
+        assert code == 3  # a removal is held
+        assert "! pod--shop--bad-port  rejected: unknown_port_name: " in output
+        assert "! pod--shop--bad-path  rejected: invalid_path: " in output
+        assert "! pod--shop--taken  conflict: held by " in output
+        assert output.count("held by the brake: missing from pods") == 3
+        assert (
+            "0 to register, 0 to update, 0 to deregister, 0 unchanged, 1 in conflict, 3 held, 1 kept, 2 rejected"
+        ) in output
+        code, output = await run(lab, "plan", "--output", "json")
+        lines = json.loads(output)
+        assert {tuple(line) for line in lines} == {("sign", "id", "what")}
+        assert Counter(line["what"].partition(":")[0] for line in lines) == {
+            "rejected": 2,
+            "conflict": 1,
+            "held by the brake": 3,
+        }
+        assert lab.writes == []
+
+
+async def test_plan_of_rejections_alone_has_nothing_to_do() -> None:
+    """An object that cannot be a target is shown, and is no change: exit 0; sync counts it too."""
+    async with running_lab() as lab:
+        await lab.cluster.add_pod(annotations={**SCRAPED, "prometheus.io/scheme": "gopher"})
+        code, output = await run(lab, "plan")
+        assert (code, f"! {WEB}  rejected: invalid_scheme" in output) == (0, True)
+        code, output = await run(lab, "sync")
+        assert code == 0
+        assert "registered 0, updated 0, deregistered 0, unchanged 0, refused 0, rejected 1" in output
+
+
+async def test_plan_and_sync_confirm_many_absences_by_a_new_list() -> None:
+    """More absences than are read by name wait for one more list, and are then acted on at once."""
+    names = [f"p{number}" for number in range(MOST_BY_NAME + 20)]
+    async with running_lab() as lab:
+        for name in names:
+            await lab.seed_pod(name)
+        code, output = await run(lab, "plan", "--allow-mass-deregister")
+        assert (code, f"{len(names)} to deregister" in output) == (3, True)
+        assert len(lab.services) == len(names)
+        assert (await run(lab, "plan"))[0] == 3
+        assert len(lab.services) == len(names)
+        code, output = await run(lab, "sync", "--allow-mass-deregister")
+        assert (code, f"deregistered {len(names)}" in output) == (0, True)
+        assert lab.services == {}
 
 
 async def test_what_cannot_be_read_is_a_failure() -> None:

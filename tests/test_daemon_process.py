@@ -188,6 +188,7 @@ async def test_health_and_metrics_of_a_healthy_registrar() -> None:
         await lab.cluster.add_node("node-a", ("InternalIP", "192.0.2.10"))
         await daemon.until(lambda: lab.has(WEB, "node--192.0.2.10"))
         await daemon.passes()
+        await daemon.ready()
         assert await daemon.admin("/healthz") == await daemon.admin("/readyz") == (200, "ok\n")
         assert (
             await daemon.metric('targets{kind="pod",state="registered"}')

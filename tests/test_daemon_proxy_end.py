@@ -11,8 +11,10 @@ import pytest
 from daemon import STOP_WITHIN
 from k8s_consul_registrar.sandbox.kubelet import recorded_metrics
 from lab import running_lab
-from real_process import LOOPBACK, free_ports
+from real_process import LOOPBACK
 from scraping import LIMIT, kubelet_door, path_of, scrape
+from support.ports import reserve_ports
+from support.waiting import SLACK
 
 
 async def test_sigterm_lets_the_scrape_under_way_finish() -> None:
@@ -51,7 +53,7 @@ async def test_an_idle_proxy_ends_at_once() -> None:
                 assert (await response.read()) == recorded_metrics()
             started = time.monotonic()
             assert await daemon.terminate() == 0
-            assert time.monotonic() - started < 1.5
+            assert time.monotonic() - started < SLACK
             assert daemon.said("proxy ends")
 
 
@@ -103,7 +105,7 @@ async def test_a_scrape_that_outlasts_the_grace_is_reset() -> None:
 async def test_a_port_that_is_taken_is_told_in_a_line(name: str) -> None:
     """Exit 1, with the setting's name and the port."""
     async with running_lab() as lab:
-        with socket.create_server(("", free_ports(1)[0])) as taken:
+        with socket.create_server(("", reserve_ports(1)[0])) as taken:
             port = str(taken.getsockname()[1])
             async with await lab.proxy(**{name: port}) as daemon:
                 assert await daemon.ended() == 1

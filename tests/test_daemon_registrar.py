@@ -7,6 +7,7 @@ import pytest
 
 from cluster import SCRAPED, Cluster
 from lab import running_lab
+from support.waiting import PATIENCE
 
 WEB = "pod--shop--web-1"
 SHARDS = "shard-a,shard-b,shard-c"
@@ -239,6 +240,7 @@ async def test_the_shortest_way_to_start_it() -> None:
             assert await daemon.terminate() == 0
 
 
+@pytest.mark.long
 async def test_a_long_first_sync_is_told_as_it_goes() -> None:
     """A slow Consul: some lines say how far it is and how long it will take, and none once it is done."""
     names = [f"web-{number}" for number in range(600)]
@@ -247,7 +249,7 @@ async def test_a_long_first_sync_is_told_as_it_goes() -> None:
             await asyncio.gather(*(lab.cluster.add_pod(name) for name in names[start : start + 50]))
         lab.consul_door.delay = 0.4
         async with await lab.registrar(CONSUL_BACKEND="agent") as daemon:
-            line = await daemon.until_said("first sync under way", "seconds_left", within=60)
+            line = await daemon.until_said("first sync under way", "seconds_left", within=2 * PATIENCE)
             assert (line["backend"], line["doing"]) == ("agent", "registering")
             assert (line["listed"], line["targets"]) == (600, 600)
             assert 0 < line["registered"] < 600

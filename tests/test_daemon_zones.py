@@ -43,7 +43,7 @@ async def test_a_zone_is_kept_while_nodes_are_denied() -> None:
         blind = [rule("list watch", "pods"), rule("get", "namespaces")]
         lab.token_file.write_text(await lab.cluster.token(blind))
         async with await lab.registrar() as daemon:
-            await daemon.until_said("pass")
+            await daemon.until_said("resync")
             await lab.cluster.add_pod("web-2", ips=["198.51.100.11"])
             await daemon.until(lambda: OTHER in lab.services)
             assert lab.writes == [f"register {OTHER}"]

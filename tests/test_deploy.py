@@ -251,7 +251,7 @@ def test_the_kustomization_names_every_manifest() -> None:
 def test_kustomize_builds_the_same_objects(objects: Objects) -> None:
     """Kustomize reads them all and keeps the null that clears the old strategy."""
     done = subprocess.run(
-        ["kubectl", "kustomize", DEPLOY], capture_output=True, text=True, timeout=30, check=False
+        ["kubectl", "kustomize", DEPLOY], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     built = {(each["kind"], each["metadata"]["name"]): each for each in yaml.safe_load_all(done.stdout)}
@@ -262,7 +262,7 @@ def test_the_dockerfile_is_clean() -> None:
     """Hadolint finds nothing, and the image runs as a numbered user that is not root."""
     hadolint = Path(sys.executable).with_name("hadolint")
     done = subprocess.run(
-        [hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, timeout=30, check=False
+        [hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stdout) == (0, "")
     user = re.findall(r"^USER (\d+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[-1]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from real_process import wait_until
 from real_servers import REAL, RealConsul, prometheus_tools, real_consul, real_prometheus
+from support.waiting import until
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 pytestmark = REAL
@@ -50,7 +50,7 @@ async def test_services_outlive_a_restart_of_the_deployed_agent() -> None:
         async def is_known() -> bool:
             return bool(await instances(server, "pod--a--b"))
 
-        await wait_until(is_known, 10)
+        await until(is_known)
         (before,) = await instances(server, "pod--a--b")
         await agent.program.stop(signal.SIGTERM)
         await asyncio.sleep(1.5)  # a leave takes them out at once
@@ -70,7 +70,7 @@ def test_promtool_accepts_the_example(name: str) -> None:
         [tools.promtool, "check", "config", DEPLOY / name],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -105,7 +105,7 @@ async def test_the_example_makes_the_targets_the_meta_describes() -> None:
             async def are_found() -> bool:
                 return len(await prometheus.targets()) == 2
 
-            await wait_until(are_found, 30)
+            await until(are_found)
             found = {each["labels"]["kind"]: each for each in await prometheus.targets()}
     assert found["pod"]["scrapeUrl"] == "https://192.0.2.7:9102/stats?format=prometheus"
     assert found["pod"]["labels"] == {

@@ -43,7 +43,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Objects:
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
     done = subprocess.run(
-        ["kubectl", "kustomize", folder], capture_output=True, text=True, timeout=30, check=False
+        ["kubectl", "kustomize", folder], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     return by_name(done.stdout)

@@ -13,15 +13,16 @@ from k8s_consul_registrar.app.process import new_registry
 from k8s_consul_registrar.cli import build_parser
 from k8s_consul_registrar.proxy.metrics import ProxyCollector
 from k8s_consul_registrar.proxy.outcomes import Outcome, ProxyStats
-from k8s_consul_registrar.registrar.collector import Figures, RegistrarCollector
+from k8s_consul_registrar.registrar.decide import Kept
 from k8s_consul_registrar.registrar.metrics import (
     PASS_OUTCOMES,
     WRITE_OUTCOMES,
     WRITE_VERBS,
+    Figures,
+    RegistrarCollector,
     RegistrarMetrics,
 )
 from k8s_consul_registrar.registrar.orphans import Stays
-from k8s_consul_registrar.registrar.plan import Kept
 from k8s_consul_registrar.settings.option import PROXY, REGISTRAR
 from k8s_consul_registrar.settings.options import OPTIONS
 from k8s_consul_registrar.targets.reasons import Reason

@@ -16,7 +16,8 @@ from contender import TIMING
 from k8s_consul_registrar.kube.lease import LeaseClient
 from k8s_consul_registrar.model import Lease
 from k8s_consul_registrar.registrar.elector import Elector, clock
-from polls import RETRY, SLACK, Polls, Replica, running_polls
+from polls import RETRY, Polls, Replica, running_polls
+from support.waiting import PATIENCE, SLACK
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ async def test_a_leader_cut_off_stops_before_another_starts(polls: Polls, fault:
         getattr(door, fault)()
         lost = await a.yields()
         assert not b.elector.is_leader
-        assert TIMING.renew_deadline - TIMING.retry_period - SLACK / 2 <= lost <= TIMING.renew_deadline + 0.1
+        assert lost <= TIMING.renew_deadline + SLACK
         await b.leads()
         assert time.monotonic() - began <= TIMING.lease_duration + RETRY + SLACK
         assert not a.elector.is_leader
@@ -135,14 +136,14 @@ async def test_a_suspended_machine_wakes_up_without_leadership(polls: Polls) -> 
 async def test_changes_are_announced(polls: Polls) -> None:
     """Winning and losing each wake who waits for it, once."""
     async with polls.door() as door, polls.replica("a", address=door.address) as a:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await a.elector.changed()
         assert a.elector.is_leader
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(3 * TIMING.retry_period):
                 await a.elector.changed()
         door.refuse()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await a.elector.changed()
         assert not a.elector.is_leader
 
@@ -154,7 +155,7 @@ async def test_an_end_without_an_api_server_is_bounded(polls: Polls) -> None:
         door.stall()
         began = time.monotonic()
         await a.end()
-        assert time.monotonic() - began < TIMING.renew_deadline / 2
+        assert time.monotonic() - began < TIMING.retry_period + SLACK
         assert not a.elector.is_leader
         assert await b.leads() <= TIMING.lease_duration + RETRY + SLACK
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from contender import TIMING
-from polls import NAME, RETRY, SLACK, Polls, running_polls
-from real_process import Program, wait_until
+from polls import NAME, RETRY, Polls, running_polls
+from real_process import Program
+from support.waiting import PATIENCE, SLACK, until
 
 
 @pytest.fixture
@@ -60,11 +61,10 @@ class Processes:
         async def have_written() -> bool:
             return self.writers() == list(writers)
 
-        try:
-            await wait_until(have_written, 20)
-        except TimeoutError:
-            logs = "\n".join(program.tail() for program in self._programs)
-            pytest.fail(f"{self.writers()} instead of {writers}:\n{logs}")
+        def logs() -> str:
+            return f"{self.writers()}\n" + "\n".join(program.tail() for program in self._programs)
+
+        await until(have_written, f"writes by {writers}", context=logs)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ async def test_a_killed_leader_is_replaced(processes: Processes) -> None:
     await asyncio.sleep(2)
     first.send(signal.SIGKILL)
     await processes.until("a", "b")
-    assert TIMING.lease_duration - TIMING.retry_period - SLACK / 2 <= gap(processes, "a", "b")
+    assert TIMING.lease_duration - TIMING.renew_deadline <= gap(processes, "a", "b")
     assert gap(processes, "a", "b") <= TIMING.lease_duration + RETRY + SLACK
 
 
@@ -127,6 +127,6 @@ async def test_a_terminated_leader_hands_over(processes: Processes) -> None:
     await processes.start("b")
     await asyncio.sleep(2)
     first.send(signal.SIGTERM)
-    assert await first.ended(5) == 0
+    assert await first.ended(PATIENCE) == 0
     await processes.until("a", "b")
     assert gap(processes, "a", "b") <= RETRY + SLACK

@@ -1,6 +1,7 @@
 """`kube.access`: kubeconfigs merged and read, service accounts, and every mistake by name."""
 
 import base64
+import itertools
 import ssl
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ async def test_in_a_cluster_the_service_account_is_used(tmp_path: Path) -> None:
 @pytest.fixture
 def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have files looked at whenever what they hold is asked for."""
-    monkeypatch.setattr("k8s_consul_registrar.files.LOOK_EVERY", 0.0)
+    monkeypatch.setattr("k8s_consul_registrar.rotating.LOOK_EVERY", 0.0)
 
 
 @pytest.mark.usefixtures("looks_at_once")
@@ -415,9 +416,13 @@ USER_MISTAKES: list[tuple[dict[str, Any], str]] = [
             "client-certificate-data": b64(CERT_PEM),
             "client-key-data": b64(OTHER_CA.issue_cert("x").private_key_pem.bytes()),
         },
-        "user 'main': client-certificate: the client certificate and key cannot be used: key values mismatch",
+        "user 'main': client-certificate: the certificate and key cannot be used: key values mismatch",
     ),
-    ({"client-certificate-data": b64(b"junk"), "client-key-data": b64(SECRET.encode())}, "cannot be used"),
+    ({"client-certificate-data": b64(b"junk"), "client-key-data": b64(KEY_PEM)}, "holds no PEM certificate"),
+    (
+        {"client-certificate-data": b64(CERT_PEM), "client-key-data": b64(SECRET.encode())},
+        "holds no PEM private key",
+    ),
     ({"exec": {**PLUGIN, "command": ""}}, "user 'main': exec.command is missing"),
     (
         {"exec": {**PLUGIN, "apiVersion": "client.authentication.k8s.io/v1alpha1"}},
@@ -444,7 +449,19 @@ def test_mistakes_of_a_user_are_named(tmp_path: Path, user: dict[str, Any], text
         ("", "names no current-context"),
         (f"users: [{{token: {SECRET}\n  x", "not YAML (line"),
         ("\x00", "not YAML"),
-        ("when: 2020-99-99", "not YAML"),
+        ("when: 2020-99-99", "names no current-context"),
+        ("when: !!timestamp 2020-99-99", "not YAML"),
+        ("when: !!timestamp soon", "not YAML"),
+        ("when: !!bool perhaps", "not YAML"),
+        ("when: !!python/object:os.system x", "not YAML"),
+        ("[" * 100_000, "not YAML"),
+        ("a: &a [*a]", "nested too deeply"),
+        ("\xff\xfe\x00", "not YAML"),
+        (
+            "a: &a [x,x,x,x,x,x,x,x,x,x]\n"
+            + "".join(f"{b}: &{b} [*{a}{f', *{a}' * 9}]\n" for a, b in itertools.pairwise("abcdefghijk")),
+            "nested too deeply",
+        ),
         ("- a\n- b", "Expected `object`"),
         ("users: 5", "$.users"),
         ({**config(), "current-context": "gone"}, "current-context 'gone' is not among the contexts"),
@@ -470,3 +487,93 @@ def test_an_encrypted_key_is_refused_without_asking_for_its_password(tmp_path: P
     )
     user = {"client-certificate-data": b64(CERT_PEM), "client-key-data": b64(key)}
     assert "not encrypted" in mistake(write(tmp_path, config(user=user)))
+
+
+NAMES = [
+    "2024-01-01",
+    "2001-12-14t21:59:43.10-05:00",
+    "2020-99-99",
+    "123",
+    "0123",
+    "0x1F",
+    "0b11",
+    "1_000",
+    "1e3",
+    "1.10",
+    "-.inf",
+    ".nan",
+    "true",
+    "No",
+    "off",
+    "12:30:45",
+    "=",
+    "<<",
+    "none",
+    "nil",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_a_name_is_text_whatever_yaml_takes_it_for(tmp_path: Path, name: str) -> None:
+    """As it is written: to kubectl a date is text, and a number in quotes or without names the same."""
+    text = (
+        f"current-context: {name}\n"
+        f"clusters: [{{name: {name}, cluster: {{server: 'http://127.0.0.1:1'}}}}]\n"
+        f"users: [{{name: {name}, user: {{username: me, password: '1'}}}}]\n"
+        f"contexts: [{{name: '{name}', context: {{cluster: {name}, user: '{name}', namespace: 5}}}}]\n"
+    )
+    access = load(write(tmp_path, text))
+    assert access.origin.endswith(f"context {name!r}, user {name!r}")
+    assert "Authorization" in await headers(access)
+
+
+@pytest.mark.parametrize("name", ["null", "Null", "~", ""])
+def test_a_name_that_is_null_is_none(tmp_path: Path, name: str) -> None:
+    """To kubectl a null field is an absent one."""
+    text = write(tmp_path, config()).read_text().replace("current-context: main", f"current-context: {name}")
+    assert "names no current-context" in mistake(write(tmp_path, text))
+
+
+def test_dates_and_aliases_elsewhere_are_taken_as_kubectl_does(tmp_path: Path) -> None:
+    """A date in the cluster's extensions, an alias and a merge key do no harm."""
+    text = (
+        "x: &server {server: 'http://127.0.0.1:1'}\n"
+        "current-context: a\nclusters: [{name: a, cluster: {<<: *server, extensions: [{name: n, extension: "
+        "{last-update: 2024-01-01}}]}}]\ncontexts: [{name: a, context: {cluster: a}}]\n"
+    )
+    assert load(write(tmp_path, text)).server == "http://127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "text"),
+    [
+        ({"server": "https://a..b"}, "cluster 'main': server has a host name"),
+        ({"server": "https://[fe80::1%25eth0]:6443"}, "cluster 'main': server has a zone"),
+        ({"server": "https://api/%zz"}, "cluster 'main': server holds a %"),
+        ({"server": "https://exa mple"}, "cluster 'main': server holds spaces"),
+        ({"server": "https://\u2028x"}, "cluster 'main': server holds spaces or control"),
+        ({"proxy-url": "http://a..b"}, "cluster 'main': proxy-url has a host name"),
+        ({"proxy-url": f"http://m\u20ac:{SECRET}@p"}, "cluster 'main': proxy-url has a host, user"),
+        ({"tls-server-name": "a..b"}, "cluster 'main': tls-server-name has a host name"),
+    ],
+)
+def test_urls_and_names_that_no_client_can_use_are_refused(
+    tmp_path: Path, cluster: dict[str, Any], text: str
+) -> None:
+    """At the start, and not by a traceback at the first request."""
+    assert text in mistake(write(tmp_path, config(cluster=cluster)))
+
+
+def test_an_address_of_the_service_that_no_client_can_use_is_refused(tmp_path: Path) -> None:
+    """The kubelet sets these, and a Pod's author may."""
+    account = service_account(tmp_path / "sa")
+    for wrong in ({"KUBERNETES_SERVICE_HOST": "a..b"}, {"KUBERNETES_SERVICE_PORT": "http"}):
+        with pytest.raises(AccessError, match="KUBERNETES_SERVICE_HOST"):
+            load_access({**IN_CLUSTER, **wrong}, service_account=account)
+
+
+def test_text_that_cannot_be_encoded_is_an_error(tmp_path: Path) -> None:
+    """YAML can write half of a surrogate pair."""
+    text = write(tmp_path, config(user={"username": "me", "password": "X"})).read_text()
+    said = mistake(write(tmp_path, text.replace("password: X", 'password: "\\ud800"')))
+    assert said.startswith("kubeconfig ")

@@ -25,14 +25,17 @@ from k8s_consul_registrar.errors import (
     ClusterUnauthorized,
     ClusterUnreachable,
 )
-from k8s_consul_registrar.files import fixed
 from k8s_consul_registrar.kube.access import Access
-from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.credentials import FixedCredentials, Identity
+from k8s_consul_registrar.kube.client import JSON, LEAN_JSON, KubeClient
+from k8s_consul_registrar.kube.credentials import Credentials, FixedCredentials, Identity
 from k8s_consul_registrar.kube.objects import Page
-from k8s_consul_registrar.kube.tls import KeyPair, Trust
-from k8s_consul_registrar.model import Kind, Pod
+from k8s_consul_registrar.kube.watch_decoder import Broken
+from k8s_consul_registrar.model import Kind, ObjectKey, Pod, Undecodable
+from k8s_consul_registrar.rotating import fixed
+from k8s_consul_registrar.tls import KeyPair, Trust
 from kube_samples import recorded, recorded_refusal
+from support.ports import reserve_ports
+from support.waiting import PATIENCE
 
 TIMING = Timing(connect_timeout=1.0, read_timeout=0.4)
 SECRET = "s3cr3t-t0ken"
@@ -272,6 +275,9 @@ class Rotating:
         self.rejections += 1
         self.number += 1
 
+    async def aclose(self) -> None:
+        """Do nothing."""
+
 
 async def test_a_401_is_tried_once_more_with_fresh_credentials() -> None:
     """A token that just rotated costs nothing but a request."""
@@ -319,6 +325,9 @@ async def test_credentials_that_cannot_be_had_are_a_cluster_error() -> None:
         def rejected(self, identity: Identity) -> None:
             pass
 
+        async def aclose(self) -> None:
+            pass
+
     with pytest.raises(ClusterUnauthorized, match="the plugin failed"):
         await list_all(Access("http://127.0.0.1:1", Failing()))
 
@@ -332,8 +341,7 @@ async def unreachable(port: int, **options: Any) -> str:
 
 async def test_a_refused_connection_and_an_unknown_name_are_unreachable() -> None:
     """Nobody listens, or nobody has the name."""
-    async with raw_server(lambda _reader, _writer: asyncio.sleep(0)) as port:
-        pass
+    (port,) = reserve_ports(1)
     assert f"no connection to http://127.0.0.1:{port}: " in await unreachable(port)
     with pytest.raises(ClusterUnreachable, match=r"no connection to http://no-such-host\.invalid"):
         await list_all(Access("http://no-such-host.invalid", ANONYMOUS))
@@ -392,13 +400,13 @@ async def test_a_silent_server_and_one_that_trickles_run_out_of_time() -> None:
 
     patient = Timing(connect_timeout=30.0, read_timeout=0.4)
     async with (
-        asyncio.timeout(5),
+        asyncio.timeout(PATIENCE),
         raw_server(silent) as port,
         KubeClient(Access(f"http://127.0.0.1:{port}", ANONYMOUS), patient) as client,
     ):
         with pytest.raises(ClusterUnreachable, match="took too long"):
             await client.server_version()
-    async with raw_server(trickle) as port, asyncio.timeout(5):
+    async with raw_server(trickle) as port, asyncio.timeout(PATIENCE):
         assert "took too long" in await unreachable(port)
 
 
@@ -539,6 +547,243 @@ async def test_a_proxy_that_refuses_is_told_without_its_password() -> None:
     assert SECRET not in str(caught.value)
     with pytest.raises(ClusterUnreachable, match="no connection to the proxy"):
         await list_all(access)
+
+
+async def test_lists_and_watches_ask_without_managed_fields_until_a_406() -> None:
+    """A server that cannot produce it is asked in plain JSON from then on; other requests always are."""
+    asked: list[str] = []
+
+    async def handle(request: web.Request) -> web.Response:
+        asked.append(request.headers["Accept"])
+        if request.path == "/version":
+            return web.json_response({"gitVersion": "v1.36.0"})
+        if "drop=" in request.headers["Accept"]:
+            return web.Response(status=406, body=b'{"kind":"Status","code":406,"message":"no"}')
+        return web.Response(body=b"" if "watch" in request.query else LIST)
+
+    async with (
+        serve(handle) as port,
+        KubeClient(Access(f"http://127.0.0.1:{port}", ANONYMOUS), TIMING) as client,
+    ):
+        await client.server_version()
+        assert [page async for page in client.pages(Kind.POD)]
+        assert [page async for page in client.pages(Kind.POD)]
+        assert [batch async for batch in client.watch(Kind.POD, resource_version="1", timeout_seconds=1)]
+    assert asked == [JSON, LEAN_JSON, JSON, JSON, JSON]
+
+
+async def test_a_406_to_plain_json_is_a_refusal() -> None:
+    """There is no third media type to try."""
+    error = await failure(answering(406, b"<html>"))
+    assert isinstance(error, ClusterRefused)
+    assert error.status == 406
+
+
+@pytest.mark.parametrize("name", ["web-1", "a,b=c\\d"])
+async def test_an_object_is_read_by_its_name(name: str) -> None:
+    """One list without label selector or version, in the Pod's namespace."""
+    asked: list[tuple[str, dict[str, str]]] = []
+    body = json.dumps({"kind": "PodList", "metadata": {"resourceVersion": "9"}, "items": [POD | {"metadata": {
+        "name": name, "namespace": "shop"}}]}).encode()  # fmt: skip
+
+    async def handle(request: web.Request) -> web.Response:
+        asked.append((request.path, dict(request.query)))
+        return web.Response(body=body)
+
+    async with (
+        serve(handle) as port,
+        KubeClient(Access(f"http://127.0.0.1:{port}", ANONYMOUS), TIMING) as client,
+    ):
+        found = await client.read_object(ObjectKey(Kind.POD, "shop", name))
+    assert isinstance(found, Pod)
+    assert found.name == name
+    escaped = name.replace("\\", "\\\\").replace(",", "\\,").replace("=", "\\=")
+    assert asked == [("/api/v1/namespaces/shop/pods", {"fieldSelector": f"metadata.name={escaped}"})]
+
+
+POD: dict[str, Any] = {"spec": {}, "status": {}}
+EMPTY = {"kind": "PodList", "metadata": {"resourceVersion": "9"}, "items": []}
+
+
+async def test_only_an_empty_list_says_that_an_object_is_not_there() -> None:
+    """A server that ignores the selector, pages, or names nothing proves no absence; unreadable is not absent."""
+    other = POD | {"metadata": {"name": "other", "namespace": "shop"}}
+    broken = {"metadata": {"name": "a", "namespace": "shop"}, "spec": 7}
+    key = ObjectKey(Kind.POD, "shop", "a")
+    answers: list[Any] = [
+        EMPTY,
+        EMPTY | {"items": None},
+        EMPTY | {"items": [broken]},
+        EMPTY | {"items": [other]},
+        EMPTY | {"items": [{"metadata": {}}]},
+        EMPTY | {"metadata": {"resourceVersion": "9", "continue": "more"}},
+        {"kind": "NodeList"},
+    ]
+
+    async def handle(_: web.Request) -> web.Response:
+        return web.json_response(answers.pop(0))
+
+    async with (
+        serve(handle) as port,
+        KubeClient(Access(f"http://127.0.0.1:{port}", ANONYMOUS), TIMING) as client,
+    ):
+        assert await client.read_object(key) is None
+        assert await client.read_object(key) is None
+        assert isinstance(await client.read_object(key), Undecodable)
+        while answers:
+            with pytest.raises(ClusterRefused):
+                await client.read_object(key)
+
+
+async def test_a_node_is_read_at_the_cluster_scope() -> None:
+    """It has no namespace."""
+
+    async def handle(request: web.Request) -> web.Response:
+        assert request.path == "/api/v1/nodes"
+        return web.json_response({"kind": "NodeList", "metadata": {"resourceVersion": "9"}, "items": []})
+
+    async with (
+        serve(handle) as port,
+        KubeClient(Access(f"http://127.0.0.1:{port}", ANONYMOUS), TIMING) as client,
+    ):
+        assert await client.read_object(ObjectKey(Kind.NODE, "", "n")) is None
+
+
+async def ask_everything(client: KubeClient) -> None:
+    """Ask each kind of question; every one must end in a ClusterError."""
+
+    async def pages() -> None:
+        async for _ in client.pages(Kind.POD):
+            pass
+
+    async def watch() -> None:
+        async for _ in client.watch(Kind.POD, resource_version="1", timeout_seconds=1):
+            pass
+
+    for question in (
+        pages(),
+        watch(),
+        client.current_version(Kind.POD),
+        client.read_object(ObjectKey(Kind.POD, "shop", "a")),
+        client.namespace_uid("kube-system"),
+        client.server_version(),
+        client.can_i("get", "nodes"),
+    ):
+        with pytest.raises(ClusterError):
+            await question
+
+
+@pytest.mark.parametrize(
+    "server",
+    [
+        "https://a..b",
+        "http://a..b:6443",
+        "http://" + "a" * 70 + ".x:6443",
+        "http://[::1%25eth0]:6443",
+        "http://[::1",
+        "http://exa mple:6443",
+        "http://\u2028x:6443",
+        "http://x\uff0fy:6443",
+        "http://.:6443",
+        "http://127.0.0.1:99999",
+        "http://127.0.0.1:-1",
+        "http://127.0.0.1:1/%zz",
+        "http://",
+        "//x",
+        "ftp://x",
+        "",
+        "http://\udcff",
+    ],
+)
+async def test_a_url_that_cannot_be_requested_is_a_cluster_error(server: str) -> None:
+    """yarl, aiohttp and idna each raise exceptions of their own."""
+    async with KubeClient(Access(server, ANONYMOUS), TIMING) as client:
+        await ask_everything(client)
+
+
+async def test_a_proxy_url_that_cannot_be_requested_does_not_show_its_password() -> None:
+    """Neither where the library's text quotes it."""
+    for proxy in (f"http://me:{SECRET}@a..b:1", f"http://me:{SECRET}@[::1", f"foo://me:{SECRET}@x"):
+        access = Access("http://127.0.0.1:1", ANONYMOUS, proxy=proxy)
+        with pytest.raises(ClusterError) as caught:
+            await list_all(access)
+        assert SECRET not in str(caught.value)
+
+
+async def test_credentials_that_break_by_surprise_are_a_cluster_error() -> None:
+    """A token of line breaks, and a source of tokens that raises."""
+
+    class Raising:
+        async def identity(self) -> Identity:
+            raise KeyError("token")
+
+        def rejected(self, identity: Identity) -> None:
+            pass
+
+        async def aclose(self) -> None:
+            pass
+
+    sources: tuple[Credentials, ...] = (Raising(), FixedCredentials(Identity(token="a\r\nX: b")))
+    for credentials in sources:
+        async with KubeClient(Access("http://127.0.0.1:1", credentials), TIMING) as client:
+            await ask_everything(client)
+
+
+DEEP = b'{"kind":"PodList","metadata":{"resourceVersion":"1"},"items":' + b"[" * 200_000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<!doctype html><title>Sign in</title>\n",
+        DEEP + b"\n",
+        b'{"type":"ADDED","object":' + b'{"a":' * 100_000 + b"\n",
+        b"\xff\xfe\n",
+        b'{"kind":"PodList","metadata":{},"items":[]}\n',
+        b'{"kind":"PodList","metadata":{"resourceVersion":7},"items":[]}\n',
+        b'{"kind":"PodList","metadata":{"resourceVersion":"' + b"9" * 300 + b'"},"items":[]}\n',
+    ],
+)
+async def test_a_success_without_sense_is_a_cluster_error(body: bytes) -> None:
+    """In every question but a watch, whose decoder reports it."""
+    async with (
+        serve(answering(200, body)) as port,
+        KubeClient(Access(f"http://127.0.0.1:{port}", ANONYMOUS), TIMING) as client,
+    ):
+        for question in (
+            client.current_version(Kind.POD),
+            client.read_object(ObjectKey(Kind.POD, "shop", "a")),
+            client.namespace_uid("kube-system"),
+            client.server_version(),
+            client.can_i("get", "nodes"),
+        ):
+            with pytest.raises(ClusterRefused):
+                await question
+        batches = client.watch(Kind.POD, resource_version="1", timeout_seconds=1)
+        events = [event async for batch in batches for event in batch]
+    assert [type(event) for event in events] == [Broken]
+
+
+@pytest.mark.parametrize(
+    "piece", [b"X-Filler: x\r\n", b"X", b"HTTP/1.1 103 Early Hints\r\n\r\n"], ids=["many", "long", "interim"]
+)
+async def test_a_head_without_end_is_a_cluster_error(piece: bytes) -> None:
+    """Headers that never end, one header that never ends, interim answers that never end."""
+
+    async def endless(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not piece.startswith(b"HTTP"):
+            writer.write(b"HTTP/1.1 200 OK\r\n")
+        while True:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0.001)
+
+    async with (
+        asyncio.timeout(40),
+        raw_server(endless) as port,
+        KubeClient(Access(f"http://127.0.0.1:{port}", ANONYMOUS), TIMING) as client,
+    ):
+        await ask_everything(client)
 
 
 async def test_the_uid_of_a_namespace() -> None:

@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import trustme
 import yaml
+from structlog.testing import capture_logs
 
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.kube.exec_plugin import ExecCredentials, ExecPlugin
+from k8s_consul_registrar.rotating import LoadStatus
+from support.waiting import until
 
 V1 = "client.authentication.k8s.io/v1"
 BETA = "client.authentication.k8s.io/v1beta1"
@@ -232,28 +235,171 @@ async def test_a_program_that_hangs_is_ended_with_its_children(tmp_path: Path) -
     await assert_gone(int(pid_file.read_text()))
 
 
-async def test_cancelling_ends_the_program(tmp_path: Path) -> None:
-    """A daemon that stops leaves no plugin behind, and the next call is not blocked by it."""
+async def test_closing_ends_the_program(tmp_path: Path) -> None:
+    """A daemon that stops leaves no plugin behind, its callers hear of it, and a later call runs it again."""
     pid_file = tmp_path / "pid"
     path = script(tmp_path, f"pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\ntime.sleep(60)")
     source = ExecCredentials(plugin(path))
     task = asyncio.create_task(source.identity())
-    async with asyncio.timeout(10):
-        while not pid_file.exists() or not pid_file.read_text():
-            await asyncio.sleep(0.02)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
+    await until(lambda: pid_file.exists() and pid_file.read_text())
+    await source.aclose()
+    with pytest.raises(AccessError, match="the plugin was ended"):
         await task
     await assert_gone(int(pid_file.read_text()))
     script(tmp_path, prints({"token": "t"}))
     assert (await source.identity()).token == "t"
+    await source.aclose()
+
+
+async def test_the_end_of_the_loop_ends_the_program(tmp_path: Path) -> None:
+    """A command that ends while a plugin runs does not leave it behind."""
+    pid_file = tmp_path / "pid"
+    path = script(tmp_path, f"pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\ntime.sleep(60)")
+
+    async def ask_and_leave() -> None:
+        asking = asyncio.create_task(ExecCredentials(plugin(path)).identity())
+        while not pid_file.exists() or not pid_file.read_text():
+            await asyncio.sleep(0.02)
+        asking.cancel()
+
+    await asyncio.to_thread(asyncio.run, ask_and_leave())
+    await assert_gone(int(pid_file.read_text()))
+
+
+async def test_impatient_callers_share_one_run_that_goes_on_without_them(tmp_path: Path) -> None:
+    """A plugin slower than each of its callers ran again and again, and never came to its end."""
+    gate, done = tmp_path / "gate", tmp_path / "done"
+    path = script(
+        tmp_path,
+        f"while not os.path.exists({str(gate)!r}): time.sleep(0.02)\n"
+        f"pathlib.Path({str(done)!r}).touch()\n" + prints({"token": "t"}),
+    )
+    source = ExecCredentials(plugin(path))
+    for _ in range(6):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await source.identity()
+    waiting = [asyncio.create_task(source.identity()) for _ in range(5)]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    gate.touch()
+    got = await asyncio.gather(*waiting[1:])
+    assert {identity.token for identity in got} == {"t"}
+    assert waiting[0].cancelled()
+    assert (runs(tmp_path), done.exists()) == (1, True)
+
+
+GARBAGE = {
+    "nothing": "",
+    "text": "print('oops')",
+    "another kind": 'print(\'{"apiVersion":"v1","kind":"List"}\')',
+    "a list": "print('[]')",
+    "deep": "print('[' * 100000)",
+    "no zone": prints({"token": "new", "expirationTimestamp": "2030-01-01T12:00:00"}),
+    "year 1 without a zone": prints({"token": "new", "expirationTimestamp": "0001-01-01T00:00:00"}),
+    "year 0": prints({"token": "new", "expirationTimestamp": "0000-01-01T00:00:00Z"}),
+    "year 10000": prints({"token": "new", "expirationTimestamp": "10000-01-01T00:00:00Z"}),
+    "a number": prints({"token": "new", "expirationTimestamp": 1}),
+    "empty expiry": prints({"token": "new", "expirationTimestamp": ""}),
+    "a token that is none": prints({"token": "a b"}),
+    "a certificate that is none": prints({"clientCertificateData": "x", "clientKeyData": "y"}),
+    "binary": "sys.stdout.buffer.write(bytes(range(256)))",
+    "a flood": "while True: sys.stdout.write('x' * 65536)",
+    "a flood of errors": "while True: sys.stderr.write('x' * 65536)",
+    "an exit": "sys.exit(9)",
+    "a signal": "os.kill(os.getpid(), 9)",
+}
+
+
+@pytest.mark.parametrize("code", GARBAGE.values(), ids=GARBAGE)
+async def test_garbage_leaves_the_last_credential_in_use_until_it_expires(tmp_path: Path, code: str) -> None:
+    """One line of the log, a metric, and no run in a loop; after the expiry it is an error by name."""
+    expiry = datetime(2030, 1, 1, 12, 0, 0, tzinfo=UTC)
+    path = script(tmp_path, prints({"token": "good", "expirationTimestamp": "2030-01-01T12:00:00Z"}))
+    now, clock = expiry.timestamp() - 60, 0.0
+    source = ExecCredentials(plugin(path), now=lambda: now, clock=lambda: clock)
+    first = await source.identity()
+    script(tmp_path, code)
+    now = expiry.timestamp() - 5
+    with capture_logs() as logs:
+        for _ in range(3):
+            assert await source.identity() is first
+        assert runs(tmp_path) == 2
+        clock += 5
+        assert await source.identity() is first
+    assert runs(tmp_path) == 3
+    (line,) = logs
+    assert line["event"] == "the exec plugin gives no credential; the last one stays in use"
+    assert LoadStatus.problems()["kubeconfig exec"]
+    now = expiry.timestamp()
+    with pytest.raises(AccessError, match="user 'main': exec"):
+        await source.identity()
+    script(tmp_path, prints({"token": "again"}))
+    clock += 5
+    with capture_logs() as logs:
+        assert (await source.identity()).token == "again"
+    assert [line["event"] for line in logs] == ["the exec plugin gives credentials again"]
+
+
+async def test_a_credential_that_is_rejected_is_used_while_no_other_comes(tmp_path: Path) -> None:
+    """One 401 may be the server's fault; a server that always answers it does not make the plugin run in a loop."""
+    path = script(tmp_path, prints({"token": "t-{run}"}))
+    clock = 0.0
+    source = ExecCredentials(plugin(path), clock=lambda: clock)
+    source.rejected(await source.identity())
+    second = await source.identity()
+    assert second.token == "t-2"
+    for _ in range(5):
+        source.rejected(second)
+        assert await source.identity() is second
+    clock += 5
+    script(tmp_path, "sys.exit(1)")
+    assert await source.identity() is second
+    assert runs(tmp_path) == 3
+    clock += 5
+    script(tmp_path, prints({"token": "t-{run}"}))
+    assert (await source.identity()).token == "t-4"
+
+
+@pytest.mark.parametrize(
+    "expiry",
+    [
+        "0001-01-01T00:00:00Z",
+        "1969-12-31T23:59:59Z",
+        "2020-01-01T00:00:00+14:00",
+        "0001-01-01T00:00:00+14:00",
+    ],
+)
+async def test_a_credential_that_has_expired_already_is_used_without_a_loop(
+    tmp_path: Path, expiry: str
+) -> None:
+    """A clock that is wrong, or a plugin's own cache: the server may still take it."""
+    path = script(tmp_path, prints({"token": "t-{run}", "expirationTimestamp": expiry}))
+    clock = 0.0
+    source = ExecCredentials(plugin(path), clock=lambda: clock)
+    for _ in range(5):
+        assert (await source.identity()).token == "t-1"
+    clock += 5
+    assert (await source.identity()).token == "t-2"
+    assert runs(tmp_path) == 2
+
+
+async def test_a_failing_program_is_not_run_in_a_loop(tmp_path: Path) -> None:
+    """Callers without any credential get the error of the last run for some seconds."""
+    path = script(tmp_path, "print('no', run, file=sys.stderr); sys.exit(1)")
+    clock = 0.0
+    source = ExecCredentials(plugin(path), clock=lambda: clock)
+    for _ in range(4):
+        with pytest.raises(AccessError, match="no 1"):
+            await source.identity()
+    clock += 5
+    with pytest.raises(AccessError, match="no 2"):
+        await source.identity()
 
 
 async def assert_gone(pid: int) -> None:
     """Wait until a process has ended."""
-    async with asyncio.timeout(5):
-        while is_running(pid):
-            await asyncio.sleep(0.02)
+    await until(lambda: not is_running(pid))
 
 
 def is_running(pid: int) -> bool:

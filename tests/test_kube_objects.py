@@ -9,9 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k8s_consul_registrar.errors import ClusterRefused
-from k8s_consul_registrar.kube.objects import decode_object, decode_page
+from k8s_consul_registrar.kube.objects import Page, decode_object, split_page
 from k8s_consul_registrar.model import ContainerPort, Kind, Node, NodeAddress, ObjectKey, Pod, Undecodable
 from kube_samples import recorded
+
+
+def decode_page(body: bytes, kind: Kind) -> Page:
+    """Decode one answer to a list request as a whole."""
+    return split_page(body, kind).decode()
 
 
 def pod(**changes: Any) -> dict[str, Any]:

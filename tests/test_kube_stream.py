@@ -1,4 +1,4 @@
-"""`kube.client` reading what does not come at once: watches, pages on their way, and the probe before resuming."""
+"""`kube.client` reading what does not come at once: watches, pages on their way, and a server's present version."""
 
 import asyncio
 import json
@@ -12,20 +12,23 @@ from aiohttp import web
 
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.errors import (
-    ClusterAhead,
-    ClusterBusy,
     ClusterExpired,
     ClusterForbidden,
     ClusterRefused,
     ClusterSilent,
     ClusterUnreachable,
-    ClusterUnstreamed,
 )
 from k8s_consul_registrar.kube.access import Access
-from k8s_consul_registrar.kube.client import KubeClient
+from k8s_consul_registrar.kube.client import SLICE, KubeClient
 from k8s_consul_registrar.kube.credentials import FixedCredentials, Identity
-from k8s_consul_registrar.kube.objects import decode_page, split_page
-from k8s_consul_registrar.kube.watch import Bookmark, Broken, Changed, Deleted, WatchDecoder, WatchEvent
+from k8s_consul_registrar.kube.watch_decoder import (
+    Bookmark,
+    Broken,
+    Changed,
+    Deleted,
+    WatchDecoder,
+    WatchEvent,
+)
 from k8s_consul_registrar.model import Kind
 from kube_samples import recorded
 from scripted_api import (
@@ -35,12 +38,12 @@ from scripted_api import (
     bookmark_object,
     cuts,
     ends,
-    holds,
-    initial,
+    list_answer,
     pod_object,
     serving,
     status_object,
 )
+from support.waiting import PATIENCE
 from test_kube_client import serve
 
 TIMING = Timing(connect_timeout=1.0, read_timeout=0.4, watch_silence=0.4)
@@ -54,16 +57,9 @@ async def client_of(url: str, timing: Timing = TIMING) -> AsyncIterator[KubeClie
         yield client
 
 
-async def watched(
-    client: KubeClient, *, initial_events: bool = False, version: str = "7"
-) -> list[WatchEvent]:
+async def watched(client: KubeClient, *, version: str = "7") -> list[WatchEvent]:
     """Watch Pods to the end."""
-    batches = client.watch(
-        Kind.POD,
-        resource_version="" if initial_events else version,
-        send_initial_events=initial_events,
-        timeout_seconds=9,
-    )
+    batches = client.watch(Kind.POD, resource_version=version, timeout_seconds=9)
     async with aclosing(batches):
         return [event async for batch in batches for event in batch]
 
@@ -80,10 +76,10 @@ async def test_recorded_watches_however_they_are_cut(name: str, size: int) -> No
         for start in range(0, len(body), size):
             await stream.write(body[start : start + size])
 
-    api = ScriptedApi(streams_lists=True)
+    api = ScriptedApi()
     api.watches.append(replay)
     async with serving(api), client_of(api.url) as client:
-        events = await watched(client, initial_events="initial" in name)
+        events = await watched(client)
     expected = WatchDecoder(Kind.POD).feed(body)
     assert [_told(event) for event in events] == [_told(event) for event in expected]
 
@@ -173,7 +169,7 @@ async def test_silence_ends_a_watch_and_blank_lines_are_silence() -> None:
     api = ScriptedApi()
     api.watches.append(blank)
     began = loop.time()
-    async with serving(api), client_of(api.url) as client, asyncio.timeout(5):
+    async with serving(api), client_of(api.url) as client, asyncio.timeout(PATIENCE):
         with pytest.raises(ClusterSilent, match=r"neither event nor bookmark for 0\.4 s"):
             await watched(client)
     assert 0.65 <= loop.time() - began < 1.5
@@ -190,44 +186,10 @@ async def test_a_server_that_never_answers_a_watch_is_unreachable() -> None:
     async with (
         serve(mute) as port,
         client_of(f"http://127.0.0.1:{port}", timing) as client,
-        asyncio.timeout(3),
+        asyncio.timeout(PATIENCE),
     ):
         with pytest.raises(ClusterUnreachable, match="took too long"):
             await watched(client)
-
-
-@pytest.mark.parametrize("status", [400, 422])
-async def test_refused_initial_events_are_remembered(status: int) -> None:
-    """Servers before 1.27 and those with WatchList off; a refused plain watch says nothing about it."""
-    api = ScriptedApi(streams_lists=True)
-    api.watches.extend([Answer(status, status_object(status))] * 2)
-    async with serving(api), client_of(api.url) as client:
-        with pytest.raises(ClusterRefused):
-            await watched(client)
-        assert client.streams_lists
-        with pytest.raises(ClusterUnstreamed):
-            await watched(client, initial_events=True)
-        assert not client.streams_lists
-
-
-async def test_a_busy_server_has_not_refused_initial_events() -> None:
-    """429 says nothing about what it offers."""
-    api = ScriptedApi(streams_lists=True)
-    api.watches.append(Answer(429, status_object(429)))
-    async with serving(api), client_of(api.url) as client:
-        with pytest.raises(ClusterBusy):
-            await watched(client, initial_events=True)
-        assert client.streams_lists
-
-
-async def test_initial_events_over_silence_is_silence() -> None:
-    """After their end a quiet watch is given its full time, by its own error."""
-    api = ScriptedApi(streams_lists=True)
-    api.watches.append(holds(*initial(9, pod_object("a"))))
-    async with serving(api), client_of(api.url, replace(TIMING, read_timeout=0.1)) as client:
-        with pytest.raises(ClusterSilent):
-            await watched(client, initial_events=True)
-        assert client.streams_lists
 
 
 async def test_a_page_is_given_while_the_next_is_on_its_way() -> None:
@@ -243,7 +205,7 @@ async def test_a_page_is_given_while_the_next_is_on_its_way() -> None:
 
     async with serve(handle) as port, client_of(f"http://127.0.0.1:{port}") as client:
         pages = client.pages(Kind.POD)
-        async with aclosing(pages), asyncio.timeout(2):
+        async with aclosing(pages), asyncio.timeout(PATIENCE):
             assert len((await anext(pages)).items) == 4
             await second_asked.wait()
             assert len((await anext(pages)).items) == 4
@@ -271,33 +233,32 @@ async def test_a_list_given_up_leaves_no_request_behind(is_failing: bool) -> Non
         await asyncio.sleep(0.1)
         async with asyncio.timeout(0.2):
             await pages.aclose()
-        assert not any("Exchange.send" in repr(task) for task in asyncio.all_tasks())
+        assert not any("_send" in repr(task) for task in asyncio.all_tasks())
 
 
-async def test_a_probe_tells_a_known_version_from_the_future() -> None:
-    """One item at most is asked for; the recorded 504 means ahead, a 410 expired, the rest their own."""
+async def test_the_present_version_is_that_of_a_list_of_one() -> None:
+    """The most recent one, whatever the namespace holds; refusals have their own errors."""
     api = ScriptedApi()
-    future = json.loads(recorded("k8s-pods-list-future").body)
-    api.probes.extend(
-        [
-            Answer(200, {"kind": "PodList", "metadata": {"resourceVersion": "9"}, "items": None}),
-            Answer(504, future),
-            Answer(410, status_object(410)),
-            Answer(403, status_object(403)),
-            Answer(200, {"kind": "Other"}),
-        ]
-    )
+    api.probes.extend([list_answer("9"), Answer(410, status_object(410)), Answer(403, status_object(403))])
+    api.probes.extend([Answer(200, {"kind": "Other"}), list_answer("")])
     async with serving(api), client_of(api.url) as client:
-        await client.probe_version(Kind.POD, namespace="n", label_selector="a=b", resource_version="9")
-        for expected in (ClusterAhead, ClusterExpired, ClusterForbidden, ClusterRefused):
+        assert await client.current_version(Kind.POD, namespace="n") == "9"
+        for expected in (ClusterExpired, ClusterForbidden, ClusterRefused, ClusterRefused):
             with pytest.raises(expected):
-                await client.probe_version(Kind.POD, resource_version="9")
-    assert api.queries("probe")[0] == {
-        "limit": "1",
-        "resourceVersion": "9",
-        "resourceVersionMatch": "NotOlderThan",
-        "labelSelector": "a=b",
-    }
+                await client.current_version(Kind.POD)
+    assert api.queries("probe")[0] == {"limit": "1"}
+
+
+async def test_a_list_is_given_in_parts_that_leave_the_loop_its_turn() -> None:
+    """A whole list of thousands comes as many parts of one version."""
+    api = ScriptedApi(pods=[pod_object(f"p{number}") for number in range(2 * SLICE + 1)])
+    async with serving(api), client_of(api.url) as client:
+        pages = [page async for page in client.pages(Kind.POD, page_size=None)]
+        assert [len(page.items) for page in pages] == [SLICE, SLICE, 1]
+        assert {page.resource_version for page in pages} == {"100"}
+        api.pods = []
+        assert [len(page.items) async for page in client.pages(Kind.POD)] == [0]
+    assert "limit" not in api.queries("list")[0]
 
 
 async def test_many_watches_leave_room_for_requests() -> None:
@@ -308,20 +269,12 @@ async def test_many_watches_leave_room_for_requests() -> None:
             client.watch(Kind.POD, namespace=f"n-{number}", resource_version="1", timeout_seconds=9)
             for number in range(200)
         ]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             for batches in watches:
                 await anext(batches)
-            await client.probe_version(Kind.POD, resource_version="1")
+            assert await client.current_version(Kind.POD) == "100"
             for batches in watches:
                 await batches.aclose()
-
-
-def test_a_page_can_be_split_before_it_is_decoded() -> None:
-    """Where the list goes on is known first; the items are the same."""
-    body = recorded("k8s-pods-list-page1").body
-    raw = split_page(body, Kind.POD)
-    assert raw.continue_token
-    assert raw.decode() == decode_page(body, Kind.POD)
 
 
 def test_a_bookmark_with_null_containers_only_moves_the_version() -> None:

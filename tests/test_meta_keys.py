@@ -10,12 +10,17 @@ from hypothesis import strategies as st
 from builders import make_service, our_pod_service
 from fake_consul import client_of
 from k8s_consul_registrar.consul.agent import AgentRegistry
-from k8s_consul_registrar.consul.codec import decode_service, encode_registration
-from k8s_consul_registrar.consul.meta_keys import FIXED_KEYS, MetaKeys, parse_meta_keys
+from k8s_consul_registrar.consul.codec import (
+    FIXED_KEYS,
+    MetaKeys,
+    decode_service,
+    encode_registration,
+    parse_meta_keys,
+)
 from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.registrar.ownership import Claim, Identity, object_of
 from k8s_consul_registrar.sandbox.consul import Consul
-from k8s_consul_registrar.targets.meta import OWN_KEYS
+from k8s_consul_registrar.targets.resolve import OWN_KEYS
 
 LAB = Identity("lab")
 PLAIN = MetaKeys()

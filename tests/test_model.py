@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import tempfile
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ import aiohttp
 import hypothesis.strategies as st
 import msgspec
 import pytest
+import structlog
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -43,9 +44,12 @@ TINY = Timing(
 )
 # Seconds the whole search may take; what is left of it after that does nothing.
 SEARCH = scaled(50, 600)
-QUIET_WITHIN = 15.0
+QUIET_WITHIN = 45.0
 NAMES = st.integers(0, 11)
 HOSTS = st.integers(1, 5)
+PORTS = st.integers(1, 3)
+FIRST_PORT = 9102
+CONSUL_UP = "k8s_consul_registrar_consul_up"
 
 T = TypeVar("T")
 
@@ -64,8 +68,10 @@ class World(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.stack = contextlib.AsyncExitStack()
         self.wanted: dict[str, str] = {}
+        self.nodes: dict[int, str] = {}
+        self.admin_port = 0
         self.steady: set[str] = set()
-        self.backup: tuple[Backup, dict[str, str]] | None = None
+        self.backup: tuple[Backup, dict[str, str], dict[int, str]] | None = None
         self.daemon: asyncio.Task[None] | None = None
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
@@ -90,6 +96,9 @@ class World(RuleBasedStateMachine):
         self.recorder = await enter(Recorder(self.sandbox.consul.url, self.steady.__contains__))
         self.consul_wire = await enter(TcpProxy(LOOPBACK, self.recorder.port))
         self.session = await enter(aiohttp.ClientSession(self.sandbox.consul.url))
+        self.admin = await enter(aiohttp.ClientSession())
+        processors = structlog.get_config()["processors"]
+        structlog.configure(processors=[self._note_port, *processors])
         config = self.sandbox.kubeconfig()
         config["clusters"][0]["cluster"]["server"] = f"https://{self.api_wire.address}"
         path = folder / "kubeconfig"
@@ -108,6 +117,12 @@ class World(RuleBasedStateMachine):
         )
         self._launch()
 
+    def _note_port(self, _: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        """Learn the port that the system gave the admin server."""
+        if event["event"] == "registrar starts":
+            self.admin_port = event["admin_port"]
+        return event
+
     def _launch(self) -> None:
         loop = self.runner.get_loop()
         self.daemon = loop.create_task(run_registrar(self.settings, Stop(), TINY))
@@ -123,24 +138,46 @@ class World(RuleBasedStateMachine):
         """Whether the time for the whole search is spent."""
         return time.monotonic() > World.ends_at
 
-    @rule(number=NAMES, host=HOSTS)
-    def put_pod(self, number: int, host: int) -> None:
-        """Create or change a Pod."""
-        address = f"198.51.100.{host}"
-        name, service_id = f"web-{number}", f"pod--shop--web-{number}"
-        if service_id not in self.wanted:
-            self.steady.discard(service_id)
-        self.sandbox.kube.create(objects.pod(name, namespace="shop", ip=address, annotations=ANNOTATIONS))
-        self.wanted[service_id] = address
+    def want(self, owner: str, services: Mapping[str, str]) -> None:
+        """Have an object ask for just these services, by address."""
+        for service_id in [one for one in self.wanted if one == owner or one.startswith(f"{owner}--")]:
+            if service_id not in services:
+                del self.wanted[service_id]
+                self.steady.discard(service_id)
+        self.wanted.update(services)
+
+    def change_pod(self, number: int, host: int, ports: int) -> None:
+        """Create a Pod, or change its address and its ports."""
+        address, numbers = f"198.51.100.{host}", range(FIRST_PORT, FIRST_PORT + ports)
+        annotations = {**ANNOTATIONS, "prometheus.io/port": ",".join(map(str, numbers))}
+        self.sandbox.kube.create(
+            objects.pod(f"web-{number}", namespace="shop", ip=address, annotations=annotations)
+        )
+        owner = f"pod--shop--web-{number}"
+        ids = [owner, *(f"{owner}--{port}" for port in numbers[1:])]
+        self.want(owner, dict.fromkeys(ids, address))
+
+    @rule(number=NAMES, host=HOSTS, ports=PORTS)
+    def put_pod(self, number: int, host: int, ports: int) -> None:
+        """Create or change a Pod; it may drop ports that it had."""
+        self.change_pod(number, host, ports)
+        self.pause()
+
+    @rule(number=NAMES, host=HOSTS, ports=PORTS)
+    def miss_events(self, number: int, host: int, ports: int) -> None:
+        """Break the watches, change a Pod meanwhile, and let the watches resume."""
+        self.api_wire.refuse()
+        self.change_pod(number, host, ports)
+        self.do(self.api_wire.heal())
         self.pause()
 
     @rule(number=NAMES, is_kept=st.booleans())
     def drop_pod(self, number: int, is_kept: bool) -> None:
         """Delete a Pod, or keep it and take its annotations away."""
-        service_id = f"pod--shop--web-{number}"
-        if self.wanted.pop(service_id, None) is None:
+        owner = f"pod--shop--web-{number}"
+        if owner not in self.wanted:
             return
-        self.steady.discard(service_id)
+        self.want(owner, {})
         if is_kept:
             self.sandbox.kube.create(objects.pod(f"web-{number}", namespace="shop", ip="198.51.100.9"))
         else:
@@ -150,30 +187,71 @@ class World(RuleBasedStateMachine):
     @rule(number=st.integers(1, 4))
     def turn_node(self, number: int) -> None:
         """Create a Node, or delete it if it is there."""
-        address = f"192.0.2.{number}"
-        service_id = f"node--{address}"
-        if self.wanted.pop(service_id, None) is None:
-            self.sandbox.kube.create(objects.node(f"node-{number}", addresses=(("InternalIP", address),)))
-            self.wanted[service_id] = address
-        else:
+        if number in self.nodes:
+            address = self.nodes.pop(number)
+            self.want(f"node--{address}", {})
             self.sandbox.kube.delete("Node", f"node-{number}")
-        self.steady.discard(service_id)
+        else:
+            self.number_node(number, f"192.0.2.{number}")
         self.pause()
+
+    @rule(every=st.booleans(), shift=st.sampled_from([0, 10, 20]))
+    def renumber_nodes(self, every: bool, shift: int) -> None:
+        """Give one Node, or all of them, another address."""
+        for number in sorted(self.nodes)[: None if every else 1]:
+            self.want(f"node--{self.nodes[number]}", {})
+            self.number_node(number, f"192.0.2.{number + shift}")
+        self.pause()
+
+    def number_node(self, number: int, address: str) -> None:
+        """Create a Node, or change its address."""
+        self.sandbox.kube.create(objects.node(f"node-{number}", addresses=(("InternalIP", address),)))
+        self.nodes[number] = address
+        self.want(f"node--{address}", {f"node--{address}": address})
+
+    @rule()
+    def lose_consul(self) -> None:
+        """Refuse every connection to Consul: its metric is 0 from the first failure to the end."""
+        if self.is_over():
+            return
+        self.consul_wire.refuse()
+        self.do(self._wait_for_consul_up(0.0))
+        for _ in range(10):
+            self.pause()
+            assert self.do(self._consul_up()) == 0.0, "the outage does not show"
+        self.do(self._mend())
+        self.do(self._wait_for_consul_up(1.0))
+
+    async def _wait_for_consul_up(self, expected: float) -> None:
+        until = time.monotonic() + QUIET_WITHIN
+        while await self._consul_up() != expected:
+            assert time.monotonic() < until, f"consul_up did not become {expected:g}"
+            await asyncio.sleep(0.02)
+
+    async def _consul_up(self) -> float | None:
+        """Return the metric, None while the admin server is not there."""
+        try:
+            async with self.admin.get(f"http://{LOOPBACK}:{self.admin_port}/metrics") as answer:
+                lines = (await answer.text()).splitlines()
+        except aiohttp.ClientError:
+            return None
+        return next((float(line.split()[1]) for line in lines if line.startswith(f"{CONSUL_UP} ")), None)
 
     @rule()
     def back_up(self) -> None:
         """Take a snapshot of the cluster."""
-        self.backup = (self.sandbox.kube.store.backup(), dict(self.wanted))
+        self.backup = (self.sandbox.kube.store.backup(), dict(self.wanted), dict(self.nodes))
 
     @precondition(lambda self: self.backup is not None)
     @rule()
     def restore(self) -> None:
         """Go back to the snapshot, the version with it."""
         assert self.backup is not None
-        backup, wanted = self.backup
+        backup, wanted, nodes = self.backup
         self.steady.intersection_update(wanted)
         self.wanted.clear()
         self.wanted.update(wanted)
+        self.nodes = dict(nodes)
         self.sandbox.kube.store.restore(backup)
         self.pause()
 
@@ -267,6 +345,7 @@ class World(RuleBasedStateMachine):
             return
         self.do(self._mend())
         self.do(self._settle())
+        self.do(self._wait_for_consul_up(1.0))
         self.steady.clear()
         self.steady.update(self.wanted)
 
@@ -302,9 +381,10 @@ class World(RuleBasedStateMachine):
             self.runner.close()
 
 
+@pytest.mark.long
 @pytest.mark.soak
 # By a thread: a daemon that does not end would hold up the end of the test that a signal brings about.
-@pytest.mark.timeout(scaled(120, 900), method="thread")
+@pytest.mark.timeout(scaled(300, 900), method="thread")
 def test_whatever_happens() -> None:
     """Events, faults, hand edits and restarts at random: after each quiet Consul equals the model."""
     World.ends_at = time.monotonic() + SEARCH

@@ -13,16 +13,16 @@ from prometheus_client import CollectorRegistry
 
 from k8s_consul_registrar.admin.view import TargetState
 from k8s_consul_registrar.app.process import new_registry
-from k8s_consul_registrar.kube.activity import CAUSES
+from k8s_consul_registrar.kube.source_state import CAUSES
 from k8s_consul_registrar.model import Kind
 from k8s_consul_registrar.proxy.metrics import ProxyCollector
 from k8s_consul_registrar.proxy.outcomes import Outcome, ProxyStats
-from k8s_consul_registrar.registrar.collector import Figures, RegistrarCollector
-from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.decide import Kept
+from k8s_consul_registrar.registrar.metrics import Figures, RegistrarCollector, RegistrarMetrics
 from k8s_consul_registrar.registrar.orphans import Stays
-from k8s_consul_registrar.registrar.plan import Kept
+from k8s_consul_registrar.rotating import LoadStatus
 from k8s_consul_registrar.targets.reasons import Reason
-from real_servers import REAL, prometheus_tools
+from real_servers import prometheus_tools, real
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -31,6 +31,8 @@ RULE_TESTS = ROOT / "tests" / "data" / "alerts-test.yaml"
 DASHBOARD = DEPLOY / "grafana-dashboard.json"
 PAGE = ROOT / "docs" / "metrics.md"
 OURS = re.compile(r"\bk8s_consul_registrar_\w+")
+STATUS = LoadStatus("CONSUL_CACERT")  # a file in use, so that its metric has a sample
+PROMTOOL = [pytest.mark.real, pytest.mark.xdist_group("promtool")]
 PROCESS = {"process_cpu_seconds_total", "process_resident_memory_bytes"}
 
 
@@ -180,16 +182,16 @@ def test_the_operator_s_rules_are_the_same() -> None:
 class TestRealPromtool:
     """What promtool says."""
 
-    pytestmark = REAL
+    pytestmark = real("promtool")
 
-    @pytest.fixture(params=["consul_sd", "http_sd"])
+    @pytest.fixture(params=["consul_sd", pytest.param("http_sd", marks=pytest.mark.long)])
     def promtool(self, request: pytest.FixtureRequest) -> Path:
         """Return the promtool of each Prometheus there is: 2.24 and 2.42."""
         return prometheus_tools(request.param).promtool
 
     def run(self, *command: str | Path) -> None:
         """Run promtool and fail with what it says."""
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def test_rules(self, promtool: Path) -> None:
@@ -197,6 +199,7 @@ class TestRealPromtool:
         self.run(promtool, "check", "rules", ALERTS)
         self.run(promtool, "test", "rules", RULE_TESTS)
 
+    @pytest.mark.long
     def test_a_rule_changed_on_purpose_is_caught(self, promtool: Path, tmp_path: Path) -> None:
         """The rule tests can fail: with one threshold turned round they do."""
         (tmp_path / "deploy").mkdir()

@@ -37,7 +37,7 @@ def build(folder: Path, *overlays: str) -> Objects:
     with (copy / "kustomization.yaml").open("a") as file:
         file.write("components:\n" + "".join(f"  - overlays/{name}\n" for name in overlays))
     done = subprocess.run(
-        ["kubectl", "kustomize", copy], capture_output=True, text=True, timeout=60, check=False
+        ["kubectl", "kustomize", copy], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr[:2000]
     found = list(yaml.safe_load_all(done.stdout))
@@ -119,17 +119,38 @@ def test_variables_are_settings(tmp_path: Path) -> None:
     assert named - known == PENDING
 
 
+ROLLING = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+# Without the null, `kubectl apply` over a Deployment that rolls would leave its numbers, and Recreate be refused.
+RECREATE = {"type": "Recreate", "rollingUpdate": None}
+
+
 @needs_kubectl
-@pytest.mark.parametrize("overlay", ["catalog", "http-sd"])
-def test_without_an_agent_pods_may_overlap(overlay: str, tmp_path: Path) -> None:
-    """No agent, no volume claim, no group for it, and the next Pod starts before the last one ends."""
+@pytest.mark.parametrize(
+    ("overlay", "strategy"), [("catalog", RECREATE), ("http-sd", ROLLING), ("two-replicas", ROLLING)]
+)
+def test_overlay_without_an_agent_overlaps_only_where_one_pod_writes(
+    overlay: str, strategy: dict[str, Any], tmp_path: Path
+) -> None:
+    """No agent, volume claim or group; Pods overlap where none writes Consul, or an election says which."""
     objects = build(tmp_path, overlay)
     pod = registrar(objects)
     assert [one["name"] for one in pod["containers"]] == ["k8s-consul-registrar"]
     assert "PersistentVolumeClaim" not in {kind for kind, _, _ in objects}
     assert "fsGroup" not in pod["securityContext"]
-    strategy = objects["Deployment", "default", "k8s-consul-registrar"]["spec"]["strategy"]
-    assert strategy == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+    assert objects["Deployment", "default", "k8s-consul-registrar"]["spec"]["strategy"] == strategy
+
+
+def test_operations_page_leads_to_two_replicas_by_way_of_catalog() -> None:
+    """The page, the READMEs and the overlay itself name `catalog` as the step between."""
+    page = (DEPLOY.parent / "docs" / "operations.md").read_text()
+    section = page.partition("### From one replica with an agent to two replicas")[2].partition("\n#")[0]
+    assert 0 < section.index("Apply `catalog`") < section.index("Replace `catalog` by `two-replicas`")
+    assert (
+        "apply `catalog` first" in (DEPLOY / "overlays" / "two-replicas" / "kustomization.yaml").read_text()
+    )
+    for readme in ("README.md", "README.zh-CN.md"):
+        text = (DEPLOY.parent / readme).read_text()
+        assert "operations.md#from-one-replica-with-an-agent-to-two-replicas" in text
 
 
 @needs_kubectl

@@ -1,4 +1,4 @@
-"""Which of Consul's services are ours, and which may be removed."""
+"""Ownership: the services that are this registrar's, and those of them that it may remove."""
 
 import pytest
 
@@ -25,12 +25,12 @@ LAB = Identity("lab")
         (make_service("web", {"managed_by": MANAGED_BY}), Claim.FOREIGN),
     ],
 )
-def test_claim(service: Service, claim: Claim) -> None:
+def test_identity_claims_by_manager_cluster_and_instance(service: Service, claim: Claim) -> None:
     """Manager, cluster and instance together make a service ours."""
     assert LAB.claim(service, "") is claim
 
 
-def test_another_cluster_uid_outweighs_every_name() -> None:
+def test_identity_heeds_another_cluster_uid_before_every_name() -> None:
     """A UID that differs makes a service foreign, one that is not known on both sides says nothing."""
     service = our_pod_service("a", cluster_uid="one")
     assert LAB.claim(service, "one") is Claim.OURS
@@ -39,53 +39,49 @@ def test_another_cluster_uid_outweighs_every_name() -> None:
     assert LAB.claim(our_pod_service("a"), "two") is Claim.OURS
 
 
-def test_previous_names_count_as_ours() -> None:
+def test_identity_claims_what_its_previous_names_wrote() -> None:
     """What earlier settings wrote is ours, the empty instance only when it is named."""
     identity = Identity(
         "lab",
         "blue",
         previous_clusters=frozenset({"old"}),
         previous_instances=frozenset({"", "green"}),
-        speaks_for_cluster=False,
+        covers_cluster=False,
     )
     assert identity.claim(our_pod_service("a", cluster="old", instance="green"), "") is Claim.OURS
     assert identity.claim(our_pod_service("a"), "") is Claim.OURS
     assert Identity("lab", "blue").claim(our_pod_service("a"), "") is Claim.FOREIGN
 
 
-def test_legacy_is_removed_only_by_who_speaks_for_the_cluster() -> None:
+def test_identity_of_part_of_a_cluster_removes_nothing_of_the_original_program() -> None:
     """A registrar of a part of the cluster cannot know that a service of the original program is gone."""
-    legacy = make_service("pod--a--b", {"cluster": "lab"})
-    assert LAB.may_remove(legacy, Claim.LEGACY, "")
-    of_a_part = Identity("lab", speaks_for_cluster=False)
-    assert not of_a_part.may_remove(legacy, Claim.LEGACY, "")
-    assert of_a_part.may_remove(our_pod_service("a"), Claim.OURS, "")
+    assert LAB.may_remove(Claim.LEGACY, "", "")
+    of_a_part = Identity("lab", covers_cluster=False)
+    assert not of_a_part.may_remove(Claim.LEGACY, "", "")
+    assert of_a_part.may_remove(Claim.OURS, "", "")
 
 
-def test_default_name_removes_only_what_the_uid_proves() -> None:
+def test_identity_with_the_default_name_removes_only_what_the_uid_proves() -> None:
     """Two clusters may both have left the name at its default."""
     identity = Identity("default-cluster", has_default_name=True)
-    unproven = our_pod_service("a", cluster="default-cluster")
-    proven = our_pod_service("a", cluster="default-cluster", cluster_uid="one")
-    assert not identity.may_remove(unproven, Claim.OURS, "one")
-    assert not identity.may_remove(unproven, Claim.OURS, "")
-    assert not identity.may_remove(proven, Claim.OURS, "")
-    assert identity.may_remove(proven, Claim.OURS, "one")
+    for recorded, uid in (("", "one"), ("", ""), ("one", "")):
+        assert not identity.may_remove(Claim.OURS, recorded, uid)
+    assert identity.may_remove(Claim.OURS, "one", "one")
 
 
-def test_foreign_is_never_removed() -> None:
-    """What is not ours is not ours to remove."""
-    assert not LAB.may_remove(our_pod_service("a", cluster="other"), Claim.FOREIGN, "")
+def test_identity_never_removes_a_foreign_service() -> None:
+    """What is another's is not this registrar's to remove, whatever the UID says."""
+    assert not LAB.may_remove(Claim.FOREIGN, "one", "one")
 
 
-def test_service_of_a_target_says_whose_it_is() -> None:
+def test_identity_makes_services_that_say_whose_they_are() -> None:
     """The service carries cluster, manager, UID and shard beside the target's own meta, sorted."""
-    verdict = resolve_pod(make_pod("a"), TargetRules())
-    assert isinstance(verdict, tuple)
-    service = Identity("lab", "blue").service(verdict[0], "s1", "uid")
+    resolved = resolve_pod(make_pod("a"), TargetRules())
+    assert isinstance(resolved, tuple)
+    service = Identity("lab", "blue").service(resolved[0], "s1", "uid")
     assert [key for key, _ in service.meta] == sorted(key for key, _ in service.meta)
     assert service == our_pod_service("a", instance="blue", shard_path="s1", cluster_uid="uid")
-    assert LAB.service(verdict[0], "", "") == our_pod_service("a")
+    assert LAB.service(resolved[0], "", "") == our_pod_service("a")
 
 
 @pytest.mark.parametrize(
@@ -104,6 +100,6 @@ def test_service_of_a_target_says_whose_it_is() -> None:
         (make_service("x", {"kind": "odd"}), None, None),
     ],
 )
-def test_object_of(service: Service, kind: Kind | None, key: ObjectKey | None) -> None:
+def test_service_names_its_object(service: Service, kind: Kind | None, key: ObjectKey | None) -> None:
     """Meta names the object; of the original program's services, the ID does."""
     assert (kind_of(service), object_of(service)) == (kind, key)

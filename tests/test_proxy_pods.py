@@ -22,11 +22,11 @@ from proxy_kit import (
     always,
     answer,
     cadvisor,
-    eventually,
     get_request,
     parse_answer,
     proxying,
 )
+from support.waiting import until
 from tcp_proxy import TcpProxy
 
 NOBODY = NodeTable()
@@ -96,7 +96,7 @@ async def test_a_pod_that_goes_is_gone_at_once() -> None:
         async with proxying(pods=access(pods)) as proxy:
             assert (await proxy.get(path_of())).status == 200
             put(pods, pod.pod(phase="Succeeded"))
-            await eventually(lambda: pod.open_now == 0)
+            await until(lambda: pod.open_now == 0)
             assert (await proxy.get(path_of())).status == 404
             put(pods, pod.pod(uid="another"))
             assert (await proxy.get(path_of())).status == 200
@@ -111,7 +111,7 @@ async def test_another_uid_closes_the_connection() -> None:
         async with proxying(pods=access(pods)) as proxy:
             assert (await proxy.get(path_of())).status == 200
             put(pods, pod.pod(uid="another"))
-            await eventually(lambda: pod.open_now == 0)
+            await until(lambda: pod.open_now == 0)
             assert (await proxy.get(path_of())).status == 200
             assert pod.connections == 2
 
@@ -144,7 +144,7 @@ async def test_a_scrape_under_way_of_a_pod_that_goes() -> None:
         pods = known(pod.pod())
         async with proxying(pods=access(pods)) as proxy:
             scrape = asyncio.create_task(proxy.get(path_of()))
-            await eventually(lambda: bool(pod.requests))
+            await until(lambda: bool(pod.requests))
             put(pods, pod.pod(uid="another"))
             release.set()
             assert (await scrape).body == METRICS
@@ -159,9 +159,9 @@ async def test_a_scrape_that_waits_for_a_pod_that_goes() -> None:
         places = Concurrency(per_node=1, overall=1)
         async with proxying(pods=access(pods, concurrency=places)) as proxy:
             first = asyncio.create_task(proxy.get(path_of(), "X-Prometheus-Scrape-Timeout-Seconds: 1"))
-            await eventually(lambda: bool(pod.requests))
+            await until(lambda: bool(pod.requests))
             second = asyncio.create_task(proxy.get(path_of()))
-            await eventually(lambda: proxy.server.stats().waiting == 1)
+            await until(lambda: proxy.server.stats().waiting == 1)
             pods.put("shop", "web-1", None)
             assert (await second).status == 404
             assert (await first).status == 504
@@ -176,7 +176,7 @@ async def test_a_pod_that_goes_while_it_is_dialled() -> None:
         async with proxying(pods=access(pods)) as proxy:
             door.stall()
             scrape = asyncio.create_task(proxy.get(path_of()))
-            await eventually(lambda: door.is_held)
+            await until(lambda: door.is_held)
             pods.put("shop", "web-1", None)
             await door.heal()
             assert (await scrape).status == 404
@@ -259,7 +259,7 @@ async def test_pods_that_hang_do_not_starve_kubelets() -> None:
                 asyncio.create_task(proxy.get(path_of(name), "X-Prometheus-Scrape-Timeout-Seconds: 2"))
                 for name in ("web-1", "web-2", "web-1", "web-2")
             ]
-            await eventually(lambda: proxy.server.stats().running == 2)
+            await until(lambda: proxy.server.stats().running == 2)
             for _ in range(3):
                 assert (await proxy.get(cadvisor(kubelet))).status == 200
             for answered in asyncio.as_completed(stuck):

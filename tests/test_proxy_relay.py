@@ -24,10 +24,11 @@ from proxy_kit import (
     answer,
     authority_pem,
     cadvisor,
-    eventually,
     get_request,
     proxying,
 )
+from support.ports import reserve_ports
+from support.waiting import until
 
 SHORT = RelayTiming(tick=0.05, connect=0.3, request_head=0.3)
 
@@ -203,7 +204,7 @@ async def test_bad_answers(payload: bytes, words: str) -> None:
         assert got.fields["content-type"] == "text/plain; charset=utf-8"
         assert words in got.body.decode()
         assert len(kubelet.requests) == 1
-        await eventually(lambda: kubelet.open_now == 0)
+        await until(lambda: kubelet.open_now == 0)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ async def test_cut_midway(payload: bytes) -> None:
         with pytest.raises(ConnectionResetError):
             await reader.read()
         writer.close()
-        await eventually(lambda: proxy.server.stats().outcomes[Outcome.CUT] == 1)
+        await until(lambda: proxy.server.stats().outcomes[Outcome.CUT] == 1)
         assert len(kubelet.requests) == 1
 
 
@@ -244,8 +245,7 @@ async def test_bad_chunk_after_the_first_byte() -> None:
 
 async def test_nobody_listens() -> None:
     """Answers 502 with the reason where the connection is refused."""
-    async with relaying() as (kubelet, proxy):
-        pass
+    kubelet = Kubelet(port=reserve_ports(1)[0])
     async with proxying(kubelet.node()) as proxy:
         got = await proxy.get(cadvisor(kubelet))
         assert got.status == 502
@@ -383,7 +383,7 @@ async def test_closed_idle_connection() -> None:
     async with relaying(always(answer(), then_close=True)) as (kubelet, proxy):
         for count in range(1, 4):
             assert (await proxy.get(cadvisor(kubelet))).status == 200
-            await eventually(lambda: kubelet.open_now == 0)
+            await until(lambda: kubelet.open_now == 0)
             assert kubelet.connections == count
         assert proxy.server.stats().retries <= 3
 
@@ -423,7 +423,7 @@ async def test_idle_connections_end() -> None:
     async with Kubelet().serving() as kubelet, proxying(kubelet.node(), timing=timing) as proxy:
         assert (await proxy.get(cadvisor(kubelet))).status == 200
         assert proxy.server.stats().kept == 1
-        await eventually(lambda: kubelet.open_now == 0)
+        await until(lambda: kubelet.open_now == 0)
         assert proxy.server.stats().kept == 0
 
     async def speak_twice(
@@ -436,7 +436,7 @@ async def test_idle_connections_end() -> None:
     async with relaying(speak_twice) as (kubelet, proxy):
         for _ in range(2):
             assert (await proxy.get(cadvisor(kubelet))).body == METRICS
-            await eventually(lambda: kubelet.open_now == 0)
+            await until(lambda: kubelet.open_now == 0)
 
 
 async def test_node_leaves() -> None:
@@ -445,12 +445,12 @@ async def test_node_leaves() -> None:
         assert (await proxy.get(cadvisor(kubelet))).status == 200
         proxy.nodes.replace(NodeTable.of([kubelet.node("node-1", uid="another")], allow_loopback=True))
         proxy.server.notice_nodes()
-        await eventually(lambda: kubelet.open_now == 0)
+        await until(lambda: kubelet.open_now == 0)
         assert (await proxy.get(cadvisor(kubelet))).status == 200
         assert kubelet.connections == 2
         proxy.nodes.replace(NodeTable())
         assert (await proxy.get(cadvisor(kubelet))).status == 404
-        await eventually(lambda: kubelet.open_now == 0)
+        await until(lambda: kubelet.open_now == 0)
         proxy.nodes.forget()
         assert (await proxy.get(cadvisor(kubelet))).status == 503
 
@@ -467,12 +467,12 @@ async def test_node_leaves_during_its_scrape() -> None:
 
     async with relaying(wait_for_gate) as (kubelet, proxy):
         scrape = asyncio.create_task(proxy.get(cadvisor(kubelet)))
-        await eventually(lambda: len(kubelet.requests) == 1)
+        await until(lambda: len(kubelet.requests) == 1)
         proxy.nodes.replace(NodeTable())
         proxy.server.notice_nodes()
         gate.set()
         assert (await scrape).body == METRICS
-        await eventually(lambda: kubelet.open_now == 0)
+        await until(lambda: kubelet.open_now == 0)
         assert proxy.server.stats().kept == 0
 
 
@@ -486,7 +486,7 @@ async def test_too_many_kept_connections() -> None:
         proxy = await stack.enter_async_context(proxying(*nodes, kept_connections=2))
         for kubelet in (*kubelets[:2], kubelets[0], kubelets[2]):
             assert (await proxy.get(cadvisor(kubelet))).status == 200
-        await eventually(lambda: [kubelet.open_now for kubelet in kubelets] == [1, 0, 1])
+        await until(lambda: [kubelet.open_now for kubelet in kubelets] == [1, 0, 1])
         assert proxy.server.stats().kept == 2
 
 

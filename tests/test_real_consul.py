@@ -190,7 +190,7 @@ async def test_a_token_that_sees_nothing_makes_nothing_vanish() -> None:
         before = await catalog(consul)
         await register(consul, "db")
         async with await lab.registrar(CONSUL_HTTP_TOKEN="") as daemon:
-            await daemon.until_said("Consul refuses a service")
+            await daemon.until_said("conflict: the service ID is not ours to write", "may not see")
             assert await holds(consul, WEB, NODE, "db")
             assert {key: value for key, value in (await catalog(consul)).items() if key != "db"} == before
 

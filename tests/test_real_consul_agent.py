@@ -8,13 +8,12 @@ from structlog.testing import capture_logs
 
 from builders import make_service, our_pod_service
 from consul_kit import connected, held, make_token, restart_empty, revoke
-from k8s_consul_registrar.consul import agent_node
-from k8s_consul_registrar.consul.access import TOKEN_FILE_AGE
+from k8s_consul_registrar.consul import agent
 from k8s_consul_registrar.consul.agent import AgentRegistry
-from k8s_consul_registrar.consul.elsewhere import FormerPlace
-from k8s_consul_registrar.model import UNSYNCED, Disturbance
-from real_process import wait_until
+from k8s_consul_registrar.consul.previous_location import PreviousLocation
+from k8s_consul_registrar.model import UNSYNCED, Drift
 from real_servers import REAL, RealConsul, real_consul
+from support.waiting import until
 
 pytestmark = REAL
 
@@ -44,7 +43,7 @@ async def test_lookup_finds_what_is_there() -> None:
         async def is_shown() -> bool:
             return await registry.lost_shards() == {shards.id: "s2"}
 
-        await wait_until(is_shown, 10)
+        await until(is_shown)
 
 
 UNNAMEABLE = (
@@ -71,7 +70,7 @@ async def test_ids_that_no_path_leads_to() -> None:
         registry = AgentRegistry(client)
         assert set(await held(registry)) == set(UNNAMEABLE)
         for _ in UNNAMEABLE:
-            assert not await registry.disturbance()
+            assert not await registry.drift()
         assert [one async for one in registry.lookup(UNNAMEABLE)] == []
         services = [
             make_service(service_id, {"cluster": "lab"}) for service_id in (*UNNAMEABLE, "a/b/", "..a")
@@ -98,7 +97,7 @@ async def test_a_service_the_catalog_lacks_is_unsynced_until_registered_again() 
             async def are_shown() -> bool:
                 return len(await in_catalog(consul)) == 2
 
-            await wait_until(are_shown, 10)
+            await until(are_shown)
             registry = AgentRegistry(after)
             for _ in range(2):
                 assert {one.index for one in (await held(registry)).values()} == {0}
@@ -111,7 +110,7 @@ async def test_a_service_the_catalog_lacks_is_unsynced_until_registered_again() 
             async def has_compared() -> bool:
                 return "blocked by ACLs" in consul.program.log.read_text()
 
-            await wait_until(has_compared, 20)
+            await until(has_compared)
             first = await held(registry)
             assert first["pod--shop--a"] == services[0], "the agent says that all is well"
             assert first["pod--shop--a"].index == 0, "once may be chance"
@@ -120,7 +119,7 @@ async def test_a_service_the_catalog_lacks_is_unsynced_until_registered_again() 
             assert "pod--shop--a" not in await in_catalog(consul)
 
             assert (await registry.register([second["pod--shop--a"]])).done == 1
-            await wait_until(are_shown, 10)
+            await until(are_shown)
             assert {one.index for one in (await held(registry)).values()} == {0}
 
 
@@ -132,7 +131,7 @@ async def test_a_catalog_that_shows_something_else_counts_as_lacking() -> None:
         async def is_shown() -> bool:
             return bool(await in_catalog(consul))
 
-        await wait_until(is_shown, 10)
+        await until(is_shown)
         edit = {"ID": "pod--shop--a", "Service": "edited"}
         body = {"Node": "test-node", "SkipNodeUpdate": True, "Service": edit}
 
@@ -144,7 +143,7 @@ async def test_a_catalog_that_shows_something_else_counts_as_lacking() -> None:
             assert seen[0] == 0, "once may be chance"
             return seen[1] == UNSYNCED
 
-        await wait_until(counts_as_lacking_the_second_time, 20)
+        await until(counts_as_lacking_the_second_time)
 
 
 async def test_a_changed_token_makes_everything_unsynced_once(tmp_path: Path) -> None:
@@ -159,7 +158,8 @@ async def test_a_changed_token_makes_everything_unsynced_once(tmp_path: Path) ->
             await registry.register(services)
             assert {one.index for one in (await held(registry)).values()} == {0}
             file.write_text(new.secret)
-            client._token._read_at = -TOKEN_FILE_AGE  # the file is looked at again now
+            assert client._token._file is not None
+            client._token._file.expire()  # the file is looked at again now
             for _ in range(2):
                 there = await held(registry)
                 assert {one.index for one in there.values()} == {UNSYNCED}
@@ -175,7 +175,7 @@ async def test_a_changed_token_makes_everything_unsynced_once(tmp_path: Path) ->
                 _, found = await consul.request("GET", f"/v1/catalog/service/{changed.name}")
                 return bool(found) and found[0]["ServicePort"] == 1
 
-            await wait_until(is_shown, 10)
+            await until(is_shown)
 
 
 async def test_an_agent_that_restarted_empty_is_noticed() -> None:
@@ -184,14 +184,14 @@ async def test_an_agent_that_restarted_empty_is_noticed() -> None:
         registry = AgentRegistry(client)
         await registry.register([our_pod_service(f"p{number}") for number in range(300)])
         await held(registry)
-        assert not await registry.disturbance()
+        assert not await registry.drift()
         await consul.restart()
         assert len(await held(registry)) == 300
-        assert not await registry.disturbance()
+        assert not await registry.drift()
         await consul.request("PUT", f"/v1/agent/service/deregister/{registry._sample[-1]}")
-        assert await registry.disturbance() is Disturbance.CHANGED
+        assert await registry.drift() is Drift.CHANGED
         await restart_empty(consul)
-        assert await registry.disturbance() is Disturbance.EMPTIED
+        assert await registry.drift() is Drift.EMPTIED
         assert await held(registry) == {}
 
 
@@ -205,17 +205,17 @@ async def test_a_service_lost_among_many_is_noticed_by_its_node() -> None:
             return len(await in_catalog(consul)) == 100
 
         async def is_seen() -> bool:
-            return bool(await registry.disturbance())
+            return bool(await registry.drift())
 
-        await wait_until(is_settled, 10)
+        await until(is_settled)
         await held(registry)
         await registry.deregister([our_pod_service("p0")])
         for _ in range(3):
-            assert not await registry.disturbance()
+            assert not await registry.drift()
         with pytest.raises(TimeoutError):
-            await wait_until(is_seen, agent_node.SYNC_TIME + 1, every=0.5)
+            await until(is_seen, within=agent.SYNC_TIME + 1, every=0.5)
         await consul.request("PUT", "/v1/agent/service/deregister/pod--shop--p50")
-        await wait_until(is_seen, 10)
+        await until(is_seen)
 
 
 async def test_without_a_right_to_the_catalog_the_agents_word_counts() -> None:
@@ -229,7 +229,7 @@ async def test_without_a_right_to_the_catalog_the_agents_word_counts() -> None:
                 await registry.register([our_pod_service("a")])
                 for _ in range(3):
                     assert (await held(registry))["pod--shop--a"].index == 0
-                assert not await registry.disturbance()
+                assert not await registry.drift()
             assert [entry["log_level"] for entry in logs] == ["warning"]
             assert await registry.lost_shards() == {}
 
@@ -240,7 +240,7 @@ async def test_services_at_a_former_agent_are_removed() -> None:
         registry = AgentRegistry(client)
         foreign = make_service("foreign")
         await registry.register([*(our_pod_service(f"p{number}") for number in range(100)), foreign])
-        cleared = await FormerPlace(
+        cleared = await PreviousLocation(
             "former", registry, lambda service: service.value("cluster") == "lab"
         ).clear()
         assert (cleared.done, cleared.failures) == (100, ())

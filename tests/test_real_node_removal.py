@@ -10,10 +10,10 @@ from consul_kit import connected, make_token
 from http_door import HttpDoor
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress
+from k8s_consul_registrar.consul.batches import Transactions
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.node_removal import MARK, NodeRemoval
-from k8s_consul_registrar.consul.transactions import Transactions
 from real_servers import REAL, RealConsul, real_consul
 
 pytestmark = REAL
@@ -23,7 +23,7 @@ NODE = "k8s-lab"
 
 def removal_of(client: ConsulClient, *, has_our_name: bool = True) -> NodeRemoval:
     """Return the removal of the node over a client."""
-    return NodeRemoval(client, Transactions(client, Timing()), NODE, has_our_name=has_our_name)
+    return NodeRemoval(client, Transactions(client), NODE, has_our_name=has_our_name)
 
 
 async def record(consul: RealConsul) -> dict[str, object] | None:

@@ -9,8 +9,9 @@ from aiohttp import web
 
 from cluster import PROXY_RULES, REGISTRAR_RULES, rule
 from lab import Lab, running_lab_with
-from real_process import LOOPBACK, has_ipv6, wait_until
+from real_process import LOOPBACK, has_ipv6
 from real_servers import REAL, RealPrometheus, real_consul, real_prometheus
+from support.waiting import until
 
 pytestmark = REAL
 
@@ -44,7 +45,7 @@ async def an_application(
 
     app = web.Application()
     app.router.add_get("/stats", stats)
-    runner = web.AppRunner(app, access_log=None)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, host, 0).start()
     try:
@@ -66,7 +67,7 @@ async def _are_up(prometheus: RealPrometheus, wanted: set[tuple[str, str]]) -> N
         return up == wanted and len(found) == len(wanted)
 
     try:
-        await wait_until(are_up, 30, every=0.1)
+        await until(are_up)
     except TimeoutError:
         told = [(each["scrapeUrl"], each["health"], each["lastError"]) for each in found]
         raise AssertionError(f"wanted {wanted}, got {told}") from None

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import aiohttp
 
 from chaos_lab import ChaosLab, chaos, chaos_lab, scaled
-from real_process import wait_until
 from real_servers import RealConsul, RealPrometheus, real_consul, real_prometheus
+from support.waiting import until
 
-pytestmark = chaos("prometheus-scale", seconds=180, soak_seconds=400)
+pytestmark = chaos("prometheus-scale", soak_seconds=400)
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ async def _register(lab: ChaosLab, **environment: str) -> Counter[str]:
     """Have the registrar write everything, end it, and return how many services stand under each name."""
     async with await lab.chaotic(**environment) as daemon:
         await daemon.until(daemon.is_ready, within=60)
-        await daemon.until(lambda: bool(daemon.said("pass")), within=60)
+        await daemon.until(lambda: bool(daemon.said("resync")), within=60)
         await daemon.terminate()
     return await _names(lab)
 
@@ -169,7 +169,7 @@ async def _finds(prometheus: RealPrometheus, wanted: set[str]) -> None:
         found = [each["discoveredLabels"]["__meta_consul_service_id"] for each in await prometheus.targets()]
         return len(found) == len(wanted) and set(found) == wanted
 
-    await wait_until(are_found, 30, every=0.5)
+    await until(are_found, every=0.5)
     url = f"{prometheus.url}/api/v1/targets?state=dropped"
     async with aiohttp.ClientSession() as session, session.get(url) as answer:
         dropped = (await answer.json())["data"]["droppedTargets"]

@@ -14,6 +14,7 @@ import yaml
 
 from k8s_consul_registrar.sandbox import KubeletCertificate, Sandbox, objects
 from k8s_consul_registrar.sandbox.resources import NODES
+from support.waiting import PATIENCE
 
 MERGE = {"Content-Type": "application/strategic-merge-patch+json"}
 MANIFEST: dict[str, Any] = {
@@ -130,7 +131,7 @@ async def test_status_and_object_are_written_apart(client: Client) -> None:
         ("PATCH", f"{PODS}/a", {}, (415, "UnsupportedMediaType")),
         ("DELETE", f"{PODS}/b", None, (404, "NotFound")),
         ("DELETE", f"{PODS}/a", {"preconditions": {"uid": "another"}}, (409, "Conflict")),
-        ("DELETE", PODS, None, (405, "MethodNotAllowed")),
+        ("PATCH", PODS, None, (405, "MethodNotAllowed")),
     ],
 )
 async def test_writes_that_are_refused(
@@ -171,6 +172,17 @@ async def test_graceful_deletion_ends_after_its_time(client: Client, sandbox: Sa
     assert (await client("GET", f"{PODS}/a"))[0] == 404
 
 
+async def test_deleting_a_collection_deletes_what_is_selected(client: Client, sandbox: Sandbox) -> None:
+    """A DELETE of a collection takes the objects of its namespace that match, and returns them."""
+    for name, namespace, app in (("a", "default", "x"), ("b", "default", "y"), ("c", "team", "x")):
+        sandbox.kube.create(objects.pod(name, namespace=namespace, labels={"app": app}))
+    status, deleted = await client("DELETE", f"{PODS}?labelSelector=app%3Dx&gracePeriodSeconds=0")
+    assert (status, deleted["kind"]) == (200, "PodList")
+    assert [item["metadata"]["name"] for item in deleted["items"]] == ["a"]
+    _, left = await client("GET", "/api/v1/pods")
+    assert [item["metadata"]["name"] for item in left["items"]] == ["b", "c"]
+
+
 async def test_deleting_a_namespace_empties_it(client: Client, sandbox: Sandbox) -> None:
     """What is in a namespace goes with it, and other resources' deletes answer a Status."""
     sandbox.kube.create(objects.pod("a", namespace="shop"))
@@ -196,7 +208,7 @@ async def test_watch_follows_what_happens(client: Client, sandbox: Sandbox) -> N
     sandbox.kube.create(objects.node("n1"))
     sandbox.kube.update(objects.node("n1", is_ready=False))
     sandbox.kube.delete("Node", "n1")
-    await asyncio.wait_for(following, 5)
+    await asyncio.wait_for(following, PATIENCE)
     assert seen == [("ADDED", "n1"), ("MODIFIED", "n1"), ("DELETED", "n1")]
 
 
@@ -213,7 +225,7 @@ async def test_watch_ends_when_the_store_is_restored(client: Client, sandbox: Sa
     following = asyncio.create_task(follow())
     await asyncio.sleep(0.1)
     sandbox.kube.store.restore(backup)
-    assert await asyncio.wait_for(following, 5) == []
+    assert await asyncio.wait_for(following, PATIENCE) == []
     status, refusal = await client("GET", f"/api/v1/nodes?resourceVersion={version}")
     assert (status, refusal["details"]["causes"][0]["reason"]) == (504, "ResourceVersionTooLarge")
 

@@ -8,16 +8,18 @@ import signal
 import ssl
 import sys
 import time
+from ipaddress import IPv4Address
 from pathlib import Path
+from typing import Any
 
 import aiohttp
-import pytest
 import yaml
 
 from k8s_consul_registrar.sandbox.synthetic import synthetic_pod
+from k8s_consul_registrar.sandbox.workloads import BLOCKS, Workloads
+from support.waiting import PATIENCE
 
 
-@pytest.mark.timeout(30)
 async def test_it_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
     """It tells its addresses on stdout and in the file, serves what was asked for and ends with 0."""
     port_file, kubeconfig = tmp_path / "ports.json", tmp_path / "config"
@@ -33,7 +35,7 @@ async def test_it_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
         assert kubeconfig.exists()
         await _look_around(told)
         process.send_signal(signal.SIGTERM)
-        _, errors = await asyncio.wait_for(process.communicate(), 10)
+        _, errors = await asyncio.wait_for(process.communicate(), PATIENCE)
     finally:
         if process.returncode is None:
             process.kill()
@@ -41,7 +43,6 @@ async def test_it_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
     assert (process.returncode, errors) == (0, b"")
 
 
-@pytest.mark.timeout(30)
 async def test_live_pods_and_kubelets_can_be_scraped(tmp_path: Path) -> None:
     """With --live a Pod answers at its own address, and a kubelet's samples are of this moment."""
     port_file = tmp_path / "ports.json"
@@ -52,12 +53,12 @@ async def test_live_pods_and_kubelets_can_be_scraped(tmp_path: Path) -> None:
     try:
         assert process.stdout is not None
         told = json.loads(await process.stdout.readline())
-        pod = synthetic_pod(1, 0)
         headers = {"Authorization": f"Bearer {told['token']}"}
         tls = ssl.create_default_context(cadata=told["ca"])
         async with aiohttp.ClientSession(headers=headers) as session:
+            address = await _address_of_the_second_pod(session, told["kube"], tls)
             for scrapes in (1, 2):
-                async with session.get(f"http://{pod['status']['podIP']}:9102/metrics") as response:
+                async with session.get(f"http://{address}:9102/metrics") as response:
                     assert f"\napp_scrapes_total {scrapes}\n" in await response.text()
             async with session.get(
                 told["kubelets"]["kubelet-000"] + "/metrics/cadvisor", ssl=tls
@@ -65,13 +66,58 @@ async def test_live_pods_and_kubelets_can_be_scraped(tmp_path: Path) -> None:
                 text = await response.text()
     finally:
         process.terminate()
-        await asyncio.wait_for(process.wait(), 10)
+        await asyncio.wait_for(process.wait(), PATIENCE)
     times = {int(stamp) / 1000 for stamp in re.findall(r" (\d{13})$", text, re.MULTILINE)}
     assert len(times) == 1
     assert abs(times.pop() - time.time()) < 20
 
 
-@pytest.mark.timeout(30)
+async def _address_of_the_second_pod(
+    session: aiohttp.ClientSession, url: str, tls: ssl.SSLContext
+) -> IPv4Address:
+    async with session.get(f"{url}/api/v1/pods", ssl=tls) as response:
+        pods = (await response.json())["items"]
+    return sorted(IPv4Address(pod["status"]["podIP"]) for pod in pods)[1]
+
+
+async def test_workloads_beside_another_sandbox_take_another_block() -> None:
+    """Where the first Pod's port is taken, all Pods are in the next block whose first address is free."""
+
+    def pod_at(first_ip: IPv4Address) -> dict[str, Any]:
+        return synthetic_pod(0, 0, first_ip)
+
+    async with Workloads() as one, Workloads() as other, aiohttp.ClientSession() as session:
+        first, second = await one.claim(pod_at), await other.claim(pod_at)
+        assert first < second
+        assert {first, second} <= set(BLOCKS)
+        for address in (first, second):
+            async with session.get(f"http://{address}:9102/metrics") as response:
+                assert "\napp_scrapes_total 1\n" in await response.text()
+
+
+async def test_without_streamed_lists_a_list_comes_in_pages_alone() -> None:
+    """With --no-streamed-lists initial events are 422; the other Pods that were asked for are there."""
+    switches = ["--no-streamed-lists", "--small-pods", "3", "--rejected-pods", "2"]
+    command = [sys.executable, "-W", "error", "-m", "k8s_consul_registrar.sandbox", *switches]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        told = json.loads(await process.stdout.readline())
+        headers = {"Authorization": f"Bearer {told['token']}"}
+        connector = aiohttp.TCPConnector(ssl=ssl.create_default_context(cadata=told["ca"]))
+        async with aiohttp.ClientSession(told["kube"], headers=headers, connector=connector) as session:
+            initial = {"watch": "1", "sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"}
+            async with session.get("/api/v1/pods", params=initial) as response:
+                assert response.status == 422
+            async with session.get("/api/v1/pods", params={"limit": "2"}) as response:
+                page = await response.json()
+    finally:
+        process.terminate()
+        await asyncio.wait_for(process.wait(), 10)
+    assert [item["metadata"]["namespace"] for item in page["items"]] == ["rejected"] * 2
+    assert page["metadata"]["remainingItemCount"] == 3
+
+
 async def test_a_terminal_is_shown_addresses_and_no_secret(tmp_path: Path) -> None:
     """Who starts it by hand reads where everything is; the token stays in the kubeconfig."""
     kubeconfig = tmp_path / "config"
@@ -84,7 +130,7 @@ async def test_a_terminal_is_shown_addresses_and_no_secret(tmp_path: Path) -> No
             text += (await asyncio.to_thread(os.read, ours, 4096)).decode()
     finally:
         process.send_signal(signal.SIGINT)
-        await asyncio.wait_for(process.wait(), 10)
+        await asyncio.wait_for(process.wait(), PATIENCE)
         os.close(theirs)
         os.close(ours)
     assert process.returncode == 0

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
-import pytest
 
 from k8s_consul_registrar.sandbox.consul import Consul
 from k8s_consul_registrar.sandbox.consul_http import ConsulOptions
@@ -133,7 +132,6 @@ def conversation() -> Iterator[tuple[str, str, Any]]:
     yield "DELETE", "/v1/agent/services", None
 
 
-@pytest.mark.timeout(90)
 async def test_the_sandbox_answers_as_a_real_consul() -> None:
     """Status, type and every JSON value agree over the whole conversation; indexes agree in type."""
     unlike: list[str] = []

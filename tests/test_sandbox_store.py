@@ -116,6 +116,26 @@ def test_pages_hold_one_snapshot() -> None:
     assert second.metadata == {"resourceVersion": first.metadata["resourceVersion"]}
 
 
+def test_pages_hold_every_object_once() -> None:
+    """Every size of page gives the whole list in order, with what is left counted, and no page is empty."""
+    store = Store()
+    everything = list("abcdefg")
+    for name in everything:
+        put(store, name)
+    for limit in range(1, 9):
+        found: list[str] = []
+        query = {"limit": str(limit)}
+        while True:
+            page = list_page(store, PODS, EVERYTHING, query)
+            assert 0 < len(page.items) <= limit
+            found += [stored.name for stored in page.items]
+            assert page.metadata.get("remainingItemCount", 0) == len(everything) - len(found)
+            if "continue" not in page.metadata:
+                break
+            query["continue"] = page.metadata["continue"]
+        assert found == everything
+
+
 def test_a_page_after_compaction_is_expired_but_can_go_on() -> None:
     """An old continue token gets 410 with one that continues on the list as it is now."""
     store = Store()

@@ -63,7 +63,47 @@ def test_invalid_sync_period_becomes_the_default(value: str) -> None:
 def test_valid_sync_period() -> None:
     """Whole and broken seconds are taken."""
     assert registrar(SYNC_PERIOD="60").sync_period == 60
-    assert registrar(SYNC_PERIOD="0.5").sync_period == 0.5
+    assert registrar(SYNC_PERIOD="1.5").sync_period == 1.5
+
+
+@pytest.mark.parametrize(
+    ("value", "period"), [("1e-9", 1.0), ("0.3", 1.0), ("1e300", 366 * 86400.0), ("99999999", 366 * 86400.0)]
+)
+def test_a_sync_period_out_of_bounds_becomes_the_bound_with_a_warning(value: str, period: float) -> None:
+    """A tiny one would compare without pause, and no timer holds an absurd one."""
+    settings = registrar(CLUSTER_NAME="lab", SYNC_PERIOD=value)
+    assert settings.sync_period == period
+    (warning,) = settings.common.warnings
+    assert warning.startswith(f"SYNC_PERIOD {value!r}: {period:.0f} second")
+
+
+SECONDS = (
+    "BRAKE_CONFIRM",
+    "BRAKE_CONFIRM_START",
+    "ORPHAN_AFTER",
+    "LEASE_RENEW_DEADLINE",
+    "LEASE_RETRY_PERIOD",
+)
+PROXY_SECONDS = ("STALE_NODES_MAX", "SCRAPE_TIMEOUT_MAX", "DRAIN_DELAY", "SHUTDOWN_GRACE")
+
+
+@pytest.mark.parametrize("value", ["1e300", "inf", "nan", "-1", "1e9", "\u0661", "ten"])
+def test_seconds_that_no_timer_holds_are_refused_by_name(value: str) -> None:
+    """Every setting in seconds has bounds on both sides, and ASCII digits."""
+    found = problems(registrar, CLUSTER_NAME="lab", **dict.fromkeys(SECONDS, value))
+    assert {problem.partition(":")[0] for problem in found} >= set(SECONDS)
+    found = problems(proxy, **dict.fromkeys(PROXY_SECONDS, value))
+    assert {problem.partition(":")[0] for problem in found} == set(PROXY_SECONDS)
+
+
+@pytest.mark.parametrize(
+    "name", ["ORPHAN_AFTER", "LEASE_RETRY_PERIOD", "LEASE_RENEW_DEADLINE", "SCRAPE_TIMEOUT_MAX"]
+)
+def test_seconds_that_would_make_a_busy_loop_are_refused(name: str) -> None:
+    """A tiny period has a floor."""
+    read = proxy if name == "SCRAPE_TIMEOUT_MAX" else registrar
+    (problem, *_) = problems(read, CLUSTER_NAME="lab", **{name: "1e-9"})
+    assert name in problem.partition(": ")[0]
 
 
 @pytest.mark.parametrize(
@@ -96,12 +136,31 @@ def test_consul_address(environment: dict[str, str], url: str, socket: str) -> N
         "a b:1",
         "http://h/?x=1",
         "::1:8500:x",
+        "a..b:8500",
+        "http://[fe80::1%25eth0]:8500",
+        "http://x/%zz",
+        "http://\u2028x",
+        "https://" + "a" * 64 + ":8501",
     ],
 )
 def test_bad_consul_address(address: str) -> None:
     """What is no address is a problem by name."""
     (problem,) = problems(registrar, CLUSTER_NAME="lab", CONSUL_ADDRESS=address)
     assert problem.startswith("CONSUL_ADDRESS: ")
+
+
+def test_a_server_name_that_openssl_cannot_encode_is_refused() -> None:
+    """It was an exception at each connection."""
+    (problem,) = problems(registrar, CLUSTER_NAME="lab", CONSUL_TLS_SERVER_NAME="a..b")
+    assert problem.startswith("CONSUL_TLS_SERVER_NAME: ")
+
+
+@pytest.mark.parametrize("token", ["a b", "a\x7f", "t\u00f6k", "a\nb"])
+def test_a_token_that_is_none_is_refused_and_not_shown(token: str) -> None:
+    """It would be an exception, or another header, at each request."""
+    (problem,) = problems(registrar, CLUSTER_NAME="lab", CONSUL_HTTP_TOKEN=token)
+    assert problem.startswith("CONSUL_HTTP_TOKEN: ")
+    assert token not in problem
 
 
 def test_password_in_an_address_is_refused_and_not_shown() -> None:

@@ -7,9 +7,8 @@ from k8s_consul_registrar.cli import main
 from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.model import Kind, Source
 from k8s_consul_registrar.settings.modes import RegistrarSettings, read_registrar
-from k8s_consul_registrar.targets.meta import LabelMeta
-from k8s_consul_registrar.targets.resolve import TargetRules
-from k8s_consul_registrar.targets.sharding import HashShards, RandomShards
+from k8s_consul_registrar.targets.resolve import LabelMeta, TargetRules
+from k8s_consul_registrar.targets.service_names import HashShards, RandomShards
 
 
 def read(**environment: str) -> RegistrarSettings:
@@ -32,7 +31,7 @@ def test_defaults_are_those_of_the_original_program() -> None:
     assert settings.selection.selectors == {}
     assert not settings.naming.meta_keys.renamed
     assert shards(settings) == RandomShards()
-    assert identity(settings).speaks_for_cluster
+    assert identity(settings).covers_cluster
     assert settings.common.warnings == ()
 
 
@@ -92,9 +91,9 @@ def test_sources(environment: dict[str, str], sources: tuple[Source, ...]) -> No
         {"NODE_LABEL_SELECTOR": "a"},
     ],
 )
-def test_who_sees_a_part_does_not_speak_for_the_cluster(environment: dict[str, str]) -> None:
+def test_identity_of_a_part_does_not_cover_the_cluster(environment: dict[str, str]) -> None:
     """Whatever narrows what is looked at takes away the right to clear up after the original program."""
-    assert not identity(read(**environment)).speaks_for_cluster
+    assert not identity(read(**environment)).covers_cluster
 
 
 @pytest.mark.parametrize(

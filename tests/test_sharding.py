@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from k8s_consul_registrar.targets.sharding import HashShards, RandomShards, parse_shard_paths
+from k8s_consul_registrar.targets.service_names import HashShards, RandomShards, parse_shard_paths
 
 
 @pytest.mark.parametrize(

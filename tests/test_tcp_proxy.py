@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from real_process import LOOPBACK
+from support.waiting import PATIENCE, until
 from tcp_proxy import TcpProxy
 
 
@@ -26,7 +27,7 @@ async def an_echo_behind_a_door() -> AsyncIterator[TcpProxy]:
 
 async def say(door: TcpProxy, *words: bytes) -> bytes:
     """Send words on a new connection, end it, and return all that comes back."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         reader, writer = await asyncio.open_connection(LOOPBACK, door.port)
         try:
             writer.writelines(words)
@@ -77,9 +78,7 @@ async def test_a_stall_holds_back_until_it_is_healed() -> None:
     async with an_echo_behind_a_door() as door:
         door.stall()
         answer = asyncio.create_task(say(door, b"hello"))
-        async with asyncio.timeout(5):
-            while not door.is_held:
-                await asyncio.sleep(0.01)
+        await until(lambda: door.is_held)
         assert not answer.done()
         await door.heal()
         assert await answer == b"hello"

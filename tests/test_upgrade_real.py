@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from lab import Lab, running_lab
-from real_process import wait_until
 from real_servers import REAL, RealConsul, real_consul, real_prometheus
+from support.waiting import PATIENCE, until
 from test_deploy_real import agent_flags
 
-pytestmark = REAL
+pytestmark = [*REAL, pytest.mark.long]
 
 OPERATIONS = Path(__file__).resolve().parent.parent / "docs" / "operations.md"
 PODS = tuple(f"web-{number}" for number in range(8))
@@ -60,7 +60,7 @@ async def leave(agent: RealConsul, server: RealConsul) -> None:
     within a minute. Here they are told to, at once.
     """
     agent.program.send(signal.SIGTERM)
-    await agent.program.ended(30)
+    await agent.program.ended(PATIENCE)
     assert (await server.request("PUT", "/v1/catalog/deregister", {"Node": agent.node}))[0] == 200
 
 
@@ -109,7 +109,7 @@ async def until_held_by(watch: Watch, *nodes: str) -> None:
     async def are_held() -> bool:
         return all(held == set(nodes) for held in (await watch.holders()).values())
 
-    await wait_until(are_held, 20, every=0.2)
+    await until(are_held)
 
 
 @contextlib.asynccontextmanager
@@ -121,7 +121,6 @@ async def cluster_of_pods() -> AsyncIterator[Lab]:
         yield lab
 
 
-@pytest.mark.timeout(170)
 async def test_a_copy_of_the_original_bridges_the_upgrade() -> None:
     """Copy beside, replace, remove the copy: no look ever misses a service, and no target is doubled."""
     name, flags = agent_flags()
@@ -148,7 +147,7 @@ async def test_a_copy_of_the_original_bridges_the_upgrade() -> None:
                     async def has_each_once() -> bool:
                         return len(await prometheus.targets()) == len(PODS)
 
-                    await wait_until(has_each_once, 20)
+                    await until(has_each_once)
                     await leave(copy, server)
                     await until_held_by(watch, name)
                     await asyncio.sleep(1)

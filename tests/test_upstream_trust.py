@@ -6,9 +6,11 @@ import ssl
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
+from structlog.testing import capture_logs
 
 from cluster import kubeconfig
 from k8s_consul_registrar.app.upstream_trust import KubeletIdentity, PodTrust
@@ -16,7 +18,8 @@ from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.sandbox.certificates import Authority
 from k8s_consul_registrar.settings.proxying import KubeletSettings, ProxiedPods
-from proxy_kit import Kubelet, answer, authority, authority_pem, cadvisor, eventually, proxying
+from proxy_kit import Kubelet, answer, authority, authority_pem, cadvisor, proxying
+from support.waiting import until
 
 PLAIN = KubeletSettings("", skip_verify=False, tls_server_name="ip", client_cert_file="", client_key_file="")
 
@@ -41,7 +44,7 @@ class Pair:
         )
 
 
-def access_of(folder: Path, user: dict[str, str]) -> Access:
+def access_of(folder: Path, user: dict[str, Any]) -> Access:
     """Return the access of a kubeconfig with this user."""
     file = folder / "kubeconfig"
     file.write_text(kubeconfig("127.0.0.1:1", Authority(), user))
@@ -122,17 +125,17 @@ async def test_a_pair_caught_half_way(tmp_path: Path, ca: Path) -> None:
                 done += 1
 
         loading = asyncio.create_task(load())
-        await eventually(lambda: done > 3)
+        await until(lambda: done > 3)
         old_key = pair.key.read_bytes()
         pair.issue("proxy-2.example")
         new_key = pair.key.read_bytes()
         pair.key.write_bytes(old_key)
         await identity.refresh()
-        await eventually(lambda: done > 8)
+        await until(lambda: done > 8)
         assert set(kubelet.shown) == {"proxy.example"}
         pair.key.write_bytes(new_key)
         await identity.refresh()
-        await eventually(lambda: "proxy-2.example" in kubelet.shown)
+        await until(lambda: "proxy-2.example" in kubelet.shown)
         assert not loading.done()
         loading.cancel()
 
@@ -168,7 +171,7 @@ async def test_a_new_authority_of_kubelets(tmp_path: Path, ca: Path) -> None:
 
 async def test_a_new_authority_of_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where kubelets are verified by the cluster's CA, a new one counts for them, too."""
-    monkeypatch.setattr("k8s_consul_registrar.files.LOOK_EVERY", 0.0)
+    monkeypatch.setattr("k8s_consul_registrar.rotating.LOOK_EVERY", 0.0)
     ca = tmp_path / "ca.crt"
     ca.write_text(authority_pem())
     (tmp_path / "token").write_text("t")
@@ -205,12 +208,17 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, ca: Path) -> None:
 
 
 async def test_a_token_that_cannot_be_had(tmp_path: Path) -> None:
-    """Without any the scrape is told so; one that was had stays."""
+    """Without any the scrape is told so; one that was had stays; the log says it once."""
     file = tmp_path / "token"
-    identity = KubeletIdentity(PLAIN, access_of(tmp_path, {"tokenFile": str(file)}))
-    await identity.refresh()
-    with pytest.raises(AccessError):
-        identity.token()
+    plugin = {"apiVersion": "client.authentication.k8s.io/v1", "command": str(tmp_path / "plugin")}
+    identity = KubeletIdentity(PLAIN, access_of(tmp_path, {"exec": {**plugin, "interactiveMode": "Never"}}))
+    with capture_logs() as logs:
+        for _ in range(3):
+            await identity.refresh()
+            with pytest.raises(AccessError, match="there is no program"):
+                identity.token()
+    assert [line["event"] for line in logs] == ["no fresh credentials for the kubelets"]
     file.write_text("first")
+    identity = KubeletIdentity(PLAIN, access_of(tmp_path, {"tokenFile": str(file)}))
     await identity.refresh()
     assert identity.token() == "first"

@@ -6,7 +6,7 @@ import os
 import signal
 import ssl
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,10 +32,11 @@ from proxy_kit import (
     answer,
     authority_pem,
     cadvisor,
-    eventually,
     get_request,
     parse_answer,
 )
+from real_process import is_running
+from support.waiting import PATIENCE, until
 
 COMMAND = (sys.executable, "-m", "k8s_consul_registrar.app.worker")
 QUICK = WorkerTiming(tick=0.05, retry_first=0.05, retry_cap=0.1, last_words=1.0)
@@ -88,7 +89,7 @@ class Parent:
         )
         try:
             writer.write(get_request(target, *headers, "Connection: close"))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE):
                 return parse_answer(await reader.read(-1))
         finally:
             writer.transport.abort()
@@ -96,6 +97,14 @@ class Parent:
     async def statuses(self, target: str, *headers: str) -> set[int]:
         """Scrape over so many connections that every worker meets some, and return what they are answered."""
         return {(await self.get(target, *headers)).status for _ in range(12)}
+
+    async def until(self, status: int, target: str) -> None:
+        """Wait until every worker answers a scrape with this status."""
+
+        async def is_so() -> bool:
+            return await self.statuses(target) == {status}
+
+        await until(is_so)
 
 
 @contextlib.asynccontextmanager
@@ -107,9 +116,7 @@ async def working(parent: Parent, workers: Workers) -> AsyncIterator[Workers]:
     finally:
         pids = workers.pids
         await workers.stop()
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    await until(lambda: not any(map(is_running, pids)))
 
 
 def parent_of(*kubelets: Kubelet) -> Parent:
@@ -119,11 +126,6 @@ def parent_of(*kubelets: Kubelet) -> Parent:
     return Parent(nodes, Pods())
 
 
-async def until(is_true: Callable[[], object]) -> None:
-    """Wait, with the patience that new processes need."""
-    await eventually(lambda: bool(is_true()), within=15)
-
-
 async def test_a_rotated_token_is_used_by_all_workers() -> None:
     """Scrapes fail with the old one once kubelets have the new, and go on as soon as it is told."""
     async with Kubelet(lambda *args: serve_who_shows("new", *args)).serving() as kubelet:
@@ -131,11 +133,9 @@ async def test_a_rotated_token_is_used_by_all_workers() -> None:
         async with working(parent, parent.make()):
             assert await parent.statuses(cadvisor(kubelet)) == {502}
             parent.held = Credentials("new", "", HELD.kubelets, None, {})
-            await asyncio.sleep(0.5)
-            assert await parent.statuses(cadvisor(kubelet)) == {200}
+            await parent.until(200, cadvisor(kubelet))
             parent.held = Credentials("", "the file is gone", HELD.kubelets, None, {})
-            await asyncio.sleep(0.5)
-            assert await parent.statuses(cadvisor(kubelet)) == {503}
+            await parent.until(503, cadvisor(kubelet))
 
 
 async def test_another_authority_of_kubelets() -> None:
@@ -146,8 +146,7 @@ async def test_another_authority_of_kubelets() -> None:
             assert await parent.statuses(cadvisor(kubelet)) == {200}
             other = trustme.CA().cert_pem.bytes().decode()
             parent.held = Credentials(TOKEN, "", Trust(other, skip_verification=False), None, {})
-            await asyncio.sleep(0.5)
-            assert await parent.statuses(cadvisor(kubelet)) == {502}
+            await parent.until(502, cadvisor(kubelet))
 
 
 async def test_nodes_and_pods_that_come_and_go() -> None:
@@ -162,20 +161,18 @@ async def test_nodes_and_pods_that_come_and_go() -> None:
             pod = ProxiedPod((Route(endpoint, "/metrics"),), has_host_network=True)
             parent.pods.put("shop", "web", pod)
             parent.pods.known = True
-            await asyncio.sleep(0.5)
             target = "/api/v1/namespaces/shop/pods/web/metrics"
             for _ in range(2):
-                assert await parent.statuses(cadvisor(kubelet)) == {200}
-                assert await parent.statuses(target) == {200}
+                await parent.until(200, cadvisor(kubelet))
+                await parent.until(200, target)
                 for pid in workers.pids:
                     os.kill(pid, signal.SIGKILL)
                 deaths = workers.stats().worker_deaths + 2
-                await until(lambda: workers.stats().worker_deaths == deaths and workers.stats().workers == 2)  # noqa: B023 - awaited here
+                await until(lambda: workers.stats().worker_deaths >= deaths and workers.stats().workers == 2)  # noqa: B023 - awaited here
             parent.pods.put("shop", "web", None)
             parent.nodes.forget()
             workers.notice_nodes()
-            await asyncio.sleep(0.5)
-            assert await parent.statuses(target) == {404}
+            await parent.until(404, target)
             assert await parent.statuses(cadvisor(kubelet)) == {503}
 
 
@@ -225,10 +222,16 @@ async def test_callers_over_tls_with_a_token() -> None:
             parent.held = Credentials(
                 TOKEN, "", HELD.kubelets, None, {**files, frames.BEARER: b"second-and-longer"}
             )
-            await asyncio.sleep(2.5)  # a worker looks at them every second
-            for shown, status in (("first", 401), ("second-and-longer", 200)):
-                got = await parent.get(cadvisor(kubelet), f"Authorization: Bearer {shown}", context=context)
-                assert got.status == status
+
+            async def status(shown: str) -> int:
+                bearer = f"Authorization: Bearer {shown}"
+                return (await parent.get(cadvisor(kubelet), bearer, context=context)).status
+
+            async def is_first_refused() -> bool:
+                return await status("first") == 401
+
+            await until(is_first_refused)
+            assert await status("second-and-longer") == 200
 
 
 async def test_failures_and_counts_of_all_workers() -> None:
@@ -255,18 +258,18 @@ async def test_a_worker_that_hangs_is_replaced() -> None:
     async with working(parent, parent.make(count=2, timing=replace(QUICK, silence=2.5))) as workers:
         stopped = workers.pids[0]
         os.kill(stopped, signal.SIGSTOP)
-        await until(lambda: workers.stats().worker_deaths == 1 and workers.stats().workers == 2)
-        assert stopped not in workers.pids
+        await until(lambda: stopped not in workers.pids and workers.stats().workers == 2)
+        assert workers.stats().worker_deaths >= 1
 
 
 async def test_workers_that_cannot_start() -> None:
     """Are tried again and again with growing pauses, and the start fails in time and in words."""
     parent = parent_of()
-    timing = replace(QUICK, starts_within=1.5, retry_first=0.2, retry_cap=10)
+    timing = replace(QUICK, starts_within=4.0, retry_first=0.2, retry_cap=10)
     workers = parent.make(count=1, command=(sys.executable, "-c", "raise SystemExit(3)"), timing=timing)
     with pytest.raises(OperationalError, match="PROXY_WORKERS"):
         await workers.start(listen(0, reuse_port=True))
-    assert 1 <= workers.stats().worker_deaths <= 5
+    assert 1 <= workers.stats().worker_deaths <= 6
     await workers.stop()
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import trustme
 
-from k8s_consul_registrar.server_tls import ServerTls, TlsFiles
+from k8s_consul_registrar.tls import ServerTls, TlsFiles
 from proxy_kit import Answer, Proxy, get_request, parse_answer
+from support.waiting import PATIENCE
 
 
 class Files:
@@ -72,15 +73,15 @@ class Caller:
     async def get(self, target: str, *headers: str) -> Answer:
         """Send one GET and read its answer, the connection kept."""
         self.writer.write(get_request(target, *headers))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             head = await self.reader.readuntil(b"\r\n\r\n")
             length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
             return parse_answer(head + await self.reader.readexactly(length))
 
     async def ends(self) -> bool:
-        """Whether the proxy closes the connection within a second."""
+        """Return whether the proxy closes the connection before it says anything more."""
         try:
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(PATIENCE):
                 return await self.reader.read(1) == b""
         except (TimeoutError, OSError) as error:
             return not isinstance(error, TimeoutError)

@@ -1,27 +1,64 @@
-"""What a benchmark stands on: the sandbox's API server, a real Consul, the registrar; each its own process."""
+"""The stage of a benchmark: the sandbox's API server and the registrar of a checkout, each its own process.
+
+The registrar is a black box: an environment, a process, its admin endpoints and what Consul holds.
+"""
 
 import asyncio
 import contextlib
+import itertools
 import os
 import ssl
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import msgspec
 
-from real_process import Program, wait_until
+from registering.processes import LOOPBACK, PATIENCE, ROOT, BenchmarkError, Program, free_ports
 
 FOLDER = Path(__file__).resolve().parent
 CLUSTER = "bench"
 NODE = f"k8s-{CLUSTER}"
-# Nobody shall wait longer for 100,000 Pods, in seconds.
-PATIENCE = 600.0
-_TICK = 0.01
+PACKAGE = "k8s_consul_registrar"
+NODES = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Checkout:
+    """A checkout of this project whose registrar is measured, run by this checkout's interpreter."""
+
+    name: str
+    path: Path
+
+    def environment(self) -> dict[str, str]:
+        """Return what makes Python load the package of this checkout."""
+        return {"PATH": os.environ["PATH"], "PYTHONPATH": str(self.path / "src")}
+
+    def prepare(self) -> str:
+        """Compile the package and return its commit; BenchmarkError when Python loads another one."""
+        source = self.path / "src" / PACKAGE
+        subprocess.run([sys.executable, "-m", "compileall", "-q", str(source)], check=False)
+        script = f"import {PACKAGE}; print({PACKAGE}.__file__)"
+        said = subprocess.run(
+            [sys.executable, "-c", script],
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if Path(said.stdout.strip()).parent != source:
+            raise BenchmarkError(f"{self.path} is no checkout: {said.stdout}{said.stderr}")
+        git = ["git", "-C", str(self.path), "describe", "--always", "--dirty", "--abbrev=7"]
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "no commit"
+
+
+THIS = Checkout("this", ROOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +69,7 @@ class Api:
     ca: Path
     token: str
     kubeconfig: Path
+    numbers: "itertools.count[int]" = field(default_factory=itertools.count)
 
     def session(self) -> aiohttp.ClientSession:
         """Return a session that is allowed everything."""
@@ -55,13 +93,17 @@ class Api:
 
 
 @contextlib.asynccontextmanager
-async def sandbox_api(folder: Path, *, pods: int, nodes: int) -> AsyncIterator[Api]:
-    """Run the sandbox with so many synthetic objects."""
-    port_file, kubeconfig, ca = folder / "sandbox.json", folder / "kubeconfig", folder / "ca.pem"
-    arguments = ["--pods", str(pods), "--nodes", str(nodes)]
-    arguments += ["--port-file", str(port_file), "--kubeconfig", str(kubeconfig)]
+async def sandbox_api(
+    folder: Path, *, pods: int, nodes: int = NODES, small: int = 0, rejected: int = 0
+) -> AsyncIterator[Api]:
+    """Run the sandbox with so many synthetic objects; its lists come in pages, never as initial events."""
+    home = Path(tempfile.mkdtemp(dir=folder, prefix="sandbox-"))
+    port_file, kubeconfig, ca = home / "places.json", home / "kubeconfig", home / "ca.pem"
+    counts = {"pods": pods, "nodes": nodes, "small-pods": small, "rejected-pods": rejected}
+    arguments = [f"--{name}={count}" for name, count in counts.items()]
+    arguments += [f"--port-file={port_file}", f"--kubeconfig={kubeconfig}", "--no-streamed-lists"]
     program = Program(
-        [sys.executable, "-m", "k8s_consul_registrar.sandbox", *arguments], folder / "sandbox.log"
+        [sys.executable, "-m", f"{PACKAGE}.sandbox", *arguments], home / "log", THIS.environment()
     )
     program.launch()
     try:
@@ -69,7 +111,7 @@ async def sandbox_api(folder: Path, *, pods: int, nodes: int) -> AsyncIterator[A
         async def is_up() -> bool:
             return port_file.exists()
 
-        await program.ready(is_up, PATIENCE)
+        await program.until_ready(is_up, "the sandbox is up")
         said = msgspec.json.decode(port_file.read_bytes())
         ca.write_text(said["ca"])
         yield Api(said["kube"], ca, said["token"], kubeconfig)
@@ -78,111 +120,82 @@ async def sandbox_api(folder: Path, *, pods: int, nodes: int) -> AsyncIterator[A
 
 
 class Registrar:
-    """One run of the registrar, known from outside: its log and its entry in /proc."""
+    """One run of a checkout's registrar."""
 
-    def __init__(
-        self, folder: Path, api: Api, consul: str, *, backend: str, environment: Mapping[str, str]
-    ) -> None:
-        self._log = folder / f"registrar-{len(list(folder.glob('registrar-*')))}.log"
-        self._program = Program(
-            [sys.executable, "-m", "k8s_consul_registrar", "registrar"],
-            self._log,
-            environment={
-                "PATH": os.environ["PATH"],
+    def __init__(self, folder: Path, checkout: Checkout, api: Api, consul: str, **environment: str) -> None:
+        log = Path(tempfile.mkdtemp(dir=folder, prefix="registrar-")) / "log"
+        self.admin = f"{LOOPBACK}:{free_ports(1)[0]}"
+        self.started = 0.0
+        self.program = Program(
+            [sys.executable, "-m", PACKAGE, "registrar"],
+            log,
+            {
+                **checkout.environment(),
                 "HOME": str(folder),
                 "KUBECONFIG": str(api.kubeconfig),
                 "CLUSTER_NAME": CLUSTER,
                 "CONSUL_ADDRESS": consul,
-                "CONSUL_BACKEND": backend,
-                "ADMIN_PORT": "0",
+                "ADMIN_PORT": self.admin.rpartition(":")[2],
+                "LOG_FORMAT": "json",
                 **environment,
             },
         )
-        self._read = 0
-        self.started = 0.0
-        self.lines: list[dict[str, Any]] = []
 
     def start(self) -> None:
         """Start it."""
         self.started = time.monotonic()
-        self._program.launch()
+        self.program.launch()
 
-    async def stop(self) -> None:
-        """End it."""
-        await self._program.stop()
-
-    def said(self, event: str) -> list[dict[str, Any]]:
-        """Return the lines of an event so far."""
-        with self._log.open("rb") as log:
-            log.seek(self._read)
-            whole = log.read().rpartition(b"\n")[0]
-        if whole:
-            self._read += len(whole) + 1
-            self.lines += [msgspec.json.decode(line) for line in whole.splitlines() if line[:1] == b"{"]
-        return [line for line in self.lines if line["event"] == event]
-
-    async def until_registered(self, count: int) -> float:
-        """Wait until its passes say that so many services were registered; return the seconds since start.
-
-        A pass says so once Consul has answered all its writes.
-        """
-
-        async def are_registered() -> bool:
-            passes = [*self.said("changes"), *self.said("pass")]
-            done: int = sum(line["registered"] for line in passes)
-            return done >= count
-
-        await self._until(are_registered)
-        return time.monotonic() - self.started
-
-    async def until_full_pass(self, count: int = 1) -> None:
-        """Wait until it has made so many full passes."""
-
-        async def has_passed() -> bool:
-            return len(self.said("pass")) >= count
-
-        await self._until(has_passed)
-
-    async def admin_address(self) -> str:
-        """Return where its own endpoints are."""
-
-        async def has_begun() -> bool:
-            return bool(self.said("registrar starts"))
-
-        await self._until(has_begun)
-        return f"127.0.0.1:{self.said('registrar starts')[0]['admin_port']}"
-
-    @property
-    def peak_mb(self) -> float:
-        """The most memory it has had so far (VmHWM), in MB of 10^6 bytes."""
-        status = Path(f"/proc/{self._program.pid}/status").read_text()
-        line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024 / 1e6
-
-    @property
-    def cpu_seconds(self) -> float:
-        """The processor time it has used so far."""
-        fields = Path(f"/proc/{self._program.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    async def _until(self, is_true: Callable[[], Awaitable[bool]]) -> None:
+    async def metrics(self) -> dict[str, float]:
+        """Return its metrics by name with labels; none while it does not answer."""
         try:
-            await wait_until(is_true, PATIENCE, every=_TICK)
-        except TimeoutError:
-            raise RuntimeError(f"the registrar does not get there:\n{self._program.tail()}") from None
+            async with (
+                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session,
+                session.get(f"http://{self.admin}/metrics") as answer,
+            ):
+                text = await answer.text()
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return {}
+        lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, _, value in lines}
+
+    async def last_resync(self) -> float:
+        """Return when everything was last compared, in seconds since the epoch; 0 for never."""
+        return (await self.metrics()).get(f"{PACKAGE}_last_full_pass_timestamp_seconds", 0.0)
+
+    async def until_resync(self, after: float = 0.0) -> None:
+        """Wait until everything was compared since a moment."""
+
+        async def is_resynced() -> bool:
+            return await self.last_resync() > after
+
+        await self.program.until_ready(is_resynced, "the registrar compares everything")
+
+    async def until_answering(self) -> float:
+        """Wait until it answers /healthz, in whatever way; return the seconds since its start."""
+        async with aiohttp.ClientSession() as session:
+
+            async def answers() -> bool:
+                with contextlib.suppress(aiohttp.ClientError, OSError):
+                    async with session.get(f"http://{self.admin}/healthz"):
+                        return True
+                return False
+
+            await self.program.until_ready(answers, "the registrar answers /healthz")
+        return time.monotonic() - self.started
 
 
 @contextlib.asynccontextmanager
 async def registrar(
-    folder: Path, api: Api, consul: str, *, backend: str = "catalog", **environment: str
+    folder: Path, checkout: Checkout, api: Api, consul: str, *, backend: str = "catalog", **environment: str
 ) -> AsyncIterator[Registrar]:
-    """Run the registrar with these variables beside what every benchmark gives it."""
-    run = Registrar(folder, api, consul, backend=backend, environment=environment)
+    """Run a checkout's registrar with these variables beside those that every benchmark gives it."""
+    run = Registrar(folder, checkout, api, consul, CONSUL_BACKEND=backend, **environment)
     run.start()
     try:
         yield run
     finally:
-        await run.stop()
+        await run.program.stop()
 
 
 async def run_small(script: str, *arguments: str) -> dict[str, Any]:
@@ -190,14 +203,9 @@ async def run_small(script: str, *arguments: str) -> dict[str, Any]:
 
     `wall` is from process start to process end, in seconds.
     """
-    return await run_python(str(FOLDER / script), *arguments)
-
-
-async def run_python(*arguments: str) -> dict[str, Any]:
-    """Run Python with these arguments to its end, as `run_small` does."""
     started = time.monotonic()
     process = await asyncio.create_subprocess_exec(
-        sys.executable, *arguments, stdout=asyncio.subprocess.PIPE, env=os.environ
+        sys.executable, str(FOLDER / script), *arguments, stdout=asyncio.subprocess.PIPE
     )
     try:
         output, _ = await asyncio.wait_for(process.communicate(), PATIENCE)
@@ -205,15 +213,6 @@ async def run_python(*arguments: str) -> dict[str, Any]:
         if process.returncode is None:
             process.kill()
     if process.returncode:
-        raise RuntimeError(f"{arguments} ended with {process.returncode}")
+        raise BenchmarkError(f"{script} ended with {process.returncode}")
     said: dict[str, Any] = msgspec.json.decode(output) if output else {}
     return {**said, "wall": time.monotonic() - started}
-
-
-async def services_in_catalog(consul: str, node: str) -> list[dict[str, Any]]:
-    """Return all services of a node of the catalog."""
-    url = f"http://{consul}/v1/catalog/node-services/{node}"
-    async with aiohttp.ClientSession() as session, session.get(url) as answer:
-        body = await answer.json()
-    found: Sequence[dict[str, Any]] = (body or {}).get("Services") or []
-    return list(found)

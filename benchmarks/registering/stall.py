@@ -1,4 +1,4 @@
-"""How long a server's loop lets a request wait: asks ADDRESS for /healthz every 20 ms until a line or the end of stdin.
+"""The longest wait of a request to a server: asks ADDRESS for /healthz every 20 ms until a line or the end of stdin.
 
 Prints the longest answer, and as the machine's own share the longest that a sleep of 20 ms came late here.
 """

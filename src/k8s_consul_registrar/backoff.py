@@ -1,8 +1,11 @@
 """Delays: the one value that holds them all, and the jittered growth of those between retries."""
 
+import asyncio
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from k8s_consul_registrar.errors import ClusterBusy
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +15,9 @@ class Timing:
     A server that asks for more patience than `retry_after_cap` is asked again all the same.
     A watch is asked for once to twice `watch_timeout`, ended by us when it brought neither event nor
     bookmark for `watch_silence`, and counts as a failure where it lasted less than `watch_settle`. A source
-    whose list or watch held something without a name is listed again after `relist_opaque`.
+    whose list or watch held something without a name is listed again after `relist_opaque`, and one that has
+    not caught up for `catch_up` after its watch was resumed as well. Two writes of one service are at least
+    `write_interval` apart.
     """
 
     retry_first: float = 0.5
@@ -21,6 +26,7 @@ class Timing:
     connect_timeout: float = 5.0
     read_timeout: float = 30.0
     gather: float = 0.005
+    write_interval: float = 0.2
     probe: float = 2.0
     standby_look: float = 30.0
     orphan_look: float = 30.0
@@ -29,6 +35,7 @@ class Timing:
     watch_silence: float = 180.0
     watch_settle: float = 1.0
     relist_opaque: float = 300.0
+    catch_up: float = 90.0
 
 
 def delays(first: float, cap: float, *, pick: random.Random | None = None) -> Iterator[float]:
@@ -41,3 +48,20 @@ def delays(first: float, cap: float, *, pick: random.Random | None = None) -> It
     while True:
         yield pick.uniform(delay / 2, delay)
         delay = min(delay * 2, cap)
+
+
+class Backoff:
+    """Waits between attempts, which grow while no progress is made."""
+
+    def __init__(self, timing: Timing) -> None:
+        self._timing = timing
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin with the shortest wait again."""
+        self._delays = delays(self._timing.retry_first, self._timing.retry_cap)
+
+    async def wait(self, error: Exception | None = None) -> None:
+        """Wait, at least as long as the API server asked for, up to a limit."""
+        asked = error.retry_after if isinstance(error, ClusterBusy) else None
+        await asyncio.sleep(max(next(self._delays), min(asked or 0.0, self._timing.retry_after_cap)))

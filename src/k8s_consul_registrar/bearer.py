@@ -1,70 +1,70 @@
-"""Who may ask: a bearer token held in a file, re-read when the file changes."""
+"""Bearer tokens that clients must send, in a file that is read again when it changes."""
 
 import hmac
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from k8s_consul_registrar.errors import AccessError
-from k8s_consul_registrar.telemetry import get_logger
+from k8s_consul_registrar.rotating import Rotating, clean_token, read_file, refuse_truncated
 
 # Each is compared with at every request.
 MOST_TOKENS = 16
 
-_log = get_logger(__name__)
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """The tokens of a file, and its content."""
+
+    accepted: tuple[str, ...] = field(default=(), repr=False)
+    content: bytes = field(default=b"", repr=False, compare=False)
 
 
 class BearerFile:
-    """The token callers must send; a Secret's volume replaces the file, `refresh` notices.
+    """The tokens of a file, one a line, each of which is accepted.
 
-    Of several tokens, one a line, each is good: so one is replaced without a moment in which callers that
-    still have the old one, or have the new one already, are turned away.
-    Once read, a token stays valid until another can be read: a file caught half-way through its replacement
-    must neither open the port nor fail every scrape. `problem` is why the file as it is now cannot be used.
+    With two tokens one can be replaced without a moment in which clients that still send the old one, or
+    send the new one already, are denied. A file caught half-way through its replacement neither opens the
+    port nor fails every scrape: the last good tokens stay.
     """
 
     def __init__(self, path: Path, setting: str) -> None:
-        """Read the file; raises AccessError, naming `setting`, where it cannot be read or holds no token."""
+        """Read the file; raises AccessError, naming `setting`, if it cannot be read or holds no token."""
         self._path = path
         self._setting = setting
-        self._seen: tuple[int, int, int] | None = None
-        self._expected: tuple[bytes, ...] = ()
-        self.problem = ""
-        self._load()
+        self._last = _Tokens()
+        self._tokens = Rotating(setting, [path], self._load)
 
     def accepts(self, authorization: bytes | None) -> bool:
-        """Say whether an Authorization field holds the token; takes the same time wherever it differs."""
+        """Return whether an Authorization field holds a token; takes the same time wherever it differs."""
         if authorization is None:
             return False
         scheme, _, credentials = authorization.partition(b" ")
         shown = credentials.strip(b" \t")
         is_known = False
-        for token in self._expected:
-            is_known |= hmac.compare_digest(shown, token)
+        for token in self._tokens.value.accepted:
+            is_known |= hmac.compare_digest(shown, token.encode())
         return scheme.lower() == b"bearer" and is_known
 
-    def refresh(self) -> None:
-        """Read the file again where it changed; a problem is logged when it begins."""
-        problem = ""
-        try:
-            self._load()
-        except AccessError as error:
-            problem = str(error)
-            if problem != self.problem:
-                _log.warning("the bearer token for callers stays as it was", problem=problem)
-        self.problem = problem
+    @property
+    def content(self) -> bytes:
+        """The file as it was when it could last be used."""
+        return self._tokens.value.content
 
-    def _load(self) -> None:
-        try:
-            status = self._path.stat()
-            seen = (status.st_ino, status.st_mtime_ns, status.st_size)
-            if seen == self._seen:
-                return
-            lines = self._path.read_bytes().splitlines()
-        except OSError as error:
-            raise AccessError(f"{self._setting} {self._path} cannot be read: {error.strerror}") from None
-        self._seen = seen
-        tokens = tuple(token for line in lines if (token := line.strip()))
-        if not tokens or any(byte < 0x21 or byte > 0x7E for token in tokens for byte in token):
-            raise AccessError(f"{self._setting} {self._path} holds no token")
-        if len(tokens) > MOST_TOKENS:
+    def refresh(self) -> None:
+        """Read the file again if it changed."""
+        self._tokens.refresh()
+
+    def _load(self) -> _Tokens:
+        content = read_file(self._path, self._setting)
+        origin = f"{self._setting} {self._path} holds no token"
+        lines = [line for line in content.splitlines() if line.strip()]
+        if not lines:
+            raise AccessError(origin)
+        if len(lines) > MOST_TOKENS:
             raise AccessError(f"{self._setting} {self._path} holds more than {MOST_TOKENS} tokens")
-        self._expected = tokens
+        tokens = tuple(clean_token(line, origin) for line in lines)
+        for token in tokens:
+            if token not in self._last.accepted:
+                refuse_truncated(token, self._last.accepted, self._path, origin)
+        self._last = _Tokens(tokens, content)
+        return self._last

@@ -10,13 +10,13 @@ OperationalError
 │   ├── ClusterExpired        410: the version asked for is gone; list again
 │   ├── ClusterAhead          504 with ResourceVersionTooLarge: our version is from another history
 │   ├── ClusterSilent         a watch brought neither event nor bookmark for too long: resume
-│   ├── ClusterUnstreamed     no list comes as initial events of a watch: list in pages
 │   ├── ClusterBusy           429 or 5xx: retry, not before `retry_after`
 │   ├── ClusterConflict       409: somebody else wrote the object first; read it again
 │   └── ClusterRefused        any other answer we cannot use
 └── ConsulError               Consul
     ├── ConsulUnreachable     no connection, or it broke, or time ran out: retry
     ├── ConsulForbidden       403: the token lacks a right
+    │   └── ConsulTokenUnknown  403: Consul does not know the token ("ACL not found")
     ├── ConsulBusy            429 or 5xx, no leader among them: retry
     ├── ConsulFenced          we may not write, or no longer: another replica leads
     ├── ConsulFiltered        a read came back with what the token may not see left out
@@ -82,12 +82,6 @@ class ClusterSilent(ClusterError):
     cause = "silent"
 
 
-class ClusterUnstreamed(ClusterError):
-    """The API server does not send a list as the initial events of a watch."""
-
-    cause = "unstreamed"
-
-
 class ClusterBusy(ClusterError):
     """The API server asks for patience; `retry_after` is in seconds, None where it named none."""
 
@@ -132,18 +126,26 @@ class ConsulForbidden(ConsulError):
     cause = "forbidden"
 
 
+class ConsulTokenUnknown(ConsulForbidden):
+    """The token is of no use for any request: Consul does not know it, or its file cannot be read."""
+
+
 class ConsulBusy(ConsulError):
-    """Consul cannot answer now: no leader, too many requests, or a fault of its own."""
+    """Consul cannot answer now: no leader, too many requests, or a fault of its own.
+
+    `status` is the HTTP status, 429 or a 5xx.
+    """
 
     cause = "busy"
 
-    def __init__(self, message: str, retry_after: float | None = None) -> None:
+    def __init__(self, message: str, retry_after: float | None = None, status: int = 503) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.status = status
 
 
 class ConsulFenced(ConsulError):
-    """A write that was not sent, or was broken off, since this replica does not lead."""
+    """A write that was not sent, or was broken off, because this replica does not lead."""
 
     cause = "fenced"
 

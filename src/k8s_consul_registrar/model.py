@@ -207,12 +207,12 @@ class Service(msgspec.Struct, frozen=True, gc=False, eq=False):
         return ""
 
 
-class Disturbance(IntEnum):
-    """What became of the services in Consul since they were last read, as far as a cheap look tells."""
+class Drift(IntEnum):
+    """Changes of the services in Consul since the last full read, as far as a cheap look shows them."""
 
     NONE = 0
-    CHANGED = 1  # somebody else may have written
-    EMPTIED = 2  # what was held is gone
+    CHANGED = 1  # another writer may have changed something
+    EMPTIED = 2  # the services are gone
 
 
 # The check that Consul keeps for each node that has an agent, and what it says of one that cannot be reached.

@@ -1,7 +1,5 @@
 """Whether the daemon is alive and whether it is ready, as its probes ask."""
 
-import time
-from collections.abc import Callable
 from typing import Protocol
 
 from aiohttp import web
@@ -15,25 +13,6 @@ class Health(Protocol):
 
     def readiness(self) -> str:
         """Why the daemon is not ready, in a line; empty when it is."""
-
-
-class Heartbeat:
-    """Remembers when a loop last ticked; it starts as if it just had."""
-
-    __slots__ = ("_clock", "_last", "_limit")
-
-    def __init__(self, limit: float, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit = limit
-        self._clock = clock
-        self._last = clock()
-
-    def beat(self) -> None:
-        """Note a tick."""
-        self._last = self._clock()
-
-    def is_alive(self) -> bool:
-        """Whether the last tick is at most `limit` seconds ago."""
-        return self._clock() - self._last <= self._limit
 
 
 def health_routes(health: Health) -> list[web.RouteDef]:

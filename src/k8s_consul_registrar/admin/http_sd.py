@@ -7,13 +7,16 @@ import zlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from aiohttp import web
 
 from k8s_consul_registrar.admin.sd_query import BadQuery, GroupEncoder, SdQuery, parse_sd_query
-from k8s_consul_registrar.admin.view import MetaNames, TargetsView, as_they_are
+from k8s_consul_registrar.admin.view import MetaNames, SavedTargets, Targets, TargetsView, as_they_are
 
 SD_PATH = "/sd/targets"
+# Only in an answer from targets that an earlier process saved.
+STALE_SINCE = "X-Stale-Since"
 
 # So many targets are looked at before the loop gets its turn: about 2 ms.
 _SLICE = 200
@@ -43,7 +46,7 @@ class Document:
 class Documents:
     """Renders what is asked for, one at a time, and keeps it until the targets change."""
 
-    view: TargetsView
+    view: Targets
     encoder: GroupEncoder
     _kept: OrderedDict[SdQuery, Document] = field(default_factory=OrderedDict)
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -91,31 +94,59 @@ class Documents:
         return Document(b"".join(packed), size + len(text), digest.hexdigest(), generation, begun)
 
 
-def sd_handler(
-    view: TargetsView, meta_names: MetaNames = as_they_are
-) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    """Return the handler of `SD_PATH`: 200 with every target asked for, 503 until all are known.
+def no_saved_targets() -> SavedTargets | None:
+    """Return None: nothing was saved."""
+    return None
 
-    `kind`, `namespace` and `shard_path` filter, each may be repeated; anything else is a 400.
+
+def sd_handler(
+    view: TargetsView,
+    meta_names: MetaNames = as_they_are,
+    saved: Callable[[], SavedTargets | None] = no_saved_targets,
+) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    """Return the handler of `SD_PATH`: 200 with every target asked for, 503 while they are not known.
+
+    `kind`, `namespace` and `shard_path` filter, each may be repeated; anything else is a 400. A request that
+    includes a source that was never listed is answered from `saved`, marked as stale, and never in part.
     """
-    documents = Documents(view, GroupEncoder(meta_names))
+    encoder = GroupEncoder(meta_names)
+    documents = Documents(view, encoder)
+    stale: Documents | None = None
 
     async def targets(request: web.Request) -> web.StreamResponse:
+        nonlocal stale
         try:
             query = parse_sd_query(request.query.items())
         except BadQuery as error:
             raise web.HTTPBadRequest(text=f"{error}\n") from None
-        if problem := view.unlisted():
-            text = " ".join(problem.split())
-            raise web.HTTPServiceUnavailable(text=f"{text}\n", headers={"Retry-After": _RETRY_AFTER})
+        if problem := view.unlisted(query.scope):
+            targets = saved()
+            if targets is None:
+                text = " ".join(problem.split())
+                raise web.HTTPServiceUnavailable(text=f"{text}\n", headers={"Retry-After": _RETRY_AFTER})
+            if stale is None or stale.view is not targets:
+                stale = Documents(targets, encoder)
+            return await _answer(request, await stale.get(query), stale_since=targets.since)
+        if stale is not None and not view.unlisted():
+            stale = None
         return await _answer(request, await documents.get(query))
 
     return targets
 
 
-async def _answer(request: web.Request, document: Document) -> web.StreamResponse:
+def _staleness(since: float) -> dict[str, str]:
+    """Return the headers of a stale answer: how old it is (RFC 9111, 5.1), and until when it was up to date."""
+    moment = datetime.fromtimestamp(since, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return {"Age": str(max(0, round(time.time() - since))), STALE_SINCE: moment}
+
+
+async def _answer(
+    request: web.Request, document: Document, stale_since: float | None = None
+) -> web.StreamResponse:
     # The tag is weak because both encodings share it.
     headers = {"ETag": f'W/"{document.etag}"', "Cache-Control": "no-cache", "Vary": "Accept-Encoding"}
+    if stale_since is not None:
+        headers |= _staleness(stale_since)
     known = request.if_none_match or ()
     if any(tag.value in (document.etag, "*") for tag in known):
         return web.Response(status=304, headers=headers)

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from k8s_consul_registrar.admin.view import MetaNames, SeenTarget, as_they_are
+from k8s_consul_registrar.admin.view import MetaNames, Scope, SeenTarget, as_they_are
 from k8s_consul_registrar.model import Kind
 
 FILTERS = ("kind", "namespace", "shard_path")
@@ -29,6 +29,11 @@ class SdQuery:
     kinds: frozenset[str] = frozenset()
     namespaces: frozenset[str] = frozenset()
     shard_paths: frozenset[str] = frozenset()
+
+    @property
+    def scope(self) -> Scope:
+        """The kinds and namespaces that the document is about; any of them may have any shard path."""
+        return Scope(self.kinds, self.namespaces)
 
     def wants(self, target: SeenTarget) -> bool:
         """Whether a target passes every filter."""

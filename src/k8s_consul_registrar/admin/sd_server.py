@@ -1,19 +1,19 @@
 """The HTTP server of `HTTP_SD_PORT`: targets for collectors outside the cluster, who show who they are."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Self
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from k8s_consul_registrar.admin.accepting import Bounds
-from k8s_consul_registrar.admin.http_sd import SD_PATH, sd_handler
+from k8s_consul_registrar.admin.http_sd import SD_PATH, no_saved_targets, sd_handler
 from k8s_consul_registrar.admin.serving import Serving
-from k8s_consul_registrar.admin.view import MetaNames, TargetsView, as_they_are
+from k8s_consul_registrar.admin.view import MetaNames, SavedTargets, TargetsView, as_they_are
 from k8s_consul_registrar.bearer import BearerFile
-from k8s_consul_registrar.errors import AccessError
-from k8s_consul_registrar.server_tls import ServerTls
 from k8s_consul_registrar.telemetry import get_logger
+from k8s_consul_registrar.tls import ServerTls
 
 # Seconds between two looks at the files: a Secret's volume is up to a minute late itself.
 _LOOK_EVERY = 5.0
@@ -38,6 +38,7 @@ class HttpSdServer:
         port: int,
         view: TargetsView,
         meta_names: MetaNames = as_they_are,
+        saved: Callable[[], SavedTargets | None] = no_saved_targets,
         bearer: BearerFile | None = None,
         tls: ServerTls | None = None,
         bounds: Bounds | None = None,
@@ -46,7 +47,7 @@ class HttpSdServer:
         self._serving = Serving(
             "HTTP_SD_PORT", port, patience=_SHUTDOWN_TIMEOUT, bounds=bounds, middlewares=asking
         )
-        self._serving.app.router.add_get(SD_PATH, sd_handler(view, meta_names), allow_head=False)
+        self._serving.app.router.add_get(SD_PATH, sd_handler(view, meta_names, saved), allow_head=False)
         self._serving.app.on_response_prepare.append(_harden)
         self._bearer = bearer
         self._tls = tls
@@ -75,14 +76,7 @@ class HttpSdServer:
         """Look at the files once, and serve by the new ones from here on."""
         if self._bearer is not None:
             self._bearer.refresh()
-        if self._tls is None:
-            return
-        try:
-            is_new = self._tls.refresh()
-        except AccessError as error:
-            log.warning("TLS of HTTP_SD_PORT stays as it was", problem=str(error))
-            return
-        if is_new:
+        if self._tls is not None and self._tls.refresh():
             await self._serving.renew(self._tls.context)
             log.info("HTTP_SD_PORT has new TLS files")
 

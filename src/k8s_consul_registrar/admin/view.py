@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
-from k8s_consul_registrar.model import ObjectKey, Rejection, Service
+from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Service, Source
 
 
 class TargetState(StrEnum):
@@ -149,15 +149,36 @@ class Status:
     settings: tuple[Setting, ...] = ()
 
 
-class TargetsView(Protocol):
-    """The targets of a registrar."""
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """The kinds and namespaces of a request; an empty set stands for all of them.
+
+    The namespace of a Node is empty.
+    """
+
+    kinds: frozenset[str] = frozenset()
+    namespaces: frozenset[str] = frozenset()
+
+    def includes(self, source: Source) -> bool:
+        """Return whether a source can show an object of this scope."""
+        if self.kinds and source.kind not in self.kinds:
+            return False
+        if not self.namespaces:
+            return True
+        if source.kind is Kind.POD and not source.namespace:
+            return bool(self.namespaces - {""})
+        return source.namespace in self.namespaces
+
+
+EVERYTHING = Scope()
+
+
+class Targets(Protocol):
+    """Targets that can be rendered."""
 
     @property
     def generation(self) -> int:
         """A number that is another one whenever `targets` would yield anything else."""
-
-    def unlisted(self) -> str:
-        """Why the targets are not all known yet, empty once every source was listed."""
 
     def targets(self) -> Iterator[SeenTarget]:
         """Yield every target, each ID once.
@@ -165,6 +186,21 @@ class TargetsView(Protocol):
         The reader gives way to the loop in between, so the iterator stays good while targets come and go:
         it may show either of what changes meanwhile, and `generation` then has moved on.
         """
+
+
+class TargetsView(Targets, Protocol):
+    """The targets of a registrar."""
+
+    def unlisted(self, scope: Scope = EVERYTHING) -> str:
+        """Return which sources of a scope were never listed in this process and why, empty if all were."""
+
+
+class SavedTargets(Targets, Protocol):
+    """The targets that an earlier process saved."""
+
+    @property
+    def since(self) -> float:
+        """The time until which they were up to date, in seconds of the epoch."""
 
 
 class RegistrarView(TargetsView, Protocol):

@@ -1,4 +1,4 @@
-"""Counts what a registrar knows when somebody asks: targets by kind and state, and how its following goes."""
+"""Counts for metrics, made when they are asked for: targets by kind and state, and the state of the watches."""
 
 import asyncio
 import time
@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 
 from k8s_consul_registrar.admin.view import TargetState
 from k8s_consul_registrar.app.view import View
-from k8s_consul_registrar.kube.activity import CAUSES, Activity
+from k8s_consul_registrar.kube.source_state import CAUSES, WatchStats
 from k8s_consul_registrar.model import Kind, Source
-from k8s_consul_registrar.registrar.collector import Figures
+from k8s_consul_registrar.registrar.metrics import Figures
 from k8s_consul_registrar.targets.reasons import Reason
 
 # So many targets are counted before the loop gets its turn: about 2 ms.
@@ -19,9 +19,9 @@ SLICE = 2000
 class Census:
     """Counts targets and rejections when asked to, a slice at a time, and keeps that until something changes."""
 
-    def __init__(self, view: View, activity: Callable[[], Mapping[Source, Activity]]) -> None:
+    def __init__(self, view: View, stats: Callable[[], Mapping[Source, WatchStats]]) -> None:
         self._view = view
-        self._activity = activity
+        self._stats = stats
         self._counted: int | None = None
         self._targets: Mapping[tuple[str, str], int] = _no_targets()
         self._rejections: Mapping[str, int] = dict.fromkeys(Reason, 0)
@@ -51,12 +51,12 @@ class Census:
         lists: dict[str, int] = {}
         heard: dict[str, float] = {}
         boot = time.time() - time.monotonic()
-        for source, activity in self._activity().items():
+        for source, stats in self._stats().items():
             kind = source.kind.value
-            for cause, count in activity.restarts.items():
+            for cause, count in stats.restarts.items():
                 restarts[kind, cause] += count
-            lists[kind] = lists.get(kind, 0) + activity.lists
-            at = 0.0 if activity.heard_at is None else boot + activity.heard_at
+            lists[kind] = lists.get(kind, 0) + stats.lists
+            at = 0.0 if stats.heard_at is None else boot + stats.heard_at
             heard[kind] = min(heard.get(kind, at), at)
         return Figures(self._targets, self._rejections, restarts, lists, heard)
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Awaitable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from k8s_consul_registrar.app.checks.cluster import (
@@ -32,17 +33,18 @@ from k8s_consul_registrar.app.checks.consul import (
     needs_of_services,
 )
 from k8s_consul_registrar.app.checks.finding import Finding, Outcome, fail, is_passed, ok, skipped, warn
-from k8s_consul_registrar.app.checks.http_sd import check_http_sd
+from k8s_consul_registrar.app.checks.http_sd import check_http_sd, check_state_file
 from k8s_consul_registrar.app.checks.kubelets import Kubelets, check_kubelets
 from k8s_consul_registrar.app.checks.node_port import check_node_port
 from k8s_consul_registrar.app.checks.report import as_json, as_table
 from k8s_consul_registrar.app.checks.services import holdings, judge_catalog, judge_holdings
 from k8s_consul_registrar.app.lifecycle import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, complain
 from k8s_consul_registrar.app.parts import consul_access, consul_registry, identity
+from k8s_consul_registrar.app.saved_state import Origin
 from k8s_consul_registrar.app.upstream_trust import KubeletIdentity
 from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.consul.acl import read_service_names
 from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.consul.status import read_service_names
 from k8s_consul_registrar.errors import AccessError, ConsulError, SettingsError
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.kube.client import KubeClient
@@ -131,6 +133,13 @@ async def check(subject: Subject, timing: Timing = TIMING) -> list[Finding]:
         parts.append(_listed("consul", _check_consul(subject.registrar, cluster, timing)))
         if subject.registrar.http_sd:
             parts.append(_listed("http_sd", check_http_sd(subject.registrar.http_sd, timing.read_timeout)))
+        if subject.registrar.state_file:
+            parts.append(
+                _listed(
+                    "http_sd",
+                    check_state_file(Path(subject.registrar.state_file), Origin.of(subject.registrar)),
+                )
+            )
         parts.append(_listed("node port", _check_node_port(subject.registrar, cluster, timing)))
     if subject.proxy:
         parts.append(_listed("kubelets", _check_kubelets(subject.proxy, cluster, timing)))
@@ -228,7 +237,7 @@ async def _check_consul(
         of_token = await check_token(client, _needs(settings, node), has_token=has_token)
         sees_all = all(one.outcome is Outcome.OK for one in of_token)
         view = await _view(cluster)
-        of_services = await _check_services(client, settings, timing, view.uid, sees_all=sees_all)
+        of_services = await _check_services(client, settings, view.uid, sees_all=sees_all)
         return [*found, *of_token, *of_services]
 
 
@@ -248,11 +257,11 @@ def _needs(settings: RegistrarSettings, agent_node: str) -> list[Need]:
 
 
 async def _check_services(
-    client: ConsulClient, settings: RegistrarSettings, timing: Timing, uid: str, *, sees_all: bool
+    client: ConsulClient, settings: RegistrarSettings, uid: str, *, sees_all: bool
 ) -> list[Finding]:
     who = identity(settings)
     try:
-        services = [service async for service in consul_registry(settings, client, timing).services()]
+        services = [service async for service in consul_registry(settings, client).services()]
         names = await read_service_names(client)
     except ConsulError as error:
         return [skipped("services", str(error))]

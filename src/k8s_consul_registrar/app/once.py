@@ -1,43 +1,47 @@
-"""One look or one pass, and an end: what a pass would do now, or doing it from a CronJob."""
+"""`plan` and `sync`: what a resync would change now, and making one resync from a CronJob."""
 
 import asyncio
 import sys
-from collections.abc import Coroutine, Iterable
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import uvloop
 from prometheus_client import CollectorRegistry
 
 from k8s_consul_registrar.app.lifecycle import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, complain
-from k8s_consul_registrar.app.parts import (
-    brake_rules,
-    consul_access,
-    consul_registry,
-    followed_cluster,
-    identity,
-    shards,
-)
+from k8s_consul_registrar.app.parts import RegistrarParts, build_registrar, consul_access
+from k8s_consul_registrar.asyncio_tools import end_tasks
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.errors import AccessError, OperationalError
 from k8s_consul_registrar.kube.access import load_access
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.cluster import FollowedCluster
 from k8s_consul_registrar.model import Service
+from k8s_consul_registrar.registrar.decide import (
+    Action,
+    CheckName,
+    Conflict,
+    Deregister,
+    Register,
+    Reject,
+    Update,
+    decide,
+)
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
-from k8s_consul_registrar.registrar.passes import Passes
-from k8s_consul_registrar.registrar.plan import Plan
-from k8s_consul_registrar.registrar.planner import Planner
-from k8s_consul_registrar.registrar.ports import Registry
-from k8s_consul_registrar.registrar.report import Reporter
-from k8s_consul_registrar.registrar.status import RegistrarStatus
+from k8s_consul_registrar.registrar.resync import Comparison
+from k8s_consul_registrar.registrar.status import Counts
 from k8s_consul_registrar.settings.modes import RegistrarSettings
 
 EXIT_CHANGES = 3
 # Seconds every source has to be listed, or to fail, once.
 PATIENCE = 120.0
+# Services reconciled at once by `sync`.
+BATCH = 512
 _COLOURS = {"+": "\x1b[32m", "~": "\x1b[33m", "-": "\x1b[31m", "!": "\x1b[35m"}
 _PLAIN = "\x1b[0m"
 
@@ -74,111 +78,196 @@ def _run(work: Coroutine[Any, Any, int]) -> int:
         return EXIT_INTERRUPTED
 
 
+class Plan(NamedTuple):
+    """What a sync would do: a line for each change or thing left alone, and the counts."""
+
+    lines: list[Change]
+    register: int
+    update: int
+    deregister: int
+    unchanged: int
+    conflicts: int
+    held: int
+    kept: int
+    rejected: int
+
+    @property
+    def has_changes(self) -> bool:
+        """True if a sync would write something, or would be held by the brake."""
+        return bool(self.register or self.update or self.deregister or self.held)
+
+
 async def _plan(settings: RegistrarSettings, *, output: str) -> int:
-    timing = Timing()
-    access = load_access(settings.common.environment)
-    async with (
-        KubeClient(access, timing) as kube,
-        ConsulClient(consul_access(settings.consul), timing) as client,
-    ):
-        cluster = followed_cluster(settings, kube, timing)
-        await _listed(cluster)
-        plan, held = await _compared(settings, cluster, consul_registry(settings, client, timing))
-    changes = changes_of(plan, held, settings)
-    problems = [state.problem for state in cluster.mirror.states().values() if state.problem]
+    async with _listed(settings) as parts:
+        plan = await _compared(parts, await _confirmed(parts))
+        problems = _problems(parts)
     if output == "json":
-        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(changes)) + b"\n")
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(plan.lines)) + b"\n")
     else:
-        print_changes(changes, plan, problems, colour=sys.stdout.isatty())
+        print_changes(plan, problems, colour=sys.stdout.isatty())
     if problems:
         return EXIT_FAILURE
-    return EXIT_CHANGES if plan.writes or plan.held else EXIT_OK
-
-
-async def _compared(
-    settings: RegistrarSettings, cluster: FollowedCluster, registry: Registry
-) -> tuple[Plan, dict[str, Service]]:
-    """Return the plan of a full pass, and what Consul now holds of the services it changes."""
-    planner = Planner(cluster.wanted(), identity(settings), shards(settings))
-    before: dict[str, Service] = {}
-    async for service in registry.services():
-        if planner.consider(service) is None:
-            before[service.id] = service
-    for _ in planner.complete():
-        pass
-    held, memory = planner.brake(brake_rules(settings), {})
-    return planner.plan(held, memory), before
+    return EXIT_CHANGES if plan.has_changes else EXIT_OK
 
 
 async def _sync(settings: RegistrarSettings) -> int:
+    async with _listed(settings) as parts:
+        await _confirmed(parts)
+        found = await parts.resync.run()
+        done = await _drained(parts)
+        problems = _problems(parts)
+        rejected = len(parts.desired.rejections) + len(parts.controller.status.lost_rejections())
+    unchanged = found.unchanged + done.unchanged
+    print(
+        f"registered {done.registered}, updated {done.updated}, deregistered {done.deregistered}, "
+        f"unchanged {unchanged}, refused {done.refused}, rejected {rejected}"
+    )
+    if done.refused or problems:
+        return EXIT_FAILURE
+    return EXIT_CHANGES if found.judged.held else EXIT_OK
+
+
+@asynccontextmanager
+async def _listed(settings: RegistrarSettings) -> AsyncIterator[RegistrarParts]:
+    """Watch the cluster once every source was listed or has failed; raises `OperationalError`."""
     timing = Timing()
     access = load_access(settings.common.environment)
     async with (
         KubeClient(access, timing) as kube,
         ConsulClient(consul_access(settings.consul), timing) as client,
     ):
-        cluster = followed_cluster(settings, kube, timing)
-        await _listed(cluster)
-        passes = Passes(
-            cluster=cluster,
-            registry=consul_registry(settings, client, timing),
-            identity=identity(settings),
-            shards=shards(settings),
-            rules=brake_rules(settings),
-            reporter=Reporter(RegistrarMetrics(CollectorRegistry()), RegistrarStatus()),
+        parts = build_registrar(
+            settings,
+            kube=kube,
+            client=client,
+            metrics=RegistrarMetrics(CollectorRegistry()),
+            timing=timing,
         )
-        report = await passes.full()
-    print(
-        f"registered {report.registered}, updated {report.updated}, deregistered {report.deregistered}, "
-        f"unchanged {report.unchanged}, refused {report.refused}, rejected {report.rejected}"
+        watching = asyncio.create_task(parts.reflectors.run())
+        try:
+            await _until(
+                lambda: all(
+                    status.listed_at is not None or status.problem
+                    for status in parts.desired.store.statuses().values()
+                )
+            )
+            yield parts
+        finally:
+            await end_tasks([watching])
+
+
+async def _confirmed(parts: RegistrarParts) -> Comparison:
+    """Compare everything; where absences need a new list, wait for it and compare once more."""
+    asked_at = time.monotonic()
+    found = await parts.resync.compare()
+    if not found.judged.relisting:
+        return found
+    await _until(
+        lambda: all(
+            status.problem or (status.list_began_at or 0.0) >= asked_at
+            for source, status in parts.desired.store.statuses().items()
+            if source in found.judged.relisting
+        )
     )
-    if report.refused or any(state.problem for state in cluster.mirror.states().values()):
-        return EXIT_FAILURE
-    return EXIT_CHANGES if report.held else EXIT_OK
+    return await parts.resync.compare()
 
 
-async def _listed(cluster: FollowedCluster) -> None:
-    """Follow the cluster until every source was listed or has failed; raises `OperationalError`."""
-    following = asyncio.create_task(cluster.run())
+async def _until(is_so: Callable[[], bool]) -> None:
     try:
         async with asyncio.timeout(PATIENCE):
-            while not cluster.needs_full_pass():
-                await cluster.changed()
-                cluster.changes()
+            while not is_so():  # noqa: ASYNC110 - it is over in a moment, and nothing else runs here
+                await asyncio.sleep(0.02)
     except TimeoutError:
         raise OperationalError(f"the cluster was not listed within {PATIENCE:g} s") from None
-    finally:
-        following.cancel()
-        await asyncio.gather(following, return_exceptions=True)
 
 
-def changes_of(plan: Plan, before: dict[str, Service], settings: RegistrarSettings) -> list[Change]:
-    """Put a plan into lines, what is left alone included."""
-    who = identity(settings)
-    lines = [Change("+", one.id, _described(one.service(who))) for one in plan.register]
-    lines += [
-        Change("~", entry.id, _differences(before[entry.id], entry.service(who))) for entry in plan.update
+async def _drained(parts: RegistrarParts) -> Counts:
+    """Reconcile until only refused writes are left, which nothing waits for; raises a `ConsulError`."""
+    total = Counts()
+    while (batch := parts.queue.take(BATCH, time.monotonic())) is not None:
+        if batch.is_retry:
+            break
+        total += await parts.reconciler.reconcile(batch)
+    return total
+
+
+async def _compared(parts: RegistrarParts, found: Comparison) -> Plan:
+    """Decide every ID that differs, as a sync would."""
+    for service_id, key in found.judged.released.items():
+        parts.desired.depart(service_id, key)
+    actions: dict[str, Action] = {}
+    for service_id in (*found.differing, *found.removals, *found.judged.released):
+        actions[service_id] = await _decided(parts, service_id)
+    updates = [
+        service_id for service_id, action in actions.items() if isinstance(action, Update | Deregister)
     ]
-    lines += [Change("-", one.id, _described(one)) for one in plan.deregister]
-    lines += [Change("!", one.id, f"conflict: held by {one.holder}") for one in plan.conflicts]
-    for held in plan.held:
-        lines += [Change("!", one, f"held by the brake: missing from {held.source}") for one in held.ids]
-    lines += [Change("!", one.id or str(one.key), f"{one.reason}: {one.detail}") for one in plan.rejections]
-    return sorted(lines, key=lambda line: line.id)
+    before = {service.id: service async for service in parts.registry.lookup(updates)} if updates else {}
+    who = parts.rules.identity
+    lines: list[Change] = []
+    counts: Counter[str] = Counter()
+    rejections = list(parts.desired.rejections.values())
+    for service_id, action in actions.items():
+        match action:
+            case Register():
+                lines.append(Change("+", service_id, _described(action.entry.service(who))))
+            case Update():
+                after = action.entry.service(who)
+                lines.append(Change("~", service_id, _differences(before.get(service_id, after), after)))
+            case Deregister():
+                gone = before.get(service_id)
+                lines.append(Change("-", service_id, "" if gone is None else _described(gone)))
+            case Conflict():
+                lines.append(Change("!", service_id, f"conflict: held by {action.holder}"))
+            case Reject():
+                rejections.append(action.rejection)
+        rejections += getattr(action, "losers", ())
+        counts[type(action).__name__] += 1
+    held = [
+        Change("!", service_id, f"held by the brake: missing from {one.source}")
+        for one in found.judged.held
+        for service_id in one.ids
+    ]
+    lines += held
+    lines += [
+        Change("!", one.id or str(one.key), f"rejected: {one.reason}: {one.detail}") for one in rejections
+    ]
+    return Plan(
+        sorted(lines, key=lambda line: line.id),
+        counts["Register"],
+        counts["Update"],
+        counts["Deregister"],
+        found.unchanged + counts["InSync"],
+        counts["Conflict"],
+        len(held),
+        found.kept.total() + counts["Keep"],
+        len(rejections),
+    )
 
 
-def print_changes(lines: Iterable[Change], plan: Plan, problems: Iterable[str], *, colour: bool) -> None:
+async def _decided(parts: RegistrarParts, service_id: str) -> Action:
+    record = parts.observed.get(service_id)
+    action = decide(parts.desired.ask(service_id, record), record, parts.rules)
+    if isinstance(action, CheckName):
+        await parts.names.check(action.name)
+        action = decide(parts.desired.ask(service_id, record), record, parts.rules)
+    return action
+
+
+def _problems(parts: RegistrarParts) -> list[str]:
+    return [status.problem for status in parts.desired.store.statuses().values() if status.problem]
+
+
+def print_changes(plan: Plan, problems: Iterable[str], *, colour: bool) -> None:
     """Print the lines as a diff, and what they add up to."""
-    for line in lines:
+    for line in plan.lines:
         begin, end = (_COLOURS[line.sign], _PLAIN) if colour else ("", "")
         print(f"{begin}{line.sign} {line.id}{end}  {line.what}")
     for problem in problems:
         print(f"cannot list, so nothing of it would be deregistered: {problem}", file=sys.stderr)
-    held = sum(len(one.ids) for one in plan.held)
     print(
-        f"{len(plan.register)} to register, {len(plan.update)} to update, {len(plan.deregister)} to deregister, "
-        f"{plan.unchanged} unchanged, {len(plan.conflicts)} in conflict, {held} held, "
-        f"{plan.kept.total()} kept"
+        f"{plan.register} to register, {plan.update} to update, {plan.deregister} to deregister, "
+        f"{plan.unchanged} unchanged, {plan.conflicts} in conflict, {plan.held} held, {plan.kept} kept, "
+        f"{plan.rejected} rejected"
     )
 
 

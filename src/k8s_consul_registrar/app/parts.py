@@ -2,57 +2,225 @@
 
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from k8s_consul_registrar.admin.http_sd import no_saved_targets
 from k8s_consul_registrar.admin.sd_server import HttpSdServer
-from k8s_consul_registrar.admin.view import MetaNames, TargetsView
+from k8s_consul_registrar.admin.view import MetaNames, SavedTargets, TargetsView
+from k8s_consul_registrar.app.selection import SelectionRecord
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.bearer import BearerFile
-from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress, ConsulToken, followed_tls
+from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress, ConsulToken, rotating_tls
 from k8s_consul_registrar.consul.agent import CONCURRENCY, AgentRegistry
 from k8s_consul_registrar.consul.catalog import CONCURRENCY as TRANSACTIONS
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.consul.elsewhere import FormerPlace
 from k8s_consul_registrar.consul.lost_agents import LostAgents
+from k8s_consul_registrar.consul.previous_location import PreviousLocation
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.cluster import FollowedCluster
-from k8s_consul_registrar.kube.known import Verdict
+from k8s_consul_registrar.kube.cluster_uid import ClusterUid
 from k8s_consul_registrar.kube.lease import LeaseClient, default_lease_name, new_identity, pod_namespace
 from k8s_consul_registrar.kube.objects import Item
-from k8s_consul_registrar.model import Service
+from k8s_consul_registrar.kube.reflector import Reflectors
+from k8s_consul_registrar.model import Kind, ObjectKey, Service, Source
+from k8s_consul_registrar.registrar.absences import Absences
 from k8s_consul_registrar.registrar.brake import BrakeRules
+from k8s_consul_registrar.registrar.controller import Controller, Parts
+from k8s_consul_registrar.registrar.decide import Rules
+from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.elector import Elector
+from k8s_consul_registrar.registrar.interfaces import Registry
+from k8s_consul_registrar.registrar.memory_registry import AlwaysAvailable, MemoryRegistry
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.names import NameGuard, is_of_a_registrar
+from k8s_consul_registrar.registrar.observed import Contests, ObservedState
+from k8s_consul_registrar.registrar.orphan_collector import OrphanCollector, OrphanRules
 from k8s_consul_registrar.registrar.ownership import Identity
-from k8s_consul_registrar.registrar.ports import Cluster, Registry
-from k8s_consul_registrar.registrar.sweeper import Sweeper, SweepRules
-from k8s_consul_registrar.server_tls import ServerTls, TlsFiles
+from k8s_consul_registrar.registrar.queue import WorkQueue
+from k8s_consul_registrar.registrar.reconciler import Reconciler
+from k8s_consul_registrar.registrar.reporter import Reporter
+from k8s_consul_registrar.registrar.resync import Resync
+from k8s_consul_registrar.registrar.schedule import FULL_READ_GAP, ScheduleRules
+from k8s_consul_registrar.registrar.status import RegistrarStatus
 from k8s_consul_registrar.settings.backend_options import AGENT, CATALOG
 from k8s_consul_registrar.settings.consul import ConsulSettings
+from k8s_consul_registrar.settings.digest import selection_digest
 from k8s_consul_registrar.settings.http_sd import HttpSdSettings
 from k8s_consul_registrar.settings.modes import RegistrarSettings
 from k8s_consul_registrar.settings.naming import HASH
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
-from k8s_consul_registrar.targets.sharding import HashShards, RandomShards, Shards
+from k8s_consul_registrar.targets.service_names import NODE_NAME, POD_NAME, HashShards, RandomShards, Shards
+from k8s_consul_registrar.tls import ServerTls, TlsFiles
 
 
-def followed_cluster(settings: RegistrarSettings, kube: KubeClient, timing: Timing) -> FollowedCluster:
-    """Build the cluster's side."""
-    rules = target_rules(settings)
+@dataclass(frozen=True, slots=True)
+class RegistrarParts:
+    """The parts of a registrar that other parts of the program read."""
 
-    def verdict(item: Item) -> Verdict | None:
-        return resolve(item, rules)
+    controller: Controller
+    desired: DesiredState
+    observed: ObservedState
+    reflectors: Reflectors
+    rules: Rules
+    reporter: Reporter
+    resync: Resync
+    queue: WorkQueue
+    registry: Registry
+    reconciler: Reconciler
+    names: NameGuard
+    cluster_uid: ClusterUid
+    selection: SelectionRecord
 
-    return FollowedCluster(
-        kube,
-        settings.selection.sources,
-        verdict,
-        period=settings.sync_period,
-        timing=timing,
-        follow=settings.backend.follows,
-        selectors=settings.selection.selectors,
+
+@dataclass(frozen=True, slots=True)
+class _KubeCluster:
+    """The API server, for what the reflectors do not tell."""
+
+    kube: KubeClient
+    reflectors: Reflectors
+
+    async def read_object(self, key: ObjectKey) -> Item | None:
+        """Return an object as it is now, None if there is none; raises a `ClusterError`."""
+        return await self.kube.read_object(key)
+
+    def relist(self, source: Source, at: float) -> None:
+        """Ask for a new complete list."""
+        self.reflectors.relist(source, at)
+
+
+def build_registrar(
+    settings: RegistrarSettings,
+    *,
+    kube: KubeClient,
+    client: ConsulClient | None,
+    metrics: RegistrarMetrics,
+    timing: Timing,
+    elector: Elector | None = None,
+    saved_cluster_uid: str = "",
+) -> RegistrarParts:
+    """Build the registrar's core: reflectors, the two states, and the controller between them.
+
+    `saved_cluster_uid` is the cluster of which HTTP_SD_STATE_FILE holds targets of our selection.
+    """
+    registry: Registry = MemoryRegistry() if client is None else consul_registry(settings, client)
+    target = target_rules(settings)
+    status = RegistrarStatus()
+    reporter = Reporter(metrics, status)
+    observed = ObservedState()
+    desired = DesiredState(settings.selection.sources, partial(resolve, rules=target), observed)
+    queue = WorkQueue(first=timing.retry_first, cap=settings.sync_period, min_interval=timing.write_interval)
+    names = NameGuard(registry.is_name_taken, checked=_kinds_with_template(settings))
+    rules = Rules(identity(settings), shards(settings), names.status)
+    contests = Contests(settings.sync_period)
+    selection = SelectionRecord(
+        selection_digest(settings),
+        catalog=registry if isinstance(registry, CatalogRegistry) else None,
+        cluster_uid=lambda: desired.cluster_uid,
+        saved_cluster_uid=saved_cluster_uid,
     )
+    cluster_uid = ClusterUid(kube, lambda uid: controller.on_cluster_uid(uid))  # noqa: PLW0108 - made later
+    reflectors = Reflectors(
+        settings.selection.sources,
+        desired.store,
+        kube,
+        timing=timing,
+        period=settings.sync_period,
+        watches=settings.backend.follows,
+        selectors=settings.selection.selectors,
+        cluster_uid=cluster_uid,
+        on_internal_error=reporter.internal_error,
+    )
+    reconciler = Reconciler(
+        desired=desired,
+        observed=observed,
+        queue=queue,
+        registry=registry,
+        rules=rules,
+        names=names,
+        contests=contests,
+        reporter=reporter,
+    )
+    resync = Resync(
+        desired=desired,
+        observed=observed,
+        queue=queue,
+        registry=registry,
+        rules=rules,
+        names=names,
+        contests=contests,
+        absences=Absences(
+            desired,
+            _KubeCluster(kube, reflectors),
+            brake_rules(settings),
+            is_same_selection=selection.is_same,
+        ),
+        reporter=reporter,
+        id_prefix=settings.naming.id_prefix,
+    )
+    collector = (
+        None
+        if client is None
+        else orphan_collector(
+            settings,
+            client=client,
+            desired=desired,
+            rules=rules,
+            reflectors=reflectors,
+            metrics=metrics,
+            timing=timing,
+        )
+    )
+
+    async def probe_consul(is_drained: bool) -> None:  # noqa: FBT001 - a reading, not a switch
+        if client is not None:
+            await client.probe(is_write_owed=not is_drained)
+
+    controller = Controller(
+        Parts(
+            desired,
+            observed,
+            queue,
+            registry,
+            reconciler,
+            resync,
+            reporter,
+            status,
+            AlwaysAvailable() if client is None else client.health,
+        ),
+        schedule=ScheduleRules(
+            period=settings.sync_period, probe=timing.probe, gap=min(FULL_READ_GAP, settings.sync_period)
+        ),
+        timing=timing,
+        leadership=elector,
+        orphans=collector,
+        probe_consul=probe_consul,
+    )
+    return RegistrarParts(
+        controller,
+        desired,
+        observed,
+        reflectors,
+        rules,
+        reporter,
+        resync,
+        queue,
+        registry,
+        reconciler,
+        names,
+        cluster_uid,
+        selection,
+    )
+
+
+def _kinds_with_template(settings: RegistrarSettings) -> frozenset[Kind]:
+    """Return the kinds whose service names are not the default, which contains the object's own name."""
+    templates = {
+        Kind.POD: settings.naming.pod_name != POD_NAME,
+        Kind.NODE: settings.naming.node_name != NODE_NAME,
+    }
+    return frozenset(kind for kind, is_template in templates.items() if is_template)
 
 
 def new_elector(settings: RegistrarSettings, kube: KubeClient) -> Elector | None:
@@ -65,12 +233,18 @@ def new_elector(settings: RegistrarSettings, kube: KubeClient) -> Elector | None
     return Elector(leases, new_identity(socket.gethostname()), election.timing)
 
 
-def http_sd_server(settings: HttpSdSettings, view: TargetsView, meta_names: MetaNames) -> HttpSdServer:
+def http_sd_server(
+    settings: HttpSdSettings,
+    view: TargetsView,
+    meta_names: MetaNames,
+    saved: Callable[[], SavedTargets | None] = no_saved_targets,
+) -> HttpSdServer:
     """Build what serves targets to collectors; raises an `AccessError` naming the setting at fault."""
     return HttpSdServer(
         port=settings.port,
         view=view,
         meta_names=meta_names,
+        saved=saved,
         bearer=http_sd_bearer(settings) if settings.bearer_token_file else None,
         tls=http_sd_tls(settings) if settings.cert_file else None,
     )
@@ -100,12 +274,12 @@ def identity(settings: RegistrarSettings) -> Identity:
         instance=settings.instance,
         previous_clusters=settings.previous_cluster_names,
         previous_instances=settings.previous_instances,
-        speaks_for_cluster=not settings.instance and settings.selection.is_whole_cluster,
+        covers_cluster=not settings.instance and settings.selection.is_whole_cluster,
         has_default_name=settings.has_default_name,
     )
 
 
-def consul_registry(settings: RegistrarSettings, client: ConsulClient, timing: Timing) -> Registry:
+def consul_registry(settings: RegistrarSettings, client: ConsulClient) -> Registry:
     """Build the registry of the chosen backend."""
     backend, meta_keys = settings.backend, settings.naming.meta_keys
     if backend.backend == CATALOG:
@@ -113,15 +287,24 @@ def consul_registry(settings: RegistrarSettings, client: ConsulClient, timing: T
             client,
             backend.node_name,
             concurrency=backend.concurrency or TRANSACTIONS,
-            timing=timing,
             meta_keys=meta_keys,
+            is_of_a_registrar=is_of_a_registrar,
+            selection=selection_digest(settings),
         )
-    return AgentRegistry(client, concurrency=backend.concurrency or CONCURRENCY, meta_keys=meta_keys)
+    return AgentRegistry(
+        client,
+        concurrency=backend.concurrency or CONCURRENCY,
+        meta_keys=meta_keys,
+        is_of_a_registrar=is_of_a_registrar,
+    )
 
 
-def former_places(
-    settings: RegistrarSettings, client: ConsulClient, timing: Timing, is_ours: Callable[[Service], bool]
-) -> list[FormerPlace]:
+def previous_locations(
+    settings: RegistrarSettings,
+    client: ConsulClient,
+    is_ours: Callable[[Service], bool],
+    may_go: Callable[[Service], bool],
+) -> list[PreviousLocation]:
     """Name the places that may still hold our services: the other backend's, and nodes of earlier settings."""
     backend, meta_keys = settings.backend, settings.naming.meta_keys
     current = backend.node_name.lower() if backend.backend == CATALOG else ""
@@ -129,31 +312,33 @@ def former_places(
         name for name in {backend.node_name, *backend.previous_node_names} if name.lower() != current
     )
     places = [
-        FormerPlace(
-            f"node {name}", CatalogRegistry(client, name, timing=timing, meta_keys=meta_keys), is_ours
-        )
+        PreviousLocation(f"node {name}", CatalogRegistry(client, name, meta_keys=meta_keys), is_ours, may_go)
         for name in nodes
     ]
     if backend.backend == CATALOG:
-        places.append(FormerPlace("agent", AgentRegistry(client, meta_keys=meta_keys), is_ours))
+        places.append(PreviousLocation("agent", AgentRegistry(client, meta_keys=meta_keys), is_ours, may_go))
     return places
 
 
-def sweeper(
+def orphan_collector(
     settings: RegistrarSettings,
+    *,
     client: ConsulClient,
-    cluster: Cluster,
+    desired: DesiredState,
+    rules: Rules,
+    reflectors: Reflectors,
     metrics: RegistrarMetrics,
     timing: Timing,
-) -> Sweeper | None:
+) -> OrphanCollector | None:
     """Build what clears nodes of lost agents, None where services do not belong to an agent."""
     if settings.backend.backend != AGENT:
         return None
-    return Sweeper(
-        LostAgents(client, timing, settings.naming.meta_keys),
-        cluster=cluster,
-        identity=identity(settings),
-        rules=SweepRules(settings.orphan_after, timing.orphan_look, brake_rules(settings)),
+    return OrphanCollector(
+        LostAgents(client, settings.naming.meta_keys),
+        desired=desired,
+        decisions=rules,
+        rules=OrphanRules(settings.orphan_after, timing.orphan_look, brake_rules(settings)),
+        relist=reflectors.relist,
         metrics=metrics,
     )
 
@@ -190,7 +375,7 @@ def consul_access(settings: ConsulSettings) -> ConsulAccess:
     """Load what a connection to Consul needs; raises an `AccessError` naming the file at fault."""
     tls = None
     if settings.url.startswith("https://"):
-        tls = followed_tls(
+        tls = rotating_tls(
             ca_file=settings.ca_file,
             cert_file=settings.cert_file,
             key_file=settings.key_file,

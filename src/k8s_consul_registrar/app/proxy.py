@@ -72,9 +72,9 @@ class _Health:
                 return f"the {feed.kind}s are not known yet{': ' if feed.problem else ''}{feed.problem}"
         return "" if self.server.is_serving else "no worker serves"
 
-    def blindness(self) -> dict[str, float]:
-        """Return for how many seconds the API server is out of sight, by kind."""
-        return {str(feed.kind): feed.blind_seconds for feed in self.feeds}
+    def behind(self) -> dict[str, float]:
+        """Return for how many seconds a kind has not been followed."""
+        return {str(feed.kind): feed.behind_seconds for feed in self.feeds}
 
 
 async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None = None) -> None:
@@ -102,7 +102,7 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
         except BaseException:
             await server.stop()
             raise
-        registry.register(ProxyCollector(server.stats, health.blindness))
+        registry.register(ProxyCollector(server.stats, health.behind))
 
         def failing() -> dict[str, object]:
             return failing_report(server.failures(), _names(nodes, pod_side))

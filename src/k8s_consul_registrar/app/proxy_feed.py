@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from k8s_consul_registrar.backoff import Timing
-from k8s_consul_registrar.kube.activity import ActivityCounter
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.follow import Following
-from k8s_consul_registrar.kube.identity import AnyCluster
 from k8s_consul_registrar.kube.objects import Item
-from k8s_consul_registrar.kube.table import Table
-from k8s_consul_registrar.kube.watcher import Watcher
-from k8s_consul_registrar.model import Kind, Node, ObjectKey, Pod, Source
+from k8s_consul_registrar.kube.reflector import Reflectors
+from k8s_consul_registrar.kube.source_state import Failed, SourceStatus
+from k8s_consul_registrar.kube.store import KEEP, Evidence, Store, Unreadable
+from k8s_consul_registrar.model import Kind, Node, ObjectKey, Pod, Source, Undecodable
 from k8s_consul_registrar.proxy.nodes import Nodes, NodeTable
 from k8s_consul_registrar.proxy.pod_route import Pods, ProxiedPod, proxied_pod
 from k8s_consul_registrar.telemetry import get_logger
@@ -24,9 +22,13 @@ log = get_logger("feed")
 ValueT = TypeVar("ValueT")
 
 
+# A source that does not catch up after its watch was resumed is listed again at most this often.
+CATCH_UP_PERIOD = 600.0  # seconds
+
+
 @dataclass(frozen=True, slots=True)
 class FeedRules:
-    """What both feeds heed: `stale_after` is in seconds without sight of the API server."""
+    """Rules of both feeds; `stale_after` is in seconds behind the API server."""
 
     timing: Timing
     stale_after: float
@@ -35,10 +37,10 @@ class FeedRules:
 
 
 class Feed(Generic[ValueT]):
-    """Follows some sources; an outage leaves what was known last in place for a while.
+    """A Store of some sources for the proxy; an outage leaves its last values in place for a while.
 
-    `has_known` turns true with the first complete list of each and stays so: losing sight of the API server
-    later is shown, and no reason to be not ready.
+    `has_known` turns true with the first complete list of each source and stays so: falling behind the API
+    server later is shown, and no reason to be not ready.
     """
 
     kind: Kind
@@ -48,81 +50,90 @@ class Feed(Generic[ValueT]):
         client: KubeClient,
         sources: Sequence[Source],
         rules: FeedRules,
-        judge: Callable[[Item], ValueT | None],
+        resolve: Callable[[Item], ValueT | Unreadable | None],
         label_selector: str = "",
     ) -> None:
         self.rules = rules
         self.has_known = False
-        self.table = Table(sources, judge, changed=self.on_change, sighted=self._on_sight, clock=rules.clock)
-        self._was_blind = False
-        self._watchers = [
-            Watcher(
-                Following(
-                    source,
-                    self.table,
-                    AnyCluster(),
-                    rules.timing,
-                    ActivityCounter(),
-                    label_selector,
-                    rules.clock,
-                ),
-                client,
-            )
-            for source in sources
-        ]
+        self.store: Store[ValueT] = Store(sources, resolve, self, clock=rules.clock)
+        self._began = rules.clock()
+        self._has_failed = False
+        self._reflectors = Reflectors(
+            sources,
+            self.store,
+            client,
+            timing=rules.timing,
+            period=CATCH_UP_PERIOD,
+            selectors={self.kind: label_selector},
+            clock=rules.clock,
+        )
 
     async def run(self) -> None:
-        """Follow for ever; ends only by cancellation."""
+        """Follow the sources; ends only by cancellation."""
         async with asyncio.TaskGroup() as group:
-            for watcher in self._watchers:
-                group.create_task(watcher.run())
+            group.create_task(self._reflectors.run())
             group.create_task(self._grow_stale())
 
     @property
     def problem(self) -> str:
-        """Why the API server is not followed, empty while it is."""
-        return self.table.problem
+        """The reason why a source has failed, empty while none has."""
+        return next((one.problem for one in self.store.statuses().values() if one.problem), "")
 
     @property
-    def blind_seconds(self) -> float:
-        """For how long something is not followed, 0 while all is."""
-        since = self.table.blind_since
-        return 0.0 if since is None else max(0.0, self.rules.clock() - since)
+    def behind_seconds(self) -> float:
+        """The time since when some source is not followed, 0 while all are."""
+        since = [_behind_since(one, self._began) for one in self.store.statuses().values()]
+        behind = min((at for at in since if at is not None), default=None)
+        return 0.0 if behind is None else max(0.0, self.rules.clock() - behind)
 
     @property
     def is_trusted(self) -> bool:
-        """Whether what is known may be served: all of it was listed, and lately enough."""
-        return self.table.has_listed and self.blind_seconds <= self.rules.stale_after
+        """True if every source was listed, and none is behind for too long."""
+        return self._is_listed and self.behind_seconds <= self.rules.stale_after
 
     @property
     def is_serving(self) -> bool:
-        """Whether what is known is served at present."""
+        """True while the proxy serves these values."""
         raise NotImplementedError
 
+    def on_object(
+        self,
+        key: ObjectKey,
+        before: ValueT | None,
+        after: ValueT | None,
+        evidence: Evidence,  # noqa: ARG002 - of a StoreObserver
+        heard_at: float | None,  # noqa: ARG002 - likewise
+    ) -> None:
+        """Pass on a value that changed."""
+        if before is not None or after is not None:
+            self.on_change(key, after)
+
+    def on_source(self, source: Source, status: SourceStatus) -> None:  # noqa: ARG002 - of a StoreObserver
+        """Log that a source failed or all are followed again, and serve what may be trusted."""
+        self.has_known = self.has_known or self._is_listed
+        if problem := status.problem:
+            log.warning("cannot follow", kind=self.kind.value, problem=problem, still_served=len(self.store))
+        elif self._has_failed and not self.problem:
+            log.info("followed again", kind=self.kind.value, known=len(self.store))
+        self._has_failed = bool(self.problem)
+        self.on_trust()
+
     def on_change(self, key: ObjectKey, value: ValueT | None) -> None:
-        """Take in one object's value."""
+        """Use one object's new value."""
         raise NotImplementedError
 
     def on_trust(self) -> None:
-        """Serve what is known, or nothing, as `is_trusted` says."""
+        """Serve the values, or none, as `is_trusted` says."""
         raise NotImplementedError
 
-    def _on_sight(self) -> None:
-        self.has_known = self.has_known or self.table.has_listed
-        is_blind = self.table.blind_since is not None
-        if is_blind and self.problem:
-            log.warning(
-                "cannot follow", kind=self.kind.value, problem=self.problem, still_served=len(self.table)
-            )
-        elif self._was_blind and not is_blind:
-            log.info("followed again", kind=self.kind.value, known=len(self.table))
-        self._was_blind = is_blind and bool(self.problem)
-        self.on_trust()
+    @property
+    def _is_listed(self) -> bool:
+        return all(one.listed_at is not None for one in self.store.statuses().values())
 
     async def _grow_stale(self) -> None:
-        """Stop serving what has become too old."""
+        """Stop serving values that have become too old."""
         while True:
-            left = self.rules.stale_after - self.blind_seconds
+            left = self.rules.stale_after - self.behind_seconds
             await asyncio.sleep(min(self.rules.timing.tick, left) if left > 0 else self.rules.timing.tick)
             if self.is_serving and not self.is_trusted:
                 log.error(
@@ -159,7 +170,7 @@ class NodeFeed(Feed[Node]):
 
     @property
     def is_serving(self) -> bool:
-        """Whether a table is served."""
+        """True while a table is served."""
         return self._nodes.known
 
     def on_change(self, key: ObjectKey, value: Node | None) -> None:  # noqa: ARG002 - the table has it
@@ -181,7 +192,7 @@ class NodeFeed(Feed[Node]):
                 self._told()
             return
         table = NodeTable.of(
-            self.table.values(),
+            self.store.values(),
             allow_loopback=self.rules.allow_loopback,
             verify_node_name=self._verify_node_name,
         )
@@ -189,7 +200,7 @@ class NodeFeed(Feed[Node]):
             return
         self._nodes.replace(table)
         self._told()
-        counted = len(self.table), len(table.by_name)
+        counted = len(self.store), len(table.by_name)
         if counted != self._counted:
             self._counted = counted
             log.info("nodes", known=counted[0], reachable=counted[1])
@@ -215,21 +226,23 @@ class PodFeed(Feed[ProxiedPod]):
         label_selector: str = "",
         annotation_prefix: str,
     ) -> None:
-        def judge(item: Item) -> ProxiedPod | None:
+        def resolve(item: Item) -> ProxiedPod | Unreadable | None:
+            if isinstance(item, Undecodable):
+                return KEEP
             if not isinstance(item, Pod):
                 return None
             return proxied_pod(item, annotation_prefix, allow_loopback=rules.allow_loopback)
 
-        super().__init__(client, sources, rules, judge, label_selector)
+        super().__init__(client, sources, rules, resolve, label_selector)
         self._pods = pods
 
     @property
     def is_serving(self) -> bool:
-        """Whether Pods are served."""
+        """True while Pods are served."""
         return self._pods.known
 
     def on_change(self, key: ObjectKey, value: ProxiedPod | None) -> None:
-        """Take it over."""
+        """Pass it to the Pods."""
         self._pods.put(key.namespace, key.name, value)
 
     def on_trust(self) -> None:
@@ -240,6 +253,15 @@ class PodFeed(Feed[ProxiedPod]):
             self._pods.forget()
 
 
-def _node(item: Item) -> Node | None:
-    """Keep of a Node what its kubelet is reached by: its labels and heartbeats change all the time."""
+def _node(item: Item) -> Node | Unreadable | None:
+    """Return a Node without its labels: only its addresses matter here, and those change seldom."""
+    if isinstance(item, Undecodable):
+        return KEEP
     return replace(item, labels={}) if isinstance(item, Node) else None
+
+
+def _behind_since(status: SourceStatus, began: float) -> float | None:
+    """Return since when a source is not followed, None while it is."""
+    if status.listed_at is None:
+        return began
+    return status.state.since if isinstance(status.state, Failed) else None

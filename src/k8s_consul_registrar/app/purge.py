@@ -12,11 +12,11 @@ import uvloop
 from k8s_consul_registrar.app.lifecycle import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, complain
 from k8s_consul_registrar.app.parts import consul_access, consul_registry, identity
 from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.consul.batches import Transactions
 from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.consul.elsewhere import FormerPlace
 from k8s_consul_registrar.consul.lost_agents import LostAgents
 from k8s_consul_registrar.consul.node_removal import NodeRemoval
-from k8s_consul_registrar.consul.transactions import Transactions
+from k8s_consul_registrar.consul.previous_location import PreviousLocation
 from k8s_consul_registrar.errors import (
     AccessError,
     ClusterError,
@@ -26,9 +26,9 @@ from k8s_consul_registrar.errors import (
 )
 from k8s_consul_registrar.kube.access import load_access
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.identity import IDENTITY_NAMESPACE
+from k8s_consul_registrar.kube.cluster_uid import IDENTITY_NAMESPACE
 from k8s_consul_registrar.model import Service, Written
-from k8s_consul_registrar.registrar.orphans import observe
+from k8s_consul_registrar.registrar.orphans import observe_agents
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
 from k8s_consul_registrar.settings.backend import default_node
 from k8s_consul_registrar.settings.backend_options import CATALOG
@@ -44,7 +44,7 @@ class _Found(NamedTuple):
     """What carries our names in one place; `place` makes it a place to be cleared of what may go."""
 
     where: str
-    place: Callable[[MayGo], FormerPlace]
+    place: Callable[[MayGo], PreviousLocation]
     services: Sequence[Service]
 
     def only(self, is_chosen: MayGo) -> "_Found":
@@ -71,14 +71,14 @@ async def _purge(settings: RegistrarSettings, *, is_agreed: bool, cluster_uid: s
     who = identity(settings)
     uid = cluster_uid or await _ask_which_cluster(settings, timing)
     async with ConsulClient(consul_access(settings.consul), timing) as client:
-        every = [await _at_home(settings, client, timing, who), *await _lost(settings, client, timing, who)]
+        every = [await _at_home(settings, client, who), *await _lost(settings, client, who)]
         if problem := _ambiguity(every, uid):
             print(f"purge: {problem}", file=sys.stderr)
             return EXIT_FAILURE
         found = [one.only(lambda service: who.claim(service, uid) is Claim.OURS) for one in every]
         _show(found, settings)
         _show_others(every, found)
-        node = _node(settings, client, timing)
+        node = _node(settings, client)
         count = sum(len(one.services) for one in found)
         obstacle = "" if node is None else await node.obstacle()
         goes = node is not None and not obstacle and bool(count or not await node.is_used())
@@ -106,24 +106,20 @@ async def _ask_which_cluster(settings: RegistrarSettings, timing: Timing) -> str
         return ""
 
 
-async def _at_home(
-    settings: RegistrarSettings, client: ConsulClient, timing: Timing, who: Identity
-) -> _Found:
+async def _at_home(settings: RegistrarSettings, client: ConsulClient, who: Identity) -> _Found:
     """Find what stands where the settings say."""
-    registry = consul_registry(settings, client, timing)
+    registry = consul_registry(settings, client)
     where = f"at {settings.consul.socket or settings.consul.url} ({settings.backend.backend})"
-    return await _found(where, lambda may_go: FormerPlace(where, registry, may_go), who)
+    return await _found(where, lambda may_go: PreviousLocation(where, registry, may_go), who)
 
 
-async def _lost(
-    settings: RegistrarSettings, client: ConsulClient, timing: Timing, who: Identity
-) -> list[_Found]:
+async def _lost(settings: RegistrarSettings, client: ConsulClient, who: Identity) -> list[_Found]:
     """Find what stands at nodes of agents that are gone now, except at the one we talk to."""
-    agents = LostAgents(client, timing, settings.naming.meta_keys)
+    agents = LostAgents(client, settings.naming.meta_keys)
     try:
-        watched = observe({}, await agents.failing(), await agents.own_node(), 0.0)
+        watched = observe_agents({}, await agents.failing(), await agents.own_node(), 0.0)
         found = [
-            await _found(f"at node {name}, whose agent is gone", partial(agents.place, one.health), who)
+            await _found(f"at node {name}, whose agent is gone", partial(agents.location, one.health), who)
             for name, one in sorted(watched.items())
         ]
     except (ConsulForbidden, ConsulRefused) as error:
@@ -132,7 +128,7 @@ async def _lost(
     return [one for one in found if one.services]
 
 
-async def _found(where: str, place: Callable[[MayGo], FormerPlace], who: Identity) -> _Found:
+async def _found(where: str, place: Callable[[MayGo], PreviousLocation], who: Identity) -> _Found:
     # The original program's services have no mark but the cluster's name: they are not taken for ours.
     by_name = place(lambda service: who.claim(service, "") is Claim.OURS)
     return _Found(where, place, [one async for one in by_name.services()])
@@ -156,13 +152,13 @@ def _uids(found: Sequence[_Found]) -> Counter[str]:
     return uids
 
 
-def _node(settings: RegistrarSettings, client: ConsulClient, timing: Timing) -> NodeRemoval | None:
+def _node(settings: RegistrarSettings, client: ConsulClient) -> NodeRemoval | None:
     """Return what removes the catalog's node, None for an agent's registrar."""
     name = settings.backend.node_name
     if settings.backend.backend != CATALOG:
         return None
     has_our_name = name == default_node(settings.cluster_name, settings.instance)
-    return NodeRemoval(client, Transactions(client, timing), name, has_our_name=has_our_name)
+    return NodeRemoval(client, Transactions(client), name, has_our_name=has_our_name)
 
 
 async def _clear(found: _Found, who: Identity, uid: str) -> Written:

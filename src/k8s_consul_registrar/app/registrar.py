@@ -5,6 +5,7 @@ import time
 from collections.abc import Coroutine, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
@@ -15,35 +16,28 @@ from k8s_consul_registrar.admin.server import AdminServer
 from k8s_consul_registrar.app.census import Census
 from k8s_consul_registrar.app.lifecycle import Stop, run_until_stopped
 from k8s_consul_registrar.app.parts import (
-    brake_rules,
+    RegistrarParts,
+    build_registrar,
     consul_access,
-    consul_registry,
-    followed_cluster,
-    former_places,
     http_sd_server,
-    identity,
     new_elector,
-    shards,
-    sweeper,
+    previous_locations,
 )
 from k8s_consul_registrar.app.process import new_registry
+from k8s_consul_registrar.app.saved_state import Origin
+from k8s_consul_registrar.app.state_file import SavedTargetsGate, StateKeeper, open_state
 from k8s_consul_registrar.app.view import View
 from k8s_consul_registrar.backoff import Timing
-from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.consul.fence import Fence
+from k8s_consul_registrar.consul.client import ConsulClient, Fence
+from k8s_consul_registrar.consul.previous_location import clear_previous_locations
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.cluster import FollowedCluster
 from k8s_consul_registrar.model import Service
-from k8s_consul_registrar.registrar.budget import FULL_READ_GAP, BudgetRules
-from k8s_consul_registrar.registrar.collector import RegistrarCollector
 from k8s_consul_registrar.registrar.elector import Elector
-from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.metrics import RegistrarCollector, RegistrarMetrics
+from k8s_consul_registrar.registrar.observed import AsDesired
 from k8s_consul_registrar.registrar.ownership import Claim
-from k8s_consul_registrar.registrar.progress import tell_progress
-from k8s_consul_registrar.registrar.reconciler import Reconciler
-from k8s_consul_registrar.registrar.record import OwnRecord
-from k8s_consul_registrar.registrar.relocation import leave
+from k8s_consul_registrar.registrar.reporter import tell_progress
 from k8s_consul_registrar.registrar.status import RegistrarStatus
 from k8s_consul_registrar.settings.backend_options import NONE
 from k8s_consul_registrar.settings.modes import RegistrarSettings
@@ -76,6 +70,10 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
     for warning in settings.common.warnings:
         log.warning(warning)
     access = load_access(settings.common.environment)
+    origin = Origin.of(settings)
+    saved = None
+    if settings.state_file:
+        saved = await asyncio.to_thread(open_state, Path(settings.state_file), origin)
     registry = new_registry("registrar")
     async with KubeClient(access, timing) as kube, AsyncExitStack() as stack:
         elector = new_elector(settings, kube)
@@ -83,52 +81,61 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
         if settings.backend.backend != NONE:
             client = ConsulClient(consul_access(settings.consul), timing, fence=_fence(settings, elector))
             await stack.enter_async_context(client)
-        cluster = followed_cluster(settings, kube, timing)
-        metrics = RegistrarMetrics(registry)
-        reconciler = Reconciler(
-            cluster=cluster,
-            registry=OwnRecord() if client is None else consul_registry(settings, client, timing),
-            identity=identity(settings),
-            shards=shards(settings),
-            rules=brake_rules(settings),
-            period=settings.sync_period,
-            timing=timing,
-            metrics=metrics,
-            budget=BudgetRules(gap=min(FULL_READ_GAP, settings.sync_period)),
-            leadership=elector,
-            sweeper=None if client is None else sweeper(settings, client, cluster, metrics, timing),
-        )
-        view = View(
+        parts = build_registrar(
             settings,
-            cluster.mirror,
-            reconciler.passes,
-            reconciler.status,
-            identity(settings),
-            shards(settings),
-            None if elector is None else lambda: elector.holder,
+            kube=kube,
+            client=client,
+            metrics=RegistrarMetrics(registry),
+            timing=timing,
+            elector=elector,
+            saved_cluster_uid=saved.cluster_uid if saved is not None and saved.is_settled else "",
         )
-        await _serve(settings, view, registry, stack, access=access, census=Census(view, cluster.activity))
-        aside = (
-            _relocation(settings, view, client, timing),
+        view = View(settings, parts, None if elector is None else lambda: elector.holder)
+        census = Census(view, parts.reflectors.stats)
+        gate = SavedTargetsGate(saved, view)
+        await _serve(settings, view, registry, stack, access=access, census=census, gate=gate)
+        aside = [
             tell_progress(view.progress, settings.backend.backend),
-        )
-        await _run(stop, cluster, reconciler, elector, aside)
+            parts.selection.keep(is_settled=lambda: _is_settled(parts), timing=timing),
+            gate.run(),
+        ]
+        if client is not None:
+            aside.append(_clear_previous_locations(settings, parts, client, timing))
+        keeper = None
+        if settings.state_file:
+            keeper = StateKeeper(Path(settings.state_file), origin, view)
+            aside.append(keeper.run())
+        await _run(stop, parts, elector, aside)
+        if keeper is not None:
+            await stop.unless_urgent(keeper.save_at_end())
     log.info("registrar ends; what is registered stays")
 
 
-async def _relocation(
-    settings: RegistrarSettings, view: View, client: ConsulClient | None, timing: Timing
+def _is_settled(parts: RegistrarParts) -> bool:
+    """Return whether everything in Consul was written, or compared, under the settings of this process."""
+    status = parts.controller.status
+    is_compared = status.has_synced and parts.queue.is_drained
+    return is_compared and not status.is_standby and not status.held
+
+
+async def _clear_previous_locations(
+    settings: RegistrarSettings, parts: RegistrarParts, client: ConsulClient, timing: Timing
 ) -> None:
-    """Remove from places of earlier settings what stands at the new one; what does not, stays there."""
-    who, passes, mirror = view.identity, view.passes, view.mirror
+    """Remove services from places of earlier settings as far as they are at the new one."""
+    identity = parts.rules.identity
+
+    def is_ours(service: Service) -> bool:
+        return identity.claim(service, parts.desired.cluster_uid) is Claim.OURS
 
     def may_go(service: Service) -> bool:
-        is_here = passes.entry(service.id) is not None
-        return is_here and who.claim(service, mirror.cluster_uid) is Claim.OURS
+        return isinstance(parts.observed.get(service.id), AsDesired)
 
-    if client is not None:
-        places = former_places(settings, client, timing, may_go)
-        await leave(places, passes, lambda: not view.status_of.is_standby, timing)
+    controller = parts.controller
+    await clear_previous_locations(
+        previous_locations(settings, client, is_ours, may_go),
+        is_ready=lambda: controller.is_complete and not controller.status.is_standby,
+        timing=timing,
+    )
 
 
 async def _serve(
@@ -139,13 +146,14 @@ async def _serve(
     *,
     access: Access,
     census: Census,
+    gate: SavedTargetsGate,
 ) -> None:
     """Open the admin port, and the port of http_sd where it is wanted."""
     meta_keys = settings.naming.meta_keys
     registry.register(RegistrarCollector(census.figures))
     ports = {}
     if settings.http_sd is not None:
-        server = http_sd_server(settings.http_sd, view, meta_keys.wire)
+        server = http_sd_server(settings.http_sd, view, meta_keys.wire, gate.current)
         await stack.enter_async_context(server)
         refreshing = asyncio.create_task(server.keep_fresh())
         stack.callback(refreshing.cancel)
@@ -153,7 +161,7 @@ async def _serve(
     admin = await stack.enter_async_context(
         AdminServer(
             port=settings.common.admin_port,
-            health=_Health(view.status_of),
+            health=_Health(view.status_now),
             registry=registry,
             routes=[*page_routes(), *api_routes(view, meta_keys.wire)],
             before_metrics=census.refresh,
@@ -175,16 +183,15 @@ async def _serve(
 
 async def _run(
     stop: Stop,
-    cluster: FollowedCluster,
-    reconciler: Reconciler,
+    parts: RegistrarParts,
     elector: Elector | None,
     aside: Iterable[Coroutine[None, None, None]],
 ) -> None:
     """Run everything until the stop; the lease is given back only when nothing writes any more."""
     async with asyncio.TaskGroup() as group:
         electing = None if elector is None else group.create_task(elector.run())
-        await run_until_stopped(stop, cluster.run(), reconciler.run(), *aside)
-        reconciler.status.is_draining = True
+        await run_until_stopped(stop, parts.reflectors.run(), parts.controller.run(), *aside)
+        parts.controller.status.is_draining = True
         if electing is not None:
             electing.cancel()
 

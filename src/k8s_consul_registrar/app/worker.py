@@ -16,7 +16,6 @@ import uvloop
 
 from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.errors import AccessError, OperationalError
-from k8s_consul_registrar.kube.tls import KeyPair, show
 from k8s_consul_registrar.proxy.frames import (
     BEARER,
     CERTIFICATE,
@@ -42,8 +41,8 @@ from k8s_consul_registrar.proxy.relay import RelayTiming
 from k8s_consul_registrar.proxy.server import ProxyServer
 from k8s_consul_registrar.proxy.sockets import listen
 from k8s_consul_registrar.proxy.tls import kubelet_context, pod_context
-from k8s_consul_registrar.server_tls import ServerTls, TlsFiles
 from k8s_consul_registrar.telemetry import configure_logging, get_logger
+from k8s_consul_registrar.tls import KeyPair, ServerTls, TlsFiles, show
 
 FIGURES_EVERY = 1.0  # seconds
 

@@ -1,22 +1,17 @@
-"""What the proxy tells its workers: the settings they need, and the credentials of the moment."""
+"""The state that the proxy sends its workers: the settings they need, and the current credentials."""
 
 import sys
 from pathlib import Path
 
 from k8s_consul_registrar.app.upstream_trust import KubeletIdentity, PodTrust
 from k8s_consul_registrar.bearer import BearerFile
-from k8s_consul_registrar.errors import AccessError
-from k8s_consul_registrar.files import stamps
 from k8s_consul_registrar.proxy.frames import BEARER, CERTIFICATE, CLIENT_CA, KEY, Begin, Credentials, Limits
 from k8s_consul_registrar.proxy.sockets import Fit
-from k8s_consul_registrar.server_tls import ServerTls, TlsFiles
 from k8s_consul_registrar.settings.modes import ProxySettings
 from k8s_consul_registrar.settings.proxying import InboundSettings
-from k8s_consul_registrar.telemetry import get_logger
+from k8s_consul_registrar.tls import ServerTls, TlsFiles
 
 WORKER = (sys.executable, "-m", "k8s_consul_registrar.app.worker")
-
-log = get_logger("workers")
 
 
 def begin(settings: ProxySettings, fit: Fit, port: int) -> Begin:
@@ -42,46 +37,36 @@ def begin(settings: ProxySettings, fit: Fit, port: int) -> Begin:
 
 
 class Inbound:
-    """What callers are checked by: `bearer` and `tls`, None for what is not asked of them."""
+    """What clients are checked by: `bearer` and `tls`, None for what is not asked of them."""
 
     def __init__(self, settings: InboundSettings) -> None:
-        """Read the files; raises AccessError, naming the setting, where one cannot be used."""
-        paths = {
-            BEARER: settings.bearer_token_file,
-            CERTIFICATE: settings.cert_file,
-            KEY: settings.key_file,
-            CLIENT_CA: settings.client_ca_file,
-        }
-        self._paths = {name: Path(path) for name, path in paths.items() if path}
-        bearer = self._paths.get(BEARER)
-        self.bearer = BearerFile(bearer, "PROXY_BEARER_TOKEN_FILE") if bearer else None
+        """Read the files; raises AccessError, naming the setting, if one cannot be used."""
+        self.bearer: BearerFile | None = None
+        if settings.bearer_token_file:
+            self.bearer = BearerFile(Path(settings.bearer_token_file), "PROXY_BEARER_TOKEN_FILE")
         self.tls: ServerTls | None = None
-        if CERTIFICATE in self._paths:
-            files = TlsFiles(
-                self._paths[CERTIFICATE], self._paths[KEY], self._paths.get(CLIENT_CA), setting="TLS"
+        if settings.cert_file:
+            client_ca = Path(settings.client_ca_file) if settings.client_ca_file else None
+            self.tls = ServerTls(
+                TlsFiles(Path(settings.cert_file), Path(settings.key_file), client_ca, setting="TLS")
             )
-            self.tls = ServerTls(files)
-        self._seen: object = None
-        self._contents: dict[str, bytes] = {}
 
     def contents(self) -> dict[str, bytes]:
-        """Return what the files held when they could last be used."""
-        seen = stamps(self._paths.values())
-        if seen == self._seen:
-            return self._contents
-        self._seen = seen
+        """Return the files as they were when they could last be used, each mechanism by itself.
+
+        A worker never gets what was not loaded here first: content that is unusable would end it.
+        """
+        contents: dict[str, bytes] = {}
         if self.bearer is not None:
             self.bearer.refresh()
-            if self.bearer.problem:
-                return self._contents
-        try:
-            if self.tls is not None:
-                self.tls.refresh()
-            contents = {name: path.read_bytes() for name, path in self._paths.items()}
-        except (AccessError, OSError) as error:
-            log.warning("what callers are checked by stays as it was", problem=str(error))
-            return self._contents
-        self._contents = contents
+            contents[BEARER] = self.bearer.content
+        if self.tls is not None:
+            self.tls.refresh()
+            material = self.tls.material
+            contents[CERTIFICATE] = material.pair.certificate
+            contents[KEY] = material.pair.key
+            if material.trust:
+                contents[CLIENT_CA] = material.trust
         return contents
 
 

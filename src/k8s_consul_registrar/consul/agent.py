@@ -3,28 +3,49 @@
 import asyncio
 import heapq
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from urllib.parse import quote
 
 from msgspec.structs import replace
 
-from k8s_consul_registrar.consul.agent_node import AgentNode
-from k8s_consul_registrar.consul.answers import is_filtered
-from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.consul.codec import decode_agent_services, decode_service, encode_registration
-from k8s_consul_registrar.consul.meta_keys import MetaKeys
-from k8s_consul_registrar.consul.parallel import Batch, for_each
-from k8s_consul_registrar.errors import ConsulBusy, ConsulFiltered, ConsulForbidden, ConsulRefused
-from k8s_consul_registrar.model import UNSYNCED, Disturbance, Service, Written
+from k8s_consul_registrar.consul.acl import read_own_node
+from k8s_consul_registrar.consul.batches import Blame, Outcomes, for_each, write_each
+from k8s_consul_registrar.consul.client import ConsulClient, is_filtered
+from k8s_consul_registrar.consul.codec import (
+    MetaKeys,
+    decode_agent_services,
+    decode_listed,
+    decode_service,
+    encode_registration,
+)
+from k8s_consul_registrar.consul.drift import NodeDrift
+from k8s_consul_registrar.consul.health import is_outage
+from k8s_consul_registrar.consul.names import has_foreign_instance, is_managed
+from k8s_consul_registrar.consul.records import list_services, node_of
+from k8s_consul_registrar.errors import (
+    ConsulError,
+    ConsulFiltered,
+    ConsulForbidden,
+    ConsulRefused,
+    ConsulTokenUnknown,
+    ConsulUnreachable,
+)
+from k8s_consul_registrar.model import UNSYNCED, Drift, Service, Written
+from k8s_consul_registrar.telemetry import get_logger
 
 # An agent's throughput stops growing here: 32 in flight took 1,000 a second where 64 took no more.
 CONCURRENCY = 32
-# An agent that lost its services is noticed by asking for this many of those it held, of so many kept.
+# An agent that lost its services is noticed by asking for this many of a sample of this size.
 ASKED_AT_ONCE, SAMPLE = 4, 64
 # The first parts of paths below /v1/agent/service/ that mean something else than an ID.
 _TAKEN = ("register", "deregister", "maintenance")
-# So many services are compared before the loop gets its turn.
-SLICE = 200
+SLICE = 200  # services compared before the loop gets its turn
+# An agent takes this many seconds to bring a change into the catalog.
+SYNC_TIME = 5.0
+
+log = get_logger("consul")
 
 
 class AgentRegistry:
@@ -37,22 +58,32 @@ class AgentRegistry:
     """
 
     checks_versions = False
+    batch_size = 1
 
     def __init__(
-        self, client: ConsulClient, *, concurrency: int = CONCURRENCY, meta_keys: MetaKeys | None = None
+        self,
+        client: ConsulClient,
+        *,
+        concurrency: int = CONCURRENCY,
+        meta_keys: MetaKeys | None = None,
+        is_of_a_registrar: Callable[[Service], bool] = is_managed,
     ) -> None:
+        self.concurrency = concurrency
         self._client = client
-        self._concurrency = concurrency
-        self._node = AgentNode(client)
+        self._is_of_a_registrar = is_of_a_registrar
+        self._node = _AgentNode(client)
+        self._blame = Blame()
         self._sample: deque[str] = deque(maxlen=SAMPLE)
+        self._removed: set[str] | None = None  # IDs deregistered during the full read under way
         self._unlike: set[str] = set()  # IDs the catalog did not show alike at the last full read
         self._outdated: set[str] = set()  # IDs that were registered with a token of before
         self._token_version = 0
         self._meta_keys = meta_keys or MetaKeys()
 
     async def services(self) -> AsyncIterator[Service]:
-        """Yield every service of the agent, whoever wrote it; raises a `ConsulError`."""
+        """Yield every service of the agent, whatever wrote it; raises a `ConsulError`."""
         await self._node.begin()
+        removed = self._removed = set()
         answer = await self._client.request("GET", "/v1/agent/services")
         mirrored = await self._node.hashes()
         ids: list[str] = []
@@ -76,10 +107,15 @@ class AgentRegistry:
         self._unlike = unlike
         self._outdated.intersection_update(ids)
         # Python's hashes differ from process to process, so the least of them are as good a sample as any.
-        self._sample = deque(heapq.nsmallest(SAMPLE, filter(can_be_named, ids), key=hash), SAMPLE)
+        named = (one for one in ids if can_be_named(one) and one not in removed)
+        self._sample = deque(heapq.nsmallest(SAMPLE, named, key=hash), SAMPLE)
+        self._removed = None
 
     async def lookup(self, ids: Sequence[str]) -> AsyncIterator[Service]:
-        """Yield those of these services that the agent holds and can be asked for; raises a `ConsulError`."""
+        """Yield those of these services that the agent holds and can be asked for; raises a `ConsulError`.
+
+        Raises `ConsulFiltered` for one that exists and that the token may not see.
+        """
         ids = [service_id for service_id in ids if can_be_named(service_id)]
         found: list[Service] = []
 
@@ -87,11 +123,11 @@ class AgentRegistry:
             if (service := await self._read(service_id)) is not None:
                 found.append(self._meta_keys.decode(service))
 
-        await for_each(ids, read, min(self._concurrency, len(ids)))
+        await for_each(ids, read, self._client.health.concurrency(self.concurrency))
         for service in found:
             yield service
 
-    async def register(self, services: Iterable[Service]) -> Written:
+    async def register(self, services: Sequence[Service]) -> Written:
         """Register services, over what is there under the same ID, keeping its checks.
 
         What could never be deregistered again is refused.
@@ -103,49 +139,44 @@ class AgentRegistry:
             body = encode_registration(self._meta_keys.encode(service))
             await self._client.request("PUT", "/v1/agent/service/register", body=body)
 
-        taken: set[str] = set()
-
-        def noted() -> Iterator[Service]:
-            for service in services:
-                taken.add(service.id)
-                yield service
-
-        written = await self._each(noted(), put)
-        done = taken.difference(one.id for one in written.failures)
-        self._unlike -= done
-        self._outdated -= done
-        self._sample.extend(list(done)[: SAMPLE - len(self._sample)])
-        return written
+        outcomes = await self._each(services, put)
+        self._unlike.difference_update(outcomes.done)
+        self._outdated.difference_update(outcomes.done)
+        self._sample.extend(outcomes.done[: SAMPLE - len(self._sample)])
+        return outcomes.written()
 
     async def deregister(self, services: Sequence[Service]) -> Written:
         """Deregister services by ID; one that is not there counts as done."""
 
         async def remove(service: Service) -> None:
             path = f"/v1/agent/service/deregister/{quote(service.id, safe='')}"
-            try:
-                await self._client.request("PUT", path)
-            except (ConsulRefused, ConsulBusy) as refused:
-                # An unknown service is 404 from 1.11 on; with ACLs 1.8 says 500, without them 200.
-                if "unknown service" not in str(refused).lower():
-                    raise
+            # An unknown service is 404 from 1.11 on; with ACLs 1.8 says 500, without them 200.
+            await self._client.request("PUT", path, accepts_text="unknown service")
 
         gone = {service.id for service in services}
+        if self._removed is not None:
+            self._removed |= gone
         self._sample = deque((one for one in self._sample if one not in gone), SAMPLE)
-        return await self._each(services, remove)
+        return (await self._each(services, remove)).written()
 
-    async def disturbance(self) -> Disturbance:
-        """Return whether the agent lost what it held, or its node changed otherwise; raises a `ConsulError`.
+    async def drift(self) -> Drift:
+        """Return whether the agent lost its services, or its node changed otherwise; raises a `ConsulError`.
 
         An agent that restarted empty lacks whatever it is asked for, so a few services are enough.
         """
-        asked = min(ASKED_AT_ONCE, len(self._sample))
-        missing = 0
-        for _ in range(asked):
-            self._sample.rotate()
-            missing += await self._read(self._sample[0]) is None
+        self._sample.rotate(ASKED_AT_ONCE)
+        asked = missing = 0
+        for service_id in tuple(islice(self._sample, ASKED_AT_ONCE)):
+            try:
+                is_missing = await self._read(service_id) is None
+            except ConsulFiltered:
+                is_missing = False
+            if service_id in self._sample:  # it may have been deregistered meanwhile
+                asked += 1
+                missing += is_missing
         if missing:
-            return Disturbance.EMPTIED if missing == asked else Disturbance.CHANGED
-        return Disturbance.CHANGED if await self._node.is_disturbed() else Disturbance.NONE
+            return Drift.EMPTIED if missing == asked else Drift.CHANGED
+        return Drift.CHANGED if await self._node.has_drifted() else Drift.NONE
 
     async def lost_shards(self) -> Mapping[str, str]:
         """Return the shard path of each service that the catalog shows for the agent's node, by ID.
@@ -155,32 +186,126 @@ class AgentRegistry:
         """
         try:
             return await self._node.shards(self._meta_keys.wire("shard_path"))
+        except ConsulTokenUnknown:
+            raise
         except (ConsulForbidden, ConsulRefused):
             return {}
+
+    async def is_name_taken(self, name: str) -> bool:
+        """Return whether an instance on any node has this name and no registrar wrote it.
+
+        Raises a `ConsulError`: `ConsulForbidden` or `ConsulFiltered` where the token may not see them. Consul
+        before 1.13 says nothing and shows an empty list.
+        """
+        return await has_foreign_instance(self._client, name, self._meta_keys, self._is_of_a_registrar)
 
     async def _read(self, service_id: str) -> Service | None:
         path = f"/v1/agent/service/{quote(service_id, safe='')}"
         try:
-            answer = await self._client.request("GET", path)
-        except ConsulRefused as refused:
             # Any other 404 would be from something between that does not pass the path on.
-            if refused.status == 404 and "unknown service id" in str(refused).lower():
-                return None
+            answer = await self._client.request("GET", path, accepts_text="unknown service id")
+        except ConsulTokenUnknown:
             raise
-        return decode_service(service_id, answer.body)
+        except ConsulForbidden as error:
+            # There is such a service, and it concerns this ID only; an ID that is not there is 404.
+            raise ConsulFiltered(f"the token may not see the service {service_id}") from error
+        return decode_service(service_id, answer.body) if answer.status == 200 else None
 
     async def _each(
-        self, services: Iterable[Service], write: Callable[[Service], Awaitable[None]]
-    ) -> Written:
+        self, services: Sequence[Service], write: Callable[[Service], Awaitable[None]]
+    ) -> Outcomes:
         """Write each service with bounded concurrency; one that is refused does not hold up the rest."""
-        batch = Batch(write)
+        outcomes = Outcomes(self._client.health, self._blame)
         with self._node.writing():
-            await for_each(services, batch.write, self._concurrency)
-        return Written(batch.done, tuple(batch.failures))
+            await write_each(services, write, outcomes, self._client.health.concurrency(self.concurrency))
+        return outcomes
+
+
+class _AgentNode:
+    """The node of the agent that a client talks to.
+
+    A catalog that cannot be read costs a warning and what only it knows, nothing else: the token of an
+    agent's registrar may be allowed the agent alone.
+    """
+
+    def __init__(self, client: ConsulClient) -> None:
+        self._client = client
+        self._drift = NodeDrift(client, settle=SYNC_TIME)
+        self._name = ""
+        self._is_readable = True
+
+    async def begin(self) -> None:
+        """Watch the node from now on, before a full read of the agent."""
+        try:
+            self._name = await read_own_node(self._client)
+            await self._drift.begin(self._name)
+        except ConsulError as error:
+            self._unreadable(error)
+
+    async def hashes(self) -> dict[str, int] | None:
+        """Return the hash of each service that the catalog shows, None when it cannot be read."""
+        if not self._name:
+            return None
+        try:
+            hashes = {service.id: hash(service) async for service in self._services()}
+        except ConsulError as error:
+            self._unreadable(error)
+            return None
+        if not self._is_readable:
+            self._is_readable = True
+            log.info("the catalog's view of the agent is read again")
+        return hashes
+
+    async def shards(self, key: str) -> dict[str, str]:
+        """Return the shard path of each service that has one under this key of meta, by ID.
+
+        Raises a `ConsulError`.
+        """
+        self._name = self._name or await read_own_node(self._client)
+        return {one.id: shard async for one in self._services() if (shard := one.value(key))}
+
+    async def has_drifted(self) -> bool:
+        """Return whether others changed the node since `hashes`; False where the catalog cannot be read."""
+        try:
+            return await self._drift.has_drifted()
+        except ConsulError as error:
+            if not is_outage(error):
+                self._unreadable(error)
+            return False
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Surround a write of ours to the agent."""
+        with self._drift.writing():
+            try:
+                yield
+            finally:
+                self._drift.wrote(0)
+
+    async def _services(self) -> AsyncIterator[Service]:
+        listing = list_services(self._client, self._name)
+        async for record in listing.records():
+            yield decode_listed(record)
+        # An agent that has joined is always there, so one that is not shown is hidden.
+        if node_of(listing) is None:
+            raise ConsulFiltered(f"the catalog does not show the agent's node {self._name} to this token")
+        self._drift.read(listing.index)
+
+    def _unreadable(self, problem: ConsulError) -> None:
+        self._name = ""
+        self._drift.stop()
+        if isinstance(problem, ConsulUnreachable):
+            return  # The agent itself does not answer, which is more than a catalog that cannot be read.
+        if self._is_readable:
+            log.warning(
+                "the catalog's view of the agent cannot be read, so the agent's word is taken",
+                problem=str(problem),
+            )
+        self._is_readable = False
 
 
 def can_be_named(service_id: str) -> bool:
-    """Whether a path of an agent's API leads to a service of this ID; registering knows no such limits.
+    """Return whether a path of an agent's API leads to a service of this ID; registering has no such limits.
 
     Consul refuses paths with what cannot be printed and redirects from those that its router would write
     otherwise, such as `a//b` (agent/http.go, PrintablePathCheckHandler; Go, http.ServeMux).

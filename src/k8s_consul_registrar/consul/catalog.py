@@ -1,30 +1,48 @@
-"""The registry of a synthetic node of Consul's catalog, written by transactions."""
+"""The catalog backend: services on a synthetic node, written by transactions.
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+The node is a record of its own that no agent answers for. Meta `external-node` says so to consul-esm,
+`managed_by` says that we made it, and `external-probe` is never set: consul-esm removes what it probes in
+vain, with all its services, after 72 hours. After it was created the record is written at most once per
+start, for `selection`, because each change of a node wakes every watcher of every service on it (consul 1.8
+`agent/consul/state/catalog.go`).
+"""
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from msgspec.structs import replace
 
-from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.consul.batches import Blame, Transactions, write_all
 from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.consul.codec import decode_listed
-from k8s_consul_registrar.consul.listing import (
+from k8s_consul_registrar.consul.codec import MetaKeys, decode_listed
+from k8s_consul_registrar.consul.drift import NodeDrift
+from k8s_consul_registrar.consul.names import has_foreign_instance, is_managed
+from k8s_consul_registrar.consul.records import (
     Listing,
     list_checks,
     list_services,
     node_of,
     read_readiness,
 )
-from k8s_consul_registrar.consul.meta_keys import MetaKeys
-from k8s_consul_registrar.consul.node import SyntheticNode
-from k8s_consul_registrar.consul.transactions import Transactions, write_all
-from k8s_consul_registrar.consul.txn import Operations, Unit, check_id
-from k8s_consul_registrar.consul.watch import NodeWatch
-from k8s_consul_registrar.errors import ConsulFiltered
-from k8s_consul_registrar.model import Disturbance, Service, Written
+from k8s_consul_registrar.consul.transactions import (
+    MOST_OPERATIONS,
+    NodeRecord,
+    Operations,
+    TxnError,
+    Unit,
+    check_id,
+)
+from k8s_consul_registrar.errors import ConsulFiltered, ConsulForbidden, ConsulRefused
+from k8s_consul_registrar.model import MANAGED_BY, SERF_HEALTH, Drift, Service, Written
 
 # Transactions in flight. Four keep a Consul of two cores busy; twice as many do so too while we are slow to
 # answer because a list streams in (8,200 services: 1.09 s in all, 1.14 s with 4; 12 gained nothing more).
 CONCURRENCY = 8
+# A node that is missing from one list and there a moment later was made in between; missing twice, it is hidden.
+READS = 2
+ADDRESS = "127.0.0.1"
+META = {"external-node": "true", "managed_by": MANAGED_BY}
+# In the meta of our node: the digest of the selection that its services were written under.
+SELECTION = "selection"
 
 
 class CatalogRegistry:
@@ -36,6 +54,7 @@ class CatalogRegistry:
     """
 
     checks_versions = True
+    batch_size = MOST_OPERATIONS
 
     def __init__(
         self,
@@ -43,39 +62,64 @@ class CatalogRegistry:
         node_name: str,
         *,
         concurrency: int = CONCURRENCY,
-        timing: Timing = Timing(),  # noqa: B008 - an immutable value
-        meta_keys: MetaKeys = MetaKeys(),  # noqa: B008 - the same
+        meta_keys: MetaKeys = MetaKeys(),  # noqa: B008 - an immutable value
+        is_of_a_registrar: Callable[[Service], bool] = is_managed,
+        selection: str = "",
     ) -> None:
+        """Make the registry; `selection` is the digest that `record_selection` writes, empty for none."""
+        self.concurrency = concurrency
         self._client = client
-        self._concurrency = concurrency
+        self._is_of_a_registrar = is_of_a_registrar
         self._meta_keys = meta_keys
         self._operations = Operations(node_name, client.namespace, client.partition)
-        self._transactions = Transactions(client, timing)
-        self._node = SyntheticNode(self._transactions, self._operations)
-        self._watch = NodeWatch(client)
+        self._transactions = Transactions(client)
+        self._blame = Blame()
+        self._node = _SyntheticNode(self._transactions, self._operations, selection)
+        self._drift = NodeDrift(client)
         self._checked: set[str] = set()  # IDs that have a check of ours, as far as we know
 
+    @property
+    def recorded_selection(self) -> str:
+        """The digest of the selection that the node was last read with, empty if it is unknown.
+
+        What this process recorded itself is left out: it says nothing about those that wrote before.
+        """
+        return self._node.recorded
+
+    async def record_selection(self) -> bool:
+        """Record our selection at the node, once per process; return whether that took a write.
+
+        Raises a `ConsulError`. A node that no registrar made is left as it is.
+        """
+        with self._drift.writing():
+            is_written = await self._node.record()
+        if is_written:
+            self._drift.wrote(0)
+        return is_written
+
     async def services(self) -> AsyncIterator[Service]:
-        """Yield every service of the node, whoever wrote it, none where there is no node.
+        """Yield every service of the node, whatever wrote it, none where there is no node.
 
         They are decoded one by one as they arrive, and none is kept. Raises a `ConsulError`; then what was
         yielded is not all.
         """
-        await self._watch.begin(self._node.name)
-        ready = await read_readiness(list_checks(self._client, self._node.name))
-        listing = list_services(self._client, self._node.name)
-        is_verified = False
-        async for record in listing.records():
-            if not is_verified:
-                if (node := node_of(listing)) is not None:
-                    self._node.verify(node)
-                is_verified = True
-            service = self._meta_keys.decode(decode_listed(record))
-            yield replace(service, ready=ready.get(service.id)) if ready else service
-        if not is_verified:
-            await self._prove_empty(listing)
-        self._checked = set(ready)
-        self._watch.read(listing.index)
+        await self._drift.begin(self._node.name)
+        for _ in range(READS):
+            ready = await read_readiness(list_checks(self._client, self._node.name))
+            listing = list_services(self._client, self._node.name)
+            is_verified = False
+            async for record in listing.records():
+                if not is_verified:
+                    if (node := node_of(listing)) is not None:
+                        self._node.verify(node)
+                    is_verified = True
+                service = self._meta_keys.decode(decode_listed(record))
+                yield replace(service, ready=ready.get(service.id)) if ready else service
+            if is_verified or await self._is_proven_empty(listing):
+                self._checked = set(ready)
+                self._drift.read(listing.index)
+                return
+        raise ConsulFiltered(f"node {self._node.name} is not shown with its services")
 
     async def lookup(self, ids: Sequence[str]) -> AsyncIterator[Service]:
         """Yield those of these services that exist now; raises a `ConsulError`.
@@ -91,18 +135,19 @@ class CatalogRegistry:
             [self._operations.get_service(service_id) for service_id in ids]
         )
         services = [self._meta_keys.decode(decode_listed(one.service)) for one in found if bytes(one.service)]
-        hidden = set(ids).difference(
-            (service.id for service in services), (ids[position] for position in absent)
-        )
+        # The catalog ignores the case of IDs, so the record may be another's under a like ID.
+        shown = {service.id.lower() for service in services}
+        missing = (one for one in ids if one.lower() not in shown)
+        hidden = set(missing).difference(ids[position] for position in absent)
         if hidden:
             raise ConsulFiltered(f"the token may not see {len(hidden)} services, {min(hidden)} among them")
         for service in services:
             yield replace(service, ready=ready.get(service.id))
 
-    async def register(self, services: Iterable[Service]) -> Written:
+    async def register(self, services: Sequence[Service]) -> Written:
         """Write services: index 0 creates, another replaces the record of that index and no other."""
         if await self._node.prove():
-            self._watch.wrote(0)
+            self._drift.wrote(0)
         bare: list[str] = []
         checked: list[str] = []
 
@@ -122,39 +167,158 @@ class CatalogRegistry:
     async def deregister(self, services: Sequence[Service]) -> Written:
         """Remove services, each only while its record is the one of its index; one that is gone is stale."""
         written = await self._write(services, self._operations.remove)
-        self._watch.wrote(0)  # a delete does not tell its index
+        self._drift.wrote(0)  # a delete does not tell its index
         return written
 
-    async def disturbance(self) -> Disturbance:
-        """Return whether somebody else may have changed the node since the last full read; raises a `ConsulError`."""
-        return Disturbance.CHANGED if await self._watch.is_disturbed() else Disturbance.NONE
+    async def drift(self) -> Drift:
+        """Return whether others may have changed the node since the last full read; raises a `ConsulError`."""
+        return Drift.CHANGED if await self._drift.has_drifted() else Drift.NONE
+
+    async def is_name_taken(self, name: str) -> bool:
+        """Return whether an instance on any node has this name and no registrar wrote it.
+
+        Raises a `ConsulError`: `ConsulForbidden` or `ConsulFiltered` where the token may not see them. Consul
+        before 1.13 says nothing and shows an empty list.
+        """
+        return await has_foreign_instance(self._client, name, self._meta_keys, self._is_of_a_registrar)
 
     async def lost_shards(self) -> Mapping[str, str]:
-        """Return none: whatever the node shows is held here."""
+        """Return none: a node of the catalog has no shards but those of its services."""
         return {}
 
-    async def _write(self, services: Iterable[Service], unit: Callable[[Service], Unit]) -> Written:
-        with self._watch.writing():
+    async def _write(self, services: Sequence[Service], unit: Callable[[Service], Unit]) -> Written:
+        with self._drift.writing():
             written = await write_all(
                 self._transactions,
                 map(unit, services),
-                concurrency=self._concurrency,
+                concurrency=self._client.health.concurrency(self.concurrency),
+                blame=self._blame,
                 restore_node=self._restore_node,
             )
         for index in sorted(set(written.indexes.values())):
-            self._watch.wrote(index)
+            self._drift.wrote(index)
         return written
 
     async def _restore_node(self) -> None:
         if await self._node.restore():
-            self._watch.wrote(0)
+            self._drift.wrote(0)
 
-    async def _prove_empty(self, listing: Listing) -> None:
+    async def _is_proven_empty(self, listing: Listing) -> bool:
+        """Return whether there was nothing to list; if not, the node is hidden, or was made a moment ago."""
         node = node_of(listing)
         if node is not None:
             self._node.verify(node)
         if listing.is_filtered:
             raise ConsulFiltered(f"the token may not see the services of node {self._node.name}")
         # A hidden node looks like a missing one here; asked for it by name, Consul says which it is.
-        if node is None and not await self._node.is_missing():
-            raise ConsulFiltered(f"node {self._node.name} is not shown with its services")
+        return node is not None or await self._node.is_missing()
+
+
+def is_made_by_a_registrar(node: NodeRecord) -> bool:
+    """Return whether a node is a synthetic one that says that a registrar made it."""
+    meta = node.meta or {}
+    is_synthetic = not node.id and node.address == ADDRESS and meta.get("external-node") == "true"
+    return is_synthetic and meta.get("managed_by") == MANAGED_BY
+
+
+class _SyntheticNode:
+    """One node, created where it is missing and changed at most once, to record the selection."""
+
+    def __init__(self, transactions: Transactions, operations: Operations, selection: str) -> None:
+        self._transactions = transactions
+        self._operations = operations
+        self._selection = selection
+        self._is_proven = False
+        self._is_recorded = not selection
+        # True once our own selection at the node may be this process's own record.
+        self._may_have_recorded = False
+        self.recorded = ""
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+        return self._operations.node
+
+    async def prove(self) -> bool:
+        """Make sure, once, that the node is ours to fill; tell whether it had to be created.
+
+        Raises `ConsulRefused` naming CONSUL_NODE_NAME for a node that an agent or another program keeps.
+        """
+        if self._is_proven:
+            return False
+        is_created = await self.restore()
+        self._is_proven = True
+        return is_created
+
+    async def restore(self) -> bool:
+        """Create the node unless it is there, and tell whether; raises as `prove` does."""
+        if not await self.is_missing():
+            return False
+        await self._create()
+        if await self.is_missing():
+            raise ConsulRefused(f"{self._named} vanishes as soon as it is made", 409)
+        return True
+
+    async def is_missing(self) -> bool:
+        """Return whether there is no node of this name; raises unless one that is there is ours to fill.
+
+        An answer that leaves the node out without saying that it is not there proves nothing: the token may
+        not see it, which is `ConsulFiltered`.
+        """
+        found, absent = await self._transactions.read([self._operations.get_node()])
+        if absent:
+            return True
+        if not found or found[0].node is None:
+            raise ConsulFiltered(f'{self._named} is not shown: the token lacks node "{self.name}" read')
+        self.verify(found[0].node)
+        checks, _ = await self._transactions.read([self._operations.get_check(SERF_HEALTH)])
+        if checks:
+            raise ConsulRefused(f"{self._named} is an agent's, which would remove what it does not know")
+        return False
+
+    def verify(self, record: NodeRecord) -> None:
+        """See that a record of this name is a synthetic node's; raises `ConsulRefused`."""
+        meta = record.meta or {}
+        if meta.get("external-node") != "true":
+            raise ConsulRefused(
+                f"{self._named} is a node that somebody else keeps (no external-node in meta)"
+            )
+        if meta.get("external-probe") == "true":
+            raise ConsulRefused(f"{self._named} has external-probe, so consul-esm would remove it in the end")
+        found = meta.get(SELECTION, "") if is_made_by_a_registrar(record) else ""
+        if not (self._may_have_recorded and found == self._selection):
+            self.recorded = found
+
+    async def record(self) -> bool:
+        """Write the selection into the node's meta if it differs; return whether that took a write."""
+        if self._is_recorded:
+            return False
+        found, _ = await self._transactions.read([self._operations.get_node()])
+        node = found[0].node if found else None
+        if node is None:
+            return False
+        meta = node.meta or {}
+        errors: Sequence[TxnError] = ()
+        is_due = meta.get(SELECTION) != self._selection and is_made_by_a_registrar(node)
+        if is_due:
+            self._may_have_recorded = True
+            write = self._operations.put_node(
+                ADDRESS, {**meta, SELECTION: self._selection}, index=node.modify_index
+            )
+            # A record that changed meanwhile stays as another writer left it.
+            _, errors = await self._transactions.write([write])
+        self._is_recorded = True
+        return is_due and not errors
+
+    async def _create(self) -> None:
+        meta = {**META, SELECTION: self._selection} if self._selection else META
+        self._may_have_recorded = True
+        _, errors = await self._transactions.write([self._operations.put_node(ADDRESS, meta)])
+        # One that another writer created meanwhile is as good, and verified next.
+        for error in errors:
+            if not error.is_stale:
+                raise ConsulForbidden(f"{self._named} cannot be created: {error.what}")
+
+    @property
+    def _named(self) -> str:
+        return f"CONSUL_NODE_NAME {self.name}"

@@ -1,33 +1,134 @@
-"""Speaks HTTP to Consul and turns what goes wrong into errors that say who is at fault."""
+"""HTTP to Consul: one client, its connections, and errors that say who is at fault."""
 
 import asyncio
 import math
+import socket
 import ssl
-from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import struct
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import aiohttp
 from yarl import URL
 
-from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.backoff import Timing, delays
 from k8s_consul_registrar.consul.access import ConsulAccess, ConsulToken, unverified
-from k8s_consul_registrar.consul.answers import LONGEST_HEAD, Answer, StreamedAnswer, refusal
-from k8s_consul_registrar.consul.fence import Fence
-from k8s_consul_registrar.errors import AccessError, ConsulFenced, ConsulForbidden, ConsulUnreachable
+from k8s_consul_registrar.consul.health import TOO_MANY_REQUESTS, Access, ConsulHealth
+from k8s_consul_registrar.errors import (
+    AccessError,
+    ConsulBusy,
+    ConsulError,
+    ConsulFenced,
+    ConsulForbidden,
+    ConsulRefused,
+    ConsulTokenUnknown,
+    ConsulUnreachable,
+)
 
 # Half of what an agent allows one address before 1.7.1, a quarter of what it does since (Consul's
-# limits.http_max_conns_per_client): room for the writes, a held query and another registrar beside us.
+# limits.http_max_conns_per_client): room for the writes, a blocking query and another registrar beside us.
 CONNECTIONS = 50
-# What is read at once from a body that is not kept whole, in bytes.
-CHUNK = 64 * 1024
+CHUNK = 64 * 1024  # bytes read at once from a streamed body
+ATTEMPTS = 4  # for a request that is answered 429, the first included
+# An error's text is Consul's and may quote what we sent, so it is shown shortened.
+LONGEST_PROBLEM = 200
+LONGEST_HEAD = 4 * LONGEST_PROBLEM
+MOST_INDEX = 2**63 - 1
+# What Consul says of a token that it does not know; the second is of later versions.
+_TOKEN_UNKNOWN = ("acl not found", "token not found", "token does not exist")
+# Nothing has this name, so the read costs nothing and shows nothing.
+_PROBE = b'[{"Service":{"Verb":"get","Node":"k8s-consul-registrar-probe","Service":{"ID":"none"}}}]'
+
+# SO_LINGER on, for 0 seconds: closing discards what was not sent yet (Linux, socket(7)).
+_DISCARD_ON_CLOSE = struct.pack("ii", 1, 0)
+# Twice the largest body, in bytes: the system takes a request at once and nothing of it waits in our memory.
+_SEND_BUFFER = 1024 * 1024
+# A connection outlives one lost packet, whatever the grace, in seconds.
+_LEAST_PATIENCE = 1.0
+
+# aiohttp raises a ValueError for a URL that it cannot use.
+_BROKEN = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer."""
+
+    body: bytes
+    headers: Mapping[str, str]
+    status: int = 200
+
+    @property
+    def index(self) -> int:
+        """The index of the state that a read shows (`X-Consul-Index`), 0 where the answer names none."""
+        return index_of(self.headers)
+
+    @property
+    def text(self) -> str:
+        """The beginning of the body, fit for a log line."""
+        text = self.body[:LONGEST_HEAD].decode("utf-8", "replace").strip()
+        return "".join(char if char.isprintable() else " " for char in text)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedAnswer:
+    """A successful answer whose body is still coming; `chunks` raises `ConsulUnreachable` if it breaks off."""
+
+    chunks: AsyncIterator[bytes]
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    method: str
+    path: str
+    params: Mapping[str, str] | None
+    body: bytes | None = None
+    access: Access = Access.READ
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """The time in which writes may be made.
+
+    `left` returns the seconds until no write of ours may be under way, 0 or less where none may start.
+    `grace` is how many seconds lie between that moment and the first in which another may write.
+    """
+
+    left: Callable[[], float]
+    grace: float
+
+    def socket(self, address: aiohttp.AddrInfoType) -> socket.socket:
+        """Return a socket whose unsent data end with it, and with a process that was stopped.
+
+        By default a system goes on sending what a closed connection left, and what a stopped process wrote,
+        for minutes: long enough for a write to reach Consul when another leads. TCP_USER_TIMEOUT (Linux, RFC
+        5482) has it give up the connection when data stay unacknowledged for so long.
+        """
+        family, kind, protocol, _, _ = address
+        made = socket.socket(family, kind, protocol)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _DISCARD_ON_CLOSE)
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                patience = round(1000 * max(_LEAST_PATIENCE, self.grace))
+                made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
+        except OSError:
+            made.close()
+            raise
+        return made
+
+
 class ConsulClient:
-    """One Consul, over kept connections; use it as an async context manager."""
+    """One Consul, over kept connections; use it as an async context manager.
+
+    `health` has the outcome of every request that was sent.
+    """
 
     def __init__(
         self,
@@ -36,14 +137,16 @@ class ConsulClient:
         *,
         connections: int = CONNECTIONS,
         fence: Fence | None = None,
+        health: ConsulHealth | None = None,
     ) -> None:
+        self.health = health or ConsulHealth(timing)
         self._access = access
         self._fence = fence
         self._timing = timing
         self._connections = connections
         self._token = ConsulToken(access)
         self._session: aiohttp.ClientSession | None = None
-        self._held: set[asyncio.Task[Any]] = set()
+        self._background: set[asyncio.Task[Any]] = set()
         scope = {"ns": access.namespace, "partition": access.partition}
         self._scope = {key: value for key, value in scope.items() if value}
 
@@ -59,7 +162,7 @@ class ConsulClient:
 
     @property
     def token_version(self) -> int:
-        """How many times the token was seen to change while requests were sent."""
+        """The number of times that the token was seen to change while requests were sent."""
         return self._token.version
 
     async def __aenter__(self) -> Self:
@@ -88,19 +191,19 @@ class ConsulClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End what is held and close every connection."""
-        held = tuple(self._held)
-        for task in held:
+        """End what runs in the background and close every connection."""
+        background = tuple(self._background)
+        for task in background:
             task.cancel()
-        await asyncio.gather(*held, return_exceptions=True)
+        await asyncio.gather(*background, return_exceptions=True)
         if self._session is not None:
             await self._session.close()
 
-    def hold(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run something beside everything else, for as long as this client is open at most."""
+    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run something in the background, at most for as long as this client is open."""
         task = asyncio.create_task(work)
-        self._held.add(task)
-        task.add_done_callback(self._held.discard)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
         return task
 
     async def request(
@@ -111,100 +214,137 @@ class ConsulClient:
         params: Mapping[str, str] | None = None,
         body: bytes | None = None,
         accepts: tuple[int, ...] = (200,),
+        accepts_text: str = "",
+        is_read: bool = False,
         wait: float = 0.0,
     ) -> Answer:
         """Send one request; `path` is already percent-encoded. Raises a `ConsulError` unless accepted.
 
-        A blocking query says in `wait`, in seconds, how long Consul may take before it answers; Consul adds
-        up to a sixteenth of it (Consul API, "Blocking queries").
+        An answer is accepted by its status, or for `accepts_text` (in lower case) in an error's text. A GET
+        is a read, another method a write unless `is_read`. A blocking query says in `wait`, in seconds, how
+        long Consul may take before it answers; Consul adds up to a sixteenth of it (Consul API, "Blocking
+        queries"). A 429 is answered by a few more attempts with growing, jittered waits.
         """
-        longest = self._timing.read_timeout + wait * 17 / 16
-        fence = self._time_for(method)
-        timeout = aiohttp.ClientTimeout(total=min(longest, fence), sock_connect=self._timing.connect_timeout)
-        try:
-            async with self._send(method, path, params, body, timeout) as response:
-                answer = Answer(await response.read(), response.headers, response.status)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            if isinstance(error, TimeoutError) and fence < longest:
-                raise ConsulFenced("a write was broken off: this replica leads no longer") from None
-            raise self._unreachable(error) from None
-        if answer.status not in accepts:
-            raise refusal(answer.status, path, answer)
-        return answer
+        access = Access.READ if is_read or method == "GET" else Access.WRITE
+        asking = _Request(method, path, params, body, access)
+        waits = delays(self._timing.retry_first, self._timing.retry_cap)
+        for left in reversed(range(1 if wait else ATTEMPTS)):
+            attempt = self.health.begin(access, is_blocking=bool(wait))
+            try:
+                answer = await self._exchange(asking, wait)
+                is_accepted = answer.status in accepts or (
+                    accepts_text and accepts_text in answer.text.lower()
+                )
+                if not is_accepted:
+                    raise refusal(answer.status, path, answer)
+            except ConsulError as error:
+                is_last = not (left and isinstance(error, ConsulBusy) and error.status == TOO_MANY_REQUESTS)
+                self.health.raised(attempt, error, is_last=is_last)
+                if is_last:
+                    raise
+                asked = getattr(error, "retry_after", None) or 0.0
+            else:
+                self.health.succeeded(attempt)
+                return answer
+            finally:
+                self.health.end(attempt)
+            await asyncio.sleep(max(next(waits), min(asked, self._timing.retry_cap)))
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def probe(self, *, is_write_owed: bool) -> None:
+        """Send a small consistent read, which needs Consul's leader and its quorum; raises a `ConsulError`.
+
+        With nothing left to write, its success also clears a failed write.
+        """
+        await self.request(
+            "PUT", "/v1/txn", params={"consistent": ""}, body=_PROBE, accepts=(200, 409), is_read=True
+        )
+        if not is_write_owed:
+            self.health.clear_writes_by_read()
 
     @asynccontextmanager
     async def stream(
         self, path: str, *, params: Mapping[str, str] | None = None
     ) -> AsyncIterator[StreamedAnswer]:
-        """Read an answer too large to be kept whole; raises a `ConsulError` unless it is a 200."""
-        timeout = aiohttp.ClientTimeout(
+        """Read an answer too large to be kept whole; raises a `ConsulError` unless it is a 200.
+
+        It counts as a success once its end was read.
+        """
+        limits = aiohttp.ClientTimeout(
             total=None, sock_connect=self._timing.connect_timeout, sock_read=self._timing.read_timeout
         )
-        sending = self._send("GET", path, params, None, timeout)
+        attempt = self.health.begin(Access.READ)
         try:
-            response = await sending.__aenter__()
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            raise self._unreachable(error) from None
-        try:
-            if response.status != 200:
-                head = await self._head(response)
-                raise refusal(response.status, path, Answer(head, response.headers))
-            yield StreamedAnswer(self._chunks(response), response.headers)
+            async with await self._send(_Request("GET", path, params), limits) as response:
+                if response.status != 200:
+                    head = await self._read(response.content.read(LONGEST_HEAD))
+                    raise refusal(response.status, path, Answer(head, response.headers))
+                yield StreamedAnswer(self._chunks(response), response.headers)
+                if response.content.at_eof():
+                    self.health.succeeded(attempt)
+        except ConsulError as error:
+            self.health.raised(attempt, error)
+            raise
         finally:
-            await sending.__aexit__(None, None, None)
+            self.health.end(attempt)
 
-    def _time_for(self, method: str) -> float:
-        """Return how long a request may take, in seconds; raises `ConsulFenced` for a write we may not make.
+    async def _exchange(self, asking: _Request, wait: float) -> Answer:
+        longest = self._timing.read_timeout + wait * 17 / 16
+        fenced = math.inf if asking.access is Access.READ else self._time_left()
+        limits = aiohttp.ClientTimeout(total=min(longest, fenced), sock_connect=self._timing.connect_timeout)
+        try:
+            async with await self._send(asking, limits) as response:
+                return Answer(await self._read(response.read()), response.headers, response.status)
+        except ConsulUnreachable as error:
+            # The lead may have been renewed while the write hung: then Consul is at fault, not the fence.
+            if fenced < longest and isinstance(error.__cause__, TimeoutError):
+                self._time_left()
+            raise
 
-        The clock is looked at for each single write: a process that was stopped meanwhile learns it here.
+    def _time_left(self) -> float:
+        """Return how many seconds a write may take; raises `ConsulFenced` where none may be made.
+
+        The clock is read for each single write: a process that was stopped meanwhile learns it here.
         """
-        if method == "GET" or self._fence is None:
-            return math.inf
-        left = self._fence.left()
+        left = math.inf if self._fence is None else self._fence.left()
         if left <= 0:
-            raise ConsulFenced("no write: this replica does not lead")
+            raise ConsulFenced("no write, or one broken off: this replica does not lead")
         return left
 
-    def _send(
-        self,
-        method: str,
-        path: str,
-        params: Mapping[str, str] | None,
-        body: bytes | None,
-        timeout: aiohttp.ClientTimeout,
-    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+    async def _send(self, asking: _Request, limits: aiohttp.ClientTimeout) -> aiohttp.ClientResponse:
         assert self._session is not None
-        url = URL(self._access.address.url.rstrip("/") + path, encoded=True)
-        url = url.update_query({**self._scope, **(params or {})}) if self._scope or params else url
-        return self._session.request(
-            method,
-            url,
-            data=body,
-            headers=self._headers(),
-            ssl=self._access.tls.current() if self._access.tls else True,
-            server_hostname=self._access.tls_server_name or None,
-            allow_redirects=False,
-            timeout=timeout,
-        )
+        headers = self._headers()
+        try:
+            url = URL(self._access.address.url.rstrip("/") + asking.path, encoded=True)
+            query = {**self._scope, **(asking.params or {})}
+            return await self._session.request(
+                asking.method,
+                url.update_query(query) if query else url,
+                data=asking.body,
+                headers=headers,
+                ssl=self._access.tls.current() if self._access.tls else True,
+                server_hostname=self._access.tls_server_name or None,
+                allow_redirects=False,
+                timeout=limits,
+            )
+        except (*_BROKEN, AccessError) as error:
+            raise self._unreachable(error) from error
 
     async def _chunks(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-        try:
-            async for chunk in response.content.iter_chunked(CHUNK):
-                yield chunk
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            raise self._unreachable(error) from None
+        while chunk := await self._read(response.content.read(CHUNK)):
+            yield chunk
 
-    async def _head(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _read(self, reading: Coroutine[Any, Any, bytes]) -> bytes:
         try:
-            return await response.content.read(LONGEST_HEAD)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            raise self._unreachable(error) from None
+            return await reading
+        except _BROKEN as error:
+            raise self._unreachable(error) from error
 
     def _headers(self) -> dict[str, str]:
         try:
             token = self._token.current()
         except AccessError as error:
-            raise ConsulForbidden(str(error)) from None
+            raise ConsulTokenUnknown(str(error)) from None
         return {"X-Consul-Token": token} if token else {}
 
     def _unreachable(self, error: Exception) -> ConsulUnreachable:
@@ -218,3 +358,33 @@ class ConsulClient:
                 return ConsulUnreachable(f"{where}: no answer in time")
             case _:
                 return ConsulUnreachable(f"{where}: {str(error) or type(error).__name__}")
+
+
+def number_of(text: str) -> int | None:
+    """Read a number of a header; None for what is none, or is absurd."""
+    is_number = text.isascii() and text.isdigit() and len(text) <= len(str(MOST_INDEX))
+    return int(text) if is_number and int(text) <= MOST_INDEX else None
+
+
+def index_of(headers: Mapping[str, str]) -> int:
+    """Return the index that a read's headers name, 0 where they name none."""
+    return number_of(headers.get("X-Consul-Index", "")) or 0
+
+
+def is_filtered(headers: Mapping[str, str]) -> bool:
+    """Return whether Consul says that it left out what the token may not see; versions before 1.13 do not."""
+    return headers.get("X-Consul-Results-Filtered-By-ACLs", "") == "true"
+
+
+def refusal(status: int, path: str, answer: Answer) -> ConsulError:
+    """Turn an answer that is no success into the error that says what to do about it."""
+    text = answer.text[:LONGEST_PROBLEM]
+    problem = f"Consul answers {status} to {path.partition('?')[0]}: {text or 'without a reason'}"
+    if status == 403 and any(known in text.lower() for known in _TOKEN_UNKNOWN):
+        return ConsulTokenUnknown(f"{problem} (Consul does not know the token)")
+    if status == 403:
+        return ConsulForbidden(f"{problem} (the token lacks a right, or is not known)")
+    if status == TOO_MANY_REQUESTS or status >= 500:
+        retry_after = number_of(answer.headers.get("Retry-After", ""))
+        return ConsulBusy(problem, None if retry_after is None else float(retry_after), status)
+    return ConsulRefused(problem, status)

@@ -1,11 +1,31 @@
-"""Consul's JSON: services in and out, one record at a time."""
+"""Consul's JSON: services in and out, one record at a time, and the names of their meta keys."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from k8s_consul_registrar.errors import ConsulRefused
 from k8s_consul_registrar.model import Service
+from k8s_consul_registrar.targets.resolve import (
+    LABEL_PREFIX,
+    LONGEST_META_KEY,
+    LONGEST_META_VALUE,
+    OWN_KEYS,
+    PARAM_PREFIX,
+)
+
+# What a decoder raises: bad JSON or other types than expected, bad UTF-8, nesting without end.
+DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+# An index of Raft. Ours are sent back, where a negative one would mean something else.
+Index = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+T = TypeVar("T")
 
 
 class _Record(msgspec.Struct, gc=False, rename="pascal"):
@@ -20,7 +40,15 @@ class _Record(msgspec.Struct, gc=False, rename="pascal"):
     port: int = 0
     meta: dict[str, str] | None = None
     tags: list[str] | None = None
-    modify_index: int = 0
+    modify_index: Index = 0
+
+
+class _Instance(msgspec.Struct, gc=False):
+    """One instance in `/v1/catalog/service`, as far as its owner goes."""
+
+    ServiceID: str
+    ServiceName: str = ""
+    ServiceMeta: dict[str, str] | None = None
 
 
 class _Identified(msgspec.Struct, gc=False):
@@ -43,20 +71,27 @@ class _Registration(msgspec.Struct, gc=False, omit_defaults=True):
 _agent_services = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _record = msgspec.json.Decoder(_Record)
 _identified = msgspec.json.Decoder(_Identified)
+_instance = msgspec.json.Decoder(_Instance)
 _encoder = msgspec.json.Encoder()
 
 
+def decode(decoder: msgspec.json.Decoder[T], body: msgspec.Raw | bytes, what: str) -> T:
+    """Decode a body; raises `ConsulRefused` where it is not `what` Consul sends."""
+    try:
+        return decoder.decode(body)
+    except DECODE_ERRORS as error:
+        raise ConsulRefused(f"{what} is not what Consul sends: {error}") from None
+
+
 def decode_agent_services(body: bytes) -> Iterator[Service]:
-    """Yield the services of an agent, whoever registered them.
+    """Yield the services of an agent, whatever registered them.
 
     A record that cannot be read still holds its ID, so it is yielded bare and counts as not ours.
     Raises `ConsulRefused` when the body is no map of services.
     """
-    try:
-        records = _agent_services.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConsulRefused(f"/v1/agent/services is not what Consul sends: {error}") from None
-    for service_id, raw in records.items():
+    for service_id, raw in decode(_agent_services, body, "/v1/agent/services").items():
+        if not service_id:
+            raise ConsulRefused("a service of the agent has no ID")
         yield decode_service(service_id, raw)
 
 
@@ -67,10 +102,7 @@ def decode_listed(raw: msgspec.Raw | bytes) -> Service:
 
 def listed_id(raw: msgspec.Raw | bytes) -> str:
     """Return the ID of one record of a list of the catalog's; raises `ConsulRefused` where there is none."""
-    try:
-        service_id = _identified.decode(raw).ID
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConsulRefused(f"a service of the catalog is not what Consul sends: {error}") from None
+    service_id = decode(_identified, raw, "a service of the catalog").ID
     if not service_id:
         raise ConsulRefused("a service of the catalog has no ID")
     return service_id
@@ -80,7 +112,7 @@ def decode_service(service_id: str, raw: msgspec.Raw | bytes) -> Service:
     """Read one record under its ID; an unreadable one becomes a service without name, address or meta."""
     try:
         record = _record.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except DECODE_ERRORS:
         return Service(service_id, "", "", 0)
     return Service(
         id=service_id,
@@ -91,6 +123,15 @@ def decode_service(service_id: str, raw: msgspec.Raw | bytes) -> Service:
         tags=tuple(sorted(record.tags or ())),
         index=record.modify_index,
     )
+
+
+def decode_instance(raw: bytes) -> Service:
+    """Read the ID, name and meta of one instance of a service; raises `ConsulRefused`."""
+    record = decode(_instance, raw, "an instance of a service")
+    if not record.ServiceID:
+        raise ConsulRefused("an instance of a service has no ID")
+    meta = tuple(sorted((record.ServiceMeta or {}).items()))
+    return Service(record.ServiceID, record.ServiceName, "", 0, meta)
 
 
 def encode_registration(service: Service) -> bytes:
@@ -105,3 +146,115 @@ def encode_registration(service: Service) -> bytes:
             Tags=sorted(service.tags),
         )
     )
+
+
+# A service with renamed keys says so itself, so that it is known as ours whatever is set later.
+MAPPING_KEY = "meta_keys"
+# By this key a service is known as a registrar's, before anything is known of its other keys.
+FIXED_KEYS = frozenset({"managed_by"})
+# Consul takes no such key, so what stands behind it differs from all we would write.
+ASIDE = ":"
+
+# Consul's rules for a key: agent/structs/structs.go, validateMetaPair; `consul-` is its own.
+_KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_META_KEY}}}")
+_RESERVED_PREFIX = "consul-"
+
+
+@dataclass(frozen=True, slots=True)
+class MetaKeys:
+    """Which of our keys have another name in Consul: pairs of our name and Consul's, sorted.
+
+    Nothing else knows of it: services are encoded as they leave for Consul and decoded as
+    they come from it. No key is renamed to one of our own, so a key of ours found in Consul means what it
+    always means, or nothing at all where it was renamed.
+    """
+
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The setting that says the same."""
+        return ",".join(f"{ours}={theirs}" for ours, theirs in self.renamed)
+
+    def wire(self, key: str) -> str:
+        """Return the name that a key of ours has in Consul."""
+        return dict(self.renamed).get(key, key)
+
+    def encode(self, service: Service) -> Service:
+        """Return a service as Consul is to hold it."""
+        if not self.renamed and not _may_be_aside(service):
+            return service
+        names = dict(self.renamed)
+        meta = [(names.get(key, key), value) for key, value in service.meta if not key.startswith(ASIDE)]
+        if self.renamed:
+            meta.append((MAPPING_KEY, self.text))
+        return replace(service, meta=tuple(sorted(meta)))
+
+    def decode(self, service: Service) -> Service:
+        """Return a service that Consul holds, its keys under our names.
+
+        One that was written under other settings is read by the names it states, and comes out unequal
+        to anything we would write, so that it is written again. So does one in which another writer put a key of
+        ours beside the name we gave it.
+        """
+        stated = service.value(MAPPING_KEY)
+        if not stated and not self.renamed:
+            return service
+        keys = self if stated == self.text else _stated(stated)
+        names = {theirs: ours for ours, theirs in keys.renamed}
+        aside = dict(keys.renamed)
+        meta = [
+            (ASIDE + key if key in aside else names.get(key, key), value)
+            for key, value in service.meta
+            if key != MAPPING_KEY
+        ]
+        if keys is not self:
+            meta.append((ASIDE + MAPPING_KEY, stated))
+        return replace(service, meta=tuple(sorted(meta)))
+
+
+def parse_meta_keys(entries: Iterable[str]) -> MetaKeys:
+    """Read entries such as `cluster=cluster_name`; raises ValueError, fit for an operator."""
+    renamed: dict[str, str] = {}
+    for entry in entries:
+        ours, _, theirs = (part.strip() for part in entry.partition("="))
+        problem = _problem(ours, theirs)
+        if not problem and ours in renamed:
+            problem = "is renamed twice"
+        if not problem and theirs in renamed.values():
+            problem = f"would be {theirs}, as another key already is"
+        if problem:
+            raise ValueError(f"{entry!r}: {ours or 'the key'} {problem}")
+        renamed[ours] = theirs
+    keys = MetaKeys(tuple(sorted(renamed.items())))
+    if len(keys.text) > LONGEST_META_VALUE:
+        raise ValueError(f"is over the {LONGEST_META_VALUE} characters that Consul takes as a value of meta")
+    return keys
+
+
+def _may_be_aside(service: Service) -> bool:
+    """Return whether keys were set aside, as far as the first one tells: letters, with which ours begin, come later."""
+    return bool(service.meta) and service.meta[0][0] < "A"
+
+
+def _problem(ours: str, theirs: str) -> str:
+    if ours in FIXED_KEYS:
+        return "cannot be renamed: by it a service is known as a registrar's"
+    if ours not in OWN_KEYS:
+        return f"is none of {', '.join(sorted(OWN_KEYS - FIXED_KEYS))}"
+    if not _KEY.fullmatch(theirs) or theirs.startswith(_RESERVED_PREFIX):
+        return f"cannot be {theirs!r}: a key is letters, digits, '_' or '-', at most {LONGEST_META_KEY}"
+    if theirs in OWN_KEYS or theirs == MAPPING_KEY:
+        return f"cannot be {theirs}, which is a key of ours"
+    if theirs.startswith((PARAM_PREFIX, LABEL_PREFIX)):
+        return f"cannot be {theirs}: {PARAM_PREFIX}… and {LABEL_PREFIX}… come from Pods"
+    return ""
+
+
+@lru_cache(maxsize=16)
+def _stated(text: str) -> MetaKeys:
+    """Read what a service states; what is no mapping of ours renames nothing."""
+    try:
+        return parse_meta_keys(text.split(",") if text else ())
+    except ValueError:
+        return MetaKeys()

@@ -1,19 +1,17 @@
-"""Nodes whose agent is gone: which they are, what hangs on them, and how that is removed."""
+"""Nodes that lost their agent: finding them, reading their services, and removing those."""
 
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
 
-from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.consul.acl import read_own_node
+from k8s_consul_registrar.consul.batches import Blame, Transactions, write_all
 from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.consul.codec import decode_agent_services, decode_listed
-from k8s_consul_registrar.consul.elsewhere import FormerPlace
-from k8s_consul_registrar.consul.listing import CONSISTENT, list_services, node_of
-from k8s_consul_registrar.consul.meta_keys import MetaKeys
-from k8s_consul_registrar.consul.status import read_self
-from k8s_consul_registrar.consul.transactions import Transactions, write_all
-from k8s_consul_registrar.consul.txn import MOST_OPERATIONS, Operations
-from k8s_consul_registrar.errors import ConsulFiltered, ConsulForbidden, ConsulRefused
+from k8s_consul_registrar.consul.codec import Index, MetaKeys, decode, decode_agent_services, decode_listed
+from k8s_consul_registrar.consul.previous_location import PreviousLocation
+from k8s_consul_registrar.consul.records import CONSISTENT, list_services, node_of
+from k8s_consul_registrar.consul.transactions import MOST_OPERATIONS, Operations
+from k8s_consul_registrar.errors import ConsulFiltered, ConsulRefused
 from k8s_consul_registrar.model import (
     CRITICAL,
     MANAGED_BY,
@@ -32,44 +30,36 @@ class _Check(msgspec.Struct, rename="pascal"):
     node: str
     check_id: str = msgspec.field(name="CheckID")
     status: str
-    modify_index: int
+    modify_index: Index
 
 
 _checks = msgspec.json.Decoder(list[_Check])
 
 
 class LostAgents:
-    """What an agent's registrar asks of the catalog about agents that are gone; each raises a `ConsulError`."""
+    """The catalog's view of agents that are gone; each method raises a `ConsulError`."""
 
     def __init__(
         self,
         client: ConsulClient,
-        timing: Timing,
         meta_keys: MetaKeys = MetaKeys(),  # noqa: B008 - an immutable value
     ) -> None:
         self._client = client
-        self._timing = timing
         self._meta_keys = meta_keys
 
     async def own_node(self) -> str:
         """Return the node of the agent we talk to."""
-        agent = await read_self(self._client)
-        if agent is None or not agent.node:
-            raise ConsulForbidden("the token may not read the agent, so its own node is not known")
-        return agent.node
+        return await read_own_node(self._client)
 
     async def failing(self) -> list[AgentHealth]:
         """Return the agents' own checks that are critical now; the catalog sends these alone."""
         params = {**CONSISTENT, "filter": f'CheckID == "{SERF_HEALTH}"'}
         answer = await self._client.request("GET", f"/v1/health/state/{CRITICAL}", params=params)
-        try:
-            checks = _checks.decode(answer.body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise ConsulRefused(f"/v1/health/state is not what Consul sends: {error}") from None
+        checks = decode(_checks, answer.body, "/v1/health/state")
         return [AgentHealth(one.node, one.check_id, one.status, one.modify_index) for one in checks]
 
-    async def held_here(self, own_node: str) -> AsyncIterator[Service]:
-        """Yield what our agent holds now and the catalog shows alike at its node."""
+    async def services_here(self, own_node: str) -> AsyncIterator[Service]:
+        """Yield the services that our agent has now and the catalog shows alike at its node."""
         listing = list_services(self._client, own_node)
         shown = {service.id: hash(service) async for service in _decoded(listing.records())}
         if node_of(listing) is None:
@@ -79,10 +69,10 @@ class LostAgents:
             if shown.get(service.id) == hash(service):
                 yield self._meta_keys.decode(service)
 
-    def place(self, lost: AgentHealth, may_go: Callable[[Service], bool]) -> FormerPlace:
-        """Return the node of a lost agent as a place that our services have left."""
-        node = _LostNode(self._client, self._timing, self._meta_keys, lost)
-        return FormerPlace(f"node {lost.node}", node, may_go)
+    def location(self, lost: AgentHealth, may_go: Callable[[Service], bool]) -> PreviousLocation:
+        """Return the node of a lost agent as a previous location of our services."""
+        node = _LostNode(self._client, self._meta_keys, lost)
+        return PreviousLocation(f"node {lost.node}", node, may_go)
 
 
 class _LostNode:
@@ -92,12 +82,13 @@ class _LostNode:
     lost the agent.
     """
 
-    def __init__(self, client: ConsulClient, timing: Timing, meta_keys: MetaKeys, lost: AgentHealth) -> None:
+    def __init__(self, client: ConsulClient, meta_keys: MetaKeys, lost: AgentHealth) -> None:
         self._client = client
         self._meta_keys = meta_keys
         self._lost = lost
         self._operations = Operations(lost.node, client.namespace, client.partition)
-        self._transactions = Transactions(client, timing)
+        self._transactions = Transactions(client)
+        self._blame = Blame()
 
     async def services(self) -> AsyncIterator[Service]:
         """Yield what any registrar wrote there, by a consistent read; nothing where it is no agent's node."""
@@ -115,13 +106,14 @@ class _LostNode:
         stale: list[str] = []
         for start in range(0, len(services), MOST_OPERATIONS):
             batch = services[start : start + MOST_OPERATIONS]
-            if not await self._is_lost_still():
+            if not await self._is_still_lost():
                 stale.extend(service.id for service in services[start:])
                 break
             written = await write_all(
                 self._transactions,
                 map(self._operations.remove, batch),
                 concurrency=1,
+                blame=self._blame,
                 restore_node=self._leave_node,
             )
             done += written.done
@@ -129,7 +121,7 @@ class _LostNode:
             stale.extend(written.stale)
         return Written(done, tuple(failures), stale=tuple(stale))
 
-    async def _is_lost_still(self) -> bool:
+    async def _is_still_lost(self) -> bool:
         found, _ = await self._transactions.read([self._operations.get_check(SERF_HEALTH)])
         check = found[0].check if found else None
         return check is not None and check.status == CRITICAL and check.modify_index == self._lost.version

@@ -1,35 +1,34 @@
-"""Takes away a synthetic node of our making, once nothing is on it.
-
-To remove a node is to remove every service on it, and no transaction can ask that there be none: a node's
-ModifyIndex stays as it is when services come (seen on 1.8.7). So the record is changed first. Whoever then
-registers a service together with the node, as `/v1/catalog/register` usually is used, changes the record
-back, which the removal by `delete-cas` notices. What is left is a service that is written alone, within the
-milliseconds between the last look and the removal: a registrar that does so finds it gone and repeats it.
-"""
+"""Removal of the catalog's synthetic node, for a complete uninstallation."""
 
 import secrets
 from contextlib import aclosing
 
+from k8s_consul_registrar.consul.acl import Right, rights
+from k8s_consul_registrar.consul.batches import Transactions
+from k8s_consul_registrar.consul.catalog import ADDRESS, META, is_made_by_a_registrar
 from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.consul.listing import list_checks, list_services
-from k8s_consul_registrar.consul.node import ADDRESS, META
-from k8s_consul_registrar.consul.rights import Right, rights
-from k8s_consul_registrar.consul.transactions import Transactions
-from k8s_consul_registrar.consul.txn import Operations
-from k8s_consul_registrar.consul.txn_answer import NodeRecord
+from k8s_consul_registrar.consul.records import list_checks, list_services
+from k8s_consul_registrar.consul.transactions import NodeRecord, Operations
 from k8s_consul_registrar.errors import ConsulRefused
-from k8s_consul_registrar.model import MANAGED_BY
 
 # In the meta of a node that is about to go; each time another value.
 MARK = "removal"
-# What a node of ours had for meta before it said whose it is.
+# The meta of a node of ours before it said whose it is.
 FORMER_META = {"external-node": "true"}
-# A name that nobody's services have, for asking whether others' would be seen.
-SOMEBODY_S = "k8s-consul-registrar-purge"
+# A name that no services have, for asking whether others' would be seen.
+UNUSED_NAME = "k8s-consul-registrar-purge"
 
 
 class NodeRemoval:
-    """The removal of one synthetic node; each raises a `ConsulError`."""
+    """The removal of one synthetic node that we made, once nothing is on it; each raises a `ConsulError`.
+
+    To remove a node is to remove every service on it, and no transaction can ask that there be none: a node's
+    ModifyIndex stays as it is when services come (seen on 1.8.7). So the record is changed first. A writer
+    that then registers a service together with the node, as `/v1/catalog/register` usually is used, changes
+    the record back, which the removal by `delete-cas` notices. What is left is a service that is written
+    alone, within the milliseconds between the last look and the removal: its registrar finds it gone and
+    repeats it.
+    """
 
     def __init__(
         self, client: ConsulClient, transactions: Transactions, node: str, *, has_our_name: bool
@@ -44,13 +43,11 @@ class NodeRemoval:
         record = await self._read()
         if record is None:
             return "it is not there"
-        meta = record.meta or {}
-        is_as_of_old = self._has_our_name and meta == FORMER_META
-        is_ours = meta.get("managed_by") == MANAGED_BY or is_as_of_old
-        if record.id or record.address != ADDRESS or meta.get("external-node") != "true" or not is_ours:
+        is_former = self._has_our_name and not record.id and record.address == ADDRESS
+        if not is_made_by_a_registrar(record) and not (is_former and record.meta == FORMER_META):
             return "it is not of our making"
         try:
-            sees = await rights(self._client, [Right("service", SOMEBODY_S, "read")])
+            sees = await rights(self._client, [Right("service", UNUSED_NAME, "read")])
         except ConsulRefused as error:
             return f"whether the token sees the services of others cannot be asked: {error}"
         return (
@@ -70,13 +67,15 @@ class NodeRemoval:
         if marked is None:
             return "somebody else changes it"
         if await self.is_used():
-            await self._transactions.write([self._operations.put_node(ADDRESS, META, marked)])
+            await self._transactions.write(
+                [self._operations.put_node(ADDRESS, {**META, **(before.meta or {})}, marked)]
+            )
             return "somebody else registers services on it"
         _, errors = await self._transactions.write([self._operations.remove_node(marked)])
         return "somebody else changes it" if errors else ""
 
     async def is_used(self) -> bool:
-        """Whether anything is on it, or may be."""
+        """Return whether anything is on it, or may be."""
         for make in (list_services, list_checks):
             listing = make(self._client, self._operations.node)
             async with aclosing(listing.records()) as records:
@@ -89,7 +88,9 @@ class NodeRemoval:
     async def _mark(self, before: NodeRecord) -> int | None:
         """Change the record from what was read, and return its index; None where it is another's by now."""
         mark = secrets.token_hex(8)
-        write = self._operations.put_node(ADDRESS, {**META, MARK: mark}, before.modify_index)
+        write = self._operations.put_node(
+            ADDRESS, {**META, **(before.meta or {}), MARK: mark}, before.modify_index
+        )
         _, errors = await self._transactions.write([write])
         record = None if errors else await self._read()
         if record is None or (record.meta or {}).get(MARK) != mark:

@@ -1,168 +1,289 @@
-"""Sends transactions: reads, and writes whose failing operations do not hold up the rest."""
+"""Consul's transactions (`/v1/txn`): operations, their packing, and answers; pure.
 
-import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+Rules: Consul API, "Transactions", and consul 1.8 `agent/txn_endpoint.go`, `agent/consul/state/txn.go`. One
+failing operation leaves everything as it was, and all that fail are named by their position. A delete has
+no result; a read leaves out, without an error, what the token may not see.
+"""
 
-from k8s_consul_registrar.backoff import Timing, delays
-from k8s_consul_registrar.consul.answers import Answer
-from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.consul.parallel import for_each
-from k8s_consul_registrar.consul.txn import MOST_OPERATIONS, Unit, body_of, pack
-from k8s_consul_registrar.consul.txn_answer import ReadResult, TxnError, decode_read, decode_written
-from k8s_consul_registrar.errors import ConsulBusy, ConsulRefused
-from k8s_consul_registrar.model import WriteFailure, Written
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from k8s_consul_registrar.consul.codec import Index, decode
+from k8s_consul_registrar.model import Service
 
 PATH = "/v1/txn"
-# A write for which Consul is too busy is sent so often in all before the whole batch gives up.
-ATTEMPTS = 4
-# These say that the request as such cannot be read or is too large; half of it may be neither.
-SPLIT_ON = (400, 413)
+MOST_OPERATIONS = 64  # 128 from 1.14 on; the least is right for all
+MOST_BYTES = 512 * 1024  # limits.txn_max_req_len, its default
+CHECK_NAME = "Kubernetes readiness"
+
+_encoder = msgspec.json.Encoder()
 
 
-class Transactions:
-    """Consul's transactions over one client."""
+class Unit(msgspec.Struct, frozen=True, gc=False):
+    """One service's operations, encoded; they are never split over transactions."""
 
-    def __init__(self, client: ConsulClient, timing: Timing) -> None:
-        self._client = client
-        self._timing = timing
+    service: Service
+    operations: tuple[bytes, ...]
 
-    async def read(self, operations: Sequence[bytes]) -> tuple[list[ReadResult], set[int]]:
-        """Read what `get` operations name; return it, and the positions of what is not there.
+    @property
+    def size(self) -> int:
+        """Bytes, with the commas."""
+        return sum(map(len, self.operations)) + len(self.operations)
 
-        What the token may not see is in neither. Raises a `ConsulError`.
+
+class _ServiceBody(msgspec.Struct, gc=False, omit_defaults=True):
+    ID: str
+    Service: str = ""
+    Address: str = ""
+    Port: int = 0
+    Meta: dict[str, str] = {}
+    Tags: list[str] = []
+    ModifyIndex: int = 0
+    Namespace: str = ""
+    Partition: str = ""
+
+
+class _CheckBody(msgspec.Struct, gc=False, omit_defaults=True):
+    Node: str
+    CheckID: str
+    Name: str = ""
+    Status: str = ""
+    ServiceID: str = ""
+    ServiceName: str = ""
+    Namespace: str = ""
+    Partition: str = ""
+
+
+class _NodeBody(msgspec.Struct, gc=False, omit_defaults=True):
+    Node: str
+    Address: str = ""
+    Meta: dict[str, str] = {}
+    Partition: str = ""
+    ModifyIndex: int = 0
+
+
+class _ServiceOp(msgspec.Struct, gc=False):
+    Verb: str
+    Node: str
+    Service: _ServiceBody
+
+
+class _CheckOp(msgspec.Struct, gc=False):
+    Verb: str
+    Check: _CheckBody
+
+
+class _NodeOp(msgspec.Struct, gc=False):
+    Verb: str
+    Node: _NodeBody
+
+
+def check_id(service_id: str) -> str:
+    """Return the ID of the check that says whether a service's target is ready."""
+    return f"{service_id}/ready"
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """Writes the operations on one node; `namespace` and `partition` are Consul Enterprise's."""
+
+    node: str
+    namespace: str = ""
+    partition: str = ""
+
+    def put(self, service: Service, *, has_check: bool) -> Unit:
+        """Write a service over the very record its index names, or where there is none, and its check.
+
+        A check that is there and no longer wanted goes: nothing would keep it true.
         """
-        found: list[ReadResult] = []
-        absent: set[int] = set()
-        for start in range(0, len(operations), MOST_OPERATIONS):
-            positions = range(start, min(start + MOST_OPERATIONS, len(operations)))
-            while left := [position for position in positions if position not in absent]:
-                results, errors = await self._read([operations[position] for position in left])
-                if not errors:
-                    found.extend(results)
-                    break
-                absent.update(left[error.op_index] for error in errors)
-        return found, absent
+        body = _ServiceBody(
+            ID=service.id,
+            Service=service.name,
+            Address=service.address,
+            Port=service.port,
+            Meta=dict(service.meta),
+            Tags=sorted(service.tags),
+            ModifyIndex=max(service.index, 0),
+            Namespace=self.namespace,
+            Partition=self.partition,
+        )
+        operation = _encoded("Service", _ServiceOp("cas", self.node, body))
+        if service.ready is None and not has_check:
+            return Unit(service, (operation,))
+        return Unit(service, (operation, self._check(service)))
 
-    async def write(self, operations: Sequence[bytes]) -> tuple[dict[str, int], Sequence[TxnError]]:
-        """Send one transaction, again while Consul is too busy for it; raises a `ConsulError`.
+    def remove(self, service: Service) -> Unit:
+        """Remove the very record that the service's index names, its checks with it.
 
-        Returns the new index of each service by ID, or the errors. A first attempt that was made after all
-        shows as stale indexes.
+        Name and index are Consul's conditions: an ID alone is refused, and nothing here can name less.
         """
-        body = body_of(operations)
-        waits = delays(self._timing.retry_first, self._timing.retry_cap)
-        for left in reversed(range(ATTEMPTS)):
-            try:
-                answer = await self._client.request("PUT", PATH, body=body, accepts=(200, 409))
-            except ConsulBusy as busy:
-                if not left:
-                    raise
-                await asyncio.sleep(min(max(next(waits), busy.retry_after or 0.0), self._timing.retry_cap))
-            else:
-                indexes, errors = decode_written(answer.body)
-                _check(answer, errors, len(operations))
-                return indexes, errors
-        raise AssertionError("unreachable: the last attempt returns or raises")
-
-    async def _read(self, operations: Sequence[bytes]) -> tuple[Sequence[ReadResult], Sequence[TxnError]]:
-        answer = await self._client.request(
-            "PUT", PATH, params={"consistent": ""}, body=body_of(operations), accepts=(200, 409)
+        body = _ServiceBody(
+            ID=service.id,
+            Service=service.name,
+            ModifyIndex=max(service.index, 0),
+            Namespace=self.namespace,
+            Partition=self.partition,
         )
-        results, errors = decode_read(answer.body)
-        _check(answer, errors, len(operations))
-        for error in errors:
-            if not error.is_absent:
-                raise ConsulRefused(f"a read in a transaction fails: {error.what}", answer.status)
-        return results, errors
+        return Unit(service, (_encoded("Service", _ServiceOp("delete-cas", self.node, body)),))
 
+    def get_service(self, service_id: str) -> bytes:
+        """Read one service."""
+        body = _ServiceBody(ID=service_id, Namespace=self.namespace, Partition=self.partition)
+        return _encoded("Service", _ServiceOp("get", self.node, body))
 
-async def write_all(
-    transactions: Transactions,
-    units: Iterable[Unit],
-    *,
-    concurrency: int,
-    restore_node: Callable[[], Awaitable[None]],
-) -> Written:
-    """Make every unit's writes; `restore_node` is awaited when Consul says that the node is missing.
+    def get_check(self, name: str) -> bytes:
+        """Read one check by its ID."""
+        body = _CheckBody(self.node, name, Namespace=self.namespace, Partition=self.partition)
+        return _encoded("Check", _CheckOp("get", body))
 
-    Raises a `ConsulError` when Consul cannot be used; then what became of the writes under way is not
-    known, so everything is to be read again.
-    """
-    batches = _Batches(transactions, restore_node)
-    await for_each(pack(units), batches.settle, concurrency)
-    return batches.written()
+    def get_node(self) -> bytes:
+        """Read the node."""
+        return _encoded("Node", _NodeOp("get", _NodeBody(self.node, Partition=self.partition)))
 
+    def put_node(self, address: str, meta: Mapping[str, str], index: int = 0) -> bytes:
+        """Write the node over the record of this index, or fail; 0 is for where there is none yet."""
+        body = _NodeBody(self.node, address, dict(meta), self.partition, index)
+        return _encoded("Node", _NodeOp("cas", body))
 
-class _Batches:
-    """What becomes of the batches of one call."""
+    def remove_node(self, index: int) -> bytes:
+        """Remove the node of this index, or fail; whatever is on it goes with it, whenever that came."""
+        body = _NodeBody(self.node, Partition=self.partition, ModifyIndex=index)
+        return _encoded("Node", _NodeOp("delete-cas", body))
 
-    def __init__(
-        self,
-        transactions: Transactions,
-        restore_node: Callable[[], Awaitable[None]],
-    ) -> None:
-        self._transactions = transactions
-        self._restore_node = restore_node
-        self._done = 0
-        self._failures: list[WriteFailure] = []
-        self._stale: list[str] = []
-        self._indexes: dict[str, int] = {}
-
-    def written(self) -> Written:
-        """Return what came of it."""
-        return Written(self._done, tuple(self._failures), self._indexes, tuple(self._stale))
-
-    async def settle(self, batch: list[Unit]) -> None:
-        """See one batch through, apart from what is told to fail; raises a `ConsulError`."""
-        pending = [batch]
-        was_restored = False
-        while pending:
-            units = pending.pop()
-            try:
-                errors = await self._attempt(units)
-            except ConsulRefused as refused:
-                pending.extend(self._halves(units, refused))
-                continue
-            if any(error.is_node_missing for error in errors):
-                if was_restored:
-                    raise ConsulRefused("the node is missing again right after it was made", 409)
-                was_restored = True
-                await self._restore_node()
-                pending.append(units)
-            elif errors and (left := self._without_failing(units, errors)):
-                pending.append(left)
-
-    async def _attempt(self, units: list[Unit]) -> Sequence[TxnError]:
-        operations = [operation for unit in units for operation in unit.operations]
-        indexes, errors = await self._transactions.write(operations)
-        if not errors:
-            self._done += len(units)
-            self._indexes.update(indexes)
-        return errors
-
-    def _halves(self, units: list[Unit], refused: ConsulRefused) -> list[list[Unit]]:
-        if refused.status not in SPLIT_ON:
-            raise refused
-        if len(units) == 1:
-            self._failures.append(WriteFailure(units[0].service.id, str(refused)))
-            return []
-        middle = len(units) // 2
-        return [units[middle:], units[:middle]]
-
-    def _without_failing(self, units: list[Unit], errors: Sequence[TxnError]) -> list[Unit]:
-        """Tell what fails of the units that do, and return the others."""
-        owners = [unit.service.id for unit in units for _ in unit.operations]
-        stale = dict.fromkeys(owners[error.op_index] for error in errors if error.is_stale)
-        problems = {owners[error.op_index]: error.what for error in errors}
-        self._stale.extend(stale)
-        self._failures.extend(
-            WriteFailure(service_id, what) for service_id, what in problems.items() if service_id not in stale
+    def _check(self, service: Service) -> bytes:
+        body = _CheckBody(
+            self.node,
+            check_id(service.id),
+            # The right to write is judged by the service's name, so it goes with a delete too.
+            ServiceID=service.id,
+            ServiceName=service.name,
+            Namespace=self.namespace,
+            Partition=self.partition,
         )
-        return [unit for unit in units if unit.service.id not in problems]
+        if service.ready is None:
+            return _encoded("Check", _CheckOp("delete", body))
+        body.Name, body.Status = CHECK_NAME, "passing" if service.ready else "critical"
+        return _encoded("Check", _CheckOp("set", body))
 
 
-def _check(answer: Answer, errors: Sequence[TxnError], operations: int) -> None:
-    """See that an answer is a success exactly when nothing fails, and that errors name operations sent."""
-    is_success = answer.status == 200
-    if is_success == bool(errors) or any(not 0 <= error.op_index < operations for error in errors):
-        raise ConsulRefused("/v1/txn does not answer as Consul does", answer.status)
+def pack(units: Iterable[Unit]) -> Iterator[list[Unit]]:
+    """Yield batches that each fit one transaction, in order, as full as the order allows."""
+    batch: list[Unit] = []
+    operations, size = 0, 2
+    for unit in units:
+        operations += len(unit.operations)
+        size += unit.size
+        if batch and (operations > MOST_OPERATIONS or size > MOST_BYTES):
+            yield batch
+            batch, operations, size = [], len(unit.operations), 2 + unit.size
+        batch.append(unit)
+    if batch:
+        yield batch
+
+
+def body_of(operations: Iterable[bytes]) -> bytes:
+    """Return the body of a transaction."""
+    return b"[" + b",".join(operations) + b"]"
+
+
+def _encoded(kind: str, operation: _ServiceOp | _CheckOp | _NodeOp) -> bytes:
+    return _encoder.encode({kind: operation})
+
+
+class TxnError(msgspec.Struct, gc=False, rename="pascal"):
+    """Why one operation fails; `op_index` counts from 0."""
+
+    op_index: int
+    what: str
+
+    @property
+    def is_stale(self) -> bool:
+        """True if the record is not the one that was named."""
+        return "index is stale" in self.what
+
+    @property
+    def is_node_missing(self) -> bool:
+        """True if the node is not there."""
+        return "Missing node registration" in self.what
+
+    @property
+    def is_absent(self) -> bool:
+        """True if what was to be read is not there."""
+        return "doesn't exist" in self.what
+
+
+class NodeRecord(msgspec.Struct, gc=False, rename="pascal"):
+    """A node of the catalog."""
+
+    node: str
+    id: str = msgspec.field(default="", name="ID")
+    address: str = ""
+    meta: dict[str, str] | None = None
+    modify_index: Index = 0
+
+
+class CheckRecord(msgspec.Struct, gc=False, rename="pascal"):
+    """A check of the catalog."""
+
+    check_id: str = msgspec.field(name="CheckID")
+    service_id: str = msgspec.field(default="", name="ServiceID")
+    status: str = ""
+    modify_index: Index = 0
+
+    @property
+    def is_readiness(self) -> bool:
+        """True if this check goes with a service of ours."""
+        return bool(self.service_id) and self.check_id == check_id(self.service_id)
+
+    @property
+    def is_passing(self) -> bool:
+        """True if the target is ready."""
+        return self.status == "passing"
+
+
+class _ServiceIndex(msgspec.Struct, gc=False):
+    ID: str
+    ModifyIndex: Index
+
+
+class _WriteResult(msgspec.Struct, gc=False):
+    Service: _ServiceIndex | None = None
+
+
+class ReadResult(msgspec.Struct, gc=False, rename="pascal"):
+    """One record that was read; exactly one of these is there, a service as it was sent."""
+
+    service: msgspec.Raw = msgspec.Raw(b"")
+    check: CheckRecord | None = None
+    node: NodeRecord | None = None
+
+
+class _WriteAnswer(msgspec.Struct, gc=False):
+    Results: list[_WriteResult] | None  # always there, so another's JSON is no success
+    Errors: list[TxnError] | None = None
+
+
+class _ReadAnswer(msgspec.Struct, gc=False):
+    Results: list[ReadResult] | None
+    Errors: list[TxnError] | None = None
+
+
+_written = msgspec.json.Decoder(_WriteAnswer)
+_read = msgspec.json.Decoder(_ReadAnswer)
+
+
+def decode_written(body: bytes) -> tuple[dict[str, int], Sequence[TxnError]]:
+    """Return the new index of each service by ID, or the errors; raises `ConsulRefused`."""
+    answer = decode(_written, body, PATH)
+    indexes = {
+        one.Service.ID: one.Service.ModifyIndex for one in answer.Results or () if one.Service is not None
+    }
+    return indexes, answer.Errors or ()
+
+
+def decode_read(body: bytes) -> tuple[Sequence[ReadResult], Sequence[TxnError]]:
+    """Return what was read, or the errors; raises `ConsulRefused`."""
+    answer = decode(_read, body, PATH)
+    return answer.Results or (), answer.Errors or ()

@@ -1,30 +1,43 @@
-"""The questions we ask one API server."""
+"""Requests to one API server: credentials on each, refusals and breaks as our error types."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self, TypeVar
 from urllib.parse import quote
 
+import aiohttp
 import msgspec
 
+from k8s_consul_registrar.asyncio_tools import in_slices
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.errors import (
+    AccessError,
+    ClusterError,
     ClusterForbidden,
     ClusterRefused,
     ClusterSilent,
-    ClusterUnstreamed,
+    ClusterUnauthorized,
 )
 from k8s_consul_registrar.kube.access import Access
-from k8s_consul_registrar.kube.exchange import Exchange, Request
-from k8s_consul_registrar.kube.objects import Page, RawPage, split_page
-from k8s_consul_registrar.kube.status import Action
-from k8s_consul_registrar.kube.watch import RESOURCES, Bookmark, WatchDecoder, WatchEvent
-from k8s_consul_registrar.model import Kind
+from k8s_consul_registrar.kube.objects import Item, Page, RawPage, split_page
+from k8s_consul_registrar.kube.responses import Action, cluster_error, decode_status, transport_error
+from k8s_consul_registrar.kube.watch_decoder import RESOURCES, WatchDecoder, WatchEvent
+from k8s_consul_registrar.model import Kind, ObjectKey
 
 PAGE_SIZE = 500
-# What servers say that know no initial events, or have them switched off (feature gate WatchList).
-UNSTREAMED = (400, 422)
+# Objects decoded in one step; about 2 ms of work.
+SLICE = 100
+SUCCESSES = (200, 201)
+REFUSAL_LIMIT = 1 << 16
+# A streamed body is handed on in pieces of about this many bytes: large ones cost less per byte.
+READ_SIZE = 1 << 18
+JSON = "application/json"
+# `managedFields` are up to 60 % of an object. Servers that do not know the parameter ignore it (KEP-5958).
+LEAN_JSON = "application/json;drop=metadata.managedFields, application/json;q=0.9"
+HEADERS = {"Accept": JSON, "Accept-Encoding": "gzip", "User-Agent": "k8s-consul-registrar"}
 
 AnswerT = TypeVar("AnswerT")
 
@@ -41,67 +54,114 @@ class _Version(msgspec.Struct, rename="camel"):
     git_version: str
 
 
-class _Verdict(msgspec.Struct):
+class _Allowed(msgspec.Struct):
     allowed: bool
 
 
 class _Review(msgspec.Struct):
-    status: _Verdict
+    status: _Allowed
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """One request; `path` begins after the server's own."""
+
+    action: Action
+    path: str
+    query: Mapping[str, str] = field(default_factory=dict)
+    method: str = "GET"
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | None = None
 
 
 class KubeClient:
-    """Asks one API server; `async with` it.
+    """A client of one API server; `async with` it.
 
-    Every method raises a ClusterError. `streams_lists` says whether the server still may send a list as
-    the initial events of a watch; it is False once it was seen not to.
+    Every method raises a ClusterError and nothing else. Environment proxies are ignored and redirects not
+    followed: our credentials go only to the server of `access`.
     """
 
     def __init__(self, access: Access, timing: Timing) -> None:
-        self._exchange = Exchange(access, timing)
+        self._access = access
         self._timing = timing
-        self.streams_lists = True
+        # An API server ends a request by itself after a minute (--request-timeout).
+        self._timeout = aiohttp.ClientTimeout(
+            total=timing.connect_timeout + 2 * timing.read_timeout,
+            sock_connect=timing.connect_timeout,
+            sock_read=timing.read_timeout,
+        )
+        # The watch's own limit on silence ends it first, so that the cause has its name.
+        self._stream_timeout = aiohttp.ClientTimeout(
+            total=None,
+            sock_connect=timing.connect_timeout,
+            sock_read=timing.watch_silence + timing.connect_timeout,
+        )
+        self._session: aiohttp.ClientSession | None = None
+        self._accept = LEAN_JSON
 
     async def __aenter__(self) -> Self:
-        await self._exchange.__aenter__()
+        self._session = aiohttp.ClientSession(
+            # Each watch holds a connection; a limit could starve the requests between.
+            connector=aiohttp.TCPConnector(limit=0),
+            headers=HEADERS,
+            timeout=self._timeout,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=False,
+            read_bufsize=READ_SIZE,
+        )
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._exchange.__aexit__(kind, error, trace)
+        await self._access.credentials.aclose()
+        if self._session is not None:
+            await self._session.close()
 
     async def pages(
-        self, kind: Kind, *, namespace: str = "", label_selector: str = "", page_size: int = PAGE_SIZE
+        self,
+        kind: Kind,
+        *,
+        namespace: str = "",
+        label_selector: str = "",
+        page_size: int | None = PAGE_SIZE,
+        verb: str = "list",
     ) -> AsyncGenerator[Page, None]:
-        """Yield a complete, consistent list in pages, each decoded while the next one is on its way.
+        """Yield a complete, consistent list in parts, each decoded while the server's next page is on its way.
 
-        ClusterExpired in the middle means that the snapshot is gone: what came so far is no list, begin
-        afresh. `resourceVersion` is left unset: the list is as new as the request (Kubernetes API concepts,
-        "Semantics for get and list").
+        ClusterExpired in the middle means that the snapshot is gone: what came so far is no list. Without a
+        `page_size` the server answers with the whole list at once. `resourceVersion` stays unset: with 0 a
+        server ignores the page size (Kubernetes API concepts, "Semantics for get and list"). `verb` names the
+        rights that are missing when the list is denied.
         """
-        action = Action("list", RESOURCES[kind], namespace)
-        query = {"limit": str(page_size), **_selecting(label_selector)}
+        action = Action(verb, RESOURCES[kind], namespace)
+        query = _selecting(label_selector) if page_size is None else _selecting(label_selector, page_size)
+        request = self._reading(action, kind, query)
         coming: asyncio.Task[bytes] | None = None
-        body = await self._exchange.send(Request(action, _path(kind, namespace), query))
+        body = await self._send(request)
         try:
             while True:
                 raw = _split(body, kind, action)
                 del body
-                if not raw.continue_token:
-                    yield raw.decode()
-                    return
-                if raw.continue_token == query.get("continue"):
-                    raise ClusterRefused(f"cannot {action}: the API server repeats a page for ever", 200)
-                query = {**query, "continue": raw.continue_token}
-                coming = asyncio.create_task(
-                    self._exchange.send(Request(action, _path(kind, namespace), query))
-                )
-                await asyncio.sleep(0)  # so that the request leaves before the decoding begins
-                page = raw.decode()
+                token = raw.continue_token
+                if token:
+                    if token == request.query.get("continue"):
+                        raise ClusterRefused(
+                            f"cannot {action}: the API server repeats a page without end", 200
+                        )
+                    request = replace(request, query={**query, "continue": token})
+                    coming = asyncio.create_task(self._send(request))
+                    await asyncio.sleep(0)  # so that the request leaves before the decoding begins
+                # The page's bytes go before its objects are used, while the next page's are arriving.
+                starts = range(0, len(raw.items) or 1, SLICE)
+                parts = [raw.decode(slice(start, start + SLICE)) async for start in in_slices(starts, 1)]
                 del raw
-                yield page
-                del page
+                for part in parts:
+                    yield part
+                if coming is None:
+                    return
                 body = await coming
+                coming = None
         finally:
             if coming is not None:
                 coming.cancel()
@@ -113,82 +173,55 @@ class KubeClient:
         *,
         namespace: str = "",
         label_selector: str = "",
-        resource_version: str = "",
-        send_initial_events: bool = False,
+        resource_version: str,
         timeout_seconds: int,
     ) -> AsyncGenerator[list[WatchEvent], None]:
         """Yield what happens after a version, as it arrives, until the server ends the watch.
 
-        With `send_initial_events` that begins with the whole state; a Bookmark tells its end. The first
-        batch is empty: the server took the watch. Raises ClusterSilent when neither event nor bookmark came
-        for `watch_silence`, ClusterUnstreamed when the initial events are refused, or fail to end
-        (Kubernetes API concepts, "Efficient detection of changes" and "Streaming lists").
+        The first batch is empty: the server has accepted the watch. Raises ClusterSilent when neither event
+        nor bookmark came for `watch_silence` (Kubernetes API concepts, "Efficient detection of changes").
         """
-        # Following takes both rights, so that both are named at once where one is missing.
-        verb = "list and watch" if send_initial_events else "watch"
-        action = Action(verb, RESOURCES[kind], namespace)
-        query = {
-            "watch": "1",
-            "allowWatchBookmarks": "true",
-            "timeoutSeconds": str(timeout_seconds),
-            **_selecting(label_selector),
-        }
-        if send_initial_events:
-            query |= {"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"}
-        if resource_version:
-            query["resourceVersion"] = resource_version
+        action = Action("watch", RESOURCES[kind], namespace)
+        query = {"watch": "1", "allowWatchBookmarks": "true", "timeoutSeconds": str(timeout_seconds)}
+        query |= {"resourceVersion": resource_version, **_selecting(label_selector)}
         decoder = WatchDecoder(kind, namespace)
-        pieces = self._exchange.stream(Request(action, _path(kind, namespace), query))
-        is_initial = send_initial_events
+        pieces = self._stream(self._reading(action, kind, query))
         try:
             await anext(pieces)
             yield []
-            while True:
-                patience = self._timing.read_timeout if is_initial else self._timing.watch_silence
-                events = await _next_events(pieces, decoder, patience, is_initial=is_initial)
-                if events is None:
-                    return
-                is_initial = is_initial and not any(
-                    isinstance(event, Bookmark) and event.ends_initial_events for event in events
-                )
+            while (events := await _next_events(pieces, decoder, self._timing.watch_silence)) is not None:
                 yield events
         except TimeoutError:
-            if is_initial:
-                self.streams_lists = False
-                raise ClusterUnstreamed(f"cannot {action}: the initial events do not end") from None
             silence = self._timing.watch_silence
             raise ClusterSilent(f"cannot {action}: neither event nor bookmark for {silence:g} s") from None
-        except ClusterRefused as error:
-            if send_initial_events and error.status in UNSTREAMED:
-                self.streams_lists = False
-                raise ClusterUnstreamed(str(error)) from None
-            raise
         finally:
             await pieces.aclose()
 
-    async def probe_version(
-        self, kind: Kind, *, namespace: str = "", label_selector: str = "", resource_version: str
-    ) -> None:
-        """Make sure that the server's history contains a version; raises ClusterAhead where it does not.
-
-        A watch from a version that lies in the server's future is answered by silence, so that is asked
-        first (Kubernetes API concepts, "Resource versions").
-        """
-        query = {
-            "limit": "1",
-            "resourceVersion": resource_version,
-            "resourceVersionMatch": "NotOlderThan",
-            **_selecting(label_selector),
-        }
+    async def current_version(self, kind: Kind, *, namespace: str = "") -> str:
+        """Return the version of the server's present state: that of a list of one object."""
         action = Action("list", RESOURCES[kind], namespace)
-        body = await self._exchange.send(Request(action, _path(kind, namespace), query))
-        _split(body, kind, action)
+        body = await self._send(self._reading(action, kind, {"limit": "1"}))
+        return _split(body, kind, action).resource_version
+
+    async def read_object(self, key: ObjectKey) -> Item | None:
+        """Return an object as it is now, None where there is none; the right to list suffices.
+
+        No label selector takes part: an object that is no longer selected is found all the same.
+        """
+        action = Action("list", RESOURCES[key.kind], key.namespace)
+        query = {"fieldSelector": f"metadata.name={_escaped(key.name)}"}
+        raw = _split(await self._send(self._reading(action, key.kind, query)), key.kind, action)
+        items = raw.decode().items
+        found = next((item for item in items if item.key == key), None)
+        if found is None and (items or raw.continue_token):
+            raise ClusterRefused(f"cannot {action}: the answer is about other objects than {key}", 200)
+        return found
 
     async def namespace_uid(self, name: str) -> str | None:
-        """Return the UID of a namespace, None where we may not see it or it is not there."""
+        """Return the UID of a namespace, None where we may not see it or it does not exist."""
         action = Action("get", "namespaces")
         try:
-            body = await self._exchange.send(Request(action, f"/api/v1/namespaces/{quote(name, safe='')}"))
+            body = await self._send(_Request(action, f"/api/v1/namespaces/{quote(name, safe='')}"))
         except ClusterForbidden:
             return None
         except ClusterRefused as error:
@@ -200,7 +233,7 @@ class KubeClient:
     async def server_version(self) -> str:
         """Return the API server's version, for example `v1.31.2`."""
         action = Action("get", "/version")
-        return _decode(await self._exchange.send(Request(action, "/version")), _Version, action).git_version
+        return _decode(await self._send(_Request(action, "/version")), _Version, action).git_version
 
     async def can_i(
         self,
@@ -212,64 +245,143 @@ class KubeClient:
         namespace: str = "",
         name: str = "",
     ) -> bool:
-        """Tell whether our credentials are allowed something (a SelfSubjectAccessReview)."""
-        attributes = {
-            "verb": verb,
-            "resource": resource,
-            "group": group,
-            "subresource": subresource,
-            "namespace": namespace,
-            "name": name,
-        }
+        """Return whether our credentials are allowed something (a SelfSubjectAccessReview)."""
+        attributes = {"verb": verb, "resource": resource, "group": group, "subresource": subresource}
+        attributes |= {"namespace": namespace, "name": name}
         review = {
             "apiVersion": "authorization.k8s.io/v1",
             "kind": "SelfSubjectAccessReview",
             "spec": {"resourceAttributes": {key: value for key, value in attributes.items() if value}},
         }
         action = Action("create", "selfsubjectaccessreviews")
-        request = Request(
-            action,
-            "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews",
-            method="POST",
-            headers={"Content-Type": "application/json"},
-            body=msgspec.json.encode(review),
-        )
-        body = await self._exchange.send(request)
+        path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+        body = await self.request(action, path, method="POST", body=msgspec.json.encode(review))
         return _decode(body, _Review, action).status.allowed
 
     async def request(
         self, action: Action, path: str, *, method: str = "GET", body: bytes | None = None
     ) -> bytes:
         """Return the answer to a request about one object; a body is sent as JSON."""
-        headers = {} if body is None else {"Content-Type": "application/json"}
-        return await self._exchange.send(Request(action, path, method=method, headers=headers, body=body))
+        headers = {} if body is None else {"Content-Type": JSON}
+        return await self._send(_Request(action, path, method=method, headers=headers, body=body))
+
+    def _reading(self, action: Action, kind: Kind, query: Mapping[str, str]) -> _Request:
+        """Return a list or watch request of a kind, in the namespace of the action."""
+        scope = f"/namespaces/{quote(action.namespace, safe='')}" if action.namespace else ""
+        return _Request(action, f"/api/v1{scope}/{RESOURCES[kind]}", query, headers={"Accept": self._accept})
+
+    async def _send(self, request: _Request) -> bytes:
+        """Return the whole body of a success."""
+        async with self._success(request, self._timeout) as response:
+            return await response.read()
+
+    async def _stream(self, request: _Request) -> AsyncGenerator[bytes, None]:
+        """Yield the body of a success as it arrives: an empty piece first, once the head has come."""
+        async with self._success(request, self._stream_timeout) as response:
+            yield b""
+            while piece := await response.content.readany():
+                yield piece
+
+    @asynccontextmanager
+    async def _success(
+        self, request: _Request, limits: aiohttp.ClientTimeout
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Open a success; reading it may break too.
+
+        A 401 is tried once more with fresh credentials, and a 406 once more with the plain media type.
+        """
+        try:
+            try:
+                response = await self._attempt(request, limits)
+            except ClusterUnauthorized:
+                response = await self._attempt(request, limits)
+            except ClusterRefused as error:
+                if error.status != 406 or request.headers.get("Accept") != LEAN_JSON:
+                    raise
+                self._accept = JSON
+                plain = replace(request, headers={**request.headers, "Accept": JSON})
+                response = await self._attempt(plain, limits)
+            async with response:
+                yield response
+        except ClusterError:
+            raise
+        except AccessError as error:
+            raise ClusterUnauthorized(f"cannot {request.action}: {error}") from None
+        except Exception as error:
+            raise transport_error(
+                error, request.action, server=self._access.server, authorities=self._authorities()
+            ) from error
+
+    def _authorities(self) -> str:
+        try:
+            trust = self._access.trust
+        except AccessError as error:
+            return str(error)
+        return trust.ca_setting if trust and trust.ca else "the system's certificates"
+
+    async def _attempt(self, request: _Request, limits: aiohttp.ClientTimeout) -> aiohttp.ClientResponse:
+        """Return the response of a success, its body unread; raises the error that a refusal stands for."""
+        if self._session is None:
+            raise RuntimeError("KubeClient is used outside `async with`")
+        identity = await self._access.credentials.identity()
+        context = self._access.ssl_context(identity)
+        # A head that never ends keeps the connection busy, so that no timeout of the socket ends it.
+        async with asyncio.timeout(self._timeout.total):
+            response = await self._session.request(
+                request.method,
+                f"{self._access.server}{request.path}",
+                params=request.query,
+                headers={**request.headers, **identity.headers()},
+                data=request.body,
+                allow_redirects=False,
+                proxy=self._access.proxy,
+                ssl=context if context is not None else True,
+                server_hostname=self._access.server_hostname,
+                timeout=limits,
+            )
+        if response.status in SUCCESSES:
+            return response
+        async with response:
+            if response.status == 401:
+                self._access.credentials.rejected(identity)
+            async with asyncio.timeout(self._timeout.total):
+                status = decode_status(await _head(response.content))
+            raise cluster_error(
+                request.action,
+                response.status,
+                status,
+                retry_after=response.headers.get("Retry-After", ""),
+                origin=self._access.origin,
+            )
+
+
+async def _head(stream: aiohttp.StreamReader) -> bytes:
+    """Return the beginning of a refusal's body, enough to find its reason."""
+    kept = bytearray()
+    while len(kept) < REFUSAL_LIMIT and (chunk := await stream.read(REFUSAL_LIMIT)):
+        kept += chunk
+    return bytes(kept)
 
 
 async def _next_events(
-    pieces: AsyncGenerator[bytes, None], decoder: WatchDecoder, patience: float, *, is_initial: bool
+    pieces: AsyncGenerator[bytes, None], decoder: WatchDecoder, silence: float
 ) -> list[WatchEvent] | None:
-    """Return the next events, None at the end; raises TimeoutError when none come for so many seconds.
-
-    While initial events are awaited a bookmark that does not end them is no progress: servers that ignore
-    our asking for them send such.
-    """
-    async with asyncio.timeout(patience):
+    """Return the next events, None at the end; raises TimeoutError when none came for `silence` seconds."""
+    async with asyncio.timeout(silence):
         async for piece in pieces:
-            events = decoder.feed(piece)
-            if is_initial:
-                events = [one for one in events if not isinstance(one, Bookmark) or one.ends_initial_events]
-            if events:
+            if events := decoder.feed(piece):
                 return events
     return None
 
 
-def _path(kind: Kind, namespace: str) -> str:
-    scope = f"/namespaces/{quote(namespace, safe='')}" if namespace else ""
-    return f"/api/v1{scope}/{RESOURCES[kind]}"
+def _selecting(label_selector: str, page_size: int | None = None) -> dict[str, str]:
+    limit = {} if page_size is None else {"limit": str(page_size)}
+    return limit | ({"labelSelector": label_selector} if label_selector else {})
 
 
-def _selecting(label_selector: str) -> dict[str, str]:
-    return {"labelSelector": label_selector} if label_selector else {}
+def _escaped(name: str) -> str:
+    """Return a value as field selectors take it (Kubernetes: `fields.EscapeValue`)."""
+    return name.replace("\\", "\\\\").replace(",", "\\,").replace("=", "\\=")
 
 
 def _split(body: bytes, kind: Kind, action: Action) -> RawPage:

@@ -1,4 +1,4 @@
-"""Who we are to the API server: tokens, passwords and certificates, fixed or re-read as they rotate."""
+"""Credentials for the API server: tokens, passwords and certificates, fixed or read again as they rotate."""
 
 import base64
 import time
@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from k8s_consul_registrar.errors import AccessError
-from k8s_consul_registrar.files import Followed
-from k8s_consul_registrar.kube.tls import KeyPair
+from k8s_consul_registrar.rotating import Rotating, clean_token, read_file, refuse_truncated
+from k8s_consul_registrar.tls import KeyPair
 
 # client-go re-reads token files once a minute (transport/token_source.go).
 REREAD_SECONDS = 60.0
@@ -35,21 +34,25 @@ class Identity:
 
 
 class Credentials(Protocol):
-    """Where the identity of the next request comes from."""
+    """Source of the identity of the next request."""
 
     async def identity(self) -> Identity:
-        """Return the current identity; raises AccessError where there is none to be had."""
+        """Return the current identity; raises AccessError if there is none."""
         ...
 
     def rejected(self, identity: Identity) -> None:
-        """Hear that the server answered 401 to this identity: the next one should be fresh."""
+        """Note that the server answered 401 to this identity: the next one should be fresh."""
+        ...
+
+    async def aclose(self) -> None:
+        """End what runs to get an identity; a later `identity` begins again."""
         ...
 
 
 class FixedCredentials:
-    """An identity that never changes, but for a certificate in files that someone rotates."""
+    """An identity that never changes, apart from a certificate in files that rotate."""
 
-    def __init__(self, identity: Identity, pair: Followed[KeyPair] | None = None) -> None:
+    def __init__(self, identity: Identity, pair: Rotating[KeyPair] | None = None) -> None:
         self._identity = identity
         self._pair = pair
 
@@ -62,12 +65,14 @@ class FixedCredentials:
     def rejected(self, identity: Identity) -> None:
         """Do nothing: there is no other."""
 
+    async def aclose(self) -> None:
+        """Do nothing: nothing runs."""
+
 
 class TokenFile:
-    """A bearer token in a file that someone rotates, read again every minute and after a 401.
+    """A bearer token in a file that rotates, read again when it changes, every minute, and after a 401.
 
-    A file that cannot be read for a while leaves the last token in use, as in client-go. `setting` names the
-    file's origin for error texts; `clock` returns seconds.
+    `of` names the setting in metrics, `setting` the file's origin in error texts; `clock` returns seconds.
     """
 
     def __init__(
@@ -75,21 +80,22 @@ class TokenFile:
         path: Path,
         setting: str,
         *,
-        pair: Followed[KeyPair] | None = None,
+        of: str = "kubeconfig tokenFile",
+        pair: Rotating[KeyPair] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Read the file; raises AccessError if it holds no token."""
         self._path = path
         self._setting = setting
         self._pair = pair
-        self._clock = clock
-        self._identity: Identity | None = None
-        self._stale_at = 0.0
+        self._identity = Identity()
+        self._token = Rotating(of, [path], self._load, max_age=REREAD_SECONDS, clock=clock)
 
     async def identity(self) -> Identity:
         """Return the identity with the file's token."""
-        if self._identity is None or self._clock() >= self._stale_at:
-            self._identity = self._read()
-            self._stale_at = self._clock() + REREAD_SECONDS
+        token = self._token.current()
+        if token != self._identity.token:
+            self._identity = replace(self._identity, token=token)
         if self._pair is not None:
             self._identity = self._identity.showing(self._pair.current())
         return self._identity
@@ -97,39 +103,16 @@ class TokenFile:
     def rejected(self, identity: Identity) -> None:
         """Have the file read again by the next call."""
         if identity is self._identity:
-            self._stale_at = 0.0
+            self._token.expire()
 
-    def _read(self) -> Identity:
-        try:
-            token = clean_token(read_bytes(self._path, self._setting), f"{self._setting} {self._path}")
-        except AccessError:
-            if self._identity is None:
-                raise
-            return self._identity
-        return Identity(token=token)
+    async def aclose(self) -> None:
+        """Do nothing: nothing runs."""
 
-
-def read_bytes(path: Path, setting: str) -> bytes:
-    """Return a file's content; raises AccessError that names the setting and the file."""
-    try:
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not a path"
-        raise AccessError(f"{setting}: cannot read {path}: {why}") from None
-
-
-def clean_token(content: bytes | str, setting: str) -> str:
-    """Return a bearer token without surrounding white space.
-
-    Raises AccessError, never with the token in it, where it is empty or not fit for a header.
-    """
-    text = content.decode("ascii", errors="replace") if isinstance(content, bytes) else content
-    token = text.strip()
-    if not token:
-        raise AccessError(f"{setting}: the token is empty")
-    if not token.isascii() or not token.isprintable() or " " in token:
-        raise AccessError(f"{setting}: the token has characters that no token has")
-    return token
+    def _load(self) -> str:
+        setting = f"{self._setting} {self._path}"
+        token = clean_token(read_file(self._path, self._setting), setting)
+        refuse_truncated(token, [self._identity.token], self._path, setting)
+        return token
 
 
 def basic_credentials(username: str, password: str) -> str:

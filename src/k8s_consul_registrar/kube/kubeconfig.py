@@ -12,7 +12,10 @@ import msgspec
 import yaml
 
 from k8s_consul_registrar.errors import AccessError
-from k8s_consul_registrar.kube.credentials import read_bytes
+from k8s_consul_registrar.rotating import read_file
+
+# More than any kubeconfig of SIZE_LIMIT has without aliases.
+MOST_NODES = 4_000_000
 
 
 class _Extension(msgspec.Struct):
@@ -172,7 +175,7 @@ def _merge(known: dict[str, Entry[EntryT]], entries: Sequence[Entry[EntryT]]) ->
 
 
 def _read(path: Path) -> _File | None:
-    """Parse one file, None where it is not there.
+    """Parse one file, None if it is not there.
 
     No error text quotes the file: what is wrong may stand next to a secret, or be one.
     """
@@ -183,25 +186,98 @@ def _read(path: Path) -> _File | None:
         return None
     except (OSError, ValueError):
         pass  # reading it says why
-    text = read_bytes(path, setting)
+    text = read_file(path, setting)
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _Loader)  # noqa: S506 - it derives from SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f" (line {mark.line + 1})" if mark else ""
         raise AccessError(f"{setting}: not YAML{line}") from None
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError):
+        # `!!bool x`, `!!timestamp x` and their like make SafeLoader's constructors raise any of these.
         raise AccessError(f"{setting}: not YAML") from None
     try:
-        return msgspec.convert(_without_nulls(content if content is not None else {}), _File)
-    except (msgspec.ValidationError, RecursionError) as error:
+        return msgspec.convert(_Pruning().without_nulls(content if content is not None else {}), _File)
+    except msgspec.ValidationError as error:
         raise AccessError(f"{setting}: {error}") from None
+    except RecursionError:
+        raise AccessError(f"{setting}: nested too deeply") from None
 
 
-def _without_nulls(value: Any) -> Any:
-    """Drop what is null: to kubectl a null field is an absent one."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    if isinstance(value, list):
-        return [_without_nulls(part) for part in value if part is not None]
-    return value
+class _Loader(yaml.SafeLoader):
+    """YAML as kubectl reads it: a date is text, and so is every scalar in the place of a name."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Return the document with its names as text: a context named 1.10 is not the number 1.1."""
+        root = super().get_single_node()
+        for key, value in _fields(root):
+            if key == "current-context":
+                _make_text(value)
+            elif key in ("clusters", "users", "contexts") and isinstance(value, yaml.SequenceNode):
+                for entry in value.value:
+                    _make_names_text(entry)
+        return root
+
+
+# kubectl's decoder (goyaml.v2) gives timestamps as the text they are.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _fields(node: yaml.Node | None) -> list[tuple[str, yaml.Node]]:
+    """Return the fields of a mapping whose keys are text, none of any other node."""
+    if not isinstance(node, yaml.MappingNode):
+        return []
+    return [(key.value, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
+
+
+def _make_names_text(entry: yaml.Node) -> None:
+    for key, value in _fields(entry):
+        if key == "name":
+            _make_text(value)
+        elif key == "context":
+            for part, named in _fields(value):
+                if part in ("cluster", "user"):
+                    _make_text(named)
+
+
+def _make_text(node: yaml.Node) -> None:
+    """Take a scalar as text; null stays null, which to kubectl is an absent field."""
+    if isinstance(node, yaml.ScalarNode) and node.tag != "tag:yaml.org,2002:null":
+        node.tag = "tag:yaml.org,2002:str"
+
+
+class _Pruning:
+    """Removal of what is null, each shared part (a YAML alias) once."""
+
+    def __init__(self) -> None:
+        self._done: dict[int, tuple[Any, Any, int]] = {}
+
+    def without_nulls(self, value: Any) -> Any:
+        """Return the value without null fields and entries; raises RecursionError if it is too large.
+
+        A few lines of aliases of aliases can stand for billions of nodes.
+        """
+        pruned, size = self._pruned(value)
+        if size > MOST_NODES:
+            raise RecursionError
+        return pruned
+
+    def _pruned(self, value: Any) -> tuple[Any, int]:
+        if not isinstance(value, dict | list):
+            return value, 1
+        known = self._done.get(id(value))
+        if known is not None:
+            return known[1], known[2]
+        if isinstance(value, dict):
+            parts = {key: self._pruned(part) for key, part in value.items() if part is not None}
+            pruned: Any = {key: part for key, (part, _) in parts.items()}
+            size = 1 + sum(size for _, size in parts.values())
+        else:
+            entries = [self._pruned(part) for part in value if part is not None]
+            pruned = [part for part, _ in entries]
+            size = 1 + sum(size for _, size in entries)
+        self._done[id(value)] = (value, pruned, size)
+        return pruned, size

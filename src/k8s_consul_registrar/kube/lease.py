@@ -11,9 +11,9 @@ import msgspec
 from k8s_consul_registrar.errors import AccessError, ClusterConflict, ClusterForbidden, ClusterRefused
 from k8s_consul_registrar.kube.access import SERVICE_ACCOUNT
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.credentials import read_bytes
-from k8s_consul_registrar.kube.status import Action
+from k8s_consul_registrar.kube.responses import Action
 from k8s_consul_registrar.model import Lease
+from k8s_consul_registrar.rotating import read_file
 
 RESOURCE = "leases.coordination.k8s.io"
 NAME_PREFIX = "k8s-consul-registrar"
@@ -154,7 +154,7 @@ def new_identity(host: str) -> str:
 def pod_namespace(folder: Path = SERVICE_ACCOUNT) -> str:
     """Return the namespace we run in; raises AccessError where no service account says it."""
     path = folder / "namespace"
-    text = read_bytes(path, "LEASE_NAMESPACE is not set").decode(errors="replace").strip()
+    text = read_file(path, "LEASE_NAMESPACE is not set").decode(errors="replace").strip()
     if not _NAMESPACE.fullmatch(text):
         raise AccessError(f"LEASE_NAMESPACE is not set: {path} names no namespace")
     return text

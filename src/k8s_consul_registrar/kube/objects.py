@@ -17,11 +17,13 @@ Item: TypeAlias = Pod | Node | Undecodable
 
 KUBELET_PORT = 10250
 PROBLEM_LENGTH = 200
+# A version is a number of at most 20 digits in practice; a longer one would not fit into a request.
+VERSION_LENGTH = 256
 LIST_KINDS = {Kind.POD: "PodList", Kind.NODE: "NodeList"}
 
 
 class Page(NamedTuple):
-    """One page of a list; `continue_token` is empty on the last one."""
+    """A part of a list; `continue_token` is the one of the whole page that the server sent."""
 
     items: tuple[Item, ...]
     resource_version: str
@@ -124,7 +126,7 @@ class _Named(_Wire):
 
 
 class _ListMetadata(_Wire):
-    resource_version: Annotated[str, msgspec.Meta(min_length=1)]
+    resource_version: Annotated[str, msgspec.Meta(min_length=1, max_length=VERSION_LENGTH)]
     continue_token: str = msgspec.field(name="continue", default="")
 
 
@@ -155,9 +157,9 @@ class RawPage(NamedTuple):
     resource_version: str
     continue_token: str
 
-    def decode(self) -> Page:
-        """Decode the items; one that cannot be read becomes an `Undecodable` in its place."""
-        items = tuple(decode_object(raw, self.kind) for raw in self.items)
+    def decode(self, part: slice = slice(None)) -> Page:
+        """Decode a part of the items; one that cannot be read becomes an `Undecodable` in its place."""
+        items = tuple(decode_object(raw, self.kind) for raw in self.items[part])
         return Page(items, self.resource_version, self.continue_token)
 
 
@@ -174,11 +176,6 @@ def split_page(body: bytes, kind: Kind) -> RawPage:
     if answer.kind != expected:
         raise ClusterRefused(f"the answer is not a {expected} but a {answer.kind[:60]!r}", 200)
     return RawPage(kind, answer.items or [], answer.metadata.resource_version, answer.metadata.continue_token)
-
-
-def decode_page(body: bytes, kind: Kind) -> Page:
-    """Decode one answer to a list request as a whole; raises ClusterRefused as `split_page` does."""
-    return split_page(body, kind).decode()
 
 
 def decode_object(raw: bytes | msgspec.Raw, kind: Kind) -> Item:

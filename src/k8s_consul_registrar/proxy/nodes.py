@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from k8s_consul_registrar.model import Node
-from k8s_consul_registrar.targets.addresses import NODE_ADDRESS_TYPES, IPAddress, parse_ip, url_host
+from k8s_consul_registrar.targets.scrape_config import NODE_ADDRESS_TYPES, IPAddress, parse_ip, url_host
 
 # RFC 6052: an IPv4 address carried in the last 32 bits, which a translator would dial.
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")

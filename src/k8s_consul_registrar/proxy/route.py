@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from k8s_consul_registrar.proxy.nodes import Endpoint, NodeTable
 from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
-from k8s_consul_registrar.targets.addresses import parse_ip
+from k8s_consul_registrar.targets.scrape_config import parse_ip
 
 DEFAULT_PATHS = ("/metrics/cadvisor",)
 # What a kubelet's `nodes/metrics` permission covers (pkg/kubelet/server/auth.go): nothing else is ever relayed.

@@ -11,7 +11,7 @@ from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
 from k8s_consul_registrar.proxy.relay import Relay
 from k8s_consul_registrar.proxy.request import Request
 from k8s_consul_registrar.proxy.tls import TlsStep
-from k8s_consul_registrar.server_tls import ServerTls
+from k8s_consul_registrar.tls import ServerTls
 
 # What OpenSSL calls a first line of HTTP where a handshake should begin.
 _SPEAKS_HTTP = "HTTP_REQUEST"

@@ -7,7 +7,6 @@ import ssl
 from collections.abc import Callable, Sequence
 
 from k8s_consul_registrar.bearer import BearerFile
-from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.proxy.downstream import Downstream
 from k8s_consul_registrar.proxy.failing import Failure
 from k8s_consul_registrar.proxy.limits import Concurrency
@@ -16,8 +15,8 @@ from k8s_consul_registrar.proxy.outcomes import ProxyStats
 from k8s_consul_registrar.proxy.peers import PodAccess, TokenSource
 from k8s_consul_registrar.proxy.relay import Relay, RelayTiming
 from k8s_consul_registrar.proxy.secure import SecureDownstream
-from k8s_consul_registrar.server_tls import ServerTls
 from k8s_consul_registrar.telemetry import get_logger
+from k8s_consul_registrar.tls import ServerTls
 
 BACKLOG = 1024
 
@@ -114,12 +113,7 @@ class ProxyServer:
             self._refresh(self._tls)
 
     def _refresh(self, tls: ServerTls) -> None:
-        try:
-            is_new = tls.refresh()
-        except AccessError as error:
-            _log.warning("the certificate for callers stays as it was", problem=str(error))
-            return
-        if is_new:
+        if tls.refresh():
             _log.info("a new certificate or authority for callers is in use")
             for caller in list(self._callers):
                 caller.doubt()

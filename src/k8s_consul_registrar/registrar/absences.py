@@ -1,82 +1,242 @@
-"""What Consul holds and no list shows any more, gathered source by source and judged at the end: pure."""
+"""Absent objects: an absence becomes a fact only by a read that began after Consul's record was read."""
 
-from collections import defaultdict
-from collections.abc import Set as AbstractSet
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from k8s_consul_registrar.model import ObjectKey, Service, Source
-from k8s_consul_registrar.registrar.brake import Absence, BrakeRules, Held, Memory, judge_absence
-from k8s_consul_registrar.registrar.ownership import kind_of
-from k8s_consul_registrar.targets.wanted import Wanted
+from k8s_consul_registrar.errors import ClusterError
+from k8s_consul_registrar.kube.source_state import Failed
+from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Source
+from k8s_consul_registrar.registrar.brake import Absence, BrakeRules, Held, Memory, SourceAbsences, judge
+from k8s_consul_registrar.registrar.desired import DesiredState
+from k8s_consul_registrar.registrar.interfaces import Cluster
+from k8s_consul_registrar.registrar.observed import AsDesired, Other
+
+# Objects that one resync asks for by name; more are confirmed by one new list.
+MOST_BY_NAME = 100
+# A source that was never listed and has failed for this many seconds is no longer waited for.
+PATIENCE_WITH_FAILED = 60.0
+# Seconds until objects that could not be asked for by name are asked for again.
+RETRY_UNCONFIRMED = 30.0
+
+
+class Candidate(NamedTuple):
+    """A service whose object the Store does not have."""
+
+    id: str
+    source: Source
+    key: ObjectKey | None
+    version: int
+    cluster_uid: str
+    node: str
 
 
 @dataclass(slots=True)
-class _Gathered:
-    """What Consul holds of one source: how many services, and which of them its last list does not show."""
+class Findings:
+    """The absences of one resync: candidates, and how many services of each source there are."""
 
-    held: int = 0
-    absent: list[Service] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)
+    held: defaultdict[Source, int] = field(default_factory=lambda: defaultdict(int))
+
+    def add(self, service_id: str, source: Source, record: AsDesired | Other) -> None:
+        """Note a service whose object is absent from its source."""
+        if isinstance(record, AsDesired):
+            key: ObjectKey | None = record.target.key
+            node = dict(record.target.meta).get("node", "")
+        else:
+            key, node = record.key, record.node
+        self.candidates.append(Candidate(service_id, source, key, record.version, record.cluster_uid, node))
 
 
 class Judged(NamedTuple):
-    """Which services may go, what the brake holds, and what it wants back the next time."""
+    """Services that may go with their objects, what the brake holds, and when to judge again.
 
-    released: list[Service]
-    held: list[Held]
-    memory: Memory
+    `relisting` are the sources of which a new list was asked for: its end is a reason to judge again.
+    """
+
+    released: Mapping[str, ObjectKey | None]
+    held: tuple[Held, ...]
+    again_at: float | None = None
+    relisting: frozenset[Source] = frozenset()
 
 
 class Absences:
-    """Counts services of ours by source as they pass by, and keeps those that are absent from it."""
+    """Confirms absences, by name or by a new list, and asks the brake which may be acted on."""
 
-    def __init__(self, wanted: Wanted) -> None:
-        self._wanted = wanted
-        self._sources: defaultdict[Source, _Gathered] = defaultdict(_Gathered)
+    def __init__(
+        self,
+        desired: DesiredState,
+        cluster: Cluster,
+        rules: BrakeRules,
+        *,
+        is_same_selection: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._desired = desired
+        self._cluster = cluster
+        self._rules = rules
+        self._is_same_selection = is_same_selection
+        self._clock = clock
+        self._memory = Memory()
+        self._began_at = clock()
+        # When Consul's record of each candidate was first read, and in which version.
+        self._read_at: dict[str, tuple[float, int]] = {}
 
-    def count(self, service: Service, key: ObjectKey | None) -> Source | None:
-        """Count a service among what its source holds, and return that, None where we follow no such source.
-
-        `key` is its object, None where it does not say (the original program's Nodes).
-        """
-        if key is not None:
-            source = self._wanted.source_of(key)
-        else:
-            kind = kind_of(service)
-            bare = Source(kind) if kind is not None else None
-            source = bare if bare in self._wanted.sources else None
-        if source is not None:
-            self._sources[source].held += 1
-        return source
-
-    def add(self, source: Source, service: Service) -> None:
-        """Keep a service, counted before, whose object its source does not show."""
-        self._sources[source].absent.append(service)
-
-    def leave(self, ids: AbstractSet[str]) -> None:
-        """Forget that these are absent."""
-        for gathered in self._sources.values():
-            gathered.absent = [service for service in gathered.absent if service.id not in ids]
-
-    def judge(self, rules: BrakeRules, memory: Memory) -> Judged:
-        """Ask the brake what may go of each source whose list proves absence."""
-        released: list[Service] = []
-        held: list[Held] = []
-        remembered = dict(memory)
-        for source, state in self._wanted.sources.items():
-            if state.listed_at is None or not state.proves_absence:
+    async def judge(self, findings: Findings, read_at: float) -> Judged:
+        """Confirm and judge the candidates of a resync whose read of Consul ended at `read_at`."""
+        self._remember(findings.candidates, read_at)
+        keys = dict.fromkeys(one.key for one in findings.candidates if one.key is not None)
+        by_name = await self._ask_by_name(keys) if len(keys) <= MOST_BY_NAME else {}
+        gone_nodes = await self._gone_nodes(findings.candidates) if by_name else frozenset()
+        absent: defaultdict[Source, dict[str, Absence]] = defaultdict(dict)
+        facts: dict[str, ObjectKey | None] = {}
+        unconfirmed: list[Candidate] = []
+        for one in findings.candidates:
+            answer = None if one.key is None else by_name.get(one.key)
+            if answer is not None and answer.is_rejected:
                 continue
-            gathered = self._sources[source]
-            absence = Absence(
-                source,
-                {service.id for service in gathered.absent},
-                gathered.held,
-                state.objects == 0,
-                state.listed_at,
+            if answer is not None and answer.asks_otherwise(one.id):
+                facts[one.id] = one.key
+            elif (absence := self._absence(one, answer, gone_nodes)) is not None:
+                absent[one.source][one.id] = absence
+            else:
+                unconfirmed.append(one)
+        now = self._clock()
+        missing = Counter(one.source for one in unconfirmed)
+        statuses = self._desired.store.statuses()
+        judgement = judge(
+            {
+                source: SourceAbsences(
+                    absent[source],
+                    findings.held[source],
+                    is_empty=not status.objects,
+                    unconfirmed=missing[source],
+                )
+                for source, status in statuses.items()
+                if status.proves_absence
+            },
+            self._memory,
+            self._rules,
+            now,
+            unready=self._unready_kinds(now),
+        )
+        self._memory = judgement.memory
+        released = {one.id: one.key for one in findings.candidates if one.id in judgement.released}
+        listed = {one.source for one in findings.candidates if one.key is None or len(keys) > MOST_BY_NAME}
+        again_at = self._ask_again(judgement.held, unconfirmed, listed)
+        relisting = frozenset({one.source for one in unconfirmed} & listed)
+        return Judged(facts | released, judgement.held, again_at, relisting)
+
+    def _remember(self, candidates: Iterable[Candidate], read_at: float) -> None:
+        before = self._read_at
+        self._read_at = {}
+        for one in candidates:
+            known = before.get(one.id)
+            self._read_at[one.id] = known if known and known[1] == one.version else (read_at, one.version)
+
+    def _absence(
+        self, one: Candidate, answer: "_Answer | None", gone_nodes: frozenset[str]
+    ) -> Absence | None:
+        """Return a candidate's confirmed absence, None if nothing confirms it yet."""
+        if answer is not None:
+            is_node_gone = bool(one.node) and one.node in gone_nodes
+            is_source_empty = not self._desired.store.status(one.source).objects
+            is_proven = is_node_gone or (self._is_same_selection() and not is_source_empty)
+            return Absence(
+                answer.asked_at,
+                # In another cluster neither the object nor its Node would exist.
+                is_proven_at_start=is_proven and self._is_same_cluster(one) and not answer.exists,
+                is_unselected=answer.exists,
             )
-            judgement = judge_absence(absence, memory.get(source), rules)
-            remembered[source] = judgement.memory
-            released.extend(one for one in gathered.absent if one.id in judgement.released)
-            if judgement.held is not None:
-                held.append(judgement.held)
-        return Judged(released, held, remembered)
+        began_at = self._desired.store.status(one.source).list_began_at
+        if began_at is not None and began_at >= self._read_at[one.id][0]:
+            return Absence(began_at)
+        return None
+
+    def _is_same_cluster(self, one: Candidate) -> bool:
+        return bool(one.cluster_uid) and one.cluster_uid == self._desired.cluster_uid
+
+    async def _ask_by_name(self, keys: Iterable[ObjectKey]) -> dict[ObjectKey, "_Answer"]:
+        answers: dict[ObjectKey, _Answer] = {}
+        for key in keys:
+            asked_at = self._clock()
+            try:
+                item = await self._cluster.read_object(key)
+            except ClusterError:
+                # What cannot be asked is not confirmed; the next resync asks again.
+                continue
+            if item is None:
+                answers[key] = _Answer(asked_at)
+                continue
+            resolved = self._desired.resolved(item)
+            is_rejected = isinstance(resolved, Rejection)
+            ids = () if resolved is None or isinstance(resolved, Rejection) else resolved
+            answers[key] = _Answer(
+                asked_at, exists=True, is_rejected=is_rejected, ids=frozenset(target.id for target in ids)
+            )
+        return answers
+
+    async def _gone_nodes(self, candidates: Iterable[Candidate]) -> frozenset[str]:
+        """Return the Nodes of absent Pods that the API server says are deleted."""
+        source = Source(Kind.NODE)
+        status = self._desired.store.statuses().get(source)
+        if status is None or not status.proves_absence:
+            return frozenset()
+        keys = {
+            ObjectKey(Kind.NODE, "", one.node)
+            for one in candidates
+            if one.source.kind is Kind.POD and one.node
+        }
+        missing = {key for key in keys if self._desired.store.get(key) is None}
+        answers = await self._ask_by_name(sorted(missing))
+        return frozenset(key.name for key, answer in answers.items() if not answer.exists)
+
+    def _unready_kinds(self, now: float) -> frozenset[Kind]:
+        """Return the kinds of which a source was neither listed yet nor failed for long."""
+        unready = set()
+        for source, status in self._desired.store.statuses().items():
+            if status.listed_at is not None:
+                continue
+            since = status.state.since if isinstance(status.state, Failed) else self._clock()
+            if now - since < PATIENCE_WITH_FAILED:
+                unready.add(source.kind)
+        return frozenset(unready)
+
+    def _ask_again(
+        self, held: Iterable[Held], unconfirmed: Iterable[Candidate], listed: Container[Source]
+    ) -> float | None:
+        """Have what is not settled confirmed again: ask for new lists, whose end wakes us, or return when.
+
+        `listed` are the sources whose absences only a list can confirm.
+        """
+        now = self._clock()
+        dues = {one.source: one.due for one in held}
+        waits: list[float] = []
+        for source in {one.source for one in unconfirmed}:
+            if source in listed:
+                self._cluster.relist(source, now)
+            else:
+                waits.append(now + RETRY_UNCONFIRMED)
+        for source, due in dues.items():
+            if source in listed:
+                self._cluster.relist(source, due)
+            else:
+                waits.append(due)
+        if self._unready_kinds(now):
+            waits.append(now + PATIENCE_WITH_FAILED)
+        return min(waits, default=None)
+
+
+class _Answer(NamedTuple):
+    """An object asked for by name: when, whether it exists, and which service IDs it asks for."""
+
+    asked_at: float
+    exists: bool = False
+    is_rejected: bool = False
+    ids: frozenset[str] = frozenset()
+
+    def asks_otherwise(self, service_id: str) -> bool:
+        """Return whether the object exists and does not ask for an ID: a fact."""
+        return self.exists and not self.is_rejected and service_id not in self.ids

@@ -1,19 +1,24 @@
-"""Holds a mass removal that is only inferred from a list, until later lists agree."""
+"""Brake: holds a mass removal that is only inferred, until later reads agree. Pure.
 
-from collections.abc import Mapping
-from collections.abc import Set as AbstractSet
+A wrong kubeconfig, a broken selector or a half-restored cluster look like many objects that are gone. Facts
+(a deletion seen in an event, a listed object that asks for nothing) never come here.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from k8s_consul_registrar.model import Source
+from k8s_consul_registrar.model import Kind, Source
 
 
 @dataclass(frozen=True, slots=True)
 class BrakeRules:
-    """When a removal is a mass removal, and how long lists must agree on it, in seconds.
+    """Definition of a mass removal, and how long reads must agree on one, in seconds.
 
-    It is one where at least `least` services and more than `share` of what a source holds would go, or
-    where a source shows nothing at all while it holds `least` or more. `confirm_start` is for the latter
-    and for the first list after a start: a wrong kubeconfig looks like that.
+    A removal is a mass removal if at least `least` services and more than `share` of what is held would go,
+    or if a source shows nothing at all while `least` or more are held; in one source, or in all sources of a
+    kind together. `confirm_start` applies to the latter and to the first judgement after a start: a wrong
+    kubeconfig looks like that.
     """
 
     least: int = 3
@@ -25,79 +30,180 @@ class BrakeRules:
 
 @dataclass(frozen=True, slots=True)
 class Absence:
-    """What one complete list of a source does not show.
+    """A service whose object is confirmed absent.
 
-    `absent` are the IDs of services whose object is missing, `held` is how many services of ours the
-    source has in Consul, the absent ones included; `is_empty` says the list showed no object.
-    `listed_at` is when the list ended, in seconds of a monotonic clock.
+    `confirmed_at` is when the read that confirmed it began. `is_proven_at_start` is True if the short wait
+    is enough even right after a start: the object was asked for by name, or its Node is proven deleted.
+    `is_unselected` is True if the object exists and is no longer selected.
     """
 
-    source: Source
-    absent: AbstractSet[str]
+    confirmed_at: float
+    is_proven_at_start: bool = False
+    is_unselected: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SourceAbsences:
+    """The confirmed absences of one source that proves absence.
+
+    `held` is how many services of this registrar's belong to the source, the absent ones included;
+    `is_empty` is True if its last list showed no object. `unconfirmed` absences are not judged yet, and count:
+    a source is not known before the first time that there are none.
+    """
+
+    absent: Mapping[str, Absence]
     held: int
-    is_empty: bool
-    listed_at: float
+    is_empty: bool = False
+    unconfirmed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A removal the brake holds: which services, since when, and how long lists must agree in all."""
+    """Removals that the brake holds: of which source, since when, and until when reads must agree."""
 
     source: Source
     ids: tuple[str, ...]
     since: float
-    wait: float
-
-    @property
-    def due(self) -> float:
-        """When a list that still agrees would release it, in seconds of the same clock."""
-        return self.since + self.wait
+    due: float
 
 
 @dataclass(frozen=True, slots=True)
 class SourceMemory:
-    """What earlier lists of a source said: since when each ID is absent, and the wait they owe."""
+    """Since when each service of a source is confirmed absent, and how long each waits in all, in seconds."""
 
     since: Mapping[str, float] = field(default_factory=dict)
-    wait: float = 0.0
+    waits: Mapping[str, float] = field(default_factory=dict)
 
 
-Memory = Mapping[Source, SourceMemory]
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The brake's memory, to be passed back at its next judgement.
+
+    `removals` are the inferred removals it released: when, of which source, and how many. `judged` are the
+    sources that were judged at least once.
+    """
+
+    sources: Mapping[Source, SourceMemory] = field(default_factory=dict)
+    judged: frozenset[Source] = frozenset()
+    removals: tuple[tuple[float, Source, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """Which absent IDs may go now, what is held, and what to remember of this source."""
+    """The services that may go now, the removals that are held, and the memory for the next time."""
 
     released: frozenset[str]
-    held: Held | None
-    memory: SourceMemory
+    held: tuple[Held, ...]
+    memory: Memory
 
 
-def judge_absence(absence: Absence, memory: SourceMemory | None, rules: BrakeRules) -> Judgement:
-    """Decide which absent services may go; `memory` is None when no list of the source was judged yet.
+@dataclass(frozen=True, slots=True)
+class _Extent:
+    """The absences of a source as part of something larger, and whether they are its first ones."""
 
-    An ID is released once two lists at least `wait` seconds apart, and all between them, miss it: one
-    that came back is forgotten, so it starts anew.
+    is_mass: bool
+    is_total: bool
+    is_first: bool
+
+
+def judge(
+    absences: Mapping[Source, SourceAbsences],
+    memory: Memory,
+    rules: BrakeRules,
+    now: float,
+    *,
+    unready: Iterable[Kind] = (),
+) -> Judgement:
+    """Decide which absent services may go, looking at each source and at each kind as a whole.
+
+    `unready` are kinds of which some source was neither listed nor failed for long since the start: nothing
+    inferred of these is released yet. An ID goes once reads at least its wait apart, and all between them,
+    miss it; one that came back starts again.
     """
-    before = memory or SourceMemory()
-    is_total = absence.is_empty and absence.held >= rules.least
-    is_mass = is_total or (
-        len(absence.absent) >= rules.least and len(absence.absent) > rules.share * absence.held
+    removals = tuple(one for one in memory.removals if now - one[0] < rules.confirm_start)
+    unready = frozenset(unready)
+    mass, total = _mass_sources(absences, removals, rules)
+    released: dict[Source, frozenset[str]] = {}
+    held: list[Held] = []
+    sources = {source: one for source, one in memory.sources.items() if source not in absences}
+    for source, found in absences.items():
+        before = memory.sources.get(source, SourceMemory())
+        extent = _Extent(source in mass, source in total, is_first=source not in memory.judged)
+        waits = _waits(found, before, rules, extent)
+        since = {one: before.since.get(one, absence.confirmed_at) for one, absence in found.absent.items()}
+        is_ready = source.kind not in unready
+        released[source] = frozenset(
+            one
+            for one, absence in found.absent.items()
+            if is_ready and absence.confirmed_at - since[one] >= waits[one]
+        )
+        kept = {one: since[one] for one in since if one not in released[source]}
+        if kept:
+            sources[source] = SourceMemory(kept, {one: waits[one] for one in kept})
+        if kept and is_ready:
+            due = min(kept[one] + waits[one] for one in kept)
+            held.append(Held(source, tuple(sorted(kept)), min(kept.values()), max(due, now)))
+    removals += tuple((now, source, len(ids)) for source, ids in released.items() if ids)
+    return Judgement(
+        frozenset().union(*released.values()),
+        tuple(held),
+        Memory(sources, memory.judged | _judged(absences, unready), removals),
     )
-    if not is_mass or rules.allow_mass:
-        return Judgement(frozenset(absence.absent), None, SourceMemory())
-    wait = rules.confirm_start if is_total or memory is None else rules.confirm
-    if before.since:
-        wait = max(wait, before.wait)
-    since = {service_id: before.since.get(service_id, absence.listed_at) for service_id in absence.absent}
-    released = frozenset(
-        service_id
-        for service_id, at in since.items()
-        if absence.listed_at > at and absence.listed_at - at >= wait
-    )
-    waiting = sorted(since.keys() - released)
-    held = None
-    if waiting:
-        held = Held(absence.source, tuple(waiting), min(since[one] for one in waiting), wait)
-    return Judgement(released, held, SourceMemory(since, wait))
+
+
+def _judged(absences: Mapping[Source, SourceAbsences], unready: frozenset[Kind]) -> set[Source]:
+    return {one for one, found in absences.items() if one.kind not in unready and not found.unconfirmed}
+
+
+def _waits(
+    found: SourceAbsences, before: SourceMemory, rules: BrakeRules, extent: _Extent
+) -> dict[str, float]:
+    """Return how long reads must agree on each absence, in seconds; 0 lets it go at once.
+
+    While a mass removal lasts, no wait becomes shorter, unless the absence itself was proven meanwhile.
+    """
+    longest = max(before.waits.values(), default=0.0)
+    waits: dict[str, float] = {}
+    for service_id, absence in found.absent.items():
+        if rules.allow_mass:
+            wait = 0.0
+        elif absence.is_unselected:
+            wait = rules.confirm_start
+        elif not extent.is_mass:
+            wait = 0.0
+        elif extent.is_total:
+            wait = rules.confirm_start
+        elif absence.is_proven_at_start:
+            wait = rules.confirm
+        else:
+            wait = rules.confirm_start if extent.is_first else rules.confirm
+            wait = max(wait, before.waits.get(service_id, longest))
+        waits[service_id] = wait
+    return waits
+
+
+def _mass_sources(
+    absences: Mapping[Source, SourceAbsences],
+    removals: Sequence[tuple[float, Source, int]],
+    rules: BrakeRules,
+) -> tuple[frozenset[Source], frozenset[Source]]:
+    """Return the sources in a mass removal, their own or their kind's, and those where nothing is left.
+
+    What was inferred and removed lately counts as if it were still held and absent, so that a mass removal
+    in small portions is one.
+    """
+    gone: defaultdict[Source, int] = defaultdict(int)
+    for _, source, count in removals:
+        gone[source] += count
+    mass: set[Source] = set()
+    total: set[Source] = set()
+    of_kinds = [[source for source in absences if source.kind is kind] for kind in Kind]
+    for sources in (*([source] for source in absences), *of_kinds):
+        absent = sum(len(absences[one].absent) + absences[one].unconfirmed + gone[one] for one in sources)
+        held = sum(absences[one].held + gone[one] for one in sources)
+        is_total = all(absences[one].is_empty for one in sources) and held >= rules.least
+        if is_total:
+            total.update(sources)
+        if is_total or (absent >= rules.least and absent > rules.share * held):
+            mass.update(sources)
+    return frozenset(mass), frozenset(total)

@@ -20,7 +20,7 @@ _MICROTIME = "%Y-%m-%dT%H:%M:%S.%fZ"
 
 @dataclass(frozen=True, slots=True)
 class ElectionTiming:
-    """How long a lease lasts, when its holder stops writing and how often it is tried for, in seconds.
+    """Times of a lease, in seconds: how long it lasts, when its holder stops writing, how often it is tried for.
 
     Between `renew_deadline` and `lease_duration` the last writes come to an end. Who waits for the lease
     stretches `retry_period` by up to `jitter` times, so that replicas do not ask in step. ValueError unless
@@ -107,17 +107,17 @@ class Election:
     is_resigning: bool = False
 
     def is_leading(self, now: float) -> bool:
-        """Whether we may start a write now."""
+        """Return whether we may start a write now."""
         return now < self.writes_until
 
     @property
     def is_ours(self) -> bool:
-        """Whether the record, as last seen, names us."""
+        """True if the record, as last seen, names us."""
         return self.seen is not None and self.seen.holder == self.identity
 
     @property
     def free_at(self) -> float:
-        """When the record, if nobody renews it, may be taken over by us."""
+        """The time at which we may take the record over, unless it is renewed."""
         if self.seen is None or not self.seen.holder or self.is_ours:
             return NEVER
         duration = self.seen.duration if self.seen.duration > 0 else self.timing.lease_duration
@@ -179,7 +179,7 @@ def on_written(election: Election, lease: Lease, started: float) -> Election:
 
 
 def on_conflict(election: Election, now: float, spread: float) -> Election:
-    """Take in that somebody else wrote: whatever we led, we do not until we have read who holds it.
+    """Take in that another replica wrote: whatever we led, we do not until we have read who holds it.
 
     The record is read at once; after a second conflict in a row, when the next try is due.
     """

@@ -95,20 +95,20 @@ class Elector:
 
     @property
     def is_leader(self) -> bool:
-        """Whether a write may start now."""
+        """True if a write may start now."""
         return self._election.is_leading(self._clock())
 
     @property
     def writes_until(self) -> float:
         """When writes must have ended, in seconds of `time.monotonic`, that is of the loop's own clock.
 
-        It lies in the past where we do not lead. It moves with every renewal: read it anew for each write.
+        It lies in the past where we do not lead. It moves with every renewal: read it again for each write.
         """
         return time.monotonic() + self._election.writes_until - self._clock()
 
     @property
     def holder(self) -> str:
-        """Who held the lease when it was last seen, empty when nobody did."""
+        """The holder of the lease when it was last seen, empty if there was none."""
         return self._election.seen.holder if self._election.seen else ""
 
     async def changed(self) -> None:
@@ -117,7 +117,7 @@ class Elector:
         self._flipped.clear()
 
     async def run(self) -> None:
-        """Take part for ever; ends only by cancellation, and then gives back what it holds."""
+        """Take part until it is cancelled, and then gives back what it holds."""
         try:
             while True:
                 action = next_action(self._election, self._clock(), self._wall())
@@ -191,14 +191,14 @@ class Elector:
             self._flipped.set()
             transitions = election.seen.transitions if election.seen else 0
             log.info(
-                "leads now" if leads else "leads no longer",
+                "became leader" if leads else "lost leadership",
                 identity=election.identity,
                 transitions=transitions,
             )
         if self.holder != self._told_holder:
             self._told_holder = self.holder
             if not election.is_ours:
-                log.info("stands by", identity=election.identity, holder=self.holder)
+                log.info("standing by", identity=election.identity, holder=self.holder)
 
     def _complain(self, problem: str) -> None:
         """Log a problem once, not every time it comes again."""

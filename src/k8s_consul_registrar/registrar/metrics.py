@@ -1,12 +1,16 @@
-"""The registrar's own figures, every label known in advance and at zero from the start."""
+"""The registrar's metrics: every label value is known in advance and at zero from the start."""
 
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from k8s_consul_registrar.model import Kind
+from k8s_consul_registrar.registrar.decide import Kept
 from k8s_consul_registrar.registrar.orphans import Stays
-from k8s_consul_registrar.registrar.plan import Kept
 
 PASS_OUTCOMES = ("success", "partial", "failure")
 WRITE_VERBS = ("register", "update", "deregister")
@@ -45,7 +49,9 @@ class RegistrarMetrics:
             registry=registry,
         )
         self.conflicts = Gauge(
-            f"{PREFIX}_conflicts", "Service IDs we want that somebody else holds.", registry=registry
+            f"{PREFIX}_conflicts",
+            "Service IDs that objects ask for and that belong to something else.",
+            registry=registry,
         )
         self.held = Gauge(
             f"{PREFIX}_brake_held_services", "Removals held until lists agree.", registry=registry
@@ -55,7 +61,7 @@ class RegistrarMetrics:
         )
         self.orphans = Gauge(
             f"{PREFIX}_orphaned_services",
-            "Services of ours that stay at nodes of lost agents, by why.",
+            "Services that stay at nodes of lost agents, by why.",
             ["why"],
             registry=registry,
         )
@@ -78,6 +84,17 @@ class RegistrarMetrics:
         )
         self.consul_up = Gauge(
             f"{PREFIX}_consul_up", "Whether the last pass could use Consul.", registry=registry
+        )
+        self.shared_endpoints = Gauge(
+            f"{PREFIX}_shared_endpoints",
+            "Addresses and ports that several living Pods claim; all of them stay registered.",
+            registry=registry,
+        )
+        self.resyncs = Counter(f"{PREFIX}_resyncs", "Complete comparisons with Consul.", registry=registry)
+        self.internal_errors = Counter(
+            f"{PREFIX}_internal_errors",
+            "Errors in this program, each confined to one service ID, source or task.",
+            registry=registry,
         )
         self._zero()
         self._written = {verb: self.writes.labels(verb, "success") for verb in WRITE_VERBS}
@@ -110,3 +127,59 @@ class RegistrarMetrics:
             self.kept.labels(why.value)
         for stays in Stays:
             self.orphans.labels(stays.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """The counts of one moment, each with every value its labels can have.
+
+    `targets` are by kind and state, `rejections` by reason, `restarts` by kind and cause, `lists` by kind;
+    `heard_at` is in seconds of the epoch by kind, 0 before anything was heard.
+    """
+
+    targets: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    rejections: Mapping[str, int] = field(default_factory=dict)
+    restarts: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    lists: Mapping[str, int] = field(default_factory=dict)
+    heard_at: Mapping[str, float] = field(default_factory=dict)
+
+
+class RegistrarCollector(Collector):
+    """Turns figures into metrics; they are read at each scrape."""
+
+    def __init__(self, read: Callable[[], Figures]) -> None:
+        self._read = read
+
+    def describe(self) -> list[Metric]:
+        """Return nothing: the figures are there only once the registrar has started."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every figure of this moment."""
+        figures = self._read()
+        targets = GaugeMetricFamily(
+            f"{PREFIX}_targets", "Targets, by kind and where they stand.", labels=["kind", "state"]
+        )
+        for labels, count in figures.targets.items():
+            targets.add_metric(labels, count)
+        rejections = GaugeMetricFamily(
+            f"{PREFIX}_rejections", "Objects refused as targets, by reason.", labels=["reason"]
+        )
+        for reason, count in figures.rejections.items():
+            rejections.add_metric([reason], count)
+        restarts = CounterMetricFamily(
+            f"{PREFIX}_watch_restarts", "Watches and lists that ended, by cause.", labels=["kind", "cause"]
+        )
+        for labels, count in figures.restarts.items():
+            restarts.add_metric(labels, count)
+        lists = CounterMetricFamily(f"{PREFIX}_lists", "Lists read to their end.", labels=["kind"])
+        for kind, count in figures.lists.items():
+            lists.add_metric([kind], count)
+        heard = GaugeMetricFamily(
+            f"{PREFIX}_last_heard_timestamp_seconds",
+            "When the API server last told anything of a kind (the oldest of its namespaces).",
+            labels=["kind"],
+        )
+        for kind, at in figures.heard_at.items():
+            heard.add_metric([kind], at)
+        yield from (targets, rejections, restarts, lists, heard)

@@ -1,38 +1,37 @@
-"""Decides which services of a lost agent may go: pure.
+"""Orphaned services: which services at the node of a lost agent may go. Pure.
 
 An agent that ends without leaving stays in the catalog, with all its services, until Consul's servers remove
 its node after 72 hours; a registrar whose Pod moved has an agent of another name meanwhile.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping
 from enum import StrEnum
 from typing import NamedTuple
 
-from k8s_consul_registrar.model import CRITICAL, SERF_HEALTH, AgentHealth, Service
-from k8s_consul_registrar.registrar.brake import BrakeRules, Held, Memory
-from k8s_consul_registrar.registrar.ownership import Claim, Identity
-from k8s_consul_registrar.registrar.plan import Kept
-from k8s_consul_registrar.registrar.planner import Planner
-from k8s_consul_registrar.targets.sharding import RandomShards
-from k8s_consul_registrar.targets.wanted import Wanted
+from k8s_consul_registrar.model import CRITICAL, SERF_HEALTH, AgentHealth, Service, Source
+from k8s_consul_registrar.registrar.brake import Absence, BrakeRules, Held, Memory, SourceAbsences, judge
+from k8s_consul_registrar.registrar.decide import Deregister, Infer, Keep, Kept, Rules, decide
+from k8s_consul_registrar.registrar.desired import DesiredState
+from k8s_consul_registrar.registrar.observed import Other, observe
+from k8s_consul_registrar.registrar.ownership import Claim
 
 
 class Watched(NamedTuple):
-    """A lost agent: what its check says, and since when we have seen it say so, in monotonic seconds."""
+    """A lost agent: what its check says, and since when it was seen to say so, in monotonic seconds."""
 
     health: AgentHealth
     since: float
 
 
-def observe(
+def observe_agents(
     watched: Mapping[str, Watched], seen: Iterable[AgentHealth], own_node: str, now: float
 ) -> dict[str, Watched]:
-    """Return which agents are lost, by node, after a look that ended at `now`.
+    """Return the lost agents by node, after a look that ended at `now`.
 
-    Whatever a look does not show starts anew, and so does a check that changed in between: an agent that
-    came back and was lost again has another version. A node without the check is nobody we know of, and
-    our own agent answers us, whatever the others say of it.
+    An agent that a look does not show starts again, and so does one whose check changed in between: it came
+    back and was lost again. A node without the check has no agent, and the registrar's own agent answers,
+    whatever the others say of it.
     """
     lost = {}
     for one in seen:
@@ -50,9 +49,9 @@ def due(watched: Mapping[str, Watched], after: float, now: float) -> list[Watche
 
 
 class Stays(StrEnum):
-    """Why a service of ours stays at the node of a lost agent: fit for a metric's label."""
+    """Reason why a service stays at the node of a lost agent: fit for a metric's label."""
 
-    NOT_HERE = "not_here"  # the cluster wants it, and our own agent does not have it yet
+    NOT_HERE = "not_here"  # it is desired, and the registrar's own agent does not have it yet
     HELD = "held"  # its object is missing from a list, and the brake waits for another
     REJECTED = Kept.REJECTED
     BLIND = Kept.BLIND
@@ -60,8 +59,8 @@ class Stays(StrEnum):
     UNPROVEN = Kept.UNPROVEN
 
 
-class Verdict(NamedTuple):
-    """Which service IDs may go, how many stay and why, and what the brake wants back the next time."""
+class Judgement(NamedTuple):
+    """Service IDs that may go, how many stay and why, and what the brake wants back the next time."""
 
     may_go: frozenset[str]
     stays: Counter[Stays]
@@ -70,47 +69,63 @@ class Verdict(NamedTuple):
 
 
 class Judge:
-    """Takes the services of one lost agent's node one by one, and ends in a verdict.
+    """Takes the services of one lost agent's node one by one, and ends in a judgement.
 
-    `here` are the IDs of the services of ours that our own agent holds and the catalog shows at its node.
-    What nobody wants is judged by the rules of any other removal, the brake's among them.
+    `here` are the IDs of this registrar's services that its own agent holds and the catalog shows at its
+    node. What nothing asks for is judged by the rules of any other removal, the brake's among them.
     """
 
-    def __init__(self, wanted: Wanted, identity: Identity, here: Container[str]) -> None:
-        self._wanted = wanted
-        self._identity = identity
+    def __init__(self, desired: DesiredState, rules: Rules, here: Container[str]) -> None:
+        self._desired = desired
+        self._rules = rules
         self._here = here
-        self._planner = Planner(wanted, identity, RandomShards())
         self._may_go: set[str] = set()
         self._stays: Counter[Stays] = Counter()
+        self._absent: defaultdict[Source, dict[str, Absence]] = defaultdict(dict)
+        self._held: Counter[Source] = Counter()
 
     def consider(self, service: Service) -> None:
-        """Judge one service; one that is not ours counts for nothing."""
-        if not is_ours(service, self._identity, self._wanted.cluster_uid):
+        """Judge one service; one that belongs to something else counts for nothing."""
+        desired, identity = self._desired, self._rules.identity
+        record = observe(service, identity, desired.cluster_uid)
+        if not isinstance(record, Other) or record.claim is not Claim.OURS:
             return
-        if not self._identity.may_remove(service, Claim.OURS, self._wanted.cluster_uid):
+        if not identity.may_remove(record.claim, record.cluster_uid, desired.cluster_uid):
             self._stays[Stays.UNPROVEN] += 1
-        elif service.id in self._here:
+            return
+        source = desired.source_of(record.kind, record.key)
+        if source is not None:
+            self._held[source] += 1
+        if service.id in self._here:
             self._may_go.add(service.id)
-            self._planner.count(service)
-        elif self._wanted.claims.get(service.id):
+        elif desired.claims.get(service.id):
             self._stays[Stays.NOT_HERE] += 1
-            self._planner.count(service)
         else:
-            self._planner.consider(service)
+            self._consider_unclaimed(service, record, source)
 
-    def verdict(self, rules: BrakeRules, memory: Memory) -> Verdict:
-        """Return the verdict over all that were considered."""
-        held, remembered = self._planner.brake(rules, memory)
-        plan = self._planner.plan(held, remembered)
+    def _consider_unclaimed(self, service: Service, record: Other, source: Source | None) -> None:
+        match decide(self._desired.ask(service.id, record), record, self._rules):
+            case Deregister():
+                self._may_go.add(service.id)
+            case Keep(reason=reason):
+                self._stays[Stays(reason.value)] += 1
+            case Infer() if source is not None:
+                listed_at = self._desired.store.status(source).listed_at
+                self._absent[source][service.id] = Absence(listed_at or 0.0)
+
+    def judge(self, rules: BrakeRules, memory: Memory, now: float) -> Judgement:
+        """Return the judgement over everything that was considered."""
+        statuses = self._desired.store.statuses()
+        judged = judge(
+            {
+                source: SourceAbsences(self._absent[source], self._held[source], is_empty=not status.objects)
+                for source, status in statuses.items()
+                if status.proves_absence
+            },
+            memory,
+            rules,
+            now,
+        )
         stays = Counter(self._stays)
-        for why, count in plan.kept.items():
-            stays[Stays(why.value)] += count
-        stays[Stays.HELD] += sum(len(one.ids) for one in held)
-        gone = {service.id for service in plan.deregister}
-        return Verdict(frozenset(self._may_go | gone), +stays, plan.held, plan.memory)
-
-
-def is_ours(service: Service, identity: Identity, cluster_uid: str) -> bool:
-    """Whether a service is proven ours; the original program's, which only a name says, are not."""
-    return identity.claim(service, cluster_uid) is Claim.OURS
+        stays[Stays.HELD] += sum(len(one.ids) for one in judged.held)
+        return Judgement(frozenset(self._may_go | judged.released), +stays, judged.held, judged.memory)

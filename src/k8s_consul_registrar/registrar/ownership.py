@@ -1,16 +1,15 @@
-"""Tells which of Consul's services are ours, and which of those may be removed."""
+"""Ownership: which of Consul's services belong to this registrar, and which of those it may remove. Pure."""
 
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 
 from k8s_consul_registrar.model import MANAGED_BY, Kind, ObjectKey, Service, Target
-from k8s_consul_registrar.targets.service_ids import kind_of_id, pod_of_id
-from k8s_consul_registrar.targets.service_names import sharded_name, sharded_tags
+from k8s_consul_registrar.targets.service_names import kind_of_id, pod_of_id, sharded_name, sharded_tags
 
 
 class Claim(Enum):
-    """Whose a service is: ours, the original program's for our cluster, or somebody else's."""
+    """Owner of a service: this registrar, the original program for this cluster, or anything else."""
 
     OURS = "ours"
     LEGACY = "legacy"
@@ -19,22 +18,22 @@ class Claim(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who this registrar is, and therefore which services it answers for.
+    """The registrar's own names, by which it knows its services.
 
-    `speaks_for_cluster` says that no instance name, selector or namespace narrows what is followed, so
-    that what is not wanted here is wanted nowhere. `has_default_name` says that the cluster was not
-    named: another cluster may carry the same default, so the name proves nothing.
+    `covers_cluster` is True if no instance name, selector or namespace narrows what is watched, so that what
+    is not desired here is desired nowhere. `has_default_name` is True if the cluster was not named: another
+    cluster may carry the same default, so the name proves nothing.
     """
 
     cluster: str
     instance: str = ""
     previous_clusters: frozenset[str] = frozenset()
     previous_instances: frozenset[str] = frozenset()
-    speaks_for_cluster: bool = True
+    covers_cluster: bool = True
     has_default_name: bool = False
 
     def claim(self, service: Service, cluster_uid: str) -> Claim:
-        """Say whose a service is; `cluster_uid` is empty while it is not known.
+        """Return the owner of a service; `cluster_uid` is empty while it is unknown.
 
         A UID that differs outweighs every name: it is another cluster.
         """
@@ -52,18 +51,21 @@ class Identity:
         is_instance = instance == self.instance or instance in self.previous_instances
         return Claim.OURS if is_cluster and is_instance else Claim.FOREIGN
 
-    def may_remove(self, service: Service, claim: Claim, cluster_uid: str) -> bool:
-        """Whether a service that is no longer wanted is ours to remove."""
+    def may_remove(self, claim: Claim, recorded_uid: str, cluster_uid: str) -> bool:
+        """Return whether a service that is no longer desired is this registrar's to remove.
+
+        `recorded_uid` is the cluster UID in the service's meta.
+        """
         if claim is Claim.FOREIGN:
             return False
-        if self.has_default_name and not (cluster_uid and service.value("cluster_uid") == cluster_uid):
+        if self.has_default_name and not (cluster_uid and recorded_uid == cluster_uid):
             return False
-        return claim is Claim.OURS or self.speaks_for_cluster
+        return claim is Claim.OURS or self.covers_cluster
 
     def service(self, target: Target, shard: str, cluster_uid: str, index: int = 0) -> Service:
-        """Make the service of a target: whose it is and where it belongs are added, the shard filled in.
+        """Build the record of a target: add the owner's meta and fill in the shard.
 
-        `index` is that of the record it replaces.
+        `index` is the version of the record that it replaces.
         """
         added = _added_meta(self.cluster, cluster_uid, self.instance, shard)
         return Service(
@@ -91,7 +93,7 @@ def _added_meta(cluster: str, cluster_uid: str, instance: str, shard: str) -> tu
 
 
 def kind_of(service: Service) -> Kind | None:
-    """Tell whether a service of ours stands for a Pod or a Node."""
+    """Return the kind of object that a service stands for, None if it does not say."""
     try:
         return Kind(service.value("kind"))
     except ValueError:
@@ -99,7 +101,7 @@ def kind_of(service: Service) -> Kind | None:
 
 
 def object_of(service: Service) -> ObjectKey | None:
-    """Name the object a service of ours stands for; None for a Node the original program registered."""
+    """Return the object that a service stands for; None for a Node that the original program registered."""
     match kind_of(service):
         case Kind.POD:
             namespace, pod = service.value("namespace"), service.value("pod")

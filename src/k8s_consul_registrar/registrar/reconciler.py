@@ -1,230 +1,355 @@
-"""The loop that keeps Consul equal to what the cluster wants: which pass, and when."""
+"""Reconciles batches of service IDs: reads what is in doubt, decides, writes, and records each result."""
 
-import asyncio
-import contextlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import replace
-from functools import partial
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
-from k8s_consul_registrar.backoff import Timing, delays
-from k8s_consul_registrar.errors import ConsulError, ConsulFenced
-from k8s_consul_registrar.model import Disturbance
-from k8s_consul_registrar.registrar.brake import BrakeRules
-from k8s_consul_registrar.registrar.budget import Budget, BudgetRules
-from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
-from k8s_consul_registrar.registrar.ownership import Identity
-from k8s_consul_registrar.registrar.passes import Passes
-from k8s_consul_registrar.registrar.ports import Alone, Cluster, Leadership, Registry, Sweeps
-from k8s_consul_registrar.registrar.report import Reporter
-from k8s_consul_registrar.registrar.status import PassReport, RegistrarStatus
-from k8s_consul_registrar.targets.sharding import Shards
+from k8s_consul_registrar.errors import ConsulError, ConsulFiltered
+from k8s_consul_registrar.model import Rejection, Service, WriteFailure, Written
+from k8s_consul_registrar.registrar.decide import (
+    Action,
+    CheckName,
+    Conflict,
+    Deregister,
+    InSync,
+    Keep,
+    LookUp,
+    Register,
+    Reject,
+    Rules,
+    Update,
+    decide,
+)
+from k8s_consul_registrar.registrar.desired import DesiredState
+from k8s_consul_registrar.registrar.interfaces import Registry
+from k8s_consul_registrar.registrar.names import NameGuard
+from k8s_consul_registrar.registrar.observed import (
+    Contests,
+    Foreign,
+    Observed,
+    ObservedState,
+    observe,
+    with_known_zone,
+)
+from k8s_consul_registrar.registrar.queue import Batch, WorkQueue
+from k8s_consul_registrar.registrar.reporter import Reporter
+from k8s_consul_registrar.registrar.status import Counts
+
+HIDDEN = "a service that the token may not see"
+
+_Writing: TypeAlias = Register | Update
+
+
+@dataclass(slots=True)
+class _Work:
+    """One batch under way: which IDs have no result yet, and what was done so far."""
+
+    left: dict[str, None]
+    generation: int
+    registered: int = 0
+    updated: int = 0
+    deregistered: int = 0
+    refused: int = 0
+    unchanged: int = 0
+    in_flight: set[str] = field(default_factory=set)
 
 
 class Reconciler:
-    """Wakes for a change, a period or a disturbance in Consul, and makes the pass that answers it.
+    """Takes batches from the work queue to Consul.
 
-    A change costs a pass over what changed. Everything is compared when a list was completed, when
-    somebody else wrote to Consul, and every `period` seconds as a safety net; how often Consul is read
-    whole for it is bounded by a budget.
+    In the catalog every write names the version it replaces. On an agent, which knows no versions, a look
+    immediately before the write narrows the race with other writers to milliseconds; it cannot close it.
     """
 
     def __init__(
         self,
         *,
-        cluster: Cluster,
+        desired: DesiredState,
+        observed: ObservedState,
+        queue: WorkQueue,
         registry: Registry,
-        identity: Identity,
-        shards: Shards,
-        rules: BrakeRules,
-        period: float,
-        timing: Timing,
-        metrics: RegistrarMetrics,
-        budget: BudgetRules | None = None,
-        leadership: Leadership | None = None,
-        sweeper: Sweeps | None = None,
+        rules: Rules,
+        names: NameGuard,
+        contests: Contests,
+        reporter: Reporter,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._cluster = cluster
+        self._desired = desired
+        self._observed = observed
+        self._queue = queue
         self._registry = registry
-        self._leadership: Leadership = leadership or Alone()
-        self._sweeper = sweeper
-        self._period = period
-        self._timing = timing
+        self._rules = rules
+        self._names = names
+        self._contests = contests
+        self._reporter = reporter
         self._clock = clock
-        self._budget = Budget(budget or BudgetRules(), clock())
-        self.status = RegistrarStatus(ticked_at=clock())
-        self._reporter = Reporter(metrics, self.status, clock)
-        self._passes = Passes(
-            cluster=cluster,
-            registry=registry,
-            identity=identity,
-            shards=shards,
-            rules=rules,
-            reporter=self._reporter,
-        )
-        self._full_due = clock() + period
-        self._probe_due = clock() + timing.probe
-        self._retry_due = float("inf")
-        self._look_due = clock()
-        self._owes_full = False
-        # Whether a full pass is owed to a list, or to an outage of Consul, and not to somebody's writing alone.
-        self._is_urgent = False
-        self._has_learned = False
-        self._unusable = delays(timing.retry_first, timing.retry_cap)
-        self._refusing = delays(timing.retry_first, max(period, timing.retry_first))
 
-    @property
-    def passes(self) -> Passes:
-        """What is known of Consul, for whoever shows it."""
-        return self._passes
+    async def reconcile(self, batch: Batch) -> Counts:
+        """Reconcile one batch and return what was done; raises a `ConsulError` when Consul is unavailable.
 
-    async def run(self) -> None:
-        """Keep Consul equal for ever; ends only by cancellation."""
-        try:
-            while True:
-                await self._step()
-        finally:
-            self._reporter.tell_all()
-
-    async def _step(self) -> None:
-        if not self._leadership.is_leader:
-            await self._stand_by()
-            return
-        self._reporter.leads()
-        if self._has_learned:
-            await self._turn()
-        else:
-            self._has_learned = await self._is_done(self._passes.learn())
-
-    async def _stand_by(self) -> None:
-        """Wait to lead, the cluster's mirrors warm meanwhile; what the other wrote is learned anew then."""
-        self._has_learned = False
-        self._owes_full = True
-        self.status.ticked_at = self._clock()
-        self._reporter.stands_by(self._cluster.changes())
-        if self._sweeper is not None:
-            self._sweeper.rest()
-            self.status.lost_agents = self._sweeper.lost
-        if self._clock() >= self._look_due:
-            # What it serves to others carries the shards that the leader gave.
-            self._look_due = self._clock() + self._timing.standby_look
-            await self._is_done(self._passes.learn())
-        with contextlib.suppress(TimeoutError):
-            tick = self._timing.tick if self.status.has_synced else self._timing.retry_first
-            async with asyncio.timeout(tick):
-                await self._leadership.changed()
-
-    async def _turn(self) -> None:
-        """Make the pass that is due, or wait for the next reason to make one."""
-        now = self.status.ticked_at = self._clock()
-        self._reporter.tell()
-        self._is_urgent = self._is_urgent or self._cluster.needs_full_pass()
-        wants_full = self._wants_full(now)
-        full_at = now + self._budget.wait(now, is_urgent=self._is_urgent) if wants_full else self._full_due
-        if full_at <= now:
-            if not self.status.has_synced:
-                # What is known to be missing need not wait until all that is there was read.
-                await self._partial()
-            await self._full()
-        elif self._retry_due <= now:
-            await self._partial(retries_refused=True)
-        elif self._probe_due <= now:
-            await self._probe()
-        elif self._look_for_lost_due() <= now:
-            await self._look_for_lost()
-        else:
-            due = min(
-                full_at,
-                self._retry_due,
-                self._probe_due,
-                self._look_for_lost_due(),
-                self._reporter.tell_due,
-                now + self._timing.tick,
-            )
-            if await self._changed_within(due - now):
-                await asyncio.sleep(self._timing.gather)
-                await self._partial()
-
-    def _wants_full(self, now: float) -> bool:
-        return self._owes_full or self._full_due <= now or self._cluster.needs_full_pass()
-
-    async def _changed_within(self, seconds: float) -> bool:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._cluster.changed()
-        except TimeoutError:
-            return False
-        return True
-
-    async def _full(self) -> None:
-        self._owes_full = True
-        full_pass = partial(self._passes.full, self._follow)
-        if await self._is_done(self._make(full_pass, is_full=True)):
-            self._owes_full = self._is_urgent = False
-            self._full_due = self._clock() + self._period
-            self._budget.spend(self._clock(), self._passes.read_seconds)
-            if self._sweeper is not None:
-                await self._sweeper.sweep()
-                self.status.lost_agents = self._sweeper.lost
-
-    async def _follow(self) -> None:
-        """Make a pass over what changes while a full pass is under way."""
-        await asyncio.sleep(self._timing.gather)
-        self.status.ticked_at = self._clock()
-        await self._make(self._passes.partial, is_full=False)
-
-    async def _partial(self, *, retries_refused: bool = False) -> None:
-        pass_over_changes = partial(self._passes.partial, retries_refused=retries_refused)
-        await self._is_done(self._make(pass_over_changes, is_full=False))
-
-    async def _probe(self) -> None:
-        """Ask whether somebody else wrote to Consul."""
-        self._probe_due = self._clock() + self._timing.probe
-
-        async def ask() -> None:
-            found = await self._registry.disturbance()
-            self._owes_full = self._owes_full or found is not Disturbance.NONE
-            # Targets are gone from Consul, and nothing else brings them back.
-            self._is_urgent = self._is_urgent or found is Disturbance.EMPTIED
-
-        await self._is_done(ask())
-
-    def _look_for_lost_due(self) -> float:
-        """Return when to look for agents that are gone."""
-        return float("inf") if self._sweeper is None else self._sweeper.look_due
-
-    async def _look_for_lost(self) -> None:
-        if self._sweeper is not None:
-            self._owes_full = await self._sweeper.look() or self._owes_full
-            self.status.lost_agents = self._sweeper.lost
-
-    async def _make(self, make: Callable[[], Awaitable[PassReport]], *, is_full: bool) -> None:
-        """Make a pass, report it, and see to what it left undone."""
+        Whatever ends it early, each ID of the batch goes back to the queue, and writes without an answer are
+        looked up before the next one.
+        """
         started = self._clock()
-        report = replace(await make(), seconds=self._clock() - started)
-        self._reporter.passed(report, is_full=is_full)
-        if report.refused:
-            # What Consul refuses of single services is tried again ever more seldom.
-            self._retry_due = self._clock() + next(self._refusing)
-        elif not self._passes.has_refused:
-            self._retry_due = float("inf")
-            self._refusing = delays(self._timing.retry_first, max(self._period, self._timing.retry_first))
-
-    async def _is_done(self, work: Coroutine[None, None, None]) -> bool:
-        """Do something with Consul; when that cannot be used, wait a little longer each time."""
+        work = _Work(dict.fromkeys(batch.ids), self._desired.departure_generation)
         try:
-            await work
-        except ConsulFenced:
-            self._owes_full = True
-            return False
-        except ConsulError as error:
-            self._reporter.failed(str(error))
-            self._passes.look()
-            self._is_urgent = True
-            self._retry_due = self._clock()
-            await asyncio.sleep(next(self._unusable))
-            return False
-        self._reporter.reached()
-        self._unusable = delays(self._timing.retry_first, self._timing.retry_cap)
+            await self._reconcile(work)
+        finally:
+            for service_id in work.in_flight:
+                self._observed.doubt(service_id)
+            self._observed.end_write(work.in_flight)
+            self._queue.release(work.left, self._clock())
+        counts = Counts(
+            work.registered,
+            work.updated,
+            work.deregistered,
+            work.unchanged,
+            work.refused,
+            seconds=self._clock() - started,
+        )
+        self._reporter.batch(counts)
+        return counts
+
+    async def _reconcile(self, work: _Work) -> None:
+        actions = self._decide_all(work, work.left)
+        actions = await self._check_names(work, actions)
+        actions = await self._look_up(work, actions)
+        # A record that was looked up can lead to a name that is new.
+        actions = await self._check_names(work, actions)
+        await self._write_all(work, actions, Register, "register")
+        await self._write_all(work, actions, Update, "update")
+        await self._deregister_all(work, actions)
+
+    # Decisions
+
+    def _decide_all(self, work: _Work, ids: Iterable[str]) -> dict[str, Action]:
+        actions = {}
+        for service_id in tuple(ids):
+            action = self._decide(work, service_id)
+            if action is not None and not self._is_settled(work, service_id, action):
+                actions[service_id] = action
+        return actions
+
+    def _decide(self, work: _Work, service_id: str) -> Action | None:
+        """Decide one ID; an error in this program fails that ID only."""
+        try:
+            observed = self._observed.get(service_id)
+            is_contested = self._contests.is_contested(service_id, self._clock())
+            return decide(
+                self._desired.ask(service_id, observed, is_contested=is_contested), observed, self._rules
+            )
+        except Exception as error:  # noqa: BLE001 - confined to this ID, counted and logged
+            self._fail_internally(work, service_id, error)
+            return None
+
+    def _is_settled(self, work: _Work, service_id: str, action: Action) -> bool:
+        """Take over a decision that needs no request; return whether it was one."""
+        losers: tuple[Rejection, ...] = ()
+        match action:
+            case LookUp() | CheckName() | Register() | Update() | Deregister():
+                return False
+            case InSync():
+                losers = action.losers
+                if self._observed.get(service_id) != action.entry:
+                    self._observed.put(service_id, action.entry)
+                self._desired.settle(service_id, work.generation)
+                work.unchanged += 1
+            case Conflict():
+                self._finish(work, service_id)
+                self._reporter.conflict(service_id, action)
+                return True
+            case Reject():
+                losers = (action.rejection, *action.losers)
+            case Keep():
+                losers = action.losers
+        self._finish(work, service_id)
+        self._reporter.settled(service_id)
+        if losers:
+            self._reporter.lost(service_id, losers)
         return True
+
+    # Reads
+
+    async def _check_names(self, work: _Work, actions: dict[str, Action]) -> dict[str, Action]:
+        unchecked = {one: action for one, action in actions.items() if isinstance(action, CheckName)}
+        if not unchecked:
+            return actions
+        for name in dict.fromkeys(action.name for action in unchecked.values()):
+            await self._names.check(name)
+        decided = self._decide_all(work, unchecked)
+        return {one: action for one, action in actions.items() if one not in unchecked} | decided
+
+    async def _look_up(self, work: _Work, actions: dict[str, Action]) -> dict[str, Action]:
+        """Read the records that are in doubt and, where writes name no version, all that are to be written."""
+        if self._registry.checks_versions:
+            ids = [one for one, action in actions.items() if isinstance(action, LookUp)]
+        else:
+            ids = list(actions)
+        if not ids:
+            return actions
+        generation = self._desired.departure_generation
+        found = await self._read(ids)
+        for service_id in ids:
+            self._take_record(service_id, found.get(service_id))
+            if found.get(service_id) is None or isinstance(found[service_id], Foreign):
+                self._desired.settle(service_id, generation)
+        decided = self._decide_all(work, ids)
+        return {one: action for one, action in actions.items() if one not in ids} | decided
+
+    async def _read(self, ids: Sequence[str]) -> dict[str, Observed]:
+        """Return what Consul holds under these IDs; one that the token may not see is foreign."""
+        found: dict[str, Observed] = {}
+        try:
+            async for service in self._registry.lookup(ids):
+                if service.id in ids:
+                    found[service.id] = self._observe(service)
+                else:
+                    # The catalog ignores the case of IDs.
+                    alike = (one for one in ids if one.lower() == service.id.lower())
+                    found |= dict.fromkeys(
+                        alike, Foreign(f"the service {service.id}, whose ID differs in case")
+                    )
+        except ConsulFiltered:
+            if len(ids) == 1:
+                return {ids[0]: Foreign(HIDDEN)}
+            for service_id in ids:
+                found |= await self._read([service_id])
+        return found
+
+    def _observe(self, service: Service) -> Observed:
+        is_claimed = service.id in self._desired.claims
+        identity, cluster_uid = self._rules.identity, self._desired.cluster_uid
+        return observe(service, identity, cluster_uid, keep=not is_claimed)
+
+    def _take_record(self, service_id: str, record: Observed) -> None:
+        before = self._observed.get(service_id)
+        record = self._contests.compare(service_id, before, record, self._rules.identity, self._clock())
+        self._observed.put(service_id, with_known_zone(record, before))
+
+    # Writes
+
+    async def _write_all(
+        self, work: _Work, actions: dict[str, Action], kind: type[_Writing], verb: str
+    ) -> None:
+        writes = {
+            one: action
+            for one, action in actions.items()
+            if isinstance(action, kind) and isinstance(action, Register | Update)
+        }
+        services: list[Service] = []
+        for service_id, action in writes.items():
+            try:
+                services.append(action.entry.service(self._rules.identity))
+            except Exception as error:  # noqa: BLE001 - confined to this ID, counted and logged
+                self._fail_internally(work, service_id, error)
+        written = await self._send(work, services, self._registry.register)
+        done = 0
+        failed = {failure.id: failure.problem for failure in written.failures}
+        for service in services:
+            action = writes[service.id]
+            if not self._is_written(work, service.id, written, failed, verb):
+                continue
+            done += 1
+            entry = action.entry
+            index = written.indexes.get(service.id, 0)
+            if entry.version != index:
+                entry = type(entry)(entry.target, entry.shard, entry.cluster_uid, index)
+            self._observed.put(service.id, entry)
+            self._desired.settle(service.id, work.generation)
+            self._finish(work, service.id, was_written=True)
+            self._reporter.settled(service.id)
+            if action.losers:
+                self._reporter.lost(service.id, action.losers)
+        if verb == "register":
+            work.registered += done
+        else:
+            work.updated += done
+        if services:
+            self._reporter.wrote(verb, [(one.id, writes[one.id].entry.target) for one in services], written)
+
+    async def _deregister_all(self, work: _Work, actions: dict[str, Action]) -> None:
+        # The writes before took time, in which an object may have come back.
+        actions = self._decide_all(
+            work, [one for one, action in actions.items() if isinstance(action, Deregister)]
+        )
+        removals = {one: action for one, action in actions.items() if isinstance(action, Deregister)}
+        services = [Service(one.id, one.name, "", 0, index=one.version) for one in removals.values()]
+        written = await self._send(work, services, self._registry.deregister)
+        failed = {failure.id: failure.problem for failure in written.failures}
+        for service in services:
+            if self._is_written(work, service.id, written, failed, "deregister"):
+                self._observed.put(service.id, None)
+                self._desired.settle(service.id, work.generation)
+                self._finish(work, service.id, was_written=True)
+                self._reporter.settled(service.id)
+                work.deregistered += 1
+        if services:
+            self._reporter.wrote("deregister", [(one.id, None) for one in services], written)
+
+    async def _send(
+        self,
+        work: _Work,
+        services: Sequence[Service],
+        write: Callable[[Sequence[Service]], Awaitable[Written]],
+    ) -> Written:
+        """Make writes; an error in this program that one service causes fails that service only."""
+        if not services:
+            return Written()
+        ids = [service.id for service in services]
+        self._observed.begin_write(ids)
+        work.in_flight.update(ids)
+        try:
+            written = await write(services)
+        except ConsulError:
+            raise
+        except Exception as error:  # noqa: BLE001 - confined to one ID, counted and logged
+            if len(services) > 1:
+                written = _sum([await self._send(work, [service], write) for service in services])
+            else:
+                self._reporter.internal_error(f"write of {ids[0]}", error)
+                written = Written(failures=(WriteFailure(ids[0], f"internal error: {type(error).__name__}"),))
+        return written
+
+    def _is_written(
+        self, work: _Work, service_id: str, written: Written, failed: dict[str, str], verb: str
+    ) -> bool:
+        """Record that a write was answered; return whether it was made."""
+        work.in_flight.discard(service_id)
+        self._observed.end_write((service_id,))
+        is_stale = service_id in written.stale
+        if service_id not in failed and not is_stale:
+            return True
+        work.refused += 1
+        self._observed.doubt(service_id)
+        if is_stale:
+            self._contests.lost_race(service_id, self._clock())
+        else:
+            self._reporter.refused(verb, service_id, failed[service_id])
+        work.left.pop(service_id)
+        self._queue.retry(service_id, self._clock())
+        return False
+
+    # Results
+
+    def _finish(self, work: _Work, service_id: str, *, was_written: bool = False) -> None:
+        now = self._clock()
+        del work.left[service_id]
+        heard_at = self._queue.done(service_id, now, was_written=was_written)
+        if heard_at is not None and was_written:
+            self._reporter.lag(now - heard_at)
+
+    def _fail_internally(self, work: _Work, service_id: str, error: Exception) -> None:
+        self._reporter.internal_error(f"decision about {service_id}", error)
+        work.left.pop(service_id, None)
+        self._queue.retry(service_id, self._clock())
+
+
+def _sum(every: Iterable[Written]) -> Written:
+    every = tuple(every)
+    return Written(
+        sum(one.done for one in every),
+        tuple(failure for one in every for failure in one.failures),
+        {service_id: index for one in every for service_id, index in one.indexes.items()},
+        tuple(service_id for one in every for service_id in one.stale),
+    )

@@ -1,24 +1,23 @@
-"""What the reconciler last saw and did, as values an operator's endpoints can read."""
+"""Where the registrar stands, as values that the admin endpoints read."""
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
-from k8s_consul_registrar.model import ObjectKey, Rejection
+from k8s_consul_registrar.model import Rejection
 from k8s_consul_registrar.registrar.brake import Held
-from k8s_consul_registrar.registrar.plan import Conflict
+from k8s_consul_registrar.registrar.decide import Conflict
 
-# So many passes are remembered for whoever looks.
+# Resyncs and seconds of changes that are remembered for the status page.
 RECENT = 20
 
 
 @dataclass(frozen=True, slots=True)
-class PassReport:
-    """One pass: what was written, what was left alone, and what went wrong.
+class Counts:
+    """Results of a resync or of some batches; `refused` counts writes that Consul refused or that came too late.
 
-    `refused` counts the writes that Consul refused one by one, or that somebody else came before.
-    `seconds` is how long it took.
+    `held` and `kept` are services that stay though nothing asks for them: by the brake, and for other reasons.
     """
 
     registered: int = 0
@@ -27,11 +26,13 @@ class PassReport:
     unchanged: int = 0
     refused: int = 0
     rejected: int = 0
-    conflicts: tuple[Conflict, ...] = ()
-    rejections: tuple[Rejection, ...] = ()
-    held: tuple[Held, ...] = ()
+    conflicts: int = 0
+    held: int = 0
     kept: int = 0
     seconds: float = 0.0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
     @property
     def outcome(self) -> str:
@@ -40,20 +41,20 @@ class PassReport:
 
     @property
     def writes(self) -> int:
-        """How many services were written or removed."""
+        """Number of services written or removed."""
         return self.registered + self.updated + self.deregistered
 
 
-class PassRecord(NamedTuple):
-    """A pass that was made; `at` is when it ended, in seconds of the epoch."""
+class Activity(NamedTuple):
+    """A resync, or the batches of about a second; `at` is when it ended, in seconds of the epoch."""
 
-    is_full: bool
+    is_resync: bool
     at: float
-    report: PassReport
+    counts: Counts
 
 
 class LostAgent(NamedTuple):
-    """An agent that is gone, and what is to become of our services at its node.
+    """An agent that is gone, and what becomes of this registrar's services at its node.
 
     `since` is when it was first seen so, `due` when the node may be cleared, both in monotonic seconds;
     `stays` counts by reason the services that a clearing left, empty before the first.
@@ -67,17 +68,16 @@ class LostAgent(NamedTuple):
 
 @dataclass(slots=True)
 class RegistrarStatus:
-    """Where the registrar stands. `ticked_at` is when its loop last turned, or a pass last wrote, in monotonic seconds.
+    """The registrar at this moment.
 
-    `refused` says of service IDs why Consul refuses them, `conflicts` which IDs somebody else holds, `lost`
-    which objects lost an ID to another; `held` is what the brake holds; `lost_agents` are those whose nodes
-    may have services of ours.
+    `ticked_at` is when its loop last turned, in monotonic seconds. `refused` says of service IDs why Consul
+    refuses them, `conflicts` which IDs belong to something else, `lost` which service IDs objects did not get.
     """
 
-    recent: deque[PassRecord] = field(default_factory=lambda: deque(maxlen=RECENT))
+    recent: deque[Activity] = field(default_factory=lambda: deque(maxlen=RECENT))
     refused: dict[str, str] = field(default_factory=dict)
     conflicts: dict[str, Conflict] = field(default_factory=dict)
-    lost: dict[ObjectKey, Rejection] = field(default_factory=dict)
+    lost: dict[str, tuple[Rejection, ...]] = field(default_factory=dict)
     held: tuple[Held, ...] = ()
     lost_agents: tuple[LostAgent, ...] = ()
     is_standby: bool = False
@@ -98,3 +98,7 @@ class RegistrarStatus:
             return ""
         problems = [*self.source_problems.values(), *([self.consul_problem] if self.consul_problem else [])]
         return "not synced yet" + (f": {'; '.join(problems)}" if problems else "")
+
+    def lost_rejections(self) -> list[Rejection]:
+        """Return the objects that lost a service ID to another, each once."""
+        return list({one.key: one for losers in self.lost.values() for one in losers}.values())

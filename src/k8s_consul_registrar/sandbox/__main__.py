@@ -16,14 +16,29 @@ import msgspec
 import uvloop
 
 from k8s_consul_registrar.sandbox.sandbox import Sandbox
-from k8s_consul_registrar.sandbox.synthetic import synthetic_nodes, synthetic_pods
+from k8s_consul_registrar.sandbox.synthetic import (
+    FIRST_POD_IP,
+    small_pods,
+    synthetic_nodes,
+    synthetic_pod,
+    synthetic_pods,
+)
 from k8s_consul_registrar.sandbox.workloads import MOST, Workloads
+
+SMALL, REJECTED = "small", "rejected"
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Return what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m k8s_consul_registrar.sandbox", description=__doc__)
     parser.add_argument("--pods", type=int, default=0, help="synthetic Pods of about 7 KB to begin with")
+    parser.add_argument("--small-pods", type=int, default=0, help=f"Pods in the namespace {SMALL}")
+    parser.add_argument(
+        "--rejected-pods",
+        type=int,
+        default=0,
+        help=f"Pods in the namespace {REJECTED}, with a port they lack",
+    )
     parser.add_argument("--nodes", type=int, default=0, help="synthetic Nodes, without kubelets")
     parser.add_argument("--kubelets", type=int, default=0, help="Nodes with kubelets on 127.0.0.2 and on")
     parser.add_argument(
@@ -33,6 +48,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--live",
         action="store_true",
         help=f"the first {MOST} synthetic Pods answer scrapes, and kubelets stamp samples with the present time",
+    )
+    parser.add_argument(
+        "--no-streamed-lists",
+        action="store_true",
+        help="refuse sendInitialEvents, as an API server without the feature gate WatchList does",
     )
     parser.add_argument("--kube-port", type=int, default=0, help="0: any free port")
     parser.add_argument("--consul-port", type=int, default=0, help="0: any free port")
@@ -46,14 +66,15 @@ async def run(arguments: argparse.Namespace) -> None:
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    ports = {"kube_port": arguments.kube_port, "consul_port": arguments.consul_port}
-    async with Sandbox(**ports) as sandbox, Workloads() as workloads:
-        for node in synthetic_nodes(arguments.nodes):
-            sandbox.kube.create(node)
-        for index, pod in enumerate(synthetic_pods(arguments.pods, arguments.nodes)):
-            sandbox.kube.create(pod)
-            if arguments.live and index < MOST:
-                await workloads.run(pod)
+    async with (
+        Sandbox(
+            kube_port=arguments.kube_port,
+            consul_port=arguments.consul_port,
+            can_stream_lists=not arguments.no_streamed_lists,
+        ) as sandbox,
+        Workloads() as workloads,
+    ):
+        await create_objects(sandbox, workloads, arguments)
         metrics = arguments.metrics_file.read_bytes() if arguments.metrics_file else None
         for index in range(arguments.kubelets):
             host = f"127.0.{(index + 2) // 256}.{(index + 2) % 256}"
@@ -67,6 +88,23 @@ async def run(arguments: argparse.Namespace) -> None:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
         await stopped.wait()
+
+
+async def create_objects(sandbox: Sandbox, workloads: Workloads, arguments: argparse.Namespace) -> None:
+    """Create the Nodes and Pods that the command line asks for."""
+    for node in synthetic_nodes(arguments.nodes):
+        sandbox.kube.create(node)
+    first_ip = FIRST_POD_IP
+    if arguments.live and arguments.pods:
+        first_ip = await workloads.claim(lambda ip: synthetic_pod(0, arguments.nodes, ip))
+    for index, pod in enumerate(synthetic_pods(arguments.pods, arguments.nodes, first_ip)):
+        sandbox.kube.create(pod)
+        if arguments.live and 0 < index < MOST:
+            await workloads.run(pod)
+    for pod in small_pods(arguments.small_pods, SMALL):
+        sandbox.kube.create(pod)
+    for pod in small_pods(arguments.rejected_pods, REJECTED, is_rejected=True):
+        sandbox.kube.create(pod)
 
 
 def places_of(sandbox: Sandbox) -> dict[str, Any]:

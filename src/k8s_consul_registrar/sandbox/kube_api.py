@@ -59,6 +59,7 @@ class KubeApi:
             "update": self._writer.update,
             "patch": self._writer.patch,
             "delete": self._writer.delete,
+            "deletecollection": self._writer.delete_collection,
         }
         self._requests: Counter[tuple[str, str]] = Counter()
         self._flow = {
@@ -116,6 +117,7 @@ class KubeApi:
             collection = f"{resource.root}/namespaces/{{namespace}}/{resource.plural}"
             router.add_route("GET", collection, self._handler("list", resource))
         router.add_route("POST", collection, self._handler("create", resource))
+        router.add_route("DELETE", collection, self._handler("deletecollection", resource))
         for subresource in ("", "status") if resource.has_status else ("",):
             path = f"{collection}/{{name}}/{subresource}".rstrip("/")
             for method, verb in (("GET", "get"), ("PUT", "update"), ("PATCH", "patch")):

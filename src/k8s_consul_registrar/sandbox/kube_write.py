@@ -8,7 +8,7 @@ from aiohttp import web
 
 from k8s_consul_registrar.sandbox import api_errors
 from k8s_consul_registrar.sandbox.access import Attempt
-from k8s_consul_registrar.sandbox.kube_read import object_body
+from k8s_consul_registrar.sandbox.kube_read import object_body, selection_of
 from k8s_consul_registrar.sandbox.object_rules import Object, Preconditions
 from k8s_consul_registrar.sandbox.registry import Deletion, Registry
 from k8s_consul_registrar.sandbox.resources import PODS, Resource
@@ -77,6 +77,23 @@ class Writer:
         if attempt.resource.returns_deleted:
             return json_response(object_body(attempt.resource, deletion.stored))
         return json_response(msgspec.json.encode(_success(attempt, deletion)) + b"\n")
+
+    async def delete_collection(self, request: web.Request, attempt: Attempt) -> web.Response:
+        """Delete the objects that the query selects, each as `delete` does, and return them as a list."""
+        options = await _read_json(request) if request.can_read_body else {}
+        grace = request.query.get("gracePeriodSeconds", options.get("gracePeriodSeconds"))
+        resource = attempt.resource
+        deleted = [
+            self.begin_deletion(
+                resource, stored.namespace, stored.name, grace=None if grace is None else int(grace)
+            )
+            for stored in self._registry.select(resource, selection_of(request, attempt))
+        ]
+        head = (
+            f'{{"kind":"{resource.kind}List","apiVersion":"{resource.api_version}","metadata":{{}},"items":['
+        )
+        items = b",".join(deletion.stored.body for deletion in deleted)
+        return json_response(head.encode() + items + b"]}\n")
 
     def begin_deletion(
         self,

@@ -64,38 +64,47 @@ def list_page(store: Store, resource: Resource, selection: Selection, query: Map
         raise api_errors.too_large(version, store.revision)
     if match == "Exact":
         try:
-            items = store.select(resource, at=version)
+            return _cut(store, resource, selection, limit, at=version)
         except HistoryExpiredError:
             raise api_errors.expired("The resourceVersion for the provided list is too old.") from None
-        return _cut(items, selection, limit, version)
     if version_text == "0":  # served from the watch cache, which knows no pages
         limit = 0
-    return _cut(store.select(resource), selection, limit, store.revision)
+    return _cut(store, resource, selection, limit)
 
 
 def _continued(store: Store, resource: Resource, selection: Selection, token: _Continue, limit: int) -> Page:
     start = token.start.removeprefix("/")
     if token.rv == _INCONSISTENT:
-        return _cut(store.select(resource, start=start), selection, limit, store.revision)
+        return _cut(store, resource, selection, limit, start=start)
     try:
-        items = store.select(resource, start=start, at=token.rv)
+        return _cut(store, resource, selection, limit, start=start, at=token.rv)
     except HistoryExpiredError:
         fresh = _encode(_Continue(_INCONSISTENT, token.start))
         raise api_errors.expired(_TOO_OLD, continue_token=fresh) from None
-    return _cut(items, selection, limit, token.rv)
 
 
-def _cut(items: list[Stored], selection: Selection, limit: int, version: int) -> Page:
-    """Return the first `limit` of the selected items and how to go on."""
-    if not selection.is_everything:
-        items = [stored for stored in items if selection.matches(stored)]
+def _cut(
+    store: Store,
+    resource: Resource,
+    selection: Selection,
+    limit: int,
+    *,
+    start: str = "",
+    at: int | None = None,
+) -> Page:
+    """Return the first `limit` of the selected items (0: all of them) and how to go on."""
+    if limit and selection.is_everything:  # costs what the page holds, not what the list holds
+        items, left = store.page(resource, limit, start=start, at=at)
+    else:
+        items = [stored for stored in store.select(resource, start=start, at=at) if selection.matches(stored)]
+        left = max(0, len(items) - limit) if limit else 0
+        items = items[:limit] if limit else items
+    version = store.revision if at is None else at
     metadata: dict[str, Any] = {"resourceVersion": str(version)}
-    if 0 < limit < len(items):
-        last = items[limit - 1]
-        metadata["continue"] = _encode(_Continue(version, f"/{last.key}\x00"))
+    if left:
+        metadata["continue"] = _encode(_Continue(version, f"/{items[-1].key}\x00"))
         if not (selection.labels or selection.fields):  # the real server cannot count what a selector leaves
-            metadata["remainingItemCount"] = len(items) - limit
-        items = items[:limit]
+            metadata["remainingItemCount"] = left
     return Page(items, metadata)
 
 

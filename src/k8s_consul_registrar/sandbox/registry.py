@@ -6,6 +6,7 @@ Rules: kubernetes/apiserver `pkg/registry/generic/registry/store.go` and `pkg/re
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from k8s_consul_registrar.sandbox import api_errors
@@ -22,6 +23,7 @@ from k8s_consul_registrar.sandbox.object_rules import (
 )
 from k8s_consul_registrar.sandbox.ownership import managed_fields
 from k8s_consul_registrar.sandbox.resources import NAMESPACES, PODS, RESOURCES, Resource
+from k8s_consul_registrar.sandbox.selection import Selection
 from k8s_consul_registrar.sandbox.store import Store, Stored
 
 _IDENTITY = ("uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds")
@@ -167,6 +169,14 @@ class Registry:
         if resource is not PODS:
             return Deletion(self._store.delete(resource, before.key), 0)
         return self._delete_pod(before, obj, grace)
+
+    def select(self, resource: Resource, selection: Selection) -> list[Stored]:
+        """Return the objects that are selected now."""
+        namespace = selection.namespace
+        first = self._store.select(resource, start=f"{namespace}/" if namespace else "")
+        if namespace:  # keys are in order, so a namespace's objects are side by side
+            first = list(takewhile(lambda stored: stored.namespace == namespace, first))
+        return [stored for stored in first if selection.matches(stored)]
 
     def finish_deletion(self, uid: str, *, namespace: str, name: str) -> None:
         """Remove a Pod whose time to end is over, as its kubelet would; nothing if it is gone already."""

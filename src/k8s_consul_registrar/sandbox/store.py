@@ -154,6 +154,18 @@ class Store:
                 del past[change.after.key]
         return [past[key] for key in sorted(past) if key >= start]
 
+    def page(
+        self, resource: Resource, limit: int, *, start: str = "", at: int | None = None
+    ) -> tuple[list[Stored], int]:
+        """Return the first `limit` objects that `select` would return, and how many follow them."""
+        if at is not None and self.changes(resource, since=at):
+            items = self.select(resource, start=start, at=at)
+            return items[:limit], max(0, len(items) - limit)
+        table = self._tables[resource.plural]
+        first = bisect_left(table.keys, start)
+        keys = table.keys[first : first + limit]
+        return [table.objects[key] for key in keys], len(table.keys) - first - len(keys)
+
     def changes(self, resource: Resource, *, since: int) -> list[Change]:
         """Return what happened after revision `since`; HistoryExpiredError when that is forgotten."""
         table = self._tables[resource.plural]

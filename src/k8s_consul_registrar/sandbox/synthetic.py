@@ -8,8 +8,10 @@ from k8s_consul_registrar.sandbox import objects
 
 NAMESPACES = 20
 ZONES = 3
+APPS = 97
 _ENVIRONMENT = 68  # variables, which bring a Pod to about 7 KB
-_FIRST_POD_IP = int(ipaddress.IPv4Address("127.64.0.1"))
+FIRST_POD_IP = ipaddress.IPv4Address("127.64.0.1")
+_FIRST_SMALL_POD_IP = int(ipaddress.IPv4Address("127.128.0.1"))
 _FIRST_NODE_IP = int(ipaddress.IPv4Address("127.32.0.1"))
 
 
@@ -21,24 +23,28 @@ def synthetic_nodes(count: int) -> Iterator[dict[str, Any]]:
         yield objects.node(node_name(number), addresses=(("InternalIP", address),), labels=labels)
 
 
-def synthetic_pods(count: int, node_count: int) -> Iterator[dict[str, Any]]:
+def synthetic_pods(
+    count: int, node_count: int, first_ip: ipaddress.IPv4Address = FIRST_POD_IP
+) -> Iterator[dict[str, Any]]:
     """Return Pods of about 7 KB over `NAMESPACES` namespaces; every fifth is not annotated."""
     for number in range(count):
-        yield synthetic_pod(number, node_count)
+        yield synthetic_pod(number, node_count, first_ip)
 
 
-def synthetic_pod(number: int, node_count: int) -> dict[str, Any]:
+def synthetic_pod(
+    number: int, node_count: int, first_ip: ipaddress.IPv4Address = FIRST_POD_IP
+) -> dict[str, Any]:
     """Return one Pod of about 7 KB; equal numbers give equal Pods."""
     wants_scraping = number % 5 != 4
     node = number % max(node_count, 1)
     pod = objects.pod(
-        f"app-{number % 97}-7d9f8c6b5-{number:05d}",
+        f"app-{number % APPS}-7d9f8c6b5-{number:05d}",
         namespace=f"team-{number % NAMESPACES:02d}",
-        ip=str(ipaddress.IPv4Address(_FIRST_POD_IP + number)),
+        ip=str(first_ip + number),
         node_name=node_name(node),
         host_ip=str(ipaddress.IPv4Address(_FIRST_NODE_IP + node)),
         ports={"http": 8080, "metrics": 9102},
-        labels={"app": f"app-{number % 97}", "pod-template-hash": "7d9f8c6b5", "tier": "backend"},
+        labels={"app": f"app-{number % APPS}", "pod-template-hash": "7d9f8c6b5", "tier": "backend"},
         annotations={"prometheus.io/scrape": "true", "prometheus.io/port": "9102"}
         if wants_scraping
         else None,
@@ -49,6 +55,19 @@ def synthetic_pod(number: int, node_count: int) -> dict[str, Any]:
     ]
     pod["spec"]["containers"][0]["env"] = environment
     return pod
+
+
+def small_pods(count: int, namespace: str, *, is_rejected: bool = False) -> Iterator[dict[str, Any]]:
+    """Return Pods of less than 1 KB that ask for scrapes, of a port they lack when `is_rejected`."""
+    port = "no-such-port" if is_rejected else "9102"
+    for number in range(count):
+        yield objects.pod(
+            f"{namespace}-{number:06d}",
+            namespace=namespace,
+            ip=str(ipaddress.IPv4Address(_FIRST_SMALL_POD_IP + number)),
+            ports={"metrics": 9102},
+            annotations={"prometheus.io/scrape": "true", "prometheus.io/port": port},
+        )
 
 
 def node_name(number: int) -> str:

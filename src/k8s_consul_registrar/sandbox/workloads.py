@@ -1,15 +1,18 @@
 """What runs in the Pods, as far as Prometheus sees it: metrics at the Pods' own addresses."""
 
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Mapping
-from ipaddress import ip_address
+from collections.abc import Callable, Mapping
+from ipaddress import IPv4Address, ip_address
 from typing import Any, Self
 
 from aiohttp import web
 
 # Each takes a socket; a few are enough to look at.
 MOST = 200
+# Where the first Pod of a sandbox may be: a second sandbox on the machine takes another of these.
+BLOCKS = tuple(IPv4Address(f"127.{second}.0.1") for second in range(64, 128))
 
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -30,6 +33,18 @@ class Workloads:
 
     async def __aexit__(self, *_: object) -> None:
         await self._runner.cleanup()
+
+    async def claim(self, pod_at: Callable[[IPv4Address], Mapping[str, Any]]) -> IPv4Address:
+        """Run the first Pod in the first block where its port is free, and return the block's address.
+
+        Raises `OSError` where it is free in none.
+        """
+        for first_ip in BLOCKS[:-1]:
+            with contextlib.suppress(OSError):
+                await self.run(pod_at(first_ip))
+                return first_ip
+        await self.run(pod_at(BLOCKS[-1]))
+        return BLOCKS[-1]
 
     async def run(self, pod: Mapping[str, Any]) -> bool:
         """Answer on the port a Pod's annotation names; return whether it could: its address must be loopback.

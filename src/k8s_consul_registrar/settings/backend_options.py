@@ -52,6 +52,12 @@ HTTP_SD_OPTIONS: tuple[Option, ...] = (
         REGISTRAR_ONLY,
     ),
     Option(
+        "HTTP_SD_STATE_FILE",
+        "file in which the targets are saved, at most every 30 seconds, so that a restart serves them, marked as "
+        "stale, until it has listed the cluster itself; it needs a folder that survives the restart",
+        REGISTRAR_ONLY,
+    ),
+    Option(
         "HTTP_SD_BEARER_TOKEN_FILE",
         "file with a token that callers of it must carry, read again as it changes",
         REGISTRAR_ONLY,

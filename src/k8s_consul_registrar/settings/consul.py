@@ -1,9 +1,10 @@
-"""Where Consul is, out of our variable and Consul's own."""
+"""Consul's address and credentials, from our variables and Consul's own."""
 
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from k8s_consul_registrar.settings.reader import Reader
+from k8s_consul_registrar.urls import check_host, check_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ def read_consul(reader: Reader) -> ConsulSettings:
     )
     if settings.key_file and not settings.cert_file:
         reader.problem("CONSUL_CLIENT_KEY", "needs CONSUL_CLIENT_CERT beside it")
+    if settings.tls_server_name and check_host(settings.tls_server_name):
+        reader.problem("CONSUL_TLS_SERVER_NAME", check_host(settings.tls_server_name))
     if any(not 33 <= ord(char) <= 126 for char in settings.token):
         reader.problem("CONSUL_HTTP_TOKEN", "has characters that no token has")
     return settings
@@ -83,7 +86,7 @@ def _problem_of(url: str) -> str:
         return "holds a user name: give a token in CONSUL_HTTP_TOKEN"
     if parts.query or parts.fragment or any(char.isspace() for char in url):
         return "has parts that an address does not have"
-    return ""
+    return check_url(url)
 
 
 def _without_userinfo(text: str) -> str:

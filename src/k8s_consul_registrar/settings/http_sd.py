@@ -16,6 +16,17 @@ class HttpSdSettings:
     client_ca_file: str
 
 
+def read_state_file(reader: Reader) -> str:
+    """Read where targets are saved for the next start, empty where they are not.
+
+    Without a port to serve them on, the file still tells the brake which settings an earlier run had.
+    """
+    path = reader.text("HTTP_SD_STATE_FILE")
+    if "\0" in path or path.endswith("/"):
+        reader.problem("HTTP_SD_STATE_FILE", f"{path!r} is no path of a file")
+    return path
+
+
 def read_http_sd(reader: Reader) -> HttpSdSettings | None:
     """Read what serving targets needs, None where they are not served; mistakes in it count all the same."""
     settings = HttpSdSettings(

@@ -7,7 +7,7 @@ from k8s_consul_registrar.settings.backend import BackendSettings, read_backend
 from k8s_consul_registrar.settings.backend_options import NONE
 from k8s_consul_registrar.settings.consul import ConsulSettings, read_consul
 from k8s_consul_registrar.settings.election import ElectionSettings, election_problem, read_election
-from k8s_consul_registrar.settings.http_sd import HttpSdSettings, read_http_sd
+from k8s_consul_registrar.settings.http_sd import HttpSdSettings, read_http_sd, read_state_file
 from k8s_consul_registrar.settings.naming import HASH, NamingSettings, read_naming
 from k8s_consul_registrar.settings.proxying import (
     InboundSettings,
@@ -17,11 +17,13 @@ from k8s_consul_registrar.settings.proxying import (
     read_kubelets,
     read_proxied_pods,
 )
-from k8s_consul_registrar.settings.reader import Reader, parse_seconds
+from k8s_consul_registrar.settings.reader import LONGEST, Reader, parse_seconds
 from k8s_consul_registrar.settings.selection import SelectionSettings, read_selection
 from k8s_consul_registrar.telemetry import FORMATS, LEVELS
 
 DEFAULT_PERIOD = 600.0
+# Less would compare everything with Consul without pause.
+SHORTEST_PERIOD = 1.0
 # Less would be at once: an agent that restarts is out of sight for some seconds.
 SHORTEST_LOSS = 1.0
 KUBELET_PATHS = ("/metrics/cadvisor", "/metrics", "/metrics/resource", "/metrics/probes")
@@ -64,6 +66,7 @@ class RegistrarSettings:
     sync_period: float
     backend: BackendSettings
     http_sd: HttpSdSettings | None
+    state_file: str
     selection: SelectionSettings
     naming: NamingSettings
     proxy_node_port: int
@@ -145,6 +148,7 @@ def read_registrar(environment: Mapping[str, str]) -> RegistrarSettings:
         sync_period=period,
         backend=backend,
         http_sd=http_sd,
+        state_file=read_state_file(reader),
         selection=selection,
         naming=naming,
         proxy_node_port=node_port,
@@ -198,7 +202,13 @@ def _period(reader: Reader) -> float:
             f"SYNC_PERIOD {text!r} is not a number of seconds above 0: {DEFAULT_PERIOD:g} is used"
         )
         return DEFAULT_PERIOD
-    return period
+    bounded = min(max(period, SHORTEST_PERIOD), LONGEST)
+    if bounded != period:
+        bound = "least" if period < bounded else "most"
+        reader.warnings.append(
+            f"SYNC_PERIOD {text!r}: {bounded:.0f} second{'s' if bounded > 1 else ''} is the {bound}, and is used"
+        )
+    return bounded
 
 
 def _kubelet_paths(reader: Reader) -> tuple[str, ...]:

@@ -4,20 +4,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from k8s_consul_registrar.consul.meta_keys import MetaKeys, parse_meta_keys
+from k8s_consul_registrar.consul.codec import MetaKeys, parse_meta_keys
 from k8s_consul_registrar.model import Kind
 from k8s_consul_registrar.settings.reader import Reader
-from k8s_consul_registrar.targets.meta import LONGEST_META_VALUE, LabelMeta, parse_labels
-from k8s_consul_registrar.targets.service_ids import kind_of_id
+from k8s_consul_registrar.targets.resolve import LONGEST_META_VALUE, LabelMeta, parse_labels
 from k8s_consul_registrar.targets.service_names import (
     NODE_NAME,
     POD_NAME,
     Template,
     is_fit_for_name,
+    kind_of_id,
     parse_name,
+    parse_shard_paths,
     parse_tag,
 )
-from k8s_consul_registrar.targets.sharding import parse_shard_paths
 
 RANDOM = "random"
 HASH = "hash"

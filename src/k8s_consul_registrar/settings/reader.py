@@ -9,6 +9,8 @@ from k8s_consul_registrar.settings.options import OPTIONS
 
 _DEFAULTS = {option.env: option.default for option in OPTIONS}
 _OBJECT_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+# A year: more is a mistake, and far more no timer can hold.
+LONGEST = 366 * 86_400.0
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _FALSE = frozenset({"false", "0", "no", "off"})
 
@@ -92,10 +94,13 @@ class Reader:
         return int(text)
 
     def seconds(self, name: str, least: float = 0.0) -> float:
-        """Return a time in seconds, at least `least`."""
+        """Return a time in seconds, at least `least` and at most `LONGEST`."""
         value = parse_seconds(self.text(name))
         if value is None or value < least:
             self.problem(name, f"{self.text(name)!r} is not a number of seconds, {least:g} or more")
+            return least
+        if value > LONGEST:
+            self.problem(name, f"{self.text(name)!r} is more than {LONGEST:.0f} seconds, a year")
             return least
         return value
 
@@ -106,4 +111,4 @@ def parse_seconds(text: str) -> float | None:
         value = float(text)
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    return value if math.isfinite(value) and text.isascii() else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from k8s_consul_registrar.model import Kind, Source
 from k8s_consul_registrar.settings.reader import Reader
-from k8s_consul_registrar.targets.addresses import NODE_ADDRESS_TYPES
+from k8s_consul_registrar.targets.scrape_config import NODE_ADDRESS_TYPES
 
 _KINDS = {"pods": Kind.POD, "nodes": Kind.NODE}
 # Kubernetes, "Object Names and IDs": the names of namespaces are RFC 1123 labels.

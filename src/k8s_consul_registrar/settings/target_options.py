@@ -1,7 +1,7 @@
 """The settings that say which objects become targets, and how those are named, tagged and sharded."""
 
 from k8s_consul_registrar.settings.option import BOTH_MODES, REGISTRAR_ONLY, Option
-from k8s_consul_registrar.targets.addresses import NODE_ADDRESS_TYPES
+from k8s_consul_registrar.targets.scrape_config import NODE_ADDRESS_TYPES
 from k8s_consul_registrar.targets.service_names import ALL_FIELDS, DEFAULT_NODE_NAME, DEFAULT_POD_NAME
 
 _FIELDS = ", ".join(sorted(ALL_FIELDS))

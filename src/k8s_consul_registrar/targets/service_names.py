@@ -1,15 +1,20 @@
-"""Service names and tags, made of templates: text with fields in braces, such as `{cluster}-pods`."""
+"""Service IDs, shard paths, and names and tags made of templates such as `{cluster}-pods`."""
 
 import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import NamedTuple
+from hashlib import blake2b
+from typing import NamedTuple, Protocol
 
 import msgspec
 
-from k8s_consul_registrar.model import Kind
+from k8s_consul_registrar.model import Kind, ObjectKey
 from k8s_consul_registrar.targets.reasons import Reason, Rejected, quoted
+
+# IDs have the format of the original program.
+POD_PREFIX = "pod--"
+NODE_PREFIX = "node--"
 
 SHARD = "shard_path"
 # The shard is chosen when a target becomes a service; until then its field stays in the text.
@@ -225,3 +230,86 @@ def _size(text: str, longest_shard: int) -> int:
 
 POD_NAME = parse_name(DEFAULT_POD_NAME, Kind.POD)
 NODE_NAME = parse_name(DEFAULT_NODE_NAME, Kind.NODE)
+
+
+def pod_service_id(namespace: str, name: str, prefix: str = "") -> str:
+    """Return the service ID of a Pod, which two Pods can share: `a` with `b--c`, and `a--b` with `c`."""
+    return f"{prefix}{POD_PREFIX}{namespace}--{name}"
+
+
+def pod_port_id(service_id: str, port: int) -> str:
+    """Return the service ID of another port of the Pod whose first port has `service_id`."""
+    return f"{service_id}--{port}"
+
+
+def node_service_id(address: str, prefix: str = "") -> str:
+    """Return the service ID of the Node at this address."""
+    return f"{prefix}{NODE_PREFIX}{address}"
+
+
+def kind_of_id(service_id: str) -> Kind | None:
+    """Return the kind that the prefix of an ID stands for, None if it has neither prefix."""
+    if service_id.startswith(POD_PREFIX):
+        return Kind.POD
+    if service_id.startswith(NODE_PREFIX):
+        return Kind.NODE
+    return None
+
+
+def pod_of_id(service_id: str, namespace: str) -> ObjectKey | None:
+    """Return the key of the Pod in a service ID; without the namespace an ID can be ambiguous."""
+    prefix = f"{POD_PREFIX}{namespace}--"
+    if namespace and service_id.startswith(prefix) and len(service_id) > len(prefix):
+        return ObjectKey(Kind.POD, namespace, service_id[len(prefix) :])
+    return None
+
+
+class Shards(Protocol):
+    """A strategy for choosing a service's shard path."""
+
+    def choose(self, service_id: str, current: str) -> str:
+        """Return the shard of a service whose shard is `current` now; empty if there are no shards."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RandomShards:
+    """Spreads new services evenly and lets each keep its shard as long as that path is configured.
+
+    The choice depends on the ID alone, not on chance: when a Consul agent restarts without its data, its
+    services leave the catalog before their shards can be read, and they must return to the same shards.
+    """
+
+    paths: tuple[str, ...] = ()
+
+    def choose(self, service_id: str, current: str) -> str:
+        """Return `current` if it is still configured, otherwise one of the paths; empty if there are none."""
+        return current if current in self.paths else HashShards(self.paths).choose(service_id, current)
+
+
+@dataclass(frozen=True, slots=True)
+class HashShards:
+    """Gives each service the shard that its ID determines, independent of the order of the paths.
+
+    This is rendezvous hashing (Thaler and Ravishankar, 1998): every shard bids for the ID and the highest bid
+    wins, so removing a shard moves only the services that were on it.
+    """
+
+    paths: tuple[str, ...] = ()
+
+    def choose(self, service_id: str, current: str) -> str:  # noqa: ARG002 - the ID alone decides
+        """Return the path with the highest bid for this ID; empty if there are none."""
+        if len(self.paths) < 2:
+            return self.paths[0] if self.paths else ""
+        return max(self.paths, key=lambda path: (_bid(path, service_id), path))
+
+
+def _bid(path: str, service_id: str) -> bytes:
+    # Not hash(), which differs between processes. Neither text can contain NUL.
+    return blake2b(f"{path}\0{service_id}".encode(), digest_size=8).digest()
+
+
+def parse_shard_paths(text: str) -> tuple[str, ...]:
+    """Parse a comma-separated list in order, without spaces, empty entries and repeats."""
+    entries: Sequence[str] = [entry.strip() for entry in text.split(",")]
+    return tuple(dict.fromkeys(entry for entry in entries if entry))

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from k8s_consul_registrar.model import Kind, Node, ObjectKey, Rejection, Service, Target
-from k8s_consul_registrar.targets.meta import ZONE_LABEL, checked_meta, shared_pair
+from k8s_consul_registrar.model import Kind, Node, ObjectKey, Rejection, Target
 from k8s_consul_registrar.targets.reasons import Rejected
-from k8s_consul_registrar.targets.resolve import Resolved
+from k8s_consul_registrar.targets.resolve import ZONE_LABEL, Resolved, checked_meta, shared_pair
 
 ZONE, NODE = "zone", "node"
 
@@ -86,17 +85,15 @@ def in_zone(target: Target, zone: str) -> Target:
     return replace(target, meta=_with_zone(target, zone), is_zone_known=True)
 
 
-def keep_zone(target: Target, held: Service) -> Target:
-    """Return a target with the zone of its service in Consul, as long as its Node's zone is unknown.
+def keep_zone(target: Target, zone: str, node: str) -> Target:
+    """Return a target with the zone of its record in Consul, as long as its Node's zone is unknown.
 
-    A Node that is not listed (yet) must not remove a zone. A service that was written for another Node does
+    A Node that is not listed (yet) must not remove a zone. A record that was written for another `node` does
     not tell this Node's zone.
     """
-    if target.is_zone_known:
+    if target.is_zone_known or not zone or node != _value(target, NODE):
         return target
-    zone = held.value(ZONE)
-    is_same_node = bool(zone) and held.value(NODE) == _value(target, NODE)
-    return replace(target, meta=_with_zone(target, zone)) if is_same_node else target
+    return replace(target, meta=_with_zone(target, zone))
 
 
 def node_of(target: Target) -> str:

@@ -13,8 +13,8 @@ from k8s_consul_registrar.errors import (
 )
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.identity import IDENTITY_NAMESPACE
-from k8s_consul_registrar.kube.watch import RESOURCES
+from k8s_consul_registrar.kube.cluster_uid import IDENTITY_NAMESPACE
+from k8s_consul_registrar.kube.watch_decoder import RESOURCES
 from k8s_consul_registrar.model import Kind, Node, Source
 
 # So many Nodes are enough to pick a sample from.

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from k8s_consul_registrar.app.checks.finding import Finding, fail, ok, skipped, warn
+from k8s_consul_registrar.consul.acl import Right, read_leader, read_self, rights
 from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.consul.rights import Right, rights
-from k8s_consul_registrar.consul.status import read_leader, read_self
 from k8s_consul_registrar.errors import (
     ConsulError,
     ConsulForbidden,

@@ -1,7 +1,10 @@
 """Serving targets to collectors: is the port to be had, and can the files it is guarded by be used."""
 
+import asyncio
 import errno
 import ssl
+import time
+from pathlib import Path
 
 import aiohttp
 
@@ -10,18 +13,47 @@ from k8s_consul_registrar.admin.listening import listen
 from k8s_consul_registrar.admin.sd_server import HEADERS
 from k8s_consul_registrar.app.checks.finding import Finding, fail, ok, warn
 from k8s_consul_registrar.app.parts import http_sd_bearer, http_sd_tls
+from k8s_consul_registrar.app.saved_state import Origin
+from k8s_consul_registrar.app.state_file import check_folder, read_state
 from k8s_consul_registrar.errors import AccessError, OperationalError
 from k8s_consul_registrar.settings.http_sd import HttpSdSettings
 
-PORT, TOKEN, TLS = "http_sd port", "http_sd token", "http_sd tls"
+PORT, TOKEN, TLS, STATE = "http_sd port", "http_sd token", "http_sd tls", "http_sd state"
 WHERE = (
     "the files are read where the registrar runs: is their Secret mounted there, and readable to its user?"
+)
+
+WHERE_STATE = (
+    "the file is written where the registrar runs: is a volume mounted there, and writable to its user?"
 )
 
 
 async def check_http_sd(settings: HttpSdSettings, timeout: float) -> list[Finding]:  # noqa: ASYNC109 - of the request
     """Look at the port, the token's file and the files of TLS, each by itself."""
     return [await _port(settings, timeout), *_token(settings), *_tls(settings)]
+
+
+async def check_state_file(path: Path, origin: Origin) -> list[Finding]:
+    """Look at the folder and the content of HTTP_SD_STATE_FILE; nothing is left there."""
+    return [await asyncio.to_thread(_state_file, path, origin)]
+
+
+def _state_file(path: Path, origin: Origin) -> Finding:
+    try:
+        check_folder(path)
+    except AccessError as error:
+        hint = f"HTTP_SD_STATE_FILE is in a folder that the registrar may write in; {WHERE_STATE}"
+        return fail(STATE, str(error), hint)
+    try:
+        saved = read_state(path, origin, time.time())
+    except AccessError as error:
+        if path.is_file() and not path.is_symlink():
+            return ok(STATE, f"{path.parent} can be written in; {error}, and it will be replaced")
+        return fail(
+            STATE, str(error), "let HTTP_SD_STATE_FILE name a file of its own, which need not be there yet"
+        )
+    held = "no targets are saved yet" if saved is None else f"{saved.count} targets are saved"
+    return ok(STATE, f"{path.parent} can be written in; {held}")
 
 
 def _token(settings: HttpSdSettings) -> list[Finding]:

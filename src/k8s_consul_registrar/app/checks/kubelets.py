@@ -13,7 +13,7 @@ import aiohttp
 from k8s_consul_registrar.app.checks.finding import Finding, fail, ok, skipped, warn
 from k8s_consul_registrar.model import Node
 from k8s_consul_registrar.proxy.nodes import usable_addresses
-from k8s_consul_registrar.targets.addresses import url_host
+from k8s_consul_registrar.targets.scrape_config import url_host
 
 SAMPLE = 5
 PATH = "/metrics/cadvisor"

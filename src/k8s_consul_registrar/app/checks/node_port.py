@@ -10,7 +10,7 @@ from k8s_consul_registrar.app.checks.kubelets import Place, os_reason, sample
 from k8s_consul_registrar.model import Node
 from k8s_consul_registrar.proxy.nodes import is_dialable
 from k8s_consul_registrar.proxy.route import UNKNOWN_PATH
-from k8s_consul_registrar.targets.addresses import node_address, parse_ip
+from k8s_consul_registrar.targets.scrape_config import node_address, parse_ip
 
 NAME = "node port"
 LONGEST_BODY = 1024

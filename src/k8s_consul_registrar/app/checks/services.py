@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from k8s_consul_registrar.app.checks.finding import Finding, fail, ok, warn
 from k8s_consul_registrar.model import MANAGED_BY, Service
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
-from k8s_consul_registrar.targets.service_ids import kind_of_id
+from k8s_consul_registrar.targets.service_names import kind_of_id
 
 MOST_NAMED = 3  # examples shown of each sort
 OUR_KEYS = frozenset(
@@ -102,7 +102,7 @@ def judge_holdings(found: Holdings, identity: Identity, *, sees_all: bool = True
 
 def _legacy(ids: Sequence[str], identity: Identity) -> Finding:
     detail = f"{len(ids)} of the original program for {identity.cluster!r}: {_some(ids)}"
-    if identity.speaks_for_cluster:
+    if identity.covers_cluster:
         return ok("adoption", f"{detail}; taken over in place when wanted, else removed")
     return warn(
         "adoption",

@@ -1,0 +1,346 @@
+"""Many writes: single requests with bounded concurrency, or transactions, and the outcome of each service."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
+from typing import TypeVar
+
+from k8s_consul_registrar.consul.client import Answer, ConsulClient
+from k8s_consul_registrar.consul.health import TOO_MANY_REQUESTS, ConsulHealth
+from k8s_consul_registrar.consul.transactions import (
+    MOST_OPERATIONS,
+    PATH,
+    ReadResult,
+    TxnError,
+    Unit,
+    body_of,
+    decode_read,
+    decode_written,
+    pack,
+)
+from k8s_consul_registrar.errors import (
+    ConsulBusy,
+    ConsulError,
+    ConsulForbidden,
+    ConsulRefused,
+    ConsulTokenUnknown,
+)
+from k8s_consul_registrar.model import Service, WriteFailure, Written
+
+# This many 5xx in a row are Consul's trouble, not that of the services at hand.
+MOST_FAULTS_IN_A_ROW = 10
+# Services remembered for their last 5xx; there are few, unless Consul itself is at fault.
+MOST_REMEMBERED = 1000
+# These say that the request as such cannot be read or is too large; half of it may be neither.
+SPLIT_ON = (400, 413)
+
+T = TypeVar("T")
+
+
+async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], concurrency: int) -> None:
+    """Do the work for each item, `concurrency` at a time; the first `ConsulError` ends it and is raised."""
+    left: Iterator[T] = iter(items)
+    opening = list(islice(left, 2))
+    if len(opening) < 2:
+        # A single change, the usual case, needs no task.
+        for item in opening:
+            await work(item)
+        return
+    left = chain(opening, left)
+
+    faults: list[ConsulError] = []
+    workers: list[asyncio.Task[None]] = []
+
+    async def worker() -> None:
+        try:
+            for item in left:
+                await work(item)
+        except ConsulError as fault:
+            faults.append(fault)
+            for other in workers:
+                if other is not asyncio.current_task():
+                    other.cancel()
+
+    # Workers never raise: before Python 3.13 a failing child can make a TaskGroup lose a concurrent
+    # cancellation (gh-116720).
+    async with asyncio.TaskGroup() as group:
+        workers.extend(group.create_task(worker()) for _ in range(concurrency))
+    if faults:
+        raise faults[0]
+
+
+class Blame:
+    """Tells a 5xx that one service causes from a fault of Consul's own, over all writes of a registry.
+
+    A service is at fault if others are written while it fails: in the same call, or between two of its
+    failures. It stays blamed until it is written, or until another fails as well.
+    """
+
+    def __init__(self) -> None:
+        self._successes = 0
+        self._failed_at: dict[str, int] = {}  # the successes so far when a service failed last
+        self._blamed: set[str] = set()
+        self._faults_in_a_row = 0
+
+    def succeeded(self, ids: Iterable[str]) -> None:
+        """Record services that were written."""
+        self._faults_in_a_row = 0
+        for service_id in ids:
+            self._successes += 1
+            self._failed_at.pop(service_id, None)
+            self._blamed.discard(service_id)
+
+    def is_at_fault(self, service_id: str, *, are_others_written: bool) -> bool:
+        """Record a 5xx for one service; return True if it is that service's own."""
+        before = self._failed_at.get(service_id, self._successes)
+        if len(self._failed_at) >= MOST_REMEMBERED:
+            self._failed_at.clear()
+        self._failed_at[service_id] = self._successes
+        if are_others_written or before < self._successes:
+            self._blamed.add(service_id)
+        elif service_id not in self._blamed:
+            self._blamed.clear()
+        return service_id in self._blamed
+
+    def may_search(self) -> bool:
+        """Record a 5xx for several services; return True if it is time to search for the one at fault.
+
+        During an outage that reads do not show, each search is a burst of requests in vain, so it is made
+        at the second fault in a row, the fourth, the eighth and so on.
+        """
+        self._faults_in_a_row += 1
+        count = self._faults_in_a_row
+        return count > 1 and count & (count - 1) == 0
+
+
+class Outcomes:
+    """The outcomes of the services of one call; a service that Consul refuses delays no other."""
+
+    def __init__(self, health: ConsulHealth, blame: Blame) -> None:
+        self._health = health
+        self._blame = blame
+        self._faults: list[tuple[str, ConsulBusy]] = []
+        self._faults_in_a_row = 0
+        self._stale: list[str] = []
+        self._failures: list[WriteFailure] = []
+        self.done: list[str] = []
+        self.indexes: dict[str, int] = {}
+
+    def succeeded(self, ids: Sequence[str]) -> None:
+        """Record services that were written."""
+        self._faults_in_a_row = 0
+        self.done.extend(ids)
+        self._blame.succeeded(ids)
+
+    def failed(self, service_id: str, problem: str) -> None:
+        """Record a service that Consul refuses."""
+        self._failures.append(WriteFailure(service_id, problem))
+
+    def stale(self, ids: Iterable[str]) -> None:
+        """Record services whose record is not the one that was named."""
+        self._stale.extend(ids)
+
+    def fault(self, error: ConsulBusy, service_id: str = "") -> None:
+        """Record a 5xx, of one service if named; raises it, or a 429, where it is surely Consul's own."""
+        self._faults_in_a_row += 1
+        if error.status == TOO_MANY_REQUESTS or self._faults_in_a_row > MOST_FAULTS_IN_A_ROW:
+            raise error
+        if service_id:
+            self._faults.append((service_id, error))
+
+    def written(self) -> Written:
+        """Return the outcomes of the call; raises a 5xx that is Consul's own."""
+        for service_id, error in self._faults:
+            if not self._blame.is_at_fault(service_id, are_others_written=bool(self.done)):
+                raise error
+            self.failed(service_id, str(error))
+            self._health.excuse_write(error)
+        return Written(len(self.done), tuple(self._failures), self.indexes, tuple(self._stale))
+
+
+async def write_each(
+    services: Iterable[Service],
+    write: Callable[[Service], Awaitable[None]],
+    outcomes: Outcomes,
+    concurrency: int,
+) -> None:
+    """Write each service by itself; raises a `ConsulError` when Consul itself is at fault."""
+
+    async def write_one(service: Service) -> None:
+        try:
+            await write(service)
+        except ConsulTokenUnknown:
+            raise
+        except (ConsulRefused, ConsulForbidden) as refused:
+            outcomes.failed(service.id, str(refused))
+        except ConsulBusy as error:
+            outcomes.fault(error, service.id)
+        else:
+            outcomes.succeeded([service.id])
+
+    await for_each(services, write_one, concurrency)
+
+
+class Transactions:
+    """Consul's transactions over one client."""
+
+    def __init__(self, client: ConsulClient) -> None:
+        self.client = client
+
+    async def read(self, operations: Sequence[bytes]) -> tuple[list[ReadResult], set[int]]:
+        """Read what `get` operations name; return it, and the positions of what is not there.
+
+        What the token may not see is in neither. Raises a `ConsulError`.
+        """
+        found: list[ReadResult] = []
+        absent: set[int] = set()
+        for start in range(0, len(operations), MOST_OPERATIONS):
+            positions = range(start, min(start + MOST_OPERATIONS, len(operations)))
+            while left := [position for position in positions if position not in absent]:
+                results, errors = await self._read([operations[position] for position in left])
+                if not errors:
+                    found.extend(results)
+                    break
+                absent.update(left[error.op_index] for error in errors)
+        return found, absent
+
+    async def write(self, operations: Sequence[bytes]) -> tuple[dict[str, int], Sequence[TxnError]]:
+        """Send one transaction; raises a `ConsulError`.
+
+        Returns the new index of each service by ID, or the errors. Where a request is sent again and the
+        first was carried out after all, that shows as stale indexes.
+        """
+        answer = await self.client.request("PUT", PATH, body=body_of(operations), accepts=(200, 409))
+        indexes, errors = decode_written(answer.body)
+        _check(answer, errors, len(operations))
+        return indexes, errors
+
+    async def _read(self, operations: Sequence[bytes]) -> tuple[Sequence[ReadResult], Sequence[TxnError]]:
+        answer = await self.client.request(
+            "PUT",
+            PATH,
+            params={"consistent": ""},
+            body=body_of(operations),
+            accepts=(200, 409),
+            is_read=True,
+        )
+        results, errors = decode_read(answer.body)
+        _check(answer, errors, len(operations))
+        for error in errors:
+            if not error.is_absent:
+                raise ConsulRefused(f"a read in a transaction fails: {error.what}", answer.status)
+        return results, errors
+
+
+async def write_all(
+    transactions: Transactions,
+    units: Iterable[Unit],
+    *,
+    concurrency: int,
+    blame: Blame,
+    restore_node: Callable[[], Awaitable[None]],
+) -> Written:
+    """Make every unit's writes; `restore_node` is awaited when Consul says that the node is missing.
+
+    Raises a `ConsulError` when Consul cannot be used; then what became of the writes under way is not
+    known, so everything is to be read again. A service that alone makes Consul answer 5xx is a failure of
+    its own.
+    """
+    batches = _Batches(transactions, blame, restore_node)
+    await for_each(pack(units), batches.settle, concurrency)
+    return batches.outcomes.written()
+
+
+class _Batches:
+    """The transactions of one call."""
+
+    def __init__(
+        self,
+        transactions: Transactions,
+        blame: Blame,
+        restore_node: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._transactions = transactions
+        self._blame = blame
+        self._restore_node = restore_node
+        self._is_searching = False
+        self.outcomes = Outcomes(transactions.client.health, blame)
+
+    async def settle(self, batch: list[Unit]) -> None:
+        """See one batch through without the services that fail; raises a `ConsulError`."""
+        pending = [batch]
+        was_restored = False
+        while pending:
+            units = pending.pop()
+            try:
+                errors = await self._attempt(units)
+            except ConsulRefused as refused:
+                pending.extend(self._without_refused(units, refused))
+                continue
+            except ConsulBusy as fault:
+                pending.extend(await self._without_fault(units, fault))
+                continue
+            if any(error.is_node_missing for error in errors):
+                if was_restored:
+                    raise ConsulRefused("the node is missing again right after it was made", 409)
+                was_restored = True
+                await self._restore_node()
+                pending.append(units)
+            elif errors and (left := self._without_failing(units, errors)):
+                pending.append(left)
+
+    async def _attempt(self, units: list[Unit]) -> Sequence[TxnError]:
+        operations = [operation for unit in units for operation in unit.operations]
+        indexes, errors = await self._transactions.write(operations)
+        if not errors:
+            self.outcomes.succeeded([unit.service.id for unit in units])
+            self.outcomes.indexes.update(indexes)
+        return errors
+
+    def _without_refused(self, units: list[Unit], refused: ConsulRefused) -> list[list[Unit]]:
+        if refused.status not in SPLIT_ON:
+            raise refused
+        if len(units) > 1:
+            return _halves(units)
+        self.outcomes.failed(units[0].service.id, str(refused))
+        return []
+
+    async def _without_fault(self, units: list[Unit], fault: ConsulBusy) -> list[list[Unit]]:
+        """Search for the one service at fault, if Consul itself looks well; raises the 5xx otherwise."""
+        if len(units) == 1:
+            self.outcomes.fault(fault, units[0].service.id)
+            return []
+        self.outcomes.fault(fault)
+        if not self._is_searching:
+            if not (self.outcomes.done or self._blame.may_search()):
+                raise fault
+            try:
+                await self._transactions.client.probe(is_write_owed=True)
+            except ConsulError:
+                raise fault from None
+            self._is_searching = True
+        return _halves(units)
+
+    def _without_failing(self, units: list[Unit], errors: Sequence[TxnError]) -> list[Unit]:
+        """Record what fails of the units that do, and return the others."""
+        owners = [unit.service.id for unit in units for _ in unit.operations]
+        stale = dict.fromkeys(owners[error.op_index] for error in errors if error.is_stale)
+        problems = {owners[error.op_index]: error.what for error in errors}
+        self.outcomes.stale(stale)
+        for service_id, what in problems.items():
+            if service_id not in stale:
+                self.outcomes.failed(service_id, what)
+        return [unit for unit in units if unit.service.id not in problems]
+
+
+def _halves(units: list[Unit]) -> list[list[Unit]]:
+    """Return both halves, the first one last, since it is taken first."""
+    middle = len(units) // 2
+    return [units[middle:], units[:middle]]
+
+
+def _check(answer: Answer, errors: Sequence[TxnError], operations: int) -> None:
+    """See that an answer is a success exactly when nothing fails, and that errors name operations sent."""
+    is_success = answer.status == 200
+    if is_success == bool(errors) or any(not 0 <= error.op_index < operations for error in errors):
+        raise ConsulRefused("/v1/txn does not answer as Consul does", answer.status)

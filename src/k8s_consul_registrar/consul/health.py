@@ -1,0 +1,203 @@
+"""Consul's health as the client's own requests show it: reads and writes apart, one gate, one backoff.
+
+Nothing else decides whether Consul is up. A caller that sends no request changes nothing here.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from k8s_consul_registrar.backoff import Timing, delays
+from k8s_consul_registrar.errors import (
+    ConsulBusy,
+    ConsulError,
+    ConsulFenced,
+    ConsulTokenUnknown,
+    ConsulUnreachable,
+)
+
+TOO_MANY_REQUESTS = 429
+# A window this wide limits no client of ours (`client.CONNECTIONS`).
+MOST_IN_FLIGHT = 50
+
+
+class Access(Enum):
+    """Reads and writes; a transaction of reads alone is a read."""
+
+    READ = "read"
+    WRITE = "write"
+
+
+class Outcome(Enum):
+    """The latest outcome of a kind of request."""
+
+    NONE = "none"
+    SUCCESS = "success"
+    FAILURE = "failure"
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One request that was sent; `in_flight` counts it and those beside it."""
+
+    access: Access
+    began: float
+    is_blocking: bool
+    in_flight: int
+
+
+def is_outage(error: ConsulError) -> bool:
+    """Return whether an error is Consul's trouble: no answer, a 5xx, an exhausted 429, an unknown token.
+
+    What Consul refuses of one request (another 4xx, a missing right) is not, nor is our own fence.
+    """
+    return isinstance(error, ConsulUnreachable | ConsulBusy | ConsulTokenUnknown)
+
+
+class ConsulHealth:
+    """The outcomes of one client's requests.
+
+    `reads` and `writes` are the latest outcomes. A failed write is cleared by a successful write, or by
+    `clear_writes_by_read`. `open_at` is the moment, on the monotonic clock, before which no new work should
+    start: each failure of a request sent since the gate last closed doubles the delay, and the gate opens
+    as soon as neither reads nor writes fail.
+    """
+
+    def __init__(
+        self,
+        timing: Timing,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        pick: random.Random | None = None,
+    ) -> None:
+        self._timing = timing
+        self._clock = clock
+        self._pick = pick
+        self._outcomes = dict.fromkeys(Access, Outcome.NONE)
+        self._problems = dict.fromkeys(Access, "")
+        self._latest = Access.READ  # of the latest failure
+        self._has_succeeded = False
+        self._in_flight = 0
+        self.open_at = self._closed_at = float("-inf")
+        self._delays = delays(timing.retry_first, timing.retry_cap, pick=pick)
+        # The congestion window, as in TCP: None for no limit. It doubles with each success below the
+        # threshold and grows by one in each round above it.
+        self._window: float | None = None
+        self._threshold = float("inf")
+        self._narrowed_at = float("-inf")
+
+    @property
+    def reads(self) -> Outcome:
+        """The latest outcome of a read."""
+        return self._outcomes[Access.READ]
+
+    @property
+    def writes(self) -> Outcome:
+        """The latest outcome of a write."""
+        return self._outcomes[Access.WRITE]
+
+    @property
+    def is_up(self) -> bool:
+        """True if a request has succeeded and neither the latest read nor the latest write failed."""
+        return self._has_succeeded and not self._is_failing
+
+    @property
+    def problem(self) -> str:
+        """The text of the latest failure that still stands, empty where there is none."""
+        other = Access.WRITE if self._latest is Access.READ else Access.READ
+        standing = (one for one in (self._latest, other) if self._outcomes[one] is Outcome.FAILURE)
+        return next((self._problems[one] for one in standing), "")
+
+    def concurrency(self, limit: int) -> int:
+        """Return how many requests may be in flight: `limit`, fewer after an outage or a 429, at least 1."""
+        return limit if self._window is None else max(1, min(limit, int(self._window)))
+
+    def begin(self, access: Access, *, is_blocking: bool = False) -> Attempt:
+        """Record that a request is sent; it must be followed by `end`."""
+        if not is_blocking:
+            self._in_flight += 1
+        return Attempt(access, self._clock(), is_blocking, self._in_flight)
+
+    def end(self, attempt: Attempt) -> None:
+        """Record that a request is no longer in flight, whatever became of it."""
+        if not attempt.is_blocking:
+            self._in_flight -= 1
+
+    def succeeded(self, attempt: Attempt) -> None:
+        """Record an answer that was read to its end."""
+        self._has_succeeded = True
+        self._outcomes[attempt.access] = Outcome.SUCCESS
+        if not self._is_failing:
+            self._reset_gate()
+        if not attempt.is_blocking:
+            self._widen()
+
+    def raised(self, attempt: Attempt, error: ConsulError, *, is_last: bool = True) -> None:
+        """Record an error; with `is_last` false the request is sent again, and only a 429 narrows the window."""
+        if isinstance(error, ConsulBusy) and error.status == TOO_MANY_REQUESTS:
+            self._narrow(attempt)
+        if not is_last or isinstance(error, ConsulFenced):
+            return
+        if is_outage(error):
+            self._failed(attempt, error)
+        elif attempt.access is Access.READ and self.reads is Outcome.FAILURE:
+            # Consul answers again. A refused write proves nothing of the kind: Raft may not have seen it.
+            self._outcomes[Access.READ] = Outcome.SUCCESS if self._has_succeeded else Outcome.NONE
+            if not self._is_failing:
+                self._reset_gate()
+
+    def clear_writes_by_read(self) -> None:
+        """Forget a failed write after a consistent read, for a caller that has nothing left to write."""
+        if self.writes is Outcome.FAILURE and self.reads is Outcome.SUCCESS:
+            self._forget_write_failure()
+
+    def excuse_write(self, error: ConsulBusy) -> None:
+        """Forget a failed write that one service caused while others are written."""
+        if self.writes is Outcome.FAILURE and self._problems[Access.WRITE] == str(error):
+            self._forget_write_failure()
+
+    @property
+    def _is_failing(self) -> bool:
+        return Outcome.FAILURE in self._outcomes.values()
+
+    def _failed(self, attempt: Attempt, error: ConsulError) -> None:
+        self._outcomes[attempt.access] = Outcome.FAILURE
+        self._problems[attempt.access] = str(error)
+        self._latest = attempt.access
+        if attempt.began >= self._closed_at:
+            now = self._clock()
+            delay = next(self._delays)
+            if isinstance(error, ConsulBusy):
+                delay = max(delay, min(error.retry_after or 0.0, self._timing.retry_after_cap))
+            self._closed_at, self.open_at = now, now + delay
+            self._window, self._threshold = 1.0, float("inf")
+
+    def _forget_write_failure(self) -> None:
+        self._outcomes[Access.WRITE] = Outcome.SUCCESS
+        if not self._is_failing:
+            self._reset_gate()
+
+    def _reset_gate(self) -> None:
+        if self._closed_at == float("-inf"):
+            return
+        self.open_at = float("-inf")
+        self._closed_at = float("-inf")
+        self._delays = delays(self._timing.retry_first, self._timing.retry_cap, pick=self._pick)
+
+    def _narrow(self, attempt: Attempt) -> None:
+        """Halve what is in flight, once for all requests that were in flight together."""
+        if attempt.began < self._narrowed_at:
+            return
+        self._narrowed_at = self._clock()
+        in_use = attempt.in_flight if self._window is None else min(self._window, attempt.in_flight)
+        self._window = self._threshold = max(1.0, in_use / 2)
+
+    def _widen(self) -> None:
+        if self._window is None:
+            return
+        is_below = self._window < self._threshold
+        self._window = min(2 * self._window, self._threshold) if is_below else self._window + 1 / self._window
+        if self._window >= MOST_IN_FLIGHT:
+            self._window = None

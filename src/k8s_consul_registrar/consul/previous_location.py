@@ -1,0 +1,143 @@
+"""Previous locations: an agent or node where our services were before the settings changed, or its agent died."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Protocol
+
+from k8s_consul_registrar.backoff import Timing, delays
+from k8s_consul_registrar.errors import ConsulBusy, ConsulError, ConsulUnreachable
+from k8s_consul_registrar.model import Service, Written
+from k8s_consul_registrar.telemetry import get_logger
+
+BATCH = 1024  # services removed at once, so that a long list is never kept whole
+
+log = get_logger("previous_location")
+
+
+class Location(Protocol):
+    """An agent, or a node of the catalog."""
+
+    def services(self) -> AsyncIterator[Service]:
+        """Yield every service there, whatever wrote it."""
+        ...
+
+    async def deregister(self, services: Sequence[Service]) -> Written:
+        """Remove services."""
+        ...
+
+
+class PreviousLocation:
+    """A location that our services have left; the caller sees to it that all of them are at the new one.
+
+    A synthetic node is left behind empty. To remove a node is to remove every service on it, even one that
+    was registered a moment ago. What is written there after `begin` stays: in a rollout it is the new place of
+    the other registrar, whose settings are newer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        location: Location,
+        is_ours: Callable[[Service], bool],
+        may_go: Callable[[Service], bool] = lambda _: True,
+    ) -> None:
+        self.name = name
+        self._location = location
+        self._is_ours = is_ours
+        self._may_go = may_go
+        # Version and content of what was there in the beginning; None where that does not matter.
+        self._before: dict[str, tuple[int, int]] | None = None
+
+    async def begin(self) -> None:
+        """Note what is there now, since only that may be cleared; raises a `ConsulError`."""
+        self._before = {service.id: _version(service) async for service in self.services()}
+
+    async def services(self) -> AsyncIterator[Service]:
+        """Yield our services that are still there; raises a `ConsulError`."""
+        async for service in self._location.services():
+            if self._is_ours(service):
+                yield service
+
+    def _is_to_go(self, service: Service) -> bool:
+        is_old = self._before is None or self._before.get(service.id) == _version(service)
+        return is_old and self._may_go(service)
+
+    async def clear(self) -> Written:
+        """Remove our services; one that another writer changes meanwhile is stale and stays. Raises a `ConsulError`."""
+        removed: list[Written] = []
+        batch: list[Service] = []
+        async for service in self.services():
+            if not self._is_to_go(service):
+                continue
+            batch.append(service)
+            if len(batch) == BATCH:
+                removed.append(await self._location.deregister(batch))
+                batch = []
+        if batch:
+            removed.append(await self._location.deregister(batch))
+        return Written(
+            done=sum(one.done for one in removed),
+            failures=tuple(failure for one in removed for failure in one.failures),
+            stale=tuple(service_id for one in removed for service_id in one.stale),
+        )
+
+
+def _version(service: Service) -> tuple[int, int]:
+    """Return what another write of a service changes; an agent knows no versions."""
+    return max(service.index, 0), hash(service)
+
+
+async def clear_previous_locations(
+    locations: Sequence[PreviousLocation], *, is_ready: Callable[[], bool], timing: Timing
+) -> None:
+    """Clear each previous location once, as soon as everything is at the new one.
+
+    Never the other way round: while anything is refused at the new place the old one keeps everything. What
+    was written to a previous location after this began is not cleared: it belongs to another registrar, with
+    newer settings.
+    """
+    for location in [one for one in locations if await _has_begun(one, timing)]:
+        retry = delays(timing.retry_first, timing.retry_cap)
+        while True:
+            while not is_ready():  # noqa: ASYNC110 - it is over in a few seconds
+                await asyncio.sleep(timing.retry_first)
+            try:
+                written = await location.clear()
+            except (ConsulUnreachable, ConsulBusy):
+                await asyncio.sleep(next(retry))
+                continue
+            except ConsulError as error:
+                _log_left(location, error)
+            else:
+                _log_cleared(location, written)
+            break
+
+
+async def _has_begun(location: PreviousLocation, timing: Timing) -> bool:
+    """Note what is at a location, trying until Consul answers; return False if it cannot be read."""
+    for delay in delays(timing.retry_first, timing.retry_cap):
+        try:
+            await location.begin()
+        except (ConsulUnreachable, ConsulBusy):
+            await asyncio.sleep(delay)
+        except ConsulError as error:
+            _log_left(location, error)
+            return False
+        else:
+            return True
+    raise AssertionError("unreachable: delays have no end")
+
+
+def _log_left(location: PreviousLocation, error: ConsulError) -> None:
+    # A place that the token may not read cannot be one that this registrar wrote to with it.
+    log.debug("previous location is left as it is", place=location.name, problem=str(error))
+
+
+def _log_cleared(location: PreviousLocation, written: Written) -> None:
+    if written.done or written.failures:
+        log.info(
+            "removed services from previous location",
+            place=location.name,
+            removed=written.done,
+            refused=len(written.failures),
+        )

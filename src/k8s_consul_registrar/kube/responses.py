@@ -1,0 +1,192 @@
+"""Failed requests as our error types: HTTP statuses, `kind: Status` bodies, and exceptions of aiohttp.
+
+Requests meet a Status under an HTTP status, watches in an ERROR event under a 200.
+"""
+
+import ssl
+from dataclasses import dataclass
+
+import aiohttp
+import msgspec
+
+from k8s_consul_registrar.errors import (
+    ClusterAhead,
+    ClusterBusy,
+    ClusterError,
+    ClusterExpired,
+    ClusterForbidden,
+    ClusterRefused,
+    ClusterUnauthorized,
+    ClusterUnreachable,
+)
+
+MESSAGE_LENGTH = 300
+RETRY_AFTER_CAP = 3600.0
+# OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH.
+NAME_MISMATCHES = (62, 64)
+# OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED.
+OUT_OF_DATE = (9, 10)
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """What is asked of the API server, in RBAC's words; an empty `namespace` is the cluster scope."""
+
+    verb: str
+    resource: str
+    namespace: str = ""
+
+    def __str__(self) -> str:
+        where = f"in namespace {self.namespace}" if self.namespace else "at the cluster scope"
+        return f"{self.verb} {self.resource} {where}"
+
+
+class _Cause(msgspec.Struct, frozen=True, gc=False):
+    reason: str = ""
+
+
+class _Details(msgspec.Struct, frozen=True, rename="camel"):
+    causes: list[_Cause] | None = None
+    retry_after_seconds: int = 0
+
+
+class Status(msgspec.Struct, frozen=True):
+    """The `Status` object an API server refuses with."""
+
+    kind: str
+    message: str = ""
+    reason: str = ""
+    code: int = 0
+    details: _Details | None = None
+
+    @property
+    def is_ahead(self) -> bool:
+        """True if the version asked for lies in the server's future.
+
+        Servers before 1.18 say so only in the message.
+        """
+        causes = (self.details.causes if self.details else None) or ()
+        return any(cause.reason == "ResourceVersionTooLarge" for cause in causes) or self.message.startswith(
+            "Too large resource version"
+        )
+
+    @property
+    def is_expired(self) -> bool:
+        """True if the version or continue token asked for is gone, whatever the code says."""
+        return self.code == 410 or self.reason in ("Expired", "Gone")
+
+
+_STATUS = msgspec.json.Decoder(Status)
+
+
+def decode_status(body: bytes | msgspec.Raw) -> Status:
+    """Decode a refusal's body; one that is no `Status` gives an empty one, so that its text goes nowhere."""
+    try:
+        status = _STATUS.decode(body)
+    except (ValueError, RecursionError):
+        return Status(kind="")
+    return status if status.kind == "Status" else Status(kind="")
+
+
+def cluster_error(
+    action: Action, code: int, status: Status, *, retry_after: str = "", origin: str = ""
+) -> ClusterError:
+    """Return the error for a refused action.
+
+    `retry_after` is the header's text, `origin` where our credentials come from.
+
+    Codes and reasons: Kubernetes API conventions, "Response Status Kind"; 410 and "Too large resource
+    version": Kubernetes API concepts, "Resource versions".
+    """
+    said = f"; the server said: {clipped(status.message)}" if status.message else ""
+    if code == 401:
+        ours = f" ({origin})" if origin else ""
+        return ClusterUnauthorized(f"cannot {action}: our credentials are not accepted{ours}{said}")
+    if code == 403:
+        return ClusterForbidden(f"cannot {action}: grant {action.verb} on {action.resource}{said}")
+    if code == 410 or status.is_expired:
+        return ClusterExpired(f"cannot {action}: the version or continue token asked for is gone{said}")
+    if status.is_ahead:
+        return ClusterAhead(f"cannot {action}: our version lies in the server's future{said}")
+    if code == 429 or 500 <= code <= 599:
+        return ClusterBusy(
+            f"cannot {action}: the API server answered {code}{said}", _wait(status, retry_after)
+        )
+    return ClusterRefused(f"cannot {action}: the API server answered {code}{said}", code)
+
+
+def clipped(text: str) -> str:
+    """Return a server's text on one line, without control characters, short enough for a log line."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 2 * MESSAGE_LENGTH]).split())
+    return line if len(line) <= MESSAGE_LENGTH else line[: MESSAGE_LENGTH - 1] + "…"
+
+
+def _wait(status: Status, header: str) -> float | None:
+    """Return the seconds to wait; an API server sends whole seconds, in the header or in the details."""
+    if header.isascii() and header.isdigit():
+        return min(float(header[:9]), RETRY_AFTER_CAP)
+    named = status.details.retry_after_seconds if status.details else 0
+    return float(min(named, RETRY_AFTER_CAP)) if named > 0 else None
+
+
+def transport_error(error: Exception, action: Action, *, server: str, authorities: str) -> ClusterError:
+    """Return the error for a request that brought no whole answer.
+
+    `authorities` says where the CA certificates come from that the server was verified by. The texts are built from the parts that hold no URL, because a proxy's URL may hold a password.
+    """
+    if isinstance(error, aiohttp.InvalidURL):
+        return ClusterRefused(f"cannot {action}: {server}, or its proxy's URL, cannot be requested")
+    if isinstance(error, aiohttp.ClientResponseError) and not isinstance(error, aiohttp.ClientHttpProxyError):
+        return ClusterRefused(f"cannot {action}: {server} does not speak HTTP: {clipped(error.message)}")
+    if isinstance(error, aiohttp.ClientError | TimeoutError | OSError):
+        return ClusterUnreachable(f"cannot {action}: {_broken(error, server, authorities)}")
+    # The URL libraries let exceptions of their own escape for hosts they cannot encode or resolve.
+    return ClusterRefused(
+        f"cannot {action}: the request to {server} failed: {type(error).__name__}: {_text(error)}"
+    )
+
+
+def _text(error: Exception) -> str:
+    """Return an unexpected error's own words, unless they may quote a URL."""
+    text = str(error)
+    return "…" if "://" in text or "@" in text else clipped(text)
+
+
+def _broken(error: Exception, server: str, authorities: str) -> str:
+    verification = _verification_error(error)
+    if verification is not None:
+        return _unverified(verification, server, authorities)
+    match error:
+        case aiohttp.ClientHttpProxyError():
+            why = f"the proxy answered {error.status} to CONNECT"
+        case aiohttp.ClientProxyConnectionError():
+            why = f"no connection to the proxy: {clipped(str(error.os_error))}"
+        case aiohttp.ClientConnectorError():
+            why = f"no connection to {server}: {clipped(str(error.os_error))}"
+        case aiohttp.ConnectionTimeoutError():
+            why = f"no connection to {server}: timed out"
+        case TimeoutError():
+            why = f"{server} took too long to answer"
+        case aiohttp.ClientPayloadError():
+            why = f"{server} broke off its answer"
+        case _:
+            why = f"the connection to {server} broke: {clipped(str(error)) or type(error).__name__}"
+    return why
+
+
+def _verification_error(error: Exception) -> ssl.SSLCertVerificationError | None:
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        inner: BaseException | None = error.certificate_error
+    else:
+        inner = error.__cause__ or error
+    return inner if isinstance(inner, ssl.SSLCertVerificationError) else None
+
+
+def _unverified(error: ssl.SSLCertVerificationError, server: str, authorities: str) -> str:
+    if error.verify_code in NAME_MISMATCHES:
+        hint = "tls-server-name of the kubeconfig can give a name that the certificate has"
+    elif error.verify_code in OUT_OF_DATE:
+        hint = "it or its authority's is to be renewed, unless the clock here is wrong"
+    else:
+        hint = f"certificate-authority must hold the CA that signed it (now: {authorities})"
+    return f"the certificate of {server} cannot be verified: {clipped(error.verify_message)}; {hint}"

@@ -1,0 +1,400 @@
+"""Controller: the registrar's loop, which starts batches, resyncs and probes as they become due."""
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from enum import Enum
+
+from k8s_consul_registrar.asyncio_tools import end_tasks, wait_until_set
+from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.errors import ConsulError, ConsulFenced
+from k8s_consul_registrar.kube.source_state import SourceStatus, Synced
+from k8s_consul_registrar.model import Drift, Source
+from k8s_consul_registrar.registrar.decide import Kept
+from k8s_consul_registrar.registrar.desired import Change, DesiredState
+from k8s_consul_registrar.registrar.gate import Gate
+from k8s_consul_registrar.registrar.interfaces import Health, Leadership, NoElection, Orphans, Registry
+from k8s_consul_registrar.registrar.observed import ObservedState
+from k8s_consul_registrar.registrar.queue import Batch, Priority, WorkQueue
+from k8s_consul_registrar.registrar.reconciler import Reconciler
+from k8s_consul_registrar.registrar.reporter import Reporter
+from k8s_consul_registrar.registrar.resync import Comparison, Resync
+from k8s_consul_registrar.registrar.schedule import Need, Schedule, ScheduleRules, Step, StepKind
+from k8s_consul_registrar.registrar.status import Counts, RegistrarStatus
+from k8s_consul_registrar.telemetry import get_logger
+
+# A turn that comes this many seconds late means that the process, or its machine, was suspended.
+SUSPENDED_AFTER = 15.0
+# Bulk batches leave this share of the slots to changes.
+SLOTS_FOR_CHANGES = 4
+
+log = get_logger("registrar")
+
+
+class Role(Enum):
+    """Part that this replica plays."""
+
+    UNDECIDED = "undecided"
+    LEADER = "leader"
+    STANDBY = "standby"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts that the controller drives."""
+
+    desired: DesiredState
+    observed: ObservedState
+    queue: WorkQueue
+    registry: Registry
+    reconciler: Reconciler
+    resync: Resync
+    reporter: Reporter
+    status: RegistrarStatus
+    health: Health
+
+
+class Controller:
+    """Starts each piece of work when it is due, and never waits for one to start another.
+
+    Until the first complete read of Consul nothing is taken from the queue. Consul's failures close one gate
+    with one backoff, which holds batches, resyncs and probes alike.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        schedule: ScheduleRules,
+        timing: Timing,
+        leadership: Leadership | None = None,
+        orphans: Orphans | None = None,
+        probe_consul: Callable[[bool], Awaitable[None]] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Make the controller; `probe_consul` is told whether nothing is left to write."""
+        self._parts = parts
+        self._probe_consul = probe_consul
+        self._rules = schedule
+        self._timing = timing
+        self._leadership: Leadership = leadership or NoElection()
+        self._orphans = orphans
+        self._clock = clock
+        self._wake = asyncio.Event()
+        self._schedule = Schedule.start(schedule, clock())
+        self._batches: set[asyncio.Task[None]] = set()
+        self._bulk_batches = 0
+        self._step: asyncio.Task[None] | None = None
+        self._role = Role.UNDECIDED
+        self._has_changes = False
+        self._has_stale_services = False
+        # Sources whose next list confirms absences, or not.
+        self._awaited: frozenset[Source] = frozenset()
+        self._collects_orphans = False
+        self._listed: dict[Source, float | None] = {}
+        self._standby_read_due = clock()
+        self._gate = Gate(parts.health, timing, clock)
+        self._expected_at = clock()
+        parts.status.ticked_at = clock()
+        parts.desired.subscribe(self.on_change, self.on_source)
+
+    @property
+    def status(self) -> RegistrarStatus:
+        """Where the registrar stands."""
+        return self._parts.status
+
+    @property
+    def is_complete(self) -> bool:
+        """True if everything was compared once and written, and Consul refused nothing that is still owed."""
+        parts = self._parts
+        return parts.status.has_synced and not parts.status.refused and parts.queue.is_drained
+
+    # What wakes the loop
+
+    def on_change(self, change: Change) -> None:
+        """Queue the service IDs that a change of the cluster concerns; a standby leaves them to the leader."""
+        parts = self._parts
+        if change.rejection is not None and parts.status.has_synced:
+            parts.reporter.rejected(change.rejection)
+        if self._role is Role.STANDBY:
+            return
+        now = self._clock()
+        priority = Priority.BULK if change.heard_at is None else Priority.CHANGE
+        for service_id in change.asked:
+            parts.queue.add(service_id, now, priority, change.heard_at)
+        if change.dropped:
+            removal = max(priority, Priority.REMOVAL)
+            parts.queue.add_after(change.dropped, change.asked, now, removal, change.heard_at)
+        self._has_changes = True
+        self._wake.set()
+
+    def on_source(self, source: Source, status: SourceStatus) -> None:
+        """Ask for a resync when a list has left services to judge, or when services wait for a synced source."""
+        parts = self._parts
+        is_synced = isinstance(status.state, Synced)
+        if is_synced and status.listed_at != self._listed.get(source):
+            self._listed[source] = status.listed_at
+            if source in self._awaited or parts.desired.has_absences or parts.observed.others:
+                self._want(Need.URGENT)
+        elif is_synced and self._has_stale_services:
+            self._want(Need.URGENT)
+        parts.reporter.sources(parts.desired.store.statuses())
+        self._wake.set()
+
+    def on_cluster_uid(self, uid: str) -> None:
+        """Take over which cluster answers; another one is a reason to compare everything."""
+        if self._parts.desired.learn_cluster_uid(uid):
+            self._want(Need.URGENT)
+            self._wake.set()
+
+    # The loop
+
+    async def run(self) -> None:
+        """Keep Consul equal to the cluster; ends only by cancellation."""
+        watch = asyncio.create_task(self._watch_leadership())
+        try:
+            while True:
+                await self._turn()
+        finally:
+            await end_tasks([watch, *self._batches, *([self._step] if self._step else [])])
+            self._parts.reporter.flush()
+
+    async def _turn(self) -> None:
+        """Start what is due, then wait for the next reason to look."""
+        now = self._parts.status.ticked_at = self._clock()
+        self._notice_suspension(now)
+        role = Role.LEADER if self._leadership.is_leader else Role.STANDBY
+        if role is not self._role:
+            await self._change_role(role)
+        if role is Role.LEADER:
+            self._dispatch(now)
+        self._start_step(now)
+        self._show_consul()
+        self._check_synced()
+        self._parts.reporter.shared_endpoints(self._parts.desired.endpoints)
+        self._parts.reporter.flush_due()
+        until = min(self._due(now), self._parts.reporter.due, now + self._timing.tick)
+        self._expected_at = until
+        await wait_until_set(self._wake, until - now)
+        self._wake.clear()
+        if self._has_changes:
+            # A burst of events is one batch.
+            self._has_changes = False
+            await asyncio.sleep(self._timing.gather)
+
+    def _due(self, now: float) -> float:
+        """Return when there is work to start."""
+        opens_at = self._gate.opens_at
+        if self._role is Role.STANDBY:
+            return max(self._standby_read_due, opens_at) if self._step is None else math.inf
+        due = math.inf
+        if self._parts.observed.is_complete and len(self._batches) < self._slots():
+            due = self._parts.queue.next_due(now, with_bulk=self._has_bulk_slot())
+        if self._step is None:
+            due = min(due, self._next_step(now).until)
+        return max(due, opens_at)
+
+    async def _watch_leadership(self) -> None:
+        while True:
+            await self._leadership.changed()
+            self._wake.set()
+
+    def _notice_suspension(self, now: float) -> None:
+        """Compare everything after the process was stopped for long: others may have written meanwhile."""
+        if now - self._expected_at > SUSPENDED_AFTER:
+            log.warning("the process was suspended", seconds=round(now - self._expected_at, 1))
+            self._want(Need.URGENT)
+
+    async def _change_role(self, role: "Role") -> None:
+        parts = self._parts
+        if self._step is not None:
+            await end_tasks([self._step])
+            self._step = None
+        self._role = role
+        if role is Role.LEADER:
+            log.debug("leading: everything is read before the first write")
+            parts.observed.expire()
+            parts.desired.begin_leading()
+            parts.queue.clear()
+            self._schedule = Schedule.start(self._rules, self._clock())
+            parts.reporter.leads()
+        else:
+            parts.queue.clear()
+            self._standby_read_due = self._clock()
+            parts.reporter.stands_by()
+            if self._orphans is not None:
+                self._orphans.rest()
+                parts.status.lost_agents = self._orphans.lost
+
+    # Batches
+
+    def _slots(self) -> int:
+        return self._parts.health.concurrency(self._parts.registry.concurrency)
+
+    def _has_bulk_slot(self) -> bool:
+        """Return whether a batch of bulk work may start: some slots are left to changes, and only one batch is partial."""
+        slots = self._slots()
+        parts = self._parts
+        is_partial = parts.queue.bulk_waiting < parts.registry.batch_size
+        return self._bulk_batches < (1 if is_partial else max(1, slots - slots // SLOTS_FOR_CHANGES))
+
+    def _dispatch(self, now: float) -> None:
+        """Start batches while there are slots."""
+        parts = self._parts
+        if not parts.observed.is_complete or now < self._gate.opens_at:
+            return
+        while len(self._batches) < self._slots():
+            batch = parts.queue.take(parts.registry.batch_size, now, with_bulk=self._has_bulk_slot())
+            if batch is None:
+                return
+            self._bulk_batches += batch.priority is Priority.BULK
+            task = asyncio.create_task(self._reconcile(batch))
+            self._batches.add(task)
+            task.add_done_callback(self._batches.discard)
+
+    async def _reconcile(self, batch: Batch) -> None:
+        try:
+            counts: list[Counts] = []
+
+            async def run() -> None:
+                counts.append(await self._parts.reconciler.reconcile(batch))
+
+            # A batch that needed no request says nothing about Consul.
+            if await self._attempt("batch", run()) and counts[0].writes:
+                self._gate.open("batch", is_drained=self._parts.queue.is_drained)
+        finally:
+            self._bulk_batches -= batch.priority is Priority.BULK
+            self._wake.set()
+
+    # Resyncs, probes and orphans
+
+    def _next_step(self, now: float) -> Step:
+        has_orphans = self._orphans is not None and self._parts.status.has_synced
+        orphans_due = self._orphans.look_due if self._orphans is not None and has_orphans else math.inf
+        return self._schedule.next(now, orphans_due)
+
+    def _start_step(self, now: float) -> None:
+        """Start the step that is due; one at a time, beside the batches."""
+        if self._step is not None or now < self._gate.opens_at:
+            return
+        work: Coroutine[None, None, None] | None = None
+        if self._role is Role.STANDBY:
+            if self._standby_read_due <= now:
+                work = self._read_as_standby()
+        elif self._collects_orphans and self._parts.queue.is_drained:
+            work = self._collect_orphans()
+        else:
+            match self._next_step(now).kind:
+                case StepKind.RESYNC:
+                    work = self._resync()
+                case StepKind.PROBE:
+                    work = self._probe()
+                case StepKind.ORPHANS:
+                    work = self._look_for_orphans()
+        if work is not None:
+            self._step = asyncio.create_task(self._run_step(work))
+
+    async def _run_step(self, work: Coroutine[None, None, None]) -> None:
+        try:
+            await work
+        finally:
+            if self._step is asyncio.current_task():
+                self._step = None
+            self._wake.set()
+
+    async def _resync(self) -> None:
+        self._schedule = self._schedule.resync_began()
+        results: list[Comparison] = []
+
+        async def run() -> None:
+            results.append(await self._parts.resync.run())
+
+        if not await self._attempt("resync", run()):
+            self._want(Need.URGENT)
+            return
+        self._gate.open("resync", is_drained=self._parts.queue.is_drained)
+        (found,) = results
+        now = self._clock()
+        self._schedule = self._schedule.resynced(now, found.read_seconds).judge_again(found.judged.again_at)
+        self._awaited = found.judged.relisting | {one.source for one in found.judged.held}
+        self._has_stale_services = bool(found.kept[Kept.BLIND])
+        self._collects_orphans = self._orphans is not None
+
+    async def _probe(self) -> None:
+        """Ask whether something else wrote to Consul."""
+        parts = self._parts
+
+        async def ask() -> None:
+            if self._probe_consul is not None and not parts.health.is_up:
+                await self._probe_consul(parts.queue.is_drained)
+            match await parts.registry.drift():
+                case Drift.CHANGED:
+                    self._want(Need.DRIFT)
+                case Drift.EMPTIED:
+                    self._want(Need.URGENT)
+
+        if parts.observed.is_complete and await self._attempt("probe", ask()):
+            self._gate.open("probe", is_drained=self._parts.queue.is_drained)
+        self._schedule = self._schedule.probed(self._clock())
+
+    async def _look_for_orphans(self) -> None:
+        assert self._orphans is not None
+        if await self._orphans.look():
+            self._want(Need.DRIFT)
+        self._parts.status.lost_agents = self._orphans.lost
+
+    async def _collect_orphans(self) -> None:
+        assert self._orphans is not None
+        self._collects_orphans = False
+        await self._orphans.collect()
+        self._parts.status.lost_agents = self._orphans.lost
+
+    async def _read_as_standby(self) -> None:
+        """Read what the leader wrote: what a standby serves has the leader's shards."""
+
+        async def read() -> None:
+            await self._parts.resync.read()
+
+        if await self._attempt("resync", read()):
+            self._gate.open("resync", is_drained=self._parts.queue.is_drained)
+            self._standby_read_due = self._clock() + self._timing.standby_look
+            # What differs is the leader's to write.
+            self._parts.queue.clear()
+
+    # Failures
+
+    async def _attempt(self, what: str, work: Coroutine[None, None, object]) -> bool:
+        """Do something with Consul; a failure closes the gate for a while. Return whether it was done."""
+        try:
+            await work
+        except ConsulFenced:
+            # The role changes with the next turn; until then nothing is written.
+            self._gate.wait_a_moment()
+            return False
+        except ConsulError as error:
+            self._parts.reporter.failed()
+            self._gate.close(what, str(error))
+            return False
+        except Exception as error:  # noqa: BLE001 - counted and logged; nothing ends the daemon
+            self._parts.reporter.internal_error(what, error)
+            self._gate.close(what, f"internal error: {type(error).__name__}")
+            return False
+        return True
+
+    def _want(self, need: Need) -> None:
+        self._schedule = self._schedule.want(need)
+
+    def _show_consul(self) -> None:
+        self._parts.reporter.consul(self._gate.problem, is_up=self._gate.is_up)
+
+    def _check_synced(self) -> None:
+        """Note that everything was compared once, and tried."""
+        parts = self._parts
+        if parts.status.has_synced or not parts.observed.is_complete:
+            return
+        if any(status.listed_at is None for status in parts.desired.store.statuses().values()):
+            return
+        is_compared = self._schedule.need is Need.NONE and self._step is None and parts.queue.is_drained
+        parts.status.has_synced = self._role is Role.STANDBY or is_compared

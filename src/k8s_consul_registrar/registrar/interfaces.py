@@ -1,0 +1,130 @@
+"""The Protocols of Kubernetes and Consul that the registrar uses; `app.parts` passes the real objects in."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Protocol
+
+from k8s_consul_registrar.kube.objects import Item
+from k8s_consul_registrar.model import Drift, ObjectKey, Service, Source, Written
+from k8s_consul_registrar.registrar.status import LostAgent
+
+
+class Cluster(Protocol):
+    """The API server, beyond what its reflectors put into the Store."""
+
+    async def read_object(self, key: ObjectKey) -> Item | None:
+        """Return an object as it is now, None if there is none; raises a `ClusterError`."""
+        ...
+
+    def relist(self, source: Source, at: float) -> None:
+        """Ask for a new complete list of a source at a moment of the monotonic clock."""
+        ...
+
+
+class Registry(Protocol):
+    """Consul's record of services in one place: an agent, or a node of the catalog.
+
+    Each raises a `ConsulError` when Consul is unavailable; what it refuses of single services is in the
+    `Written`. `checks_versions` is True if a write is made only over the version that its `index` names. A
+    batch holds at most `batch_size` services, and at most `concurrency` batches are in flight.
+    """
+
+    checks_versions: bool
+    batch_size: int
+    concurrency: int
+
+    def services(self) -> AsyncIterator[Service]:
+        """Yield every service held there, no matter who wrote it."""
+        ...
+
+    def lookup(self, ids: Sequence[str]) -> AsyncIterator[Service]:
+        """Yield those of these services that exist now."""
+        ...
+
+    async def register(self, services: Sequence[Service]) -> Written:
+        """Write services over what is under the same IDs."""
+        ...
+
+    async def deregister(self, services: Sequence[Service]) -> Written:
+        """Remove services; one that does not exist counts as done."""
+        ...
+
+    async def drift(self) -> Drift:
+        """Return what others may have done to what is there; cheap enough to ask every few seconds."""
+        ...
+
+    async def lost_shards(self) -> Mapping[str, str]:
+        """Return shard paths by service ID that are still on record though the service is not held here."""
+        ...
+
+    async def is_name_taken(self, name: str) -> bool:
+        """Return whether a service anywhere in the catalog has this name and no registrar wrote it."""
+        ...
+
+
+class Health(Protocol):
+    """Consul as its client last found it."""
+
+    @property
+    def is_up(self) -> bool:
+        """True if a request succeeded and neither the latest read nor the latest write failed."""
+        ...
+
+    @property
+    def problem(self) -> str:
+        """The latest failure, empty if there is none."""
+        ...
+
+    @property
+    def open_at(self) -> float:
+        """Moment of the monotonic clock before which no new work may start."""
+        ...
+
+    def concurrency(self, limit: int) -> int:
+        """Return how many of `limit` requests may be in flight; few after an outage or a 429."""
+        ...
+
+
+class Leadership(Protocol):
+    """The election's result, as far as it concerns this replica."""
+
+    @property
+    def is_leader(self) -> bool:
+        """True if a write may start now."""
+        ...
+
+    async def changed(self) -> None:
+        """Wait until leadership was won or lost since this last returned."""
+        ...
+
+
+class NoElection:
+    """The leadership of a registrar without replicas."""
+
+    is_leader = True
+
+    async def changed(self) -> None:
+        """Wait until cancelled."""
+        await asyncio.Event().wait()
+
+
+class Orphans(Protocol):
+    """Removal of services from nodes whose agent is gone."""
+
+    look_due: float  # when to look again, in seconds of the monotonic clock
+
+    @property
+    def lost(self) -> tuple[LostAgent, ...]:
+        """The lost agents whose nodes may hold services of this registrar."""
+
+    async def look(self) -> bool:
+        """Look, at little cost, for lost agents; return whether a resync is wanted for one."""
+        ...
+
+    async def collect(self) -> None:
+        """Remove what may go; to be called after a resync."""
+        ...
+
+    def rest(self) -> None:
+        """Forget what was seen, since another replica leads."""
+        ...

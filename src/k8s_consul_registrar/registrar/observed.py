@@ -1,0 +1,357 @@
+"""Observed state: what Consul is known to hold under each service ID, and who else changes it. Pure."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import msgspec
+
+from k8s_consul_registrar.model import UNSYNCED, Kind, ObjectKey, Service, Target
+from k8s_consul_registrar.registrar.ownership import Claim, Identity, kind_of, object_of
+from k8s_consul_registrar.targets.service_names import sharded_name
+from k8s_consul_registrar.targets.zones import NODE, ZONE
+
+# Repairs of a record that another writer changed: the first change may be an accident, the second shows a
+# writer at work.
+LAST_REPAIRED = 1
+
+
+class AsDesired(msgspec.Struct, frozen=True, gc=False):
+    """A service that is as its target wants it: target, shard and cluster UID make the whole record again.
+
+    The target is the store's own value, so this costs a few words, not a copy of a service. `version` is
+    the record's `Service.index`.
+    """
+
+    target: Target
+    shard: str
+    cluster_uid: str
+    version: int = 0
+
+    @property
+    def id(self) -> str:
+        """The service ID."""
+        return self.target.id
+
+    @property
+    def name(self) -> str:
+        """The service name."""
+        return sharded_name(self.target.name, self.shard)
+
+    def service(self, identity: Identity) -> Service:
+        """Build the record."""
+        return identity.service(self.target, self.shard, self.cluster_uid, self.version)
+
+
+class Other(msgspec.Struct, frozen=True, gc=False):
+    """A service that is this registrar's to update or adopt, and is not known to be as desired.
+
+    `digest` is the record's hash in this process, `key` its object (None for a Node of the original
+    program), `version` its `Service.index`. `service` is the whole record where nothing asks for the ID, so
+    that it can be shown.
+    """
+
+    digest: int
+    kind: Kind | None
+    key: ObjectKey | None
+    claim: Claim
+    name: str
+    shard: str
+    cluster_uid: str
+    zone: str = ""
+    node: str = ""
+    version: int = 0
+    is_unsynced: bool = False
+    service: Service | None = None
+
+
+class Foreign(msgspec.Struct, frozen=True, gc=False):
+    """A service that is not proven to be this registrar's; `holder` describes its owner."""
+
+    holder: str
+
+
+class Unknown(msgspec.Struct, frozen=True, gc=False):
+    """An ID whose record must be looked up: a write had no answer, or the record changed underneath it.
+
+    Shard, zone and Node are those of the record that was last known.
+    """
+
+    shard: str = ""
+    zone: str = ""
+    node: str = ""
+
+
+# None stands for absent, once Consul was read completely.
+Observed: TypeAlias = AsDesired | Other | Foreign | Unknown | None
+
+
+def observe(service: Service, identity: Identity, cluster_uid: str, *, keep: bool = False) -> Other | Foreign:
+    """Reduce a record of Consul's to what decisions need; with `keep` the whole record stays with it."""
+    claim = identity.claim(service, cluster_uid)
+    if claim is Claim.FOREIGN:
+        return Foreign(holder_of(service))
+    meta = dict(service.meta)
+    return Other(
+        digest=hash(service),
+        kind=kind_of(service),
+        key=object_of(service),
+        claim=claim,
+        name=service.id if service.name == service.id else service.name,
+        shard=meta.get("shard_path", ""),
+        cluster_uid=meta.get("cluster_uid", ""),
+        zone=meta.get(ZONE, ""),
+        node=meta.get(NODE, ""),
+        version=max(service.index, 0),
+        is_unsynced=service.index == UNSYNCED,
+        service=service if keep else None,
+    )
+
+
+def zone_of(record: Observed) -> tuple[str, str]:
+    """Return the zone of a record and the Node it belongs to, empty if unknown."""
+    if isinstance(record, AsDesired):
+        meta = dict(record.target.meta)
+        return meta.get(ZONE, ""), meta.get(NODE, "")
+    return (record.zone, record.node) if isinstance(record, Other | Unknown) else ("", "")
+
+
+def with_known_zone(record: Observed, before: Observed) -> Observed:
+    """Return a fresh record with the zone that was last known of its Node, whatever another writer made of it."""
+    zone, node = zone_of(before)
+    if isinstance(record, Other) and zone and node == record.node:
+        return msgspec.structs.replace(record, zone=zone)
+    return record
+
+
+def object_behind(record: Observed) -> ObjectKey | None:
+    """Return the object that a record stands for, None if there is none."""
+    if isinstance(record, AsDesired):
+        return record.target.key
+    return record.key if isinstance(record, Other) else None
+
+
+def holder_of(service: Service) -> str:
+    """Describe the owner of a foreign service."""
+    named = {key: service.value(key) for key in ("managed_by", "cluster", "instance", "cluster_uid")}
+    return (
+        ", ".join(f"{key}={value}" for key, value in named.items() if value) or "a service without our meta"
+    )
+
+
+class _Records:
+    """Records by service ID, with an index from objects to the IDs of their `Other` records."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[str, AsDesired | Other | Foreign | Unknown] = {}
+        self.by_object: dict[ObjectKey, tuple[str, ...]] = {}
+        self.registered = 0
+        self.others = 0
+
+    def put(self, service_id: str, record: Observed) -> None:
+        before = self.by_id.get(service_id)
+        self.others += isinstance(record, Other) - isinstance(before, Other)
+        if isinstance(before, AsDesired):
+            self.registered -= 1
+        elif isinstance(before, Other) and before.key is not None:
+            rest = tuple(one for one in self.by_object[before.key] if one != service_id)
+            if rest:
+                self.by_object[before.key] = rest
+            else:
+                del self.by_object[before.key]
+        if record is None:
+            self.by_id.pop(service_id, None)
+            return
+        self.by_id[service_id] = record
+        if isinstance(record, AsDesired):
+            self.registered += 1
+        elif isinstance(record, Other) and record.key is not None:
+            self.by_object[record.key] = (*self.by_object.get(record.key, ()), service_id)
+
+
+class ObservedState:
+    """The record under each service ID, as last read or written; one event loop's.
+
+    Until the first complete read (`is_complete`) an ID that is missing here says nothing; afterwards it is
+    absent. A read replaces everything at its end (`begin_read`, `read`, `finish_read`), except IDs that were
+    written meanwhile: what it shows of them is older than what is known.
+    """
+
+    def __init__(self) -> None:
+        self._records = _Records()
+        self._reading: _Records | None = None
+        self._touched: set[str] = set()
+        self._in_flight: set[str] = set()
+        self._lost_shards: dict[str, str] = {}
+        self.is_complete = False
+        # Moves with every change, for caches of what is shown.
+        self.generation = 0
+
+    def get(self, service_id: str) -> Observed:
+        """Return what is known under an ID."""
+        return self._records.by_id.get(service_id)
+
+    def is_absent(self, service_id: str) -> bool:
+        """Return whether nothing is known, or feared, to be under an ID."""
+        return (
+            self.is_complete and service_id not in self._records.by_id and service_id not in self._in_flight
+        )
+
+    def shard(self, service_id: str) -> str:
+        """Return the shard that a service has or had, empty if unknown."""
+        record = self._records.by_id.get(service_id)
+        if record is None or isinstance(record, Foreign):
+            return self._lost_shards.get(service_id, "")
+        return record.shard or self._lost_shards.get(service_id, "")
+
+    def ids_of(self, key: ObjectKey) -> tuple[str, ...]:
+        """Return the IDs of an object's records that are not known to be as desired."""
+        return self._records.by_object.get(key, ())
+
+    @property
+    def registered(self) -> int:
+        """Number of services known to be as desired."""
+        return self._records.registered
+
+    @property
+    def others(self) -> int:
+        """Number of services of this registrar's that are not known to be as desired."""
+        return self._records.others
+
+    def ids(self) -> Iterator[str]:
+        """Yield every ID with a record; stays valid while records change."""
+        return iter(tuple(self._records.by_id))
+
+    # Writes
+
+    def begin_write(self, ids: Iterable[str]) -> None:
+        """Note that writes of these IDs are on their way."""
+        self._in_flight.update(ids)
+        if self._reading is not None:
+            self._touched.update(self._in_flight)
+
+    def end_write(self, ids: Iterable[str]) -> None:
+        """Note that these writes have ended; `put` or `doubt` says how."""
+        ids = tuple(ids)
+        self._in_flight.difference_update(ids)
+        if self._reading is not None:
+            self._touched.update(ids)
+
+    def put(self, service_id: str, record: Observed) -> None:
+        """Note what is under an ID now; None is absent."""
+        self.generation += 1
+        self._records.put(service_id, record)
+        if self._reading is not None:
+            self._touched.add(service_id)
+
+    def doubt(self, service_id: str) -> None:
+        """Note that an ID must be looked up before the next write; its shard is remembered."""
+        self.put(service_id, Unknown(self.shard(service_id), *zone_of(self.get(service_id))))
+
+    # Reads of everything
+
+    def begin_read(self) -> None:
+        """Begin a read of everything Consul holds."""
+        self._reading = _Records()
+        self._touched = set(self._in_flight)
+
+    def read(self, service_id: str, record: Observed) -> None:
+        """Note a record of the read that is under way."""
+        assert self._reading is not None
+        self._reading.put(service_id, record)
+
+    def finish_read(
+        self,
+        lost_shards: Mapping[str, str] | None = None,
+        is_desired: Callable[[str], bool] = lambda _: True,
+    ) -> set[str]:
+        """Replace everything by what was read; return the IDs that were written meanwhile and are left alone.
+
+        Desired services that Consul has lost since the last read keep their shards.
+        """
+        assert self._reading is not None
+        touched, reading = self._touched, self._reading
+        for service_id in touched:
+            reading.put(service_id, self._records.by_id.get(service_id))
+        lost = (self._records.by_id.keys() | self._lost_shards.keys()) - reading.by_id.keys()
+        shards = {one: self.shard(one) for one in lost if is_desired(one)}
+        self._records, self._reading, self._touched = reading, None, set()
+        self._lost_shards = {one: shard for one, shard in shards.items() if shard} | dict(lost_shards or {})
+        self.is_complete = True
+        self.generation += 1
+        return touched
+
+    def drop_read(self) -> None:
+        """Forget a read that failed: it was not complete, so it proves nothing."""
+        self._reading, self._touched = None, set()
+
+    def expire(self) -> None:
+        """Distrust everything until the next complete read: another replica may have written."""
+        self.drop_read()
+        self.is_complete = False
+        self.generation += 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Contest:
+    changes: int
+    latest: float
+
+
+class Contests:
+    """Counts changes by other writers of records that this registrar wrote, by service ID.
+
+    Two writers of one identity (the overlap of a rollout, a cluster with a cloned UID, replicas without an
+    election) would overwrite each other in turn for as long as they run. So a record that was repaired once
+    and is changed again is left alone, and reported, until nothing changed it for `quiet` seconds.
+    """
+
+    def __init__(self, quiet: float) -> None:
+        self._quiet = quiet
+        self._contests: dict[str, _Contest] = {}
+
+    def __len__(self) -> int:
+        return len(self._contests)
+
+    def is_contested(self, service_id: str, now: float) -> bool:
+        """Return whether a record is to be left alone."""
+        if not self._contests:
+            return False
+        contest = self._contests.get(service_id)
+        if contest is None:
+            return False
+        if now - contest.latest >= self._quiet:
+            del self._contests[service_id]
+            return False
+        return contest.changes > LAST_REPAIRED
+
+    def compare(
+        self, service_id: str, before: Observed, record: Observed, identity: Identity, now: float
+    ) -> Observed:
+        """Return what a fresh read shows, as desired if it is; count it if another writer changed it.
+
+        Only records of this registrar's own identity count: a hand that edits one thing is no writer.
+        """
+        if not isinstance(before, AsDesired) or not isinstance(record, Other):
+            return record
+        if hash(before.service(identity)) == record.digest and not record.is_unsynced:
+            return AsDesired(before.target, before.shard, before.cluster_uid, record.version)
+        if record.claim is Claim.OURS and not record.is_unsynced:
+            self._count(service_id, now)
+        return record
+
+    def prune(self, now: float) -> None:
+        """Forget records that nothing changed for long."""
+        for service_id, contest in tuple(self._contests.items()):
+            if now - contest.latest >= self._quiet:
+                del self._contests[service_id]
+
+    def lost_race(self, service_id: str, now: float) -> None:
+        """Count a write that came too late: another one was made after the record was read."""
+        if service_id in self._contests:
+            self._count(service_id, now)
+
+    def _count(self, service_id: str, now: float) -> None:
+        contest = self._contests.get(service_id)
+        changes = 1 if contest is None or now - contest.latest >= self._quiet else contest.changes + 1
+        self._contests[service_id] = _Contest(changes, now)

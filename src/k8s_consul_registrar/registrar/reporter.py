@@ -1,0 +1,374 @@
+"""Log lines, metrics and status: what the registrar says about its work."""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from k8s_consul_registrar.kube.source_state import SourceStatus
+from k8s_consul_registrar.model import Kind, Rejection, Source, Target, Written
+from k8s_consul_registrar.registrar.brake import Held
+from k8s_consul_registrar.registrar.decide import Conflict, Kept
+from k8s_consul_registrar.registrar.endpoints import Endpoints
+from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.status import Activity, Counts, RegistrarStatus
+from k8s_consul_registrar.telemetry import get_logger
+
+# Of many things of one sort the log names this many; the rest is a count.
+MOST_NAMED = 20
+# Seconds between two log lines about changes; the first change after a quiet second is logged at once.
+CHANGES_INTERVAL = 1.0
+# Seconds between two looks at the addresses that Pods share.
+ENDPOINTS_INTERVAL = 5.0
+# Seconds between two lines about a first sync; one that is done sooner has none.
+PROGRESS_INTERVAL = 5.0
+
+AboutT = TypeVar("AboutT", bound=str)
+
+log = get_logger("registrar")
+
+
+class LogOnce:
+    """The persistent conditions of one topic: each is logged when it begins, and again only when it changes."""
+
+    def __init__(self) -> None:
+        self._logged: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._logged)
+
+    def new(self, about: str, text: str) -> bool:
+        """Note a condition; return whether it is new or changed."""
+        is_new = self._logged.get(about) != text
+        self._logged[about] = text
+        return is_new
+
+    def over(self, about: str) -> bool:
+        """Note that a condition has ended; return whether it was noted."""
+        return self._logged.pop(about, None) is not None
+
+    def only(self, facts: Mapping[str, str]) -> list[tuple[str, str]]:
+        """Note that just these conditions stand; return those that are new or changed."""
+        fresh = [(about, text) for about, text in facts.items() if self._logged.get(about) != text]
+        self._logged = dict(facts)
+        return fresh
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._logged = {}
+
+
+class Reporter:
+    """Turns what happens into log lines, metrics and the status."""
+
+    def __init__(
+        self,
+        metrics: RegistrarMetrics,
+        status: RegistrarStatus,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._metrics = metrics
+        self._status = status
+        self._clock = clock
+        self._refused, self._conflicts, self._rejections = LogOnce(), LogOnce(), LogOnce()
+        self._sources, self._brakes, self._errors = LogOnce(), LogOnce(), LogOnce()
+        self._shared = LogOnce()
+        self._seen_endpoints, self._endpoints_due = 0, -math.inf
+        self._changes: Counts | None = None
+        self._batches = 0
+        self._changes_due = -math.inf
+        self._named_until = 0.0
+        self._named = 0
+        self._is_up: bool | None = None
+
+    # Sources and Consul
+
+    def sources(self, statuses: Mapping[Source, SourceStatus]) -> None:
+        """Show how well each source is known."""
+        problems = {str(source): status.problem for source, status in statuses.items() if status.problem}
+        for about in self._status.source_problems.keys() - problems.keys():
+            log.info("can be listed again", source=about)
+        self._status.source_problems = problems
+        for about, text in self._sources.only(problems):
+            log.warning("cannot list; nothing of it is deregistered meanwhile", source=about, problem=text)
+        for kind in Kind:
+            states = [status.is_followed for source, status in statuses.items() if source.kind is kind]
+            self._metrics.follows(kind, all(states) if states else None)
+
+    def consul(self, problem: str, *, is_up: bool) -> None:
+        """Show whether Consul is available; a change is logged."""
+        if problem and not is_up and problem != self._status.consul_problem:
+            log.error("Consul cannot be used; trying again", problem=problem)
+        if is_up and self._status.consul_problem:
+            log.info("Consul can be used again")
+        self._status.consul_problem = "" if is_up else problem
+        if is_up is not self._is_up:
+            self._is_up = is_up
+            self._metrics.consul_up.set(is_up)
+
+    # Leadership
+
+    def leads(self) -> None:
+        """Show that this replica writes."""
+        self._status.is_standby = False
+        self._metrics.leader.set(1)
+
+    def stands_by(self) -> None:
+        """Show that another replica writes: what was refused or in conflict is that one's to know."""
+        self.flush()
+        self._status.is_standby = True
+        self._metrics.leader.set(0)
+        self._status.refused.clear()
+        self._status.conflicts.clear()
+        self._status.lost.clear()
+        self._status.held = ()
+        for topic in (self._refused, self._conflicts, self._brakes):
+            topic.clear()
+        self._metrics.conflicts.set(0)
+        self._metrics.held.set(0)
+
+    # Single service IDs
+
+    def conflict(self, service_id: str, conflict: Conflict) -> None:
+        """Report an ID that an object asks for and that belongs to something else."""
+        self._forget_refusal(service_id)
+        self._status.conflicts[service_id] = conflict
+        self._metrics.conflicts.set(len(self._status.conflicts))
+        text = f"wanted by {conflict.key}, held by {conflict.holder}"
+        if self._conflicts.new(service_id, text) and self._may_name():
+            log.warning("conflict: the service ID is not ours to write", service=service_id, problem=text)
+
+    def lost(self, service_id: str, losers: tuple[Rejection, ...]) -> None:
+        """Report the objects that do not get an ID they ask for."""
+        self._status.lost[service_id] = losers
+        for one in losers:
+            self.rejected(one)
+
+    def rejected(self, rejection: Rejection) -> None:
+        """Report an object that asks to be scraped and cannot be."""
+        text = f"{rejection.reason}: {rejection.detail}"
+        if self._rejections.new(str(rejection.key), text) and self._may_name():
+            log.warning("rejected", object=str(rejection.key), reason=text)
+
+    def refused(self, verb: str, service_id: str, problem: str) -> None:
+        """Report a write that Consul refused."""
+        self._metrics.wrote(verb, 0, 1)
+        self._status.refused[service_id] = problem
+        if self._refused.new(service_id, problem) and self._may_name():
+            log.warning("Consul refuses a service", verb=verb, service=service_id, problem=problem)
+
+    def settled(self, service_id: str) -> None:
+        """Forget what stood against an ID."""
+        if self._status.conflicts and self._status.conflicts.pop(service_id, None) is not None:
+            self._metrics.conflicts.set(len(self._status.conflicts))
+            self._conflicts.over(service_id)
+        self._forget_refusal(service_id)
+
+    def _forget_refusal(self, service_id: str) -> None:
+        if self._status.refused and self._status.refused.pop(service_id, None) is not None:
+            self._refused.over(service_id)
+        if self._status.lost:
+            self._status.lost.pop(service_id, None)
+
+    def wrote(self, verb: str, services: Iterable[tuple[str, Target | None]], written: Written) -> None:
+        """Count writes."""
+        self._metrics.wrote(verb, written.done, 0)
+        for number, (service_id, target) in enumerate(services):
+            if number == MOST_NAMED:
+                break
+            where = {} if target is None else {"address": target.address, "port": target.port}
+            log.debug(verb, service=service_id, **where)
+
+    def lag(self, seconds: float) -> None:
+        """Count the time from an event to Consul's acknowledgement of what it led to."""
+        self._metrics.event_lag.observe(seconds)
+
+    def internal_error(self, where: str, error: Exception) -> None:
+        """Report an error in this program: it is confined to one ID, source or task."""
+        self._metrics.internal_errors.inc()
+        if self._errors.new(where, f"{type(error).__name__}: {error}"):
+            log.error("internal error; please report it", where=where, exc_info=error)
+
+    def prefix_differs_in_case(self, prefix: str, service_id: str) -> None:
+        """Report services under a prefix that Consul's catalog takes for the same one."""
+        log.warning(
+            "SERVICE_ID_PREFIX differs only in case from services in Consul, whose catalog ignores case",
+            prefix=prefix,
+            service=service_id,
+        )
+
+    def shared_endpoints(self, endpoints: Endpoints) -> None:
+        """Report living Pods at one address and port, if they changed and not too often."""
+        now = self._clock()
+        if endpoints.generation == self._seen_endpoints or now < self._endpoints_due:
+            return
+        self._seen_endpoints, self._endpoints_due = endpoints.generation, now + ENDPOINTS_INTERVAL
+        shared = tuple(endpoints.shared())
+        self._metrics.shared_endpoints.set(len(shared))
+        facts = {
+            f"{members[0].address}:{members[0].port}": " ".join(
+                sorted(one.id for one in members)[:MOST_NAMED]
+            )
+            for members in shared
+        }
+        for about, text in self._shared.only(facts)[:MOST_NAMED]:
+            log.warning(
+                "several Pods have one address and port; all stay registered", address=about, services=text
+            )
+
+    # Batches and resyncs
+
+    def batch(self, counts: Counts) -> None:
+        """Report a batch that was reconciled; one that wrote nothing is no pass, and no success."""
+        if not (counts.writes or counts.refused):
+            return
+        self._metrics.passes.labels(counts.outcome).inc()
+        self._metrics.pass_seconds.observe(counts.seconds)
+        if not counts.refused:
+            self._metrics.last_success.set(time.time())
+        self._changes = counts if self._changes is None else self._changes + counts
+        self._batches += 1
+        self.flush_due()
+
+    def failed(self) -> None:
+        """Count a batch or a resync that ended because Consul is unavailable."""
+        self._metrics.passes.labels("failure").inc()
+
+    def resynced(
+        self,
+        counts: Counts,
+        *,
+        kept: Mapping[Kept, int],
+        held: tuple[Held, ...],
+        rejections: Iterable[Rejection],
+    ) -> None:
+        """Report a resync: every standing figure is renewed."""
+        self.flush()
+        now = time.time()
+        self._status.recent.appendleft(Activity(is_resync=True, at=now, counts=counts))
+        self._metrics.passes.labels(counts.outcome).inc()
+        self._metrics.resyncs.inc()
+        self._metrics.pass_seconds.observe(counts.seconds)
+        self._metrics.last_success.set(now)
+        self._metrics.last_full_pass.set(now)
+        for why in Kept:
+            self._metrics.kept.labels(why.value).set(kept.get(why, 0))
+        self._brake(held)
+        every = (*rejections, *self._status.lost_rejections())
+        facts = {str(one.key): f"{one.reason}: {one.detail}" for one in every}
+        for about, text in self._rejections.only(facts)[:MOST_NAMED]:
+            log.warning("rejected", object=about, reason=text)
+        _log(log.info, "resync", counts)
+
+    def _brake(self, held: tuple[Held, ...]) -> None:
+        self._status.held = held
+        self._metrics.held.set(sum(len(one.ids) for one in held))
+        brakes = {
+            str(one.source): f"{len(one.ids)} services are missing from the list; waiting for lists that "
+            f"agree for {one.due - one.since:g} s: {', '.join(one.ids[:MOST_NAMED])}"
+            for one in held
+        }
+        for about, text in self._brakes.only(brakes):
+            log.warning("brake: a mass removal is held", source=about, held=text)
+
+    @property
+    def due(self) -> float:
+        """When the log line about changes is due, in seconds of the clock."""
+        return math.inf if self._changes is None else self._changes_due
+
+    def flush_due(self) -> None:
+        """Log what the latest batches did, if that is due."""
+        if self._changes is not None and self._clock() >= self._changes_due:
+            self.flush()
+
+    def flush(self) -> None:
+        """Log what the latest batches did, due or not."""
+        if self._changes is None:
+            return
+        counts, batches = self._changes, self._batches
+        self._changes, self._batches = None, 0
+        self._changes_due = self._clock() + CHANGES_INTERVAL
+        counts = replace(
+            counts, rejected=len(self._status.lost), held=sum(len(one.ids) for one in self._status.held)
+        )
+        self._status.recent.appendleft(Activity(is_resync=False, at=time.time(), counts=counts))
+        _log(log.info, "changes", counts, passes=batches)
+
+    def _may_name(self) -> bool:
+        """Return whether the log may name one more thing now: `MOST_NAMED` in a second."""
+        now = self._clock()
+        if now >= self._named_until:
+            self._named_until, self._named = now + 1.0, 0
+        self._named += 1
+        return self._named <= MOST_NAMED
+
+
+def _log(write: Callable[..., object], event: str, counts: Counts, **more: int) -> None:
+    write(
+        event,
+        registered=counts.registered,
+        updated=counts.updated,
+        deregistered=counts.deregistered,
+        unchanged=counts.unchanged,
+        refused=counts.refused,
+        rejected=counts.rejected,
+        conflicts=counts.conflicts,
+        held=counts.held,
+        seconds=round(counts.seconds, 3),
+        **more,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A first sync at one moment.
+
+    `listed` objects were read of the API server; `is_listed` says that those were all. `targets` came of them,
+    `registered` of which are known to stand in Consul, `rejected` objects cannot be targets.
+    """
+
+    listed: int
+    is_listed: bool
+    targets: int
+    registered: int
+    rejected: int = 0
+
+
+def describe(now: Progress, before: Progress | None, seconds: float) -> Mapping[str, object]:
+    """Return what to say of a first sync, given where it stood at the previous line (None: at its beginning).
+
+    How long it will take is said once the lists are complete and targets are being registered.
+    """
+    registered = now.registered - (before.registered if before else 0)
+    listed = now.listed - (before.listed if before else 0)
+    facts: dict[str, object] = {
+        "doing": "registering" if now.is_listed else "listing",
+        "listed": now.listed,
+        "targets": now.targets,
+        "registered": now.registered,
+        "rejected": now.rejected,
+        "per_second": round(max(0, registered if now.is_listed else listed) / seconds, 1),
+    }
+    left = now.targets - now.registered
+    if now.is_listed and registered > 0 and left > 0:
+        facts["seconds_left"] = round(left * seconds / registered)
+    return facts
+
+
+async def tell_progress(
+    read: Callable[[], Progress | None],
+    backend: str,
+    every: float = PROGRESS_INTERVAL,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Log how far the first sync is each `every` seconds, until `read` returns None: it is done."""
+    before, then = None, clock()
+    while True:
+        await asyncio.sleep(every)
+        if (now := read()) is None:
+            return
+        at = clock()
+        log.info("first sync under way", backend=backend, **describe(now, before, max(at - then, 0.001)))
+        before, then = now, at

@@ -1,0 +1,209 @@
+"""Resync: compares everything Consul holds with the desired state, and queues each ID that differs."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+from k8s_consul_registrar.asyncio_tools import in_slices
+from k8s_consul_registrar.model import Service
+from k8s_consul_registrar.registrar.absences import Absences, Findings, Judged
+from k8s_consul_registrar.registrar.decide import Deregister, Infer, Keep, Kept, Rules, decide
+from k8s_consul_registrar.registrar.desired import DesiredState
+from k8s_consul_registrar.registrar.interfaces import Registry
+from k8s_consul_registrar.registrar.names import NameGuard
+from k8s_consul_registrar.registrar.observed import (
+    AsDesired,
+    Contests,
+    Foreign,
+    Observed,
+    ObservedState,
+    Other,
+    observe,
+    with_known_zone,
+)
+from k8s_consul_registrar.registrar.queue import Priority, WorkQueue
+from k8s_consul_registrar.registrar.reporter import Reporter
+from k8s_consul_registrar.registrar.status import Counts
+
+# Services compared between two turns of the event loop.
+SLICE = 250
+
+
+class Comparison(NamedTuple):
+    """Result of comparing everything: IDs to write, IDs to remove, and what stays.
+
+    `differing` are desired IDs that are not known to be as desired, `unchanged` is how many are. `kept` counts
+    services that nothing asks for and that stay, by reason. `read_seconds` is how long the read of Consul took.
+    """
+
+    read_seconds: float
+    unchanged: int
+    differing: list[str]
+    removals: list[str]
+    kept: Counter[Kept]
+    judged: Judged
+
+
+class Resync:
+    """Reads everything at this registrar's place in Consul; writes nothing itself."""
+
+    def __init__(
+        self,
+        *,
+        desired: DesiredState,
+        observed: ObservedState,
+        queue: WorkQueue,
+        registry: Registry,
+        rules: Rules,
+        names: NameGuard,
+        contests: Contests,
+        absences: Absences,
+        reporter: Reporter,
+        id_prefix: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._desired = desired
+        self._observed = observed
+        self._queue = queue
+        self._registry = registry
+        self._rules = rules
+        self._names = names
+        self._contests = contests
+        self._absences = absences
+        self._reporter = reporter
+        self._id_prefix = id_prefix
+        self._clock = clock
+
+    async def read(self) -> float:
+        """Read everything into the observed state; return how many seconds that took. Raises a `ConsulError`."""
+        started = self._clock()
+        generation = self._desired.departure_generation
+        is_first = not self._observed.is_complete
+        self._names.begin()
+        self._observed.begin_read()
+        changed: dict[str, Observed] = {}
+        try:
+            count = 0
+            async for service in self._registry.services():
+                self._take_record(service, changed)
+                count += 1
+                if count % SLICE == 0:
+                    await asyncio.sleep(0)
+            lost_shards = await self._registry.lost_shards() if is_first else {}
+        except BaseException:
+            self._observed.drop_read()
+            raise
+        before = {one: self._observed.get(one) for one in changed}
+        touched = self._observed.finish_read(lost_shards, self._desired.claims.__contains__)
+        self._names.finish()
+        self._warn_of_prefix()
+        now = self._clock()
+        self._contests.prune(now)
+        for service_id, record in changed.items():
+            if service_id not in touched:
+                self._contests.compare(service_id, before[service_id], record, self._rules.identity, now)
+        self._desired.settle_by_read(generation)
+        for service_id in touched:
+            if not self._registry.checks_versions:
+                # Another writer may have come after us; without versions only a look shows it.
+                self._observed.doubt(service_id)
+            self._queue.add(service_id, now, Priority.BULK)
+        return now - started
+
+    async def compare(self) -> Comparison:
+        """Read everything and compare it with the desired state; raises a `ConsulError`."""
+        self._desired.has_absences = False
+        read_seconds = await self.read()
+        read_at = self._clock()
+        unchanged, differing = await self._compare_claims()
+        findings, removals, kept = await self._examine_unclaimed()
+        judged = await self._absences.judge(findings, read_at)
+        return Comparison(read_seconds, unchanged, differing, removals, kept, judged)
+
+    async def run(self) -> Comparison:
+        """Compare everything, and queue each ID that differs; raises a `ConsulError`."""
+        started = self._clock()
+        found = await self.compare()
+        for service_id in found.differing:
+            self._queue.add(service_id, self._clock(), Priority.BULK)
+        for service_id, key in found.judged.released.items():
+            self._desired.depart(service_id, key)
+        removals = [*found.removals, *found.judged.released]
+        self._queue.add_after(removals, found.differing, self._clock(), Priority.BULK)
+        rejections = tuple(self._desired.rejections.values())
+        counts = Counts(
+            unchanged=found.unchanged,
+            rejected=len(rejections),
+            held=sum(len(one.ids) for one in found.judged.held),
+            kept=found.kept.total(),
+            seconds=self._clock() - started,
+        )
+        self._reporter.resynced(counts, kept=found.kept, held=found.judged.held, rejections=rejections)
+        return found
+
+    def _take_record(self, service: Service, changed: dict[str, Observed]) -> None:
+        known = self._observed.get(service.id)
+        is_claimed = service.id in self._desired.claims
+        record: Observed = observe(
+            service, self._rules.identity, self._desired.cluster_uid, keep=not is_claimed
+        )
+        if isinstance(record, Foreign):
+            self._names.saw(service)
+            if not is_claimed:
+                return
+        if isinstance(known, AsDesired) and isinstance(record, Other):
+            if hash(known.service(self._rules.identity)) == record.digest and not record.is_unsynced:
+                record = AsDesired(known.target, known.shard, known.cluster_uid, record.version)
+            else:
+                changed[service.id] = record
+        self._observed.read(service.id, with_known_zone(record, known))
+
+    def _warn_of_prefix(self) -> None:
+        """Say at the start that the ID prefix differs only in case from one that is in use."""
+        prefix, self._id_prefix = self._id_prefix, ""
+        if not prefix:
+            return
+        for service_id in self._observed.ids():
+            if not service_id.startswith(prefix) and service_id.lower().startswith(prefix.lower()):
+                self._reporter.prefix_differs_in_case(prefix, service_id)
+                return
+
+    async def _compare_claims(self) -> tuple[int, list[str]]:
+        """Return how many desired IDs are known to be as desired, and the others."""
+        unchanged = 0
+        differing: list[str] = []
+        async for service_id in in_slices(tuple(self._desired.claims), SLICE):
+            claims = self._desired.claims.get(service_id, ())
+            record = self._observed.get(service_id)
+            if len(claims) == 1 and isinstance(record, AsDesired) and record.target == claims[0]:
+                unchanged += 1
+            elif claims:
+                differing.append(service_id)
+        return unchanged, differing
+
+    async def _examine_unclaimed(self) -> tuple[Findings, list[str], Counter[Kept]]:
+        """Find what nothing asks for: what may go as a fact, what is only absent, and what stays and why."""
+        findings = Findings()
+        removals: list[str] = []
+        kept: Counter[Kept] = Counter()
+        async for service_id in in_slices(self._observed.ids(), SLICE):
+            record = self._observed.get(service_id)
+            if not isinstance(record, AsDesired | Other):
+                continue
+            key = record.target.key if isinstance(record, AsDesired) else record.key
+            kind = record.target.key.kind if isinstance(record, AsDesired) else record.kind
+            source = self._desired.source_of(kind, key)
+            if source is not None:
+                findings.held[source] += 1
+            if service_id in self._desired.claims:
+                continue
+            match decide(self._desired.ask(service_id, record), record, self._rules):
+                case Deregister():
+                    removals.append(service_id)
+                case Keep(reason=reason):
+                    kept[reason] += 1
+                case Infer() if source is not None:
+                    findings.add(service_id, source, record)
+        return findings, removals, kept

@@ -1,0 +1,147 @@
+"""Schedule of everything but batches: resyncs, drift probes, the orphan collector. Pure.
+
+Reading everything Consul holds is dear: at 8,200 services under load a read cost Consul a core for seconds. So
+requests for a resync coalesce under a budget.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from enum import Enum, IntEnum
+from typing import NamedTuple
+
+# Seconds between reads of everything, beyond the first few.
+FULL_READ_GAP = 30.0
+
+
+class Need(IntEnum):
+    """Urgency of the next resync."""
+
+    NONE = 0
+    DRIFT = 1  # something else may have written to Consul
+    URGENT = 2  # targets may be missing, or stay though they are gone
+    NOW = 3  # nothing can be decided before it: a start, a new leader
+
+
+class StepKind(Enum):
+    """Kinds of step."""
+
+    RESYNC = "resync"
+    PROBE = "probe"
+    ORPHANS = "orphans"
+    SLEEP = "sleep"
+
+
+class Step(NamedTuple):
+    """Next step; `until` is when a sleep is over."""
+
+    kind: StepKind
+    until: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleRules:
+    """Intervals and the read budget; all times in seconds.
+
+    `burst` reads of everything are free in a row, then one in `gap`, and at most `share` of the time. An
+    urgent one heeds `urgent_gap` and `urgent_share` instead: nothing else removes what a new list does not
+    show.
+    """
+
+    period: float = 600.0
+    probe: float = 2.0
+    burst: int = 3
+    gap: float = FULL_READ_GAP
+    urgent_gap: float = 2.0
+    share: float = 0.02
+    urgent_share: float = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """When each step is due, in seconds of one monotonic clock; a value that outcomes replace."""
+
+    rules: ScheduleRules
+    need: Need
+    resync_due: float
+    probe_due: float
+    judge_due: float
+    budget: float
+    budget_at: float
+    gap: float
+    urgent_at: float
+
+    @classmethod
+    def start(cls, rules: ScheduleRules, now: float) -> "Schedule":
+        """Return the schedule of a registrar that has just started, or begins to lead."""
+        return cls(
+            rules=rules,
+            need=Need.NOW,
+            resync_due=now + rules.period,
+            probe_due=now + rules.probe,
+            judge_due=math.inf,
+            budget=float(rules.burst),
+            budget_at=now,
+            gap=rules.gap,
+            urgent_at=now,
+        )
+
+    def next(self, now: float, orphans_due: float = math.inf) -> Step:
+        """Return the step that is due, or a sleep until one is."""
+        resync_at = self.resync_at(now)
+        if resync_at <= now:
+            return Step(StepKind.RESYNC)
+        if self.probe_due <= now:
+            return Step(StepKind.PROBE)
+        if orphans_due <= now:
+            return Step(StepKind.ORPHANS)
+        return Step(StepKind.SLEEP, min(resync_at, self.probe_due, orphans_due))
+
+    def resync_at(self, now: float) -> float:
+        """Return when the next resync may begin."""
+        need = self.need
+        if self.judge_due <= now:
+            need = max(need, Need.URGENT)
+        if self.resync_due <= now:
+            need = max(need, Need.DRIFT)
+        if need is Need.NONE:
+            return min(self.judge_due, self.resync_due)
+        if need is Need.NOW:
+            return now
+        left = self._refilled(now)
+        if left >= 1:
+            return now
+        by_gap = now + (1 - left) * self.gap
+        return min(by_gap, max(now, self.urgent_at)) if need is Need.URGENT else by_gap
+
+    def want(self, need: Need) -> "Schedule":
+        """Return the schedule with a resync wanted; several requests make one resync."""
+        return self if need <= self.need else replace(self, need=need)
+
+    def judge_again(self, at: float | None) -> "Schedule":
+        """Return the schedule with a resync at the moment when absences are to be judged again."""
+        return replace(self, judge_due=math.inf if at is None else at)
+
+    def resync_began(self) -> "Schedule":
+        """Return the schedule while a resync runs: what is wanted from now on is another one."""
+        return replace(self, need=Need.NONE, judge_due=math.inf)
+
+    def resynced(self, now: float, seconds: float) -> "Schedule":
+        """Return the schedule after a resync whose read of Consul took `seconds`."""
+        rules = self.rules
+        return replace(
+            self,
+            resync_due=now + rules.period,
+            budget=max(self._refilled(now) - 1, 0.0),
+            budget_at=now,
+            gap=max(rules.gap, seconds / rules.share),
+            urgent_at=now + max(rules.urgent_gap, seconds / rules.urgent_share),
+        )
+
+    def probed(self, now: float) -> "Schedule":
+        """Return the schedule after a probe."""
+        return replace(self, probe_due=now + self.rules.probe)
+
+    def _refilled(self, now: float) -> float:
+        if self.gap <= 0:
+            return float(self.rules.burst)
+        return min(self.budget + (now - self.budget_at) / self.gap, float(self.rules.burst))

@@ -1,0 +1,37 @@
+"""The one way to wait in tests: for a condition, with a bound that only a fault reaches."""
+
+import asyncio
+import inspect
+import os
+from collections.abc import Callable
+
+# Seconds. A passing test never waits so long; a machine that is busy with something else may come close.
+PATIENCE = 60.0 if os.environ.get("CI") else 30.0
+SLACK = PATIENCE / 2  # seconds that a busy machine may add to a time a test measures
+
+
+async def until(
+    condition: Callable[[], object],
+    what: str = "",
+    *,
+    within: float = PATIENCE,
+    every: float = 0.05,
+    context: Callable[[], object] = str,
+) -> None:
+    """Wait until a condition, plain or async, holds; raise TimeoutError with `context()` when it does not.
+
+    It is looked at soon again at first, then each time `every` seconds have passed.
+    """
+    pause = 0.002
+    try:
+        async with asyncio.timeout(within):
+            while not await _value(condition):
+                await asyncio.sleep(min(pause, every))
+                pause *= 1.5
+    except TimeoutError:
+        raise TimeoutError(f"not within {within:g} s: {what or condition}\n{context()}") from None
+
+
+async def _value(condition: Callable[[], object]) -> object:
+    found = condition()
+    return await found if inspect.isawaitable(found) else found

@@ -1,0 +1,250 @@
+"""PEM in whatever surroundings, and certificates and keys that are damaged, cut off or of another kind."""
+
+import ssl
+from base64 import b64encode
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trustme
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from k8s_consul_registrar.app.upstream_trust import KubeletIdentity, PodTrust
+from k8s_consul_registrar.consul.access import build_ssl_context, rotating_tls
+from k8s_consul_registrar.errors import AccessError
+from k8s_consul_registrar.kube.access import load_access
+from k8s_consul_registrar.settings.proxying import KubeletSettings, ProxiedPods
+from k8s_consul_registrar.tls import KeyPair, ServerTls, TlsFiles, certificates, checked, trust_in
+
+CA = trustme.CA()
+OTHER = trustme.CA()
+PEM = CA.cert_pem.bytes()
+LEAF = CA.issue_cert("client.example")
+CERTIFICATE = b"".join(blob.bytes() for blob in LEAF.cert_chain_pems)
+KEY = LEAF.private_key_pem.bytes()
+COMMENT = "# NetLock Arany (Class Gold) Főtanúsítvány\n"
+MIDDLE = len(PEM) // 2
+
+GOOD = {
+    "plain": PEM,
+    "an ASCII comment": b"# Example CA\n" + PEM,
+    "a UTF-8 comment": COMMENT.encode() + PEM,
+    "a Latin-2 comment": COMMENT.encode("iso-8859-2") + PEM,
+    "a byte order mark": b"\xef\xbb\xbf" + PEM,
+    "NULs beside it": b"\0\0" + PEM + b"\0",
+    "dashes beside it": b"---\nServer certificate\n" + PEM + b"---\n-----\n",
+    "CRLF": PEM.replace(b"\n", b"\r\n"),
+    "CR": PEM.replace(b"\n", b"\r"),
+    "no line end": PEM.rstrip(),
+    "one long line": b"-----BEGIN CERTIFICATE-----\n"
+    + b64encode(ssl.PEM_cert_to_DER_cert(PEM.decode()))
+    + b"\n-----END CERTIFICATE-----",
+    "an older label": PEM.replace(b" CERTIFICATE", b" X509 CERTIFICATE"),
+    "a key beside it": KEY + PEM,
+    "indented": b"\n".join(b"  " + line for line in PEM.splitlines()),
+}
+BAD = {
+    "empty": (b"", "holds no PEM certificate"),
+    "text": (b"no certificate", "holds no PEM certificate"),
+    "UTF-16": (PEM.decode().encode("utf-16"), "holds no PEM certificate"),
+    "DER": (ssl.PEM_cert_to_DER_cert(PEM.decode()), "holds no PEM certificate"),
+    "a key only": (KEY, "holds no PEM certificate"),
+    "cut off": (PEM[:MIDDLE], "holds an unfinished PEM block"),
+    "cut off in its last line": (PEM.rstrip()[:-3], "holds an unfinished PEM block"),
+    "the second cut off": (PEM + PEM[:MIDDLE], "holds an unfinished PEM block"),
+    "the second cut off in its first line": (PEM + b"-----BEG", "holds an unfinished PEM block"),
+    "the first cut off": (PEM[:MIDDLE] + b"\n" + PEM, "holds an unfinished PEM block"),
+    "a byte that is not ASCII inside": (PEM[:200] + b"\xc3" + PEM[201:], "holds a damaged certificate"),
+    "a byte that is not base64 inside": (PEM[:200] + b"!" + PEM[201:], "holds a damaged certificate"),
+    "NULs inside": (PEM[:200] + b"\0" * 50 + PEM[250:], "holds a damaged certificate"),
+    "OpenSSL's own": (PEM.replace(b" CERTIFICATE", b" TRUSTED CERTIFICATE"), "holds a TRUSTED CERTIFICATE"),
+    "no certificate in it": (
+        b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+        "not a usable CA certificate|cannot be used|holds no usable certificate",
+    ),
+    "nothing in it": (
+        b"-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n",
+        "damaged|not a usable CA certificate|cannot be used|holds no usable certificate",
+    ),
+}
+
+
+def consul(ca: Path) -> ssl.SSLContext:
+    """Return Consul's context with this CA."""
+    return build_ssl_context(ca_file=str(ca))
+
+
+def client_ca(ca: Path) -> ssl.SSLContext:
+    """Return a server's context with this CA of clients."""
+    (ca.parent / "crt").write_bytes(CERTIFICATE)
+    (ca.parent / "key").write_bytes(KEY)
+    return ServerTls(TlsFiles(ca.parent / "crt", ca.parent / "key", ca, "TLS")).context
+
+
+def kubelets(ca: Path) -> ssl.SSLContext:
+    """Return the context for kubelets with this CA."""
+    config = ca.parent / "config"
+    config.write_text(
+        "current-context: a\nclusters: [{name: a, cluster: {server: 'http://127.0.0.1:1'}}]\n"
+        "contexts: [{name: a, context: {cluster: a}}]\n"
+    )
+    settings = KubeletSettings(
+        str(ca), skip_verify=False, tls_server_name="ip", client_cert_file="", client_key_file=""
+    )
+    return KubeletIdentity(settings, load_access({"KUBECONFIG": str(config)})).context()
+
+
+def pods(ca: Path) -> ssl.SSLContext:
+    """Return the context for Pods with this CA."""
+    return PodTrust(ProxiedPods((), "", "prometheus.io/", str(ca), skip_verify=False)).context()
+
+
+def api_server(ca: Path) -> ssl.SSLContext:
+    """Return the API server's context with this CA."""
+    return trust_in(ca.read_bytes(), f"CA {ca}").ssl_context()
+
+
+USERS = {
+    "CONSUL_CACERT": consul,
+    "CLIENT_CA_FILE": client_ca,
+    "KUBELET_CA_FILE": kubelets,
+    "POD_CA_FILE": pods,
+    "CA": api_server,
+}
+
+
+@pytest.mark.parametrize("user", USERS.values(), ids=USERS)
+@pytest.mark.parametrize("bundle", GOOD.values(), ids=GOOD)
+def test_a_bundle_is_used_whatever_stands_around_its_certificates(
+    tmp_path: Path, bundle: bytes, user: Callable[[Path], ssl.SSLContext]
+) -> None:
+    """A comment with an é was a TypeError of OpenSSL's, and ended the daemon."""
+    ca = tmp_path / "ca"
+    ca.write_bytes(bundle)
+    (found,) = user(ca).get_ca_certs(binary_form=True)
+    assert found == ssl.PEM_cert_to_DER_cert(PEM.decode())
+
+
+@pytest.mark.parametrize(("setting", "user"), USERS.items(), ids=USERS)
+@pytest.mark.parametrize(("bundle", "why"), BAD.values(), ids=BAD)
+def test_a_bundle_that_cannot_be_used_is_named(
+    tmp_path: Path, bundle: bytes, why: str, setting: str, user: Callable[[Path], ssl.SSLContext]
+) -> None:
+    """By its setting and its file, whoever uses it; a part of it never passes for the whole."""
+    ca = tmp_path / "the-ca"
+    ca.write_bytes(bundle)
+    with pytest.raises(AccessError, match=why) as caught:
+        user(ca)
+    assert setting in str(caught.value)
+    assert "the-ca" in str(caught.value)
+
+
+def test_a_folder_in_the_place_of_a_bundle_is_named(tmp_path: Path) -> None:
+    """OpenSSL would say "system lib"."""
+    for setting, user in USERS.items():
+        if user is not api_server:
+            folder = tmp_path / setting
+            folder.mkdir()
+            with pytest.raises(AccessError, match=rf"{setting}: cannot read .*: Is a directory"):
+                user(folder)
+
+
+def test_every_certificate_of_a_bundle_counts() -> None:
+    """In their order, each once more in one form."""
+    both = certificates(COMMENT.encode() + PEM + b"\n\nand\n" + OTHER.cert_pem.bytes(), "CA")
+    assert both.encode() == PEM + OTHER.cert_pem.bytes()
+
+
+def key_as(how: PrivateFormat, *, password: bytes = b"") -> bytes:
+    """Return the key in another form."""
+    encryption = BestAvailableEncryption(password) if password else NoEncryption()
+    return load_pem_private_key(KEY, None).private_bytes(Encoding.PEM, how, encryption)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        KEY,
+        CERTIFICATE + KEY,
+        KEY + CERTIFICATE,
+        COMMENT.encode() + KEY,
+        KEY.replace(b"\n", b"\r\n"),
+        key_as(PrivateFormat.PKCS8),
+        key_as(PrivateFormat.TraditionalOpenSSL),
+    ],
+)
+def test_a_key_is_used_in_every_form(key: bytes) -> None:
+    """Its file may hold the certificate as well, or comments."""
+    checked(KeyPair(COMMENT.encode() + CERTIFICATE, key, "PAIR"))
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    ("certificate", "key", "why"),
+    [
+        (CERTIFICATE, b"", "holds no PEM private key"),
+        (CERTIFICATE, KEY[:200], "holds no PEM private key"),
+        (CERTIFICATE, PEM, "holds no PEM private key"),
+        (CERTIFICATE, b"\xff" * 500, "holds no PEM private key"),
+        (CERTIFICATE, OTHER.issue_cert("x").private_key_pem.bytes(), "key values mismatch"),
+        (CERTIFICATE, key_as(PrivateFormat.PKCS8, password=b"s3cr3t"), "not encrypted"),
+        (CERTIFICATE, key_as(PrivateFormat.TraditionalOpenSSL, password=b"s3cr3t"), "not encrypted"),
+        (CERTIFICATE, KEY[:100] + b"!!" + KEY[102:], "cannot be used"),
+        (CERTIFICATE[: len(CERTIFICATE) // 2], KEY, "unfinished"),
+        (b"", KEY, "holds no PEM certificate"),
+    ],
+)
+def test_a_pair_that_cannot_be_used_is_named(certificate: bytes, key: bytes, why: str) -> None:
+    """Without asking for a password on the terminal, and without a word of the key."""
+    with pytest.raises(AccessError, match=why) as caught:
+        checked(KeyPair(certificate, key, "PAIR"))
+    assert str(caught.value).startswith("PAIR: ")
+    assert KEY.splitlines()[1].decode() not in str(caught.value)
+
+
+async def test_consul_s_own_certificate_may_stand_beside_its_key(tmp_path: Path) -> None:
+    """And is followed as the others are."""
+    own = tmp_path / "own.pem"
+    own.write_bytes(KEY + CERTIFICATE)
+    tls = rotating_tls(cert_file=str(own), verify=False)
+    first = tls.value
+    own.write_bytes(b"half-way")
+    assert not tls.refresh()
+    assert tls.problem
+    own.write_bytes(CERTIFICATE + KEY + b"\n")
+    assert tls.refresh()
+    assert tls.value is not first
+
+
+def test_files_of_a_server_caught_half_way_leave_the_last_in_force(tmp_path: Path) -> None:
+    """Each of them in each way, and the next good ones count."""
+    files = TlsFiles(tmp_path / "crt", tmp_path / "key", tmp_path / "ca", "TLS")
+    good = {files.certificate: CERTIFICATE, files.key: KEY, tmp_path / "ca": PEM}
+    for path, content in good.items():
+        path.write_bytes(content)
+    tls = ServerTls(files)
+    first = tls.material
+    for path, content in good.items():
+        for broken in (b"", content[: len(content) // 2], b"\xff\0" * 600, COMMENT.encode()):
+            path.write_bytes(broken)
+            assert not tls.refresh()
+            assert tls.material is first
+        path.unlink()
+        assert not tls.refresh()
+        path.mkdir()
+        assert not tls.refresh()
+        path.rmdir()
+        path.symlink_to(tmp_path / "nowhere")
+        assert not tls.refresh()
+        path.unlink()
+        assert tls.material is first
+        path.write_bytes(content)
+    (tmp_path / "ca").write_bytes(OTHER.cert_pem.bytes())
+    assert tls.refresh()
+    assert tls.trust == OTHER.cert_pem.bytes()
