@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from builders import make_pod, make_service, our_pod_service
 from controller_lab import FREE_READS, Lab
 from k8s_consul_registrar.model import Kind, Service, Source, Written
+from k8s_consul_registrar.registrar.brake import BrakeRules
 from memory import PODS
 
 on_both = pytest.mark.parametrize("checks_versions", [True, False], ids=["catalog", "agent"])
@@ -178,6 +179,45 @@ async def test_removals_of_a_start_follow_its_registrations(checks_versions: boo
     async with lab.running():
         await lab.synced(*(f"n{number}" for number in range(5)))
     assert [verb for verb, _ in lab.consul.writes] == ["register"] * 5 + ["deregister"] * 2
+
+
+@on_both
+async def test_the_end_of_the_first_list_is_judged_without_another_read(checks_versions: bool) -> None:
+    """What the list lacks goes or is held, however late it is; Consul is not read a second time for that."""
+    lab = Lab(checks_versions=checks_versions)
+    for name in NAMES:
+        lab.consul.put_by_hand(our_pod_service(name), is_noticed=False)
+    async with lab.running():
+        lab.cluster.start_list([make_pod(name) for name in NAMES[1:]])
+        await lab.until_so(lambda: bool(lab.status.recent) and lab.queue.is_drained)
+        assert "p0" in lab.names_held
+        lab.cluster.store.finish_listing(PODS, lab.clock())
+        await lab.until(*NAMES[1:])
+        await lab.until_so(lambda: lab.status.has_synced)
+    assert lab.consul.reads == 1
+
+
+async def test_a_start_is_over_with_the_first_list() -> None:
+    """The brake's long wait is for what an earlier process wrote, not for the rest of this one's life."""
+    lab = Lab(brake=BrakeRules(confirm=0.1, confirm_start=600))
+    async with lab.running():
+        await lab.until_so(lambda: bool(lab.status.recent))
+        lab.cluster.put_list([make_pod(name) for name in NAMES])
+        await lab.until(*NAMES)
+        await lab.until_so(lambda: lab.status.has_synced)
+        lab.cluster.put_list([make_pod(name) for name in NAMES[:5]])
+        await lab.until(*NAMES[:5])
+
+
+async def test_rejections_of_the_first_list_are_told_at_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not only with the next resync, which may be ten minutes away."""
+    lab = Lab()
+    async with lab.running():
+        await lab.until_so(lambda: bool(lab.status.recent))
+        lab.cluster.put_list([make_pod("a", ip=""), make_pod("b")])
+        await lab.until("b")
+        await lab.until_so(lambda: lab.status.has_synced)
+    assert "no_ip" in capsys.readouterr().out
 
 
 async def test_readiness_waits_for_every_source_and_for_consul() -> None:

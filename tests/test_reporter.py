@@ -41,7 +41,7 @@ class Desk:
 
     def resynced(self, *rejections: Rejection, held: tuple[Held, ...] = (), **counts: int) -> None:
         """Report a resync."""
-        self.reporter.resynced(Counts(**counts), kept={}, held=held, rejections=rejections)
+        self.reporter.resynced(Counts(**counts), was_read=True, kept={}, held=held, rejections=rejections)
 
 
 @pytest.fixture
@@ -222,9 +222,9 @@ def test_held_removals_are_logged_once_and_counted(desk: Desk) -> None:
 
 def test_kept_services_are_counted_by_reason(desk: Desk) -> None:
     """A reason that no longer holds is 0 again."""
-    desk.reporter.resynced(Counts(), kept={Kept.BLIND: 3}, held=(), rejections=())
+    desk.reporter.resynced(Counts(), was_read=True, kept={Kept.BLIND: 3}, held=(), rejections=())
     assert desk.value("kept_services", why="blind") == 3
-    desk.reporter.resynced(Counts(), kept={Kept.REJECTED: 1}, held=(), rejections=())
+    desk.reporter.resynced(Counts(), was_read=True, kept={Kept.REJECTED: 1}, held=(), rejections=())
     assert (desk.value("kept_services", why="blind"), desk.value("kept_services", why="rejected")) == (0, 1)
 
 
@@ -290,3 +290,14 @@ async def test_a_burst_of_changes_through_the_controller_is_two_lines() -> None:
             await lab.until(*names[1:])
     assert changes()[0] == (1, 0)
     assert changes()[-1] == (0, 1), "what was not due is logged at the end"
+
+
+def test_failures_that_alternate_are_logged_once_each(desk: Desk) -> None:
+    """A new reason is told, and told again only after the failure was over."""
+    event = "Consul cannot be used; trying again"
+    for text in ("refused", "timeout", "refused", "timeout"):
+        desk.reporter.consul(text, is_up=False)
+    assert [line["problem"] for line in desk.events(event)] == ["refused", "timeout"]
+    desk.reporter.consul("", is_up=True)
+    desk.reporter.consul("refused", is_up=False)
+    assert len(desk.events(event)) == 3

@@ -6,15 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from k8s_consul_registrar.registrar.schedule import Need, Schedule, ScheduleRules, Step, StepKind
+from k8s_consul_registrar.registrar.schedule import JUDGE_GAP, Need, Schedule, ScheduleRules, Step, StepKind
 
 RULES = ScheduleRules(period=600, probe=2, burst=2, gap=30)
-RESYNC, PROBE, ORPHANS = Step(StepKind.RESYNC), Step(StepKind.PROBE), Step(StepKind.ORPHANS)
+RESYNC, JUDGE = Step(StepKind.RESYNC), Step(StepKind.JUDGE)
+PROBE, ORPHANS = Step(StepKind.PROBE), Step(StepKind.ORPHANS)
 
 
 def rested(rules: ScheduleRules = RULES, *, reads: int = 0, seconds: float = 0.1) -> Schedule:
     """Return a schedule after a start and so many reads at second 0, with nothing wanted."""
-    schedule = Schedule.start(rules, 0.0).resync_began()
+    schedule = Schedule.start(rules, 0.0).began(StepKind.RESYNC, 0.0)
     for _ in range(reads):
         schedule = schedule.resynced(0.0, seconds)
     return schedule
@@ -41,7 +42,7 @@ def test_schedule_resyncs_once_a_period() -> None:
     assert schedule.next(2.0) == Step(StepKind.SLEEP, 4.0)
     assert schedule.next(599.9) == PROBE
     assert schedule.next(600.0) == RESYNC
-    assert schedule.resync_began().resynced(600.0, 0.1).probed(600.0).next(1199.0) == PROBE
+    assert schedule.began(StepKind.RESYNC, 0.0).resynced(600.0, 0.1).probed(600.0).next(1199.0) == PROBE
 
 
 def test_schedule_orphans_come_last() -> None:
@@ -59,12 +60,14 @@ def test_schedule_wants_coalesce() -> None:
     for need in (Need.DRIFT, Need.URGENT, Need.DRIFT, Need.NONE):
         schedule = schedule.want(need)
     assert (schedule.need, schedule.next(0.0)) == (Need.URGENT, RESYNC)
-    assert schedule.resync_began().need is Need.NONE
+    assert schedule.began(StepKind.RESYNC, 0.0).need is Need.NONE
 
 
 def test_schedule_want_during_a_resync_makes_another_one() -> None:
     """What changed after the read began was not seen by it."""
-    schedule = rested(reads=0).want(Need.DRIFT).resync_began().want(Need.DRIFT).resynced(1.0, 0.1)
+    schedule = (
+        rested(reads=0).want(Need.DRIFT).began(StepKind.RESYNC, 0.0).want(Need.DRIFT).resynced(1.0, 0.1)
+    )
     assert schedule.next(1.0) == RESYNC
 
 
@@ -74,11 +77,11 @@ def test_schedule_budget_allows_a_burst_and_then_one_read_a_gap() -> None:
     for _ in range(2):
         schedule = schedule.want(Need.DRIFT)
         assert schedule.next(0.0) == RESYNC
-        schedule = schedule.resync_began().resynced(0.0, 0.1)
+        schedule = schedule.began(StepKind.RESYNC, 0.0).resynced(0.0, 0.1)
     schedule = schedule.want(Need.DRIFT)
     assert schedule.resync_at(0.0) == pytest.approx(30)
     assert schedule.resync_at(15.0) == pytest.approx(30)
-    schedule = schedule.resync_began().resynced(30.0, 0.1).want(Need.DRIFT)
+    schedule = schedule.began(StepKind.RESYNC, 0.0).resynced(30.0, 0.1).want(Need.DRIFT)
     assert schedule.resync_at(31.0) == pytest.approx(60)
 
 
@@ -109,19 +112,28 @@ def test_schedule_without_a_gap_has_no_bound() -> None:
     assert schedule.want(Need.DRIFT).next(0.0) == RESYNC
 
 
-def test_schedule_absences_are_judged_again_when_they_are_due() -> None:
-    """By an urgent resync, unless one comes before."""
-    schedule = rested(reads=1).judge_again(60.0).probed(59.0)
+def test_schedule_absences_are_judged_when_they_are_due() -> None:
+    """Without a read, unless a resync comes before; the earliest moment counts."""
+    schedule = rested(reads=1).judge_at(70.0).judge_at(60.0).judge_at(None).probed(59.0)
     assert schedule.next(59.0) == Step(StepKind.SLEEP, 60.0)
-    assert schedule.next(60.0) == RESYNC
-    assert schedule.resync_began().judge_due == math.inf
-    assert schedule.judge_again(None).judge_due == math.inf
+    assert (schedule.next(60.0), schedule.is_at_rest(60.0)) == (JUDGE, False)
+    assert schedule.want(Need.NOW).next(60.0) == RESYNC
+    for kind in (StepKind.RESYNC, StepKind.JUDGE):
+        assert schedule.began(kind, 60.0).judge_due == math.inf
 
 
-def test_schedule_judging_again_heeds_the_budget() -> None:
-    """A moment that has passed is no reason to read without pause."""
-    schedule = rested(reads=5).judge_again(0.0)
-    assert schedule.resync_at(0.0) == pytest.approx(2.0)
+def test_schedule_judging_leaves_a_wanted_resync_wanted() -> None:
+    """It does not read what may have changed in Consul."""
+    schedule = rested(reads=5).want(Need.DRIFT).judge_at(1.0)
+    assert schedule.next(1.0) == JUDGE
+    assert schedule.began(StepKind.JUDGE, 1.0).need is Need.DRIFT
+
+
+def test_schedule_judging_never_repeats_without_pause() -> None:
+    """A moment that has passed is no reason to judge again and again."""
+    schedule = rested(reads=1).began(StepKind.JUDGE, 1.0).judge_at(1.0).probed(1.0)
+    assert schedule.next(1.0) == Step(StepKind.SLEEP, 1.0 + JUDGE_GAP)
+    assert schedule.next(1.0 + JUDGE_GAP) == JUDGE
 
 
 def test_schedule_period_that_is_over_heeds_the_budget() -> None:
@@ -139,5 +151,5 @@ def test_schedule_reads_never_exceed_their_share(wants: list[tuple[float, Need]]
         schedule = schedule.want(need)
         if schedule.resync_at(now) <= now:
             reads += 1
-            schedule = schedule.resync_began().resynced(now, 0.5)
+            schedule = schedule.began(StepKind.RESYNC, 0.0).resynced(now, 0.5)
     assert reads <= RULES.burst + 1 + now / 2

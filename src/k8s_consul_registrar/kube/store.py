@@ -262,5 +262,5 @@ def _count(record: _Record[ValueT], step: int) -> None:
 
 
 def _essence(state: SourceState) -> tuple[type, str]:
-    """Return what makes a state another one: error texts may alternate without end, causes are few."""
-    return type(state), state.cause if isinstance(state, Failed) else ""
+    """Return what makes a state another one to observers."""
+    return type(state), state.problem if isinstance(state, Failed) else ""

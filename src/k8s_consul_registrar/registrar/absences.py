@@ -1,4 +1,4 @@
-"""Absent objects: an absence becomes a fact only by a read that began after Consul's record was read."""
+"""Absent objects: an absence becomes a fact only by a read that began after it was noticed."""
 
 import time
 from collections import Counter, defaultdict
@@ -81,12 +81,12 @@ class Absences:
         self._clock = clock
         self._memory = Memory()
         self._began_at = clock()
-        # When Consul's record of each candidate was first read, and in which version.
-        self._read_at: dict[str, tuple[float, int]] = {}
+        # When each candidate was first noticed, and in which version of its record.
+        self._noticed_at: dict[str, tuple[float, int]] = {}
 
-    async def judge(self, findings: Findings, read_at: float) -> Judged:
-        """Confirm and judge the candidates of a resync whose read of Consul ended at `read_at`."""
-        self._remember(findings.candidates, read_at)
+    async def judge(self, findings: Findings, noticed_at: float) -> Judged:
+        """Confirm and judge the candidates of a comparison that began at `noticed_at`, Consul having been read."""
+        self._remember(findings.candidates, noticed_at)
         keys = dict.fromkeys(one.key for one in findings.candidates if one.key is not None)
         by_name = await self._ask_by_name(keys) if len(keys) <= MOST_BY_NAME else {}
         gone_nodes = await self._gone_nodes(findings.candidates) if by_name else frozenset()
@@ -129,12 +129,14 @@ class Absences:
         relisting = frozenset({one.source for one in unconfirmed} & listed)
         return Judged(facts | released, judgement.held, again_at, relisting)
 
-    def _remember(self, candidates: Iterable[Candidate], read_at: float) -> None:
-        before = self._read_at
-        self._read_at = {}
+    def _remember(self, candidates: Iterable[Candidate], noticed_at: float) -> None:
+        before = self._noticed_at
+        self._noticed_at = {}
         for one in candidates:
             known = before.get(one.id)
-            self._read_at[one.id] = known if known and known[1] == one.version else (read_at, one.version)
+            self._noticed_at[one.id] = (
+                known if known and known[1] == one.version else (noticed_at, one.version)
+            )
 
     def _absence(
         self, one: Candidate, answer: "_Answer | None", gone_nodes: frozenset[str]
@@ -151,7 +153,7 @@ class Absences:
                 is_unselected=answer.exists,
             )
         began_at = self._desired.store.status(one.source).list_began_at
-        if began_at is not None and began_at >= self._read_at[one.id][0]:
+        if began_at is not None and began_at >= self._noticed_at[one.id][0]:
             return Absence(began_at)
         return None
 

@@ -131,15 +131,17 @@ class Controller:
         self._wake.set()
 
     def on_source(self, source: Source, status: SourceStatus) -> None:
-        """Ask for a resync when a list has left services to judge, or when services wait for a synced source."""
+        """Ask for a judgement once a source was listed, or when services wait for a list or a synced source."""
         parts = self._parts
         is_synced = isinstance(status.state, Synced)
         if is_synced and status.listed_at != self._listed.get(source):
+            is_asked_for = source not in self._listed or source in self._awaited
+            is_due = is_asked_for or parts.desired.has_absences or bool(parts.observed.others)
             self._listed[source] = status.listed_at
-            if source in self._awaited or parts.desired.has_absences or parts.observed.others:
-                self._want(Need.URGENT)
-        elif is_synced and self._has_stale_services:
-            self._want(Need.URGENT)
+        else:
+            is_due = is_synced and self._has_stale_services
+        if is_due:
+            self._schedule = self._schedule.judge_at(self._clock())
         parts.reporter.sources(parts.desired.store.statuses())
         self._wake.set()
 
@@ -171,7 +173,7 @@ class Controller:
         if role is Role.LEADER:
             self._dispatch(now)
         self._start_step(now)
-        self._show_consul()
+        self._parts.reporter.consul(self._gate.problem, is_up=self._gate.is_up)
         self._check_synced()
         self._parts.reporter.shared_endpoints(self._parts.desired.endpoints)
         self._parts.reporter.flush_due()
@@ -180,9 +182,8 @@ class Controller:
         await wait_until_set(self._wake, until - now)
         self._wake.clear()
         if self._has_changes:
-            # A burst of events is one batch.
             self._has_changes = False
-            await asyncio.sleep(self._timing.gather)
+            await asyncio.sleep(self._timing.gather)  # a burst of events is one batch
 
     def _due(self, now: float) -> float:
         """Return when there is work to start."""
@@ -214,7 +215,6 @@ class Controller:
             self._step = None
         self._role = role
         if role is Role.LEADER:
-            log.debug("leading: everything is read before the first write")
             parts.observed.expire()
             parts.desired.begin_leading()
             parts.queue.clear()
@@ -286,9 +286,10 @@ class Controller:
         elif self._collects_orphans and self._parts.queue.is_drained:
             work = self._collect_orphans()
         else:
-            match self._next_step(now).kind:
-                case StepKind.RESYNC:
-                    work = self._resync()
+            match kind := self._next_step(now).kind:
+                case StepKind.RESYNC | StepKind.JUDGE:
+                    self._schedule = self._schedule.began(kind, now)
+                    work = self._resync(reads=kind is StepKind.RESYNC)
                 case StepKind.PROBE:
                     work = self._probe()
                 case StepKind.ORPHANS:
@@ -304,23 +305,23 @@ class Controller:
                 self._step = None
             self._wake.set()
 
-    async def _resync(self) -> None:
-        self._schedule = self._schedule.resync_began()
+    async def _resync(self, *, reads: bool) -> None:
         results: list[Comparison] = []
 
         async def run() -> None:
-            results.append(await self._parts.resync.run())
+            results.append(await self._parts.resync.run(reads=reads))
 
         if not await self._attempt("resync", run()):
             self._want(Need.URGENT)
             return
-        self._gate.open("resync", is_drained=self._parts.queue.is_drained)
         (found,) = results
-        now = self._clock()
-        self._schedule = self._schedule.resynced(now, found.read_seconds).judge_again(found.judged.again_at)
+        if found.read_seconds is not None:
+            self._gate.open("resync", is_drained=self._parts.queue.is_drained)
+            self._schedule = self._schedule.resynced(self._clock(), found.read_seconds)
+            self._collects_orphans = self._orphans is not None
+        self._schedule = self._schedule.judge_at(found.judged.again_at)
         self._awaited = found.judged.relisting | {one.source for one in found.judged.held}
         self._has_stale_services = bool(found.kept[Kept.BLIND])
-        self._collects_orphans = self._orphans is not None
 
     async def _probe(self) -> None:
         """Ask whether something else wrote to Consul."""
@@ -386,9 +387,6 @@ class Controller:
     def _want(self, need: Need) -> None:
         self._schedule = self._schedule.want(need)
 
-    def _show_consul(self) -> None:
-        self._parts.reporter.consul(self._gate.problem, is_up=self._gate.is_up)
-
     def _check_synced(self) -> None:
         """Note that everything was compared once, and tried."""
         parts = self._parts
@@ -396,5 +394,7 @@ class Controller:
             return
         if any(status.listed_at is None for status in parts.desired.store.statuses().values()):
             return
-        is_compared = self._schedule.need is Need.NONE and self._step is None and parts.queue.is_drained
+        is_compared = (
+            self._schedule.is_at_rest(self._clock()) and self._step is None and parts.queue.is_drained
+        )
         parts.status.has_synced = self._role is Role.STANDBY or is_compared

@@ -60,6 +60,25 @@ class LogOnce:
         self._logged = {}
 
 
+class Failures:
+    """Failures that last: each text is logged once until the failure is over, as texts may alternate."""
+
+    def __init__(self) -> None:
+        self._logged: dict[str, set[str]] = {}
+
+    def fresh(self, problems: Mapping[str, str]) -> list[tuple[str, str]]:
+        """Note that just these failures stand; return those with a text that was not logged yet."""
+        self._logged = {about: self._logged.get(about, set()) for about in problems}
+        fresh = [
+            (about, text)
+            for about, text in problems.items()
+            if text not in self._logged[about] and len(self._logged[about]) < MOST_NAMED
+        ]
+        for about, text in fresh:
+            self._logged[about].add(text)
+        return fresh
+
+
 class Reporter:
     """Turns what happens into log lines, metrics and the status."""
 
@@ -73,8 +92,8 @@ class Reporter:
         self._status = status
         self._clock = clock
         self._refused, self._conflicts, self._rejections = LogOnce(), LogOnce(), LogOnce()
-        self._sources, self._brakes, self._errors = LogOnce(), LogOnce(), LogOnce()
-        self._shared = LogOnce()
+        self._brakes, self._errors, self._shared = LogOnce(), LogOnce(), LogOnce()
+        self._sources, self._consul = Failures(), Failures()
         self._seen_endpoints, self._endpoints_due = 0, -math.inf
         self._changes: Counts | None = None
         self._batches = 0
@@ -91,7 +110,7 @@ class Reporter:
         for about in self._status.source_problems.keys() - problems.keys():
             log.info("can be listed again", source=about)
         self._status.source_problems = problems
-        for about, text in self._sources.only(problems):
+        for about, text in self._sources.fresh(problems):
             log.warning("cannot list; nothing of it is deregistered meanwhile", source=about, problem=text)
         for kind in Kind:
             states = [status.is_followed for source, status in statuses.items() if source.kind is kind]
@@ -99,8 +118,8 @@ class Reporter:
 
     def consul(self, problem: str, *, is_up: bool) -> None:
         """Show whether Consul is available; a change is logged."""
-        if problem and not is_up and problem != self._status.consul_problem:
-            log.error("Consul cannot be used; trying again", problem=problem)
+        for _, text in self._consul.fresh({"consul": problem} if problem and not is_up else {}):
+            log.error("Consul cannot be used; trying again", problem=text)
         if is_up and self._status.consul_problem:
             log.info("Consul can be used again")
         self._status.consul_problem = "" if is_up else problem
@@ -240,19 +259,22 @@ class Reporter:
         self,
         counts: Counts,
         *,
+        was_read: bool,
         kept: Mapping[Kept, int],
         held: tuple[Held, ...],
         rejections: Iterable[Rejection],
     ) -> None:
         """Report a resync: every standing figure is renewed."""
         self.flush()
+        counts = replace(counts, conflicts=len(self._status.conflicts))
         now = time.time()
         self._status.recent.appendleft(Activity(is_resync=True, at=now, counts=counts))
         self._metrics.passes.labels(counts.outcome).inc()
         self._metrics.resyncs.inc()
         self._metrics.pass_seconds.observe(counts.seconds)
         self._metrics.last_success.set(now)
-        self._metrics.last_full_pass.set(now)
+        if was_read:
+            self._metrics.last_full_pass.set(now)
         for why in Kept:
             self._metrics.kept.labels(why.value).set(kept.get(why, 0))
         self._brake(held)

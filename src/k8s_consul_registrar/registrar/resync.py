@@ -35,10 +35,11 @@ class Comparison(NamedTuple):
     """Result of comparing everything: IDs to write, IDs to remove, and what stays.
 
     `differing` are desired IDs that are not known to be as desired, `unchanged` is how many are. `kept` counts
-    services that nothing asks for and that stay, by reason. `read_seconds` is how long the read of Consul took.
+    services that nothing asks for and that stay, by reason. `read_seconds` is how long the read of Consul took,
+    None without one.
     """
 
-    read_seconds: float
+    read_seconds: float | None
     unchanged: int
     differing: list[str]
     removals: list[str]
@@ -112,20 +113,25 @@ class Resync:
             self._queue.add(service_id, now, Priority.BULK)
         return now - started
 
-    async def compare(self) -> Comparison:
-        """Read everything and compare it with the desired state; raises a `ConsulError`."""
+    async def compare(self, *, reads: bool = True) -> Comparison:
+        """Read everything and compare it with the desired state; raises a `ConsulError`.
+
+        Without `reads` what was read before is compared, if there is any.
+        """
         self._desired.has_absences = False
-        read_seconds = await self.read()
-        read_at = self._clock()
+        read_seconds = None
+        if reads or not self._observed.is_complete:
+            read_seconds = await self.read()
+        noticed_at = self._clock()
         unchanged, differing = await self._compare_claims()
         findings, removals, kept = await self._examine_unclaimed()
-        judged = await self._absences.judge(findings, read_at)
+        judged = await self._absences.judge(findings, noticed_at)
         return Comparison(read_seconds, unchanged, differing, removals, kept, judged)
 
-    async def run(self) -> Comparison:
-        """Compare everything, and queue each ID that differs; raises a `ConsulError`."""
+    async def run(self, *, reads: bool = True) -> Comparison:
+        """Compare everything as `compare` does, and queue each ID that differs; raises a `ConsulError`."""
         started = self._clock()
-        found = await self.compare()
+        found = await self.compare(reads=reads)
         for service_id in found.differing:
             self._queue.add(service_id, self._clock(), Priority.BULK)
         for service_id, key in found.judged.released.items():
@@ -140,7 +146,10 @@ class Resync:
             kept=found.kept.total(),
             seconds=self._clock() - started,
         )
-        self._reporter.resynced(counts, kept=found.kept, held=found.judged.held, rejections=rejections)
+        was_read = found.read_seconds is not None
+        self._reporter.resynced(
+            counts, was_read=was_read, kept=found.kept, held=found.judged.held, rejections=rejections
+        )
         return found
 
     def _take_record(self, service: Service, changed: dict[str, Observed]) -> None:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 # Seconds between reads of everything, beyond the first few.
 FULL_READ_GAP = 30.0
+# Seconds between two judgements at least.
+JUDGE_GAP = 0.2
 
 
 class Need(IntEnum):
@@ -26,6 +28,7 @@ class StepKind(Enum):
     """Kinds of step."""
 
     RESYNC = "resync"
+    JUDGE = "judge"
     PROBE = "probe"
     ORPHANS = "orphans"
     SLEEP = "sleep"
@@ -65,6 +68,7 @@ class Schedule:
     resync_due: float
     probe_due: float
     judge_due: float
+    judge_from: float
     budget: float
     budget_at: float
     gap: float
@@ -79,6 +83,7 @@ class Schedule:
             resync_due=now + rules.period,
             probe_due=now + rules.probe,
             judge_due=math.inf,
+            judge_from=now,
             budget=float(rules.burst),
             budget_at=now,
             gap=rules.gap,
@@ -90,21 +95,22 @@ class Schedule:
         resync_at = self.resync_at(now)
         if resync_at <= now:
             return Step(StepKind.RESYNC)
+        judge_at = max(self.judge_due, self.judge_from)
+        if judge_at <= now:
+            return Step(StepKind.JUDGE)
         if self.probe_due <= now:
             return Step(StepKind.PROBE)
         if orphans_due <= now:
             return Step(StepKind.ORPHANS)
-        return Step(StepKind.SLEEP, min(resync_at, self.probe_due, orphans_due))
+        return Step(StepKind.SLEEP, min(resync_at, judge_at, self.probe_due, orphans_due))
 
     def resync_at(self, now: float) -> float:
         """Return when the next resync may begin."""
         need = self.need
-        if self.judge_due <= now:
-            need = max(need, Need.URGENT)
         if self.resync_due <= now:
             need = max(need, Need.DRIFT)
         if need is Need.NONE:
-            return min(self.judge_due, self.resync_due)
+            return self.resync_due
         if need is Need.NOW:
             return now
         left = self._refilled(now)
@@ -113,17 +119,22 @@ class Schedule:
         by_gap = now + (1 - left) * self.gap
         return min(by_gap, max(now, self.urgent_at)) if need is Need.URGENT else by_gap
 
+    def is_at_rest(self, now: float) -> bool:
+        """Return whether neither a resync nor a judgement is wanted now."""
+        return self.need is Need.NONE and now < self.judge_due
+
     def want(self, need: Need) -> "Schedule":
         """Return the schedule with a resync wanted; several requests make one resync."""
         return self if need <= self.need else replace(self, need=need)
 
-    def judge_again(self, at: float | None) -> "Schedule":
-        """Return the schedule with a resync at the moment when absences are to be judged again."""
-        return replace(self, judge_due=math.inf if at is None else at)
+    def judge_at(self, at: float | None) -> "Schedule":
+        """Return the schedule with a judgement of what nothing asks for at a moment: that reads nothing."""
+        return self if at is None or at >= self.judge_due else replace(self, judge_due=at)
 
-    def resync_began(self) -> "Schedule":
-        """Return the schedule while a resync runs: what is wanted from now on is another one."""
-        return replace(self, need=Need.NONE, judge_due=math.inf)
+    def began(self, kind: StepKind, now: float) -> "Schedule":
+        """Return the schedule while a resync or a judgement runs: what is wanted from now on is another one."""
+        need = Need.NONE if kind is StepKind.RESYNC else self.need
+        return replace(self, need=need, judge_due=math.inf, judge_from=now + JUDGE_GAP)
 
     def resynced(self, now: float, seconds: float) -> "Schedule":
         """Return the schedule after a resync whose read of Consul took `seconds`."""
