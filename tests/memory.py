@@ -48,6 +48,7 @@ class MemoryCluster:
         self.clock = clock
         self.objects: dict[ObjectKey, Item] = {}
         self.relists: list[tuple[Source, float]] = []
+        self.unselected: set[ObjectKey] = set()
         self.reads: list[ObjectKey] = []
         self.is_down = False
 
@@ -88,6 +89,10 @@ class MemoryCluster:
         if self.is_down:
             raise ClusterUnreachable("the API server is down")
         return self.objects.get(key)
+
+    async def is_selected(self, key: ObjectKey) -> bool:
+        """Return whether lists show an object."""
+        return key not in self.unselected
 
     def relist(self, source: Source, at: float) -> None:
         """Note that a list was asked for."""

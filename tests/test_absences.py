@@ -112,11 +112,25 @@ async def test_absence_confirmed_by_name_goes() -> None:
     assert (judged.again_at, world.cluster.relists) == (None, [])
 
 
-async def test_absence_of_an_object_that_exists_and_asks_is_kept() -> None:
-    """It is no longer selected, or the list did not show it: it waits, however few such there are."""
+async def test_absence_of_an_object_that_exists_and_is_selected_is_none() -> None:
+    """The list was wrong, for however long: the service stays, and the source is listed again."""
     world = World(*(our_pod_service(name) for name in ("lost", "here")))
     world.lists(make_pod("here"))
     world.cluster.objects[make_pod("lost").key] = make_pod("lost")
+    for _ in range(3):
+        judged = await world.resync()
+        assert (dict(judged.released), held_by(judged)) == ({}, {})
+        assert judged.again_at == world.now + 30
+        assert world.cluster.relists.pop() == (PODS, world.now + 5)
+        world.now += 600
+
+
+async def test_absence_of_an_object_that_is_no_longer_selected_is_kept() -> None:
+    """It waits, however few such there are."""
+    world = World(*(our_pod_service(name) for name in ("lost", "here")))
+    world.lists(make_pod("here"))
+    world.cluster.objects[make_pod("lost").key] = make_pod("lost")
+    world.cluster.unselected.add(make_pod("lost").key)
     judged = await world.resync()
     assert (dict(judged.released), held_by(judged)) == ({}, {"pod--shop--lost": 600})
     assert judged.again_at == world.now + 600
@@ -148,7 +162,7 @@ async def test_absence_of_an_object_that_asks_for_other_ids_is_a_fact() -> None:
     world.cluster.objects[key] = make_pod("a", annotations=annotated(port="9102"))
     judged = await world.resync()
     assert set(judged.released) == {"pod--shop--a--8081"}
-    assert held_by(judged) == {"pod--shop--a": 600}
+    assert held_by(judged) == {}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from chaos_lab import HEAL_WITHIN, IS_SOAK, ChaosLab, Held, beside, chaos, chaos_lab, created_of
+from daemon import Daemon
 from real_servers import RealConsul, real_consul
 from support.waiting import until
 
@@ -20,6 +21,10 @@ async def consul() -> AsyncIterator[RealConsul]:
     """Run a Consul for one test."""
     async with real_consul() as running:
         yield running
+
+
+async def _has_conflicts(daemon: Daemon, count: int) -> bool:
+    return await daemon.metric("conflicts") == count
 
 
 @pytest.mark.parametrize("backend", ["catalog", "agent"])
@@ -38,7 +43,7 @@ async def test_a_wrong_kubeconfig(consul: RealConsul, backend: str) -> None:
         wrong.consul.is_wanted = right.wanted.__contains__
         async with await wrong.chaotic(**settings) as daemon:
             await daemon.until_said("conflict: the service ID is not ours to write")
-            assert await daemon.metric("conflicts") == 5
+            await daemon.until(lambda: _has_conflicts(daemon, 5))
             await daemon.until_said("resync")
             await asyncio.sleep(REST)
         wrong.assert_nothing_wrongful()
@@ -58,7 +63,8 @@ async def test_the_cluster_changes_under_a_running_registrar(consul: RealConsul)
             wrong.cluster.access.grant("the-same", token=right.token_file.read_text())
             right.api.turn_to(wrong.api)
             right.api_wire.cut()
-            await daemon.until_said("resync", "'conflicts': 5,")
+            await daemon.until_said("conflict: the service ID is not ours to write")
+            await daemon.until(lambda: _has_conflicts(daemon, 5))
             await asyncio.sleep(REST)
             assert await right.records() == before
         right.assert_nothing_wrongful()

@@ -1,7 +1,7 @@
 """The parts of a registrar, each made of the settings it needs: shared by the commands that read or write Consul."""
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -80,10 +80,16 @@ class _KubeCluster:
 
     kube: KubeClient
     reflectors: Reflectors
+    selectors: Mapping[Kind, str]
 
     async def read_object(self, key: ObjectKey) -> Item | None:
         """Return an object as it is now, None if there is none; raises a `ClusterError`."""
         return await self.kube.read_object(key)
+
+    async def is_selected(self, key: ObjectKey) -> bool:
+        """Return whether lists show an object that exists; raises a `ClusterError`."""
+        text = self.selectors.get(key.kind, "")
+        return not text or await self.kube.read_object(key, label_selector=text) is not None
 
     def relist(self, source: Source, at: float) -> None:
         """Ask for a new complete list."""
@@ -152,7 +158,7 @@ def build_registrar(
         contests=contests,
         absences=Absences(
             desired,
-            _KubeCluster(kube, reflectors),
+            _KubeCluster(kube, reflectors, settings.selection.selectors),
             brake_rules(settings),
             is_same_selection=selection.is_same,
         ),

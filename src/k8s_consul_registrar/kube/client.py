@@ -203,13 +203,13 @@ class KubeClient:
         body = await self._send(self._reading(action, kind, {"limit": "1"}))
         return _split(body, kind, action).resource_version
 
-    async def read_object(self, key: ObjectKey) -> Item | None:
+    async def read_object(self, key: ObjectKey, *, label_selector: str = "") -> Item | None:
         """Return an object as it is now, None where there is none; the right to list suffices.
 
-        No label selector takes part: an object that is no longer selected is found all the same.
+        Without a label selector an object that is no longer selected is found all the same.
         """
         action = Action("list", RESOURCES[key.kind], key.namespace)
-        query = {"fieldSelector": f"metadata.name={_escaped(key.name)}"}
+        query = {"fieldSelector": f"metadata.name={_escaped(key.name)}", **_selecting(label_selector)}
         raw = _split(await self._send(self._reading(action, key.kind, query)), key.kind, action)
         items = raw.decode().items
         found = next((item for item in items if item.key == key), None)

@@ -20,6 +20,8 @@ MOST_BY_NAME = 100
 PATIENCE_WITH_FAILED = 60.0
 # Seconds until objects that could not be asked for by name are asked for again.
 RETRY_UNCONFIRMED = 30.0
+# Seconds until a source is listed again whose list lacks an object that exists.
+RELIST_WRONG = 5.0
 
 
 class Candidate(NamedTuple):
@@ -99,6 +101,10 @@ class Absences:
                 continue
             if answer is not None and answer.asks_otherwise(one.id):
                 facts[one.id] = one.key
+            elif answer is not None and answer.is_selected:
+                # The object is there, and asks for the ID: its list was wrong.
+                unconfirmed.append(one)
+                self._cluster.relist(one.source, self._clock() + RELIST_WRONG)
             elif (absence := self._absence(one, answer, gone_nodes)) is not None:
                 absent[one.source][one.id] = absence
             else:
@@ -174,9 +180,17 @@ class Absences:
                 continue
             resolved = self._desired.resolved(item)
             is_rejected = isinstance(resolved, Rejection)
+            try:
+                is_selected = await self._cluster.is_selected(key)
+            except ClusterError:
+                continue
             ids = () if resolved is None or isinstance(resolved, Rejection) else resolved
             answers[key] = _Answer(
-                asked_at, exists=True, is_rejected=is_rejected, ids=frozenset(target.id for target in ids)
+                asked_at,
+                exists=True,
+                is_rejected=is_rejected,
+                is_selected=is_selected,
+                ids=frozenset(target.id for target in ids),
             )
         return answers
 
@@ -232,11 +246,12 @@ class Absences:
 
 
 class _Answer(NamedTuple):
-    """An object asked for by name: when, whether it exists, and which service IDs it asks for."""
+    """An object asked for by name: when, whether it exists and is selected, and which service IDs it asks for."""
 
     asked_at: float
     exists: bool = False
     is_rejected: bool = False
+    is_selected: bool = False
     ids: frozenset[str] = frozenset()
 
     def asks_otherwise(self, service_id: str) -> bool:

@@ -16,6 +16,10 @@ class Cluster(Protocol):
         """Return an object as it is now, None if there is none; raises a `ClusterError`."""
         ...
 
+    async def is_selected(self, key: ObjectKey) -> bool:
+        """Return whether lists of its source show an object that exists; raises a `ClusterError`."""
+        ...
+
     def relist(self, source: Source, at: float) -> None:
         """Ask for a new complete list of a source at a moment of the monotonic clock."""
         ...
