@@ -283,6 +283,18 @@ def test_decide_record_of_another_cluster_with_the_same_name_is_a_conflict() -> 
     assert decide(unclaimed(Standing.DEPARTED, uid="two"), record, RULES) == Nothing()
 
 
+@pytest.mark.parametrize("is_as_desired", [True, False])
+def test_decide_record_read_before_another_cluster_answered_is_not_ours(is_as_desired: bool) -> None:
+    """The API server's address led to another cluster since: nothing of the first is written over or removed."""
+    service = our_pod_service("a", cluster_uid="one")
+    record = AsDesired(POD, "", "one") if is_as_desired else seen(service, uid="one")
+    changed = target(make_pod("a", ip="198.51.100.99"))
+    assert isinstance(decide(asking(changed, cluster_uid="two"), record, RULES), Conflict)
+    assert isinstance(decide(asking(changed, cluster_uid="one"), record, RULES), Update)
+    for standing in (Standing.DEPARTED, Standing.ABSENT):
+        assert decide(unclaimed(standing, uid="two"), record, RULES) == Nothing()
+
+
 @pytest.mark.parametrize(
     "service",
     [

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Target
+from k8s_consul_registrar.model import MANAGED_BY, Kind, ObjectKey, Rejection, Target
 from k8s_consul_registrar.registrar.names import NameStatus, comparable_name
 from k8s_consul_registrar.registrar.observed import AsDesired, Foreign, Observed, Other, Unknown, zone_of
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
@@ -137,6 +137,9 @@ def decide(desired: Desired, observed: Observed, rules: Rules) -> Action:
     """Decide what to do about one service ID."""
     if isinstance(observed, Unknown):
         return LookUp()
+    if isinstance(observed, AsDesired | Other) and _is_of_another_cluster(desired, observed):
+        # The record was read before the API server's address led to another cluster.
+        observed = Foreign(f"managed_by={MANAGED_BY}, cluster_uid={observed.cluster_uid}")
     if not desired.claims:
         return _decide_unclaimed(desired, observed, rules)
     if isinstance(observed, Foreign):
@@ -159,6 +162,11 @@ def settle(claims: Sequence[Target], holder: ObjectKey | None) -> tuple[Target, 
     if first.key.kind is Kind.POD and holder is not None:
         first = next((target for target in claims if target.key == holder), first)
     return first, tuple(_lost(target, first) for target in claims if target.key != first.key)
+
+
+def _is_of_another_cluster(desired: Desired, observed: AsDesired | Other) -> bool:
+    uids = observed.cluster_uid, desired.cluster_uid
+    return all(uids) and uids[0] != uids[1]
 
 
 def _lost(target: Target, first: Target) -> Rejection:
