@@ -2,12 +2,17 @@
 
 import logging
 import sys
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 import structlog
 
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("json", "console")
+
+
+# Texts of one failure that are logged; more of them are noise.
+MOST_TEXTS = 20
 
 
 def configure_logging(level: str, log_format: str, stream: TextIO | None = None) -> None:
@@ -49,3 +54,22 @@ def configure_logging(level: str, log_format: str, stream: TextIO | None = None)
 def get_logger(name: str) -> Any:
     """Return the logger of one part of the program; `part` names it in every line."""
     return structlog.get_logger(part=name)
+
+
+class Failures:
+    """Failures that last: each text is logged once until the failure is over, as texts may alternate."""
+
+    def __init__(self) -> None:
+        self._logged: dict[str, set[str]] = {}
+
+    def fresh(self, problems: Mapping[str, str]) -> list[tuple[str, str]]:
+        """Note that just these failures stand; return those with a text that was not logged yet."""
+        self._logged = {about: self._logged.get(about, set()) for about in problems}
+        fresh = [
+            (about, text)
+            for about, text in problems.items()
+            if text not in self._logged[about] and len(self._logged[about]) < MOST_TEXTS
+        ]
+        for about, text in fresh:
+            self._logged[about].add(text)
+        return fresh

@@ -15,7 +15,7 @@ from k8s_consul_registrar.kube.store import KEEP, Evidence, Store, Unreadable
 from k8s_consul_registrar.model import Kind, Node, ObjectKey, Pod, Source, Undecodable
 from k8s_consul_registrar.proxy.nodes import Nodes, NodeTable
 from k8s_consul_registrar.proxy.pod_route import Pods, ProxiedPod, proxied_pod
-from k8s_consul_registrar.telemetry import get_logger
+from k8s_consul_registrar.telemetry import Failures, get_logger
 
 log = get_logger("feed")
 
@@ -58,6 +58,7 @@ class Feed(Generic[ValueT]):
         self.store: Store[ValueT] = Store(sources, resolve, self, clock=rules.clock)
         self._began = rules.clock()
         self._has_failed = False
+        self._failures = Failures()
         self._reflectors = Reflectors(
             sources,
             self.store,
@@ -111,9 +112,11 @@ class Feed(Generic[ValueT]):
     def on_source(self, source: Source, status: SourceStatus) -> None:  # noqa: ARG002 - of a StoreObserver
         """Log that a source failed or all are followed again, and serve what may be trusted."""
         self.has_known = self.has_known or self._is_listed
-        if problem := status.problem:
+        statuses = self.store.statuses()
+        problems = {str(one): each.problem for one, each in statuses.items() if each.problem}
+        for _, problem in self._failures.fresh(problems):
             log.warning("cannot follow", kind=self.kind.value, problem=problem, still_served=len(self.store))
-        elif self._has_failed and not self.problem:
+        if self._has_failed and not self.problem:
             log.info("followed again", kind=self.kind.value, known=len(self.store))
         self._has_failed = bool(self.problem)
         self.on_trust()

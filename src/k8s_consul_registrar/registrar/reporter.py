@@ -14,7 +14,7 @@ from k8s_consul_registrar.registrar.decide import Conflict, Kept
 from k8s_consul_registrar.registrar.endpoints import Endpoints
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.status import Activity, Counts, RegistrarStatus
-from k8s_consul_registrar.telemetry import get_logger
+from k8s_consul_registrar.telemetry import Failures, get_logger
 
 # Of many things of one sort the log names this many; the rest is a count.
 MOST_NAMED = 20
@@ -58,25 +58,6 @@ class LogOnce:
     def clear(self) -> None:
         """Forget everything."""
         self._logged = {}
-
-
-class Failures:
-    """Failures that last: each text is logged once until the failure is over, as texts may alternate."""
-
-    def __init__(self) -> None:
-        self._logged: dict[str, set[str]] = {}
-
-    def fresh(self, problems: Mapping[str, str]) -> list[tuple[str, str]]:
-        """Note that just these failures stand; return those with a text that was not logged yet."""
-        self._logged = {about: self._logged.get(about, set()) for about in problems}
-        fresh = [
-            (about, text)
-            for about, text in problems.items()
-            if text not in self._logged[about] and len(self._logged[about]) < MOST_NAMED
-        ]
-        for about, text in fresh:
-            self._logged[about].add(text)
-        return fresh
 
 
 class Reporter:
