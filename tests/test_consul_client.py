@@ -199,7 +199,7 @@ async def test_unix_socket(tmp_path: Path) -> None:
 
     app = web.Application()
     app.router.add_get("/v1/x", answer)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    runner = web.AppRunner(app)
     await runner.setup()
     await web.UnixSite(runner, str(path)).start()
     access = ConsulAccess(ConsulAddress("http://consul", str(path)))
@@ -226,7 +226,7 @@ async def test_tls(tmp_path: Path, authority: trustme.CA) -> None:
 
     app = web.Application()
     app.router.add_get("/v1/x", answer)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    runner = web.AppRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=server)
     await site.start()
@@ -273,7 +273,7 @@ async def test_certificates_are_renewed_while_we_run(tmp_path: Path, authority: 
 
     app = web.Application()
     app.router.add_get("/v1/x", answer)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    runner = web.AppRunner(app)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=server).start()
     issue("first.example", authority)

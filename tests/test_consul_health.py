@@ -291,7 +291,7 @@ async def test_the_client_records_a_failure_of_tls(tmp_path: Path) -> None:
     authority = trustme.CA()
     server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1").configure_cert(server)
-    runner = web.AppRunner(web.Application(), shutdown_timeout=0.1)
+    runner = web.AppRunner(web.Application())
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=server).start()
     address = ConsulAddress(f"https://127.0.0.1:{runner.addresses[0][1]}")

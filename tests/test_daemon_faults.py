@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 import pytest
-from aiohttp import ClientSession, web
+from aiohttp import ClientError, ClientSession, web
 from hypothesis import HealthCheck, given, settings
 
 from cluster import JsonObject, rule
@@ -76,17 +76,21 @@ async def refusing_consul(lab: SandboxLab, refused: dict[str, int]) -> AsyncIter
             if service_id in refused:
                 return web.Response(status=refused[service_id], text="Invalid something or other")
             url = f"{lab.consul.url}{request.raw_path}"
-            async with session.request(request.method, url, data=body) as answer:
-                return web.Response(status=answer.status, body=await answer.read())
+            try:
+                async with session.request(request.method, url, data=body) as answer:
+                    return web.Response(status=answer.status, body=await answer.read())
+            except ClientError:
+                return web.Response(status=502)
 
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", relay)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         try:
             yield f"127.0.0.1:{runner.addresses[0][1]}"
         finally:
+            await session.close()  # ends the blocking queries under way
             await runner.cleanup()
 
 

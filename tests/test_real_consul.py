@@ -201,6 +201,7 @@ async def test_a_consul_that_dies_and_comes_back() -> None:
         await _world(lab)
         async with await lab.registrar() as daemon:
             await daemon.until(lambda: holds(consul, WEB, NODE))
+            await daemon.ready()
             before = await catalog(consul)
             await consul.program.stop(signal.SIGKILL)
             await daemon.until_said("Consul cannot be used; trying again")

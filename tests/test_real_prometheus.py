@@ -45,7 +45,7 @@ async def an_application(
 
     app = web.Application()
     app.router.add_get("/stats", stats)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, host, 0).start()
     try:
