@@ -168,6 +168,17 @@ def test_the_gate_closes_for_longer_each_time() -> None:
     assert world.wait() == 1
 
 
+def test_requests_that_heed_no_gate_do_not_keep_it_closed() -> None:
+    """A loop that tries again on its own, while the gate is closed, starves nobody who waits for it."""
+    world = World()
+    world.fail(READ, OUTAGES[0])
+    opens_at = world.health.open_at
+    for _ in range(5):
+        world.clock.now += 0.1
+        world.fail(READ, ConsulUnreachable("another reason"))
+    assert (world.health.open_at, world.health.problem) == (opens_at, "another reason")
+
+
 def test_requests_that_fail_together_count_once() -> None:
     """Thirty-two timeouts of one moment are one step of the backoff."""
     world = World()

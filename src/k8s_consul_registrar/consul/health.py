@@ -61,7 +61,7 @@ class ConsulHealth:
 
     `reads` and `writes` are the latest outcomes. A failed write is cleared by a successful write, or by
     `clear_writes_by_read`. `open_at` is the moment, on the monotonic clock, before which no new work should
-    start: each failure of a request sent since the gate last closed doubles the delay, and the gate opens
+    start: each failure of a request sent after the gate last opened doubles the delay, and the gate opens
     as soon as neither reads nor writes fail.
     """
 
@@ -80,7 +80,7 @@ class ConsulHealth:
         self._latest = Access.READ  # of the latest failure
         self._has_succeeded = False
         self._in_flight = 0
-        self.open_at = self._closed_at = float("-inf")
+        self.open_at = float("-inf")
         self._delays = delays(timing.retry_first, timing.retry_cap, pick=pick)
         # The congestion window, as in TCP: None for no limit. It doubles with each success below the
         # threshold and grows by one in each round above it.
@@ -166,12 +166,12 @@ class ConsulHealth:
         self._outcomes[attempt.access] = Outcome.FAILURE
         self._problems[attempt.access] = str(error)
         self._latest = attempt.access
-        if attempt.began >= self._closed_at:
+        if attempt.began >= self.open_at:
             now = self._clock()
             delay = next(self._delays)
             if isinstance(error, ConsulBusy):
                 delay = max(delay, min(error.retry_after or 0.0, self._timing.retry_after_cap))
-            self._closed_at, self.open_at = now, now + delay
+            self.open_at = now + delay
             self._window, self._threshold = 1.0, float("inf")
 
     def _forget_write_failure(self) -> None:
@@ -180,10 +180,9 @@ class ConsulHealth:
             self._reset_gate()
 
     def _reset_gate(self) -> None:
-        if self._closed_at == float("-inf"):
+        if self.open_at == float("-inf"):
             return
         self.open_at = float("-inf")
-        self._closed_at = float("-inf")
         self._delays = delays(self._timing.retry_first, self._timing.retry_cap, pick=self._pick)
 
     def _narrow(self, attempt: Attempt) -> None:

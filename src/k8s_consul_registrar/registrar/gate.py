@@ -30,7 +30,7 @@ class Gate:
     @property
     def problem(self) -> str:
         """The reason why not, empty if it does."""
-        return self._problem or self._health.problem
+        return self._health.problem or self._problem
 
     @property
     def opens_at(self) -> float:
