@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -158,6 +158,11 @@ class Reporter:
         self._status.refused[service_id] = problem
         if self._refused.new(service_id, problem) and self._may_name():
             log.warning("Consul refuses a service", verb=verb, service=service_id, problem=problem)
+
+    def keep_conflicts(self, claims: Container[str]) -> None:
+        """Forget conflicts about IDs that no object asks for any more."""
+        for service_id in [one for one in self._status.conflicts if one not in claims]:
+            self.settled(service_id)
 
     def settled(self, service_id: str) -> None:
         """Forget what stood against an ID."""

@@ -146,6 +146,7 @@ class Resync:
             kept=found.kept.total(),
             seconds=self._clock() - started,
         )
+        self._reporter.keep_conflicts(self._desired.claims)
         was_read = found.read_seconds is not None
         self._reporter.resynced(
             counts, was_read=was_read, kept=found.kept, held=found.judged.held, rejections=rejections
