@@ -333,6 +333,19 @@ async def test_a_source_that_fails_keeps_its_services(checks_versions: bool) -> 
 
 
 @on_both
+async def test_a_conflict_ends_when_a_list_lacks_its_object(checks_versions: bool) -> None:
+    """Nothing asks for the ID any more; the service stays as it is."""
+    lab = Lab(checks_versions=checks_versions)
+    lab.consul.put_by_hand(our_pod_service("a", cluster="other"))
+    async with lab.running():
+        lab.cluster.put_list([make_pod("a"), make_pod("b")])
+        await lab.until_so(lambda: lab.value("conflicts") == 1)
+        lab.cluster.put_list([make_pod("b")])
+        await lab.until_so(lambda: lab.value("conflicts") == 0)
+        assert lab.names_held == {"a", "b"}
+
+
+@on_both
 async def test_foreign_services_are_never_touched(checks_versions: bool) -> None:
     """Another cluster's, another instance's and unmarked services stay, whatever the lists say."""
     lab = Lab(checks_versions=checks_versions, brake=BrakeRules(allow_mass=True))

@@ -601,6 +601,23 @@ async def test_an_object_is_read_by_its_name(name: str) -> None:
     assert asked == [("/api/v1/namespaces/shop/pods", {"fieldSelector": f"metadata.name={escaped}"})]
 
 
+async def test_an_object_that_is_not_selected_is_none_with_the_selector() -> None:
+    """Both selectors go to the server, which decides."""
+    asked: list[dict[str, str]] = []
+
+    async def handle(request: web.Request) -> web.Response:
+        asked.append(dict(request.query))
+        return web.json_response(EMPTY)
+
+    async with (
+        serve(handle) as port,
+        KubeClient(Access(f"http://127.0.0.1:{port}", ANONYMOUS), TIMING) as client,
+    ):
+        key = ObjectKey(Kind.POD, "shop", "a")
+        assert await client.read_object(key, label_selector="app=web") is None
+    assert asked == [{"fieldSelector": "metadata.name=a", "labelSelector": "app=web"}]
+
+
 POD: dict[str, Any] = {"spec": {}, "status": {}}
 EMPTY = {"kind": "PodList", "metadata": {"resourceVersion": "9"}, "items": []}
 
