@@ -38,7 +38,7 @@ class Bench:
         return self._sandboxes[key]
 
     async def agent(self, foreign: int, stage: AbstractAsyncContextManager[str]) -> str:
-        """Return the Consul agent that was begun with so many foreign services, one for all runs of a row."""
+        """Return the Consul agent that holds these foreign services, one for all runs of a row."""
         if foreign not in self._agents:
             self._agents[foreign] = await self._stack.enter_async_context(stage)
         return self._agents[foreign]
@@ -51,7 +51,7 @@ class Bench:
 
 
 def targets_of(pods: int) -> int:
-    """Return how many targets a sandbox of so many Pods has, Nodes included."""
+    """Return the number of targets of a sandbox with these Pods, Nodes included."""
     return sum(is_annotated(number) for number in range(pods)) + NODES
 
 

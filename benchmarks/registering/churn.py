@@ -50,7 +50,7 @@ class Change(NamedTuple):
 
 @dataclass(slots=True)
 class Churn:
-    """What came of the changes.
+    """Results of the changes.
 
     A change's delay counts from before it is sent to the API server until Consul's answer to a blocking query
     on the service is read here.

@@ -1,4 +1,4 @@
-"""What Consul holds, seen from outside at little cost to it."""
+"""Reads of Consul from outside, at little cost to it."""
 
 import asyncio
 import time
@@ -98,7 +98,7 @@ async def count_of(consul: str, backend: str) -> int:
 
 
 async def until_count(address: str, backend: str, count: int) -> None:
-    """Wait until Consul has so many services where the registrar writes."""
+    """Wait until Consul has this many services where the registrar writes."""
 
     async def is_count() -> bool:
         return await count_of(address, backend) == count
