@@ -1,4 +1,4 @@
-"""Packages of Debian without installing them: the machine's own sources, in an apt world of our own."""
+"""Debian packages without installing them: apt runs on the machine's sources with its own folders."""
 
 import subprocess
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 KEYRINGS = Path("/usr/share/keyrings")
 
-# The codenames a source of Debian itself can have; a third party's suite is named otherwise.
+# The suites of Debian's own archive; a third party's suites have other names.
 CODENAMES = {
     "buster",
     "bullseye",
@@ -21,22 +21,22 @@ CODENAMES = {
     "testing",
     "sid",
 }
-STEP_TIMEOUT = 300  # seconds one apt or dpkg step may take
+STEP_TIMEOUT = 300  # seconds for one apt or dpkg step
 
 
 class Source(NamedTuple):
-    """Where one Debian archive is read from; `signed_by` is the field's text as apt wants it."""
+    """The addresses of one Debian archive; `signed_by` is the text of that field as apt reads it."""
 
     uris: str
     signed_by: str
 
 
 class Unavailable(Exception):
-    """The servers cannot be had on this machine; the text is the reason."""
+    """Raised when this machine cannot fetch the servers; the text is the reason."""
 
 
 def deb822_stanzas(text: str) -> Iterator[dict[str, str]]:
-    """Yield the stanzas of a `.sources` file; a field's continuation lines stay as they are written."""
+    """Yield the stanzas of a `.sources` file; continuation lines of a field stay as written."""
     fields: dict[str, str] = {}
     last = ""
     for line in [*text.splitlines(), ""]:
@@ -56,7 +56,7 @@ def deb822_stanzas(text: str) -> Iterator[dict[str, str]]:
 
 
 def one_line_stanza(line: str) -> dict[str, str]:
-    """Return a one-line source (`deb [options] uri suite component…`) as a stanza, empty when it is none."""
+    """Return a one-line source (`deb [options] uri suite component…`) as a stanza, else an empty one."""
     words, options = line.split("#", 1)[0].strip(), ""
     if words.startswith("deb [") and "]" in words:
         options, rest = words[len("deb [") :].split("]", 1)
@@ -75,9 +75,9 @@ def one_line_stanza(line: str) -> dict[str, str]:
 
 
 def debian_source(stanza: dict[str, str]) -> Source | None:
-    """Return the archive a stanza names, None unless it is Debian's main archive.
+    """Return the archive that a stanza names, or None unless it is Debian's main archive.
 
-    Security archives are skipped: they are other addresses, and the packages wanted are in main.
+    Security archives are skipped: they have other addresses, and all wanted packages are in main.
     """
     is_wanted = (
         stanza.get("enabled", "yes").lower() not in {"no", "false", "0"}
@@ -90,7 +90,7 @@ def debian_source(stanza: dict[str, str]) -> Source | None:
 
 
 def debian_sources(config: Path) -> list[Source]:
-    """Read every Debian source of the machine, each address once: the first that names it counts."""
+    """Read the machine's Debian sources, each address once: the first source that names it counts."""
     stanzas: list[dict[str, str]] = []
     for path in sorted((config / "sources.list.d").glob("*.sources")):
         stanzas += deb822_stanzas(path.read_text(errors="replace"))
@@ -102,8 +102,8 @@ def debian_sources(config: Path) -> list[Source]:
 
 
 def signed_by(source: Source) -> str:
-    """Return the keys to trust: the machine's own for this source, and Debian's keyring for older suites."""
-    if "\n" in source.signed_by:  # a key written into the source itself stands alone
+    """Return the keys to trust: those of this source, and Debian's keyring, which other suites need."""
+    if "\n" in source.signed_by:  # the key itself, which cannot be combined with a file's name
         return source.signed_by
     keyrings = [
         path
@@ -115,7 +115,7 @@ def signed_by(source: Source) -> str:
 
 
 def sources_text(sources: list[Source], suites: list[str]) -> str:
-    """Return a `.sources` file that names `suites` at the machine's own addresses."""
+    """Return a `.sources` file with these suites at the addresses of the sources."""
     stanzas = []
     for source in sources:
         keys = signed_by(source)
@@ -125,9 +125,10 @@ def sources_text(sources: list[Source], suites: list[str]) -> str:
 
 
 def apt_conf(work: Path) -> str:
-    """Return settings that keep apt inside `work`; the machine's own (a proxy, for example) stay in force.
+    """Return settings that keep apt inside `work`; the machine's own settings, such as a proxy, stay valid.
 
-    Hooks are cleared because they act on the system; the dates of a suite no longer updated are past.
+    Hooks are cleared because they act on the system. Valid-Until is ignored because the dates of suites that
+    are no longer updated have passed.
     """
     return f"""
 Dir::State "{work}/state";
@@ -151,7 +152,7 @@ APT::Get::List-Cleanup "false";
 
 
 def run(log: Path, reason: str, *command: str, cwd: Path) -> None:
-    """Run one step with its output in `log` (it names hosts, which stay out of ours), else Unavailable."""
+    """Run one step, its output in `log` only because it names hosts; raise Unavailable if it fails."""
     with log.open("ab") as output:
         output.write(f"$ {' '.join(command)}\n".encode())
         output.flush()

@@ -1,8 +1,10 @@
 """The helpers that find, start and clean up real servers, and the script that fetches them."""
 
+import fcntl
 import importlib.machinery
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import stat
@@ -16,7 +18,7 @@ import pytest
 import real_servers
 from real_process import PortTakenError, Program, StartFailedError
 from real_servers import REAL, real_consul, real_prometheus
-from support.waiting import until
+from support.waiting import PATIENCE, until
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "fetch-real-servers"
 
@@ -72,16 +74,20 @@ def test_a_key_inside_a_source_is_kept_whole(fetcher: ModuleType, tmp_path: Path
     )
 
 
-def _script(tmp_path: Path, path: str, required: str) -> tuple[int, str]:
-    """Run a copy of the script, so with an empty cache of its own, on a machine with this PATH."""
+def _copied_script(tmp_path: Path) -> Path:
+    """Copy the script to a folder of its own, so that its cache is empty."""
     copy = tmp_path / "scripts" / "fetch-real-servers"
     copy.parent.mkdir(exist_ok=True)
     shutil.copy(SCRIPT, copy)
     shutil.copy(SCRIPT.parent / "debian_packages.py", copy.parent)
+    return copy
+
+
+def _script(tmp_path: Path, path: str, required: str) -> tuple[int, str]:
+    """Run the script with an empty cache, on a machine with this PATH."""
+    command = [sys.executable, str(_copied_script(tmp_path))]
     environment = {"PATH": path, "REQUIRE_REAL_SERVERS": required}
-    done = subprocess.run(
-        [sys.executable, copy], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     return done.returncode, done.stderr
 
 
@@ -90,6 +96,27 @@ def test_the_script_says_why_it_cannot_fetch(tmp_path: Path) -> None:
     code, said = _script(tmp_path, str(tmp_path), "")
     assert (code, "apt-get is not on this machine" in said) == (0, True)
     assert _script(tmp_path, str(tmp_path), "1")[0] == 1
+
+
+def test_the_script_waits_for_another_run_and_fetches_nothing_twice(tmp_path: Path) -> None:
+    """A run beside another waits for its end, and leaves what that one has fetched as it is."""
+    copy, cache = _copied_script(tmp_path), tmp_path / ".cache" / "real"
+    cache.mkdir(parents=True)
+    with (cache / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        environment = {"PATH": str(tmp_path), "REQUIRE_REAL_SERVERS": "1"}  # no apt-get: a fetch would fail
+        script = subprocess.Popen([sys.executable, copy], env=environment, stderr=subprocess.PIPE, text=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            script.wait(0.5)
+        for name in _server_names():
+            (cache / name).mkdir()
+            (cache / name / ".complete").touch()
+    assert (script.communicate(timeout=PATIENCE)[1], script.returncode) == ("", 0)
+
+
+def _server_names() -> list[str]:
+    """Return the folders that the script fetches servers into."""
+    return re.findall(r'^    Server\("([^"]+)"', SCRIPT.read_text(), re.MULTILINE)
 
 
 def test_without_a_server_a_test_is_skipped_or_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
