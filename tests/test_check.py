@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from cluster import PROXY_RULES, REGISTRAR_RULES, kubeconfig, rule
-from k8s_consul_registrar.app.check import check, read_subject
-from k8s_consul_registrar.app.checks.finding import Finding, Outcome, is_passed
 from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.commands.check.report import Finding, Outcome, is_passed
+from k8s_consul_registrar.commands.check.suite import check, read_subject
 from k8s_consul_registrar.sandbox.certificates import KubeletCertificate
 from k8s_consul_registrar.sandbox.consul_http import ConsulOptions
 from lab import SandboxLab as Lab

@@ -10,10 +10,10 @@ import pytest
 import trustme
 
 from k8s_consul_registrar.admin.sd_server import HttpSdServer
-from k8s_consul_registrar.app.checks.finding import Finding, Outcome
-from k8s_consul_registrar.app.checks.http_sd import check_http_sd, check_state_file
 from k8s_consul_registrar.app.saved_state import Origin
 from k8s_consul_registrar.bearer import BearerFile
+from k8s_consul_registrar.commands.check.http_sd import check_http_sd, check_state_file
+from k8s_consul_registrar.commands.check.report import Finding, Outcome
 from k8s_consul_registrar.settings.http_sd import HttpSdSettings
 from k8s_consul_registrar.settings.modes import read_registrar
 from k8s_consul_registrar.tls import ServerTls, TlsFiles

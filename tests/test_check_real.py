@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from k8s_consul_registrar.app.checks.consul import (
+from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.commands.check.consul import (
     Need,
     check_consul,
     check_token,
@@ -14,8 +15,7 @@ from k8s_consul_registrar.app.checks.consul import (
     need_of_lost_agents,
     needs_of_services,
 )
-from k8s_consul_registrar.app.checks.finding import Finding, Outcome
-from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.commands.check.report import Finding, Outcome
 from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.model import Kind

@@ -5,9 +5,17 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from k8s_consul_registrar.app.checks.finding import Finding, Outcome, fail, ok, skipped, warn
-from k8s_consul_registrar.app.checks.kubelets import Place, sample
-from k8s_consul_registrar.app.checks.report import as_json, as_table
+from k8s_consul_registrar.commands.check.nodes import Place, sample
+from k8s_consul_registrar.commands.check.report import (
+    Finding,
+    Outcome,
+    as_json,
+    as_table,
+    fail,
+    ok,
+    skipped,
+    warn,
+)
 
 FINDINGS = [
     ok("consul", "answers"),

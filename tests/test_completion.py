@@ -6,8 +6,9 @@ import subprocess
 
 import pytest
 
-from k8s_consul_registrar.app.completion import SHELLS, commands_of, script
-from k8s_consul_registrar.cli import COMMANDS, build_parser, main
+from k8s_consul_registrar.cli import build_parser, main
+from k8s_consul_registrar.commands import COMMANDS
+from k8s_consul_registrar.commands.completion import SHELLS, commands_of, script
 from k8s_consul_registrar.settings.options import OPTIONS, options_of
 
 PROG = "k8s-consul-registrar"
@@ -40,7 +41,7 @@ class TestBash:
 
     def test_commands(self) -> None:
         """The first word is a command, completed from what is typed."""
-        assert set(bash_completions("")) == set(COMMANDS)
+        assert set(bash_completions("")) == {one.name for one in COMMANDS}
         assert bash_completions("reg") == ["registrar"]
         assert "--version" in bash_completions("--")
 
@@ -76,7 +77,7 @@ def test_fish_offers_commands_and_flags() -> None:
     """Fish offers the commands, then the flags of the one chosen."""
     text = script("fish", build_parser())
     offered = run("fish", f"{text}\ncomplete -C '{PROG} '")
-    assert {line.split("\t")[0] for line in offered.splitlines()} == set(COMMANDS)
+    assert {line.split("\t")[0] for line in offered.splitlines()} == {one.name for one in COMMANDS}
     offered = run("fish", f"{text}\ncomplete -C '{PROG} proxy --'")
     assert "--proxy-paths" in offered
     assert "--cluster-name" not in offered
@@ -88,7 +89,7 @@ def test_every_flag_is_in_every_script(shell: str, capsys: pytest.CaptureFixture
     assert main(["completion", shell], {}) == 0
     shown = capsys.readouterr().out
     for command in COMMANDS:
-        assert re.search(rf"\b{command}\b", shown)
+        assert re.search(rf"\b{command.name}\b", shown)
     for option in OPTIONS:
         flag = option.flag[2:]
         assert (re.search(rf"(--|-l ){flag}(?![\w-])", shown) is None) is option.is_secret, option.env

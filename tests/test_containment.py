@@ -9,8 +9,7 @@ import trustme
 from structlog.testing import capture_logs
 
 from daemon import Daemon
-from k8s_consul_registrar.app.parts import consul_access, http_sd_bearer, http_sd_tls
-from k8s_consul_registrar.app.process import new_registry
+from k8s_consul_registrar.admin.metrics import new_registry
 from k8s_consul_registrar.app.upstream_trust import KubeletIdentity, PodTrust
 from k8s_consul_registrar.app.worker_state import Inbound
 from k8s_consul_registrar.consul.access import ConsulToken
@@ -18,6 +17,7 @@ from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.settings.modes import read_proxy, read_registrar
 from k8s_consul_registrar.settings.proxying import KubeletSettings
+from k8s_consul_registrar.wiring.registrar import consul_access, http_sd_bearer, http_sd_tls
 from lab import running_lab
 from odd_files import ODD, restore
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from k8s_consul_registrar.app import lifecycle, once
-from k8s_consul_registrar.app.process import new_registry
+from k8s_consul_registrar import runner
+from k8s_consul_registrar.admin.metrics import new_registry
 from k8s_consul_registrar.cli import build_parser
 from k8s_consul_registrar.proxy.metrics import ProxyCollector
 from k8s_consul_registrar.proxy.outcomes import Outcome, ProxyStats
@@ -130,8 +130,7 @@ def test_no_metric_is_named_that_does_not_exist(readme: Path) -> None:
 @each_readme
 def test_exit_codes_are_documented(readme: Path) -> None:
     """The table of exit codes holds the codes of the code."""
-    named = {**vars(lifecycle), **vars(once)}
-    codes = {value for name, value in named.items() if name.startswith("EXIT_")}
+    codes = {value for name, value in vars(runner).items() if name.startswith("EXIT_")}
     last_table = sections(readme)[-2]
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", last_table, re.MULTILINE)} == codes
 
@@ -182,7 +181,7 @@ def test_manifests_named_exist() -> None:
 def test_the_demo_tells_what_the_readme_shows() -> None:
     """Every step of the demo that the READMEs show is one the demo takes."""
     steps = re.findall(r"^== ([^:\n]+)", text_of(README), re.MULTILINE)
-    told = text_of(PACKAGE / "app" / "demo.py")
+    told = text_of(PACKAGE / "commands" / "demo.py")
     assert steps
     assert [step for step in steps if step not in told] == []
 
@@ -263,6 +262,6 @@ def test_findings_that_operations_lists_are_found() -> None:
         for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
         for name in re.findall(r"`([^`]+)`", cell)
     }
-    code = " ".join(text_of(path) for path in (PACKAGE / "app").rglob("*.py"))
+    code = " ".join(text_of(path) for path in (PACKAGE / "commands" / "check").rglob("*.py"))
     assert len(named) > 10
     assert [name for name in sorted(named - {"list pods"}) if f'"{name}' not in code] == []

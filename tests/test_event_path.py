@@ -10,9 +10,9 @@ from types import FrameType
 import msgspec
 import pytest
 
-from k8s_consul_registrar.app.lifecycle import Stop
-from k8s_consul_registrar.app.registrar import run_registrar
 from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.commands.registrar import run_registrar
+from k8s_consul_registrar.runner import Stop
 from k8s_consul_registrar.sandbox import objects
 from k8s_consul_registrar.sandbox.consul import Consul
 from k8s_consul_registrar.sandbox.sandbox import Sandbox

@@ -18,9 +18,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from chaos_lab import ANNOTATIONS, scaled
 from http_door import Recorder
-from k8s_consul_registrar.app.lifecycle import Stop
-from k8s_consul_registrar.app.registrar import run_registrar
 from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.commands.registrar import run_registrar
+from k8s_consul_registrar.runner import Stop
 from k8s_consul_registrar.sandbox import objects
 from k8s_consul_registrar.sandbox.sandbox import Sandbox
 from k8s_consul_registrar.sandbox.store import Backup

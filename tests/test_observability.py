@@ -11,8 +11,8 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
+from k8s_consul_registrar.admin.metrics import new_registry
 from k8s_consul_registrar.admin.view import TargetState
-from k8s_consul_registrar.app.process import new_registry
 from k8s_consul_registrar.kube.source_state import CAUSES
 from k8s_consul_registrar.model import Kind
 from k8s_consul_registrar.proxy.metrics import ProxyCollector

@@ -4,12 +4,12 @@ import gc
 
 import pytest
 
-from k8s_consul_registrar.app.pauses import LONG, Pauses
+from k8s_consul_registrar.runner import LONG_PAUSE, Pauses
 
 
 @pytest.mark.parametrize(
     ("generation", "took", "is_set_aside"),
-    [(2, 1.1 * LONG, True), (2, 0.9 * LONG, False), (1, 2 * LONG, False)],
+    [(2, 1.1 * LONG_PAUSE, True), (2, 0.9 * LONG_PAUSE, False), (1, 2 * LONG_PAUSE, False)],
 )
 def test_what_a_long_collection_visited_is_set_aside(
     generation: int, took: float, is_set_aside: bool

@@ -6,13 +6,13 @@ import pytest
 from structlog.testing import capture_logs
 
 from builders import make_node, make_pod
-from k8s_consul_registrar.app.proxy_feed import FeedRules, NodeFeed, PodFeed
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.credentials import FixedCredentials, Identity
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.model import Kind, ObjectKey, Source, Undecodable
+from k8s_consul_registrar.proxy.feed import FeedRules, NodeFeed, PodFeed
 from k8s_consul_registrar.proxy.nodes import Nodes
 from k8s_consul_registrar.proxy.pod_route import Pods
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from k8s_consul_registrar.app.process import new_registry
+from k8s_consul_registrar.admin.metrics import new_registry
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.rotating import (
     LOOK_EVERY,

@@ -2,10 +2,10 @@
 
 import pytest
 
-from k8s_consul_registrar.app.parts import target_rules
 from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.model import Kind, Source
 from k8s_consul_registrar.settings.modes import read_proxy, read_registrar
+from k8s_consul_registrar.wiring.registrar import target_rules
 
 
 def problems(**environment: str) -> dict[str, str]:

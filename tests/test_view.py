@@ -12,8 +12,6 @@ from builders import make_pod, our_pod_service
 from controller_lab import HELD, Lab
 from k8s_consul_registrar.admin.view import SeenTarget, TargetState
 from k8s_consul_registrar.app.census import Census
-from k8s_consul_registrar.app.parts import RegistrarParts, identity, shards
-from k8s_consul_registrar.app.selection import SelectionRecord
 from k8s_consul_registrar.app.view import View, shown_settings
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.kube.access import Access
@@ -24,8 +22,10 @@ from k8s_consul_registrar.kube.reflector import Reflectors
 from k8s_consul_registrar.kube.source_state import CAUSES, WatchStats
 from k8s_consul_registrar.model import Kind, Pod, Source
 from k8s_consul_registrar.registrar.brake import BrakeRules
+from k8s_consul_registrar.registrar.selection import SelectionRecord
 from k8s_consul_registrar.registrar.status import LostAgent
 from k8s_consul_registrar.settings.modes import read_registrar
+from k8s_consul_registrar.wiring.registrar import RegistrarParts, identity, shards
 from memory import PODS
 
 SETTINGS = read_registrar({"CLUSTER_NAME": "lab", "SHARD_PATHS": "s1,s2", "CONSUL_HTTP_TOKEN": "t0p-secret"})

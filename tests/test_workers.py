@@ -38,7 +38,7 @@ from proxy_kit import (
 from real_process import is_running
 from support.waiting import PATIENCE, until
 
-COMMAND = (sys.executable, "-m", "k8s_consul_registrar.app.worker")
+COMMAND = (sys.executable, "-m", "k8s_consul_registrar.proxy.worker")
 QUICK = WorkerTiming(tick=0.05, retry_first=0.05, retry_cap=0.1, last_words=1.0)
 HELD = Credentials(TOKEN, "", Trust(authority_pem(), skip_verification=False), None, {})
 

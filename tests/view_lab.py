@@ -5,14 +5,14 @@ from typing import Any, cast
 
 from controller_lab import Lab
 from k8s_consul_registrar.admin.view import SeenTarget
-from k8s_consul_registrar.app.parts import RegistrarParts, identity, shards
-from k8s_consul_registrar.app.selection import SelectionRecord
 from k8s_consul_registrar.app.view import View
 from k8s_consul_registrar.kube.cluster_uid import ClusterUid
 from k8s_consul_registrar.model import Source
 from k8s_consul_registrar.registrar.brake import BrakeRules
+from k8s_consul_registrar.registrar.selection import SelectionRecord
 from k8s_consul_registrar.settings.digest import selection_digest
 from k8s_consul_registrar.settings.modes import read_registrar
+from k8s_consul_registrar.wiring.registrar import RegistrarParts, identity, shards
 from memory import PODS
 
 SETTINGS = read_registrar({"CLUSTER_NAME": "lab", "SHARD_PATHS": "s1,s2", "CONSUL_HTTP_TOKEN": "t0p-secret"})

@@ -20,7 +20,6 @@ from k8s_consul_registrar.admin.view import (
     Status,
     TargetState,
 )
-from k8s_consul_registrar.app.parts import RegistrarParts
 from k8s_consul_registrar.model import ObjectKey, Rejection, Service, Target
 from k8s_consul_registrar.registrar.observed import AsDesired, Other
 from k8s_consul_registrar.registrar.reporter import Progress
@@ -29,6 +28,7 @@ from k8s_consul_registrar.settings.modes import RegistrarSettings
 from k8s_consul_registrar.settings.naming import HASH
 from k8s_consul_registrar.settings.option import REGISTRAR
 from k8s_consul_registrar.settings.options import options_of
+from k8s_consul_registrar.wiring.registrar import RegistrarParts
 
 # Of what the brake holds this many are named.
 SAMPLE = 20

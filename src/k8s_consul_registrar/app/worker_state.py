@@ -11,7 +11,7 @@ from k8s_consul_registrar.settings.modes import ProxySettings
 from k8s_consul_registrar.settings.proxying import InboundSettings
 from k8s_consul_registrar.tls import ServerTls, TlsFiles
 
-WORKER = (sys.executable, "-m", "k8s_consul_registrar.app.worker")
+WORKER = (sys.executable, "-m", "k8s_consul_registrar.proxy.worker")
 
 
 def begin(settings: ProxySettings, fit: Fit, port: int) -> Begin:

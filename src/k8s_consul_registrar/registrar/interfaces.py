@@ -1,4 +1,4 @@
-"""The Protocols of Kubernetes and Consul that the registrar uses; `app.parts` passes the real objects in."""
+"""The Protocols of Kubernetes and Consul that the registrar uses; `wiring` passes the real objects in."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence

@@ -1,11 +1,56 @@
-"""Shows findings: a table for people, JSON for programs."""
+"""Findings of checks, and how they are shown: a table for people, JSON for programs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from textwrap import wrap
 
 import msgspec
 
-from k8s_consul_registrar.app.checks.finding import Finding, Outcome, is_passed
+
+class Outcome(StrEnum):
+    """How a check came out; only `FAIL` makes the command fail."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The result of one check: what was looked at, how it is, and a hint where something is to be done."""
+
+    name: str
+    outcome: Outcome
+    detail: str
+    hint: str = ""
+
+
+def ok(name: str, detail: str) -> Finding:
+    """Return a finding that needs nothing."""
+    return Finding(name, Outcome.OK, detail)
+
+
+def warn(name: str, detail: str, hint: str = "") -> Finding:
+    """Return a finding that works and is not as it should be."""
+    return Finding(name, Outcome.WARN, detail, hint)
+
+
+def fail(name: str, detail: str, hint: str = "") -> Finding:
+    """Return a finding without whose repair the program does not do its work."""
+    return Finding(name, Outcome.FAIL, detail, hint)
+
+
+def skipped(name: str, detail: str) -> Finding:
+    """Return a check that could not be made, and why not."""
+    return Finding(name, Outcome.SKIPPED, detail)
+
+
+def is_passed(findings: Iterable[Finding]) -> bool:
+    """Whether none of them failed."""
+    return all(finding.outcome is not Outcome.FAIL for finding in findings)
+
 
 _COLOURS = {Outcome.OK: "32", Outcome.WARN: "33", Outcome.FAIL: "1;31", Outcome.SKIPPED: "2"}
 _NARROWEST = 30  # columns for the text, however narrow the terminal is

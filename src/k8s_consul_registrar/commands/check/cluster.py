@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from k8s_consul_registrar.app.checks.finding import Finding, fail, ok, skipped, warn
+from k8s_consul_registrar.commands.check.report import Finding, fail, ok, skipped, warn
 from k8s_consul_registrar.errors import (
     AccessError,
     ClusterError,

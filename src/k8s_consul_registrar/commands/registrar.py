@@ -1,8 +1,9 @@
-"""Composition of the registrar: builds the parts the settings ask for, and connects them."""
+"""The command registrar: keeps Consul equal to what the cluster wants scraped, until a signal."""
 
+import argparse
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,23 +12,15 @@ from prometheus_client import CollectorRegistry
 
 from k8s_consul_registrar import __version__
 from k8s_consul_registrar.admin.api import api_routes
+from k8s_consul_registrar.admin.metrics import new_registry
 from k8s_consul_registrar.admin.page import page_routes
 from k8s_consul_registrar.admin.server import AdminServer
 from k8s_consul_registrar.app.census import Census
-from k8s_consul_registrar.app.lifecycle import Stop, run_until_stopped
-from k8s_consul_registrar.app.parts import (
-    RegistrarParts,
-    build_registrar,
-    consul_access,
-    http_sd_server,
-    new_elector,
-    previous_locations,
-)
-from k8s_consul_registrar.app.process import new_registry
 from k8s_consul_registrar.app.saved_state import Origin
 from k8s_consul_registrar.app.state_file import SavedTargetsGate, StateKeeper, open_state
 from k8s_consul_registrar.app.view import View
 from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.commands import configure_logs
 from k8s_consul_registrar.consul.client import ConsulClient, Fence
 from k8s_consul_registrar.consul.previous_location import clear_previous_locations
 from k8s_consul_registrar.kube.access import Access, load_access
@@ -39,14 +32,31 @@ from k8s_consul_registrar.registrar.observed import AsDesired
 from k8s_consul_registrar.registrar.ownership import Claim
 from k8s_consul_registrar.registrar.reporter import tell_progress
 from k8s_consul_registrar.registrar.status import RegistrarStatus
+from k8s_consul_registrar.runner import Stop, run_mode, run_until_stopped
 from k8s_consul_registrar.settings.backend_options import NONE
-from k8s_consul_registrar.settings.modes import RegistrarSettings
+from k8s_consul_registrar.settings.modes import RegistrarSettings, read_registrar
 from k8s_consul_registrar.telemetry import get_logger
+from k8s_consul_registrar.wiring.registrar import (
+    RegistrarParts,
+    build_registrar,
+    consul_access,
+    http_sd_server,
+    new_elector,
+    previous_locations,
+)
 
 # A loop that has not turned for so long, in seconds, hangs: no single request may take a tenth of it.
 HANG = 600.0
 
 log = get_logger("app")
+
+
+def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    """Run the registrar until a signal."""
+    del parsed
+    settings = read_registrar(environment)
+    configure_logs(settings.common)
+    return run_mode(lambda stop: run_registrar(settings, stop))
 
 
 @dataclass(frozen=True, slots=True)

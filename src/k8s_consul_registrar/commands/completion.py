@@ -2,9 +2,11 @@
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+
+from k8s_consul_registrar.runner import EXIT_OK
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -27,6 +29,13 @@ class Command:
     purpose: str
     options: tuple[Word, ...]
     words: tuple[Word, ...]
+
+
+def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    """Print the script of a shell."""
+    del environment
+    print(script(parsed.shell, parsed.parser), end="")
+    return EXIT_OK
 
 
 def script(shell: str, parser: argparse.ArgumentParser) -> str:

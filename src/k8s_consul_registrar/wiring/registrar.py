@@ -9,7 +9,6 @@ from pathlib import Path
 from k8s_consul_registrar.admin.http_sd import no_saved_targets
 from k8s_consul_registrar.admin.sd_server import HttpSdServer
 from k8s_consul_registrar.admin.view import MetaNames, SavedTargets, TargetsView
-from k8s_consul_registrar.app.selection import SelectionRecord
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress, ConsulToken, rotating_tls
@@ -43,6 +42,7 @@ from k8s_consul_registrar.registrar.reconciler import Reconciler
 from k8s_consul_registrar.registrar.reporter import Reporter
 from k8s_consul_registrar.registrar.resync import Resync
 from k8s_consul_registrar.registrar.schedule import FULL_READ_GAP, ScheduleRules
+from k8s_consul_registrar.registrar.selection import SelectionRecord
 from k8s_consul_registrar.registrar.status import RegistrarStatus
 from k8s_consul_registrar.settings.backend_options import AGENT, CATALOG
 from k8s_consul_registrar.settings.consul import ConsulSettings

@@ -1,24 +1,25 @@
-"""Composition of the proxy: reads what was asked for, builds the parts and connects them."""
+"""The command proxy: lets Prometheus read the metrics of Nodes and Pods through one port, until a signal."""
 
+import argparse
 import asyncio
 import socket
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from k8s_consul_registrar import __version__
 from k8s_consul_registrar.admin.failing import failing_routes
+from k8s_consul_registrar.admin.metrics import new_registry
 from k8s_consul_registrar.admin.server import AdminServer
-from k8s_consul_registrar.app.lifecycle import Stop, run_until_stopped
-from k8s_consul_registrar.app.process import new_registry
-from k8s_consul_registrar.app.proxy_feed import FeedRules, NodeFeed, PodFeed
 from k8s_consul_registrar.app.upstream_trust import KubeletIdentity, PodTrust
 from k8s_consul_registrar.app.worker_state import WORKER, CredentialsInHand, Inbound, begin
 from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.commands import configure_logs
 from k8s_consul_registrar.errors import OperationalError
 from k8s_consul_registrar.kube.access import load_access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.proxy.failing import failing_report
+from k8s_consul_registrar.proxy.feed import FeedRules, NodeFeed, PodFeed
 from k8s_consul_registrar.proxy.limits import Concurrency
 from k8s_consul_registrar.proxy.metrics import ProxyCollector
 from k8s_consul_registrar.proxy.nodes import Nodes
@@ -28,7 +29,8 @@ from k8s_consul_registrar.proxy.relay import RelayTiming
 from k8s_consul_registrar.proxy.server import ProxyServer
 from k8s_consul_registrar.proxy.sockets import Fit, listen, raise_file_limit
 from k8s_consul_registrar.proxy.workers import Workers
-from k8s_consul_registrar.settings.modes import ProxySettings
+from k8s_consul_registrar.runner import Stop, run_mode, run_until_stopped
+from k8s_consul_registrar.settings.modes import ProxySettings, read_proxy
 from k8s_consul_registrar.settings.proxying import ProxiedPods
 from k8s_consul_registrar.telemetry import get_logger
 
@@ -37,6 +39,14 @@ MOST_CALLERS = 4096
 KEPT_CONNECTIONS = 8192
 
 log = get_logger("app")
+
+
+def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    """Run the proxy until a signal."""
+    del parsed
+    settings = read_proxy(environment)
+    configure_logs(settings.common)
+    return run_mode(lambda stop: run_proxy(settings, stop))
 
 
 @dataclass(frozen=True, slots=True)

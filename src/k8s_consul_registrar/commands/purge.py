@@ -1,17 +1,15 @@
-"""Uninstalls: removes every service of one cluster and instance from Consul, after showing them."""
+"""The command purge: removes every service of one cluster and instance from Consul, after showing them."""
 
+import argparse
 import asyncio
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import uvloop
-
-from k8s_consul_registrar.app.lifecycle import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, complain
-from k8s_consul_registrar.app.parts import consul_access, consul_registry, identity
 from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.commands import settings_for_consul
 from k8s_consul_registrar.consul.batches import Transactions
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.lost_agents import LostAgents
@@ -22,7 +20,7 @@ from k8s_consul_registrar.errors import (
     ClusterError,
     ConsulForbidden,
     ConsulRefused,
-    OperationalError,
+    SettingsError,
 )
 from k8s_consul_registrar.kube.access import load_access
 from k8s_consul_registrar.kube.client import KubeClient
@@ -30,9 +28,12 @@ from k8s_consul_registrar.kube.cluster_uid import IDENTITY_NAMESPACE
 from k8s_consul_registrar.model import Service, Written
 from k8s_consul_registrar.registrar.orphans import observe_agents
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
+from k8s_consul_registrar.runner import EXIT_FAILURE, EXIT_OK
+from k8s_consul_registrar.runner import run as run_loop
 from k8s_consul_registrar.settings.backend import default_node
 from k8s_consul_registrar.settings.backend_options import CATALOG
 from k8s_consul_registrar.settings.modes import RegistrarSettings
+from k8s_consul_registrar.wiring.registrar import consul_access, consul_registry, identity
 
 # Of many services this many are shown; the rest is a count.
 MOST_SHOWN = 50
@@ -52,18 +53,12 @@ class _Found(NamedTuple):
         return self._replace(services=[one for one in self.services if is_chosen(one)])
 
 
-def run_purge(settings: RegistrarSettings, *, is_agreed: bool, cluster_uid: str = "") -> int:
+def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Remove what is ours: exit 0 done or nothing there, 1 refused, not agreed to, or failed."""
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_purge(settings, is_agreed=is_agreed, cluster_uid=cluster_uid))
-    except AccessError as error:
-        return complain(error)
-    except OperationalError as error:
-        print(f"k8s-consul-registrar: {error}", file=sys.stderr)
-        return EXIT_FAILURE
-    except (KeyboardInterrupt, EOFError):
-        return EXIT_INTERRUPTED
+    settings = settings_for_consul("purge", environment)
+    if settings.has_default_name:
+        raise SettingsError(["purge: name the cluster by CLUSTER_NAME or --cluster-name"])
+    return run_loop(_purge(settings, is_agreed=parsed.yes, cluster_uid=parsed.cluster_uid))
 
 
 async def _purge(settings: RegistrarSettings, *, is_agreed: bool, cluster_uid: str) -> int:

@@ -1,5 +1,6 @@
-"""Composition of `check`: is each thing that a mode needs in place, and what to do where it is not."""
+"""All checks: each looks for one thing that a mode needs, and says what to do if it is missing."""
 
+import argparse
 import asyncio
 import os
 import shutil
@@ -9,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from k8s_consul_registrar.app.checks.cluster import (
+from k8s_consul_registrar.app.saved_state import Origin
+from k8s_consul_registrar.app.upstream_trust import KubeletIdentity
+from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.commands.check.cluster import (
     NEVER_NEEDED,
     PROXY_PERMISSIONS,
     Permission,
@@ -21,7 +25,7 @@ from k8s_consul_registrar.app.checks.cluster import (
     some_nodes,
     source_permissions,
 )
-from k8s_consul_registrar.app.checks.consul import (
+from k8s_consul_registrar.commands.check.consul import (
     Naming,
     Need,
     check_consul,
@@ -32,17 +36,20 @@ from k8s_consul_registrar.app.checks.consul import (
     need_of_lost_agents,
     needs_of_services,
 )
-from k8s_consul_registrar.app.checks.finding import Finding, Outcome, fail, is_passed, ok, skipped, warn
-from k8s_consul_registrar.app.checks.http_sd import check_http_sd, check_state_file
-from k8s_consul_registrar.app.checks.kubelets import Kubelets, check_kubelets
-from k8s_consul_registrar.app.checks.node_port import check_node_port
-from k8s_consul_registrar.app.checks.report import as_json, as_table
-from k8s_consul_registrar.app.checks.services import holdings, judge_catalog, judge_holdings
-from k8s_consul_registrar.app.lifecycle import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, complain
-from k8s_consul_registrar.app.parts import consul_access, consul_registry, identity
-from k8s_consul_registrar.app.saved_state import Origin
-from k8s_consul_registrar.app.upstream_trust import KubeletIdentity
-from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.commands.check.http_sd import check_http_sd, check_state_file
+from k8s_consul_registrar.commands.check.nodes import Kubelets, check_kubelets, check_node_port
+from k8s_consul_registrar.commands.check.report import (
+    Finding,
+    Outcome,
+    as_json,
+    as_table,
+    fail,
+    is_passed,
+    ok,
+    skipped,
+    warn,
+)
+from k8s_consul_registrar.commands.check.services import holdings, judge_catalog, judge_holdings
 from k8s_consul_registrar.consul.acl import read_service_names
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.errors import AccessError, ConsulError, SettingsError
@@ -50,10 +57,13 @@ from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.lease import default_lease_name, pod_namespace
 from k8s_consul_registrar.model import Kind, Node
+from k8s_consul_registrar.runner import EXIT_FAILURE, EXIT_OK
+from k8s_consul_registrar.runner import run as run_loop
 from k8s_consul_registrar.settings.backend_options import CATALOG, NONE
 from k8s_consul_registrar.settings.modes import ProxySettings, RegistrarSettings, read_proxy, read_registrar
-from k8s_consul_registrar.settings.option import PROXY, REGISTRAR
+from k8s_consul_registrar.settings.option import MODES, PROXY, REGISTRAR
 from k8s_consul_registrar.telemetry import configure_logging
+from k8s_consul_registrar.wiring.registrar import consul_access, consul_registry, identity
 
 # Somebody waits for the answer, so less patience than the daemon has; in seconds.
 TIMING = Timing(connect_timeout=3, read_timeout=6)
@@ -88,17 +98,16 @@ class ClusterView:
     nodes: tuple[Node, ...] = ()
 
 
-def run_check(modes: Collection[str], environment: Mapping[str, str], *, output: str) -> int:
-    """Check what these modes need and show what was found; the exit code is 1 when anything fails."""
-    try:
-        subject = read_subject(modes, environment)
-    except SettingsError as error:
-        return complain(error)
+def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    """Check what the chosen modes need, and show the findings; exit 1 if anything failed."""
+    mode = parsed.what or environment.get("MODE", "").strip().lower()
+    subject = read_subject((mode,) if mode in MODES else MODES, environment)
     configure_logging("error", "console")
-    try:
-        findings = asyncio.run(check(subject))
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    return run_loop(_check_and_show(subject, output=parsed.output))
+
+
+async def _check_and_show(subject: Subject, *, output: str) -> int:
+    findings = await check(subject)
     is_terminal = output == "table" and sys.stdout.isatty()
     if output == "json":
         print(as_json(findings))

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from k8s_consul_registrar.app.checks.finding import Finding, fail, ok, warn
+from k8s_consul_registrar.commands.check.report import Finding, fail, ok, warn
 from k8s_consul_registrar.model import MANAGED_BY, Service
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
 from k8s_consul_registrar.targets.service_names import kind_of_id

@@ -1,4 +1,4 @@
-"""Kubelets: do they answer, can their certificates be verified, do they let us read."""
+"""Checks of what the proxy dials and where it is dialled: kubelets, and its NodePort."""
 
 import asyncio
 import os
@@ -10,16 +10,23 @@ from typing import NamedTuple
 
 import aiohttp
 
-from k8s_consul_registrar.app.checks.finding import Finding, fail, ok, skipped, warn
+from k8s_consul_registrar.commands.check.report import Finding, fail, ok, skipped, warn
 from k8s_consul_registrar.model import Node
-from k8s_consul_registrar.proxy.nodes import usable_addresses
-from k8s_consul_registrar.targets.scrape_config import url_host
+from k8s_consul_registrar.proxy.nodes import is_dialable, usable_addresses
+from k8s_consul_registrar.proxy.route import UNKNOWN_PATH
+from k8s_consul_registrar.targets.scrape_config import node_address, parse_ip, url_host
 
 SAMPLE = 5
 PATH = "/metrics/cadvisor"
 # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH, X509_V_ERR_CERT_HAS_EXPIRED.
 NAME_MISMATCHES = (62, 64)
 EXPIRED = 10
+NODE_PORT = "node port"
+LONGEST_BODY = 1024
+NODE_PORT_HINT = (
+    "is the proxy deployed and ready (kubectl get endpoints k8s-consul-registrar-proxy-service), is its NodePort "
+    "PROXY_NODE_PORT, and does no firewall or NetworkPolicy keep this machine from it?"
+)
 
 
 class Place(NamedTuple):
@@ -206,3 +213,48 @@ async def _is_verifiable(place: Place, kubelets: Kubelets, server_name: str) -> 
         return False
     writer.transport.abort()
     return True
+
+
+async def check_node_port(nodes: Sequence[Node], port: int, timeout: float) -> Finding:  # noqa: ASYNC109 - for each request
+    """Ask the proxy on a few Nodes' addresses for something it never serves, and know it by its answer."""
+    places = [
+        Place(node.name, address, port)
+        for node in sorted(nodes, key=lambda node: not node.ready)
+        if (address := node_address(node)) and _may_be_asked(address)
+    ]
+    if not places:
+        return skipped(NODE_PORT, "no Node is known that could be asked")
+    asked = sample(places)
+    problems = await asyncio.gather(*(_problem(place, timeout) for place in asked))
+    failed = [f"{place} {problem}" for place, problem in zip(asked, problems, strict=True) if problem]
+    if not failed:
+        return ok(
+            NODE_PORT, f"the proxy answers on port {port} of {', '.join(place.node for place in asked)}"
+        )
+    finding = fail if len(failed) == len(asked) else warn
+    return finding(NODE_PORT, "; ".join(failed), NODE_PORT_HINT)
+
+
+def _may_be_asked(address: str) -> bool:
+    parsed = parse_ip(address)
+    return parsed is not None and is_dialable(parsed, allow_loopback=True)
+
+
+async def _problem(place: Place, seconds: float) -> str:
+    """Return what keeps a scraper from the proxy there, empty for nothing."""
+    try:
+        async with (
+            asyncio.timeout(seconds),
+            aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), trust_env=False) as session,
+            session.get(f"http://{place}/", allow_redirects=False) as response,
+        ):
+            body = await response.content.read(LONGEST_BODY)
+            status = response.status
+    except TimeoutError:
+        return f"does not answer within {seconds:g} s"
+    except aiohttp.ClientConnectorError as error:
+        return f"cannot be reached: {os_reason(error)}"
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        return f"breaks off: {type(error).__name__}"
+    is_proxy = (status, UNKNOWN_PATH.reason.encode() in body) == (404, True) or status == 401
+    return "" if is_proxy else f"answers {status}, and not as the proxy does"

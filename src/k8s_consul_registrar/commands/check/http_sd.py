@@ -11,12 +11,12 @@ import aiohttp
 from k8s_consul_registrar.admin.http_sd import SD_PATH
 from k8s_consul_registrar.admin.listening import listen
 from k8s_consul_registrar.admin.sd_server import HEADERS
-from k8s_consul_registrar.app.checks.finding import Finding, fail, ok, warn
-from k8s_consul_registrar.app.parts import http_sd_bearer, http_sd_tls
 from k8s_consul_registrar.app.saved_state import Origin
 from k8s_consul_registrar.app.state_file import check_folder, read_state
+from k8s_consul_registrar.commands.check.report import Finding, fail, ok, warn
 from k8s_consul_registrar.errors import AccessError, OperationalError
 from k8s_consul_registrar.settings.http_sd import HttpSdSettings
+from k8s_consul_registrar.wiring.registrar import http_sd_bearer, http_sd_tls
 
 PORT, TOKEN, TLS, STATE = "http_sd port", "http_sd token", "http_sd tls", "http_sd state"
 WHERE = (

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from k8s_consul_registrar.app.checks.finding import Finding, fail, ok, skipped, warn
+from k8s_consul_registrar.commands.check.report import Finding, fail, ok, skipped, warn
 from k8s_consul_registrar.consul.acl import Right, read_leader, read_self, rights
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.errors import (

@@ -1,6 +1,6 @@
 """One worker of the proxy: relays what its parent tells it about, and knows nothing of its own.
 
-Started by `proxy/workers` as `python -m k8s_consul_registrar.app.worker <number of its socket>`; ends with
+Started by `proxy/workers` as `python -m k8s_consul_registrar.proxy.worker <number of its socket>`; ends with
 its parent.
 """
 

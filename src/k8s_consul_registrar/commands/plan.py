@@ -1,24 +1,23 @@
-"""`plan` and `sync`: what a resync would change now, and making one resync from a CronJob."""
+"""The command plan: shows what a resync would change now, and changes nothing."""
 
+import argparse
 import asyncio
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
-import uvloop
 from prometheus_client import CollectorRegistry
 
-from k8s_consul_registrar.app.lifecycle import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, complain
-from k8s_consul_registrar.app.parts import RegistrarParts, build_registrar, consul_access
 from k8s_consul_registrar.asyncio_tools import end_tasks
 from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.commands import settings_for_consul
 from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.errors import AccessError, OperationalError
+from k8s_consul_registrar.errors import OperationalError
 from k8s_consul_registrar.kube.access import load_access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.model import Service
@@ -34,14 +33,13 @@ from k8s_consul_registrar.registrar.decide import (
 )
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.resync import Comparison
-from k8s_consul_registrar.registrar.status import Counts
+from k8s_consul_registrar.runner import EXIT_CHANGES, EXIT_FAILURE, EXIT_OK
+from k8s_consul_registrar.runner import run as run_loop
 from k8s_consul_registrar.settings.modes import RegistrarSettings
+from k8s_consul_registrar.wiring.registrar import RegistrarParts, build_registrar, consul_access
 
-EXIT_CHANGES = 3
-# Seconds every source has to be listed, or to fail, once.
+# Seconds that every source has to be listed once, or to fail.
 PATIENCE = 120.0
-# Services reconciled at once by `sync`.
-BATCH = 512
 _COLOURS = {"+": "\x1b[32m", "~": "\x1b[33m", "-": "\x1b[31m", "!": "\x1b[35m"}
 _PLAIN = "\x1b[0m"
 
@@ -55,31 +53,13 @@ class Change:
     what: str
 
 
-def run_plan(settings: RegistrarSettings, *, output: str) -> int:
-    """Show what a pass would do now: exit 0 nothing, 3 changes, 1 failure. Nothing is written."""
-    return _run(_plan(settings, output=output))
-
-
-def run_sync(settings: RegistrarSettings) -> int:
-    """Make one pass: exit 0 done, 3 a removal is held by the brake, 1 failure."""
-    return _run(_sync(settings))
-
-
-def _run(work: Coroutine[Any, Any, int]) -> int:
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(work)
-    except AccessError as error:
-        return complain(error)
-    except OperationalError as error:
-        print(f"k8s-consul-registrar: {error}", file=sys.stderr)
-        return EXIT_FAILURE
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    """Show what a resync would do now: exit 0 nothing, 3 changes, 1 failure."""
+    return run_loop(_plan(settings_for_consul("plan", environment), output=parsed.output))
 
 
 class Plan(NamedTuple):
-    """What a sync would do: a line for each change or thing left alone, and the counts."""
+    """The outcome of a sync made now: a line for each change or thing left alone, and the counts."""
 
     lines: list[Change]
     register: int
@@ -98,9 +78,9 @@ class Plan(NamedTuple):
 
 
 async def _plan(settings: RegistrarSettings, *, output: str) -> int:
-    async with _listed(settings) as parts:
-        plan = await _compared(parts, await _confirmed(parts))
-        problems = _problems(parts)
+    async with listed(settings) as parts:
+        plan = await _compared(parts, await confirmed(parts))
+        problems = source_problems(parts)
     if output == "json":
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(plan.lines)) + b"\n")
     else:
@@ -110,25 +90,8 @@ async def _plan(settings: RegistrarSettings, *, output: str) -> int:
     return EXIT_CHANGES if plan.has_changes else EXIT_OK
 
 
-async def _sync(settings: RegistrarSettings) -> int:
-    async with _listed(settings) as parts:
-        await _confirmed(parts)
-        found = await parts.resync.run()
-        done = await _drained(parts)
-        problems = _problems(parts)
-        rejected = len(parts.desired.rejections) + len(parts.controller.status.lost_rejections())
-    unchanged = found.unchanged + done.unchanged
-    print(
-        f"registered {done.registered}, updated {done.updated}, deregistered {done.deregistered}, "
-        f"unchanged {unchanged}, refused {done.refused}, rejected {rejected}"
-    )
-    if done.refused or problems:
-        return EXIT_FAILURE
-    return EXIT_CHANGES if found.judged.held else EXIT_OK
-
-
 @asynccontextmanager
-async def _listed(settings: RegistrarSettings) -> AsyncIterator[RegistrarParts]:
+async def listed(settings: RegistrarSettings) -> AsyncIterator[RegistrarParts]:
     """Watch the cluster once every source was listed or has failed; raises `OperationalError`."""
     timing = Timing()
     access = load_access(settings.common.environment)
@@ -156,7 +119,7 @@ async def _listed(settings: RegistrarSettings) -> AsyncIterator[RegistrarParts]:
             await end_tasks([watching])
 
 
-async def _confirmed(parts: RegistrarParts) -> Comparison:
+async def confirmed(parts: RegistrarParts) -> Comparison:
     """Compare everything; where absences need a new list, wait for it and compare once more."""
     asked_at = time.monotonic()
     found = await parts.resync.compare()
@@ -179,16 +142,6 @@ async def _until(is_so: Callable[[], bool]) -> None:
                 await asyncio.sleep(0.02)
     except TimeoutError:
         raise OperationalError(f"the cluster was not listed within {PATIENCE:g} s") from None
-
-
-async def _drained(parts: RegistrarParts) -> Counts:
-    """Reconcile until only refused writes are left, which nothing waits for; raises a `ConsulError`."""
-    total = Counts()
-    while (batch := parts.queue.take(BATCH, time.monotonic())) is not None:
-        if batch.is_retry:
-            break
-        total += await parts.reconciler.reconcile(batch)
-    return total
 
 
 async def _compared(parts: RegistrarParts, found: Comparison) -> Plan:
@@ -253,7 +206,8 @@ async def _decided(parts: RegistrarParts, service_id: str) -> Action:
     return action
 
 
-def _problems(parts: RegistrarParts) -> list[str]:
+def source_problems(parts: RegistrarParts) -> list[str]:
+    """Return why sources cannot be listed."""
     return [status.problem for status in parts.desired.store.statuses().values() if status.problem]
 
 

@@ -1,1 +1,0 @@
-"""What `check` looks at, one module a concern; each check returns what it found, and none changes anything."""

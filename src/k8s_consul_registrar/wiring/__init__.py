@@ -1,0 +1,1 @@
+"""Composition: builds the parts of each mode from its settings, once."""
