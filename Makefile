@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup check fix test test-long soak bench-registrar bench-proxy demo lock real-servers clean
+.PHONY: help setup check fix unit test test-long soak bench-registrar bench-proxy demo lock real-servers clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,9 @@ fix: $(STAMP) ## repair what can be repaired
 
 real-servers: ## fetch Consul and Prometheus into .cache (no system install)
 	scripts/fetch-real-servers
+
+unit: $(STAMP) ## the tests of single parts, without servers (under a minute)
+	$(BIN)/python -m pytest -n 2 tests/unit $(ARGS)
 
 test: $(STAMP) ## the tests for every change, those on real servers included (at most 6 minutes)
 	-scripts/fetch-real-servers

@@ -11,14 +11,12 @@ import uvloop
 
 from support.internal_errors import FORCED, none_counted
 
-ON_BOTH_LOOPS = ("test_proxy_", "test_accepting.py", "test_admin.py", "test_admin_sd.py")
-
 
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Return the loops a test runs on, by name."""
-    if item.path.name.startswith(ON_BOTH_LOOPS):
+    if item.get_closest_marker("both_loops") is not None:
         return {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}
 

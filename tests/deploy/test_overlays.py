@@ -1,0 +1,250 @@
+"""The variations of `deploy/`, each built by kustomize as its user would, and all that go together at once."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from k8s_consul_registrar.settings.options import OPTIONS
+from support.paths import DEPLOY
+
+OVERLAYS = sorted(path.name for path in (DEPLOY / "overlays").iterdir())
+CUSTOM_RESOURCES = {"PodMonitor", "PrometheusRule"}  # kinds the Kubernetes schemas do not hold
+# Settings that overlays name and that are still to come; whoever brings one takes it out of here.
+PENDING: frozenset[str] = frozenset()
+COMBINED = (
+    "catalog",
+    "grouped-names",
+    "network-policy",
+    "pod-disruption-budget",
+    "pod-monitor",
+    "prometheus-rule",
+)
+Objects = dict[tuple[str, str, str], dict[str, Any]]
+
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not on PATH")
+each_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
+
+
+def build(folder: Path, *overlays: str) -> Objects:
+    """Build `deploy/` with these overlays among its components; return objects by kind, namespace and name."""
+    copy = shutil.copytree(DEPLOY, folder / "deploy")
+    with (copy / "kustomization.yaml").open("a") as file:
+        file.write("components:\n" + "".join(f"  - overlays/{name}\n" for name in overlays))
+    done = subprocess.run(
+        ["kubectl", "kustomize", copy], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[:2000]
+    found = list(yaml.safe_load_all(done.stdout))
+    objects = {(o["kind"], o["metadata"].get("namespace", ""), o["metadata"]["name"]): o for o in found}
+    assert len(objects) == len(found)
+    return objects
+
+
+def registrar(objects: Objects) -> dict[str, Any]:
+    """Return the registrar's Pod."""
+    spec: dict[str, Any] = objects["Deployment", "default", "k8s-consul-registrar"]["spec"]["template"][
+        "spec"
+    ]
+    return spec
+
+
+def environment(objects: Objects) -> dict[str, str]:
+    """Return the registrar's variables."""
+    (container,) = [one for one in registrar(objects)["containers"] if one["name"] == "k8s-consul-registrar"]
+    return {one["name"]: one["value"] for one in container["env"]}
+
+
+def assert_whole(objects: Objects) -> None:
+    """Fail when an object breaks the API's schemas, or names another object that is not there."""
+    version = kubernetes_validate.latest_version()
+    for (kind, _, name), each in objects.items():
+        if kind not in CUSTOM_RESOURCES:
+            kubernetes_validate.validate(each, version, strict=True)
+        if kind in {"RoleBinding", "ClusterRoleBinding"}:
+            role = each["roleRef"]
+            scope = each["metadata"].get("namespace", "") if role["kind"] == "Role" else ""
+            assert (role["kind"], scope, role["name"]) in objects, name
+            for subject in each["subjects"]:
+                assert ("ServiceAccount", subject["namespace"], subject["name"]) in objects, name
+        if kind == "Deployment":
+            assert_pod_whole(each["spec"]["template"]["spec"], objects)
+    selectors = [each["spec"]["selector"] for (kind, _, _), each in objects.items() if kind == "Service"]
+    labels = [
+        each["spec"]["selector"]["matchLabels"]
+        for (kind, _, _), each in objects.items()
+        if kind == "Deployment"
+    ]
+    assert all(selector in labels for selector in selectors)
+
+
+def assert_pod_whole(pod: dict[str, Any], objects: Objects) -> None:
+    """Fail when a Pod mounts what it does not declare, or names a claim or an account that is not there."""
+    assert ("ServiceAccount", "default", pod["serviceAccountName"]) in objects
+    volumes = {volume["name"]: volume for volume in pod.get("volumes", ())}
+    mounted = {mount["name"] for one in pod["containers"] for mount in one.get("volumeMounts", ())}
+    assert mounted == volumes.keys()
+    for volume in volumes.values():
+        if claim := volume.get("persistentVolumeClaim"):
+            assert ("PersistentVolumeClaim", "default", claim["claimName"]) in objects
+
+
+@needs_kubectl
+@each_overlay
+def test_each_overlay_builds_into_something_whole(overlay: str, tmp_path: Path) -> None:
+    """Kustomize builds it, the objects pass the schemas strictly, and nothing hangs in the air."""
+    assert_whole(build(tmp_path, overlay))
+
+
+@needs_kubectl
+def test_overlays_go_together(tmp_path: Path) -> None:
+    """Those that do not exclude each other combine, and the result is whole."""
+    objects = build(tmp_path, *COMBINED)
+    assert_whole(objects)
+    assert {"CONSUL_BACKEND", "POD_SERVICE_NAME"} <= environment(objects).keys()
+    kinds = {kind for kind, _, _ in objects}
+    assert {"NetworkPolicy", "PodDisruptionBudget", *CUSTOM_RESOURCES} <= kinds
+
+
+@needs_kubectl
+def test_variables_are_settings(tmp_path: Path) -> None:
+    """Every variable an overlay sets is a setting, but for those listed as pending, all of which are still so."""
+    named = {name for overlay in OVERLAYS for name in environment(build(tmp_path / overlay, overlay))}
+    known = {option.env for option in OPTIONS} | {"MODE"}
+    assert named - known == PENDING
+
+
+ROLLING = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+# Without the null, `kubectl apply` over a Deployment that rolls would leave its numbers, and Recreate be refused.
+RECREATE = {"type": "Recreate", "rollingUpdate": None}
+
+
+@needs_kubectl
+@pytest.mark.parametrize(
+    ("overlay", "strategy"), [("catalog", RECREATE), ("http-sd", ROLLING), ("two-replicas", ROLLING)]
+)
+def test_overlay_without_an_agent_overlaps_only_where_one_pod_writes(
+    overlay: str, strategy: dict[str, Any], tmp_path: Path
+) -> None:
+    """No agent, volume claim or group; Pods overlap where none writes Consul, or an election says which."""
+    objects = build(tmp_path, overlay)
+    pod = registrar(objects)
+    assert [one["name"] for one in pod["containers"]] == ["k8s-consul-registrar"]
+    assert "PersistentVolumeClaim" not in {kind for kind, _, _ in objects}
+    assert "fsGroup" not in pod["securityContext"]
+    assert objects["Deployment", "default", "k8s-consul-registrar"]["spec"]["strategy"] == strategy
+
+
+def test_operations_page_leads_to_two_replicas_by_way_of_catalog() -> None:
+    """The page, the READMEs and the overlay itself name `catalog` as the step between."""
+    page = (DEPLOY.parent / "docs" / "operations.md").read_text()
+    section = page.partition("### From one replica with an agent to two replicas")[2].partition("\n#")[0]
+    assert 0 < section.index("Apply `catalog`") < section.index("Replace `catalog` by `two-replicas`")
+    assert (
+        "apply `catalog` first" in (DEPLOY / "overlays" / "two-replicas" / "kustomization.yaml").read_text()
+    )
+    for readme in ("README.md", "README.zh-CN.md"):
+        text = (DEPLOY.parent / readme).read_text()
+        assert "operations.md#from-one-replica-with-an-agent-to-two-replicas" in text
+
+
+@needs_kubectl
+def test_namespaced_asks_for_no_right_on_the_cluster(tmp_path: Path) -> None:
+    """No ClusterRole is left; each namespace of NAMESPACES has a Role that lists and watches Pods alone."""
+    objects = build(tmp_path, "namespaced")
+    assert not [kind for kind, _, _ in objects if kind.startswith("ClusterRole")]
+    chosen = environment(objects)["NAMESPACES"].split(",")
+    roles = {namespace: each["rules"] for (kind, namespace, _), each in objects.items() if kind == "Role"}
+    uid = [
+        {"apiGroups": [""], "resources": ["namespaces"], "resourceNames": ["kube-system"], "verbs": ["get"]}
+    ]
+    assert roles.pop("kube-system") == uid
+    pods = [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]}]
+    assert roles == dict.fromkeys(chosen, pods)
+    bound = {namespace for kind, namespace, _ in objects if kind == "RoleBinding"}
+    assert bound == {*chosen, "kube-system"}
+
+
+@needs_kubectl
+def test_the_network_policies_let_through_every_declared_port(tmp_path: Path) -> None:
+    """Each container port of ours is let in, and kubelets and API server are let out to."""
+    objects = build(tmp_path, "network-policy")
+    for name, needed in (
+        ("k8s-consul-registrar", {6443, 8300, 8301}),
+        ("k8s-consul-registrar-svc", {6443, 10250}),
+    ):
+        policy = objects["NetworkPolicy", "default", name]["spec"]
+        deployment = objects["Deployment", "default", name]["spec"]
+        assert policy["podSelector"] == deployment["selector"]
+        let_in = {port["port"] for rule in policy["ingress"] for port in rule["ports"]}
+        declared = {
+            port["containerPort"]
+            for one in deployment["template"]["spec"]["containers"]
+            for port in one["ports"]
+        }
+        assert let_in == declared
+        assert needed <= {port["port"] for rule in policy["egress"] for port in rule["ports"]}
+
+
+@needs_kubectl
+def test_the_budget_never_blocks_a_drain(tmp_path: Path) -> None:
+    """One proxy may go at a time, and there are two."""
+    objects = build(tmp_path, "pod-disruption-budget")
+    budget = objects["PodDisruptionBudget", "default", "k8s-consul-registrar-svc"]["spec"]
+    proxy = objects["Deployment", "default", "k8s-consul-registrar-svc"]["spec"]
+    assert budget["selector"] == proxy["selector"]
+    assert (budget["maxUnavailable"], proxy["replicas"]) == (1, 2)
+
+
+@needs_kubectl
+def test_the_monitor_finds_both_modes(tmp_path: Path) -> None:
+    """Its selector matches both Pods, and its port is one they declare."""
+    objects = build(tmp_path, "pod-monitor")
+    monitor = objects["PodMonitor", "default", "k8s-consul-registrar"]["spec"]
+    (expression,) = monitor["selector"]["matchExpressions"]
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    for (kind, _, _), each in objects.items():
+        if kind == "Deployment":
+            assert each["spec"]["template"]["metadata"]["labels"][expression["key"]] in expression["values"]
+            ports = [
+                p["name"] for one in each["spec"]["template"]["spec"]["containers"] for p in one["ports"]
+            ]
+            assert endpoint["port"] in ports
+
+
+@needs_kubectl
+def test_the_sd_port_is_one_number(tmp_path: Path) -> None:
+    """Service, container and setting agree on it, and it is not the proxy's NodePort."""
+    objects = build(tmp_path, "http-sd")
+    (port,) = objects["Service", "default", "k8s-consul-registrar-http-sd"]["spec"]["ports"]
+    given = environment(objects)
+    assert str(port["targetPort"]) == given["HTTP_SD_PORT"]
+    assert {port["targetPort"]} <= {
+        each["containerPort"] for each in registrar(objects)["containers"][0]["ports"]
+    }
+    assert port["nodePort"] != 31112
+    assert "CONSUL_ADDRESS" not in given
+
+
+def test_what_must_be_changed_is_marked() -> None:
+    """Every placeholder of an overlay says CHANGE on its line."""
+    placeholder = re.compile(
+        r"^(?!\s*#).*(your-|example\.|cidr: |namespace: (?!default|kube-system))", re.MULTILINE
+    )
+    for path in (DEPLOY / "overlays").rglob("*.yaml"):
+        for line in path.read_text().splitlines():
+            if placeholder.match(line):
+                assert "# CHANGE" in line, f"{path.name}: {line}"
+
+
+@each_overlay
+def test_each_overlay_is_described(overlay: str) -> None:
+    """It begins with what it is for, and the operations page lists it."""
+    assert (DEPLOY / "overlays" / overlay / "kustomization.yaml").read_text().startswith("# ")
+    page = (DEPLOY.parent / "docs" / "operations.md").read_text()
+    assert re.search(rf"^\| `{overlay}` \|", page, re.MULTILINE)

@@ -1,0 +1,385 @@
+"""`check` in the sandbox: everything in place, and each thing that can be wrong, with the hint that repairs it."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+
+import pytest
+
+from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.commands.check.report import Finding, Outcome, is_passed
+from k8s_consul_registrar.commands.check.suite import check, read_subject
+from k8s_consul_registrar.sandbox.certificates import KubeletCertificate
+from k8s_consul_registrar.sandbox.consul_http import ConsulOptions
+from support.cluster import PROXY_RULES, REGISTRAR_RULES, kubeconfig, rule
+from support.lab import SandboxLab as Lab
+from support.lab import running_lab
+from support.ports import reserve_ports
+from support.real_process import Program
+from support.waiting import PATIENCE, until
+
+QUICK = Timing(connect_timeout=1, read_timeout=1)
+TOKEN = "b1946ac9-2492-4d27-9f1b-6f4a0c3d2e11"
+
+
+@pytest.fixture
+async def lab() -> AsyncIterator[Lab]:
+    """Run an empty cluster and an empty Consul."""
+    async with running_lab() as lab:
+        yield lab
+
+
+async def findings(lab: Lab, *modes: str, **environment: str) -> dict[str, Finding]:
+    """Check modes (the registrar when none is named) and return what was found by name, the worst of each."""
+    settings = {
+        "KUBECONFIG": str(lab.kubeconfig),
+        "CONSUL_ADDRESS": lab.consul_door.address,
+        "CLUSTER_NAME": "lab",
+        "PROXY_ALLOW_LOOPBACK": "true",
+        **environment,
+    }
+    if not lab.token_file.exists():
+        rules = PROXY_RULES if modes == ("proxy",) else REGISTRAR_RULES
+        lab.token_file.write_text(await lab.cluster.token(rules))
+    found = await check(read_subject(modes or ("registrar",), settings), QUICK)
+    order = [Outcome.FAIL, Outcome.WARN, Outcome.SKIPPED, Outcome.OK]
+    return {one.name: one for one in sorted(found, key=lambda one: order.index(one.outcome), reverse=True)}
+
+
+def outcomes(found: dict[str, Finding], outcome: Outcome) -> set[str]:
+    """Return the names of what came out in a way."""
+    return {one.name for one in found.values() if one.outcome is outcome}
+
+
+async def test_everything_in_place_passes(lab: Lab) -> None:
+    """With the roles of `deploy/rbac.yaml`, a proxy and kubelets that verify, nothing fails and nothing warns."""
+    await lab.cluster.add_kubelet("n1", "127.0.0.2")
+    await lab.cluster.add_kubelet("n2", "127.0.0.3")
+    async with await lab.proxy() as proxy:
+        await proxy.ready()
+        port = str((await proxy.until_said("proxy starts"))["port"])
+        found = await findings(lab, "proxy")
+        assert outcomes(found, Outcome.OK) == set(found)
+        assert {"kubelet n1", "kubelet n2", "get nodes/metrics"} <= set(found)
+        lab.token_file.unlink()
+        found = await findings(lab, PROXY_NODE_PORT=port)
+        # The sandbox's Consul is a server, which is told.
+        assert outcomes(found, Outcome.OK) == set(found) - {"consul agent"}
+        assert "v1.36" in found["api server"].detail
+        assert "1.8.7" in found["consul"].detail
+        assert found["cluster uid"].detail == await lab.cluster.uid()
+        assert "n1, n2" in found["node port"].detail
+    assert lab.consul.writes == []
+
+
+@pytest.mark.parametrize(
+    ("missing", "verbs", "resources"),
+    [
+        ("list pods", "list watch", "nodes"),
+        ("watch nodes", "list", "pods nodes"),
+        ("list nodes", "list watch", "pods"),
+    ],
+)
+async def test_a_missing_permission_is_named(lab: Lab, missing: str, verbs: str, resources: str) -> None:
+    """A broken role fails by the permission that is missing, and the hint is the line to add."""
+    lab.token_file.write_text(await lab.cluster.token([rule(verbs, resources)]))
+    found = await findings(lab)
+    verb, resource = missing.split()
+    assert found[missing].outcome is Outcome.FAIL
+    assert f'verbs ["{verb}"] on resources ["{resource}"]' in found[missing].hint
+    assert found["cluster uid"].outcome is Outcome.WARN
+    assert "kube-system" in found["cluster uid"].hint
+
+
+async def test_the_proxy_needs_nodes_metrics_and_never_nodes_proxy(lab: Lab) -> None:
+    """Without `nodes/metrics` both the review and the kubelet's 403 say so; `nodes/proxy` is warned of."""
+    await lab.cluster.add_kubelet("n1", "127.0.0.2")
+    lab.token_file.write_text(
+        await lab.cluster.token([rule("list watch", "nodes"), rule("get", "nodes/proxy")])
+    )
+    found = await findings(lab, "proxy")
+    assert outcomes(found, Outcome.FAIL) == {"get nodes/metrics", "kubelet n1"}
+    assert "403" in found["kubelet n1"].detail
+    for name in ("get nodes/metrics", "kubelet n1"):
+        assert '"nodes/metrics"' in found[name].hint
+    assert found["nodes/proxy"].outcome is Outcome.WARN
+
+
+async def test_a_bad_token_of_the_api_server_is_found(lab: Lab) -> None:
+    """A token nobody knows is one failure, by the credentials' origin; what hangs on it is skipped."""
+    lab.token_file.write_text("made-up")
+    found = await findings(lab)
+    assert outcomes(found, Outcome.FAIL) == {"api server"}
+    assert str(lab.kubeconfig) in found["api server"].detail
+    assert "expired, revoked" in found["api server"].hint
+    assert outcomes(found, Outcome.SKIPPED) == {"permissions", "node port"}
+    assert not any("made-up" in str(one) for one in found.values())
+
+
+async def test_a_kubeconfig_that_cannot_be_read_is_found(lab: Lab) -> None:
+    """It fails by the file's name, and Consul is checked all the same."""
+    found = await findings(lab, KUBECONFIG="/nonexistent")
+    assert "/nonexistent" in found["credentials"].detail
+    assert found["consul"].outcome is Outcome.OK
+    found = await findings(lab, "proxy", KUBECONFIG="/nonexistent")
+    assert found["kubelets"].outcome is Outcome.SKIPPED
+    lab.token_file.unlink()
+    (bare := lab.folder / "bare").write_text(
+        kubeconfig(lab.api_door.address, lab.cluster.endpoint.authority, {"tokenFile": str(lab.token_file)})
+    )
+    lab.token_file.mkdir()
+    found = await findings(lab, KUBECONFIG=str(bare))
+    assert found["credentials"].outcome is Outcome.FAIL
+    assert str(lab.token_file) in found["credentials"].detail
+
+
+async def test_an_api_server_of_another_ca_is_found(lab: Lab) -> None:
+    """A certificate that the kubeconfig's CA did not sign is told, with the field that holds the CA."""
+    async with running_lab() as elsewhere:
+        strange = kubeconfig(lab.api_door.address, elsewhere.cluster.endpoint.authority, {"token": "t"})
+    (lab.folder / "strange").write_text(strange)
+    found = await findings(lab, KUBECONFIG=str(lab.folder / "strange"))
+    assert found["api server"].outcome is Outcome.FAIL
+    assert "certificate-authority" in found["api server"].detail
+
+
+async def test_unreachable_servers_are_found_in_time(lab: Lab) -> None:
+    """An API server that hangs and a Consul that is not there are two failures, well within the bound."""
+    (port,) = reserve_ports(1)
+    lab.api_door.stall()
+    async with asyncio.timeout(PATIENCE):
+        found = await findings(lab, CONSUL_ADDRESS=f"127.0.0.1:{port}")
+    assert outcomes(found, Outcome.FAIL) == {"api server", "consul"}
+    assert "timed out" in found["api server"].detail
+    assert "CONSUL_ADDRESS" in found["consul"].hint
+
+
+@pytest.mark.parametrize(
+    ("token", "failing"),
+    [("made-up", "does not know the token"), ("", "no token is set"), ("blind", "service_prefix")],
+)
+async def test_a_bad_consul_token_is_found(token: str, failing: str) -> None:
+    """An unknown token, none, and one without rights each fail with what repairs them."""
+    options = ConsulOptions(token=TOKEN, blind_tokens=frozenset({"blind"}))
+    async with running_lab(consul=options) as lab:
+        found = await findings(lab, CONSUL_HTTP_TOKEN=token)
+        good = await findings(lab, CONSUL_HTTP_TOKEN=TOKEN)
+    assert outcomes(found, Outcome.FAIL) == {"consul token"}
+    assert failing in f"{found['consul token'].detail} {found['consul token'].hint}"
+    assert good["consul token"].outcome is Outcome.OK
+    assert lab.consul.writes == []
+
+
+async def test_what_consul_holds_already_is_told_by_whose_it_is(lab: Lab) -> None:
+    """The original's services, look-alikes, other registrars and meta keys in use each have their line."""
+    mine = {"managed_by": "k8s-consul-registrar", "cluster": "lab", "cluster_uid": await lab.cluster.uid()}
+    await lab.seed("pod--a--old", {"cluster": "lab", "namespace": "a"})
+    await lab.seed("pod--a--new", mine)
+    await lab.seed("node--192.0.2.1", {"managed_by": "by-hand", "node": "x"})
+    await lab.seed("db", {"team": "a"})
+    await lab.seed("pod--b--c", {**mine, "cluster": "other", "cluster_uid": "u"})
+    found = await findings(lab)
+    assert found["services"].detail == "1 ours, 3 of others"
+    assert "pod--a--old" in found["adoption"].detail
+    assert found["look-alikes"].outcome is Outcome.WARN
+    assert "node--192.0.2.1" in found["look-alikes"].detail
+    assert "other 1" in found["other registrars"].detail
+    assert "managed_by, node, team" in found["meta keys"].detail
+    assert "cluster name" not in found
+    found = await findings(lab, INSTANCE="second")
+    assert found["adoption"].outcome is Outcome.WARN
+
+
+async def test_namespaces_and_election_ask_for_their_own_rights(lab: Lab) -> None:
+    """With NAMESPACES Pods are asked for namespace by namespace and Nodes not at all; a leader needs its Lease."""
+    found = await findings(
+        lab,
+        NAMESPACES="shop,bank",
+        LEADER_ELECTION="true",
+        CONSUL_BACKEND="catalog",
+        LEASE_NAMESPACE="ops",
+        LEASE_NAME="l",
+    )
+    assert {"list pods in shop", "watch pods in shop", "list pods in bank", "watch pods in bank"} <= set(
+        found
+    )
+    assert {"list nodes", "node port", "list pods", "consul agent"}.isdisjoint(found)
+    leases = {f"{verb} leases in ops" for verb in ("create", "get", "update")}
+    assert outcomes(found, Outcome.FAIL) == leases
+    assert "Role in ops" in found["get leases in ops"].hint
+    assert lab.consul.writes == []
+
+
+async def test_without_consul_none_is_asked_for(lab: Lab) -> None:
+    """With CONSUL_BACKEND=none Consul is said to be unused, whatever its address."""
+    found = await findings(
+        lab, CONSUL_BACKEND="none", HTTP_SD_PORT="0", SHARD_STRATEGY="hash", CONSUL_ADDRESS="127.0.0.1:1"
+    )
+    assert found["consul"].outcome is Outcome.OK
+    assert "consul token" not in found
+
+
+async def test_another_cluster_under_our_name_fails(lab: Lab) -> None:
+    """Services of our name with another cluster's UID mean that two clusters share a CLUSTER_NAME."""
+    await lab.seed(
+        "pod--a--b", {"managed_by": "k8s-consul-registrar", "cluster": "lab", "cluster_uid": "another-uid"}
+    )
+    found = await findings(lab)
+    assert found["cluster name"].outcome is Outcome.FAIL
+    assert "another-uid" in found["cluster name"].detail
+    assert "CLUSTER_NAME" in found["cluster name"].hint
+
+
+@pytest.mark.parametrize(
+    ("certificate", "cure", "setting"),
+    [
+        (KubeletCertificate.SELF_SIGNED, "KUBELET_CA_FILE", {"KUBELET_INSECURE_SKIP_TLS_VERIFY": "true"}),
+        (KubeletCertificate.NAME_ONLY, "KUBELET_TLS_SERVER_NAME=node", {"KUBELET_TLS_SERVER_NAME": "node"}),
+    ],
+)
+async def test_an_unverifiable_kubelet_names_the_setting_that_cures_it(
+    lab: Lab, certificate: KubeletCertificate, cure: str, setting: dict[str, str]
+) -> None:
+    """The hint names a setting, the token stays here, and with the setting the check passes."""
+    kubelet = await lab.cluster.start_kubelet("n1", "127.0.0.2", certificate)
+    await lab.cluster.add_node("n1", ("InternalIP", "127.0.0.2"), kubelet_port=kubelet.port)
+    found = await findings(lab, "proxy")
+    assert found["kubelet n1"].outcome is Outcome.FAIL
+    assert cure in found["kubelet n1"].hint
+    assert kubelet.request_count == 0
+    found = await findings(lab, "proxy", **setting)
+    assert is_passed(found.values())
+    is_skipped = "KUBELET_INSECURE_SKIP_TLS_VERIFY" in setting
+    assert found["kubelet n1"].outcome is (Outcome.WARN if is_skipped else Outcome.OK)
+
+
+async def test_node_names_asked_for_where_certificates_name_addresses(lab: Lab) -> None:
+    """With KUBELET_TLS_SERVER_NAME=node a Node of another name is told to go back to `ip`."""
+    kubelet = await lab.cluster.start_kubelet("n1", "127.0.0.2")
+    await lab.cluster.add_node("renamed", ("InternalIP", "127.0.0.2"), kubelet_port=kubelet.port)
+    found = await findings(lab, "proxy", KUBELET_TLS_SERVER_NAME="node")
+    assert "KUBELET_TLS_SERVER_NAME=ip" in found["kubelet renamed"].hint
+
+
+async def test_kubelets_that_are_not_there_or_not_dialled(lab: Lab) -> None:
+    """A refused connection is told as one; addresses that are never dialled are told without trying."""
+    (port,) = reserve_ports(1)
+    await lab.cluster.add_node("n1", ("InternalIP", "127.0.0.2"), kubelet_port=port)
+    found = await findings(lab, "proxy")
+    assert "connection refused" in found["kubelet n1"].detail
+    found = await findings(lab, "proxy", PROXY_ALLOW_LOOPBACK="false")
+    assert "PROXY_ALLOW_LOOPBACK" in found["kubelets"].hint
+
+
+async def test_a_client_certificate_alone_is_told(lab: Lab) -> None:
+    """Kubelets are shown a token, so a kubeconfig without one is a warning beside their 401."""
+    kubelet = await lab.cluster.start_kubelet("n1", "127.0.0.2")
+    await lab.cluster.add_node("n1", ("InternalIP", "127.0.0.2"), kubelet_port=kubelet.port)
+    authority = lab.cluster.endpoint.authority
+    if os.environ.get("KUBEBUILDER_ASSETS"):
+        pytest.skip("the sandbox alone makes users of certificates")
+    lab.cluster.access.grant("shown")
+    shown = authority.client("shown")
+    certificate, key = lab.folder / "crt", lab.folder / "key"
+    certificate.write_bytes(shown.certificate)
+    key.write_bytes(shown.key)
+    user = {"client-certificate": str(certificate), "client-key": str(key)}
+    lab.kubeconfig.write_text(kubeconfig(lab.api_door.address, authority, user))
+    found = await findings(lab, "proxy")
+    assert found["kubelet token"].outcome is Outcome.WARN
+    assert "401" in found["kubelet n1"].detail
+
+
+async def test_a_node_port_nobody_answers_fails(lab: Lab) -> None:
+    """Silence and a stranger on the port both fail; one Node of two that answers is a warning."""
+    (port,) = reserve_ports(1)
+    await lab.cluster.add_kubelet("n1", "127.0.0.1")
+    found = await findings(lab, PROXY_NODE_PORT=str(port))
+    assert found["node port"].outcome is Outcome.FAIL
+    assert "PROXY_NODE_PORT" in found["node port"].hint
+    stranger = lab.consul.address.rpartition(":")[2]
+    found = await findings(lab, PROXY_NODE_PORT=stranger)
+    assert "not as the proxy does" in found["node port"].detail
+    async with await lab.proxy() as proxy:
+        await proxy.ready()
+        served = str((await proxy.until_said("proxy starts"))["port"])
+        await lab.cluster.add_node("n2", ("InternalIP", "203.0.113.9"))
+        found = await findings(lab, PROXY_NODE_PORT=served)
+    assert found["node port"].outcome is Outcome.WARN
+    assert "203.0.113.9" in found["node port"].detail
+
+
+class Command:
+    """One run of `k8s-consul-registrar check` as a process."""
+
+    def __init__(self, lab: Lab, *arguments: str, **environment: str) -> None:
+        self.program = Program(
+            [sys.executable, "-m", "k8s_consul_registrar", "check", *arguments],
+            lab.folder / "check.log",
+            environment={
+                "PATH": os.environ["PATH"],
+                "HOME": str(lab.folder),
+                "KUBECONFIG": str(lab.kubeconfig),
+                **environment,
+            },
+        )
+
+    async def run(self) -> tuple[int, str]:
+        """Run it to its end; return the exit code and what it said."""
+        self.program.launch()
+        try:
+            return await self.program.ended(PATIENCE), self.program.log.read_text()
+        finally:
+            await self.program.stop(signal.SIGKILL)
+
+
+async def test_the_command_shows_a_table_and_says_by_its_code(lab: Lab) -> None:
+    """Exit 1 with every failure and its hint, aligned, without colours in a file; MODE chooses the mode."""
+    lab.token_file.write_text(await lab.cluster.token([]))
+    environment = {"CONSUL_ADDRESS": lab.consul.address, "CLUSTER_NAME": "lab", "MODE": "registrar"}
+    code, shown = await Command(lab, **environment).run()
+    assert code == 1
+    assert "\x1b" not in shown
+    assert "Traceback" not in shown
+    lines = shown.splitlines()
+    (failed,) = [number for number, line in enumerate(lines) if line.startswith("fail     list pods ")]
+    assert lines[failed].endswith("not allowed")
+    assert lines[failed + 1].index(">") == lines[failed].index("not allowed")
+    assert lines[-1].startswith("4 failed, ")
+    assert "get nodes/metrics" not in shown
+
+
+async def test_the_command_speaks_json(lab: Lab) -> None:
+    """`--output json` is one object, and 0 is the code where nothing fails."""
+    lab.token_file.write_text(await lab.cluster.token())
+    environment = {"CONSUL_ADDRESS": lab.consul.address, "CLUSTER_NAME": "lab"}
+    code, shown = await Command(lab, "registrar", "--output", "json", **environment).run()
+    answer = json.loads(shown)
+    assert (code, answer["passed"]) == (0, True)
+    assert {"name", "outcome", "detail", "hint"} == answer["findings"][0].keys()
+
+
+async def test_wrong_settings_are_exit_2(lab: Lab) -> None:
+    """Mistakes of both modes are told together before anything is asked."""
+    code, shown = await Command(lab, "all", PORT="x", PROXY_NODE_PORT="y").run()
+    assert code == 2
+    assert "PORT: 'x'" in shown
+    assert "PROXY_NODE_PORT: 'y'" in shown
+
+
+async def test_ctrl_c_is_quiet(lab: Lab) -> None:
+    """An interrupt in the middle ends it with 130 and not a word."""
+    lab.token_file.write_text(await lab.cluster.token())
+    lab.api_door.stall()
+    command = Command(lab, "registrar", CONSUL_ADDRESS=lab.consul.address)
+    command.program.launch()
+    try:
+        await until(lab.api_door.holds)
+        command.program.send(signal.SIGINT)
+        assert await command.program.ended(PATIENCE) == 130
+        assert command.program.tail() == ""
+    finally:
+        await command.program.stop(signal.SIGKILL)

@@ -1,0 +1,57 @@
+"""Moving between an agent and the catalog, and between nodes, without a gap."""
+
+from support.lab import SandboxLab, running_lab
+
+WEB = "pod--shop--web-1"
+
+
+def at_node(lab: SandboxLab, node: str) -> set[str]:
+    """Return the IDs of the services at a node of the catalog."""
+    return {service.id for service in lab.consul.catalog.services_of(node)}
+
+
+async def test_from_the_agent_to_the_catalog_and_back() -> None:
+    """At each move the old place is cleared only when everything is at the new one; others' stay."""
+    async with running_lab() as lab:
+        await lab.cluster.add_pod()
+        await lab.cluster.add_pod("web-2")
+        async with await lab.registrar() as daemon:
+            await daemon.until(lambda: lab.has(WEB, "pod--shop--web-2"))
+        await lab.seed("hand-made")
+        await lab.seed_pod("elsewhere", cluster="other")
+        others = {"hand-made", "pod--shop--elsewhere"}
+        async with await lab.registrar(CONSUL_BACKEND="catalog") as daemon:
+            await daemon.until(lambda: set(lab.services) == others)
+            assert at_node(lab, "k8s-lab") == {WEB, "pod--shop--web-2"}
+        first_removal = next(n for n, write in enumerate(lab.writes) if write.startswith("deregister"))
+        assert any("txn" in write for write in lab.writes[:first_removal])
+        async with await lab.registrar() as daemon:
+            await daemon.until(lambda: not at_node(lab, "k8s-lab"))
+            assert set(lab.services) == others | {WEB, "pod--shop--web-2"}
+
+
+async def test_to_another_node_of_the_catalog() -> None:
+    """The default node of this cluster is cleared by itself, another where it is named."""
+    async with running_lab() as lab:
+        await lab.cluster.add_pod()
+        async with await lab.registrar(CONSUL_BACKEND="catalog", CONSUL_NODE_NAME="first") as daemon:
+            await daemon.until(lambda: at_node(lab, "first") == {WEB})
+        moved = {"CONSUL_BACKEND": "catalog", "CONSUL_NODE_NAME": "second"}
+        async with await lab.registrar(**moved, PREVIOUS_CONSUL_NODE_NAMES="first") as daemon:
+            await daemon.until(lambda: at_node(lab, "second") == {WEB} and not at_node(lab, "first"))
+
+
+async def test_what_the_new_place_refuses_stays_at_the_old_one() -> None:
+    """A service that is not at the new place is not taken from the old one."""
+    async with running_lab() as lab:
+        await lab.cluster.add_pod()
+        await lab.cluster.add_pod("web-2")
+        async with await lab.registrar() as daemon:
+            await daemon.until(lambda: lab.has(WEB, "pod--shop--web-2"))
+        async with await lab.registrar(CONSUL_BACKEND="catalog", INSTANCE="other") as daemon:
+            await daemon.until(lambda: len(at_node(lab, "k8s-lab-other")) == 2)
+        holder = {"CONSUL_BACKEND": "catalog", "CONSUL_NODE_NAME": "k8s-lab-other"}
+        async with await lab.registrar(**holder) as daemon:
+            await daemon.until_said("conflict: the service ID is not ours to write")
+            await daemon.passes(2)
+        assert lab.has(WEB, "pod--shop--web-2")

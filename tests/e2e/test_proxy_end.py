@@ -1,0 +1,114 @@
+"""The proxy as a process: how it ends, and how it does not begin."""
+
+import asyncio
+import signal
+import socket
+import time
+
+import aiohttp
+import pytest
+
+from k8s_consul_registrar.sandbox.kubelet import recorded_metrics
+from support.daemon import STOP_WITHIN
+from support.lab import running_lab
+from support.ports import reserve_ports
+from support.real_process import LOOPBACK
+from support.scraping import LIMIT, kubelet_door, path_of, scrape
+from support.waiting import SLACK
+
+
+async def test_sigterm_lets_the_scrape_under_way_finish() -> None:
+    """The caller gets the whole text, new callers get nothing, and the exit code is 0."""
+    async with running_lab() as lab, await kubelet_door(lab) as door, await lab.proxy() as daemon:
+        await daemon.ready()
+        port = await daemon.port("port")
+        door.stall()
+        under_way = asyncio.create_task(scrape(daemon, path_of(door.port)))
+        await daemon.until(lambda: door.is_held)
+        daemon.send(signal.SIGTERM)
+        await daemon.until_said("draining")
+        await daemon.until(lambda: not is_listening(port))
+        assert not under_way.done()
+        await door.heal()
+        answer = await under_way
+        assert (answer.status, answer.body) == (200, recorded_metrics())
+        assert await daemon.ended(STOP_WITHIN) == 0
+
+
+def is_listening(port: int) -> bool:
+    """Whether a connection to a loopback port is accepted."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((LOOPBACK, port)) == 0
+
+
+async def test_an_idle_proxy_ends_at_once() -> None:
+    """A connection that Prometheus keeps open between scrapes does not hold up the end."""
+    async with running_lab() as lab:
+        kubelet = await lab.cluster.add_kubelet("node-a")
+        async with await lab.proxy() as daemon, aiohttp.ClientSession(timeout=LIMIT) as session:
+            await daemon.ready()
+            url = f"http://{LOOPBACK}:{await daemon.port('port')}{path_of(kubelet.port)}"
+            async with session.get(url) as response:
+                assert (await response.read()) == recorded_metrics()
+            started = time.monotonic()
+            assert await daemon.terminate() == 0
+            assert time.monotonic() - started < SLACK
+            assert daemon.said("proxy ends")
+
+
+async def test_sigint_does_not_wait() -> None:
+    """Ctrl-C ends a proxy with a scrape under way at once, with 130."""
+    async with running_lab() as lab, await kubelet_door(lab) as door, await lab.proxy() as daemon:
+        await daemon.ready()
+        door.stall()
+        under_way = asyncio.create_task(scrape(daemon, path_of(door.port)))
+        await daemon.until(lambda: door.is_held)
+        daemon.send(signal.SIGINT)
+        assert await daemon.ended(STOP_WITHIN) == 130
+        with pytest.raises(aiohttp.ClientError):
+            await under_way
+
+
+async def test_sigint_cuts_a_drain_short() -> None:
+    """An operator who asked gently and then presses Ctrl-C does not wait for the scrape under way."""
+    async with running_lab() as lab, await kubelet_door(lab) as door, await lab.proxy() as daemon:
+        await daemon.ready()
+        door.stall()
+        under_way = asyncio.create_task(scrape(daemon, path_of(door.port)))
+        await daemon.until(lambda: door.is_held)
+        daemon.send(signal.SIGTERM)
+        await daemon.until_said("draining")
+        daemon.send(signal.SIGINT)
+        assert await daemon.ended(STOP_WITHIN) == 130
+        with pytest.raises(aiohttp.ClientError):
+            await under_way
+
+
+async def test_a_scrape_that_outlasts_the_grace_is_reset() -> None:
+    """SHUTDOWN_GRACE bounds the wait; what is not done by then is cut and looks cut, and the exit code is 0."""
+    async with (
+        running_lab() as lab,
+        await kubelet_door(lab) as door,
+        await lab.proxy(SHUTDOWN_GRACE="0.5") as daemon,
+    ):
+        await daemon.ready()
+        door.stall()
+        under_way = asyncio.create_task(scrape(daemon, path_of(door.port)))
+        await daemon.until(lambda: door.is_held)
+        assert await daemon.terminate() == 0
+        with pytest.raises(aiohttp.ClientError):
+            await under_way
+
+
+@pytest.mark.parametrize("name", ["PORT", "ADMIN_PORT"])
+async def test_a_port_that_is_taken_is_told_in_a_line(name: str) -> None:
+    """Exit 1, with the setting's name and the port."""
+    async with running_lab() as lab:
+        with socket.create_server(("", reserve_ports(1)[0])) as taken:
+            port = str(taken.getsockname()[1])
+            async with await lab.proxy(**{name: port}) as daemon:
+                assert await daemon.ended() == 1
+                (line,) = daemon.said("cannot go on")
+                assert name in line["problem"]
+                assert port in line["problem"]

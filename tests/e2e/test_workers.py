@@ -1,0 +1,322 @@
+"""Workers of a proxy as their parent sees them: told what changes, restarted, drained; real processes."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import ssl
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import pytest
+import trustme
+
+from k8s_consul_registrar.errors import OperationalError
+from k8s_consul_registrar.proxy import frames
+from k8s_consul_registrar.proxy.failing import Failures
+from k8s_consul_registrar.proxy.frames import Begin, Credentials, Limits, Trust
+from k8s_consul_registrar.proxy.nodes import POD, Endpoint, Nodes, NodeTable
+from k8s_consul_registrar.proxy.outcomes import NO_STATS, Outcome, added
+from k8s_consul_registrar.proxy.pod_route import Pods, ProxiedPod
+from k8s_consul_registrar.proxy.route import Route
+from k8s_consul_registrar.proxy.sockets import listen
+from k8s_consul_registrar.proxy.workers import Workers, WorkerTiming
+from support.proxy_kit import (
+    METRICS,
+    TOKEN,
+    Answer,
+    Kubelet,
+    answer,
+    authority_pem,
+    cadvisor,
+    get_request,
+    parse_answer,
+)
+from support.real_process import is_running
+from support.waiting import PATIENCE, until
+
+COMMAND = (sys.executable, "-m", "k8s_consul_registrar.proxy.worker")
+QUICK = WorkerTiming(tick=0.05, retry_first=0.05, retry_cap=0.1, last_words=1.0)
+HELD = Credentials(TOKEN, "", Trust(authority_pem(), skip_verification=False), None, {})
+
+
+async def serve_who_shows(
+    token: str, kubelet: Kubelet, request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Answer as a kubelet does that accepts one token."""
+    accepted = f"Authorization: Bearer {token}\r\n".encode() in request
+    writer.write(answer() if accepted else b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n")
+    await writer.drain()
+
+
+@dataclass
+class Parent:
+    """The workers under test and what they are told of; `held` may be exchanged."""
+
+    nodes: Nodes
+    pods: Pods
+    held: Credentials = HELD
+    port: int = 0
+
+    def begin(self, port: int) -> Begin:
+        """Return what never changes."""
+        self.port = port
+        return Begin(
+            port, frozenset({"/metrics/cadvisor"}), Limits(8, 32, 50, 50), 30.0, True, "info", "json"
+        )
+
+    def make(
+        self, count: int = 2, command: tuple[str, ...] = COMMAND, timing: WorkerTiming = QUICK
+    ) -> Workers:
+        """Return workers, not started."""
+        return Workers(
+            count=count,
+            command=command,
+            begin=self.begin,
+            credentials=lambda: self.held,
+            nodes=self.nodes,
+            pods=self.pods,
+            timing=timing,
+        )
+
+    async def get(self, target: str, *headers: str, context: ssl.SSLContext | None = None) -> Answer:
+        """Scrape once over a connection of its own."""
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", self.port, ssl=context, server_hostname="127.0.0.1" if context else None
+        )
+        try:
+            writer.write(get_request(target, *headers, "Connection: close"))
+            async with asyncio.timeout(PATIENCE):
+                return parse_answer(await reader.read(-1))
+        finally:
+            writer.transport.abort()
+
+    async def statuses(self, target: str, *headers: str) -> set[int]:
+        """Scrape over so many connections that every worker meets some, and return what they are answered."""
+        return {(await self.get(target, *headers)).status for _ in range(12)}
+
+    async def until(self, status: int, target: str) -> None:
+        """Wait until every worker answers a scrape with this status."""
+
+        async def is_so() -> bool:
+            return await self.statuses(target) == {status}
+
+        await until(is_so)
+
+
+@contextlib.asynccontextmanager
+async def working(parent: Parent, workers: Workers) -> AsyncIterator[Workers]:
+    """Run workers until the block ends, and see that none is left after it."""
+    try:
+        await workers.start(listen(0, reuse_port=True))
+        yield workers
+    finally:
+        pids = workers.pids
+        await workers.stop()
+    await until(lambda: not any(map(is_running, pids)))
+
+
+def parent_of(*kubelets: Kubelet) -> Parent:
+    """Return a parent that knows these kubelets."""
+    nodes = Nodes()
+    nodes.replace(NodeTable.of([kubelet.node() for kubelet in kubelets], allow_loopback=True))
+    return Parent(nodes, Pods())
+
+
+async def test_a_rotated_token_is_used_by_all_workers() -> None:
+    """Scrapes fail with the old one once kubelets have the new, and go on as soon as it is told."""
+    async with Kubelet(lambda *args: serve_who_shows("new", *args)).serving() as kubelet:
+        parent = parent_of(kubelet)
+        async with working(parent, parent.make()):
+            assert await parent.statuses(cadvisor(kubelet)) == {502}
+            parent.held = Credentials("new", "", HELD.kubelets, None, {})
+            await parent.until(200, cadvisor(kubelet))
+            parent.held = Credentials("", "the file is gone", HELD.kubelets, None, {})
+            await parent.until(503, cadvisor(kubelet))
+
+
+async def test_another_authority_of_kubelets() -> None:
+    """Another CA counts for new connections, and those made under the old one are not used."""
+    async with Kubelet().serving() as kubelet:
+        parent = parent_of(kubelet)
+        async with working(parent, parent.make()):
+            assert await parent.statuses(cadvisor(kubelet)) == {200}
+            other = trustme.CA().cert_pem.bytes().decode()
+            parent.held = Credentials(TOKEN, "", Trust(other, skip_verification=False), None, {})
+            await parent.until(502, cadvisor(kubelet))
+
+
+async def test_nodes_and_pods_that_come_and_go() -> None:
+    """Every worker hears of them, and one that is started later hears all that is so by then."""
+    async with Kubelet().serving() as kubelet, plain_pod() as pod_port:
+        parent = parent_of()
+        async with working(parent, parent.make()) as workers:
+            assert await parent.statuses(cadvisor(kubelet)) == {404}
+            parent.nodes.replace(NodeTable.of([kubelet.node()], allow_loopback=True))
+            workers.notice_nodes()
+            endpoint = Endpoint("127.0.0.1", pod_port, "127.0.0.1", "uid-of-pod", POD)
+            pod = ProxiedPod((Route(endpoint, "/metrics"),), has_host_network=True)
+            parent.pods.put("shop", "web", pod)
+            parent.pods.known = True
+            target = "/api/v1/namespaces/shop/pods/web/metrics"
+            for _ in range(2):
+                await parent.until(200, cadvisor(kubelet))
+                await parent.until(200, target)
+                for pid in workers.pids:
+                    os.kill(pid, signal.SIGKILL)
+                deaths = workers.stats().worker_deaths + 2
+                await until(lambda: workers.stats().worker_deaths >= deaths and workers.stats().workers == 2)  # noqa: B023 - awaited here
+            parent.pods.put("shop", "web", None)
+            parent.nodes.forget()
+            workers.notice_nodes()
+            await parent.until(404, target)
+            assert await parent.statuses(cadvisor(kubelet)) == {503}
+
+
+def opened_by(pid: int) -> list[str]:
+    """Return the files a process has open beside its output and what the system itself provides."""
+    names = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        # What is closed meanwhile is gone from there.
+        with contextlib.suppress(FileNotFoundError):
+            names.append(str(link.readlink()) if int(link.name) > 2 else "")
+    return [name for name in names if name.startswith("/") and not name.startswith("/dev")]
+
+
+@contextlib.asynccontextmanager
+async def plain_pod() -> AsyncIterator[int]:
+    """Serve metrics without TLS; yields the port."""
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, OSError):
+            while True:
+                assert b"Authorization" not in await reader.readuntil(b"\r\n\r\n")
+                writer.write(answer())
+        writer.close()
+
+    server = await asyncio.start_server(converse, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+
+
+async def test_callers_over_tls_with_a_token() -> None:
+    """Workers make TLS and check tokens by files that exist in their memory alone, and follow their change."""
+    leaf = trustme.CA()
+    pair = leaf.issue_cert("127.0.0.1")
+    chain = b"".join(blob.bytes() for blob in pair.cert_chain_pems)
+    files = {frames.CERTIFICATE: chain, frames.KEY: pair.private_key_pem.bytes(), frames.BEARER: b"first"}
+    context = ssl.create_default_context(cadata=leaf.cert_pem.bytes().decode())
+    async with Kubelet().serving() as kubelet:
+        parent = parent_of(kubelet)
+        parent.held = Credentials(TOKEN, "", HELD.kubelets, None, files)
+        async with working(parent, parent.make(count=1)) as workers:
+            got = await parent.get(cadvisor(kubelet), "Authorization: Bearer first", context=context)
+            assert (got.status, got.body) == (200, METRICS)
+            (pid,) = workers.pids
+            assert [name for name in opened_by(pid) if not name.startswith("/memfd")] == []
+            parent.held = Credentials(
+                TOKEN, "", HELD.kubelets, None, {**files, frames.BEARER: b"second-and-longer"}
+            )
+
+            async def status(shown: str) -> int:
+                bearer = f"Authorization: Bearer {shown}"
+                return (await parent.get(cadvisor(kubelet), bearer, context=context)).status
+
+            async def is_first_refused() -> bool:
+                return await status("first") == 401
+
+            await until(is_first_refused)
+            assert await status("second-and-longer") == 200
+
+
+async def test_failures_and_counts_of_all_workers() -> None:
+    """Failed scrapes are listed and every count is kept, though the worker that counted is gone."""
+    async with Kubelet(lambda *args: serve_who_shows("other", *args)).serving() as kubelet:
+        parent = parent_of(kubelet)
+        async with working(parent, parent.make()) as workers:
+            assert await parent.statuses(cadvisor(kubelet)) == {502}
+            await until(lambda: workers.stats().outcomes[Outcome.FORBIDDEN] == 12)
+            assert len(workers.failures()) == 12
+            for pid in workers.pids:
+                os.kill(pid, signal.SIGKILL)
+            await until(lambda: workers.stats().worker_deaths == 2 and workers.stats().workers == 2)
+            stats = workers.stats()
+            assert stats.outcomes[Outcome.FORBIDDEN] == 12
+            assert (stats.callers, stats.running, stats.nodes) == (0, 0, 1)
+            assert sum(stats.durations.counts) == 12
+            assert len(workers.failures()) == 12
+
+
+async def test_a_worker_that_hangs_is_replaced() -> None:
+    """One that is stopped and tells nothing any more is ended and started again."""
+    parent = parent_of()
+    async with working(parent, parent.make(count=2, timing=replace(QUICK, silence=2.5))) as workers:
+        stopped = workers.pids[0]
+        os.kill(stopped, signal.SIGSTOP)
+        await until(lambda: stopped not in workers.pids and workers.stats().workers == 2)
+        assert workers.stats().worker_deaths >= 1
+
+
+async def test_workers_that_cannot_start() -> None:
+    """Are tried again and again with growing pauses, and the start fails in time and in words."""
+    parent = parent_of()
+    timing = replace(QUICK, starts_within=4.0, retry_first=0.2, retry_cap=10)
+    workers = parent.make(count=1, command=(sys.executable, "-c", "raise SystemExit(3)"), timing=timing)
+    with pytest.raises(OperationalError, match="PROXY_WORKERS"):
+        await workers.start(listen(0, reuse_port=True))
+    assert 1 <= workers.stats().worker_deaths <= 6
+    await workers.stop()
+
+
+async def test_a_program_that_does_not_exist() -> None:
+    """Is a failure to start like any other."""
+    parent = parent_of()
+    workers = parent.make(count=1, command=("/nowhere/python",), timing=replace(QUICK, starts_within=0.5))
+    with pytest.raises(OperationalError):
+        await workers.start(listen(0, reuse_port=True))
+    await workers.stop()
+
+
+def test_secrets_are_in_no_repr() -> None:
+    """A message that is logged or shown in an error tells nothing of what it carries."""
+    trust = Trust("ca", skip_verification=False, certificate=b"certificate", key=b"secret-key")
+    held = Credentials("secret-token", "", trust, trust, {frames.BEARER: b"secret-bearer"})
+    assert "secret" not in repr(held) + repr(trust) + str([held])
+
+
+def test_frames_bring_everything_across() -> None:
+    """A table, a Pod and figures arrive equal, their types included."""
+    kubelet = Kubelet(port=10250)
+    table = NodeTable.of([kubelet.node()], allow_loopback=True)
+    pod = ProxiedPod(
+        (Route(Endpoint("10.0.0.1", 80, "10.0.0.1", "u", POD), "/m?a=b"),), has_host_network=False
+    )
+    for message in (
+        frames.Table(table, known=True), frames.PodPut("shop", "web", pod), frames.PodPut("shop", "web", None),
+        HELD, Parent(Nodes(), Pods()).begin(1), frames.Drain(2.5), frames.PodsKnown(known=False),
+    ):  # fmt: skip
+        body = frames.frame(message)[4:]
+        assert msgspec.msgpack.decode(body, type=frames.ToWorker) == message
+    failures = Failures()
+    failures.note(table.by_name["node-1"], Outcome.TIMEOUT, "too late")
+    stats = added(NO_STATS, NO_STATS)
+    told = frames.Figures(stats, failures.since(0))
+    back = msgspec.msgpack.decode(frames.frame(told)[4:], type=frames.FromWorker)
+    assert back == told
+    assert isinstance(back, frames.Figures)
+    assert back.failures[0].endpoint == table.by_name["node-1"]
+
+
+def test_failures_since() -> None:
+    """Each is told once, and those forgotten meanwhile are not."""
+    failures = Failures()
+    endpoint = Endpoint("10.0.0.1", 10250, "", "")
+    for number in range(3):
+        failures.note(endpoint, Outcome.TIMEOUT, str(number))
+    assert [failure.reason for failure in failures.since(1)] == ["1", "2"]
+    assert failures.since(failures.noted) == []

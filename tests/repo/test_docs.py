@@ -1,0 +1,267 @@
+"""The documents against the code: what they list is what there is, and both READMEs say the same."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from k8s_consul_registrar import runner
+from k8s_consul_registrar.admin.metrics import new_registry
+from k8s_consul_registrar.cli import build_parser
+from k8s_consul_registrar.proxy.metrics import ProxyCollector
+from k8s_consul_registrar.proxy.outcomes import Outcome, ProxyStats
+from k8s_consul_registrar.registrar.decide import Kept
+from k8s_consul_registrar.registrar.metrics import (
+    PASS_OUTCOMES,
+    WRITE_OUTCOMES,
+    WRITE_VERBS,
+    Figures,
+    RegistrarCollector,
+    RegistrarMetrics,
+)
+from k8s_consul_registrar.registrar.orphans import Stays
+from k8s_consul_registrar.settings.option import PROXY, REGISTRAR
+from k8s_consul_registrar.settings.options import OPTIONS
+from k8s_consul_registrar.targets.reasons import Reason
+from support.paths import ROOT
+
+PACKAGE = ROOT / "src" / "k8s_consul_registrar"
+README, README_ZH, ARCHITECTURE = (
+    ROOT / "README.md",
+    ROOT / "README.zh-CN.md",
+    ROOT / "docs" / "architecture.md",
+)
+READMES = (README, README_ZH)
+DOCUMENTS = (*READMES, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md")
+OPERATIONS = ROOT / "docs" / "operations.md"
+UNSET = "–"  # noqa: RUF001 - how a table of the READMEs shows a setting without a default
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+HEADING = re.compile(r"^(#+) (.+)$", re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+each_readme = pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
+
+
+def text_of(document: Path) -> str:
+    """Return a document whole."""
+    return document.read_text(encoding="utf-8")
+
+
+def prose_of(document: Path) -> str:
+    """Return a document without its fenced blocks."""
+    return FENCE.sub("", text_of(document))
+
+
+def headings(document: Path) -> list[tuple[int, str]]:
+    """Return the level and the words of each heading, in order."""
+    return [(len(marks), words) for marks, words in HEADING.findall(prose_of(document))]
+
+
+def sections(readme: Path) -> list[str]:
+    """Return what stands under each heading; the same index means the same section in both READMEs."""
+    return re.split(r"^#+ .+$", prose_of(readme), flags=re.MULTILINE)
+
+
+def rows(text: str) -> dict[str, str]:
+    """Return the tables' rows whose first cell is one piece of code, by it, with their second cell."""
+    return dict(re.findall(r"^\| `([^`]+)` \| ([^|]*?) \|", text, re.MULTILINE))
+
+
+def anchor(words: str) -> str:
+    """Return the anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-")
+
+
+def metric_names() -> set[str]:
+    """Return the names of all our metrics, as Prometheus shows them; a histogram's without its suffixes."""
+    registry: CollectorRegistry = new_registry("registrar")
+    RegistrarMetrics(registry)
+    stats = ProxyStats(dict.fromkeys(Outcome, 0), 0, 0, 0, 0, 0, 0, 0, 0, 0, nodes_known=True)
+    registry.register(RegistrarCollector(Figures))
+    families = [*registry.collect(), *ProxyCollector(lambda: stats).collect()]
+    names = {f"{one.name}_total" if one.type == "counter" else one.name for one in families}
+    return {name for name in names if name.startswith("k8s_consul_registrar")}
+
+
+def default_cell(default: str) -> str:
+    """Return how a table shows a default."""
+    return f"`{default}`" if default else UNSET
+
+
+@each_readme
+def test_every_setting_is_documented_with_its_default(readme: Path) -> None:
+    """The configuration tables hold every option with its default, under its mode, and nothing else."""
+    index = next(i for i, part in enumerate(sections(readme)) if "| `MODE` |" in part)
+    both, registrar, proxy = sections(readme)[index : index + 3]
+    for table, modes in ((both, {REGISTRAR, PROXY}), (registrar, {REGISTRAR}), (proxy, {PROXY})):
+        expected = {one.env: default_cell(one.default) for one in OPTIONS if one.modes == modes}
+        if table is both:
+            expected["MODE"] = default_cell(REGISTRAR)
+        assert rows(table) == expected
+
+
+@each_readme
+def test_every_reason_is_documented(readme: Path) -> None:
+    """The table of rejections holds the reasons of the code."""
+    (table,) = [part for part in sections(readme) if "| `no_ip` |" in part]
+    assert set(rows(table)) == {reason.value for reason in Reason}
+
+
+@each_readme
+def test_every_metric_is_documented(readme: Path) -> None:
+    """The tables of metrics hold every name the code shows, and no other."""
+    (table,) = [part for part in sections(readme) if "| `k8s_consul_registrar_build_info` |" in part]
+    assert {name for name in rows(table) if name.startswith("k8s_")} == metric_names()
+    labels = (*PASS_OUTCOMES, *WRITE_VERBS, *WRITE_OUTCOMES, *(why.value for why in (*Kept, *Stays)))
+    assert [label for label in labels if f"`{label}`" not in table] == []
+
+
+@each_readme
+def test_no_metric_is_named_that_does_not_exist(readme: Path) -> None:
+    """A metric named anywhere in the text is one of the code's."""
+    named = re.findall(r"\bk8s_consul_registrar_\w+", prose_of(readme))
+    assert set(named) <= metric_names()
+
+
+@each_readme
+def test_exit_codes_are_documented(readme: Path) -> None:
+    """The table of exit codes holds the codes of the code."""
+    codes = {value for name, value in vars(runner).items() if name.startswith("EXIT_")}
+    last_table = sections(readme)[-2]
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", last_table, re.MULTILINE)} == codes
+
+
+def test_the_readmes_are_level() -> None:
+    """Both READMEs have headings of the same levels, the same blocks, tables and list entries."""
+    assert [level for level, _ in headings(README)] == [level for level, _ in headings(README_ZH)]
+    assert FENCE.findall(text_of(README)) == FENCE.findall(text_of(README_ZH))
+    for start in ("|", "- "):
+        counts = [
+            [sum(line.startswith(start) for line in part.splitlines()) for part in sections(readme)]
+            for readme in READMES
+        ]
+        assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    """Every link within the project leads to a file, and to a heading where it names one."""
+    for target in LINK.findall(prose_of(document)):
+        if "://" in target:
+            continue
+        path, _, fragment = target.partition("#")
+        file = document.parent / path if path else document
+        assert file.exists(), target
+        if fragment:
+            assert fragment in {anchor(words) for _, words in headings(file)}, target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_make_targets_exist(document: Path) -> None:
+    """Every `make` command a document shows is a target of the Makefile."""
+    targets = set(re.findall(r"^([a-z-]+):", text_of(ROOT / "Makefile"), re.MULTILINE))
+    shown = re.findall(r"(?:^|`)make ([a-z-]+)", text_of(document), re.MULTILINE)
+    assert set(shown) <= targets
+
+
+def test_manifests_named_exist() -> None:
+    """The files of `deploy/` that the READMEs name are there, and those with lines to change are all named."""
+    for readme in READMES:
+        named = set(re.findall(r"[a-z-]+\.yaml|prometheus\.yml", text_of(readme)))
+        assert all((ROOT / "deploy" / name).exists() for name in named)
+        files = [path for path in (ROOT / "deploy").iterdir() if path.is_file()]
+        changed = {path.name for path in files if "CHANGE" in text_of(path)}
+        assert changed <= named
+
+
+def test_the_demo_tells_what_the_readme_shows() -> None:
+    """Every step of the demo that the READMEs show is one the demo takes."""
+    steps = re.findall(r"^== ([^:\n]+)", text_of(README), re.MULTILINE)
+    told = text_of(PACKAGE / "commands" / "demo.py")
+    assert steps
+    assert [step for step in steps if step not in told] == []
+
+
+def test_the_architecture_s_layers_are_the_contract_s() -> None:
+    """The layers drawn are those that import-linter holds."""
+    config = tomllib.loads(text_of(ROOT / "pyproject.toml"))
+    contracts = {one["name"]: one for one in config["tool"]["importlinter"]["contracts"]}
+    layers = contracts["Imports point one way"]["layers"]
+    drawn = [block.splitlines() for _, block in FENCE.findall(text_of(ARCHITECTURE))]
+    assert layers in drawn
+    pure = contracts["Decisions are pure: no loop, no sockets, no telemetry"]["source_modules"]
+    prose = prose_of(ARCHITECTURE)
+    named = [module.removeprefix("k8s_consul_registrar.").replace(".", "/") for module in pure]
+    assert [module for module in named if f"`{module}`" not in prose] == []
+
+
+def test_modules_the_architecture_names_exist() -> None:
+    """A module named as `folder/module` is a file of the package; every top-level module has its row."""
+    named = re.findall(r"`([a-z_]+/[a-z_]+)`", prose_of(ARCHITECTURE))
+    elsewhere = {"tests/data"}
+    missing = [name for name in named if name not in elsewhere and not (PACKAGE / f"{name}.py").exists()]
+    assert named
+    assert missing == []
+    top = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert [name for name in sorted(top - {"__init__"}) if f"`{name}`" not in prose_of(ARCHITECTURE)] == []
+
+
+def test_help_mentions_every_variable() -> None:
+    """The help of the command names every variable, as a line of its own, and `MODE`."""
+    shown = build_parser().format_help()
+    assert "variable MODE" in shown
+    for option in OPTIONS:
+        assert re.search(rf"^  {option.env} \[", shown, re.MULTILINE), option.env
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_shown_are_understood(document: Path) -> None:
+    """Every `k8s-consul-registrar` command line in a block is one that the parser takes."""
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```$", text_of(document), re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    for line in lines:
+        if line.startswith("k8s-consul-registrar "):
+            words = shlex.split(line)[1:]
+            if words != ["--help"]:
+                build_parser().parse_args(words)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_variables_named_are_settings(document: Path) -> None:
+    """A word that looks like one of our variables is one."""
+    known = {option.env for option in OPTIONS}
+    families = {name.split("_")[0] for name in known if "_" in name} - {"LOG"}
+    named = re.findall(rf"`((?:{'|'.join(sorted(families))})_[A-Z_]+)\b", prose_of(document))
+    assert sorted(set(named) - known) == []
+
+
+def test_the_texts_that_troubleshooting_quotes_are_said() -> None:
+    """Each text quoted as a symptom is one that the code says."""
+    quoted = re.findall(
+        r"^\| `([^`]+)` \| [^|]* \| [^|]* \|$",
+        text_of(OPERATIONS).split("## Troubleshooting")[1],
+        re.MULTILINE,
+    )
+    code = " ".join(
+        text_of(path) for path in PACKAGE.rglob("*.py") if "sandbox" not in path.relative_to(PACKAGE).parts
+    )
+    joined = re.sub(r'"\s*f?"', "", code)  # a text may be written over several lines
+    assert len(quoted) > 10
+    assert [text for text in quoted if text not in joined] == []
+
+
+def test_findings_that_operations_lists_are_found() -> None:
+    """Each finding named in the table of `check` is one that a check gives."""
+    table = text_of(OPERATIONS).split("| finding | what |")[1].split("\n\n")[0]
+    named = {
+        name.removesuffix(" …")
+        for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+        for name in re.findall(r"`([^`]+)`", cell)
+    }
+    code = " ".join(text_of(path) for path in (PACKAGE / "commands" / "check").rglob("*.py"))
+    assert len(named) > 10
+    assert [name for name in sorted(named - {"list pods"}) if f'"{name}' not in code] == []

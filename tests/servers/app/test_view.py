@@ -1,0 +1,226 @@
+"""What the admin endpoints see of a running registrar: every state a target can be in, and no secret."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+from msgspec.structs import replace
+
+from k8s_consul_registrar.admin.view import SeenTarget, TargetState
+from k8s_consul_registrar.app.census import Census
+from k8s_consul_registrar.app.view import View, shown_settings
+from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.kube.access import Access
+from k8s_consul_registrar.kube.client import KubeClient
+from k8s_consul_registrar.kube.cluster_uid import ClusterUid
+from k8s_consul_registrar.kube.credentials import FixedCredentials, Identity
+from k8s_consul_registrar.kube.reflector import Reflectors
+from k8s_consul_registrar.kube.source_state import CAUSES, WatchStats
+from k8s_consul_registrar.model import Kind, Pod, Source
+from k8s_consul_registrar.registrar.brake import BrakeRules
+from k8s_consul_registrar.registrar.selection import SelectionRecord
+from k8s_consul_registrar.registrar.status import LostAgent
+from k8s_consul_registrar.settings.modes import read_registrar
+from k8s_consul_registrar.wiring.registrar import RegistrarParts, identity, shards
+from support.builders import make_pod, our_pod_service
+from support.controller_lab import HELD, Lab
+from support.memory import PODS
+
+SETTINGS = read_registrar({"CLUSTER_NAME": "lab", "SHARD_PATHS": "s1,s2", "CONSUL_HTTP_TOKEN": "t0p-secret"})
+
+
+class Seen:
+    """A running registrar in memory, with its view."""
+
+    def __init__(self, *, brake: BrakeRules = HELD) -> None:
+        self.lab = Lab(identity=identity(SETTINGS), shards=shards(SETTINGS), brake=brake)
+        kube = KubeClient(Access("http://127.0.0.1:1", FixedCredentials(Identity())), Timing())
+        lab = self.lab
+        parts = RegistrarParts(
+            controller=lab.controller,
+            desired=lab.desired,
+            observed=lab.observed,
+            reflectors=Reflectors((PODS,), lab.desired.store, kube, timing=Timing(), period=60),
+            rules=lab.rules,
+            reporter=lab.reporter,
+            resync=lab.resync,
+            queue=lab.queue,
+            registry=lab.consul,
+            reconciler=lab.reconciler,
+            names=lab.names,
+            cluster_uid=ClusterUid(kube, lab.controller.on_cluster_uid),
+            selection=SelectionRecord("", catalog=None, cluster_uid=lambda: ""),
+        )
+        self.view = View(SETTINGS, parts)
+
+    def targets(self) -> dict[str, SeenTarget]:
+        """Return the targets by Pod."""
+        return {one.key.name: one for one in self.view.targets()}
+
+    async def synced(self, pods: Iterable[Pod]) -> None:
+        """List these Pods, and wait until everything was compared once and written."""
+        self.lab.cluster.put_list(pods)
+        await self.lab.until_so(lambda: self.lab.status.has_synced and self.lab.queue.is_drained)
+
+
+async def test_every_state_of_a_target() -> None:
+    """Registered, refused and held by another, each with what there is to say."""
+    seen = Seen()
+    lab = seen.lab
+    lab.consul.refused = {"pod--shop--bad"}
+    lab.consul.put_by_hand(our_pod_service("taken", cluster="other"))
+    assert "not listed yet" in seen.view.unlisted()
+    async with lab.running():
+        await seen.synced([make_pod(name) for name in ("good", "bad", "taken")] + [make_pod("x", ip="")])
+        assert seen.view.unlisted() == ""
+        states = {name: one.state for name, one in seen.targets().items()}
+        assert states == {
+            "good": TargetState.REGISTERED,
+            "bad": TargetState.REFUSED,
+            "taken": TargetState.CONFLICT,
+        }
+        good = seen.targets()["good"].service
+        assert good == replace(lab.consul.held["pod--shop--good"], index=good.index)
+        assert good.value("shard_path") in ("s1", "s2")
+        assert seen.targets()["bad"].detail == "no"
+        assert "cluster=other" in seen.targets()["taken"].detail
+        assert [(one.key.name, one.reason) for one in seen.view.rejections()] == [("x", "no_ip")]
+        status = seen.view.status()
+        assert [one.id for one in status.conflicts] == ["pod--shop--taken"]
+        assert "full" in [one.kind for one in status.passes]
+        assert status.sources[0].objects == 4
+
+
+async def test_targets_are_counted_by_kind_and_state() -> None:
+    """The count agrees with the targets themselves in every state, and is renewed only after a change."""
+    seen = Seen()
+    lab = seen.lab
+    census = Census(seen.view, dict)
+    lab.consul.refused = {"pod--shop--bad"}
+    lab.consul.put_by_hand(our_pod_service("taken", cluster="other"))
+    pods = [make_pod(name) for name in ("good", "bad", "taken")] + [make_pod("x", ip="")]
+    async with lab.running():
+        await seen.synced([*pods, *(make_pod(f"gone-{number}") for number in range(3))])
+        lab.cluster.put_list(pods)
+        await lab.until_so(lambda: bool(seen.view.status().brakes))
+        assert sum(census.figures().targets.values()) == 0
+        await census.refresh()
+        figures = census.figures()
+        counted = {state: count for (kind, state), count in figures.targets.items() if kind == "pod"}
+        assert counted == {
+            "registered": 1, "refused": 1, "conflict": 1, "kept": 3, "pending": 0, "standby": 0
+        }  # fmt: skip
+        assert Counter(one.state.value for one in seen.view.targets()) == +Counter(counted)
+        assert figures.rejections["no_ip"] == 1
+        assert sum(figures.rejections.values()) == 1
+        assert {state for kind, state in figures.targets if kind == "node"} == set(TargetState)
+        await census.refresh()
+        assert census.figures().targets is figures.targets
+        lab.cluster.store.put(PODS, make_pod("later"))
+        await census.refresh()
+        assert census.figures().targets["pod", "pending"] == 1
+
+
+def test_the_following_is_counted_by_kind() -> None:
+    """Restarts of a kind's namespaces are added up, and the one that was silent longest counts."""
+    now = time.monotonic()
+    one = WatchStats(lists=2, restarts={**WatchStats().restarts, "expired": 3}, heard_at=now - 5)
+    other = WatchStats(
+        lists=1, restarts={**WatchStats().restarts, "expired": 1, "ended": 2}, heard_at=now - 50
+    )
+    activity = {
+        Source(Kind.POD, "a"): one,
+        Source(Kind.POD, "b"): other,
+        Source(Kind.NODE): WatchStats(),
+    }
+    figures = Census(Seen().view, lambda: activity).figures()
+    assert figures.restarts["pod", "expired"] == 4
+    assert figures.restarts["pod", "ended"] == 2
+    assert set(figures.restarts) == {(kind.value, cause) for kind in Kind for cause in CAUSES}
+    assert figures.lists == {"pod": 3, "node": 0}
+    assert figures.heard_at["pod"] == pytest.approx(time.time() - 50, abs=2)
+    assert figures.heard_at["node"] == 0
+
+
+async def test_the_generation_moves_with_what_is_seen() -> None:
+    """It stays while nothing changes, and moves when a target is added, written or refused."""
+    seen = Seen()
+    lab = seen.lab
+    async with lab.running():
+        await seen.synced([make_pod("a")])
+        await lab.resynced()
+        before = seen.view.generation
+        assert seen.view.generation == before
+        lab.cluster.store.put(PODS, make_pod("b"))
+        asked = seen.view.generation
+        assert asked != before
+        assert seen.targets()["b"].state is TargetState.PENDING
+        assert seen.targets()["b"].service.value("shard_path") == ""
+        await lab.until_so(lambda: seen.targets()["b"].state is TargetState.REGISTERED)
+        assert seen.view.generation not in (before, asked)
+
+
+async def test_the_brake_is_seen() -> None:
+    """What is held is counted and named, with when it would be let go."""
+    seen = Seen(brake=BrakeRules(confirm=60, confirm_start=600))
+    for number in range(40):
+        seen.lab.consul.put_by_hand(our_pod_service(f"p{number}"))
+    async with seen.lab.running():
+        seen.lab.cluster.put_list([])
+        await seen.lab.until_so(lambda: bool(seen.view.status().brakes))
+    (brake,) = seen.view.status().brakes
+    assert (brake.source, brake.count, len(brake.sample)) == ("pods", 40, 20)
+    assert brake.until - brake.since == pytest.approx(600)
+
+
+async def test_what_the_brake_holds_is_still_served() -> None:
+    """Targets that a list suddenly lacks stay with collectors until they are let go."""
+    seen = Seen(brake=BrakeRules(confirm=0.5, confirm_start=0.5))
+    lab = seen.lab
+    async with lab.running():
+        await seen.synced([make_pod(f"p{number}") for number in range(10)])
+        before = seen.view.generation
+        lab.cluster.put_list([make_pod("p0")])
+        await lab.until_so(lambda: bool(seen.view.status().brakes))
+        assert seen.view.generation != before
+        states = [one.state for one in seen.view.targets()]
+        assert states == [TargetState.REGISTERED] + [TargetState.KEPT] * 9
+        await asyncio.sleep(0.5)
+        lab.cluster.put_list([make_pod("p0")])
+        await lab.until("p0")
+        assert list(seen.targets()) == ["p0"]
+
+
+async def test_what_is_kept_from_before_the_start_is_served() -> None:
+    """A target that only Consul knows of stays with collectors under its record."""
+    seen = Seen()
+    for name in ("a", "b", "c", "d"):
+        seen.lab.consul.put_by_hand(our_pod_service(name))
+    async with seen.lab.running():
+        seen.lab.cluster.put_list([make_pod("a")])
+        await seen.lab.until_so(lambda: bool(seen.view.status().brakes))
+        kept = {name: one.service for name, one in seen.targets().items() if one.state is TargetState.KEPT}
+        assert kept.keys() == {"b", "c", "d"}
+        assert kept["b"].address == our_pod_service("b").address
+
+
+def test_lost_agents_are_shown_with_times_of_the_day() -> None:
+    """The orphan collector reports monotonic seconds."""
+    seen = Seen()
+    now = time.monotonic()
+    seen.lab.status.lost_agents = (LostAgent("old", now - 60, now + 540, {"not_here": 2}),)
+    (shown,) = seen.view.status().lost_agents
+    assert (shown.node, shown.stays) == ("old", {"not_here": 2})
+    assert abs(shown.since - (time.time() - 60)) < 5
+    assert abs(shown.due - (time.time() + 540)) < 5
+
+
+def test_secrets_are_not_shown() -> None:
+    """Of a secret only that it is set."""
+    shown = {one.name: one.value for one in shown_settings(SETTINGS.common.environment)}
+    assert shown["CONSUL_HTTP_TOKEN"] == "set"
+    assert shown["CLUSTER_NAME"] == "lab"
+    assert shown["SYNC_PERIOD"] == "600"
+    assert "t0p-secret" not in repr(shown)

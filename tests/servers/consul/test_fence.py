@@ -1,0 +1,64 @@
+"""The fence before Consul: a write that is under way when its time is over does not arrive later."""
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress
+from k8s_consul_registrar.consul.client import ConsulClient, Fence
+from k8s_consul_registrar.errors import ConsulFenced, ConsulUnreachable
+from support.fake_consul import QUICK
+
+BODY = b"x" * 40_000
+
+
+@contextlib.contextmanager
+def _deaf_server() -> Iterator[tuple[str, socket.socket]]:
+    """Listen without reading, with room for a head and little more."""
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        listening.settimeout(5)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", listening
+
+
+def _read_until_reset(listening: socket.socket) -> int:
+    """Return how many bytes come of the one connection before it is reset."""
+    taken, _ = listening.accept()
+    size = 0
+    with taken, contextlib.suppress(ConnectionResetError):
+        taken.settimeout(5)
+        while piece := taken.recv(4096):
+            size += len(piece)
+    return size
+
+
+async def test_a_write_that_is_broken_off_is_not_sent_on() -> None:
+    """What Consul's side did not take before the deadline never arrives, though the way is free again."""
+    with _deaf_server() as (url, listening):
+        ends = time.monotonic() + 0.3
+        fence = Fence(lambda: ends - time.monotonic(), 60)
+        async with ConsulClient(ConsulAccess(ConsulAddress(url)), QUICK, fence=fence) as client:
+            with pytest.raises(ConsulFenced):
+                await client.request("PUT", "/v1/x", body=BODY)
+            await asyncio.sleep(0.1)
+            assert _read_until_reset(listening) < len(BODY)
+
+
+async def test_a_write_of_a_process_that_is_stopped_is_not_sent_on() -> None:
+    """Nobody is awake to break it off; the system gives it up by itself when its time is over."""
+    with _deaf_server() as (url, listening):
+        async with ConsulClient(
+            ConsulAccess(ConsulAddress(url)), QUICK, fence=Fence(lambda: 60, 1)
+        ) as client:
+            writing = asyncio.create_task(client.request("PUT", "/v1/x", body=BODY))
+            await asyncio.sleep(0.2)
+            time.sleep(2)  # noqa: ASYNC251 - stands for a stopped process: our loop does nothing either
+            assert _read_until_reset(listening) < len(BODY)
+            with pytest.raises(ConsulUnreachable):
+                await writing

@@ -1,0 +1,116 @@
+"""Previous locations are cleared once everything is at the new one, and never the other way round."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+from msgspec.structs import replace
+
+from k8s_consul_registrar.consul import previous_location as consul_location
+from k8s_consul_registrar.consul.previous_location import PreviousLocation, clear_previous_locations
+from k8s_consul_registrar.errors import ConsulBusy, ConsulError, ConsulForbidden, ConsulUnreachable
+from k8s_consul_registrar.model import Service, Written
+from support.builders import make_pod, our_pod_service
+from support.controller_lab import Lab
+from support.fake_consul import QUICK
+
+
+class Location(PreviousLocation):
+    """A previous location that counts how often it is cleared, after it failed as a test says."""
+
+    def __init__(self, name: str = "old", *problems: ConsulError) -> None:
+        super().__init__(name, Place(), is_ours=lambda _: True)
+        self.problems = list(problems)
+        self.clearings = 0
+
+    async def begin(self) -> None:
+        """Note nothing."""
+
+    async def services(self) -> AsyncIterator[Service]:
+        """Yield nothing: what goes is the location's own to know."""
+        for one in list[Service]():
+            yield one
+
+    async def clear(self) -> Written:
+        """Clear it, or fail."""
+        self.clearings += 1
+        if self.problems:
+            raise self.problems.pop(0)
+        return Written(1)
+
+
+async def a_while() -> None:
+    """Give a task that waits more than enough turns."""
+    await asyncio.sleep(10 * QUICK.retry_first)
+
+
+async def test_a_location_keeps_everything_until_all_is_at_the_new_one() -> None:
+    """The first comparison, every write that Consul refused, and the lead are waited for."""
+    lab, location = Lab(), Location()
+    is_leader = False
+    lab.consul.refused = {"pod--shop--b"}
+    clearing = asyncio.create_task(
+        clear_previous_locations(
+            [location], is_ready=lambda: is_leader and lab.controller.is_complete, timing=QUICK
+        )
+    )
+    is_leader = True
+    await a_while()
+    assert location.clearings == 0, "before anything is written"
+    async with lab.running():
+        lab.cluster.put_list([make_pod(name) for name in "abc"])
+        await lab.until("a", "c")
+        await lab.until_so(lambda: lab.status.has_synced)
+        await a_while()
+        assert location.clearings == 0, "while one is refused"
+        is_leader = False
+        lab.consul.refused = set()
+        await lab.until("a", "b", "c")
+        await a_while()
+        assert location.clearings == 0, "while another leads"
+        is_leader = True
+        async with asyncio.timeout(20):
+            await clearing
+    assert location.clearings == 1
+
+
+async def test_a_location_that_cannot_be_cleared_holds_up_no_other() -> None:
+    """While Consul cannot be used it is tried again; one that the token may not read is left as it is."""
+    slow = Location("slow", ConsulUnreachable("gone"), ConsulBusy("busy"))
+    denied, last = Location("denied", ConsulForbidden("no")), Location("last")
+    async with asyncio.timeout(20):
+        await clear_previous_locations([slow, denied, last], is_ready=lambda: True, timing=QUICK)
+    assert [one.clearings for one in (slow, denied, last)] == [3, 1, 1]
+
+
+class Place:
+    """An agent or node in memory, as consul/previous_location clears it."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Service] = {}
+
+    async def services(self) -> AsyncIterator[Service]:
+        """Yield what is there."""
+        for one in list(self.held.values()):
+            yield one
+
+    async def deregister(self, services: Sequence[Service]) -> Written:
+        """Remove services."""
+        for one in services:
+            del self.held[one.id]
+        return Written(len(services))
+
+
+@pytest.mark.parametrize("version", [7, 0])
+async def test_what_a_successor_writes_to_a_previous_location_stays(version: int) -> None:
+    """In a rollout the old registrar's previous location is the new one's place: what came later is not old."""
+    place = Place()
+    old, kept = our_pod_service("old"), our_pod_service("kept")
+    place.held = {one.id: replace(one, index=min(version, 1)) for one in (old, kept)}
+    location = consul_location.PreviousLocation("node k8s-lab", place, is_ours=lambda _: True)
+    await location.begin()
+    for name in ("kept", "new"):
+        service = our_pod_service(name, shard_path="/shard-1")
+        place.held[service.id] = replace(service, index=version)
+    assert (await location.clear()).done == 1
+    assert set(place.held) == {"pod--shop--kept", "pod--shop--new"}

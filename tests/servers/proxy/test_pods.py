@@ -1,0 +1,480 @@
+"""Pods through the proxy: what is asked of them, what they never see, and which of them are reached."""
+
+import asyncio
+import re
+
+import pytest
+import trustme
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from k8s_consul_registrar.proxy.limits import Concurrency
+from k8s_consul_registrar.proxy.nodes import NodeTable
+from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
+from k8s_consul_registrar.proxy.pod_route import PODS_UNKNOWN, UNKNOWN_POD, Pods, find_pod, proxied_pod
+from k8s_consul_registrar.proxy.route import UNKNOWN_PATH, Route
+from k8s_consul_registrar.proxy.tls import pod_context
+from support.pod_kit import POD_HOST, PREFIX, PodServer, access, declared, known, path_of, put
+from support.proxy_kit import (
+    METRICS,
+    TOKEN,
+    Kubelet,
+    always,
+    answer,
+    cadvisor,
+    get_request,
+    parse_answer,
+    proxying,
+)
+from support.tcp_proxy import TcpProxy
+from support.waiting import until
+
+pytestmark = pytest.mark.both_loops
+
+NOBODY = NodeTable()
+
+
+async def hang(
+    kubelet: Kubelet, request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Say nothing until the other side leaves."""
+    await reader.read()
+
+
+async def test_a_pod_is_asked_what_it_is_annotated_with() -> None:
+    """The Pod sees its own path and query, whatever the caller's query, and no credentials or cookies of anybody."""
+    pod = PodServer()
+    async with pod.serving():
+        annotations = {"path": "/stats?format=a b", "param-depth": "x&y=1", "param-none": ""}
+        pods = known(pod.pod(annotations=annotations))
+        async with proxying(pods=access(pods)) as proxy:
+            secrets = ("Authorization: Bearer the-callers-own", "Cookie: a=b", "X-Forwarded-For: 192.0.2.1")
+            got = await proxy.get(f"{path_of()}?path=/admin&format=z", "Accept: text/plain", *secrets)
+    assert (got.status, got.body) == (200, METRICS)
+    (request,) = pod.requests
+    line, *fields = request.decode().splitlines()
+    assert line == "GET /stats?depth=x%26y%3D1&format=a+b HTTP/1.1"
+    named = {field.partition(":")[0] for field in fields if field}
+    assert named == {"Host", "User-Agent", "Accept"}
+    assert f"Host: {POD_HOST}:{pod.port}" in fields
+
+
+async def test_a_pod_never_sees_what_kubelets_are_shown() -> None:
+    """The kubelet gets the token and the Pods none of it, over http and https; no connection serves both kinds."""
+    kubelet, plain, secure = Kubelet(), PodServer(), PodServer(is_secure=True)
+    async with kubelet.serving(), plain.serving(), secure.serving():
+        pods = known(plain.pod(), secure.pod("web-2"))
+        async with proxying(kubelet.node(), pods=access(pods)) as proxy:
+            for _ in range(3):
+                for path in (cadvisor(kubelet), path_of(), path_of("web-2")):
+                    assert (await proxy.get(path)).status == 200
+            assert proxy.server.stats().dials == 3
+    assert all(TOKEN.encode() in request for request in kubelet.requests)
+    for server in (plain, secure):
+        assert server.connections == 1
+        assert len(server.requests) == 3
+        assert not [
+            one for one in server.requests if b"authorization" in one.lower() or TOKEN.encode() in one
+        ]
+
+
+async def test_several_ports() -> None:
+    """Each annotated port is reached by its number, the first without one, and no other port at all."""
+    one, two, other = PodServer(), PodServer(), PodServer()
+    async with one.serving(), two.serving(), other.serving():
+        pods = known(one.pod(annotations={"port": f"{one.port},{two.port}"}))
+        async with proxying(pods=access(pods)) as proxy:
+            for path in (path_of(), path_of(ports=[one.port]), path_of(ports=[two.port])):
+                assert (await proxy.get(path)).status == 200
+            assert (await proxy.get(path_of(ports=[other.port]))).status == 404
+    assert (len(one.requests), len(two.requests), other.connections) == (2, 1, 0)
+
+
+async def test_a_pod_that_goes_is_gone_at_once() -> None:
+    """404 with its kept connection closed; a Pod of its name comes back with a connection of its own."""
+    pod = PodServer()
+    async with pod.serving():
+        pods = known(pod.pod())
+        async with proxying(pods=access(pods)) as proxy:
+            assert (await proxy.get(path_of())).status == 200
+            put(pods, pod.pod(phase="Succeeded"))
+            await until(lambda: pod.open_now == 0)
+            assert (await proxy.get(path_of())).status == 404
+            put(pods, pod.pod(uid="another"))
+            assert (await proxy.get(path_of())).status == 200
+            assert pod.connections == 2
+
+
+async def test_another_uid_closes_the_connection() -> None:
+    """A Pod made anew under its name and address is never asked over the connection to the old one."""
+    pod = PodServer()
+    async with pod.serving():
+        pods = known(pod.pod())
+        async with proxying(pods=access(pods)) as proxy:
+            assert (await proxy.get(path_of())).status == 200
+            put(pods, pod.pod(uid="another"))
+            await until(lambda: pod.open_now == 0)
+            assert (await proxy.get(path_of())).status == 200
+            assert pod.connections == 2
+
+
+async def test_a_change_of_no_concern_keeps_the_connection() -> None:
+    """A label or the readiness of a Pod closes nothing."""
+    pod = PodServer()
+    async with pod.serving():
+        pods = known(pod.pod())
+        async with proxying(pods=access(pods)) as proxy:
+            for ready in (True, False):
+                put(pods, pod.pod(ready=ready, labels={"a": str(ready)}))
+                assert (await proxy.get(path_of())).status == 200
+    assert pod.connections == 1
+
+
+async def test_a_scrape_under_way_of_a_pod_that_goes() -> None:
+    """What has begun ends, and its connection is not kept."""
+    release = asyncio.Event()
+
+    async def wait(
+        kubelet: Kubelet, request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await release.wait()
+        writer.write(answer())
+        await writer.drain()
+
+    pod = PodServer(wait)
+    async with pod.serving():
+        pods = known(pod.pod())
+        async with proxying(pods=access(pods)) as proxy:
+            scrape = asyncio.create_task(proxy.get(path_of()))
+            await until(lambda: bool(pod.requests))
+            put(pods, pod.pod(uid="another"))
+            release.set()
+            assert (await scrape).body == METRICS
+            assert proxy.server.stats().kept == 0
+
+
+async def test_a_scrape_that_waits_for_a_pod_that_goes() -> None:
+    """404, with no connection to an address that may be another Pod's by now."""
+    pod = PodServer(hang)
+    async with pod.serving():
+        pods = known(pod.pod())
+        places = Concurrency(per_node=1, overall=1)
+        async with proxying(pods=access(pods, concurrency=places)) as proxy:
+            first = asyncio.create_task(proxy.get(path_of(), "X-Prometheus-Scrape-Timeout-Seconds: 1"))
+            await until(lambda: bool(pod.requests))
+            second = asyncio.create_task(proxy.get(path_of()))
+            await until(lambda: proxy.server.stats().waiting == 1)
+            pods.put("shop", "web-1", None)
+            assert (await second).status == 404
+            assert (await first).status == 504
+    assert pod.connections == 1
+
+
+async def test_a_pod_that_goes_while_it_is_dialled() -> None:
+    """404 once the connection is up, and not a byte of a request over it."""
+    pod = PodServer(is_secure=True)
+    async with pod.serving(), TcpProxy(POD_HOST, pod.port, listen_on=POD_HOST) as door:
+        pods = known(pod.pod(annotations={"port": str(door.port)}))
+        async with proxying(pods=access(pods)) as proxy:
+            door.stall()
+            scrape = asyncio.create_task(proxy.get(path_of()))
+            await until(lambda: door.is_held)
+            pods.put("shop", "web-1", None)
+            await door.heal()
+            assert (await scrape).status == 404
+    assert pod.requests == []
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+async def test_redirects_are_not_followed(status: int) -> None:
+    """A Pod that points elsewhere is 502, and elsewhere hears nothing."""
+    elsewhere = Kubelet()
+    async with elsewhere.serving():
+        to = f"https://127.0.0.1:{elsewhere.port}/metrics/cadvisor"
+        pod = PodServer(
+            always(f"HTTP/1.1 {status} Found\r\nLocation: {to}\r\nContent-Length: 0\r\n\r\n".encode())
+        )
+        async with pod.serving(), proxying(elsewhere.node(), pods=access(known(pod.pod()))) as proxy:
+            got = await proxy.get(path_of())
+            assert got.status == 502
+            assert b"the Pod answered 3" in got.body
+            assert proxy.server.stats().outcomes[Outcome.POD_ANSWERED] == 1
+    assert elsewhere.connections == 0
+
+
+async def test_https_pods_are_verified() -> None:
+    """502 naming both settings where the authority is not the Pods', unless verification is skipped."""
+    pod = PodServer(is_secure=True, signed_by=trustme.CA())
+    async with pod.serving():
+        pods = known(pod.pod())
+        async with proxying(pods=access(pods)) as proxy:
+            got = await proxy.get(path_of())
+            assert got.status == 502
+            assert b"POD_CA_FILE" in got.body
+            assert b"POD_INSECURE_SKIP_TLS_VERIFY" in got.body
+            assert b"KUBELET" not in got.body
+        assert pod.requests == []
+        blind = pod_context(ca_pem=None, skip_verification=True)
+        async with proxying(pods=access(known(pod.pod()), context=blind)) as proxy:
+            assert (await proxy.get(path_of())).status == 200
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "outcome"),
+    [
+        (b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n", 502, Outcome.POD_ANSWERED),
+        (b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n", 502, Outcome.POD_ANSWERED),
+        (b"\x16\x03\x01 this is no HTTP\r\n\r\n", 502, Outcome.POD_MALFORMED),
+        (b"HTTP/1.1 200 OK\r\n\r\nno length", 502, Outcome.POD_MALFORMED),
+    ],
+)
+async def test_pods_that_answer_badly(raw: bytes, status: int, outcome: Outcome) -> None:
+    """Tells what the Pod did, of the Pod and not of a kubelet, and counts it apart from theirs."""
+    pod = PodServer(always(raw))
+    async with pod.serving(), proxying(pods=access(known(pod.pod()))) as proxy:
+        got = await proxy.get(path_of())
+        assert got.status == status
+        assert b"kubelet" not in got.body
+        assert proxy.server.stats().outcomes[outcome] == 1
+        (failure,) = proxy.server.failures()
+        assert (failure.outcome, failure.endpoint.port) == (outcome, pod.port)
+
+
+async def test_a_pod_that_is_not_there() -> None:
+    """502 with the reason where nothing listens."""
+    server = PodServer()
+    async with server.serving():
+        gone = server.pod()
+    async with proxying(pods=access(known(gone))) as proxy:
+        got = await proxy.get(path_of())
+        assert (got.status, b"the Pod cannot be reached" in got.body) == (502, True)
+
+
+async def test_pods_that_hang_do_not_starve_kubelets() -> None:
+    """With every place for Pods taken, Nodes are scraped as ever."""
+    kubelet, pod = Kubelet(), PodServer(hang)
+    async with kubelet.serving(), pod.serving():
+        places = Concurrency(per_node=2, overall=2)
+        pods = access(known(pod.pod(), pod.pod("web-2")), concurrency=places)
+        async with proxying(kubelet.node(), concurrency=places, pods=pods) as proxy:
+            stuck = [
+                asyncio.create_task(proxy.get(path_of(name), "X-Prometheus-Scrape-Timeout-Seconds: 2"))
+                for name in ("web-1", "web-2", "web-1", "web-2")
+            ]
+            await until(lambda: proxy.server.stats().running == 2)
+            for _ in range(3):
+                assert (await proxy.get(cadvisor(kubelet))).status == 200
+            for answered in asyncio.as_completed(stuck):
+                assert (await answered).status in (503, 504)
+
+
+async def test_before_the_pods_are_known() -> None:
+    """503 until the first complete list and once what was known is too old; Nodes are not concerned."""
+    kubelet, pod = Kubelet(), PodServer()
+    async with kubelet.serving(), pod.serving():
+        pods = Pods()
+        put(pods, pod.pod())
+        async with proxying(kubelet.node(), pods=access(pods)) as proxy:
+            assert (await proxy.get(path_of())).status == 503
+            assert (await proxy.get(cadvisor(kubelet))).status == 200
+            pods.known = True
+            assert (await proxy.get(path_of())).status == 200
+            assert proxy.server.stats().kept == 2
+            pods.forget()
+            assert proxy.server.stats().kept == 1
+            assert (await proxy.get(path_of())).status == 503
+
+
+async def test_without_the_setting_there_are_no_pods() -> None:
+    """The form for Pods leads nowhere unless they are relayed."""
+    async with proxying() as proxy:
+        got = await proxy.get(path_of())
+        assert got.status == 404
+
+
+def route_of(pods: Pods, target: str, nodes: NodeTable = NOBODY) -> Route | Refusal:
+    """Decide on a target."""
+    return find_pod(target.encode("latin-1"), pods, nodes)
+
+
+async def test_a_pod_with_its_nodes_network() -> None:
+    """Only a declared port is reached, and never the kubelet's, declared or not."""
+    kubelet, pod = Kubelet(), PodServer(host="127.0.0.1")
+    async with kubelet.serving(), pod.serving():
+        pods = known(
+            pod.pod("declared", host_network=True, ports=declared(pod.port)),
+            pod.pod("undeclared", host_network=True, ports=declared(1)),
+            pod.pod(
+                "kubelet",
+                host_network=True,
+                ports=declared(kubelet.port),
+                annotations={"port": str(kubelet.port), "scheme": "https"},
+            ),
+            pod.pod("spoofed"),
+        )
+        async with proxying(kubelet.node(), pods=access(pods)) as proxy:
+            for name, status in (("declared", 200), ("undeclared", 404), ("kubelet", 404), ("spoofed", 404)):
+                assert (await proxy.get(path_of(name))).status == status, name
+    assert (kubelet.connections, len(pod.requests)) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "ip",
+    ["169.254.169.254", "127.0.0.1", "::1", "0.0.0.0", "224.0.0.1", "::ffff:127.0.0.1", "fe80::1", "", "x"],
+)
+def test_addresses_never_dialled(ip: str) -> None:
+    """A Pod whose status names a special address is as good as none: a kubelet writes it."""
+    assert proxied_pod(PodServer(port=80).pod(ip=ip), PREFIX) is None
+
+
+@pytest.mark.parametrize(
+    ("annotations", "path"),
+    [
+        ({"path": "/metrics"}, "/metrics"),
+        ({"path": "a/b"}, "/a/b"),
+        ({"path": '/é m%2f/"#;x=y'}, "/%C3%A9%20m%252f/%22%23;x=y"),
+        ({"path": "/m\r\nX: y"}, None),
+        ({"path": "/" + "m" * 3000}, None),
+        ({"port": "70000"}, None),
+        ({"scrape": "no"}, None),
+    ],
+)
+def test_what_is_asked(annotations: dict[str, str], path: str | None) -> None:
+    """Path and query are written as Go's net/url writes them, and nothing can break out of the request line."""
+    made = proxied_pod(PodServer(port=80).pod(ip="192.0.2.9", annotations=annotations), PREFIX)
+    assert (made.routes[0].path if made else None) == path
+
+
+ATTACKS = [
+    "/api/v1/namespaces/shop/pods/web-1",
+    "/api/v1/namespaces/shop/pods/web-1/",
+    "/api/v1/namespaces/shop/pods/web-1/metrics/",
+    "/api/v1/namespaces/shop/pods/web-1//metrics",
+    "/api/v1/namespaces/shop/pods//web-1/metrics",
+    "/api/v1/namespaces/shop/pods/web-1/proxy/metrics",
+    "/api/v1/namespaces/shop/pods/web-1/metrics/cadvisor",
+    "/api/v1/namespaces/shop/pods/web-1/exec",
+    "/api/v1/namespaces/shop/pods/web-1/log",
+    "/api/v1/namespaces/shop/pods/web-1/%6detrics",
+    "/api/v1/namespaces/shop/pods/web-1%2fmetrics",
+    "/api/v1/namespaces/shop/pods/web-1%3A9102/metrics",
+    "/api/v1/namespaces/shop/pods/web%2D1/metrics",
+    "/api/v1/namespaces/shop/pods/../pods/web-1/metrics",
+    "/api/v1/namespaces/other/../shop/pods/web-1/metrics",
+    "/api/v1/namespaces/shop/./pods/web-1/metrics",
+    "/api/v1/namespaces/shop/pods/web-1/../web-2/metrics",
+    "/api/v1/namespaces/shop/pods/web-1/metrics/../../web-2/metrics",
+    "/api/v1/namespaces/shop%2f..%2fshop/pods/web-1/metrics",
+    "/api/v1/namespaces/shop/pods/web-1:/metrics",
+    "/api/v1/namespaces/shop/pods/web-1:09102/metrics",
+    "/api/v1/namespaces/shop/pods/web-1:+9102/metrics",
+    "/api/v1/namespaces/shop/pods/web-1:9103/metrics",
+    "/api/v1/namespaces/shop/pods/web-1:74638/metrics",
+    "/api/v1/namespaces/shop/pods/web-1:10250/metrics",
+    "/api/v1/namespaces/shop/pods/web-1:http/metrics",
+    "/api/v1/namespaces/shop/pods/https:web-1:9102/metrics",
+    "/api/v1/namespaces/shop/pods/user@web-1/metrics",
+    "/api/v1/namespaces/shop/pods/WEB-1/metrics",
+    "/api/v1/namespaces/shop/pods/web-1./metrics",
+    "/api/v1/namespaces/shop/pods/web-1;x/metrics",
+    "/api/v1/namespaces/shop/pods/web-1\\/metrics",
+    "/api/v1/namespaces/shop/pods/web-1/metrics#x",
+    "/api/v1/namespaces/shop/pods/web-1/metrics?#x",
+    "/api/v1/namespaces/shop/pods/web-1/metrics HTTP/1.1\r\nX: y",
+    "/api/v1/namespaces/shop/pods/web-1/metrics\n",
+    "/api/v1/namespaces/shop/pods/198.51.100.10/metrics",
+    "/api/v1/namespaces/shop/pods/198.51.100.10:9102/metrics",
+    "/api/v1/namespaces/shop/pods/[2001:db8::1]:9102/metrics",
+    "/api/v1/namespaces/shop/pods/169.254.169.254:80/metrics",
+    "/api/v1/namespaces/shop/pods/localhost/metrics",
+    "/api/v1/namespaces/shop/pods/kubernetes.default.svc/metrics",
+    "/api/v1/namespaces//pods/web-1/metrics",
+    "/api/v1/namespaces/sh.op/pods/web-1/metrics",
+    "/api/v1/namespaces/other/pods/web-1/metrics",
+    "/api/v1/namespaces/shop/Pods/web-1/metrics",
+    "/api/v1/namespaces/shop/services/web-1/metrics",
+    "http://shop/api/v1/namespaces/shop/pods/web-1/metrics",
+    "//api/v1/namespaces/shop/pods/web-1/metrics",
+]
+
+
+def table() -> Pods:
+    """Return a Pod of a name, one whose name looks like an address, and one whose name holds two dots."""
+    server = PodServer(port=9102)
+    return known(
+        server.pod(ip="198.51.100.10"),
+        server.pod("192.0.2.77", ip="198.51.100.11"),
+        server.pod("a..b", ip="198.51.100.12"),
+    )
+
+
+@pytest.mark.parametrize("target", ATTACKS)
+def test_refused(target: str) -> None:
+    """Leads nowhere."""
+    assert route_of(table(), target) in (UNKNOWN_PATH, UNKNOWN_POD)
+
+
+@pytest.mark.parametrize(
+    ("target", "address"),
+    [
+        ("/api/v1/namespaces/shop/pods/web-1/metrics", "198.51.100.10"),
+        ("/api/v1/namespaces/shop/pods/web-1:9102/metrics?x=../..", "198.51.100.10"),
+        ("/api/v1/namespaces/shop/pods/192.0.2.77/metrics", "198.51.100.11"),
+        ("/api/v1/namespaces/shop/pods/192.0.2.77:9102/metrics", "198.51.100.11"),
+        ("/api/v1/namespaces/shop/pods/a..b/metrics", "198.51.100.12"),
+    ],
+)
+def test_names_are_looked_up_and_nothing_else(target: str, address: str) -> None:
+    """A name that looks like an address leads to the Pod of that name, at the Pod's own address."""
+    route = route_of(table(), target)
+    assert isinstance(route, Route)
+    assert (route.endpoint.address, route.path) == (address, "/metrics")
+
+
+def test_unknown_yet() -> None:
+    """Says that Pods are not known rather than that one is not there."""
+    assert route_of(Pods(), path_of()) == PODS_UNKNOWN
+    assert route_of(Pods(), "/api/v1/namespaces/x") == UNKNOWN_PATH
+
+
+async def test_attacks_over_the_wire() -> None:
+    """Nothing is connected to for any of them, and a method or body that is no scrape is refused as for Nodes."""
+    pod, other = PodServer(), PodServer()
+    async with pod.serving(), other.serving():
+        async with proxying(pods=access(known(pod.pod()))) as proxy:
+            # With a version in it a target is, on the wire, a sound request of what stands before.
+            for target in (one for one in ATTACKS if " HTTP/" not in one):
+                aimed = target.replace("9103", str(other.port)).replace("9102", str(other.port))
+                raw = await proxy.exchange(get_request(aimed, "Connection: close"))
+                assert parse_answer(raw).status in (400, 404, 505), (target, raw)
+            good = get_request(path_of(), "Connection: close")
+            for raw, status in (
+                (good.replace(b"GET", b"POST"), 405),
+                (good.replace(b"GET", b"CONNECT"), 405),
+                (get_request(path_of(), "Content-Length: 3") + b"abc", 400),
+                (good + good, 400),
+            ):
+                assert parse_answer(await proxy.exchange(raw)).status == status
+        assert (pod.connections, other.connections) == (0, 0)
+
+
+PIECES = st.sampled_from(
+    [
+        "/api/v1/namespaces/", "shop", "/pods/", "web-1", "192.0.2.77", "a..b", ":9102", ":80", "/metrics",
+        "..", "/", "%2f", "%2e", "?", "#", "@", "[::1]", "\x00", "\r\n", "/proxy", "http://",
+    ]
+)  # fmt: skip
+
+
+@given(st.one_of(st.lists(PIECES, max_size=9).map("".join), st.text(max_size=60)))
+@example("/api/v1/namespaces/shop/pods/web-1:9102/metrics")
+def test_only_allowed_pods(target: str) -> None:
+    """Whatever the target, leads to a known Pod's own address, port and path, or nowhere."""
+    pods = table()
+    route = find_pod(target.encode("utf-8", "surrogatepass"), pods, NOBODY)
+    if isinstance(route, Route):
+        assert pods.is_current(route.endpoint)
+        assert (route.endpoint.port, route.path) == (9102, "/metrics")
+        assert re.fullmatch(r"/api/v1/namespaces/shop/pods/[a-z0-9.-]+(:9102)?/metrics(\?.*)?", target)
+    else:
+        assert route.status == 404

@@ -1,0 +1,224 @@
+"""A whole controller between a cluster and a Consul in memory."""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+
+from prometheus_client import CollectorRegistry
+
+from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.model import Drift, Source
+from k8s_consul_registrar.registrar.absences import Absences
+from k8s_consul_registrar.registrar.brake import BrakeRules
+from k8s_consul_registrar.registrar.controller import Controller, Parts
+from k8s_consul_registrar.registrar.decide import Rules
+from k8s_consul_registrar.registrar.interfaces import Leadership, Orphans
+from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.names import NameGuard
+from k8s_consul_registrar.registrar.observed import Contests, ObservedState
+from k8s_consul_registrar.registrar.ownership import Identity
+from k8s_consul_registrar.registrar.queue import WorkQueue
+from k8s_consul_registrar.registrar.reconciler import Reconciler
+from k8s_consul_registrar.registrar.reporter import Reporter
+from k8s_consul_registrar.registrar.resync import Resync
+from k8s_consul_registrar.registrar.schedule import ScheduleRules
+from k8s_consul_registrar.registrar.status import RegistrarStatus
+from k8s_consul_registrar.targets.resolve import TargetRules
+from k8s_consul_registrar.targets.service_names import RandomShards, Shards
+from support.builders import make_pod
+from support.fake_consul import QUICK
+from support.memory import PODS, MemoryCluster, MemoryRegistry
+
+# A read of everything costs nothing in memory.
+FREE_READS = ScheduleRules(period=60, probe=QUICK.probe, gap=0)
+# An absence that is no fact is held for as long as a test lasts.
+HELD = BrakeRules(confirm=60, confirm_start=60)
+PATIENCE = 20.0  # seconds, generous: a busy machine is slow
+
+
+class MemoryHealth:
+    """The health of a Consul in memory, by the requests that it was sent; the gate is the controller's."""
+
+    def __init__(self, consul: MemoryRegistry) -> None:
+        self._consul = consul
+        self.open_at = -math.inf
+
+    @property
+    def is_up(self) -> bool:
+        """True if a request succeeded and neither the latest read nor the latest write failed."""
+        consul = self._consul
+        return consul.has_answered and not (consul.is_read_failing or consul.is_write_failing)
+
+    @property
+    def problem(self) -> str:
+        """The failure."""
+        consul = self._consul
+        return "Consul is down" if consul.is_read_failing or consul.is_write_failing else ""
+
+    def concurrency(self, limit: int) -> int:
+        """Return the limit."""
+        return limit
+
+
+class Clock:
+    """The monotonic clock, which a test can move on: as if the process had been suspended."""
+
+    def __init__(self) -> None:
+        self._skipped = 0.0
+
+    def __call__(self) -> float:
+        """Return the time."""
+        return time.monotonic() + self._skipped
+
+    def skip(self, seconds: float) -> None:
+        """Move on."""
+        self._skipped += seconds
+
+
+class Vote:
+    """A leadership that a test decides."""
+
+    def __init__(self, *, is_leader: bool) -> None:
+        self.is_leader = is_leader
+        self._changed = asyncio.Event()
+
+    async def changed(self) -> None:
+        """Wait for a decision."""
+        await self._changed.wait()
+        self._changed.clear()
+
+    def decide(self, *, is_leader: bool) -> None:
+        """Win or lose the lead."""
+        self.is_leader = is_leader
+        self._changed.set()
+
+
+class Lab:
+    """A controller between a cluster and a Consul in memory; time is real and short."""
+
+    def __init__(
+        self,
+        *,
+        checks_versions: bool = True,
+        shards: Shards | None = None,
+        sources: Sequence[Source] = (PODS,),
+        schedule: ScheduleRules = FREE_READS,
+        brake: BrakeRules = HELD,
+        identity: Identity = Identity("lab"),  # noqa: B008 - an immutable value
+        leadership: Leadership | None = None,
+        orphans: Orphans | None = None,
+        timing: Timing = QUICK,
+        target_rules: TargetRules | None = None,
+        checked_names: bool = False,
+        backoff_cap: float = 60.0,
+    ) -> None:
+        self.clock = Clock()
+        self.observed = ObservedState()
+        self.cluster = MemoryCluster(sources, observed=self.observed, clock=self.clock, rules=target_rules)
+        self.desired = self.cluster.desired
+        self.consul = MemoryRegistry(checks_versions=checks_versions)
+        self.metrics = CollectorRegistry()
+        self.status = RegistrarStatus()
+        self.reporter = Reporter(RegistrarMetrics(self.metrics), self.status, self.clock)
+        self.queue = WorkQueue(first=timing.retry_first, cap=backoff_cap, min_interval=timing.write_interval)
+        checked = frozenset(source.kind for source in sources) if checked_names else frozenset()
+        self.names = NameGuard(self.consul.is_name_taken, checked=checked)
+        self.rules = Rules(identity, shards or RandomShards(), self.names.status)
+        self.contests = Contests(schedule.period)
+        self.absences = Absences(self.desired, self.cluster, brake, clock=self.clock)
+        self.reconciler = Reconciler(
+            desired=self.desired,
+            observed=self.observed,
+            queue=self.queue,
+            registry=self.consul,
+            rules=self.rules,
+            names=self.names,
+            contests=self.contests,
+            reporter=self.reporter,
+            clock=self.clock,
+        )
+        self.resync = Resync(
+            desired=self.desired,
+            observed=self.observed,
+            queue=self.queue,
+            registry=self.consul,
+            rules=self.rules,
+            names=self.names,
+            contests=self.contests,
+            absences=self.absences,
+            reporter=self.reporter,
+            id_prefix=target_rules.id_prefix if target_rules else "",
+            clock=self.clock,
+        )
+        self.health = MemoryHealth(self.consul)
+        self.controller = Controller(
+            Parts(
+                self.desired,
+                self.observed,
+                self.queue,
+                self.consul,
+                self.reconciler,
+                self.resync,
+                self.reporter,
+                self.status,
+                self.health,
+            ),
+            schedule=schedule,
+            timing=timing,
+            leadership=leadership,
+            orphans=orphans,
+            probe_consul=self._probe_consul,
+            clock=self.clock,
+        )
+
+    async def _probe_consul(self, is_drained: bool) -> None:
+        """Let a read that works clear a failed write, while nothing is left to write."""
+        if is_drained and not self.consul.is_down:
+            self.consul.is_write_failing = False
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Run the controller."""
+        task = asyncio.create_task(self.controller.run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    @property
+    def names_held(self) -> set[str]:
+        """The Pods of namespace shop whose services Consul holds."""
+        return {service_id.removeprefix("pod--shop--") for service_id in self.consul.held}
+
+    async def until(self, *names: str) -> None:
+        """Wait until Consul holds just these Pods' services."""
+        expected = set(names)
+        await self.until_so(lambda: self.names_held == expected)
+
+    async def until_so(self, is_so: Callable[[], bool]) -> None:
+        """Wait until something is so."""
+        async with asyncio.timeout(PATIENCE):
+            while not is_so():
+                await asyncio.sleep(0.002)
+
+    async def synced(self, *names: str) -> None:
+        """List these Pods, and wait until everything was compared once."""
+        self.cluster.put_list([make_pod(name) for name in names])
+        await self.until_so(lambda: self.status.has_synced)
+        await self.until(*names)
+
+    async def resynced(self) -> None:
+        """Wait until a resync that began after this call has ended, and the queue is drained."""
+        for _ in range(2):  # the first may have begun before
+            resyncs = self.value("resyncs_total")
+            self.consul.foreign = Drift.CHANGED
+            await self.until_so(lambda seen=resyncs: self.value("resyncs_total") > seen)  # type: ignore[misc]
+        await self.until_so(lambda: self.queue.is_drained)
+
+    def value(self, name: str, **labels: str) -> float:
+        """Return one figure."""
+        return self.metrics.get_sample_value(f"k8s_consul_registrar_{name}", labels) or 0.0

@@ -1,0 +1,85 @@
+"""Pods nobody would write on purpose, yet any API server takes."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hypothesis import strategies as st
+
+from support.cluster import NAMESPACE, Cluster
+
+PHASES = ("Running", "Running", "Running", "Unknown", "Pending", "Succeeded", "Failed")
+AT_ONCE = 8  # requests in flight
+
+
+@dataclass(frozen=True)
+class OddPod:
+    """What a test makes of one Pod."""
+
+    phase: str
+    ips: tuple[str, ...]
+    annotations: dict[str, str] = field(default_factory=dict)
+    ports: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def asks(self) -> bool:
+        """Whether it is to be scraped, well or badly put."""
+        is_annotated = self.annotations.get("prometheus.io/scrape") == "true"
+        return is_annotated and self.phase in ("Running", "Unknown")
+
+
+# An API server takes any UTF-8 text as the value of an annotation; surrogates cannot be sent at all.
+_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+_path = _text | st.sampled_from(
+    [
+        "/m",
+        "m?a=1&b=2",
+        "/m?a=1&a=2",
+        "?",
+        "/%zz?%41=%00",
+        "/m#f",
+        "/é?ü=ß",
+        "//",
+        "/" + "x" * 511,
+        "/m?" + "a" * 120,
+    ]
+)
+_port = (
+    _text | st.integers(-1, 70000).map(str) | st.sampled_from(["web", " 80 ", "٣", "1e3", "0x50", "00080"])
+)
+_param_name = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,20}[A-Za-z0-9])?", fullmatch=True)
+_ips = st.lists(st.ip_addresses(v=4), min_size=0, max_size=1) | st.tuples(st.ip_addresses(v=6))
+
+
+@st.composite
+def odd_pods(draw: st.DrawFn) -> OddPod:
+    """Draw a Pod; most are annotated to be scraped."""
+    annotations = {"prometheus.io/scrape": draw(st.sampled_from(["true"] * 6 + ["false", "True", "1", ""]))}
+    optional = {
+        "path": _path,
+        "port": _port,
+        "scheme": st.sampled_from(["http", "https", "HTTPS", "", "ftp"]),
+    }
+    for name, values in optional.items():
+        if draw(st.booleans()):
+            annotations[f"prometheus.io/{name}"] = draw(values)
+    for name, value in draw(st.dictionaries(_param_name, _text, max_size=3)).items():
+        annotations[f"prometheus.io/param-{name}"] = value
+    names = st.sampled_from(["web", "metrics", "prom", "http-metrics", "debug"])
+    ports = draw(st.dictionaries(names, st.integers(1, 65535), max_size=3))
+    ips = tuple(str(ip) for ip in draw(_ips))
+    return OddPod(draw(st.sampled_from(PHASES)), ips, annotations, ports)
+
+
+async def add_odd_pods(cluster: Cluster, pods: Sequence[OddPod]) -> set[str]:
+    """Create the Pods as `odd-<number>` and return the service IDs of those that ask to be scraped."""
+    slots = asyncio.Semaphore(AT_ONCE)
+
+    async def add(number: int, pod: OddPod) -> None:
+        async with slots:
+            await cluster.add_pod(
+                f"odd-{number}", phase=pod.phase, ips=pod.ips, annotations=pod.annotations, ports=pod.ports
+            )
+
+    await asyncio.gather(*(add(number, pod) for number, pod in enumerate(pods)))
+    return {f"pod--{NAMESPACE}--odd-{number}" for number, pod in enumerate(pods) if pod.asks}

@@ -1,0 +1,354 @@
+"""`kube.objects`: pages, Pods and Nodes from the API server's JSON, well formed and not."""
+
+import json
+import string
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from k8s_consul_registrar.errors import ClusterRefused
+from k8s_consul_registrar.kube.objects import Page, decode_object, split_page
+from k8s_consul_registrar.model import ContainerPort, Kind, Node, NodeAddress, ObjectKey, Pod, Undecodable
+from support.kube_samples import recorded
+
+
+def decode_page(body: bytes, kind: Kind) -> Page:
+    """Decode one answer to a list request as a whole."""
+    return split_page(body, kind).decode()
+
+
+def pod(**changes: Any) -> dict[str, Any]:
+    """Return a small valid Pod, with top-level fields replaced."""
+    return {
+        "metadata": {
+            "name": "cart-1",
+            "namespace": "shop",
+            "uid": "u1",
+            "creationTimestamp": "2026-01-01T00:00:00Z",
+        },
+        "spec": {"nodeName": "n1", "containers": [{"name": "app", "ports": [{"containerPort": 8080}]}]},
+        "status": {"phase": "Running", "podIP": "10.0.0.1", "hostIP": "192.0.2.1"},
+        **changes,
+    }
+
+
+def page(items: object, kind: str = "PodList") -> bytes:
+    """Return a list body of these items."""
+    return json.dumps({"kind": kind, "metadata": {"resourceVersion": "7"}, "items": items}).encode()
+
+
+def read(value: object) -> Pod:
+    """Decode a Pod that must be readable."""
+    decoded = decode_object(json.dumps(value).encode(), Kind.POD)
+    assert isinstance(decoded, Pod)
+    return decoded
+
+
+def test_a_recorded_pod_has_every_field_we_use() -> None:
+    """A Pod as a real API server sends it comes out whole."""
+    items = {item.key: item for item in decode_page(recorded("k8s-pods-list").body, Kind.POD).items}
+    cart = items[ObjectKey(Kind.POD, "shop", "cart-7d9f8c6b5-abcde")]
+    assert isinstance(cart, Pod)
+    sent = next(
+        item
+        for item in json.loads(recorded("k8s-pods-list").body)["items"]
+        if item["metadata"]["name"] == "cart-7d9f8c6b5-abcde"
+    )
+    assert cart.uid == sent["metadata"]["uid"]
+    assert cart.created == sent["metadata"]["creationTimestamp"]
+    assert cart.annotations == sent["metadata"]["annotations"]
+    assert cart.labels == sent["metadata"]["labels"]
+    assert cart.node == sent["spec"]["nodeName"]
+    assert cart.ip == sent["status"]["podIP"]
+    assert cart.host_ip == sent["status"]["hostIP"]
+    assert cart.phase == "Running"
+    assert cart.ready
+    assert [port.number for port in cart.ports] == [
+        port["containerPort"] for container in sent["spec"]["containers"] for port in container["ports"]
+    ]
+
+
+def test_recorded_pods_all_decode() -> None:
+    """No item of any recorded Pod list is undecodable, and readiness follows the condition."""
+    for name in ("k8s-pods-list", "k8s-pods-list-rv0", "k8s-pods-list-selectors"):
+        items = decode_page(recorded(name).body, Kind.POD).items
+        assert items
+        assert all(isinstance(item, Pod) for item in items)
+    ready = {
+        pod.name: pod.ready
+        for pod in decode_page(recorded("k8s-pods-list").body, Kind.POD).items
+        if isinstance(pod, Pod)
+    }
+    assert not ready["notready-1"]
+
+
+def test_recorded_pages_carry_version_and_continue_token() -> None:
+    """The first page names the next, the second has the rest of the same snapshot."""
+    first = decode_page(recorded("k8s-pods-list-page1").body, Kind.POD)
+    second = decode_page(recorded("k8s-pods-list-page2").body, Kind.POD)
+    assert first.continue_token.startswith("eyJ2")
+    assert first.resource_version == second.resource_version == "333"
+    assert len(first.items) == 4
+    assert not {item.key for item in first.items} & {item.key for item in second.items}
+
+
+def test_recorded_nodes_keep_their_addresses_in_order() -> None:
+    """Nodes come with every address, none where they have none."""
+    nodes = {
+        node.name: node
+        for node in decode_page(recorded("k8s-nodes-list").body, Kind.NODE).items
+        if isinstance(node, Node)
+    }
+    assert nodes["node-dual"].addresses == (
+        NodeAddress("InternalIP", "192.0.2.11"),
+        NodeAddress("InternalIP", "2001:db8:1::11"),
+    )
+    assert nodes["node-noaddr"].addresses == ()
+    assert nodes["node-ext"].kubelet_port == 10250
+    assert nodes["real-node"].labels["kubernetes.io/os"] == "linux"
+
+
+def test_ports_are_those_of_containers_and_native_sidecars() -> None:
+    """An init container counts only if it restarts always; the protocol is TCP where none is named."""
+    value = pod(
+        spec={
+            "containers": [
+                {"ports": [{"containerPort": 80, "name": "web"}, {"containerPort": 53, "protocol": "UDP"}]}
+            ],
+            "initContainers": [
+                {"ports": [{"containerPort": 1}]},
+                {"ports": [{"containerPort": 9090}], "restartPolicy": "Always"},
+            ],
+        }
+    )
+    assert read(value).ports == (
+        ContainerPort("web", 80, "TCP"),
+        ContainerPort("", 53, "UDP"),
+        ContainerPort("", 9090, "TCP"),
+    )
+
+
+def test_a_kubelet_port_of_its_own_is_kept_and_zero_is_the_default() -> None:
+    """Go sends an unset port as 0."""
+    for sent, expected in ((10260, 10260), (0, 10250)):
+        body = {"metadata": {"name": "n"}, "status": {"daemonEndpoints": {"kubeletEndpoint": {"Port": sent}}}}
+        node = decode_object(json.dumps(body).encode(), Kind.NODE)
+        assert isinstance(node, Node)
+        assert node.kubelet_port == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pod(spec={"containers": None, "initContainers": None}),
+        pod(spec={"containers": [{"ports": None, "restartPolicy": None}]}),
+        pod(spec=None),
+        pod(status=None),
+        {
+            "metadata": {
+                "name": "a",
+                "namespace": "b",
+                "labels": None,
+                "annotations": None,
+                "creationTimestamp": None,
+            }
+        },
+        pod(status={"conditions": None}),
+    ],
+)
+def test_nulls_of_go_are_absences(value: dict[str, Any]) -> None:
+    """Slices, maps and whole parts may be null or missing."""
+    assert read(value).name in {"a", "cart-1"}
+
+
+def test_a_node_without_status_decodes() -> None:
+    """A Node that no kubelet has written to yet is still a Node."""
+    for status in (
+        {},
+        {"status": None},
+        {"status": {"addresses": None, "daemonEndpoints": None, "conditions": None}},
+    ):
+        node = decode_object(json.dumps({"metadata": {"name": "n"}, **status}).encode(), Kind.NODE)
+        assert node == Node(name="n", uid="", created="")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pod(spec={"containers": {"not": "a list"}}),
+        pod(spec={"containers": [{"ports": [{"containerPort": "http"}]}]}),
+        pod(spec={"containers": [{"ports": [{"containerPort": 70000}]}]}),
+        pod(status={"podIP": 5}),
+        pod(metadata={"name": "cart-1", "namespace": "shop", "annotations": {"a": 1}}),
+        pod(metadata={"name": "cart-1", "namespace": "shop", "labels": []}),
+    ],
+)
+def test_an_unreadable_item_keeps_its_place_and_name(value: dict[str, Any]) -> None:
+    """One odd item is reported by key and the rest of the page stays."""
+    first, odd, last = decode_page(page([pod(), value, pod()]), Kind.POD).items
+    assert isinstance(first, Pod)
+    assert isinstance(last, Pod)
+    assert isinstance(odd, Undecodable)
+    assert odd.key == ObjectKey(Kind.POD, "shop", "cart-1")
+    assert "$." in odd.problem
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        5,
+        None,
+        [],
+        "pod",
+        {},
+        {"metadata": None},
+        {"metadata": {"name": ""}},
+        {"metadata": {"name": 5, "namespace": "a"}},
+        {"metadata": {"name": "a"}},
+    ],
+)
+def test_an_item_without_a_name_has_no_key(value: object) -> None:
+    """Whatever cannot even be named is reported without a key."""
+    (odd,) = decode_page(page([value]), Kind.POD).items
+    assert isinstance(odd, Undecodable)
+    assert odd.key is None
+
+
+def test_an_unreadable_node_is_known_by_name() -> None:
+    """A Node's key has no namespace."""
+    body = {"metadata": {"name": "n", "labels": 5}}
+    odd = decode_object(json.dumps(body).encode(), Kind.NODE)
+    assert isinstance(odd, Undecodable)
+    assert odd.key == ObjectKey(Kind.NODE, "", "n")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"<html>sign in</html>",
+        b"{}",
+        b"[]",
+        b"null",
+        page([], kind="NodeList"),
+        b'{"kind":"Status","metadata":{},"items":[]}',
+        b'{"kind":"PodList","metadata":{"resourceVersion":"7"}}',
+        b'{"kind":"PodList","metadata":{"resourceVersion":""},"items":[]}',
+        b'{"kind":"PodList","metadata":{"resourceVersion":"7"},"items":{}}',
+        page([pod()])[:-40],
+        b'{"kind":"PodList","metadata":{"resourceVersion":"7"},"items":[' + b"[" * 100_000,
+        b'{"kind":"\xff"}',
+    ],
+)
+def test_a_body_that_is_no_list_of_the_kind_is_refused(body: bytes) -> None:
+    """Above all a body without items is never taken for an empty cluster."""
+    with pytest.raises(ClusterRefused):
+        decode_page(body, Kind.POD)
+
+
+def test_null_items_are_an_empty_list() -> None:
+    """Go sends an empty slice as null."""
+    assert decode_page(page(None), Kind.POD).items == ()
+
+
+def test_bad_utf8_in_one_item_does_not_end_the_page() -> None:
+    """Bytes that are no text are that item's trouble, and its key's if they are in the name."""
+    body = page([pod(), pod(metadata={"name": "cart-2", "namespace": "shop", "uid": "XX"})]).replace(
+        b"XX", b"\xff\xfe"
+    )
+    first, odd = decode_page(body, Kind.POD).items
+    assert isinstance(first, Pod)
+    assert isinstance(odd, Undecodable)
+    assert odd.key == ObjectKey(Kind.POD, "shop", "cart-2")
+
+
+def test_a_huge_annotation_and_control_characters_are_only_text() -> None:
+    """What a Pod's author writes is kept as it is; judging it is not done here."""
+    notes = {"prometheus.io/path": "/x\n\x00\u202e", "big": "y" * 1_000_000}
+    decoded = read(pod(metadata={"name": "cart-1", "namespace": "shop", "annotations": notes}))
+    assert decoded.annotations == notes
+
+
+def test_names_that_repeat_share_memory() -> None:
+    """Ten thousand Pods of one namespace hold its name once."""
+    first, second = (read(pod()) for _ in range(2))
+    assert first.namespace is second.namespace
+    assert first.node is second.node
+    assert first.ports[0].protocol is second.ports[0].protocol
+
+
+TEXT = st.text(string.printable + "\x00é\U0001f600", max_size=8)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = [
+    "name",
+    "namespace",
+    "uid",
+    "creationTimestamp",
+    "labels",
+    "annotations",
+    "nodeName",
+    "hostNetwork",
+    "containers",
+    "initContainers",
+    "ports",
+    "containerPort",
+    "protocol",
+    "restartPolicy",
+    "phase",
+    "podIP",
+    "hostIP",
+    "conditions",
+    "type",
+    "status",
+    "metadata",
+    "spec",
+]
+ODD_OBJECTS = st.recursive(
+    ANYTHING,
+    lambda inner: st.dictionaries(st.sampled_from(FIELDS), inner, max_size=6) | st.lists(inner, max_size=2),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {"metadata": st.just(pod()["metadata"]) | ODD_OBJECTS, "spec": ODD_OBJECTS, "status": ODD_OBJECTS}
+    )
+)
+def test_odd_pods_decode_or_are_reported(value: dict[str, Any]) -> None:
+    """Whatever stands in a Pod, the page goes on: the neighbours are read, the Pod is a value."""
+    items = decode_page(page([pod(), value, pod()]), Kind.POD).items
+    assert isinstance(items[0], Pod)
+    assert isinstance(items[2], Pod)
+    if isinstance(items[1], Pod):
+        assert items[1].name == value["metadata"]["name"]
+        assert all(1 <= port.number <= 65535 for port in items[1].ports)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200))
+def test_garbage_is_undecodable(raw: bytes) -> None:
+    """Bytes that are no object never raise."""
+    for kind in Kind:
+        assert isinstance(decode_object(raw, kind), Undecodable)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "deleted"),
+    [
+        ({}, False),
+        ({"deletionTimestamp": None}, False),
+        ({"deletionTimestamp": "2026-01-02T00:00:00Z"}, True),
+    ],
+)
+def test_pod_with_a_deletion_timestamp_is_deleted(metadata: dict[str, Any], deleted: bool) -> None:
+    """The API server sets `deletionTimestamp` long before it removes the Pod."""
+    sent = pod()
+    assert read({**sent, "metadata": {**sent["metadata"], **metadata}}).deleted is deleted
