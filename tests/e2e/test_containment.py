@@ -16,7 +16,8 @@ from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.settings.modes import read_proxy, read_registrar
 from k8s_consul_registrar.settings.proxying import KubeletSettings
-from k8s_consul_registrar.wiring.registrar import consul_access, http_sd_bearer, http_sd_tls
+from k8s_consul_registrar.wiring.consul import consul_access
+from k8s_consul_registrar.wiring.registrar import http_sd_bearer, http_sd_tls
 from support.daemon import Daemon
 from support.lab import running_lab
 from support.odd_files import ODD, restore

@@ -11,11 +11,12 @@ from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.selection import SelectionRecord
 from k8s_consul_registrar.settings.digest import selection_digest
 from k8s_consul_registrar.settings.modes import read_registrar
-from k8s_consul_registrar.wiring.registrar import RegistrarParts, identity, shards
+from k8s_consul_registrar.wiring.registrar import RegistrarParts, Wiring
 from support.controller_lab import Lab
 from support.memory import PODS
 
 SETTINGS = read_registrar({"CLUSTER_NAME": "lab", "SHARD_PATHS": "s1,s2", "CONSUL_HTTP_TOKEN": "t0p-secret"})
+WIRING = Wiring(SETTINGS)
 
 
 class Namespaces:
@@ -36,9 +37,9 @@ class Seen:
         self, *, sources: Sequence[Source] = (PODS,), brake: BrakeRules | None = None, saved_uid: str = ""
     ) -> None:
         self.lab = Lab(
-            shards=shards(SETTINGS),
+            shards=WIRING.shards,
             sources=sources,
-            identity=identity(SETTINGS),
+            identity=WIRING.identity,
             brake=brake or BrakeRules(confirm=0.1, confirm_start=600),
         )
         self.namespaces = Namespaces("uid-1")

@@ -14,12 +14,8 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from k8s_consul_registrar.asyncio_tools import end_tasks
-from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.commands import settings_for_consul
-from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.errors import OperationalError
-from k8s_consul_registrar.kube.access import load_access
-from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.registrar.decide import (
     Action,
@@ -36,7 +32,7 @@ from k8s_consul_registrar.registrar.resync import Comparison
 from k8s_consul_registrar.runner import EXIT_CHANGES, EXIT_FAILURE, EXIT_OK
 from k8s_consul_registrar.runner import run as run_loop
 from k8s_consul_registrar.settings.modes import RegistrarSettings
-from k8s_consul_registrar.wiring.registrar import RegistrarParts, build_registrar, consul_access
+from k8s_consul_registrar.wiring.registrar import RegistrarParts, Wiring
 
 # Seconds that every source has to be listed once, or to fail.
 PATIENCE = 120.0
@@ -93,19 +89,9 @@ async def _plan(settings: RegistrarSettings, *, output: str) -> int:
 @asynccontextmanager
 async def listed(settings: RegistrarSettings) -> AsyncIterator[RegistrarParts]:
     """Watch the cluster once every source was listed or has failed; raises `OperationalError`."""
-    timing = Timing()
-    access = load_access(settings.common.environment)
-    async with (
-        KubeClient(access, timing) as kube,
-        ConsulClient(consul_access(settings.consul), timing) as client,
-    ):
-        parts = build_registrar(
-            settings,
-            kube=kube,
-            client=client,
-            metrics=RegistrarMetrics(CollectorRegistry()),
-            timing=timing,
-        )
+    wiring = Wiring(settings)
+    async with wiring.kube() as kube, wiring.consul() as client:
+        parts = wiring.core(kube=kube, client=client, metrics=RegistrarMetrics(CollectorRegistry()))
         watching = asyncio.create_task(parts.reflectors.run())
         try:
             await _until(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.commands import settings_for_consul
 from k8s_consul_registrar.consul.batches import Transactions
 from k8s_consul_registrar.consul.client import ConsulClient
@@ -22,8 +21,6 @@ from k8s_consul_registrar.errors import (
     ConsulRefused,
     SettingsError,
 )
-from k8s_consul_registrar.kube.access import load_access
-from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.cluster_uid import IDENTITY_NAMESPACE
 from k8s_consul_registrar.model import Service, Written
 from k8s_consul_registrar.registrar.orphans import observe_agents
@@ -33,16 +30,16 @@ from k8s_consul_registrar.runner import run as run_loop
 from k8s_consul_registrar.settings.backend import default_node
 from k8s_consul_registrar.settings.backend_options import CATALOG
 from k8s_consul_registrar.settings.modes import RegistrarSettings
-from k8s_consul_registrar.wiring.registrar import consul_access, consul_registry, identity
+from k8s_consul_registrar.wiring.registrar import Wiring
 
-# Of many services this many are shown; the rest is a count.
+# Services that are shown; the rest is a count.
 MOST_SHOWN = 50
 
 MayGo = Callable[[Service], bool]
 
 
 class _Found(NamedTuple):
-    """What carries our names in one place; `place` makes it a place to be cleared of what may go."""
+    """The services of our names in one place; `place` makes a location to be cleared of those that may go."""
 
     where: str
     place: Callable[[MayGo], PreviousLocation]
@@ -58,15 +55,14 @@ def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     settings = settings_for_consul("purge", environment)
     if settings.has_default_name:
         raise SettingsError(["purge: name the cluster by CLUSTER_NAME or --cluster-name"])
-    return run_loop(_purge(settings, is_agreed=parsed.yes, cluster_uid=parsed.cluster_uid))
+    return run_loop(_purge(Wiring(settings), is_agreed=parsed.yes, cluster_uid=parsed.cluster_uid))
 
 
-async def _purge(settings: RegistrarSettings, *, is_agreed: bool, cluster_uid: str) -> int:
-    timing = Timing()
-    who = identity(settings)
-    uid = cluster_uid or await _ask_which_cluster(settings, timing)
-    async with ConsulClient(consul_access(settings.consul), timing) as client:
-        every = [await _at_home(settings, client, who), *await _lost(settings, client, who)]
+async def _purge(wiring: Wiring, *, is_agreed: bool, cluster_uid: str) -> int:
+    settings, who = wiring.settings, wiring.identity
+    uid = cluster_uid or await _ask_which_cluster(wiring)
+    async with wiring.consul() as client:
+        every = [await _at_home(wiring, client), *await _lost(wiring, client)]
         if problem := _ambiguity(every, uid):
             print(f"purge: {problem}", file=sys.stderr)
             return EXIT_FAILURE
@@ -91,26 +87,26 @@ async def _purge(settings: RegistrarSettings, *, is_agreed: bool, cluster_uid: s
     return _tell(written)
 
 
-async def _ask_which_cluster(settings: RegistrarSettings, timing: Timing) -> str:
+async def _ask_which_cluster(wiring: Wiring) -> str:
     """Return the UID of the cluster that the credentials at hand lead to, empty where it cannot be asked."""
     try:
-        async with KubeClient(load_access(settings.common.environment), timing) as kube:
+        async with wiring.kube() as kube:
             return await kube.namespace_uid(IDENTITY_NAMESPACE) or ""
     except (AccessError, ClusterError) as error:
         print(f"purge: the cluster cannot be asked for its UID: {error}", file=sys.stderr)
         return ""
 
 
-async def _at_home(settings: RegistrarSettings, client: ConsulClient, who: Identity) -> _Found:
-    """Find what stands where the settings say."""
-    registry = consul_registry(settings, client)
+async def _at_home(wiring: Wiring, client: ConsulClient) -> _Found:
+    """Find the services at the place that the settings name."""
+    settings, registry = wiring.settings, wiring.registry(client)
     where = f"at {settings.consul.socket or settings.consul.url} ({settings.backend.backend})"
-    return await _found(where, lambda may_go: PreviousLocation(where, registry, may_go), who)
+    return await _found(where, lambda may_go: PreviousLocation(where, registry, may_go), wiring.identity)
 
 
-async def _lost(settings: RegistrarSettings, client: ConsulClient, who: Identity) -> list[_Found]:
-    """Find what stands at nodes of agents that are gone now, except at the one we talk to."""
-    agents = LostAgents(client, settings.naming.meta_keys)
+async def _lost(wiring: Wiring, client: ConsulClient) -> list[_Found]:
+    """Find the services at nodes of agents that are gone now, except at the one we talk to."""
+    agents, who = LostAgents(client, wiring.settings.naming.meta_keys), wiring.identity
     try:
         watched = observe_agents({}, await agents.failing(), await agents.own_node(), 0.0)
         found = [
@@ -130,7 +126,7 @@ async def _found(where: str, place: Callable[[MayGo], PreviousLocation], who: Id
 
 
 def _ambiguity(found: Sequence[_Found], uid: str) -> str:
-    """Say what is wrong with removing by name alone, empty where nothing is."""
+    """Return why removing by name only would be wrong, empty if it is not."""
     counts = _uids(found)
     if uid or len(counts) < 2:
         return ""
@@ -148,7 +144,7 @@ def _uids(found: Sequence[_Found]) -> Counter[str]:
 
 
 def _node(settings: RegistrarSettings, client: ConsulClient) -> NodeRemoval | None:
-    """Return what removes the catalog's node, None for an agent's registrar."""
+    """Return the removal of the catalog's node, None for an agent's registrar."""
     name = settings.backend.node_name
     if settings.backend.backend != CATALOG:
         return None
@@ -157,7 +153,7 @@ def _node(settings: RegistrarSettings, client: ConsulClient) -> NodeRemoval | No
 
 
 async def _clear(found: _Found, who: Identity, uid: str) -> Written:
-    """Remove what was shown, and is still ours."""
+    """Remove the services that were shown and are still ours."""
     shown = {service.id for service in found.services}
     return await found.place(lambda one: one.id in shown and who.claim(one, uid) is Claim.OURS).clear()
 

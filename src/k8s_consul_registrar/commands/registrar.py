@@ -21,10 +21,9 @@ from k8s_consul_registrar.app.state_file import SavedTargetsGate, StateKeeper, o
 from k8s_consul_registrar.app.view import View
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.commands import configure_logs
-from k8s_consul_registrar.consul.client import ConsulClient, Fence
+from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.previous_location import clear_previous_locations
-from k8s_consul_registrar.kube.access import Access, load_access
-from k8s_consul_registrar.kube.client import KubeClient
+from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.registrar.elector import Elector
 from k8s_consul_registrar.registrar.metrics import RegistrarCollector, RegistrarMetrics
@@ -36,13 +35,11 @@ from k8s_consul_registrar.runner import Stop, run_mode, run_until_stopped
 from k8s_consul_registrar.settings.backend_options import NONE
 from k8s_consul_registrar.settings.modes import RegistrarSettings, read_registrar
 from k8s_consul_registrar.telemetry import get_logger
+from k8s_consul_registrar.wiring.consul import previous_locations
 from k8s_consul_registrar.wiring.registrar import (
     RegistrarParts,
-    build_registrar,
-    consul_access,
+    Wiring,
     http_sd_server,
-    new_elector,
-    previous_locations,
 )
 
 # A loop that has not turned for so long, in seconds, hangs: no single request may take a tenth of it.
@@ -76,34 +73,31 @@ class _Health:
 
 async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing | None = None) -> None:
     """Keep Consul equal to the cluster until a stop is asked for."""
-    timing = timing or Timing()
+    wiring = Wiring(settings, timing)
+    timing = wiring.timing
     for warning in settings.common.warnings:
         log.warning(warning)
-    access = load_access(settings.common.environment)
     origin = Origin.of(settings)
     saved = None
     if settings.state_file:
         saved = await asyncio.to_thread(open_state, Path(settings.state_file), origin)
     registry = new_registry("registrar")
-    async with KubeClient(access, timing) as kube, AsyncExitStack() as stack:
-        elector = new_elector(settings, kube)
+    async with wiring.kube() as kube, AsyncExitStack() as stack:
+        elector = wiring.elector(kube)
         client = None
         if settings.backend.backend != NONE:
-            client = ConsulClient(consul_access(settings.consul), timing, fence=_fence(settings, elector))
-            await stack.enter_async_context(client)
-        parts = build_registrar(
-            settings,
+            client = await stack.enter_async_context(wiring.consul(elector))
+        parts = wiring.core(
             kube=kube,
             client=client,
             metrics=RegistrarMetrics(registry),
-            timing=timing,
             elector=elector,
             saved_cluster_uid=saved.cluster_uid if saved is not None and saved.is_settled else "",
         )
         view = View(settings, parts, None if elector is None else lambda: elector.holder)
         census = Census(view, parts.reflectors.stats)
         gate = SavedTargetsGate(saved, view)
-        await _serve(settings, view, registry, stack, access=access, census=census, gate=gate)
+        await _serve(settings, view, registry, stack, access=wiring.access, census=census, gate=gate)
         aside = [
             tell_progress(view.progress, settings.backend.backend),
             parts.selection.keep(is_settled=lambda: _is_settled(parts), timing=timing),
@@ -204,15 +198,3 @@ async def _run(
         parts.controller.status.is_draining = True
         if electing is not None:
             electing.cancel()
-
-
-def _fence(settings: RegistrarSettings, elector: Elector | None) -> Fence | None:
-    """Return what keeps writes within our lead, None where nobody else writes."""
-    if elector is None or settings.election is None:
-        return None
-    times = settings.election.timing
-
-    def left() -> float:
-        return elector.writes_until - time.monotonic() if elector.is_leader else 0.0
-
-    return Fence(left, times.lease_duration - times.renew_deadline)

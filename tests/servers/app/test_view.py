@@ -23,19 +23,20 @@ from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.selection import SelectionRecord
 from k8s_consul_registrar.registrar.status import LostAgent
 from k8s_consul_registrar.settings.modes import read_registrar
-from k8s_consul_registrar.wiring.registrar import RegistrarParts, identity, shards
+from k8s_consul_registrar.wiring.registrar import RegistrarParts, Wiring
 from support.builders import make_pod, our_pod_service
 from support.controller_lab import HELD, Lab
 from support.memory import PODS
 
 SETTINGS = read_registrar({"CLUSTER_NAME": "lab", "SHARD_PATHS": "s1,s2", "CONSUL_HTTP_TOKEN": "t0p-secret"})
+WIRING = Wiring(SETTINGS)
 
 
 class Seen:
     """A running registrar in memory, with its view."""
 
     def __init__(self, *, brake: BrakeRules = HELD) -> None:
-        self.lab = Lab(identity=identity(SETTINGS), shards=shards(SETTINGS), brake=brake)
+        self.lab = Lab(identity=WIRING.identity, shards=WIRING.shards, brake=brake)
         kube = KubeClient(Access("http://127.0.0.1:1", FixedCredentials(Identity())), Timing())
         lab = self.lab
         parts = RegistrarParts(

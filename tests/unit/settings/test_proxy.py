@@ -5,7 +5,7 @@ import pytest
 from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.model import Kind, Source
 from k8s_consul_registrar.settings.modes import read_proxy, read_registrar
-from k8s_consul_registrar.wiring.registrar import target_rules
+from k8s_consul_registrar.wiring.registrar import Wiring
 
 
 def problems(**environment: str) -> dict[str, str]:
@@ -86,11 +86,10 @@ def test_what_has_no_effect_is_said() -> None:
 
 def test_the_registrars_side() -> None:
     """POD_ADDRESS and PROXY_SCHEME become rules of targets; other words are refused."""
-    rules = target_rules(
-        read_registrar({"CLUSTER_NAME": "lab", "POD_ADDRESS": "proxy", "PROXY_SCHEME": "https"})
-    )
+    settings = read_registrar({"CLUSTER_NAME": "lab", "POD_ADDRESS": "proxy", "PROXY_SCHEME": "https"})
+    rules = Wiring(settings).targets
     assert (rules.pods_through_proxy, rules.proxy_scheme) == (True, "https")
-    rules = target_rules(read_registrar({"CLUSTER_NAME": "lab"}))
+    rules = Wiring(read_registrar({"CLUSTER_NAME": "lab"})).targets
     assert (rules.pods_through_proxy, rules.proxy_scheme) == (False, "http")
     with pytest.raises(SettingsError) as raised:
         read_registrar({"CLUSTER_NAME": "lab", "POD_ADDRESS": "node", "PROXY_SCHEME": "ftp"})

@@ -8,7 +8,7 @@ from k8s_consul_registrar.model import Kind, Source
 from k8s_consul_registrar.settings.modes import RegistrarSettings, read_registrar
 from k8s_consul_registrar.targets.resolve import LabelMeta, TargetRules
 from k8s_consul_registrar.targets.service_names import HashShards, RandomShards
-from k8s_consul_registrar.wiring.registrar import identity, shards, target_rules
+from k8s_consul_registrar.wiring.registrar import Wiring
 
 
 def read(**environment: str) -> RegistrarSettings:
@@ -26,12 +26,12 @@ def problems(**environment: str) -> tuple[str, ...]:
 def test_defaults_are_those_of_the_original_program() -> None:
     """Without any of them names, prefixes and sources are as they always were."""
     settings = read()
-    assert target_rules(settings) == TargetRules(cluster="lab")
+    assert Wiring(settings).targets == TargetRules(cluster="lab")
     assert settings.selection.sources == (Source(Kind.NODE), Source(Kind.POD))
     assert settings.selection.selectors == {}
     assert not settings.naming.meta_keys.renamed
-    assert shards(settings) == RandomShards()
-    assert identity(settings).covers_cluster
+    assert Wiring(settings).shards == RandomShards()
+    assert Wiring(settings).identity.covers_cluster
     assert settings.common.warnings == ()
 
 
@@ -52,7 +52,7 @@ def test_every_setting_reaches_its_place() -> None:
         NODE_LABEL_SELECTOR="!gpu",
         INSTANCE="blue",
     )
-    rules = target_rules(settings)
+    rules = Wiring(settings).targets
     assert [str(place) for place in rules.pod_name.fields] == ["{cluster}"]
     assert [template.literal for template in rules.tags] == ["cluster=", "shard_path="]
     assert (rules.id_prefix, rules.annotation_prefix) == ("blue-", "scrape.example.com/")
@@ -63,7 +63,7 @@ def test_every_setting_reaches_its_place() -> None:
     assert rules.node_address_types == ("ExternalIP", "InternalIP")
     assert rules.longest_shard == 3
     assert settings.naming.meta_keys.text == "cluster=cluster_name,metrics_path=path"
-    assert shards(settings) == HashShards(("s1", "s22"))
+    assert Wiring(settings).shards == HashShards(("s1", "s22"))
     assert settings.selection.selectors == {Kind.POD: "app in (a, b)", Kind.NODE: "!gpu"}
 
 
@@ -93,7 +93,7 @@ def test_sources(environment: dict[str, str], sources: tuple[Source, ...]) -> No
 )
 def test_identity_of_a_part_does_not_cover_the_cluster(environment: dict[str, str]) -> None:
     """Whatever narrows what is looked at takes away the right to clear up after the original program."""
-    assert not identity(read(**environment)).covers_cluster
+    assert not Wiring(read(**environment)).identity.covers_cluster
 
 
 @pytest.mark.parametrize(

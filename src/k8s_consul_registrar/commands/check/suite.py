@@ -63,7 +63,8 @@ from k8s_consul_registrar.settings.backend_options import CATALOG, NONE
 from k8s_consul_registrar.settings.modes import ProxySettings, RegistrarSettings, read_proxy, read_registrar
 from k8s_consul_registrar.settings.option import MODES, PROXY, REGISTRAR
 from k8s_consul_registrar.telemetry import configure_logging
-from k8s_consul_registrar.wiring.registrar import consul_access, consul_registry, identity
+from k8s_consul_registrar.wiring.consul import consul_access
+from k8s_consul_registrar.wiring.registrar import Wiring
 
 # Somebody waits for the answer, so less patience than the daemon has; in seconds.
 TIMING = Timing(connect_timeout=3, read_timeout=6)
@@ -268,9 +269,10 @@ def _needs(settings: RegistrarSettings, agent_node: str) -> list[Need]:
 async def _check_services(
     client: ConsulClient, settings: RegistrarSettings, uid: str, *, sees_all: bool
 ) -> list[Finding]:
-    who = identity(settings)
+    wiring = Wiring(settings)
+    who = wiring.identity
     try:
-        services = [service async for service in consul_registry(settings, client).services()]
+        services = [service async for service in wiring.registry(client).services()]
         names = await read_service_names(client)
     except ConsulError as error:
         return [skipped("services", str(error))]

@@ -1,0 +1,81 @@
+"""Consul's side of a registrar: access, the registry of the chosen backend, and earlier locations."""
+
+from collections.abc import Callable
+
+from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress, ConsulToken, rotating_tls
+from k8s_consul_registrar.consul.agent import CONCURRENCY, AgentRegistry
+from k8s_consul_registrar.consul.catalog import CONCURRENCY as TRANSACTIONS
+from k8s_consul_registrar.consul.catalog import CatalogRegistry
+from k8s_consul_registrar.consul.client import ConsulClient
+from k8s_consul_registrar.consul.previous_location import PreviousLocation
+from k8s_consul_registrar.model import Service
+from k8s_consul_registrar.registrar.interfaces import Registry
+from k8s_consul_registrar.registrar.names import is_of_a_registrar
+from k8s_consul_registrar.settings.backend_options import CATALOG
+from k8s_consul_registrar.settings.consul import ConsulSettings
+from k8s_consul_registrar.settings.digest import selection_digest
+from k8s_consul_registrar.settings.modes import RegistrarSettings
+
+
+def consul_access(settings: ConsulSettings) -> ConsulAccess:
+    """Load what a connection to Consul needs; raises an `AccessError` naming the file at fault."""
+    tls = None
+    if settings.url.startswith("https://"):
+        tls = rotating_tls(
+            ca_file=settings.ca_file,
+            cert_file=settings.cert_file,
+            key_file=settings.key_file,
+            verify=settings.verify,
+        )
+    access = ConsulAccess(
+        address=ConsulAddress(settings.url, settings.socket),
+        token=settings.token,
+        token_file=settings.token_file,
+        tls=tls,
+        tls_server_name=settings.tls_server_name,
+        namespace=settings.namespace,
+        partition=settings.partition,
+    )
+    ConsulToken(access).current()
+    return access
+
+
+def consul_registry(settings: RegistrarSettings, client: ConsulClient) -> Registry:
+    """Build the registry of the chosen backend."""
+    backend, meta_keys = settings.backend, settings.naming.meta_keys
+    if backend.backend == CATALOG:
+        return CatalogRegistry(
+            client,
+            backend.node_name,
+            concurrency=backend.concurrency or TRANSACTIONS,
+            meta_keys=meta_keys,
+            is_of_a_registrar=is_of_a_registrar,
+            selection=selection_digest(settings),
+        )
+    return AgentRegistry(
+        client,
+        concurrency=backend.concurrency or CONCURRENCY,
+        meta_keys=meta_keys,
+        is_of_a_registrar=is_of_a_registrar,
+    )
+
+
+def previous_locations(
+    settings: RegistrarSettings,
+    client: ConsulClient,
+    is_ours: Callable[[Service], bool],
+    may_go: Callable[[Service], bool],
+) -> list[PreviousLocation]:
+    """Return the places that may still hold our services: the other backend's, and nodes of earlier settings."""
+    backend, meta_keys = settings.backend, settings.naming.meta_keys
+    current = backend.node_name.lower() if backend.backend == CATALOG else ""
+    nodes = sorted(
+        name for name in {backend.node_name, *backend.previous_node_names} if name.lower() != current
+    )
+    places = [
+        PreviousLocation(f"node {name}", CatalogRegistry(client, name, meta_keys=meta_keys), is_ours, may_go)
+        for name in nodes
+    ]
+    if backend.backend == CATALOG:
+        places.append(PreviousLocation("agent", AgentRegistry(client, meta_keys=meta_keys), is_ours, may_go))
+    return places
