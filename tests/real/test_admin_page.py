@@ -2,29 +2,24 @@
 
 import re
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from k8s_consul_registrar.admin.api import api_routes
-from k8s_consul_registrar.admin.page import page_routes
 from k8s_consul_registrar.admin.server import AdminServer
-from k8s_consul_registrar.admin.view import (
-    SeenBrake,
-    SeenConflict,
-    SeenConsul,
-    SeenLostAgent,
-    SeenPass,
-    SeenSource,
-    Setting,
-)
-from k8s_consul_registrar.model import Kind, ObjectKey
+from k8s_consul_registrar.admin.status_api import api_routes, page_routes
+from k8s_consul_registrar.admin.view import About
+from k8s_consul_registrar.kube.source_state import Failed, SourceStatus
+from k8s_consul_registrar.model import Kind, ObjectKey, Source
+from k8s_consul_registrar.registrar.brake import Held
+from k8s_consul_registrar.registrar.decide import Conflict
 from k8s_consul_registrar.registrar.orphans import Stays
+from k8s_consul_registrar.registrar.status import Activity, Counts, LostAgent, RegistrarStatus
 from support.browser import Page, browser_page
 from support.real_servers import real
 from support.seen import Registrar, busy_registrar, pod_rejection, pod_target
@@ -202,18 +197,16 @@ def hostile_registrar() -> Registrar:
         registrar.rejected.append(pod_rejection(f"{text}{number}", text, text, text))
     registrar.rejected.append(pod_rejection("proto", "constructor", "__proto__", "toString"))
     every = "".join(HOSTILE)
-    registrar.now = replace(
-        registrar.now,
-        cluster=every,
-        instance=every,
-        unready=every,
-        consul=SeenConsul(every, every, is_up=False, problem=every),
-        sources=(SeenSource(every, is_followed=False, problem=every),),
-        conflicts=(SeenConflict(every, ObjectKey(Kind.POD, every, every), every),),
-        brakes=(SeenBrake(every, 3, HOSTILE, 1.0, 2.0),),
-        lost_agents=(SeenLostAgent(every, 1.0, 2.0, {every: 1}),),
-        passes=(SeenPass(every, every, 1.0, 1.0, {every: 1}, every),),
-        settings=(Setting(every, every),),
+    registrar.about = About(every, every, every, every, {every: every}, 1.0)
+    registrar.holder = every
+    registrar.known = {Source(Kind.POD, every): SourceStatus(Failed(1.0, every, "unreachable"))}
+    registrar.status = RegistrarStatus(
+        recent=deque([Activity(is_resync=True, at=1.0, counts=Counts(1))]),
+        conflicts={every: Conflict(ObjectKey(Kind.POD, every, every), every)},
+        held=(Held(Source(Kind.POD, every), HOSTILE, 1.0, 2.0),),
+        lost_agents=(LostAgent(every, 1.0, 2.0, {every: 1}),),
+        consul_problem=every,
+        source_problems={every: every},
     )
     return registrar
 

@@ -9,8 +9,7 @@ import yaml
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from k8s_consul_registrar.admin.http_sd import SD_PATH
-from k8s_consul_registrar.admin.sd_server import HttpSdServer
+from k8s_consul_registrar.admin.http_sd import SD_PATH, HttpSdServer
 from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.tls import ServerTls, TlsFiles
 from support.paths import ROOT

@@ -1,26 +1,18 @@
 """A registrar as the admin endpoints see it, held in memory: for their tests and for pictures of the page."""
 
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from k8s_consul_registrar.admin.view import (
-    EVERYTHING,
-    Scope,
-    SeenBrake,
-    SeenConflict,
-    SeenConsul,
-    SeenLeader,
-    SeenLostAgent,
-    SeenPass,
-    SeenSource,
-    SeenTarget,
-    Setting,
-    Status,
-    TargetState,
-)
-from k8s_consul_registrar.model import Kind, ObjectKey, Rejection
+from k8s_consul_registrar.admin.view import EVERYTHING, About, Scope, TargetRow, TargetState
+from k8s_consul_registrar.consul.codec import MetaKeys
+from k8s_consul_registrar.kube.source_state import SourceStatus, Synced
+from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Source
+from k8s_consul_registrar.registrar.brake import Held
+from k8s_consul_registrar.registrar.decide import Conflict
+from k8s_consul_registrar.registrar.status import Activity, Counts, LostAgent, RegistrarStatus
 from support.builders import make_service
 
 TEAMS = ("shop", "payments", "search", "billing", "observability", "identity", "checkout", "media")
@@ -29,7 +21,7 @@ APPS = ("cart", "catalog", "gateway", "worker", "ledger", "indexer", "sessions",
 
 def pod_target(
     pod: str, namespace: str = "shop", state: TargetState = TargetState.REGISTERED, **changes: Any
-) -> SeenTarget:
+) -> TargetRow:
     """Return a Pod's target; `meta` adds to its meta, `detail` and what a service has may be changed."""
     meta = {
         "cluster": "lab",
@@ -46,10 +38,10 @@ def pod_target(
     meta |= changes.pop("meta", {})
     detail = changes.pop("detail", "")
     service = make_service(f"pod--{namespace}--{pod}", meta, **changes)
-    return SeenTarget(service, ObjectKey(Kind.POD, namespace, pod), state, detail)
+    return TargetRow(service, ObjectKey(Kind.POD, namespace, pod), state, detail)
 
 
-def node_target(number: int) -> SeenTarget:
+def node_target(number: int) -> TargetRow:
     """Return a Node's target, at the NodePort of the proxy."""
     address = f"192.0.2.{number % 250 + 1}"
     meta = {
@@ -62,10 +54,10 @@ def node_target(number: int) -> SeenTarget:
         "shard_path": f"shard-{number % 3 + 1}",
     }
     service = make_service(f"node--{address}-{number}", meta, address=address, port=31112)
-    return SeenTarget(service, ObjectKey(Kind.NODE, "", f"node-{number}"), TargetState.REGISTERED)
+    return TargetRow(service, ObjectKey(Kind.NODE, "", f"node-{number}"), TargetState.REGISTERED)
 
 
-def many_targets(count: int) -> dict[str, SeenTarget]:
+def many_targets(count: int) -> dict[str, TargetRow]:
     """Return so many targets of several namespaces by ID, a few of them not registered."""
     found = [node_target(number) for number in range(min(200, count // 50))]
     odd = {7: TargetState.PENDING, 1201: TargetState.REFUSED, 2405: TargetState.CONFLICT}
@@ -103,24 +95,22 @@ class Registrar:
     Like the real one it yields its targets while they change.
     """
 
-    held: dict[str, SeenTarget] = field(default_factory=dict)
+    held: dict[str, TargetRow] = field(default_factory=dict)
     rejected: list[Rejection] = field(default_factory=list)
     missing: str = ""
-    now: Status = field(
-        default_factory=lambda: Status(
-            version="0.1.0",
-            cluster="lab",
-            instance="",
-            started_at=time.time() - 7000,
-            unready="",
-            leader=SeenLeader(),
-            consul=SeenConsul("agent", "http://127.0.0.1:8500"),
+    about: About = field(
+        default_factory=lambda: About(
+            "lab", "", "agent", "http://127.0.0.1:8500", started_at=time.time() - 7000
         )
     )
+    status: RegistrarStatus = field(default_factory=lambda: RegistrarStatus(has_synced=True))
+    known: dict[Source, SourceStatus] = field(default_factory=dict)
+    holder: str | None = None
+    meta_keys: MetaKeys = field(default_factory=MetaKeys)
     generation: int = 1
     walks: int = 0
 
-    def put(self, *targets: SeenTarget) -> None:
+    def put(self, *targets: TargetRow) -> None:
         """Add or replace targets."""
         self.held.update({target.service.id: target for target in targets})
         self.generation += 1
@@ -128,59 +118,72 @@ class Registrar:
     def unlisted(self, scope: Scope = EVERYTHING) -> str:
         return self.missing
 
-    def targets(self) -> Iterator[SeenTarget]:
+    def targets(self) -> Iterator[TargetRow]:
         self.walks += 1
         for service_id in list(self.held):
             if target := self.held.get(service_id):
                 yield target
 
-    def rejections(self) -> Iterable[Rejection]:
+    def rejections(self) -> list[Rejection]:
         return self.rejected
 
-    def status(self) -> Status:
-        return self.now
+    def sources(self) -> Mapping[Source, SourceStatus]:
+        return self.known
+
+    def leader(self) -> str | None:
+        return self.holder
 
 
 def busy_registrar(count: int = 10_000) -> Registrar:
     """Return a registrar of a large cluster on a day when a little of everything is wrong."""
-    at = time.time()
+    at, now = time.time(), time.monotonic()
     rejected = [
         pod_rejection("coupons-6f9d7c", "ambiguous_port", "no port is annotated; 8080, 9090 and 9443 could be meant"),
         pod_rejection("recommend-0", "unknown_port_name", "no container port is named 'metrcs'"),
         pod_rejection("import-29471", "no_port", "no port is annotated and no container declares one", "billing"),
         pod_rejection("proxy-5c77", "invalid_scheme", "the scheme 'ftp' is neither http nor https", "media"),
     ]  # fmt: skip
-    registrar = Registrar(many_targets(count), rejected)
-    passes = (
-        SeenPass("changes", "success", at - 9, 0.004, {"registered": 1}),
-        SeenPass("changes", "success", at - 64, 0.011, {"registered": 3, "updated": 1, "deregistered": 3}),
-        SeenPass("full", "partial", at - 312, 0.84, {"unchanged": count - 3, "refused": 1}),
-        SeenPass("full", "failure", at - 915, 10.2, problem="Consul is unreachable: connection refused"),
-    )
-    names = tuple(list(registrar.held)[300:305])
-    registrar.now = replace(
-        registrar.now,
-        leader=SeenLeader("leader", "k8s-consul-registrar-7c9d-x2x4p"),
-        sources=(
-            SeenSource("nodes", is_followed=True, listed_at=at - 300, objects=200),
-            SeenSource("pods", is_followed=True, listed_at=at - 300, objects=12_480),
+    registrar = Registrar(many_targets(count), rejected, holder="k8s-consul-registrar-7c9d-x2x4p")
+    names = tuple(list(registrar.held)[300:1540])
+    registrar.status = RegistrarStatus(
+        recent=deque(
+            (
+                Activity(is_resync=False, at=at - 9, counts=Counts(registered=1, seconds=0.004)),
+                Activity(is_resync=False, at=at - 64, counts=Counts(3, 1, 3, seconds=0.011)),
+                Activity(
+                    is_resync=True, at=at - 312, counts=Counts(unchanged=count - 3, refused=1, seconds=0.84)
+                ),
+            )
         ),
-        conflicts=(
-            SeenConflict("pod--search--ledger-1", ObjectKey(Kind.POD, "search", "ledger-1"), "managed_by=terraform"),
-        ),
-        brakes=(SeenBrake("pods of media", 1240, names, at - 20, at + 40),),
+        conflicts={
+            "pod--search--ledger-1": Conflict(
+                ObjectKey(Kind.POD, "search", "ledger-1"), "managed_by=terraform"
+            )
+        },
+        held=(Held(Source(Kind.POD, "media"), names, now - 20, now + 40),) if names else (),
         lost_agents=(
-            SeenLostAgent("worker-a7", at - 1900, at - 1300, {"not_here": 2, "rejected": 1}),
-            SeenLostAgent("worker-b2", at - 200, at + 400),
+            LostAgent("worker-a7", now - 1900, now - 1300, {"not_here": 2, "rejected": 1}),
+            LostAgent("worker-b2", now - 200, now + 400, {}),
         ),
-        passes=passes,
-        settings=(
-            Setting("CLUSTER_NAME", "lab"),
-            Setting("CONSUL_ADDRESS", "http://127.0.0.1:8500"),
-            Setting.secret("CONSUL_HTTP_TOKEN", is_set=True),
-            Setting("SHARD_PATHS", "shard-1,shard-2,shard-3"),
-            Setting("SYNC_PERIOD", "600"),
-            Setting("NAMESPACES", ""),
-        ),
-    )  # fmt: skip
+        has_synced=True,
+    )
+    registrar.known = {
+        Source(kind): SourceStatus(Synced(), listed_at=now - 300, objects=objects)
+        for kind, objects in ((Kind.NODE, 200), (Kind.POD, 12_480))
+    }
+    registrar.about = About(
+        "lab",
+        "",
+        "agent",
+        "http://127.0.0.1:8500",
+        {
+            "CLUSTER_NAME": "lab",
+            "CONSUL_ADDRESS": "http://127.0.0.1:8500",
+            "CONSUL_HTTP_TOKEN": "set",
+            "SHARD_PATHS": "shard-1,shard-2,shard-3",
+            "SYNC_PERIOD": "600",
+            "NAMESPACES": "",
+        },
+        at - 7000,
+    )
     return registrar

@@ -1,17 +1,15 @@
 """A view of a controller between a cluster and a Consul in memory, as the admin endpoints have it."""
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Sequence
 
-from k8s_consul_registrar.admin.view import SeenTarget
-from k8s_consul_registrar.app.view import View
+from k8s_consul_registrar.admin.view import About, TargetRow, View
 from k8s_consul_registrar.kube.cluster_uid import ClusterUid
-from k8s_consul_registrar.model import Source
+from k8s_consul_registrar.model import Pod, Source
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.selection import SelectionRecord
 from k8s_consul_registrar.settings.digest import selection_digest
 from k8s_consul_registrar.settings.modes import read_registrar
-from k8s_consul_registrar.wiring.registrar import RegistrarParts, Wiring
+from k8s_consul_registrar.wiring.registrar import Wiring
 from support.controller_lab import Lab
 from support.memory import PODS
 
@@ -50,27 +48,18 @@ class Seen:
             cluster_uid=lambda: self.lab.desired.cluster_uid,
             saved_cluster_uid=saved_uid,
         )
-        nothing = cast("Any", None)
-        self.parts = RegistrarParts(
-            controller=self.lab.controller,
-            desired=self.lab.desired,
-            observed=self.lab.observed,
-            reflectors=nothing,
-            rules=self.lab.rules,
-            reporter=self.lab.reporter,
-            resync=self.lab.resync,
-            queue=self.lab.queue,
-            registry=self.lab.consul,
-            reconciler=self.lab.reconciler,
-            names=self.lab.names,
-            cluster_uid=self.cluster_uid,
-            selection=self.selection,
+        self.view = View(
+            About("lab", "", "agent"), self.lab.desired, self.lab.observed, self.lab.status, self.lab.rules
         )
-        self.view = View(SETTINGS, self.parts)
 
-    def targets(self) -> dict[str, SeenTarget]:
+    def targets(self) -> dict[str, TargetRow]:
         """Return what is seen, by Pod or Node."""
         return {one.key.name: one for one in self.view.targets()}
+
+    async def synced(self, pods: Iterable[Pod]) -> None:
+        """List these Pods, and wait until everything was compared once and written."""
+        self.lab.cluster.put_list(pods)
+        await self.lab.until_so(lambda: self.lab.status.has_synced and self.lab.queue.is_drained)
 
     async def learn(self, uid: str | None = "uid-1") -> None:
         """Have the API server asked for the cluster's UID."""

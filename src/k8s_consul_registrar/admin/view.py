@@ -1,152 +1,46 @@
-"""What the admin endpoints show of a registrar: frozen values, and the Protocol they are read through."""
+"""The registrar as its admin endpoints show it: desired and observed state joined into rows, and counted."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
-from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Service, Source
+from k8s_consul_registrar.admin.index import Index, IndexRules
+from k8s_consul_registrar.consul.codec import MetaKeys
+from k8s_consul_registrar.kube.source_state import CAUSES, SourceStatus, WatchStats
+from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Service, Source, Target
+from k8s_consul_registrar.registrar.decide import Rules
+from k8s_consul_registrar.registrar.desired import DesiredState
+from k8s_consul_registrar.registrar.metrics import Figures
+from k8s_consul_registrar.registrar.observed import AsDesired, ObservedState, Other
+from k8s_consul_registrar.registrar.reporter import Progress
+from k8s_consul_registrar.registrar.status import RegistrarStatus
+from k8s_consul_registrar.targets.reasons import Reason
+from k8s_consul_registrar.targets.service_names import HashShards
 
 
 class TargetState(StrEnum):
-    """Where a target stands in Consul."""
+    """The state of a target in Consul."""
 
     REGISTERED = "registered"
     PENDING = "pending"  # not written yet
     REFUSED = "refused"  # Consul refuses the write
-    CONFLICT = "conflict"  # the ID is held by something not ours
+    CONFLICT = "conflict"  # something not ours holds the ID
     STANDBY = "standby"  # another replica leads and writes
     KEPT = "kept"  # nothing asks for it now, and nothing proves that it may go
 
 
-class SeenTarget(NamedTuple):
-    """A target and where it stands; `detail` says why where that needs saying.
+class TargetRow(NamedTuple):
+    """A target and its state; `detail` gives the reason where there is one.
 
-    `service` is what Consul holds or is to hold, with meta keys as the registrar names them: a renaming for
-    Consul is the reader's (`MetaNames`).
+    `service` is what Consul holds or is to hold, with meta keys as the registrar names them.
     """
 
     service: Service
     key: ObjectKey
     state: TargetState
     detail: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class SeenConflict:
-    """An ID that an object asks for and something not ours holds."""
-
-    id: str
-    key: ObjectKey
-    holder: str
-
-
-@dataclass(frozen=True, slots=True)
-class SeenBrake:
-    """Removals of one source that the brake holds.
-
-    `count` is how many, `sample` names some of them by ID; `since` and `until` are in seconds of the epoch.
-    """
-
-    source: str
-    count: int
-    sample: tuple[str, ...]
-    since: float
-    until: float
-
-
-@dataclass(frozen=True, slots=True)
-class SeenLostAgent:
-    """An agent that is gone: its node is cleared of ours when `due`, apart from what `stays`, by reason.
-
-    `since` and `due` are in seconds of the epoch.
-    """
-
-    node: str
-    since: float
-    due: float
-    stays: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class SeenSource:
-    """How well a source is known; `listed_at` is in seconds of the epoch, None before the first list."""
-
-    name: str
-    is_followed: bool
-    listed_at: float | None = None
-    objects: int = 0
-    problem: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class SeenPass:
-    """One pass: `kind` is `full` or `changes`, `at` when it ended in seconds of the epoch.
-
-    `counts` is in the order it is to be shown in (`registered`, `updated`, …); `outcome` is `success`,
-    `partial` or `failure`.
-    """
-
-    kind: str
-    outcome: str
-    at: float
-    seconds: float
-    counts: Mapping[str, int] = field(default_factory=dict)
-    problem: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class SeenConsul:
-    """Consul as the registrar last found it; `backend` is `agent`, `catalog` or `none`."""
-
-    backend: str
-    address: str = ""
-    is_up: bool = True
-    problem: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class SeenLeader:
-    """Whether this replica writes: `role` is `single`, `leader` or `standby`; `holder` names who leads."""
-
-    role: str = "single"
-    holder: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One setting as it may be shown to anybody who reaches the page."""
-
-    name: str
-    value: str
-
-    @classmethod
-    def secret(cls, name: str, *, is_set: bool) -> "Setting":
-        """Return a setting whose value nobody is to see."""
-        return cls(name, "set" if is_set else "not set")
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """Everything about a registrar but its targets and rejections.
-
-    `unready` is why it is not ready, empty when it is. `passes` has the latest first. `started_at` is in
-    seconds of the epoch.
-    """
-
-    version: str
-    cluster: str
-    instance: str
-    started_at: float
-    unready: str
-    leader: SeenLeader
-    consul: SeenConsul
-    sources: tuple[SeenSource, ...] = ()
-    conflicts: tuple[SeenConflict, ...] = ()
-    brakes: tuple[SeenBrake, ...] = ()
-    lost_agents: tuple[SeenLostAgent, ...] = ()
-    passes: tuple[SeenPass, ...] = ()
-    settings: tuple[Setting, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +54,7 @@ class Scope:
     namespaces: frozenset[str] = frozenset()
 
     def includes(self, source: Source) -> bool:
-        """Return whether a source can show an object of this scope."""
+        """Return True if a source can show an object of this scope."""
         if self.kinds and source.kind not in self.kinds:
             return False
         if not self.namespaces:
@@ -173,26 +67,31 @@ class Scope:
 EVERYTHING = Scope()
 
 
+@dataclass(frozen=True, slots=True)
+class About:
+    """Names and settings of a registrar, as anyone may see them; `consul` is Consul's address."""
+
+    cluster: str
+    instance: str
+    backend: str
+    consul: str = ""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    started_at: float = field(default_factory=time.time)  # seconds of the epoch
+
+
 class Targets(Protocol):
     """Targets that can be rendered."""
 
     @property
     def generation(self) -> int:
-        """A number that is another one whenever `targets` would yield anything else."""
+        """A number that changes whenever `targets` would yield anything else."""
 
-    def targets(self) -> Iterator[SeenTarget]:
+    def targets(self) -> Iterator[TargetRow]:
         """Yield every target, each ID once.
 
-        The reader gives way to the loop in between, so the iterator stays good while targets come and go:
-        it may show either of what changes meanwhile, and `generation` then has moved on.
+        The iterator stays valid while targets come and go between two of its steps. It may show a target as
+        it was or as it is; `generation` has then moved on.
         """
-
-
-class TargetsView(Targets, Protocol):
-    """The targets of a registrar."""
-
-    def unlisted(self, scope: Scope = EVERYTHING) -> str:
-        """Return which sources of a scope were never listed in this process and why, empty if all were."""
 
 
 class SavedTargets(Targets, Protocol):
@@ -203,23 +102,184 @@ class SavedTargets(Targets, Protocol):
         """The time until which they were up to date, in seconds of the epoch."""
 
 
+class TargetsView(Targets, Protocol):
+    """The targets of a registrar."""
+
+    @property
+    def meta_keys(self) -> MetaKeys:
+        """The meta keys that have another name in Consul."""
+
+    def unlisted(self, scope: Scope = EVERYTHING) -> str:
+        """Name the sources of a scope that were never listed in this process, and why; empty if all were."""
+
+
 class RegistrarView(TargetsView, Protocol):
     """Everything the status page shows of a registrar."""
 
-    def rejections(self) -> Iterable[Rejection]:
+    @property
+    def about(self) -> About:
+        """Names and settings."""
+
+    @property
+    def status(self) -> RegistrarStatus:
+        """The registrar at this moment."""
+
+    def sources(self) -> Mapping[Source, SourceStatus]:
+        """Return how well each source is known."""
+
+    def rejections(self) -> Sequence[Rejection]:
         """Return every object that asks to be scraped and cannot be."""
 
-    def status(self) -> Status:
-        """Return the rest; cheap enough for every few seconds."""
+    def leader(self) -> str | None:
+        """Name the replica that leads; None where there is no election."""
 
 
-class MetaNames(Protocol):
-    """What Consul calls a meta key of ours, where the operator renamed some."""
-
-    def __call__(self, key: str, /) -> str:
-        """Return the name in Consul."""
+def no_election() -> None:
+    """Name no leader: this registrar always writes."""
 
 
-def as_they_are(key: str) -> str:
-    """Return the same name: nothing was renamed."""
-    return key
+@dataclass(frozen=True, slots=True)
+class View:
+    """The view of a running registrar; nothing is copied before it is asked for."""
+
+    about: About
+    desired: DesiredState
+    observed: ObservedState
+    status: RegistrarStatus
+    rules: Rules
+    meta_keys: MetaKeys = field(default_factory=MetaKeys)
+    leader: Callable[[], str | None] = no_election
+
+    @property
+    def generation(self) -> int:
+        """A number that changes whenever `targets` would yield anything else."""
+        state = self.status
+        odd = hash((frozenset(state.refused), frozenset(state.conflicts), state.is_standby))
+        return hash((self.desired.generation, self.observed.generation, odd))
+
+    def sources(self) -> Mapping[Source, SourceStatus]:
+        """Return how well each source is known."""
+        return self.desired.store.statuses()
+
+    def unlisted(self, scope: Scope = EVERYTHING) -> str:
+        """Name the sources of a scope that were never listed in this process, and why; empty if all were."""
+        missing = [
+            f"{source} are not listed yet{': ' if status.problem else ''}{status.problem}"
+            for source, status in self.sources().items()
+            if status.listed_at is None and scope.includes(source)
+        ]
+        return "; ".join(missing)
+
+    def targets(self) -> Iterator[TargetRow]:
+        """Yield every target, each ID once."""
+        claims = self.desired.claims
+        for service_id in tuple(claims):
+            if asking := claims.get(service_id):
+                yield self._row(service_id, min(asking, key=lambda target: target.rank))
+        yield from self._kept()
+
+    def states(self) -> Iterator[tuple[str, str]]:
+        """Yield kind and state of each of `targets`, at a tenth of the cost."""
+        claims = self.desired.claims
+        for service_id in tuple(claims):
+            if asking := claims.get(service_id):
+                yield asking[0].key.kind.value, self._state(service_id).value
+        for row in self._kept():
+            yield row.key.kind.value, row.state.value
+
+    def rejections(self) -> list[Rejection]:
+        """Return every object that asks to be scraped and cannot be."""
+        return [*self.desired.rejections.values(), *self.status.lost_rejections()]
+
+    def progress(self) -> Progress | None:
+        """Return how far the first sync is, None once it is done."""
+        if self.status.has_synced:
+            return None
+        sources = self.sources().values()
+        return Progress(
+            listed=sum(one.objects for one in sources),
+            is_listed=all(one.listed_at is not None for one in sources),
+            targets=len(self.desired.claims),
+            registered=self.observed.registered,
+            rejected=len(self.desired.rejections),
+        )
+
+    def _row(self, service_id: str, target: Target) -> TargetRow:
+        status, record = self.status, self.observed.get(service_id)
+        state = self._state(service_id)
+        if isinstance(record, AsDesired):
+            return TargetRow(record.service(self.rules.identity), record.target.key, state)
+        detail = ""
+        if service_id in status.conflicts:
+            detail = f"held by {status.conflicts[service_id].holder}"
+        elif service_id in status.refused:
+            detail = status.refused[service_id]
+        return TargetRow(self._expected(service_id, target), target.key, state, detail)
+
+    def _kept(self) -> Iterator[TargetRow]:
+        """Yield the services that nothing asks for and that may not go yet."""
+        for service_id in self.observed.ids():
+            if service_id in self.desired.claims:
+                continue
+            record = self.observed.get(service_id)
+            if isinstance(record, AsDesired):
+                service, key = record.service(self.rules.identity), record.target.key
+                yield TargetRow(service, key, TargetState.KEPT)
+            elif isinstance(record, Other) and record.service is not None and record.kind is not None:
+                key = record.key or ObjectKey(record.kind, "", service_id)
+                yield TargetRow(record.service, key, TargetState.KEPT)
+
+    def _state(self, service_id: str) -> TargetState:
+        """Return the state of the target of an ID that is asked for."""
+        if isinstance(self.observed.get(service_id), AsDesired):
+            return TargetState.REGISTERED
+        if service_id in self.status.conflicts:
+            return TargetState.CONFLICT
+        if service_id in self.status.refused:
+            return TargetState.REFUSED
+        return TargetState.STANDBY if self.status.is_standby else TargetState.PENDING
+
+    def _expected(self, service_id: str, target: Target) -> Service:
+        """Build the service a target is to have; a shard that is still to be chosen at random stays open."""
+        shard = self.observed.shard(service_id)
+        if shard or isinstance(self.rules.shards, HashShards):
+            shard = self.rules.shards.choose(service_id, shard)
+        return self.rules.identity.service(target, shard, self.desired.cluster_uid)
+
+
+class Census:
+    """Counts for metrics: targets by kind and state and rejections by reason when `refresh` is called."""
+
+    def __init__(self, view: View, stats: Callable[[], Mapping[Source, WatchStats]]) -> None:
+        targets: IndexRules[tuple[str, str]] = IndexRules({"": lambda pair: pair}, {"": _PAIRS})
+        rejections: IndexRules[Rejection] = IndexRules({"": lambda one: one.reason}, {"": Reason})
+        self._targets = Index(view.states, lambda: view.generation, targets)
+        self._rejections = Index(view.rejections, lambda: view.generation, rejections)
+        self._stats = stats
+        self._counts: tuple[Mapping[tuple[str, str], int], Mapping[str, int]] = (
+            dict.fromkeys(_PAIRS, 0),
+            dict.fromkeys(Reason, 0),
+        )
+
+    async def refresh(self) -> None:
+        """Count again if anything changed since the last time."""
+        targets, rejections = await self._targets.snapshot(), await self._rejections.snapshot()
+        self._counts = targets.counts[""], rejections.counts[""]
+
+    def figures(self) -> Figures:
+        """Return the counts of the last `refresh`, and the state of the watches of each kind now."""
+        restarts = {(kind.value, cause): 0 for kind in Kind for cause in CAUSES}
+        lists: dict[str, int] = {}
+        heard: dict[str, float] = {}
+        boot = time.time() - time.monotonic()
+        for source, stats in self._stats().items():
+            kind = source.kind.value
+            for cause, count in stats.restarts.items():
+                restarts[kind, cause] += count
+            lists[kind] = lists.get(kind, 0) + stats.lists
+            at = 0.0 if stats.heard_at is None else boot + stats.heard_at
+            heard[kind] = min(heard.get(kind, at), at)
+        return Figures(*self._counts, restarts, lists, heard)
+
+
+_PAIRS = tuple((kind.value, state.value) for kind in Kind for state in TargetState)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from k8s_consul_registrar.admin.view import SeenTarget, TargetState
+from k8s_consul_registrar.admin.view import TargetRow, TargetState
 from k8s_consul_registrar.model import Kind, ObjectKey, Service
 from k8s_consul_registrar.settings.digest import selection_digest
 from k8s_consul_registrar.settings.modes import RegistrarSettings
@@ -100,14 +100,14 @@ class SavedState:
         """Always the same: these targets never change."""
         return 0
 
-    def targets(self) -> Iterator[SeenTarget]:
+    def targets(self) -> Iterator[TargetRow]:
         """Yield every target."""
         unpacking, rest, begun = zlib.decompressobj(), self.packed, b""
         while rest or not unpacking.eof:
             *lines, begun = (begun + unpacking.decompress(rest, _PIECE)).split(b"\n")
             rest = unpacking.unconsumed_tail
             for line in lines:
-                yield _seen(_decoder.decode(line))
+                yield _row(_decoder.decode(line))
 
     def obstacle(self, now: float) -> str:
         """Return why these targets are too old, or not to be believed, at a time; empty if they are not."""
@@ -132,7 +132,7 @@ def encode_head(origin: Origin, *, cluster_uid: str, written_at: float, is_settl
     return _encoder.encode(head).removesuffix(b"}") + _HEAD_END
 
 
-def encode_target(target: SeenTarget, *, is_first: bool) -> bytes:
+def encode_target(target: TargetRow, *, is_first: bool) -> bytes:
     """Return a target with what separates it from the one before; raises ValueError."""
     key, service = target.key, target.service
     kind: Literal["pod", "node"] = "pod" if key.kind is Kind.POD else "node"
@@ -188,7 +188,7 @@ def _head(lines: io.BytesIO) -> _Head:
         raise UnusableState("it does not hold saved targets") from None
 
 
-def _seen(record: _Record) -> SeenTarget:
+def _row(record: _Record) -> TargetRow:
     service = Service(
         id=record.id,
         name=record.name,
@@ -198,6 +198,4 @@ def _seen(record: _Record) -> SeenTarget:
         tags=tuple(record.tags),
     )
     # What became of a target since is not known, so it stays as it was.
-    return SeenTarget(
-        service, ObjectKey(Kind(record.kind), record.namespace, record.object), TargetState.KEPT
-    )
+    return TargetRow(service, ObjectKey(Kind(record.kind), record.namespace, record.object), TargetState.KEPT)

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TypeVar
 
+from k8s_consul_registrar.admin.view import View
 from k8s_consul_registrar.app.saved_state import (
     MAX_AGE,
     SIZE_LIMIT,
@@ -24,9 +25,9 @@ from k8s_consul_registrar.app.saved_state import (
     encode_head,
     encode_target,
 )
-from k8s_consul_registrar.app.view import View
 from k8s_consul_registrar.asyncio_tools import in_slices
 from k8s_consul_registrar.errors import AccessError
+from k8s_consul_registrar.kube.cluster_uid import ClusterUid
 from k8s_consul_registrar.kube.source_state import Failed
 from k8s_consul_registrar.rotating import LoadStatus, contained, read_file, reason
 from k8s_consul_registrar.telemetry import get_logger
@@ -103,12 +104,14 @@ class SavedTargetsGate:
         self,
         saved: SavedState | None,
         view: View,
+        cluster_uid: ClusterUid,
         *,
         wall_clock: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._saved = saved
         self._view = view
+        self._cluster_uid = cluster_uid
         self._wall_clock = wall_clock
         self._clock = clock
         self._began_at = clock()
@@ -135,7 +138,7 @@ class SavedTargetsGate:
         saved = self._saved
         if saved is None:
             return False
-        uid = self._view.parts.cluster_uid.uid
+        uid = self._cluster_uid.uid
         if not self._view.unlisted():
             why = "every source is listed"
         elif uid and uid != saved.cluster_uid:
@@ -154,7 +157,7 @@ class SavedTargetsGate:
 
     def _is_cluster_settled(self) -> bool:
         """Return whether the cluster is the right one, or cannot be asked."""
-        cluster = self._view.parts.cluster_uid
+        cluster = self._cluster_uid
         return bool(cluster.uid) or cluster.was_asked or self._clock() - self._began_at >= UID_PATIENCE
 
 
@@ -167,6 +170,7 @@ class StateKeeper:
         origin: Origin,
         view: View,
         *,
+        is_settled: Callable[[], bool],
         every: float = SAVE_EVERY,
         wall_clock: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
@@ -174,6 +178,7 @@ class StateKeeper:
         self._path = path
         self._origin = origin
         self._view = view
+        self._is_settled = is_settled
         self._every = every
         self._wall_clock = wall_clock
         self._clock = clock
@@ -225,7 +230,7 @@ class StateKeeper:
         now = self._clock()
         if self._complete_since is None:
             self._complete_since = now
-        is_read = self._view.parts.observed.is_complete or self._generation is not None
+        is_read = self._view.observed.is_complete or self._generation is not None
         return is_read or now - self._complete_since >= CONSUL_PATIENCE
 
     def _is_due(self) -> bool:
@@ -238,15 +243,15 @@ class StateKeeper:
         now, moment = self._wall_clock(), self._clock()
         failed = [
             moment - status.state.since
-            for status in self._view.parts.desired.store.statuses().values()
+            for status in self._view.sources().values()
             if isinstance(status.state, Failed)
         ]
         return now - max(failed, default=0.0)
 
     async def _write(self, written_at: float, new_enough: float) -> None:
         """Write the file, unless it holds the same targets and is younger than the given seconds."""
-        parts = self._view.parts
-        uid, is_settled = parts.desired.cluster_uid, parts.selection.is_settled
+        desired = self._view.desired
+        uid, is_settled = desired.cluster_uid, self._is_settled()
         head = encode_head(self._origin, cluster_uid=uid, written_at=written_at, is_settled=is_settled)
         digest = hashlib.blake2b(f"{uid} {is_settled}".encode())
         text, size, is_first = bytearray(head), 0, True
@@ -265,7 +270,7 @@ class StateKeeper:
                     await _in_thread(file.writer(bytes(text)))
                     text.clear()
             text += encode_end()
-            if uid != parts.desired.cluster_uid:
+            if uid != desired.cluster_uid:
                 raise ValueError("the cluster changed meanwhile")
             is_same = digest.digest() == self._digest and written_at - self._up_to_date_at < new_enough
             if not is_same:

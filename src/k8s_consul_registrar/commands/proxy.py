@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from k8s_consul_registrar import __version__
-from k8s_consul_registrar.admin.failing import failing_routes
 from k8s_consul_registrar.admin.metrics import new_registry
-from k8s_consul_registrar.admin.server import AdminServer
+from k8s_consul_registrar.admin.server import AdminServer, failing_routes
 from k8s_consul_registrar.app.upstream_trust import KubeletIdentity, PodTrust
 from k8s_consul_registrar.app.worker_state import WORKER, CredentialsInHand, Inbound, begin
 from k8s_consul_registrar.backoff import Timing

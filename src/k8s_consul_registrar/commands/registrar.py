@@ -11,14 +11,12 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from k8s_consul_registrar import __version__
-from k8s_consul_registrar.admin.api import api_routes
 from k8s_consul_registrar.admin.metrics import new_registry
-from k8s_consul_registrar.admin.page import page_routes
 from k8s_consul_registrar.admin.server import AdminServer
-from k8s_consul_registrar.app.census import Census
+from k8s_consul_registrar.admin.status_api import api_routes, page_routes
+from k8s_consul_registrar.admin.view import About, Census, View, no_election
 from k8s_consul_registrar.app.saved_state import Origin
 from k8s_consul_registrar.app.state_file import SavedTargetsGate, StateKeeper, open_state
-from k8s_consul_registrar.app.view import View
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.commands import configure_logs
 from k8s_consul_registrar.consul.client import ConsulClient
@@ -34,6 +32,7 @@ from k8s_consul_registrar.registrar.status import RegistrarStatus
 from k8s_consul_registrar.runner import Stop, run_mode, run_until_stopped
 from k8s_consul_registrar.settings.backend_options import NONE
 from k8s_consul_registrar.settings.modes import RegistrarSettings, read_registrar
+from k8s_consul_registrar.settings.options import shown_settings
 from k8s_consul_registrar.telemetry import get_logger
 from k8s_consul_registrar.wiring.consul import previous_locations
 from k8s_consul_registrar.wiring.registrar import (
@@ -94,9 +93,17 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
             elector=elector,
             saved_cluster_uid=saved.cluster_uid if saved is not None and saved.is_settled else "",
         )
-        view = View(settings, parts, None if elector is None else lambda: elector.holder)
+        view = View(
+            _about(settings),
+            parts.desired,
+            parts.observed,
+            parts.controller.status,
+            parts.rules,
+            settings.naming.meta_keys,
+            no_election if elector is None else lambda: elector.holder,
+        )
         census = Census(view, parts.reflectors.stats)
-        gate = SavedTargetsGate(saved, view)
+        gate = SavedTargetsGate(saved, view, parts.cluster_uid)
         await _serve(settings, view, registry, stack, access=wiring.access, census=census, gate=gate)
         aside = [
             tell_progress(view.progress, settings.backend.backend),
@@ -107,12 +114,24 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
             aside.append(_clear_previous_locations(settings, parts, client, timing))
         keeper = None
         if settings.state_file:
-            keeper = StateKeeper(Path(settings.state_file), origin, view)
+            keeper = StateKeeper(
+                Path(settings.state_file), origin, view, is_settled=lambda: parts.selection.is_settled
+            )
             aside.append(keeper.run())
         await _run(stop, parts, elector, aside)
         if keeper is not None:
             await stop.unless_urgent(keeper.save_at_end())
     log.info("registrar ends; what is registered stays")
+
+
+def _about(settings: RegistrarSettings) -> About:
+    return About(
+        settings.cluster_name,
+        settings.instance,
+        settings.backend.backend,
+        settings.consul.socket or settings.consul.url,
+        shown_settings(settings.common.environment),
+    )
 
 
 def _is_settled(parts: RegistrarParts) -> bool:
@@ -153,11 +172,10 @@ async def _serve(
     gate: SavedTargetsGate,
 ) -> None:
     """Open the admin port, and the port of http_sd where it is wanted."""
-    meta_keys = settings.naming.meta_keys
     registry.register(RegistrarCollector(census.figures))
     ports = {}
     if settings.http_sd is not None:
-        server = http_sd_server(settings.http_sd, view, meta_keys.wire, gate.current)
+        server = http_sd_server(settings.http_sd, view, gate.current)
         await stack.enter_async_context(server)
         refreshing = asyncio.create_task(server.keep_fresh())
         stack.callback(refreshing.cancel)
@@ -165,9 +183,9 @@ async def _serve(
     admin = await stack.enter_async_context(
         AdminServer(
             port=settings.common.admin_port,
-            health=_Health(view.status_now),
+            health=_Health(view.status),
             registry=registry,
-            routes=[*page_routes(), *api_routes(view, meta_keys.wire)],
+            routes=[*page_routes(), *api_routes(view)],
             before_metrics=census.refresh,
         )
     )

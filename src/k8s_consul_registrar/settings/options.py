@@ -1,12 +1,12 @@
 """Every setting there is."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from k8s_consul_registrar.settings.backend_options import BACKEND_OPTIONS, HTTP_SD_OPTIONS
 from k8s_consul_registrar.settings.option import BOTH_MODES as _BOTH
 from k8s_consul_registrar.settings.option import PROXY_ONLY as _PROXY
+from k8s_consul_registrar.settings.option import REGISTRAR, Option
 from k8s_consul_registrar.settings.option import REGISTRAR_ONLY as _REGISTRAR
-from k8s_consul_registrar.settings.option import Option
 from k8s_consul_registrar.settings.proxy_options import (
     IDENTITY_OPTIONS,
     INBOUND_OPTIONS,
@@ -177,3 +177,12 @@ OPTIONS: tuple[Option, ...] = (
 def options_of(mode: str) -> Iterator[Option]:
     """Yield the settings a mode heeds."""
     return (option for option in OPTIONS if mode in option.modes)
+
+
+def shown_settings(environment: Mapping[str, str], mode: str = REGISTRAR) -> dict[str, str]:
+    """Return every setting of a mode as anyone may see it: of a secret only whether it is set."""
+    shown = {}
+    for option in options_of(mode):
+        given = environment.get(option.env, "").strip()
+        shown[option.env] = ("set" if given else "not set") if option.is_secret else given or option.default
+    return shown

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from k8s_consul_registrar.admin.http_sd import no_saved_targets
-from k8s_consul_registrar.admin.sd_server import HttpSdServer
-from k8s_consul_registrar.admin.view import MetaNames, SavedTargets, TargetsView
+from k8s_consul_registrar.admin.http_sd import HttpSdServer, no_saved_targets
+from k8s_consul_registrar.admin.view import SavedTargets, TargetsView
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
@@ -309,14 +308,12 @@ class Wiring:
 def http_sd_server(
     settings: HttpSdSettings,
     view: TargetsView,
-    meta_names: MetaNames,
     saved: Callable[[], SavedTargets | None] = no_saved_targets,
 ) -> HttpSdServer:
     """Build what serves targets to collectors; raises an `AccessError` naming the setting at fault."""
     return HttpSdServer(
         port=settings.port,
         view=view,
-        meta_names=meta_names,
         saved=saved,
         bearer=http_sd_bearer(settings) if settings.bearer_token_file else None,
         tls=http_sd_tls(settings) if settings.cert_file else None,

@@ -10,12 +10,19 @@ import pytest
 from multidict import CIMultiDictProxy
 from prometheus_client import CollectorRegistry
 
-from k8s_consul_registrar.admin.api import MOST_CONFLICTS, api_routes
-from k8s_consul_registrar.admin.page import FILES, POLICY, page_routes
 from k8s_consul_registrar.admin.server import AdminServer
-from k8s_consul_registrar.admin.target_index import TargetIndex
-from k8s_consul_registrar.admin.view import SeenConflict, TargetState
+from k8s_consul_registrar.admin.status_api import (
+    FILES,
+    MAX_CONFLICTS,
+    POLICY,
+    api_routes,
+    page_routes,
+    target_index,
+)
+from k8s_consul_registrar.admin.view import TargetState
 from k8s_consul_registrar.model import Kind, ObjectKey
+from k8s_consul_registrar.registrar.decide import Conflict
+from k8s_consul_registrar.registrar.status import RegistrarStatus
 from k8s_consul_registrar.targets.reasons import Reason
 from support.seen import Registrar, many_targets, node_target, pod_rejection, pod_target
 from support.waiting import PATIENCE, until
@@ -167,10 +174,10 @@ async def test_a_change_is_seen_within_a_second_or_so(served: Served) -> None:
 async def test_an_index_nobody_asks_for_is_dropped() -> None:
     """Memory goes back when the page is closed."""
     registrar = Registrar(many_targets(50))
-    index = TargetIndex(registrar)
+    index = target_index(registrar)
     await index.snapshot()
     index._drop()
-    assert len((await index.snapshot()).targets) == 50
+    assert len((await index.snapshot()).rows) == 50
     assert registrar.walks == 2
     assert index._dropping is not None
     index._dropping.cancel()
@@ -205,18 +212,17 @@ async def test_rejections_are_counted_by_reason_and_found(served: Served) -> Non
 async def test_the_status_counts_and_bounds_what_it_lists(served: Served) -> None:
     """Every state is counted, zero included; of ten thousand conflicts the first are listed, all are counted."""
     served.registrar.put(pod_target("a", state=TargetState.CONFLICT), node_target(1))
-    conflicts = tuple(
-        SeenConflict(f"id-{number}", ObjectKey(Kind.POD, "shop", "a"), "somebody")
-        for number in range(MOST_CONFLICTS + 5)
-    )
-    served.registrar.now = replace(served.registrar.now, conflicts=conflicts)
+    served.registrar.status.conflicts = {
+        f"id-{number}": Conflict(ObjectKey(Kind.POD, "shop", "a"), "somebody")
+        for number in range(MAX_CONFLICTS + 5)
+    }
     status = await served.json("/api/v1/status")
     assert status["counts"]["states"] == {
         "registered": 1, "pending": 0, "refused": 0, "conflict": 1, "standby": 0, "kept": 0,
     }  # fmt: skip
     assert status["counts"]["kinds"] == {"pod": 1, "node": 1}
-    assert status["counts"]["conflicts"] == MOST_CONFLICTS + 5
-    assert len(status["conflicts"]) == MOST_CONFLICTS
+    assert status["counts"]["conflicts"] == MAX_CONFLICTS + 5
+    assert len(status["conflicts"]) == MAX_CONFLICTS
     assert status["namespaces"] == ["shop"]
     assert status["now"] == 1000.0
 
@@ -228,12 +234,14 @@ async def test_hostile_text_stays_inside_its_value(served: Served, text: str) ->
         pod_target(text, text, detail=text, tags=(text,), meta={text: text, "metrics_path": text})
     )
     served.registrar.rejected = [pod_rejection(text, text, text, text)]
-    served.registrar.now = replace(served.registrar.now, cluster=text, unready=text)
+    served.registrar.about = replace(served.registrar.about, cluster=text)
+    served.registrar.status = RegistrarStatus(source_problems={"pods": text})
     (target,) = (await served.json("/api/v1/targets"))["targets"]
     assert (target["object"]["name"], target["labels"][text], target["tags"]) == (text, text, [text])
     (rejection,) = (await served.json("/api/v1/rejections"))["rejections"]
     assert (rejection["reason"], rejection["detail"]) == (text, text)
-    assert (await served.json("/api/v1/status"))["cluster"] == text
+    status = await served.json("/api/v1/status")
+    assert (status["cluster"], status["unready"]) == (text, f"not synced yet: {text}")
 
 
 @pytest.mark.parametrize("path", PATHS)

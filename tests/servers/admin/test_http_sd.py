@@ -16,12 +16,18 @@ import pytest
 import trustme
 from multidict import CIMultiDictProxy
 
-from k8s_consul_registrar.admin.http_sd import SD_PATH, accepts_gzip
-from k8s_consul_registrar.admin.sd_query import BadQuery, GroupEncoder, parse_sd_query
-from k8s_consul_registrar.admin.sd_server import HttpSdServer
-from k8s_consul_registrar.admin.view import SeenTarget
+from k8s_consul_registrar.admin.http_sd import (
+    SD_PATH,
+    BadQuery,
+    GroupEncoder,
+    HttpSdServer,
+    accepts_gzip,
+    parse_sd_query,
+)
+from k8s_consul_registrar.admin.view import TargetRow
 from k8s_consul_registrar.app.saved_state import SavedState, decode_state
 from k8s_consul_registrar.bearer import BearerFile
+from k8s_consul_registrar.consul.codec import MetaKeys
 from k8s_consul_registrar.errors import AccessError, OperationalError
 from k8s_consul_registrar.tls import ServerTls, TlsFiles
 from support.seen import Registrar, many_targets, node_target, pod_target
@@ -30,7 +36,7 @@ from unit.app.test_saved_state import ORIGIN, encoded
 pytestmark = pytest.mark.both_loops
 
 
-def group_of(target: SeenTarget, encoder: GroupEncoder | None = None) -> dict[str, Any]:
+def group_of(target: TargetRow, encoder: GroupEncoder | None = None) -> dict[str, Any]:
     """Return the one group a target becomes."""
     text = bytearray()
     (encoder or GroupEncoder()).append(target, text)
@@ -65,7 +71,7 @@ def test_ipv6_stands_in_brackets() -> None:
 
 def test_renamed_meta_keeps_the_scrape_as_it_is() -> None:
     """Where Consul knows `scheme` under another name the label follows, and `__scheme__` stays."""
-    encoder = GroupEncoder(lambda key: f"prom-{key}")
+    encoder = GroupEncoder(MetaKeys((("scheme", "prom-scheme"),)))
     labels = group_of(pod_target("web-1"), encoder)["labels"]
     assert labels["__meta_consul_service_metadata_prom_scheme"] == "http"
     assert labels["__scheme__"] == "http"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from k8s_consul_registrar.admin.sd_server import HttpSdServer
+from k8s_consul_registrar.admin.http_sd import HttpSdServer
 from k8s_consul_registrar.app.saved_state import Origin
 from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.commands.check.http_sd import check_http_sd, check_state_file

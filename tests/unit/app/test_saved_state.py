@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from k8s_consul_registrar.admin.sd_query import GroupEncoder
-from k8s_consul_registrar.admin.view import SeenTarget
+from k8s_consul_registrar.admin.http_sd import GroupEncoder
+from k8s_consul_registrar.admin.view import TargetRow
 from k8s_consul_registrar.app.saved_state import (
     MAX_AGE,
     Origin,
@@ -25,7 +25,7 @@ NOW = 1_800_000_000.0
 
 
 def encoded(
-    targets: Iterable[SeenTarget], *, at: float = NOW, uid: str = "uid-1", origin: Origin = ORIGIN
+    targets: Iterable[TargetRow], *, at: float = NOW, uid: str = "uid-1", origin: Origin = ORIGIN
 ) -> bytes:
     """Return a whole file."""
     text = encode_head(origin, cluster_uid=uid, written_at=at, is_settled=True)
@@ -34,7 +34,7 @@ def encoded(
     return text + encode_end()
 
 
-def documents(targets: Iterable[SeenTarget]) -> list[bytes]:
+def documents(targets: Iterable[TargetRow]) -> list[bytes]:
     """Return what a collector is told of each target."""
     groups = []
     for target in targets:

@@ -43,7 +43,14 @@ class Clock:
 
 def keeper_of(seen: Seen, path: Path, clock: Clock | None = None, every: float = 0.01) -> StateKeeper:
     """Return a keeper that looks all the time."""
-    return StateKeeper(path, ORIGIN, seen.view, every=every, wall_clock=clock or time.time)
+    return StateKeeper(
+        path,
+        ORIGIN,
+        seen.view,
+        is_settled=lambda: seen.selection.is_settled,
+        every=every,
+        wall_clock=clock or time.time,
+    )
 
 
 def content_of(path: Path) -> dict[str, Any]:
@@ -123,7 +130,12 @@ async def test_a_file_is_as_old_as_what_is_known(tmp_path: Path) -> None:
     """While the API server is away, saved targets do not become younger; then they are not saved at all."""
     seen, path, clock = Seen(), tmp_path / "state.json", Clock()
     keeper = StateKeeper(
-        path, ORIGIN, seen.view, wall_clock=clock, clock=lambda: time.monotonic() + clock.offset
+        path,
+        ORIGIN,
+        seen.view,
+        is_settled=lambda: seen.selection.is_settled,
+        wall_clock=clock,
+        clock=lambda: time.monotonic() + clock.offset,
     )
     seen.lab.cluster.put_list([make_pod("a")])
     seen.lab.cluster.store.fail(PODS, "no connection", "unreachable")
@@ -266,7 +278,7 @@ async def test_saved_targets_are_served_for_their_cluster(
 ) -> None:
     """For the same cluster, or while it cannot be asked; for another one never again."""
     seen = Seen()
-    gate = SavedTargetsGate(saved_state(uid=file_uid), seen.view)
+    gate = SavedTargetsGate(saved_state(uid=file_uid), seen.view, seen.cluster_uid)
     assert gate.current() is None, "nobody asked yet"
     await seen.learn(own_uid)
     assert (gate.current() is not None) is is_served
@@ -277,7 +289,7 @@ async def test_saved_targets_are_served_for_their_cluster(
 async def test_an_api_server_that_never_answers_cannot_be_asked() -> None:
     """After a while saved targets are served without its word."""
     seen, now = Seen(), 100.0
-    gate = SavedTargetsGate(saved_state(), seen.view, clock=lambda: now)
+    gate = SavedTargetsGate(saved_state(), seen.view, seen.cluster_uid, clock=lambda: now)
     assert gate.current() is None
     now = 103.0
     assert gate.current() is not None
@@ -286,7 +298,7 @@ async def test_an_api_server_that_never_answers_cannot_be_asked() -> None:
 async def test_saved_targets_end_with_the_first_complete_list_and_with_their_age() -> None:
     """Once every source was listed they are dropped for good; so they are when they become too old."""
     seen, clock = Seen(sources=(Source(Kind.NODE), PODS)), Clock()
-    gate = SavedTargetsGate(saved_state(), seen.view, wall_clock=clock)
+    gate = SavedTargetsGate(saved_state(), seen.view, seen.cluster_uid, wall_clock=clock)
     await seen.learn()
     seen.lab.cluster.put_list([make_pod("a")])
     assert gate.current() is not None, "Nodes are not listed"
@@ -294,7 +306,7 @@ async def test_saved_targets_end_with_the_first_complete_list_and_with_their_age
     assert gate.current() is None
     clock.offset = 0.0
     assert gate.current() is None
-    again = SavedTargetsGate(saved_state(), seen.view)
+    again = SavedTargetsGate(saved_state(), seen.view, seen.cluster_uid)
     running = asyncio.create_task(again.run())
     seen.lab.cluster.put_list([], NODES)
     await asyncio.wait_for(running, 20)

@@ -1,4 +1,4 @@
-"""Sorting in turns: the same as sorting at once, and others get their turn meanwhile."""
+"""The index of rows: sorted as at once, counted, kept until they change, and other tasks run meanwhile."""
 
 import asyncio
 import random
@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from k8s_consul_registrar.admin.ordering import SLICE, sorted_in_turns
-from k8s_consul_registrar.admin.rejection_index import RejectionIndex, RejectionSearch
+from k8s_consul_registrar.admin.index import SLICE, Search, sorted_in_slices
+from k8s_consul_registrar.admin.status_api import rejection_index
 from support.seen import Registrar, pod_rejection
 
 
@@ -21,7 +21,7 @@ async def test_the_order_is_that_of_sorting_at_once(count: int, spread: int) -> 
         [(number % spread, number) for number in range(count)],
         [((count - number) % spread, number) for number in range(count)],
     ):
-        assert await sorted_in_turns(items, lambda item: item[0]) == sorted(items, key=lambda item: item[0])
+        assert await sorted_in_slices(items, lambda item: item[0]) == sorted(items, key=lambda item: item[0])
 
 
 async def test_others_get_their_turn_many_times() -> None:
@@ -37,7 +37,7 @@ async def test_others_get_their_turn_many_times() -> None:
             turns += 1
 
     ticking = asyncio.create_task(tick())
-    assert await sorted_in_turns(items, int) == list(range(80_000))
+    assert await sorted_in_slices(items, int) == list(range(80_000))
     ticking.cancel()
     assert turns > 1.5 * 80_000 / SLICE
 
@@ -49,11 +49,13 @@ async def test_rejections_are_found_counted_and_kept_until_they_change() -> None
         pod_rejection(f"web-{number}", reason, "why", "shop" if number % 2 else "bank")
         for number, reason in enumerate(["no_ip", "no_port"] * 1500)
     ]
-    index = RejectionIndex(registrar, lambda: now[0])
+    index = rejection_index(registrar, lambda: now[0])
     first = await index.snapshot()
-    assert first.rejections == sorted(registrar.rejected, key=lambda one: one.key)
-    assert first.reasons == Counter(no_ip=1500, no_port=1500)
-    found = await first.find(RejectionSearch(terms=("web-7",), namespace="shop", reason="no_port"))
+    assert first.rows == sorted(registrar.rejected, key=lambda one: one.key)
+    assert first.counts["reason"] == Counter(no_ip=1500, no_port=1500)
+    found = await first.find(
+        Search(("web-7",), (("namespace", frozenset({"shop"})), ("reason", frozenset({"no_port"}))))
+    )
     assert found
     assert all(one.key.name.startswith("web-7") and one.key.namespace == "shop" for one in found)
     assert await index.snapshot() is first
@@ -61,4 +63,4 @@ async def test_rejections_are_found_counted_and_kept_until_they_change() -> None
     again = await index.snapshot()
     assert again is not first
     registrar.rejected = registrar.rejected[1:]
-    assert len((await index.snapshot()).rejections) == 2999
+    assert len((await index.snapshot()).rows) == 2999

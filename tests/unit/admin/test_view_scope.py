@@ -4,9 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from k8s_consul_registrar.admin.sd_query import parse_sd_query
-from k8s_consul_registrar.admin.view import TargetState
-from k8s_consul_registrar.app.census import Census
+from k8s_consul_registrar.admin.http_sd import parse_sd_query
+from k8s_consul_registrar.admin.view import Census, TargetState
 from k8s_consul_registrar.model import Kind, Source
 from support.builders import make_pod, our_pod_service
 from support.memory import NODES
@@ -77,7 +76,7 @@ async def test_what_the_brake_holds_after_a_restart_is_shown_with_its_meta() -> 
     census = Census(seen.view, dict)
     async with seen.lab.running():
         seen.lab.cluster.put_list([make_pod(f"p{number}") for number in range(4)])
-        await seen.lab.until_so(lambda: bool(seen.view.status().brakes))
+        await seen.lab.until_so(lambda: bool(seen.view.status.held))
         await seen.lab.until_so(lambda: seen.lab.queue.is_drained)
         kept = [one for one in seen.view.targets() if one.state is TargetState.KEPT]
         assert {one.key.name for one in kept} == {f"p{number}" for number in range(4, 10)}

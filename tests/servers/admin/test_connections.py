@@ -12,9 +12,8 @@ import pytest
 import trustme
 from prometheus_client import CollectorRegistry
 
-from k8s_consul_registrar.admin.accepting import Bounds
-from k8s_consul_registrar.admin.http_sd import SD_PATH
-from k8s_consul_registrar.admin.sd_server import HttpSdServer
+from k8s_consul_registrar.admin.connections import Bounds
+from k8s_consul_registrar.admin.http_sd import SD_PATH, HttpSdServer
 from k8s_consul_registrar.admin.server import AdminServer
 from k8s_consul_registrar.tls import ServerTls, TlsFiles
 from support.seen import Registrar, many_targets

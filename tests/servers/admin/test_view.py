@@ -1,74 +1,42 @@
 """What the admin endpoints see of a running registrar: every state a target can be in, and no secret."""
 
 import asyncio
+import json
 import time
 from collections import Counter
-from collections.abc import Iterable
+from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 from msgspec.structs import replace
 
-from k8s_consul_registrar.admin.view import SeenTarget, TargetState
-from k8s_consul_registrar.app.census import Census
-from k8s_consul_registrar.app.view import View, shown_settings
-from k8s_consul_registrar.backoff import Timing
-from k8s_consul_registrar.kube.access import Access
-from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.cluster_uid import ClusterUid
-from k8s_consul_registrar.kube.credentials import FixedCredentials, Identity
-from k8s_consul_registrar.kube.reflector import Reflectors
+from k8s_consul_registrar.admin.status_api import api_routes
+from k8s_consul_registrar.admin.view import Census, TargetState
 from k8s_consul_registrar.kube.source_state import CAUSES, WatchStats
-from k8s_consul_registrar.model import Kind, Pod, Source
+from k8s_consul_registrar.model import Kind, Source
 from k8s_consul_registrar.registrar.brake import BrakeRules
-from k8s_consul_registrar.registrar.selection import SelectionRecord
 from k8s_consul_registrar.registrar.status import LostAgent
-from k8s_consul_registrar.settings.modes import read_registrar
-from k8s_consul_registrar.wiring.registrar import RegistrarParts, Wiring
+from k8s_consul_registrar.settings.options import shown_settings
 from support.builders import make_pod, our_pod_service
-from support.controller_lab import HELD, Lab
+from support.controller_lab import HELD
 from support.memory import PODS
-
-SETTINGS = read_registrar({"CLUSTER_NAME": "lab", "SHARD_PATHS": "s1,s2", "CONSUL_HTTP_TOKEN": "t0p-secret"})
-WIRING = Wiring(SETTINGS)
+from support.view_lab import SETTINGS, Seen
 
 
-class Seen:
-    """A running registrar in memory, with its view."""
-
-    def __init__(self, *, brake: BrakeRules = HELD) -> None:
-        self.lab = Lab(identity=WIRING.identity, shards=WIRING.shards, brake=brake)
-        kube = KubeClient(Access("http://127.0.0.1:1", FixedCredentials(Identity())), Timing())
-        lab = self.lab
-        parts = RegistrarParts(
-            controller=lab.controller,
-            desired=lab.desired,
-            observed=lab.observed,
-            reflectors=Reflectors((PODS,), lab.desired.store, kube, timing=Timing(), period=60),
-            rules=lab.rules,
-            reporter=lab.reporter,
-            resync=lab.resync,
-            queue=lab.queue,
-            registry=lab.consul,
-            reconciler=lab.reconciler,
-            names=lab.names,
-            cluster_uid=ClusterUid(kube, lab.controller.on_cluster_uid),
-            selection=SelectionRecord("", catalog=None, cluster_uid=lambda: ""),
-        )
-        self.view = View(SETTINGS, parts)
-
-    def targets(self) -> dict[str, SeenTarget]:
-        """Return the targets by Pod."""
-        return {one.key.name: one for one in self.view.targets()}
-
-    async def synced(self, pods: Iterable[Pod]) -> None:
-        """List these Pods, and wait until everything was compared once and written."""
-        self.lab.cluster.put_list(pods)
-        await self.lab.until_so(lambda: self.lab.status.has_synced and self.lab.queue.is_drained)
+async def status_of(seen: Seen) -> dict[str, Any]:
+    """Return what the API answers about a registrar's status."""
+    (handler,) = [one.handler for one in api_routes(seen.view) if one.path == "/api/v1/status"]
+    response = await handler(make_mocked_request("GET", "/api/v1/status"))
+    assert isinstance(response, web.Response)
+    assert isinstance(response.body, bytes)
+    answer: dict[str, Any] = json.loads(response.body)
+    return answer
 
 
 async def test_every_state_of_a_target() -> None:
     """Registered, refused and held by another, each with what there is to say."""
-    seen = Seen()
+    seen = Seen(brake=HELD)
     lab = seen.lab
     lab.consul.refused = {"pod--shop--bad"}
     lab.consul.put_by_hand(our_pod_service("taken", cluster="other"))
@@ -88,15 +56,15 @@ async def test_every_state_of_a_target() -> None:
         assert seen.targets()["bad"].detail == "no"
         assert "cluster=other" in seen.targets()["taken"].detail
         assert [(one.key.name, one.reason) for one in seen.view.rejections()] == [("x", "no_ip")]
-        status = seen.view.status()
-        assert [one.id for one in status.conflicts] == ["pod--shop--taken"]
-        assert "full" in [one.kind for one in status.passes]
-        assert status.sources[0].objects == 4
+        status = await status_of(seen)
+        assert [one["id"] for one in status["conflicts"]] == ["pod--shop--taken"]
+        assert "full" in [one["kind"] for one in status["passes"]]
+        assert status["sources"][0]["objects"] == 4
 
 
 async def test_targets_are_counted_by_kind_and_state() -> None:
     """The count agrees with the targets themselves in every state, and is renewed only after a change."""
-    seen = Seen()
+    seen = Seen(brake=HELD)
     lab = seen.lab
     census = Census(seen.view, dict)
     lab.consul.refused = {"pod--shop--bad"}
@@ -105,7 +73,7 @@ async def test_targets_are_counted_by_kind_and_state() -> None:
     async with lab.running():
         await seen.synced([*pods, *(make_pod(f"gone-{number}") for number in range(3))])
         lab.cluster.put_list(pods)
-        await lab.until_so(lambda: bool(seen.view.status().brakes))
+        await lab.until_so(lambda: bool(seen.view.status.held))
         assert sum(census.figures().targets.values()) == 0
         await census.refresh()
         figures = census.figures()
@@ -170,10 +138,10 @@ async def test_the_brake_is_seen() -> None:
         seen.lab.consul.put_by_hand(our_pod_service(f"p{number}"))
     async with seen.lab.running():
         seen.lab.cluster.put_list([])
-        await seen.lab.until_so(lambda: bool(seen.view.status().brakes))
-    (brake,) = seen.view.status().brakes
-    assert (brake.source, brake.count, len(brake.sample)) == ("pods", 40, 20)
-    assert brake.until - brake.since == pytest.approx(600)
+        await seen.lab.until_so(lambda: bool(seen.view.status.held))
+    (brake,) = (await status_of(seen))["brakes"]
+    assert (brake["source"], brake["count"], len(brake["sample"])) == ("pods", 40, 20)
+    assert brake["until"] - brake["since"] == pytest.approx(600)
 
 
 async def test_what_the_brake_holds_is_still_served() -> None:
@@ -184,7 +152,7 @@ async def test_what_the_brake_holds_is_still_served() -> None:
         await seen.synced([make_pod(f"p{number}") for number in range(10)])
         before = seen.view.generation
         lab.cluster.put_list([make_pod("p0")])
-        await lab.until_so(lambda: bool(seen.view.status().brakes))
+        await lab.until_so(lambda: bool(seen.view.status.held))
         assert seen.view.generation != before
         states = [one.state for one in seen.view.targets()]
         assert states == [TargetState.REGISTERED] + [TargetState.KEPT] * 9
@@ -196,31 +164,31 @@ async def test_what_the_brake_holds_is_still_served() -> None:
 
 async def test_what_is_kept_from_before_the_start_is_served() -> None:
     """A target that only Consul knows of stays with collectors under its record."""
-    seen = Seen()
+    seen = Seen(brake=HELD)
     for name in ("a", "b", "c", "d"):
         seen.lab.consul.put_by_hand(our_pod_service(name))
     async with seen.lab.running():
         seen.lab.cluster.put_list([make_pod("a")])
-        await seen.lab.until_so(lambda: bool(seen.view.status().brakes))
+        await seen.lab.until_so(lambda: bool(seen.view.status.held))
         kept = {name: one.service for name, one in seen.targets().items() if one.state is TargetState.KEPT}
         assert kept.keys() == {"b", "c", "d"}
         assert kept["b"].address == our_pod_service("b").address
 
 
-def test_lost_agents_are_shown_with_times_of_the_day() -> None:
+async def test_lost_agents_are_shown_with_times_of_the_day() -> None:
     """The orphan collector reports monotonic seconds."""
     seen = Seen()
     now = time.monotonic()
     seen.lab.status.lost_agents = (LostAgent("old", now - 60, now + 540, {"not_here": 2}),)
-    (shown,) = seen.view.status().lost_agents
-    assert (shown.node, shown.stays) == ("old", {"not_here": 2})
-    assert abs(shown.since - (time.time() - 60)) < 5
-    assert abs(shown.due - (time.time() + 540)) < 5
+    (shown,) = (await status_of(seen))["lost_agents"]
+    assert (shown["node"], shown["stays"]) == ("old", {"not_here": 2})
+    assert abs(shown["since"] - (time.time() - 60)) < 5
+    assert abs(shown["due"] - (time.time() + 540)) < 5
 
 
 def test_secrets_are_not_shown() -> None:
     """Of a secret only that it is set."""
-    shown = {one.name: one.value for one in shown_settings(SETTINGS.common.environment)}
+    shown = shown_settings(SETTINGS.common.environment)
     assert shown["CONSUL_HTTP_TOKEN"] == "set"
     assert shown["CLUSTER_NAME"] == "lab"
     assert shown["SYNC_PERIOD"] == "600"
