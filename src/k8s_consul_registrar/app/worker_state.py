@@ -2,14 +2,15 @@
 
 import sys
 from pathlib import Path
+from typing import NamedTuple, Self
 
-from k8s_consul_registrar.app.upstream_trust import KubeletIdentity, PodTrust
-from k8s_consul_registrar.bearer import BearerFile
-from k8s_consul_registrar.proxy.frames import BEARER, CERTIFICATE, CLIENT_CA, KEY, Begin, Credentials, Limits
+from k8s_consul_registrar.app.upstream_trust import KubeletIdentity
+from k8s_consul_registrar.proxy.frames import Begin, Credentials, Limits
 from k8s_consul_registrar.proxy.sockets import Fit
+from k8s_consul_registrar.rotating import BearerTokens, Derived, Rotating, bearer_tokens
 from k8s_consul_registrar.settings.modes import ProxySettings
 from k8s_consul_registrar.settings.proxying import InboundSettings
-from k8s_consul_registrar.tls import ServerTls, TlsFiles
+from k8s_consul_registrar.tls import ServerTls, Trust, server_tls
 
 WORKER = (sys.executable, "-m", "k8s_consul_registrar.proxy.worker")
 
@@ -36,55 +37,32 @@ def begin(settings: ProxySettings, fit: Fit, port: int) -> Begin:
     )
 
 
-class Inbound:
-    """What clients are checked by: `bearer` and `tls`, None for what is not asked of them."""
+class Inbound(NamedTuple):
+    """What callers are checked by, None for what is not asked of them."""
 
-    def __init__(self, settings: InboundSettings) -> None:
+    bearer: Rotating[BearerTokens] | None
+    tls: ServerTls | None
+
+    @classmethod
+    def of(cls, settings: InboundSettings) -> Self:
         """Read the files; raises AccessError, naming the setting, if one cannot be used."""
-        self.bearer: BearerFile | None = None
-        if settings.bearer_token_file:
-            self.bearer = BearerFile(Path(settings.bearer_token_file), "PROXY_BEARER_TOKEN_FILE")
-        self.tls: ServerTls | None = None
-        if settings.cert_file:
-            client_ca = Path(settings.client_ca_file) if settings.client_ca_file else None
-            self.tls = ServerTls(
-                TlsFiles(Path(settings.cert_file), Path(settings.key_file), client_ca, setting="TLS")
-            )
-
-    def contents(self) -> dict[str, bytes]:
-        """Return the files as they were when they could last be used, each mechanism by itself.
-
-        A worker never gets what was not loaded here first: content that is unusable would end it.
-        """
-        contents: dict[str, bytes] = {}
-        if self.bearer is not None:
-            self.bearer.refresh()
-            contents[BEARER] = self.bearer.content
-        if self.tls is not None:
-            self.tls.refresh()
-            material = self.tls.material
-            contents[CERTIFICATE] = material.pair.certificate
-            contents[KEY] = material.pair.key
-            if material.trust:
-                contents[CLIENT_CA] = material.trust
-        return contents
-
-
-class CredentialsInHand:
-    """Everything secret that a worker needs, as it is at each call."""
-
-    def __init__(self, kubelets: KubeletIdentity, pods: PodTrust | None, inbound: Inbound) -> None:
-        self._kubelets = kubelets
-        self._pods = pods
-        self._inbound = inbound
-
-    def __call__(self) -> Credentials:
-        """Return them."""
-        problem = self._kubelets.problem
-        return Credentials(
-            token="" if problem else self._kubelets.token(),
-            problem=problem,
-            kubelets=self._kubelets.trust,
-            pods=None if self._pods is None else self._pods.trust,
-            files=self._inbound.contents(),
+        bearer, tls = settings.bearer_token_file, settings.cert_file
+        return cls(
+            bearer_tokens(Path(bearer), "PROXY_BEARER_TOKEN_FILE") if bearer else None,
+            server_tls(tls, settings.key_file, settings.client_ca_file, setting="TLS") if tls else None,
         )
+
+
+def credentials(kubelets: KubeletIdentity, pods: Derived[Trust] | None, inbound: Inbound) -> Credentials:
+    """Return everything secret that a worker needs, as it could last be used: nothing unusable reaches a worker."""
+    problem, (bearer, tls) = kubelets.problem, inbound
+    if tls is not None:
+        tls.refresh()
+    return Credentials(
+        token="" if problem else kubelets.token(),
+        problem=problem,
+        kubelets=kubelets.trust,
+        pods=None if pods is None else pods.current(),
+        bearer=None if bearer is None else bearer.current(),
+        tls=None if tls is None else tls.value,
+    )

@@ -10,7 +10,6 @@ from pathlib import Path
 from k8s_consul_registrar.admin.http_sd import HttpSdServer, no_saved_targets
 from k8s_consul_registrar.admin.view import SavedTargets, TargetsView
 from k8s_consul_registrar.backoff import Timing
-from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient, Fence
 from k8s_consul_registrar.consul.lost_agents import LostAgents
@@ -41,6 +40,7 @@ from k8s_consul_registrar.registrar.resync import Resync
 from k8s_consul_registrar.registrar.schedule import FULL_READ_GAP, ScheduleRules
 from k8s_consul_registrar.registrar.selection import SelectionRecord
 from k8s_consul_registrar.registrar.status import RegistrarStatus
+from k8s_consul_registrar.rotating import BearerTokens, Rotating, bearer_tokens
 from k8s_consul_registrar.settings.backend_options import AGENT
 from k8s_consul_registrar.settings.digest import selection_digest
 from k8s_consul_registrar.settings.http_sd import HttpSdSettings
@@ -48,7 +48,7 @@ from k8s_consul_registrar.settings.modes import RegistrarSettings
 from k8s_consul_registrar.settings.naming import HASH
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from k8s_consul_registrar.targets.service_names import NODE_NAME, POD_NAME, HashShards, RandomShards, Shards
-from k8s_consul_registrar.tls import ServerTls, TlsFiles
+from k8s_consul_registrar.tls import ServerTls, server_tls
 from k8s_consul_registrar.wiring.consul import consul_access, consul_registry
 
 
@@ -320,12 +320,11 @@ def http_sd_server(
     )
 
 
-def http_sd_bearer(settings: HttpSdSettings) -> BearerFile:
+def http_sd_bearer(settings: HttpSdSettings) -> Rotating[BearerTokens]:
     """Read the token of collectors; raises an `AccessError`."""
-    return BearerFile(Path(settings.bearer_token_file), setting="HTTP_SD_BEARER_TOKEN_FILE")
+    return bearer_tokens(Path(settings.bearer_token_file), "HTTP_SD_BEARER_TOKEN_FILE")
 
 
 def http_sd_tls(settings: HttpSdSettings) -> ServerTls:
     """Read the files of TLS towards collectors; raises an `AccessError`."""
-    client_ca = Path(settings.client_ca_file) if settings.client_ca_file else None
-    return ServerTls(TlsFiles(Path(settings.cert_file), Path(settings.key_file), client_ca))
+    return server_tls(settings.cert_file, settings.key_file, settings.client_ca_file, setting="HTTP_SD_TLS")

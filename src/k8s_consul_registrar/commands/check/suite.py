@@ -301,7 +301,7 @@ async def _check_kubelets(
         identity = KubeletIdentity(settings.kubelets, view.access)
         await identity.refresh()
         kubelets = Kubelets(
-            context=identity.context(),
+            trust=identity.trust,
             verifies_node_name=settings.kubelets.tls_server_name == "node",
             token=identity.token(),
             timeout=timing.read_timeout,
