@@ -1,9 +1,12 @@
 """PEM text: the certificates and keys in it, whatever stands between its blocks."""
 
 import binascii
+import os
 import re
+import tempfile
 from base64 import b64encode
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from k8s_consul_registrar.errors import AccessError
 
@@ -48,6 +51,26 @@ def private_key(text: bytes, setting: str) -> bytes:
         if block[1].endswith(b"PRIVATE KEY"):
             return block[0] + b"\n"
     raise AccessError(f"{setting}: holds no PEM private key{_instead(text, _BLOCK.findall(text))}")
+
+
+@contextmanager
+def private_file(content: bytes) -> Iterator[str]:
+    """Hold `content` in a file that no other process can open and that is gone afterwards.
+
+    OpenSSL loads a key from a path only, through Python. On Linux a file in memory spares both the disk and the need for
+    a writable one.
+    """
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("client-key", os.MFD_CLOEXEC)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            yield f"/proc/self/fd/{descriptor}"
+    else:
+        with tempfile.NamedTemporaryFile() as named:
+            named.write(content)
+            named.flush()
+            yield named.name
 
 
 def _certificate(body: bytes, setting: str) -> str:

@@ -4,13 +4,10 @@ Contexts are made of PEM text, whatever stands between its blocks. A context is 
 to one and not removed. Each is made once for its certificates, and shared by all connections until they change.
 """
 
-import os
 import ssl
-import tempfile
 import time
 from _ssl import _test_decode_cert  # type: ignore[attr-defined]  # the only reader of certificates there is
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cached_property
@@ -18,8 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from k8s_consul_registrar.errors import AccessError
-from k8s_consul_registrar.pem import certificates, private_key
+from k8s_consul_registrar.pem import certificates, private_file, private_key
 from k8s_consul_registrar.rotating import Derived, Rotating, fixed, read_file, reason
+from k8s_consul_registrar.telemetry import get_logger
+
+log = get_logger("tls")
 
 # Values: what a context is made of. They travel to worker processes, so their fields are plain.
 
@@ -111,11 +111,6 @@ def _context(protocol: int) -> ssl.SSLContext:
 # Files
 
 
-def ca_file(path: str | Path, setting: str) -> Rotating[str]:
-    """Return the certificates of a CA file (PEM); raises AccessError naming the setting and the file."""
-    return Rotating(setting, [Path(path)], lambda: read_ca(Path(path), setting))
-
-
 def key_pair_files(
     certificate: str | Path, key: str | Path, certificate_setting: str, key_setting: str
 ) -> Rotating[KeyPair]:
@@ -142,7 +137,7 @@ def client_tls(
         pair = key_pair_files(certificate, key or certificate, peer.certificate, peer.key)
     return Derived(
         lambda ca_pem, shown: Trust(ca_pem, is_verified, f"{peer.ca} {ca}" if ca else "", shown),
-        ca_file(ca, peer.ca) if ca else fixed(""),
+        _ca_file(Path(ca), peer.ca) if ca else fixed(""),
         pair,
     )
 
@@ -155,22 +150,20 @@ def server_tls(
     Raises AccessError naming the setting and the file.
     """
     ca_setting = f"{setting}_CLIENT_CA_FILE"
-
-    def load_client_ca() -> str:
-        ca = read_ca(Path(client_ca or ""), ca_setting)
-        _refuse_leaf(ca, f"{ca_setting} {client_ca}")
-        return ca
-
     return Derived(
         lambda pair, ca: ServerCertificate(pair, ca, f"{ca_setting} {client_ca}"),
         key_pair_files(certificate, key, f"{setting}_CERT_FILE", f"{setting}_KEY_FILE"),
-        Rotating(ca_setting, [Path(client_ca)], load_client_ca) if client_ca else fixed(""),
+        _ca_file(Path(client_ca), ca_setting, _refuse_leaf) if client_ca else fixed(""),
     )
 
 
-def read_ca(path: Path, setting: str) -> str:
-    """Return the certificates of a file, found usable; raises AccessError naming the setting and the file."""
-    return trust_in(read_file(path, setting), f"{setting} {path}").ca
+def _ca_file(path: Path, setting: str, check: Callable[[Trust], None] = lambda _: None) -> Rotating[str]:
+    def load() -> str:
+        trust = trust_in(read_file(path, setting), f"{setting} {path}")
+        check(trust)
+        return trust.ca
+
+    return Rotating(setting, [path], load)
 
 
 def trust_in(ca: bytes | None, setting: str) -> Trust:
@@ -186,6 +179,9 @@ def trust_in(ca: bytes | None, setting: str) -> Trust:
 def checked(pair: KeyPair) -> KeyPair:
     """Return the pair if it can be shown; raises AccessError, naming its origin, otherwise."""
     _show(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), pair)
+    problem = out_of_date(pair.certificate)
+    if problem:
+        log.warning("a certificate of our own is not valid now", problem=f"{pair.origin}: {problem}")
     return pair
 
 
@@ -199,56 +195,38 @@ def _believe(context: ssl.SSLContext, ca: str, setting: str) -> None:
 def _show(context: ssl.SSLContext, pair: KeyPair) -> None:
     chain = certificates(pair.certificate, pair.origin).encode()
     try:
-        with _private_file(chain + private_key(pair.key, pair.origin)) as path:
+        with private_file(chain + private_key(pair.key, pair.origin)) as path:
             # The password keeps OpenSSL from asking on the terminal for an encrypted key's.
             context.load_cert_chain(path, password="")
     except (OSError, ValueError, TypeError) as error:
         raise AccessError(f"{pair.origin}: the certificate and key cannot be used: {_words(error)}") from None
 
 
-@contextmanager
-def _private_file(content: bytes) -> Iterator[str]:
-    """Hold `content` in a file that no other process can open and that is gone afterwards.
-
-    OpenSSL loads a key from a path only. On Linux a file in memory spares both the disk and the need for
-    a writable one.
-    """
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("client-key", os.MFD_CLOEXEC)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            yield f"/proc/self/fd/{descriptor}"
-    else:
-        with tempfile.NamedTemporaryFile() as named:
-            named.write(content)
-            named.flush()
-            yield named.name
-
-
-def out_of_date(pem: bytes, now: float | None = None) -> str:
-    """Say why the first certificate of a PEM text is not valid now (Unix time), empty if it is."""
+def out_of_date(certificate: bytes, now: float | None = None) -> str:
+    """Say why a certificate is not valid now (Unix time), empty if it is, or if its dates cannot be read."""
     now = time.time() if now is None else now
-    facts = _facts(pem)
-    if now > ssl.cert_time_to_seconds(facts["notAfter"]):
+    facts = _facts(certificate)
+    if facts and now > ssl.cert_time_to_seconds(facts["notAfter"]):
         return f"the certificate expired on {facts['notAfter']}"
-    if now < ssl.cert_time_to_seconds(facts["notBefore"]):
+    if facts and now < ssl.cert_time_to_seconds(facts["notBefore"]):
         return f"the certificate is not valid before {facts['notBefore']}"
     return ""
 
 
-def _refuse_leaf(ca: str, setting: str) -> None:
-    """Raise AccessError if no certificate can have signed a client's, nor be a client's own."""
-    if ca.count("BEGIN") == 1 and not Trust(ca).context.cert_store_stats()["x509_ca"]:
-        facts = _facts(ca.encode())
-        if facts["issuer"] != facts["subject"]:
-            raise AccessError(f"{setting}: {_ONLY_LEAVES}; name the file of the CA that signed it")
+def _refuse_leaf(trust: Trust) -> None:
+    """Raise AccessError if the only certificate can neither have signed a client's nor be a client's own."""
+    stats, facts = trust.context.cert_store_stats(), _facts(trust.ca.encode())
+    if stats["x509"] == 1 and not stats["x509_ca"] and facts and facts["issuer"] != facts["subject"]:
+        raise AccessError(f"{trust.ca_setting}: {_ONLY_LEAVES}; name the file of the CA that signed it")
 
 
-def _facts(pem: bytes) -> Any:
-    """Return the fields of the first certificate, as `SSLSocket.getpeercert` does of a peer's."""
-    with _private_file(pem) as path:
-        return _test_decode_cert(path)
+def _facts(certificate: bytes) -> Any:
+    """Return the fields of a certificate as `SSLSocket.getpeercert` does of a peer's, none if it is odd."""
+    try:
+        with private_file(certificate) as path:
+            return _test_decode_cert(path)
+    except (OSError, ValueError):
+        return {}
 
 
 # Explanations
@@ -284,32 +262,29 @@ class Explanation(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A kind of server we connect to: its settings for TLS, and the remedies they offer."""
+    """A kind of server we connect to: the remedies for TLS that fails, and the settings that name our files."""
 
-    ca: str
-    certificate: str
-    key: str
     remedies: Mapping[Cause, str]
+    ca: str
+    certificate: str = ""
+    key: str = ""
 
 
-_RENEW = "renew it, or the CA's own, unless the clock here is wrong"
 _ONLY_LEAVES = "holds no CA certificate, only one of a server or client"
+_RENEW = "renew it, or the CA's own, unless the clock here is wrong"
 CONSUL = Peer(
-    "CONSUL_CACERT",
-    "CONSUL_CLIENT_CERT",
-    "CONSUL_CLIENT_KEY",
     {
         Cause.UNKNOWN_CA: "CONSUL_CACERT must name a file with the CA that signed it",
         Cause.OTHER_NAME: "CONSUL_TLS_SERVER_NAME can give a name that the certificate has",
         Cause.OUT_OF_DATE: _RENEW,
         Cause.NO_TLS: "CONSUL_ADDRESS must begin with http://, or name Consul's https port",
-        Cause.OUR_CERTIFICATE: "CONSUL_CLIENT_CERT and CONSUL_CLIENT_KEY must name a certificate that Consul accepts",
+        Cause.OUR_CERTIFICATE: "CONSUL_CLIENT_CERT and CONSUL_CLIENT_KEY must name one that Consul accepts",
     },
+    "CONSUL_CACERT",
+    "CONSUL_CLIENT_CERT",
+    "CONSUL_CLIENT_KEY",
 )
 API_SERVER = Peer(
-    "certificate-authority",
-    "client-certificate",
-    "client-key",
     {
         Cause.UNKNOWN_CA: "certificate-authority must hold the CA that signed it",
         Cause.OTHER_NAME: "tls-server-name of the kubeconfig can give a name that the certificate has",
@@ -317,29 +292,25 @@ API_SERVER = Peer(
         Cause.NO_TLS: "server of the kubeconfig must begin with http://, or name the https port",
         Cause.OUR_CERTIFICATE: "client-certificate of the kubeconfig must be one that the API server accepts",
     },
+    "certificate-authority",
 )
+_NO_CHECK = "set KUBELET_INSECURE_SKIP_TLS_VERIFY=true"
 KUBELET = Peer(
+    {
+        Cause.UNKNOWN_CA: "set KUBELET_CA_FILE to the CA that signed it; where kubelets sign for themselves, have the "
+        f"cluster sign (serverTLSBootstrap: true) or {_NO_CHECK}",
+        Cause.OTHER_NAME: "set KUBELET_TLS_SERVER_NAME=node where it names the Node and not the address; otherwise "
+        f"have the CA of KUBELET_CA_FILE sign another (serverTLSBootstrap: true) or {_NO_CHECK}",
+        Cause.OUT_OF_DATE: "have the kubelet's serving certificate renewed (kubectl get csr)",
+        Cause.NO_TLS: "is this the kubelet's https port (10250)?",
+        Cause.OUR_CERTIFICATE: "KUBELET_CLIENT_CERT_FILE must name one of the kubelet's clientCAFile",
+        Cause.NOT_READY: "a kubelet without a serving certificate waits for its approval: kubectl get csr",
+    },
     "KUBELET_CA_FILE",
     "KUBELET_CLIENT_CERT_FILE",
     "KUBELET_CLIENT_KEY_FILE",
-    {
-        Cause.UNKNOWN_CA: "set KUBELET_CA_FILE to the CA that signed it; where kubelets sign for themselves, have "
-        "the cluster sign (serverTLSBootstrap: true) or set KUBELET_INSECURE_SKIP_TLS_VERIFY=true",
-        Cause.OTHER_NAME: "set KUBELET_TLS_SERVER_NAME=node where it names the Node and not the address; where it "
-        "names neither, have the CA of KUBELET_CA_FILE issue another (serverTLSBootstrap: true), or set "
-        "KUBELET_INSECURE_SKIP_TLS_VERIFY=true",
-        Cause.OUT_OF_DATE: "have the kubelet's serving certificate renewed (kubectl get csr), unless the clock here "
-        "is wrong",
-        Cause.NO_TLS: "is this the kubelet's https port (10250)?",
-        Cause.OUR_CERTIFICATE: "KUBELET_CLIENT_CERT_FILE must name a certificate that the kubelet accepts (its "
-        "clientCAFile)",
-        Cause.NOT_READY: "a kubelet without a serving certificate waits for its approval: kubectl get csr",
-    },
 )
 POD = Peer(
-    "POD_CA_FILE",
-    "",
-    "",
     {
         Cause.UNKNOWN_CA: "set POD_CA_FILE to the CA that signed it, or POD_INSECURE_SKIP_TLS_VERIFY=true",
         Cause.OTHER_NAME: "have the CA of POD_CA_FILE sign one for the Pod's address, or set "
@@ -348,6 +319,7 @@ POD = Peer(
         Cause.NO_TLS: "take the annotation prometheus.io/scheme away, or name the https port",
         Cause.OUR_CERTIFICATE: "the proxy shows Pods no certificate",
     },
+    "POD_CA_FILE",
 )
 # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID, _CERT_HAS_EXPIRED, _HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH.
 _CAUSES = {9: Cause.OUT_OF_DATE, 10: Cause.OUT_OF_DATE, 62: Cause.OTHER_NAME, 64: Cause.OTHER_NAME}
@@ -371,11 +343,12 @@ def explain(
         cause = _CAUSES.get(inner.verify_code, Cause.UNKNOWN_CA)
         problem = f"its certificate cannot be verified: {printable(inner.verify_message)}"
         remedy = peer.remedies[cause]
-        if cause is Cause.UNKNOWN_CA and context is not None:
-            stats = context.cert_store_stats()
-            if stats["x509"] and not stats["x509_ca"]:
-                remedy = f"{remedy}; now {peer.ca} {_ONLY_LEAVES}"
-        return Explanation(cause, problem, f"{remedy} (now: {trusted})" if trusted else remedy)
+        if cause is Cause.UNKNOWN_CA:
+            stats = context.cert_store_stats() if context else {"x509": 0}
+            is_leaf = stats["x509"] and not stats["x509_ca"]
+            now = f"{trusted or peer.ca} {_ONLY_LEAVES}" if is_leaf else trusted
+            remedy += f" (now: {now})" if now else ""
+        return Explanation(cause, problem, remedy)
     words, alert = _words(inner), (inner.reason or "").partition("ALERT_")[2]
     if inner.reason in _PLAIN:
         cause, problem = Cause.NO_TLS, "it does not speak TLS"
