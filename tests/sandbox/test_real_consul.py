@@ -7,7 +7,7 @@ from typing import Any
 import aiohttp
 
 from k8s_consul_registrar.sandbox.consul import Consul
-from k8s_consul_registrar.sandbox.consul_http import ConsulOptions
+from k8s_consul_registrar.sandbox.consul_release import ConsulOptions
 from support.real_servers import REAL, real_consul
 from support.recorded_exchanges import Answer, Exchange, ask, differences, parsed
 
