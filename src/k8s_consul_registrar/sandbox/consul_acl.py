@@ -91,7 +91,8 @@ class Tokens:
             fields = decode_object(body)
             name, bearer = text_field(fields, "AuthMethod"), text_field(fields, "BearerToken")
         except RefusedError as error:
-            raise self._bad_request(f"Failed to decode request body: {error}") from None
+            text = str(error).replace("struct field .", "struct field ACLLoginParams.")
+            raise self._bad_request(f"Failed to decode request body: {text}") from None
         if "Namespace" in fields:
             raise self._bad_request(
                 'Failed to decode request body: json: unknown field "Namespace" '

@@ -92,7 +92,8 @@ CONSUL_2_1 = replace(
 RELEASES: Mapping[str, ConsulRelease] = MappingProxyType(
     {"1.8": CONSUL_1_8, "1.15": CONSUL_1_15, "1.22": CONSUL_1_22, "2.1": CONSUL_2_1}
 )
-NEWEST = CONSUL_2_1
+NEWEST_RELEASE = "2.1"
+NEWEST = RELEASES[NEWEST_RELEASE]
 
 
 class Bearer(StrEnum):
