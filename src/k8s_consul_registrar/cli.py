@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] 
         arguments = [mode, *arguments]
     parsed = build_parser().parse_args(arguments)
     command = commands[parsed.command]
-    flags = {option.env: getattr(parsed, option.env, None) for option in _settings_of(command)}
+    flags = {option.env: getattr(parsed, option.env, None) for option in command.settings}
     given = {name: value for name, value in flags.items() if value is not None}
     return exit_code(lambda: command.run(parsed, {**environment, **given}), is_mode=command.is_mode)
 
@@ -49,7 +49,6 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(parser=parser)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command", title="commands")
     for command in COMMANDS:
@@ -62,13 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
         )
         for argument in command.arguments:
             argument.add_to(subparser)
-        for option in _settings_of(command):
+        for option in command.settings:
             _add_flag(subparser, option)
     return parser
-
-
-def _settings_of(command: Command) -> Sequence[Option]:
-    return [option for option in OPTIONS if option.modes & command.settings_of]
 
 
 def _add_flag(parser: argparse.ArgumentParser, option: Option) -> None:
@@ -85,7 +80,7 @@ def _add_flag(parser: argparse.ArgumentParser, option: Option) -> None:
 
 
 def _secrets_of(command: Command) -> str:
-    secrets = [option for option in _settings_of(command) if option.is_secret]
+    secrets = [option for option in command.settings if option.is_secret]
     return "".join(f"Variable {option.env}: {option.help}." for option in secrets)
 
 

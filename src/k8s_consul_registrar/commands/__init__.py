@@ -12,7 +12,8 @@ from importlib import import_module
 from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.settings.backend_options import NONE
 from k8s_consul_registrar.settings.modes import CommonSettings, RegistrarSettings, read_registrar
-from k8s_consul_registrar.settings.option import BOTH_MODES, MODES, PROXY_ONLY, REGISTRAR_ONLY
+from k8s_consul_registrar.settings.option import BOTH_MODES, MODES, PROXY_ONLY, REGISTRAR_ONLY, Option
+from k8s_consul_registrar.settings.options import OPTIONS
 from k8s_consul_registrar.telemetry import configure_logging
 
 
@@ -55,6 +56,11 @@ class Command:
     def is_mode(self) -> bool:
         """True for a mode, which runs until a signal ends it."""
         return self.name in MODES
+
+    @property
+    def settings(self) -> Sequence[Option]:
+        """The settings that the command heeds."""
+        return [option for option in OPTIONS if option.modes & self.settings_of]
 
     def run(self, parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
         """Run it and return its exit code; raises an `OperationalError`."""
