@@ -9,8 +9,6 @@ import trustme
 from structlog.testing import capture_logs
 
 from k8s_consul_registrar.admin.metrics import new_registry
-from k8s_consul_registrar.app.upstream_trust import KubeletIdentity
-from k8s_consul_registrar.app.worker_state import Inbound, credentials
 from k8s_consul_registrar.consul.access import ConsulToken
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.access import Access, load_access
@@ -19,6 +17,8 @@ from k8s_consul_registrar.settings.proxying import KubeletSettings
 from k8s_consul_registrar.tls import POD, client_tls
 from k8s_consul_registrar.wiring.consul import consul_access
 from k8s_consul_registrar.wiring.registrar import http_sd_bearer, http_sd_tls
+from k8s_consul_registrar.wiring.upstream_trust import KubeletIdentity
+from k8s_consul_registrar.wiring.worker_state import Inbound, credentials
 from support.daemon import Daemon
 from support.lab import running_lab
 from support.odd_files import ODD, restore

@@ -10,8 +10,8 @@ CORE = ("kube", "registrar", "targets")
 MOST_CORE_MODULES = 45  # 69 before the core was rebuilt on the controller pattern
 MOST_LINES = 400  # of one module
 # Modules outside the sandbox, and their lines: both go down as what only passes on is folded.
-MOST_MODULES = 152
-MOST_LINES_IN_ALL = 25_950
+MOST_MODULES = 141
+MOST_LINES_IN_ALL = 25_700
 
 
 def modules(*folders: str) -> Iterator[Path]:

@@ -15,12 +15,12 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from k8s_consul_registrar.app.upstream_trust import KubeletIdentity
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.access import load_access
 from k8s_consul_registrar.pem import certificates
 from k8s_consul_registrar.settings.proxying import KubeletSettings
 from k8s_consul_registrar.tls import CONSUL, POD, KeyPair, checked, client_tls, server_tls, trust_in
+from k8s_consul_registrar.wiring.upstream_trust import KubeletIdentity
 
 CA = trustme.CA()
 OTHER = trustme.CA()

@@ -11,8 +11,6 @@ from typing import Any
 from k8s_consul_registrar import __version__
 from k8s_consul_registrar.admin.metrics import new_registry
 from k8s_consul_registrar.admin.server import AdminServer, failing_routes
-from k8s_consul_registrar.app.upstream_trust import KubeletIdentity
-from k8s_consul_registrar.app.worker_state import WORKER, Inbound, begin, credentials
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.commands import configure_logs
 from k8s_consul_registrar.errors import OperationalError
@@ -35,6 +33,8 @@ from k8s_consul_registrar.settings.modes import ProxySettings, read_proxy
 from k8s_consul_registrar.settings.proxying import ProxiedPods
 from k8s_consul_registrar.telemetry import get_logger
 from k8s_consul_registrar.tls import POD, Trust, client_tls
+from k8s_consul_registrar.wiring.upstream_trust import KubeletIdentity
+from k8s_consul_registrar.wiring.worker_state import WORKER, Inbound, begin, credentials
 
 # Connections of callers, and kept ones to each kind of peer, where the limit of open files allows them.
 MOST_CALLERS = 4096

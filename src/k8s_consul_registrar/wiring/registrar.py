@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from k8s_consul_registrar.admin.http_sd import HttpSdServer, no_saved_targets
+from k8s_consul_registrar.admin.saved_state import Origin
 from k8s_consul_registrar.admin.view import SavedTargets, TargetsView
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
@@ -149,6 +150,16 @@ class Wiring:
         )
 
     @cached_property
+    def digest(self) -> str:
+        """The digest of the selection."""
+        return selection_digest(self.settings)
+
+    @cached_property
+    def origin(self) -> Origin:
+        """The origin of the targets that this registrar saves."""
+        return Origin(self.settings.cluster_name, self.settings.instance, self.digest)
+
+    @cached_property
     def access(self) -> Access:
         """The access to the API server; raises an `AccessError`."""
         return load_access(self.settings.common.environment)
@@ -210,7 +221,7 @@ class Wiring:
         rules = Rules(self.identity, self.shards, names.status)
         contests = Contests(settings.sync_period)
         selection = SelectionRecord(
-            selection_digest(settings),
+            self.digest,
             catalog=registry if isinstance(registry, CatalogRegistry) else None,
             cluster_uid=lambda: desired.cluster_uid,
             saved_cluster_uid=saved_cluster_uid,

@@ -24,14 +24,14 @@ from k8s_consul_registrar.admin.http_sd import (
     accepts_gzip,
     parse_sd_query,
 )
+from k8s_consul_registrar.admin.saved_state import SavedState, decode_state
 from k8s_consul_registrar.admin.view import TargetRow
-from k8s_consul_registrar.app.saved_state import SavedState, decode_state
 from k8s_consul_registrar.consul.codec import MetaKeys
 from k8s_consul_registrar.errors import AccessError, OperationalError
 from k8s_consul_registrar.rotating import BearerTokens, Rotating, bearer_tokens
 from k8s_consul_registrar.tls import ServerTls, server_tls
 from support.seen import Registrar, many_targets, node_target, pod_target
-from unit.app.test_saved_state import ORIGIN, encoded
+from unit.admin.test_saved_state import ORIGIN, encoded
 
 pytestmark = pytest.mark.both_loops
 

@@ -10,7 +10,7 @@ import pytest
 import trustme
 
 from k8s_consul_registrar.admin.http_sd import HttpSdServer
-from k8s_consul_registrar.app.saved_state import Origin
+from k8s_consul_registrar.admin.saved_state import Origin
 from k8s_consul_registrar.commands.check.http_sd import check_http_sd, check_state_file
 from k8s_consul_registrar.commands.check.report import Finding, Outcome
 from k8s_consul_registrar.rotating import bearer_tokens
@@ -19,7 +19,7 @@ from k8s_consul_registrar.settings.modes import read_registrar
 from k8s_consul_registrar.tls import server_tls
 from support.ports import reserve_ports
 from support.seen import Registrar, pod_target
-from unit.app.test_saved_state import encoded
+from unit.admin.test_saved_state import encoded
 
 
 class Files:

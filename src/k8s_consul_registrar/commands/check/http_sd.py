@@ -8,9 +8,9 @@ from pathlib import Path
 import aiohttp
 
 from k8s_consul_registrar.admin.http_sd import HEADERS, SD_PATH
+from k8s_consul_registrar.admin.saved_state import Origin
 from k8s_consul_registrar.admin.server import listen
-from k8s_consul_registrar.app.saved_state import Origin
-from k8s_consul_registrar.app.state_file import check_folder, read_state
+from k8s_consul_registrar.admin.state_file import check_folder, read_state
 from k8s_consul_registrar.commands.check.report import Finding, fail, ok, warn
 from k8s_consul_registrar.errors import AccessError, OperationalError
 from k8s_consul_registrar.settings.http_sd import HttpSdSettings

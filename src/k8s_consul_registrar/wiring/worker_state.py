@@ -4,13 +4,13 @@ import sys
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from k8s_consul_registrar.app.upstream_trust import KubeletIdentity
 from k8s_consul_registrar.proxy.frames import Begin, Credentials, Limits
 from k8s_consul_registrar.proxy.sockets import Fit
 from k8s_consul_registrar.rotating import BearerTokens, Derived, Rotating, bearer_tokens
 from k8s_consul_registrar.settings.modes import ProxySettings
 from k8s_consul_registrar.settings.proxying import InboundSettings
 from k8s_consul_registrar.tls import ServerTls, Trust, server_tls
+from k8s_consul_registrar.wiring.upstream_trust import KubeletIdentity
 
 WORKER = (sys.executable, "-m", "k8s_consul_registrar.proxy.worker")
 

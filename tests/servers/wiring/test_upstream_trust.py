@@ -12,12 +12,12 @@ import pytest
 import trustme
 from structlog.testing import capture_logs
 
-from k8s_consul_registrar.app.upstream_trust import KubeletIdentity
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.sandbox.certificates import Authority
 from k8s_consul_registrar.settings.proxying import KubeletSettings
 from k8s_consul_registrar.tls import POD, client_tls
+from k8s_consul_registrar.wiring.upstream_trust import KubeletIdentity
 from support.cluster import kubeconfig
 from support.proxy_kit import Kubelet, answer, authority, authority_pem, cadvisor, proxying
 from support.waiting import until
