@@ -4,16 +4,13 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from textwrap import fill
 
 from k8s_consul_registrar import __version__
 from k8s_consul_registrar.commands import COMMANDS, Command
 from k8s_consul_registrar.runner import EXIT_SETTINGS, exit_code
-from k8s_consul_registrar.settings.option import MODES, REGISTRAR, Option
-from k8s_consul_registrar.settings.options import OPTIONS
-
-_WIDTH = 100
-_INDENT = "      "
+from k8s_consul_registrar.settings.field import Setting
+from k8s_consul_registrar.settings.reading import MODES, REGISTRAR, SETTINGS, gather, modes_of
+from k8s_consul_registrar.settings.reference import add_flags, help_on_variables
 
 
 def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> int:
@@ -30,9 +27,10 @@ def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] 
         arguments = [mode, *arguments]
     parsed = build_parser().parse_args(arguments)
     command = commands[parsed.command]
-    flags = {option.env: getattr(parsed, option.env, None) for option in command.settings}
+    flags = {one.env: getattr(parsed, one.env, None) for one in _settings_of(command)}
     given = {name: value for name, value in flags.items() if value is not None}
-    return exit_code(lambda: command.run(parsed, {**environment, **given}), is_mode=command.is_mode)
+    texts = gather(environment, given, getattr(parsed, "config", None))
+    return exit_code(lambda: command.run(parsed, texts), is_mode=command.is_mode)
 
 
 def _unknown(what: str, given: str, choices: Iterable[str]) -> int:
@@ -41,7 +39,7 @@ def _unknown(what: str, given: str, choices: Iterable[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the parser; every setting is a flag of the commands that heed it."""
+    """Build the parser; every setting is a flag of the commands that have it."""
     parser = argparse.ArgumentParser(
         prog="k8s-consul-registrar",
         description="Keeps Consul equal to what a Kubernetes cluster wants scraped, and relays node metrics.",
@@ -49,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.set_defaults(parser=parser)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command", title="commands")
     for command in COMMANDS:
@@ -61,47 +60,30 @@ def build_parser() -> argparse.ArgumentParser:
         )
         for argument in command.arguments:
             argument.add_to(subparser)
-        for option in command.settings:
-            _add_flag(subparser, option)
+        if command.settings_of:
+            subparser.add_argument(
+                "--config",
+                metavar="…",
+                help="YAML file of settings, named like the variables; variables and flags take precedence",
+            )
+            add_flags(subparser, _settings_of(command))
     return parser
 
 
-def _add_flag(parser: argparse.ArgumentParser, option: Option) -> None:
-    default = f" (default {option.default})" if option.default else ""
-    text = f"{option.help}{default}; variable {option.env}".replace("%", "%%")
-    if option.is_secret:
-        return
-    if option.is_boolean:
-        parser.add_argument(
-            option.flag, dest=option.env, nargs="?", const="true", metavar="true|false", help=text
-        )
-    else:
-        parser.add_argument(option.flag, dest=option.env, metavar="…", help=text)
+def _settings_of(command: Command) -> Sequence[Setting]:
+    return [one for one in SETTINGS if not command.settings_of.isdisjoint(modes_of(one))]
 
 
 def _secrets_of(command: Command) -> str:
-    secrets = [option for option in command.settings if option.is_secret]
-    return "".join(f"Variable {option.env}: {option.help}." for option in secrets)
+    secrets = [one for one in _settings_of(command) if one.is_secret]
+    return " ".join(f"Variable {one.env}: {one.plain_help}." for one in secrets)
 
 
 def _every_variable() -> str:
-    lines = [
-        "Without a command the variable MODE chooses: registrar (default) or proxy.",
-        "Every setting is a variable, and a flag of the command; the flag counts. [r] registrar, [p] proxy:",
-        "",
-    ]
-    for option in OPTIONS:
-        marks = "".join(f"[{mode[0]}]" for mode in MODES if mode in option.modes)
-        default = f" Default: {option.default}." if option.default else ""
-        lines.append(f"  {option.env} {marks}")
-        lines.append(
-            fill(
-                f"{option.help}.{default}",
-                _WIDTH,
-                initial_indent=_INDENT,
-                subsequent_indent=_INDENT,
-                break_on_hyphens=False,
-            )
-        )
-    lines += ["", "Exit codes: 0 done, 1 failed, 2 wrong settings, 130 interrupted."]
-    return "\n".join(lines)
+    return f"""\
+Without a command the variable MODE chooses: registrar (default) or proxy.
+Every setting is a variable, a flag of the command, and a key of the file that --config names. The flag takes
+precedence, then the variable. [r] registrar, [p] proxy:
+{help_on_variables()}
+
+Exit codes: 0 done, 1 failed, 2 wrong settings, 130 interrupted."""

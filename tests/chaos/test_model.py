@@ -22,7 +22,7 @@ from k8s_consul_registrar.runner import Stop
 from k8s_consul_registrar.sandbox import objects
 from k8s_consul_registrar.sandbox.sandbox import Sandbox
 from k8s_consul_registrar.sandbox.store import Backup
-from k8s_consul_registrar.settings.modes import read_registrar
+from k8s_consul_registrar.settings.reading import read_registrar
 from support.chaos_lab import ANNOTATIONS, scaled
 from support.http_door import Recorder
 from support.real_process import LOOPBACK

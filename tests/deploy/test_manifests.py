@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from k8s_consul_registrar.model import MANAGED_BY
-from k8s_consul_registrar.settings.options import options_of
+from k8s_consul_registrar.settings.reading import settings_of
 from support.paths import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -167,7 +167,7 @@ def test_each_deployment_runs_its_mode(objects: Objects) -> None:
         assert each["command"] == ["k8s-consul-registrar"]
         given = {variable["name"]: variable["value"] for variable in each["env"]}
         assert given.pop("MODE") == mode
-        assert given.keys() <= {option.env for option in options_of(mode)}
+        assert given.keys() <= {option.env for option in settings_of(mode)}
 
 
 def test_service_links_cannot_set_our_variables(objects: Objects) -> None:
@@ -191,7 +191,7 @@ def test_only_the_registrar_s_container_holds_its_token(objects: Objects) -> Non
 
 def test_the_proxy_gets_time_to_drain(objects: Objects) -> None:
     """The kubelet waits longer than the proxy's defaults of DRAIN_DELAY and SHUTDOWN_GRACE together."""
-    defaults = {option.env: option.default for option in options_of("proxy")}
+    defaults = {option.env: option.default for option in settings_of("proxy")}
     needed = float(defaults["DRAIN_DELAY"]) + float(defaults["SHUTDOWN_GRACE"])
     assert pod_of(objects["Deployment", "k8s-consul-registrar-svc"])["terminationGracePeriodSeconds"] > needed
 

@@ -10,7 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from k8s_consul_registrar.settings.options import OPTIONS
+from k8s_consul_registrar.settings.reading import SETTINGS
 from support.paths import DEPLOY
 
 OVERLAYS = sorted(path.name for path in (DEPLOY / "overlays").iterdir())
@@ -115,7 +115,7 @@ def test_overlays_go_together(tmp_path: Path) -> None:
 def test_variables_are_settings(tmp_path: Path) -> None:
     """Every variable an overlay sets is a setting, but for those listed as pending, all of which are still so."""
     named = {name for overlay in OVERLAYS for name in environment(build(tmp_path / overlay, overlay))}
-    known = {option.env for option in OPTIONS} | {"MODE"}
+    known = {option.env for option in SETTINGS} | {"MODE"}
     assert named - known == PENDING
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from deploy.test_overlays import Objects, build
-from k8s_consul_registrar.settings.modes import read_proxy, read_registrar
+from k8s_consul_registrar.settings.reading import read_proxy, read_registrar
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not on PATH")
 PROXY = "k8s-consul-registrar-svc"

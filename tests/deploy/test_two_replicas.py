@@ -9,7 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from k8s_consul_registrar.settings.options import options_of
+from k8s_consul_registrar.settings.reading import settings_of
 from support.paths import DEPLOY
 
 OVERLAY = DEPLOY / "overlays" / "two-replicas"
@@ -107,7 +107,7 @@ def test_two_elect_the_one_that_writes_the_catalog(deployment: dict[str, Any], a
     assert given["CONSUL_BACKEND"] == "catalog"
     assert not given["CONSUL_ADDRESS"].startswith("127.")
     assert given.pop("MODE") == "registrar"
-    assert given.keys() <= {option.env for option in options_of("registrar")} | {"CONSUL_BACKEND"}
+    assert given.keys() <= {option.env for option in settings_of("registrar")} | {"CONSUL_BACKEND"}
 
 
 def test_nothing_of_the_agent_is_left(built: Objects, deployment: dict[str, Any]) -> None:

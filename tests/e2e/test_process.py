@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from k8s_consul_registrar.settings.options import OPTIONS
+from k8s_consul_registrar.settings.reading import SETTINGS
 from support.cluster import rule
 from support.daemon import STOP_WITHIN, Daemon
 from support.lab import running_lab
@@ -78,7 +78,7 @@ async def test_the_help_documents_every_variable(tmp_path: Path) -> None:
     """`--help` names each setting and exits 0."""
     async with run(tmp_path, "--help") as daemon:
         assert await daemon.ended() == 0
-        for name in ("MODE", *(option.env for option in OPTIONS)):
+        for name in ("MODE", *(option.env for option in SETTINGS)):
             assert name in daemon.output
 
 

@@ -23,8 +23,7 @@ from k8s_consul_registrar.registrar.metrics import (
     RegistrarMetrics,
 )
 from k8s_consul_registrar.registrar.orphans import Stays
-from k8s_consul_registrar.settings.option import PROXY, REGISTRAR
-from k8s_consul_registrar.settings.options import OPTIONS
+from k8s_consul_registrar.settings.reading import PROXY, REGISTRAR, SETTINGS, modes_of
 from k8s_consul_registrar.targets.reasons import Reason
 from support.paths import ROOT
 
@@ -98,7 +97,7 @@ def test_every_setting_is_documented_with_its_default(readme: Path) -> None:
     index = next(i for i, part in enumerate(sections(readme)) if "| `MODE` |" in part)
     both, registrar, proxy = sections(readme)[index : index + 3]
     for table, modes in ((both, {REGISTRAR, PROXY}), (registrar, {REGISTRAR}), (proxy, {PROXY})):
-        expected = {one.env: default_cell(one.default) for one in OPTIONS if one.modes == modes}
+        expected = {one.env: default_cell(one.default) for one in SETTINGS if set(modes_of(one)) == modes}
         if table is both:
             expected["MODE"] = default_cell(REGISTRAR)
         assert rows(table) == expected
@@ -214,7 +213,7 @@ def test_help_mentions_every_variable() -> None:
     """The help of the command names every variable, as a line of its own, and `MODE`."""
     shown = build_parser().format_help()
     assert "variable MODE" in shown
-    for option in OPTIONS:
+    for option in SETTINGS:
         assert re.search(rf"^  {option.env} \[", shown, re.MULTILINE), option.env
 
 
@@ -233,7 +232,7 @@ def test_commands_shown_are_understood(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_variables_named_are_settings(document: Path) -> None:
     """A word that looks like one of our variables is one."""
-    known = {option.env for option in OPTIONS}
+    known = {option.env for option in SETTINGS}
     families = {name.split("_")[0] for name in known if "_" in name} - {"LOG"}
     named = re.findall(rf"`((?:{'|'.join(sorted(families))})_[A-Z_]+)\b", prose_of(document))
     assert sorted(set(named) - known) == []

@@ -11,8 +11,8 @@ import aiohttp
 from yarl import URL
 
 from k8s_consul_registrar.sandbox.consul import Consul
+from k8s_consul_registrar.sandbox.consul_http import ConsulOptions
 from k8s_consul_registrar.sandbox.consul_model import Service
-from k8s_consul_registrar.sandbox.consul_release import ConsulOptions
 from support.cluster import PROXY_RULES, REGISTRAR_RULES, Cluster, kubeconfig, running_cluster
 from support.daemon import Daemon
 from support.real_process import LOOPBACK

@@ -8,7 +8,7 @@ from k8s_consul_registrar.model import ContainerPort, Pod
 from k8s_consul_registrar.proxy.limits import Concurrency
 from k8s_consul_registrar.proxy.peers import PodAccess
 from k8s_consul_registrar.proxy.pod_route import Pods, proxied_pod
-from k8s_consul_registrar.tls import Trust
+from k8s_consul_registrar.proxy.tls import pod_context
 from support.proxy_kit import Kubelet, authority_pem
 
 PREFIX = "prometheus.io/"
@@ -60,7 +60,7 @@ def access(
     pods: Pods, *, context: ssl.SSLContext | None = None, concurrency: Concurrency | None = None
 ) -> PodAccess:
     """Return how the proxy reaches them, trusting the tests' authority."""
-    trusted = context or Trust(authority_pem()).context
+    trusted = context or pod_context(ca_pem=authority_pem())
     return PodAccess(pods, lambda: trusted, concurrency or Concurrency(), 100)
 
 

@@ -12,6 +12,7 @@ from typing import cast
 
 import trustme
 
+from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.model import Node, NodeAddress
 from k8s_consul_registrar.proxy.downstream import Downstream
 from k8s_consul_registrar.proxy.limits import Concurrency
@@ -21,8 +22,8 @@ from k8s_consul_registrar.proxy.relay import RelayTiming
 from k8s_consul_registrar.proxy.route import allowed_paths
 from k8s_consul_registrar.proxy.server import ProxyServer
 from k8s_consul_registrar.proxy.sockets import listen
-from k8s_consul_registrar.rotating import BearerTokens, Rotating
-from k8s_consul_registrar.tls import ServerTls, Trust
+from k8s_consul_registrar.proxy.tls import kubelet_context
+from k8s_consul_registrar.tls import ServerTls
 from support.waiting import PATIENCE, until
 
 TOKEN = "the-proxys-own-token"
@@ -265,7 +266,7 @@ async def proxying(
     context: ssl.SSLContext | list[ssl.SSLContext] | None = None,
     contexts: Callable[[], ssl.SSLContext] | None = None,
     concurrency: Concurrency | None = None,
-    inbound: Rotating[BearerTokens] | None = None,
+    inbound: BearerFile | None = None,
     tls: ServerTls | None = None,
     pods: PodAccess | None = None,
     max_callers: int = 100,
@@ -280,7 +281,7 @@ async def proxying(
     holder = Nodes()
     if known:
         holder.replace(NodeTable.of(nodes, allow_loopback=allow_loopback, verify_node_name=verify_node_name))
-    given = context if isinstance(context, list) else [context or Trust(authority_pem()).context]
+    given = context if isinstance(context, list) else [context or kubelet_context(ca_pem=authority_pem())]
     server = ProxyServer(
         nodes=holder,
         paths=allowed_paths(paths),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import trustme
 
-from k8s_consul_registrar.tls import ServerTls, server_tls
+from k8s_consul_registrar.tls import ServerTls, TlsFiles
 from support.proxy_kit import Answer, Proxy, get_request, parse_answer
 from support.waiting import PATIENCE
 
@@ -43,8 +43,9 @@ class Files:
 
     def tls(self) -> ServerTls:
         """Return the proxy's side."""
-        client_ca = self.client_ca if self._has_client_ca else None
-        return server_tls(self.certificate, self.key, client_ca, setting="TLS")
+        return ServerTls(
+            TlsFiles(self.certificate, self.key, self.client_ca if self._has_client_ca else None, "TLS")
+        )
 
 
 def caller_context(

@@ -7,8 +7,8 @@ from k8s_consul_registrar.kube.cluster_uid import ClusterUid
 from k8s_consul_registrar.model import Pod, Source
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.selection import SelectionRecord
-from k8s_consul_registrar.settings.digest import selection_digest
-from k8s_consul_registrar.settings.modes import read_registrar
+from k8s_consul_registrar.settings.reading import read_registrar
+from k8s_consul_registrar.settings.registrar import selection_digest
 from k8s_consul_registrar.wiring.registrar import Wiring
 from support.controller_lab import Lab
 from support.memory import PODS

@@ -11,7 +11,7 @@ import pytest
 
 from k8s_consul_registrar import __version__
 from k8s_consul_registrar.cli import main
-from k8s_consul_registrar.settings.options import OPTIONS
+from k8s_consul_registrar.settings.reading import SETTINGS, modes_of
 from support.waiting import PATIENCE, until
 
 
@@ -21,7 +21,7 @@ def test_help_documents_every_variable(capsys: pytest.CaptureFixture[str]) -> No
         main(["--help"], {})
     assert raised.value.code == 0
     shown = capsys.readouterr().out
-    for option in OPTIONS:
+    for option in SETTINGS:
         assert option.env in shown
     for command in ("registrar", "proxy", "demo", "MODE"):
         assert command in shown
@@ -33,10 +33,10 @@ def test_each_command_documents_its_flags(mode: str, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         main([mode, "--help"], {})
     shown = capsys.readouterr().out
-    for option in OPTIONS:
+    for option in SETTINGS:
         is_shown = f"{option.flag} …" in shown or f"{option.flag} [true|false]" in shown
-        assert is_shown is (mode in option.modes and not option.is_secret), option.env
-        assert option.env in shown or mode not in option.modes
+        assert is_shown is (mode in modes_of(option) and not option.is_secret), option.env
+        assert option.env in shown or mode not in modes_of(option)
 
 
 def test_a_boolean_flag_alone_means_true(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from k8s_consul_registrar.errors import SettingsError
-from k8s_consul_registrar.settings.backend_options import NONE
-from k8s_consul_registrar.settings.modes import CommonSettings, RegistrarSettings, read_registrar
-from k8s_consul_registrar.settings.option import BOTH_MODES, MODES, PROXY_ONLY, REGISTRAR_ONLY, Option
-from k8s_consul_registrar.settings.options import OPTIONS
+from k8s_consul_registrar.settings.common import CommonSettings
+from k8s_consul_registrar.settings.consul import NONE
+from k8s_consul_registrar.settings.reading import MODES, PROXY, REGISTRAR, read_registrar
+from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.telemetry import configure_logging
 
 
@@ -57,11 +57,6 @@ class Command:
         """True for a mode, which runs until a signal ends it."""
         return self.name in MODES
 
-    @property
-    def settings(self) -> Sequence[Option]:
-        """The settings that the command heeds."""
-        return [option for option in OPTIONS if option.modes & self.settings_of]
-
     def run(self, parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
         """Run it and return its exit code; raises an `OperationalError`."""
         code: int = import_module(f"{__name__}.{self.name}").run(parsed, environment)
@@ -69,11 +64,13 @@ class Command:
 
 
 COMMANDS = (
-    Command("registrar", "keep Consul equal to what the cluster wants scraped", settings_of=REGISTRAR_ONLY),
+    Command(
+        "registrar", "keep Consul equal to what the cluster wants scraped", settings_of=frozenset({REGISTRAR})
+    ),
     Command(
         "proxy",
         "let Prometheus read every node's cAdvisor metrics through one port",
-        settings_of=PROXY_ONLY,
+        settings_of=frozenset({PROXY}),
     ),
     Command(
         "check",
@@ -90,7 +87,7 @@ COMMANDS = (
         "Settings are those of the modes. Nothing is changed anywhere. Exit codes: 0 nothing failed, "
         "1 something did, 2 wrong settings. Check as the account that will run: kubectl exec "
         "deploy/k8s-consul-registrar -c k8s-consul-registrar -- k8s-consul-registrar check",
-        settings_of=BOTH_MODES,
+        settings_of=frozenset(MODES),
     ),
     Command(
         "plan",
@@ -98,7 +95,7 @@ COMMANDS = (
         (Argument("--output", "how to show it", ("diff", "json"), "diff"),),
         "+ register, ~ update, - deregister, ! left alone and why. Exit codes: 0 nothing to do, 3 changes, "
         "1 failure, 2 wrong settings.",
-        settings_of=REGISTRAR_ONLY,
+        settings_of=frozenset({REGISTRAR}),
     ),
     Command(
         "sync",
@@ -106,7 +103,7 @@ COMMANDS = (
         (Argument("--once", "one pass; said for clarity, there is no other way", is_switch=True),),
         "For a CronJob. Exit codes: 0 done, 3 a mass removal is held by the brake and nothing of it was "
         "removed, 1 failure, 2 wrong settings.",
-        settings_of=REGISTRAR_ONLY,
+        settings_of=frozenset({REGISTRAR}),
     ),
     Command(
         "purge",
@@ -124,7 +121,7 @@ COMMANDS = (
         "--instance, --consul-backend, --consul-node-name. What is ours at nodes of agents that are gone is "
         "removed too, and a catalog's node of our making once nothing is left on it. Exit codes: 0 done, 1 not "
         "agreed to or failed, 2 wrong settings.",
-        settings_of=REGISTRAR_ONLY,
+        settings_of=frozenset({REGISTRAR}),
     ),
     Command(
         "demo",
@@ -148,8 +145,9 @@ def configure_logs(common: CommonSettings) -> None:
 
 def settings_for_consul(command: str, environment: Mapping[str, str]) -> RegistrarSettings:
     """Return the settings of a command that works on Consul once, and log only warnings unless told otherwise."""
-    settings = read_registrar({"LOG_LEVEL": "warning", **environment})
+    settings = read_registrar(environment)
     if settings.backend.backend == NONE:
         raise SettingsError([f"{command}: there is no Consul with CONSUL_BACKEND=none"])
-    configure_logs(settings.common)
+    level = settings.common.log_level if environment.get("LOG_LEVEL") else "warning"
+    configure_logging(level, settings.common.log_format)
     return settings

@@ -27,9 +27,8 @@ from k8s_consul_registrar.registrar.orphans import observe_agents
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
 from k8s_consul_registrar.runner import EXIT_FAILURE, EXIT_OK
 from k8s_consul_registrar.runner import run as run_loop
-from k8s_consul_registrar.settings.backend import default_node
-from k8s_consul_registrar.settings.backend_options import CATALOG
-from k8s_consul_registrar.settings.modes import RegistrarSettings
+from k8s_consul_registrar.settings.consul import CATALOG, default_node
+from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.wiring.registrar import Wiring
 
 # Services that are shown; the rest is a count.

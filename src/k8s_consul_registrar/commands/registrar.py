@@ -13,9 +13,10 @@ from prometheus_client import CollectorRegistry
 from k8s_consul_registrar import __version__
 from k8s_consul_registrar.admin.metrics import new_registry
 from k8s_consul_registrar.admin.server import AdminServer
-from k8s_consul_registrar.admin.state_file import SavedTargetsGate, StateKeeper, open_state
 from k8s_consul_registrar.admin.status_api import api_routes, page_routes
 from k8s_consul_registrar.admin.view import About, Census, View, no_election
+from k8s_consul_registrar.app.saved_state import Origin
+from k8s_consul_registrar.app.state_file import SavedTargetsGate, StateKeeper, open_state
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.commands import configure_logs
 from k8s_consul_registrar.consul.client import ConsulClient
@@ -29,9 +30,9 @@ from k8s_consul_registrar.registrar.ownership import Claim
 from k8s_consul_registrar.registrar.reporter import tell_progress
 from k8s_consul_registrar.registrar.status import RegistrarStatus
 from k8s_consul_registrar.runner import Stop, run_mode, run_until_stopped
-from k8s_consul_registrar.settings.backend_options import NONE
-from k8s_consul_registrar.settings.modes import RegistrarSettings, read_registrar
-from k8s_consul_registrar.settings.options import shown_settings
+from k8s_consul_registrar.settings.consul import NONE
+from k8s_consul_registrar.settings.reading import read_registrar, shown_settings
+from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.telemetry import get_logger
 from k8s_consul_registrar.wiring.consul import previous_locations
 from k8s_consul_registrar.wiring.registrar import (
@@ -75,9 +76,10 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
     timing = wiring.timing
     for warning in settings.common.warnings:
         log.warning(warning)
+    origin = Origin.of(settings)
     saved = None
     if settings.state_file:
-        saved = await asyncio.to_thread(open_state, Path(settings.state_file), wiring.origin)
+        saved = await asyncio.to_thread(open_state, Path(settings.state_file), origin)
     registry = new_registry("registrar")
     async with wiring.kube() as kube, AsyncExitStack() as stack:
         elector = wiring.elector(kube)
@@ -113,7 +115,7 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
         keeper = None
         if settings.state_file:
             keeper = StateKeeper(
-                Path(settings.state_file), wiring.origin, view, is_settled=lambda: parts.selection.is_settled
+                Path(settings.state_file), origin, view, is_settled=lambda: parts.selection.is_settled
             )
             aside.append(keeper.run())
         await _run(stop, parts, elector, aside)

@@ -9,7 +9,7 @@ from k8s_consul_registrar.commands.plan import confirmed, listed, source_problem
 from k8s_consul_registrar.registrar.status import Counts
 from k8s_consul_registrar.runner import EXIT_CHANGES, EXIT_FAILURE, EXIT_OK
 from k8s_consul_registrar.runner import run as run_loop
-from k8s_consul_registrar.settings.modes import RegistrarSettings
+from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.wiring.registrar import RegistrarParts
 
 # Services that are reconciled at once.

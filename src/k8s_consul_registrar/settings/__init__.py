@@ -1,1 +1,1 @@
-"""What the operator asks for: environment and flags in, frozen values out, every mistake at once."""
+"""Settings: each is declared once, as a field; variables, flags, help, documents and schema derive from it."""

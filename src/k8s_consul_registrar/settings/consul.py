@@ -1,75 +1,56 @@
-"""Consul's address and credentials, from our variables and Consul's own."""
+"""Settings of Consul: its address and credentials, and how services are kept there."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 from urllib.parse import urlsplit
 
-from k8s_consul_registrar.settings.reader import Reader
+from k8s_consul_registrar.settings import parsers as parse
+from k8s_consul_registrar.settings.field import Reader, Section, setting
+from k8s_consul_registrar.settings.parsers import TEXT, Parser
+from k8s_consul_registrar.settings.selection import DISCOVERY
 from k8s_consul_registrar.urls import check_host, check_url
 
-
-@dataclass(frozen=True, slots=True)
-class ConsulSettings:
-    """Consul's address and what is needed to be let in; files are read by whoever connects."""
-
-    url: str
-    socket: str
-    token: str = field(repr=False)
-    token_file: str
-    verify: bool
-    ca_file: str
-    cert_file: str
-    key_file: str
-    tls_server_name: str
-    namespace: str
-    partition: str
+CONSUL = "Consul"
+AGENT = "agent"
+CATALOG = "catalog"
+NONE = "none"
+BACKENDS = (AGENT, CATALOG, NONE)
+# Consul compares node names without case and warns of those that DNS cannot look up. A space is a mistake.
+_NODE_NAME = r"[A-Za-z0-9._-]{1,128}"
+_UNIX = "unix://"
+_FORMS = "host:port, http(s)://host:port or unix:///path"
 
 
-def read_consul(reader: Reader) -> ConsulSettings:
-    """Read every variable about Consul."""
-    url, socket = _address(reader)
-    settings = ConsulSettings(
-        url=url,
-        socket=socket,
-        token=reader.secret("CONSUL_HTTP_TOKEN"),
-        token_file=reader.text("CONSUL_HTTP_TOKEN_FILE"),
-        verify=reader.boolean("CONSUL_HTTP_SSL_VERIFY"),
-        ca_file=reader.text("CONSUL_CACERT"),
-        cert_file=reader.text("CONSUL_CLIENT_CERT"),
-        key_file=reader.text("CONSUL_CLIENT_KEY"),
-        tls_server_name=reader.text("CONSUL_TLS_SERVER_NAME"),
-        namespace=reader.text("CONSUL_NAMESPACE"),
-        partition=reader.text("CONSUL_PARTITION"),
-    )
-    if settings.key_file and not settings.cert_file:
-        reader.problem("CONSUL_CLIENT_KEY", "needs CONSUL_CLIENT_CERT beside it")
-    if settings.tls_server_name and check_host(settings.tls_server_name):
-        reader.problem("CONSUL_TLS_SERVER_NAME", check_host(settings.tls_server_name))
-    if any(not 33 <= ord(char) <= 126 for char in settings.token):
-        reader.problem("CONSUL_HTTP_TOKEN", "has characters that no token has")
-    return settings
+def _token(given: str) -> str:
+    if any(not 33 <= ord(char) <= 126 for char in given):
+        raise ValueError("has characters that no token has")
+    return given
 
 
-def _address(reader: Reader) -> tuple[str, str]:
-    """Return the base URL, and the path of the Unix socket if it is one."""
+def _host(given: str) -> str:
+    if given and (problem := check_host(given)):
+        raise ValueError(problem)
+    return given
+
+
+def _address(given: str, reader: Reader) -> str:
+    """Return the base URL, or `unix://` and a path, of the variable that takes precedence."""
     name = "CONSUL_ADDRESS"
     if not reader.is_set(name) and reader.is_set("CONSUL_HTTP_ADDR"):
         name = "CONSUL_HTTP_ADDR"
-    text = reader.text(name)
-    if text.startswith("unix://"):
-        path = text.removeprefix("unix://")
-        if not path.startswith("/"):
-            reader.problem(name, f"{text!r} must be unix:// and an absolute path")
-        return "http://consul", path
-    wants_tls = reader.boolean("CONSUL_HTTP_SSL")
-    has_scheme = "://" in text
-    url = text if has_scheme else f"{'https' if wants_tls else 'http'}://{text}"
-    problem = _problem_of(url)
-    if problem:
-        reader.problem(name, f"{_without_userinfo(text)!r} {problem}")
-        return "http://127.0.0.1:8500", ""
+        given = reader.value(name)
+    if given.startswith(_UNIX):
+        if not given.startswith(f"{_UNIX}/"):
+            reader.problem(name, f"{given!r} must be unix:// and an absolute path")
+        return given
+    has_scheme = "://" in given
+    url = given if has_scheme else f"{'https' if reader.value('CONSUL_HTTP_SSL') else 'http'}://{given}"
+    if problem := _problem_of(url):
+        reader.problem(name, f"{_without_userinfo(given)!r} {problem}")
+        return "http://127.0.0.1:8500"
     if not has_scheme and urlsplit(url).port is None:
         url = f"{url.rstrip('/')}:8500"
-    return url.rstrip("/"), ""
+    return url.rstrip("/")
 
 
 def _problem_of(url: str) -> str:
@@ -77,11 +58,11 @@ def _problem_of(url: str) -> str:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        return "is not host:port, http(s)://host:port or unix:///path (an IPv6 address goes in brackets)"
+        return f"is not {_FORMS} (an IPv6 address goes in brackets)"
     if (parts.hostname or "").isdigit():
         return "is a number: a host comes before the port, as in 127.0.0.1:8500"
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        return "is not host:port, http(s)://host:port or unix:///path"
+        return f"is not {_FORMS}"
     if parts.username is not None or parts.password is not None:
         return "holds a user name: give a token in CONSUL_HTTP_TOKEN"
     if parts.query or parts.fragment or any(char.isspace() for char in url):
@@ -89,7 +70,156 @@ def _problem_of(url: str) -> str:
     return check_url(url)
 
 
-def _without_userinfo(text: str) -> str:
-    """Leave out what may be a password before the text is shown."""
-    scheme, separator, rest = text.rpartition("://")
+def _without_userinfo(given: str) -> str:
+    """Remove what may be a password from a text that is to be shown."""
+    scheme, separator, rest = given.rpartition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+@dataclass(frozen=True, slots=True)
+class ConsulSettings(Section):
+    """The address of Consul and the credentials for it; files are read when a connection needs them."""
+
+    GROUP: ClassVar[str] = CONSUL
+
+    address: str = setting(
+        "CONSUL_ADDRESS",
+        parse.text,
+        "Address of Consul: `host:port`, `http://…`, `https://…` or `unix:///path`",
+        default="127.0.0.1:8500",
+        complete=_address,
+    )
+    http_addr: str = setting(
+        "CONSUL_HTTP_ADDR",
+        parse.text,
+        "Consul's own variable for its address, used if `CONSUL_ADDRESS` is not set",
+    )
+    token: str = setting(
+        "CONSUL_HTTP_TOKEN",
+        Parser(_token, TEXT),
+        "ACL token for Consul. Only as a variable: it has no flag, and a configuration file with it is refused",
+        secret=True,
+    )
+    token_file: str = setting(
+        "CONSUL_HTTP_TOKEN_FILE",
+        parse.secret_file,
+        "File with the ACL token, read again when it changes. Takes precedence over `CONSUL_HTTP_TOKEN`",
+    )
+    wants_tls: bool = setting(
+        "CONSUL_HTTP_SSL", parse.boolean, "`true`: use https if the address has no scheme", default="false"
+    )
+    verify: bool = setting(
+        "CONSUL_HTTP_SSL_VERIFY", parse.boolean, "`false`: accept any certificate of Consul", default="true"
+    )
+    ca_file: str = setting(
+        "CONSUL_CACERT",
+        parse.file,
+        "File with the CA of Consul's certificate, read again when it changes. Unset: the system's CAs",
+    )
+    cert_file: str = setting(
+        "CONSUL_CLIENT_CERT",
+        parse.file,
+        "File with the client certificate for Consul, read again when it changes",
+    )
+    key_file: str = setting(
+        "CONSUL_CLIENT_KEY",
+        parse.secret_file,
+        "File with the key of `CONSUL_CLIENT_CERT`, read again when it changes. Unset: the same file",
+    )
+    tls_server_name: str = setting(
+        "CONSUL_TLS_SERVER_NAME",
+        Parser(_host, TEXT),
+        "Name expected in Consul's certificate. Unset: the host of its address",
+    )
+    namespace: str = setting("CONSUL_NAMESPACE", parse.text, "Consul Enterprise namespace")
+    partition: str = setting("CONSUL_PARTITION", parse.text, "Consul Enterprise admin partition")
+
+    @property
+    def socket(self) -> str:
+        """The path of Consul's Unix socket, empty if it is reached over TCP."""
+        return self.address.removeprefix(_UNIX) if self.address.startswith(_UNIX) else ""
+
+    @property
+    def url(self) -> str:
+        """The base URL of requests."""
+        return "http://consul" if self.socket else self.address
+
+    def check(self, reader: Reader) -> None:
+        """Report a key without a certificate."""
+        if self.key_file and not self.cert_file:
+            reader.problem("CONSUL_CLIENT_KEY", "needs CONSUL_CLIENT_CERT beside it")
+
+
+def default_node(cluster_name: str, instance: str) -> str:
+    """Return the name of the catalog node for the services, if none is given."""
+    return "-".join(part for part in ("k8s", cluster_name, instance) if part)
+
+
+def _node_or_default(given: str, reader: Reader) -> str:
+    return given or default_node(reader.value("CLUSTER_NAME"), reader.value("INSTANCE"))
+
+
+def _with_default_nodes(given: frozenset[str], reader: Reader) -> frozenset[str]:
+    clusters = (reader.value("CLUSTER_NAME"), *(reader.value("PREVIOUS_CLUSTER_NAMES") - {""}))
+    return (given - {""}) | {default_node(cluster, reader.value("INSTANCE")) for cluster in clusters}
+
+
+@dataclass(frozen=True, slots=True)
+class BackendSettings(Section):
+    """Where in Consul services are kept, and at which nodes they may have been kept before.
+
+    `concurrency` is 0 for the default of the backend.
+    """
+
+    GROUP: ClassVar[str] = CONSUL
+
+    backend: str = setting(
+        "CONSUL_BACKEND",
+        parse.choice(*BACKENDS),
+        "`agent`: services belong to the agent at `CONSUL_ADDRESS`. `catalog`: services belong to a node of "
+        "their own in the catalog and are written in transactions. `none`: no Consul, targets are served at "
+        "`HTTP_SD_PORT` only",
+        default=AGENT,
+    )
+    node_name: str = setting(
+        "CONSUL_NODE_NAME",
+        parse.matching(_NODE_NAME, "must be letters, digits, '.', '_' or '-'"),
+        "Name of the node for the services in the catalog. Unset: `k8s-<cluster>`, or "
+        "`k8s-<cluster>-<instance>`",
+        complete=_node_or_default,
+    )
+    previous_node_names: frozenset[str] = setting(
+        "PREVIOUS_CONSUL_NODE_NAMES",
+        parse.names,
+        "Comma-separated catalog nodes that held the services before. This registrar's services are removed "
+        "from there once all are at the new place. The other backend, and the default nodes of this cluster "
+        "and its previous names, are cleared without being named",
+        complete=_with_default_nodes,
+    )
+    concurrency: int = setting(
+        "CONSUL_CONCURRENCY",
+        parse.integer(1, 200, unset=0),
+        "Concurrent requests to Consul, 1 to 200. Unset: 32 for an agent, 8 transactions for the catalog",
+    )
+    has_readiness: bool = setting(
+        "REGISTER_READINESS",
+        parse.boolean,
+        "`true`: write whether a Pod or Node is ready as a health check of its service. Needs "
+        "`CONSUL_BACKEND=catalog`",
+        default="false",
+    )
+
+    follows: bool = setting(
+        "WATCH",
+        parse.boolean,
+        "`false`: list the cluster every `SYNC_PERIOD` instead of watching it",
+        default="true",
+        group=DISCOVERY,
+    )
+
+    def check(self, reader: Reader) -> None:
+        """Report readiness at a backend that has no place for it."""
+        if self.has_readiness and self.backend != CATALOG:
+            reader.problem(
+                "REGISTER_READINESS", "needs CONSUL_BACKEND=catalog: an agent runs its checks itself"
+            )

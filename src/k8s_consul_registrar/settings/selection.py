@@ -1,34 +1,64 @@
-"""Which objects count: kinds, namespaces, labels, annotations and addresses."""
+"""Settings of targets: which objects become targets, and how their services are named, tagged and sharded."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
+from k8s_consul_registrar.consul.codec import MetaKeys, parse_meta_keys
 from k8s_consul_registrar.model import Kind, Source
-from k8s_consul_registrar.settings.reader import Reader
+from k8s_consul_registrar.settings import parsers as parse
+from k8s_consul_registrar.settings.common import PodSelection, selector
+from k8s_consul_registrar.settings.field import Reader, Section, setting
+from k8s_consul_registrar.settings.parsers import TEXT, TEXTS, Parser
+from k8s_consul_registrar.targets.resolve import LONGEST_META_VALUE, LabelMeta, parse_labels
 from k8s_consul_registrar.targets.scrape_config import NODE_ADDRESS_TYPES
+from k8s_consul_registrar.targets.service_names import (
+    DEFAULT_NODE_NAME,
+    DEFAULT_POD_NAME,
+    FIELDS,
+    Template,
+    is_fit_for_name,
+    kind_of_id,
+    parse_name,
+    parse_tag,
+)
 
+DISCOVERY = "Discovery"
+NAMING = "Names, tags, labels and shards"
+RANDOM = "random"
+HASH = "hash"
 _KINDS = {"pods": Kind.POD, "nodes": Kind.NODE}
-# Kubernetes, "Object Names and IDs": the names of namespaces are RFC 1123 labels.
-_NAMESPACE = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
-# The same: a key's prefix is a DNS subdomain, its labels as above, at most 253 characters in all.
-_PREFIX = re.compile(r"(?=.{1,253}/)[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*/")
+_KIND_NAMES = parse.choices(*_KINDS, empty="names no kind")
+
+
+def _kinds_or_default(kinds: frozenset[Kind], reader: Reader) -> frozenset[Kind]:
+    return kinds or frozenset({Kind.POD} if reader.is_set("NAMESPACES") else Kind)
 
 
 @dataclass(frozen=True, slots=True)
-class SelectionSettings:
-    """What of a cluster is looked at; the label selectors are for the API server to read."""
+class SelectionSettings(PodSelection):
+    """The objects of a cluster that become targets."""
 
-    kinds: frozenset[Kind]
-    namespaces: tuple[str, ...]
-    pod_label_selector: str
-    node_label_selector: str
-    annotation_prefix: str
-    node_address_types: tuple[str, ...]
+    GROUP: ClassVar[str] = DISCOVERY
+
+    kinds: frozenset[Kind] = setting(
+        "DISCOVER",
+        Parser(lambda given: frozenset(_KINDS[one] for one in _KIND_NAMES.parse(given)), _KIND_NAMES.schema),
+        "Comma-separated kinds to discover: `pods`, `nodes`. Unset: both, or only Pods if `NAMESPACES` is set",
+        complete=_kinds_or_default,
+    )
+    node_label_selector: str = setting("NODE_LABEL_SELECTOR", selector, "Kubernetes label selector for Nodes")
+    node_address_types: tuple[str, ...] = setting(
+        "NODE_ADDRESS_TYPES",
+        parse.choices(*NODE_ADDRESS_TYPES, empty=f"names none of {', '.join(NODE_ADDRESS_TYPES)}"),
+        "Comma-separated types of Node addresses that Prometheus can reach. The first type that a Node has an "
+        "address of gives its service's address",
+        default=",".join(NODE_ADDRESS_TYPES),
+    )
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """What is listed, each by itself."""
+        """The sources that are listed separately."""
         nodes = [Source(Kind.NODE)] if Kind.NODE in self.kinds else []
         pods = [Source(Kind.POD, namespace) for namespace in self.namespaces or ("",)]
         return (*nodes, *(pods if Kind.POD in self.kinds else ()))
@@ -37,85 +67,119 @@ class SelectionSettings:
     def selectors(self) -> Mapping[Kind, str]:
         """The label selector of each kind that has one."""
         selectors = {Kind.POD: self.pod_label_selector, Kind.NODE: self.node_label_selector}
-        return {kind: text for kind, text in selectors.items() if text}
+        return {kind: given for kind, given in selectors.items() if given}
 
     @property
     def is_whole_cluster(self) -> bool:
-        """Whether what is not seen here is nowhere in the cluster."""
+        """True if every Pod and Node of the cluster is seen."""
         return self.kinds == frozenset(Kind) and not self.namespaces and not self.selectors
 
-
-def read_selection(reader: Reader) -> SelectionSettings:
-    """Read what is looked at; warns of what would have no effect or one too many."""
-    settings = SelectionSettings(
-        kinds=_kinds(reader),
-        namespaces=namespaces(reader),
-        pod_label_selector=selector(reader, "POD_LABEL_SELECTOR"),
-        node_label_selector=selector(reader, "NODE_LABEL_SELECTOR"),
-        annotation_prefix=annotation_prefix(reader),
-        node_address_types=_address_types(reader),
-    )
-    for name, kind in (
-        ("POD_LABEL_SELECTOR", Kind.POD),
-        ("NAMESPACES", Kind.POD),
-        ("NODE_LABEL_SELECTOR", Kind.NODE),
-    ):
-        if reader.is_set(name) and kind not in settings.kinds:
-            reader.warnings.append(f"{name} has no effect: DISCOVER leaves out {kind}s")
-    if settings.selectors and not reader.is_set("INSTANCE"):
-        reader.warnings.append(
-            "a label selector without INSTANCE: services of what it does not match are removed, even those "
-            "another registrar of this cluster wrote"
-        )
-    return settings
-
-
-def _kinds(reader: Reader) -> frozenset[Kind]:
-    names = reader.entries("DISCOVER")
-    if not reader.is_set("DISCOVER"):
-        names = ("pods",) if reader.is_set("NAMESPACES") else tuple(_KINDS)
-    elif not names:
-        reader.problem("DISCOVER", "names no kind")
-    for name in names:
-        if name not in _KINDS:
-            reader.problem("DISCOVER", f"{name!r} is none of {', '.join(_KINDS)}")
-    return frozenset(_KINDS[name] for name in names if name in _KINDS)
-
-
-def namespaces(reader: Reader) -> tuple[str, ...]:
-    """Read the namespaces whose Pods count; none means all."""
-    names = reader.entries("NAMESPACES")
-    if reader.is_set("NAMESPACES") and not names:
-        reader.problem("NAMESPACES", "names no namespace")
-    for name in names:
-        if not _NAMESPACE.fullmatch(name):
-            reader.problem(
-                "NAMESPACES", f"{name!r} is no namespace: lower-case letters, digits and '-', at most 63"
+    def check(self, reader: Reader) -> None:
+        """Warn of settings without effect, and of a selector that may remove another registrar's services."""
+        for one, kind in (
+            ("POD_LABEL_SELECTOR", Kind.POD),
+            ("NAMESPACES", Kind.POD),
+            ("NODE_LABEL_SELECTOR", Kind.NODE),
+        ):
+            if reader.is_set(one) and kind not in self.kinds:
+                reader.warnings.append(f"{one} has no effect: DISCOVER leaves out {kind}s")
+        if self.selectors and not reader.is_set("INSTANCE"):
+            reader.warnings.append(
+                "a label selector without INSTANCE: services of objects that it does not match are removed, "
+                "even those that another registrar of this cluster wrote"
             )
-    return names
 
 
-def selector(reader: Reader, name: str) -> str:
-    """Read a label selector."""
-    text = reader.text(name)
-    if not text.isprintable():
-        reader.problem(name, "is not printable")
-    return text
+def _fields_of(kind: Kind) -> str:
+    return ", ".join(f"`{{{one}}}`" for one in sorted(FIELDS[kind]))
 
 
-def annotation_prefix(reader: Reader) -> str:
-    """Read what our annotations begin with."""
-    text = reader.text("ANNOTATION_PREFIX")
-    if not _PREFIX.fullmatch(text):
-        reader.problem("ANNOTATION_PREFIX", f"{text!r} is not a DNS name in lower case and a slash")
-    return text
+def _id_prefix(given: str) -> str:
+    prefix = parse.name.parse(given)
+    if kind_of_id(prefix) is not None:
+        raise ValueError(f"{prefix!r} begins as an ID without a prefix does")
+    return prefix
 
 
-def _address_types(reader: Reader) -> tuple[str, ...]:
-    types = reader.entries("NODE_ADDRESS_TYPES")
-    if not types:
-        reader.problem("NODE_ADDRESS_TYPES", f"names none of {', '.join(NODE_ADDRESS_TYPES)}")
-    for name in types:
-        if name not in NODE_ADDRESS_TYPES:
-            reader.problem("NODE_ADDRESS_TYPES", f"{name!r} is none of {', '.join(NODE_ADDRESS_TYPES)}")
-    return types
+def _shard_path(given: str) -> str:
+    if not given.isprintable() or len(given.encode()) > LONGEST_META_VALUE:
+        raise ValueError(f"{given[:40]!a} is over {LONGEST_META_VALUE} bytes or not printable")
+    return given
+
+
+@dataclass(frozen=True, slots=True)
+class NamingSettings(Section):
+    """The names, tags, labels and shards of services; templates are parsed once."""
+
+    GROUP: ClassVar[str] = NAMING
+
+    pod_name: Template = setting(
+        "POD_SERVICE_NAME",
+        Parser(lambda given: parse_name(given, Kind.POD), TEXT),
+        f"Template of a Pod's service name. Fields: {_fields_of(Kind.POD)} and `{{label:<key>}}`. "
+        "`{cluster}-pods` puts all Pods under one name",
+        default=DEFAULT_POD_NAME,
+    )
+    node_name: Template = setting(
+        "NODE_SERVICE_NAME",
+        Parser(lambda given: parse_name(given, Kind.NODE), TEXT),
+        f"Template of a Node's service name. Fields: {_fields_of(Kind.NODE)} and `{{label:<key>}}`",
+        default=DEFAULT_NODE_NAME,
+    )
+    id_prefix: str = setting(
+        "SERVICE_ID_PREFIX",
+        Parser(_id_prefix, parse.name.schema),
+        "Prefix of every service ID, for registrars that share an agent: letters, digits, `.`, `_`, `-`, at "
+        "most 50",
+    )
+    tags: tuple[Template, ...] = setting(
+        "SERVICE_TAGS",
+        parse.entries(parse_tag),
+        "Comma-separated templates of tags, such as `cluster={cluster},shard_path={shard_path}`. A tag with an "
+        "empty field is left out",
+    )
+    labels: tuple[LabelMeta, ...] = setting(
+        "POD_LABELS_AS_META",
+        Parser(lambda given: parse_labels(parse.split(given)), TEXTS),
+        "Comma-separated Pod labels to write as meta `label_<name>`, with `_` for characters other than letters "
+        "and digits",
+    )
+    meta_keys: MetaKeys = setting(
+        "META_KEYS",
+        Parser(
+            lambda given: parse_meta_keys(parse.split(given)),
+            {"type": "object", "additionalProperties": TEXT},
+        ),
+        "Comma-separated other names in Consul for the registrar's meta keys, such as "
+        "`cluster=cluster_name,metrics_path=path`",
+    )
+    shard_paths: tuple[str, ...] = setting(
+        "SHARD_PATHS",
+        parse.entries(_shard_path),
+        "Comma-separated shard paths. Each service gets one of them as `shard_path`",
+    )
+    shard_strategy: str = setting(
+        "SHARD_STRATEGY",
+        parse.choice(RANDOM, HASH),
+        "`random`: a new service gets any shard path and keeps it. `hash`: its ID determines the path",
+        default=RANDOM,
+    )
+
+    @property
+    def longest_shard(self) -> int:
+        """The length of the longest shard path in bytes."""
+        return max((len(path.encode()) for path in self.shard_paths), default=0)
+
+    def check(self, reader: Reader) -> None:
+        """Report names with a shard path that there is none for, or that fits no name."""
+        templates = {"POD_SERVICE_NAME": self.pod_name, "NODE_SERVICE_NAME": self.node_name}
+        for one in (one for one, template in templates.items() if template.has_shard):
+            if not self.shard_paths:
+                reader.problem(one, "has {shard_path}, and SHARD_PATHS names none")
+            for path in self.shard_paths:
+                if not is_fit_for_name(path):
+                    reader.problem(
+                        one,
+                        f"has {{shard_path}}, and {path!r} of SHARD_PATHS has characters other than letters, "
+                        "digits, '.', '_', '~', ':' and '-'",
+                    )

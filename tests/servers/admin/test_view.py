@@ -17,7 +17,7 @@ from k8s_consul_registrar.kube.source_state import CAUSES, WatchStats
 from k8s_consul_registrar.model import Kind, Source
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.status import LostAgent
-from k8s_consul_registrar.settings.options import shown_settings
+from k8s_consul_registrar.settings.reading import shown_settings
 from support.builders import make_pod, our_pod_service
 from support.controller_lab import HELD
 from support.memory import PODS

@@ -16,7 +16,7 @@ from k8s_consul_registrar.runner import Stop
 from k8s_consul_registrar.sandbox import objects
 from k8s_consul_registrar.sandbox.consul import Consul
 from k8s_consul_registrar.sandbox.sandbox import Sandbox
-from k8s_consul_registrar.settings.modes import read_registrar
+from k8s_consul_registrar.settings.reading import read_registrar
 from support.paths import PACKAGE
 from support.waiting import until
 

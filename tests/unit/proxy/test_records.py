@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k8s_consul_registrar.proxy.buffers import PLAIN_SIZE, RECEIVE_SIZE
-from k8s_consul_registrar.proxy.tls import LONGEST_RECORD, TlsStep
-from k8s_consul_registrar.tls import Trust
+from k8s_consul_registrar.proxy.tls import LONGEST_RECORD, TlsStep, kubelet_context
 from support.proxy_kit import authority, authority_pem
 
 
@@ -27,7 +26,7 @@ def server_context(version: ssl.TLSVersion) -> ssl.SSLContext:
 @functools.cache
 def client_context() -> ssl.SSLContext:
     """Return the step's own context."""
-    return Trust(authority_pem()).context
+    return kubelet_context(ca_pem=authority_pem())
 
 
 class Pair:

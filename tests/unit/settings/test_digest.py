@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from k8s_consul_registrar.settings.digest import selection_digest
-from k8s_consul_registrar.settings.modes import read_registrar
+from k8s_consul_registrar.settings.reading import read_registrar
+from k8s_consul_registrar.settings.registrar import selection_digest
 
 BASE = {"CLUSTER_NAME": "lab", "NAMESPACES": "a,b", "SHARD_PATHS": "s1,s2", "HTTP_SD_PORT": "0"}
 
@@ -70,8 +70,8 @@ def test_other_settings_and_spellings_of_the_same_leave_it(name: str, value: str
 def test_it_is_the_same_in_every_process() -> None:
     """Nothing of one interpreter's hashing is in it, and Consul takes it as a value of meta."""
     program = (
-        "from k8s_consul_registrar.settings.digest import selection_digest as d;"
-        "from k8s_consul_registrar.settings.modes import read_registrar as r;"
+        "from k8s_consul_registrar.settings.reading import read_registrar as r;"
+        "from k8s_consul_registrar.settings.registrar import selection_digest as d;"
         f"print(d(r({BASE!r})))"
     )
     for seed in ("1", "2"):

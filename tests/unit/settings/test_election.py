@@ -4,8 +4,8 @@ import pytest
 
 from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.registrar.election import ElectionTiming
-from k8s_consul_registrar.settings.election import ElectionSettings, election_problem
-from k8s_consul_registrar.settings.modes import read_registrar
+from k8s_consul_registrar.settings.reading import read_registrar
+from k8s_consul_registrar.settings.registrar import ElectionSettings, election_problem
 
 
 def election(**environment: str) -> ElectionSettings:
@@ -30,7 +30,8 @@ def test_one_replica_elects_nobody() -> None:
 
 def test_the_defaults_are_client_go_s() -> None:
     """15, 10 and 2 seconds; name and namespace are found out where they are used."""
-    assert election() == ElectionSettings("", "", ElectionTiming(15, 10, 2), is_agent_shared=False)
+    assert election() == ElectionSettings("", "", 15, 10, 2, is_agent_shared=False)
+    assert election().timing == ElectionTiming(15, 10, 2)
 
 
 def test_everything_can_be_chosen() -> None:
@@ -43,9 +44,7 @@ def test_everything_can_be_chosen() -> None:
         LEASE_RETRY_PERIOD="5",
         CONSUL_AGENT_SHARED="true",
     )
-    assert chosen == ElectionSettings(
-        "the.lease", "monitoring", ElectionTiming(60, 40.5, 5), is_agent_shared=True
-    )
+    assert chosen == ElectionSettings("the.lease", "monitoring", 60, 40.5, 5, is_agent_shared=True)
 
 
 def test_every_mistake_at_once() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.model import Kind, Source
-from k8s_consul_registrar.settings.modes import read_proxy, read_registrar
+from k8s_consul_registrar.settings.reading import read_proxy, read_registrar
 from k8s_consul_registrar.wiring.registrar import Wiring
 
 
@@ -73,7 +73,7 @@ def test_which_pods() -> None:
     pods = read_proxy(environment).pods
     assert pods is not None
     assert pods.sources == (Source(Kind.POD, "shop"), Source(Kind.POD, "pay"))
-    assert (pods.label_selector, pods.annotation_prefix) == ("tier=web", "scrape.example/")
+    assert (pods.pod_label_selector, pods.annotation_prefix) == ("tier=web", "scrape.example/")
     assert "NAMESPACES" in problems(**{**environment, "NAMESPACES": "a_b"})
 
 

@@ -3,13 +3,9 @@
 import pytest
 
 from k8s_consul_registrar.errors import SettingsError
-from k8s_consul_registrar.settings.modes import (
-    ProxySettings,
-    RegistrarSettings,
-    read_proxy,
-    read_registrar,
-)
-from k8s_consul_registrar.settings.options import OPTIONS
+from k8s_consul_registrar.settings.proxy import ProxySettings
+from k8s_consul_registrar.settings.reading import SETTINGS, modes_of, read_proxy, read_registrar
+from k8s_consul_registrar.settings.registrar import RegistrarSettings
 
 
 def registrar(**environment: str) -> RegistrarSettings:
@@ -249,6 +245,6 @@ def test_health_stays_apart_from_the_nodeport() -> None:
 
 def test_options_are_told_apart() -> None:
     """No variable is listed twice, and every flag is its own."""
-    assert len({option.env for option in OPTIONS}) == len(OPTIONS)
-    assert len({option.flag for option in OPTIONS}) == len(OPTIONS)
-    assert all(option.help and option.modes for option in OPTIONS)
+    assert len({option.env for option in SETTINGS}) == len(SETTINGS)
+    assert len({option.flag for option in SETTINGS}) == len(SETTINGS)
+    assert all(option.help and modes_of(option) for option in SETTINGS)

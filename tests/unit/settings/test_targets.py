@@ -5,7 +5,8 @@ import pytest
 from k8s_consul_registrar.cli import main
 from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.model import Kind, Source
-from k8s_consul_registrar.settings.modes import RegistrarSettings, read_registrar
+from k8s_consul_registrar.settings.reading import read_registrar
+from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.targets.resolve import LabelMeta, TargetRules
 from k8s_consul_registrar.targets.service_names import HashShards, RandomShards
 from k8s_consul_registrar.wiring.registrar import Wiring

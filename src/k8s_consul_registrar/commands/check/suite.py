@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from k8s_consul_registrar.app.saved_state import Origin
+from k8s_consul_registrar.app.upstream_trust import KubeletIdentity
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.commands.check.cluster import (
     NEVER_NEEDED,
@@ -57,13 +59,13 @@ from k8s_consul_registrar.kube.lease import default_lease_name, pod_namespace
 from k8s_consul_registrar.model import Kind, Node
 from k8s_consul_registrar.runner import EXIT_FAILURE, EXIT_OK
 from k8s_consul_registrar.runner import run as run_loop
-from k8s_consul_registrar.settings.backend_options import CATALOG, NONE
-from k8s_consul_registrar.settings.modes import ProxySettings, RegistrarSettings, read_proxy, read_registrar
-from k8s_consul_registrar.settings.option import MODES, PROXY, REGISTRAR
+from k8s_consul_registrar.settings.consul import CATALOG, NONE
+from k8s_consul_registrar.settings.proxy import ProxySettings
+from k8s_consul_registrar.settings.reading import MODES, PROXY, REGISTRAR, read_proxy, read_registrar
+from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.telemetry import configure_logging
 from k8s_consul_registrar.wiring.consul import consul_access
 from k8s_consul_registrar.wiring.registrar import Wiring
-from k8s_consul_registrar.wiring.upstream_trust import KubeletIdentity
 
 # Somebody waits for the answer, so less patience than the daemon has; in seconds.
 TIMING = Timing(connect_timeout=3, read_timeout=6)
@@ -146,7 +148,7 @@ async def check(subject: Subject, timing: Timing = TIMING) -> list[Finding]:
             parts.append(
                 _listed(
                     "http_sd",
-                    check_state_file(Path(subject.registrar.state_file), Wiring(subject.registrar).origin),
+                    check_state_file(Path(subject.registrar.state_file), Origin.of(subject.registrar)),
                 )
             )
         parts.append(_listed("node port", _check_node_port(subject.registrar, cluster, timing)))
@@ -300,7 +302,7 @@ async def _check_kubelets(
         identity = KubeletIdentity(settings.kubelets, view.access)
         await identity.refresh()
         kubelets = Kubelets(
-            trust=identity.trust,
+            context=identity.context(),
             verifies_node_name=settings.kubelets.tls_server_name == "node",
             token=identity.token(),
             timeout=timing.read_timeout,

@@ -1,0 +1,1 @@
+"""Composition: one module a command; the only place that builds and connects."""

@@ -1,0 +1,196 @@
+"""Declarations of settings, and the reader that turns texts into values of the declared fields."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, TypeVar, cast
+
+from k8s_consul_registrar.errors import SettingsError
+from k8s_consul_registrar.settings.parsers import Corrected, Parser
+
+T = TypeVar("T")
+_SETTING = "setting"
+_SECTION = "section"
+# Kubernetes sets `<SERVICE>_PORT=tcp://…` for each Service of the namespace unless enableServiceLinks is false.
+SERVICE_LINK = re.compile(r"(?:tcp|udp|sctp)://\S+")
+
+
+class Section:
+    """Some settings: a frozen dataclass whose fields are declared with `setting` and `section`."""
+
+    __slots__ = ()
+    GROUP: ClassVar[str] = ""
+
+    def check(self, reader: "Reader") -> None:
+        """Report what is wrong with, or has no effect on, these values together."""
+
+
+S = TypeVar("S", bound=Section)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting. A secret has no flag, since every process can read command lines.
+
+    `help` is a phrase without a full stop at its end, names and values in backticks. `complete` adds to the
+    parsed value what depends on other settings.
+    """
+
+    env: str
+    parser: Parser[Any]
+    help: str
+    default: str
+    group: str
+    is_secret: bool = False
+    complete: "Callable[[Any, Reader], Any] | None" = None
+
+    @property
+    def flag(self) -> str:
+        """The flag: the variable's name in the style of flags."""
+        return "--" + self.env.lower().replace("_", "-")
+
+    @property
+    def is_boolean(self) -> bool:
+        """True if the setting is true or false, so that its flag without a value means true."""
+        return bool(self.parser.schema["type"] == "boolean")
+
+    @property
+    def plain_help(self) -> str:
+        """The help text for a terminal, without backticks."""
+        return self.help.replace("`", "")
+
+    def text_in(self, environment: Mapping[str, str]) -> str:
+        """Return the text that was given, empty if none was; only spaces count as none."""
+        return environment.get(self.env, "").strip()
+
+    def shown(self, environment: Mapping[str, str]) -> str:
+        """Return the text in effect as anyone may see it: of a secret, only that it is set."""
+        text = self.text_in(environment)
+        if self.is_secret:
+            return "set" if text else "not set"
+        return text or self.default
+
+
+def setting(
+    env: str,
+    parser: Parser[T],
+    help: str,  # noqa: A002 - as in argparse
+    *,
+    default: str = "",
+    group: str = "",
+    secret: bool = False,
+    complete: "Callable[[T, Reader], T] | None" = None,
+) -> T:
+    """Declare a field of a `Section` as a setting, by default of the section's group.
+
+    Without a reader the field has the parsed default.
+    """
+    declaration = Setting(env, parser, help, default, group, secret, complete)
+    return field(default=parser.parse(default), repr=not secret, metadata={_SETTING: declaration})
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    section: type[Section]
+    when: str
+
+
+def section(kind: type[S], *, when: str = "") -> S:
+    """Declare a field of a `Section` as another section.
+
+    With `when` the field is None unless that setting is given and not false; mistakes in it count anyway.
+    """
+    metadata = {_SECTION: _Part(kind, when)}
+    if when:
+        return field(default=cast("S", None), metadata=metadata)
+    return field(default_factory=kind, metadata=metadata)
+
+
+def declared(kind: type[Section]) -> Iterator[Setting]:
+    """Yield the settings of a section and of the sections in it."""
+    for one in fields(cast("Any", kind)):
+        if _SETTING in one.metadata:
+            found: Setting = one.metadata[_SETTING]
+            yield found if found.group else replace(found, group=kind.GROUP)
+        elif _SECTION in one.metadata:
+            yield from declared(one.metadata[_SECTION].section)
+
+
+class Given(dict[str, str]):
+    """The texts of settings by variable, from several sources: a later source takes precedence.
+
+    `problems` are mistakes made in a source, `origins` says where a text is from if not from the environment.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        super().__init__(environment)
+        self.problems: list[str] = []
+        self.origins: dict[str, str] = {}
+
+
+class Reader:
+    """The values of declared settings, parsed once each; mistakes are collected, not raised one by one."""
+
+    def __init__(self, environment: Mapping[str, str], kind: type[Section]) -> None:
+        self._environment = environment
+        self._settings = {one.env: one for one in declared(kind)}
+        self._origins = environment.origins if isinstance(environment, Given) else {}
+        self._problems = list(environment.problems) if isinstance(environment, Given) else []
+        self._values: dict[str, Any] = {}
+        self.warnings: list[str] = []
+
+    def is_set(self, name: str) -> bool:
+        """Return True if the setting was given."""
+        return bool(self._settings[name].text_in(self._environment))
+
+    def value(self, name: str) -> Any:
+        """Return the parsed value of a setting, that of its default if the given text is a mistake."""
+        if name not in self._values:
+            one = self._settings[name]
+            self._values[name] = self._parse(one, one.text_in(self._environment))
+        return self._values[name]
+
+    def problem(self, name: str, text: str) -> None:
+        """Report a mistake in the setting `name`."""
+        origin = self._origins.get(name)
+        self._problems.append(f"{name}: {text}{f' (in {origin})' if origin else ''}")
+
+    def section(self, kind: type[S]) -> S:
+        """Return a section with the values that were given."""
+        values: dict[str, Any] = {}
+        for one in fields(cast("Any", kind)):
+            if _SETTING in one.metadata:
+                declaration: Setting = one.metadata[_SETTING]
+                value = self.value(declaration.env)
+                complete = declaration.complete
+                values[one.name] = complete(value, self) if complete else value
+            elif _SECTION in one.metadata:
+                part: _Part = one.metadata[_SECTION]
+                inner = self.section(part.section)
+                is_wanted = not part.when or (self.is_set(part.when) and self.value(part.when) is not False)
+                values[one.name] = inner if is_wanted else None
+        made = kind(**values)
+        made.check(self)
+        return made
+
+    def finish(self) -> None:
+        """Raise a `SettingsError` with every mistake, if there are any."""
+        if self._problems:
+            raise SettingsError(self._problems)
+
+    def _parse(self, one: Setting, text: str) -> Any:
+        try:
+            return one.parser.parse(text or one.default)
+        except Corrected as corrected:
+            self.warnings.append(f"{one.env} {corrected}")
+            return corrected.value
+        except ValueError as error:
+            for problem in error.args:
+                self.problem(one.env, f"{problem}{_service_link_hint(one, text)}")
+            return one.parser.parse(one.default)
+
+
+def _service_link_hint(one: Setting, text: str) -> str:
+    if one.is_secret or not SERVICE_LINK.fullmatch(text):
+        return ""
+    return "; Kubernetes sets it so for a Service of that name: set enableServiceLinks to false"

@@ -1,0 +1,147 @@
+"""What derives from the declarations of settings: flags, help, tables, a template of variables, a JSON schema."""
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Mapping
+from textwrap import fill
+from typing import Any
+
+from k8s_consul_registrar.settings.field import Setting
+from k8s_consul_registrar.settings.reading import SETTINGS, modes_of
+
+MARKDOWN = "markdown"
+JSON_SCHEMA = "json-schema"
+ENV = "env"
+OUTPUTS = (MARKDOWN, JSON_SCHEMA, ENV)
+SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
+_WIDTH = 100
+_INDENT = "      "
+_UNSET = "–"  # noqa: RUF001 - a dash in a table
+
+
+class _RefusedSecret(argparse.Action):
+    """The flag that a secret does not have: refused without its value, which argparse would show."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        parser.error(
+            f"{self.dest} has no flag, since every process can read command lines: set the variable {self.dest}"
+        )
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
+    """Add a flag for each setting, in groups; `dest` is the variable."""
+    groups: dict[str, Any] = {}
+    for one in settings:
+        if one.is_secret:
+            parser.add_argument(
+                one.flag, dest=one.env, nargs="?", action=_RefusedSecret, help=argparse.SUPPRESS
+            )
+            continue
+        if one.group not in groups:
+            groups[one.group] = parser.add_argument_group(one.group)
+        group = groups[one.group]
+        text = f"{_sentence(one)} Variable: {one.env}.".replace("%", "%%")
+        if one.is_boolean:
+            group.add_argument(
+                one.flag, dest=one.env, nargs="?", const="true", metavar="true|false", help=text
+            )
+        else:
+            group.add_argument(one.flag, dest=one.env, metavar="…", help=text)
+
+
+def help_on_variables() -> str:
+    """Return the help on every variable, in groups."""
+    lines = []
+    for group, settings in _groups(SETTINGS).items():
+        lines += ["", f"{group}:"]
+        for one in settings:
+            lines.append(f"  {one.env} {''.join(f'[{mode[0]}]' for mode in modes_of(one))}")
+            lines.append(
+                fill(
+                    _sentence(one),
+                    _WIDTH,
+                    initial_indent=_INDENT,
+                    subsequent_indent=_INDENT,
+                    break_on_hyphens=False,
+                )
+            )
+    return "\n".join(lines)
+
+
+def tables(
+    helps: Mapping[str, str] | None = None, header: str = "variable | default | meaning"
+) -> dict[str, str]:
+    """Return a Markdown table for each group; `helps` has the texts of another language."""
+    return {group: _table(settings, helps or {}, header) for group, settings in _groups(SETTINGS).items()}
+
+
+def markdown() -> str:
+    """Return every setting in tables."""
+    return "\n".join(f"## {group}\n\n{table}" for group, table in tables().items())
+
+
+def env() -> str:
+    """Return a template of a file of variables.
+
+    All are commented out: a variable that is set to its default is not always the same as one that is not set.
+    """
+    lines = []
+    for group, settings in _groups(SETTINGS).items():
+        lines += [f"## {group}", ""]
+        for one in settings:
+            lines += [fill(_sentence(one), _WIDTH, initial_indent="# ", subsequent_indent="# ")]
+            lines += [f"#{one.env}={one.default}", ""]
+    return "\n".join(lines)
+
+
+def json_schema() -> str:
+    """Return the JSON schema of the configuration file."""
+    schema = {
+        "$schema": SCHEMA_ID,
+        "title": "Configuration of k8s-consul-registrar",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {one.env: _property(one) for one in SETTINGS},
+    }
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+RENDERERS: Mapping[str, Callable[[], str]] = {MARKDOWN: markdown, JSON_SCHEMA: json_schema, ENV: env}
+
+
+def _groups(settings: Iterable[Setting]) -> dict[str, list[Setting]]:
+    groups: dict[str, list[Setting]] = {}
+    for one in settings:
+        groups.setdefault(one.group, []).append(one)
+    return groups
+
+
+def _sentence(one: Setting) -> str:
+    return f"{one.plain_help}.{f' Default: {one.default}.' if one.default else ''}"
+
+
+def _table(settings: Iterable[Setting], helps: Mapping[str, str], header: str) -> str:
+    lines = [f"| {header} |", "|---|---|---|"]
+    for one in settings:
+        default = f"`{one.default}`" if one.default else _UNSET
+        cells = (f"`{one.env}`", default, helps.get(one.env, one.help))
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _property(one: Setting) -> dict[str, Any]:
+    described = {"description": one.plain_help}
+    if one.is_secret:
+        return {**described, "not": {}}  # refused in a file
+    schema = {**one.parser.schema, **described}
+    return {**schema, "default": _default(one)} if one.default else schema
+
+
+def _default(one: Setting) -> Any:
+    match one.parser.schema["type"]:
+        case "boolean" | "integer" | "number":
+            return json.loads(one.default)
+        case "array":
+            return one.default.split(",")
+        case _:
+            return one.default

@@ -1,0 +1,349 @@
+"""Settings of the registrar."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+from k8s_consul_registrar.registrar.election import ElectionTiming
+from k8s_consul_registrar.settings import parsers as parse
+from k8s_consul_registrar.settings.common import ModeSettings
+from k8s_consul_registrar.settings.consul import AGENT, NONE, BackendSettings, ConsulSettings
+from k8s_consul_registrar.settings.field import Reader, Section, section, setting
+from k8s_consul_registrar.settings.parsers import TEXT, Parser
+from k8s_consul_registrar.settings.selection import DISCOVERY, HASH, NamingSettings, SelectionSettings
+from k8s_consul_registrar.targets.service_names import Template
+
+IDENTITY = "Cluster and ownership"
+HTTP_SD = "HTTP service discovery"
+BRAKE = "Mass removals and lost agents"
+ELECTION = "Leader election"
+
+DEFAULT_PERIOD = 600.0  # seconds
+# A shorter period would compare everything with Consul without pause.
+SHORTEST_PERIOD = 1.0  # seconds
+# An agent that restarts is out of sight for some seconds.
+SHORTEST_LOSS = 1.0  # seconds
+# Another replica waits for the Lease of a dead leader for as long.
+LONGEST_LEASE = 3600  # seconds
+SHORTEST_RETRY = 0.1  # seconds
+LONGEST_NAME = 253
+LONGEST_NAMESPACE = 63
+DIGEST_BYTES = 12
+# Part of the digest: change it when the same settings begin to select or shape objects differently.
+RULES_VERSION = 1
+
+
+def _period(given: str) -> float:
+    """Take a period as the original program did: an invalid one becomes the default, here with a warning."""
+    period = parse.number(given)
+    if period is None or period <= 0:
+        problem = f"{given!r} is not a number of seconds above 0: {DEFAULT_PERIOD:g} is used"
+        raise parse.Corrected(DEFAULT_PERIOD, problem)
+    bounded = min(max(period, SHORTEST_PERIOD), parse.LONGEST)
+    if bounded != period:
+        bound = "least" if period < bounded else "most"
+        unit = "seconds" if bounded > 1 else "second"
+        raise parse.Corrected(bounded, f"{given!r}: {bounded:.0f} {unit} is the {bound}, and is used")
+    return period
+
+
+def _without_empty(given: frozenset[str], _: Reader) -> frozenset[str]:
+    return given - {""}
+
+
+@dataclass(frozen=True, slots=True)
+class HttpSdSettings(Section):
+    """Where targets are served over HTTP, and what clients must show; files are read by the server."""
+
+    GROUP: ClassVar[str] = HTTP_SD
+
+    port: int = setting(
+        "HTTP_SD_PORT",
+        parse.integer(0, 65535, unset=0),
+        "Port of `/sd/targets`, HTTP service discovery. Unset: off. 0: the system picks one",
+    )
+    bearer_token_file: str = setting(
+        "HTTP_SD_BEARER_TOKEN_FILE",
+        parse.secret_file,
+        "File with bearer tokens, one per line, of which clients must send one. Read again when it changes",
+    )
+    cert_file: str = setting(
+        "HTTP_SD_TLS_CERT_FILE",
+        parse.file,
+        "File with the certificate chain of that port, which makes it HTTPS. Read again when it changes, as are "
+        "the two below",
+    )
+    key_file: str = setting(
+        "HTTP_SD_TLS_KEY_FILE", parse.secret_file, "File with the key of that certificate"
+    )
+    client_ca_file: str = setting(
+        "HTTP_SD_TLS_CLIENT_CA_FILE",
+        parse.file,
+        "File with CAs. Clients must show a certificate that one of them signed",
+    )
+
+    def check(self, reader: Reader) -> None:
+        """Report files of TLS that need another one."""
+        if bool(self.cert_file) != bool(self.key_file):
+            reader.problem("HTTP_SD_TLS_CERT_FILE", "and HTTP_SD_TLS_KEY_FILE go together")
+        if self.client_ca_file and not self.cert_file:
+            reader.problem("HTTP_SD_TLS_CLIENT_CA_FILE", "needs HTTP_SD_TLS_CERT_FILE: it is part of TLS")
+
+
+def _state_file(given: str) -> str:
+    if "\0" in given or given.endswith("/"):
+        raise ValueError(f"{given!r} is no path of a file")
+    return parse.file.parse(given)
+
+
+@dataclass(frozen=True, slots=True)
+class BrakeSettings(Section):
+    """How long lists must agree on a mass removal, in seconds, and whether one is held at all."""
+
+    GROUP: ClassVar[str] = BRAKE
+
+    confirm: float = setting(
+        "BRAKE_CONFIRM",
+        parse.seconds(),
+        "Seconds for which lists of the cluster must agree on a mass removal before it is done",
+        default="60",
+    )
+    confirm_start: float = setting(
+        "BRAKE_CONFIRM_START",
+        parse.seconds(),
+        "The same right after a start, or if a source turns out to be empty. An object that exists but is no "
+        "longer selected keeps its service for as long",
+        default="600",
+    )
+    allow_mass: bool = setting(
+        "ALLOW_MASS_DEREGISTER", parse.boolean, "`true`: do not hold mass removals", default="false"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ElectionSettings(Section):
+    """How replicas elect a leader.
+
+    An empty `lease_name` is derived from cluster and instance, an empty `lease_namespace` is the Pod's own.
+    """
+
+    GROUP: ClassVar[str] = ELECTION
+
+    lease_name: str = setting(
+        "LEASE_NAME",
+        parse.object_name(LONGEST_NAME),
+        "Name of the Lease. Unset: derived from the names of cluster and instance",
+    )
+    lease_namespace: str = setting(
+        "LEASE_NAMESPACE",
+        parse.object_name(LONGEST_NAMESPACE),
+        "Namespace of the Lease. Unset: the namespace of the Pod",
+    )
+    lease_duration: int = setting(
+        "LEASE_DURATION",
+        parse.integer(1, LONGEST_LEASE),
+        "Whole seconds after which another replica takes over a Lease that was not renewed",
+        default="15",
+    )
+    renew_deadline: float = setting(
+        "LEASE_RENEW_DEADLINE",
+        parse.seconds(),
+        "Seconds after the last renewal when a leader stops writing. Less than `LEASE_DURATION`",
+        default="10",
+    )
+    retry_period: float = setting(
+        "LEASE_RETRY_PERIOD",
+        parse.seconds(SHORTEST_RETRY),
+        "Seconds between renewals, and between the attempts of standbys. 1.2 times this must be less than "
+        "`LEASE_RENEW_DEADLINE`",
+        default="2",
+    )
+    is_agent_shared: bool = setting(
+        "CONSUL_AGENT_SHARED",
+        parse.boolean,
+        "`true`: all replicas use one agent, so they may elect a leader without the catalog backend",
+        default="false",
+    )
+
+    @property
+    def timing(self) -> ElectionTiming:
+        """The times as the election takes them; raises ValueError if they do not fit together."""
+        return ElectionTiming(self.lease_duration, self.renew_deadline, self.retry_period)
+
+    def check(self, reader: Reader) -> None:
+        """Report times that do not fit together."""
+        try:
+            _ = self.timing
+        except ValueError as error:
+            reader.problem("LEASE_DURATION, LEASE_RENEW_DEADLINE, LEASE_RETRY_PERIOD", str(error))
+
+
+def election_problem(backend: str, election: ElectionSettings | None) -> str:
+    """Return why a leader cannot be elected with this backend, empty if it can.
+
+    Each replica with an agent of its own would leave a whole set of services there, and the agent of a
+    stalled leader would keep its set alive beside the new leader's.
+    """
+    if election is None or backend != AGENT or election.is_agent_shared:
+        return ""
+    return (
+        "true needs CONSUL_BACKEND=catalog, since each replica's own agent would hold a set of services; "
+        "CONSUL_AGENT_SHARED=true says that all replicas use one agent"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrarSettings(ModeSettings):
+    """All settings of the registrar; times are in seconds."""
+
+    GROUP: ClassVar[str] = IDENTITY
+
+    cluster_name: str = setting(
+        "CLUSTER_NAME",
+        parse.name,
+        "Name of this cluster in Consul: letters, digits, `.`, `_`, `-`, at most 50. Set it: under the default "
+        "name, only services that the cluster's UID proves to be this cluster's are deregistered",
+        default="default-cluster",
+    )
+    previous_cluster_names: frozenset[str] = setting(
+        "PREVIOUS_CLUSTER_NAMES",
+        parse.names,
+        "Comma-separated earlier names of this cluster. Services written under them belong to this registrar",
+        complete=_without_empty,
+    )
+    instance: str = setting(
+        "INSTANCE",
+        parse.name,
+        "Name of this registrar among several of one cluster. Each manages its own services only",
+    )
+    previous_instances: frozenset[str] = setting(
+        "PREVIOUS_INSTANCES",
+        parse.names,
+        'Comma-separated instances whose services this registrar takes over. `""` (two quotes) is the empty '
+        "instance",
+    )
+    selection: SelectionSettings = section(SelectionSettings)
+    pod_address: str = setting(
+        "POD_ADDRESS",
+        parse.choice("pod", "proxy"),
+        "Where Prometheus scrapes Pods: `pod`, at their own IP, or `proxy`, through the proxy on their Node, "
+        "which needs `PROXY_PODS`",
+        default="pod",
+        group=DISCOVERY,
+    )
+    proxy_node_port: int = setting(
+        "PROXY_NODE_PORT",
+        parse.integer(1, 65535),
+        "NodePort of the proxy, with which Nodes are registered",
+        default="31112",
+        group=DISCOVERY,
+    )
+    proxy_scheme: str = setting(
+        "PROXY_SCHEME",
+        parse.choice("http", "https"),
+        "Protocol between Prometheus and the proxy: `http`, or `https` if the proxy has `TLS_CERT_FILE`",
+        default="http",
+        group=DISCOVERY,
+    )
+    sync_period: float = setting(
+        "SYNC_PERIOD",
+        Parser(_period, parse.seconds(SHORTEST_PERIOD).schema),
+        "Seconds between resyncs, which compare everything with Consul. Text, zero and negative numbers become "
+        "the default, less than a second becomes 1, each with a warning",
+        default=f"{DEFAULT_PERIOD:g}",
+        group=DISCOVERY,
+    )
+    naming: NamingSettings = section(NamingSettings)
+    consul: ConsulSettings = section(ConsulSettings)
+    backend: BackendSettings = section(BackendSettings)
+    http_sd: HttpSdSettings | None = section(HttpSdSettings, when="HTTP_SD_PORT")
+    state_file: str = setting(
+        "HTTP_SD_STATE_FILE",
+        Parser(_state_file, TEXT),
+        "File in which the targets are saved, at most every 30 seconds. After a restart they are served, marked "
+        "as stale, until the cluster was listed. Its folder must survive the restart",
+        group=HTTP_SD,
+    )
+    brake: BrakeSettings = section(BrakeSettings)
+    orphan_after: float = setting(
+        "ORPHAN_AFTER",
+        parse.seconds(SHORTEST_LOSS),
+        "Seconds for which an agent must be lost before this registrar's services on its node are removed, at "
+        "least 1. With `CONSUL_BACKEND=agent` only",
+        default="600",
+        group=BRAKE,
+    )
+    is_elected: bool = setting(
+        "LEADER_ELECTION",
+        parse.boolean,
+        "`true`: of several replicas only the leader, which holds a Lease, writes. Needs "
+        "`CONSUL_BACKEND=catalog`, or `CONSUL_AGENT_SHARED`",
+        default="false",
+        group=ELECTION,
+    )
+    election: ElectionSettings | None = section(ElectionSettings, when="LEADER_ELECTION")
+
+    @property
+    def has_default_name(self) -> bool:
+        """True if no cluster name was given, not even the default one."""
+        return not self.common.environment.get("CLUSTER_NAME", "").strip()
+
+    @property
+    def pods_through_proxy(self) -> bool:
+        """True if Prometheus scrapes Pods through the proxy."""
+        return self.pod_address == "proxy"
+
+    def check(self, reader: Reader) -> None:
+        """Report what does not go together across the sections."""
+        if not reader.is_set("CLUSTER_NAME"):
+            reader.warnings.append(
+                f"CLUSTER_NAME is not set: {self.cluster_name!r} is used, and only services that the cluster's "
+                "UID proves to be this cluster's are deregistered"
+            )
+        if self.backend.backend == NONE and self.http_sd is None:
+            reader.problem("CONSUL_BACKEND", "none serves targets on HTTP_SD_PORT alone: give that")
+        if self.backend.backend == NONE and self.naming.shard_paths and self.naming.shard_strategy != HASH:
+            reader.problem(
+                "SHARD_STRATEGY", "must be hash with CONSUL_BACKEND=none: nothing remembers a random shard"
+            )
+        if problem := election_problem(self.backend.backend, self.election):
+            reader.problem("LEADER_ELECTION", problem)
+
+
+def selection_digest(settings: RegistrarSettings) -> str:
+    """Return a short digest of the settings that select objects and shape their services.
+
+    Two runs with equal digests make the same targets of the same cluster. Where digests differ, an object that
+    is missing may only have been selected by the other settings. Settings that say how to connect, how long to
+    wait or where to write are not part of it. The order of a list counts only where it decides something.
+    """
+    selection, naming = settings.selection, settings.naming
+    parts = {
+        "rules": RULES_VERSION,
+        "cluster": settings.cluster_name,
+        "instance": settings.instance,
+        "kinds": sorted(selection.kinds),
+        "namespaces": sorted(selection.namespaces),
+        "pod_label_selector": selection.pod_label_selector,
+        "node_label_selector": selection.node_label_selector,
+        "annotation_prefix": selection.annotation_prefix,
+        "node_address_types": selection.node_address_types,
+        "id_prefix": naming.id_prefix,
+        "pod_name": _text(naming.pod_name),
+        "node_name": _text(naming.node_name),
+        "tags": sorted(map(_text, naming.tags)),
+        "labels": sorted(naming.labels),
+        "meta_keys": naming.meta_keys.text,
+        "shard_paths": sorted(naming.shard_paths),
+        "shard_strategy": naming.shard_strategy if naming.shard_paths else "",
+        "proxy_node_port": settings.proxy_node_port,
+        "proxy_scheme": settings.proxy_scheme,
+        "pods_through_proxy": settings.pods_through_proxy,
+    }
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).hexdigest()
+
+
+def _text(template: Template) -> str:
+    return "".join(map(str, template.parts))
