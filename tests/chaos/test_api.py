@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.chaos_lab import (
+from support.daemon import Daemon
+from support.doors import CutAfter, Emptied, Refuse
+from support.lab import (
     HEAL_WITHIN,
     IS_SOAK,
     ChaosLab,
@@ -18,8 +20,6 @@ from support.chaos_lab import (
     scaled,
     stays,
 )
-from support.daemon import Daemon
-from support.http_door import CutAfter, Emptied, Refuse
 from support.real_servers import RealConsul, shared_consul
 
 pytestmark = chaos("chaos-api")

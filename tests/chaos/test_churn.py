@@ -8,11 +8,10 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from support.chaos_lab import IS_SOAK, ChaosLab, chaos, chaos_lab, is_blind, scaled
-from support.consul_kit import restart_empty
 from support.daemon import Daemon
-from support.http_door import CutAfter
-from support.real_servers import real_consul
+from support.doors import CutAfter
+from support.lab import IS_SOAK, ChaosLab, chaos, chaos_lab, is_blind, scaled
+from support.real_servers import real_consul, restart_empty
 
 pytestmark = chaos("chaos-consul", soak_seconds=1200)
 

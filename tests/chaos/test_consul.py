@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from support.chaos_lab import HEAL_WITHIN, ChaosLab, chaos, chaos_lab, created_of, scaled
-from support.consul_kit import empty, make_token
 from support.daemon import Daemon
-from support.http_door import Refuse
-from support.real_servers import RealConsul, consul_binary, real_consul
+from support.doors import Refuse
+from support.lab import HEAL_WITHIN, ChaosLab, chaos, chaos_lab, created_of, scaled
+from support.real_servers import RealConsul, consul_binary, empty, make_token, real_consul
 from support.waiting import until
 
 pytestmark = chaos("chaos-consul")

@@ -23,10 +23,9 @@ from k8s_consul_registrar.sandbox import objects
 from k8s_consul_registrar.sandbox.sandbox import Sandbox
 from k8s_consul_registrar.sandbox.store import Backup
 from k8s_consul_registrar.settings.reading import read_registrar
-from support.chaos_lab import ANNOTATIONS, scaled
-from support.http_door import Recorder
-from support.real_process import LOOPBACK
-from support.tcp_proxy import TcpProxy
+from support.doors import Recorder, TcpProxy
+from support.lab import ANNOTATIONS, scaled
+from support.processes import LOOPBACK
 
 TINY = Timing(
     retry_first=0.01,

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from support.chaos_lab import HEAL_WITHIN, IS_SOAK, ChaosLab, Held, beside, chaos, chaos_lab, created_of
 from support.daemon import Daemon
+from support.lab import HEAL_WITHIN, IS_SOAK, ChaosLab, Held, beside, chaos, chaos_lab, created_of
 from support.real_servers import RealConsul, real_consul
 from support.waiting import until
 

@@ -10,11 +10,10 @@ import pytest
 from aiohttp import web
 
 from real.test_deploy import agent_flags
-from support.chaos_lab import IS_SOAK, ChaosLab, chaos, chaos_lab, scaled
-from support.consul_kit import empty
 from support.daemon import Daemon
-from support.http_door import HttpDoor
-from support.real_servers import RealConsul, real_consul
+from support.doors import HttpDoor
+from support.lab import IS_SOAK, ChaosLab, chaos, chaos_lab, scaled
+from support.real_servers import RealConsul, empty, real_consul
 from support.waiting import until
 
 pytestmark = chaos("chaos-restarts", soak_seconds=600)

@@ -11,10 +11,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from support.chaos_lab import IS_SOAK, ChaosLab, beside, chaos, chaos_lab, created_of, scaled
 from support.cluster import REGISTRAR_RULES, rule
 from support.daemon import Daemon
-from support.http_door import Refuse
+from support.doors import Refuse
+from support.lab import IS_SOAK, ChaosLab, beside, chaos, chaos_lab, created_of, scaled
 from support.real_servers import RealConsul, shared_consul
 from support.waiting import until
 

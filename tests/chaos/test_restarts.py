@@ -8,9 +8,8 @@ import time
 import pytest
 
 from real.test_deploy import agent_flags
-from support.chaos_lab import HEAL_WITHIN, ChaosLab, chaos, chaos_lab, scaled
-from support.consul_kit import empty
-from support.real_servers import RealConsul, real_consul
+from support.lab import HEAL_WITHIN, ChaosLab, chaos, chaos_lab, scaled
+from support.real_servers import RealConsul, empty, real_consul
 from support.waiting import until
 
 pytestmark = chaos("chaos-restarts", soak_seconds=900)

@@ -5,10 +5,9 @@ import asyncio
 import pytest
 
 from k8s_consul_registrar.sandbox import objects
-from support.chaos_lab import ANNOTATIONS, chaos, chaos_lab
-from support.consul_kit import make_token
 from support.daemon import Daemon
-from support.real_servers import real_consul
+from support.lab import ANNOTATIONS, chaos, chaos_lab
+from support.real_servers import make_token, real_consul
 
 pytestmark = chaos("chaos-restarts")
 

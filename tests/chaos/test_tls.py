@@ -12,13 +12,12 @@ import trustme
 from aiohttp import web
 
 from k8s_consul_registrar.sandbox.certificates import Authority
-from support.chaos_lab import ChaosLab, chaos, chaos_lab, created_of
 from support.cluster import kubeconfig
 from support.daemon import Daemon
-from support.http_door import HttpDoor
-from support.real_process import LOOPBACK
+from support.doors import HttpDoor, TcpProxy
+from support.lab import ChaosLab, chaos, chaos_lab, created_of
+from support.processes import LOOPBACK
 from support.real_servers import RealConsul, shared_consul
-from support.tcp_proxy import TcpProxy
 
 pytestmark = chaos("chaos-replicas")
 

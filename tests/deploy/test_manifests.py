@@ -13,7 +13,7 @@ import yaml
 
 from k8s_consul_registrar.model import MANAGED_BY
 from k8s_consul_registrar.settings.reading import settings_of
-from support.paths import ROOT
+from support.files import ROOT
 
 DEPLOY = ROOT / "deploy"
 MANIFESTS = ("rbac.yaml", "deployment.yaml", "deployment-svc.yaml")

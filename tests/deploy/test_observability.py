@@ -22,7 +22,7 @@ from k8s_consul_registrar.registrar.metrics import Figures, RegistrarCollector, 
 from k8s_consul_registrar.registrar.orphans import Stays
 from k8s_consul_registrar.rotating import LoadStatus
 from k8s_consul_registrar.targets.reasons import Reason
-from support.paths import ROOT
+from support.files import ROOT
 from support.real_servers import prometheus_tools, real
 
 DEPLOY = ROOT / "deploy"

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from k8s_consul_registrar.settings.reading import SETTINGS
-from support.paths import DEPLOY
+from support.files import DEPLOY
 
 OVERLAYS = sorted(path.name for path in (DEPLOY / "overlays").iterdir())
 CUSTOM_RESOURCES = {"PodMonitor", "PrometheusRule"}  # kinds the Kubernetes schemas do not hold

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from k8s_consul_registrar.settings.reading import settings_of
-from support.paths import DEPLOY
+from support.files import DEPLOY
 
 OVERLAY = DEPLOY / "overlays" / "two-replicas"
 REGISTRAR = "k8s-consul-registrar"

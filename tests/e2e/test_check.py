@@ -17,8 +17,7 @@ from k8s_consul_registrar.sandbox.consul_http import ConsulOptions
 from support.cluster import PROXY_RULES, REGISTRAR_RULES, kubeconfig, rule
 from support.lab import SandboxLab as Lab
 from support.lab import running_lab
-from support.ports import reserve_ports
-from support.real_process import Program
+from support.processes import Program, reserve_ports
 from support.waiting import PATIENCE, until
 
 QUICK = Timing(connect_timeout=1, read_timeout=1)

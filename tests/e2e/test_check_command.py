@@ -12,7 +12,7 @@ from k8s_consul_registrar.sandbox.certificates import Authority, KubeletCertific
 from k8s_consul_registrar.sandbox.kubelet import Kubelet
 from support.cluster import PROXY_RULES, REGISTRAR_RULES, rule
 from support.lab import Lab, running_lab, running_lab_with
-from support.real_process import Program
+from support.processes import Program
 from support.real_servers import REAL, real_consul
 from support.waiting import PATIENCE
 

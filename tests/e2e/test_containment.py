@@ -20,7 +20,7 @@ from k8s_consul_registrar.wiring.consul import consul_access
 from k8s_consul_registrar.wiring.registrar import http_sd_bearer, http_sd_tls
 from support.daemon import Daemon
 from support.lab import running_lab
-from support.odd_files import ODD, restore
+from support.odd_inputs import ODD, restore
 
 BEGINS = "changed files cannot be used; those before stay in use"
 ENDS = "changed files are in use"

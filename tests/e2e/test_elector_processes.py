@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from support.contender import TIMING
-from support.paths import TESTS
-from support.polls import NAME, RETRY, Polls, running_polls
-from support.real_process import Program
+from support.election import NAME, RETRY, Polls, running_polls
+from support.files import TESTS
+from support.processes import Program
 from support.waiting import PATIENCE, SLACK, until
 
 

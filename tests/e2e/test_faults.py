@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 
 from support.cluster import JsonObject, rule
 from support.lab import SandboxLab, running_lab
-from support.odd_pods import OddPod, add_odd_pods, odd_pods
+from support.odd_inputs import OddPod, add_odd_pods, odd_pods
 
 WEB = "pod--shop--web-1"
 

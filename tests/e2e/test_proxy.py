@@ -9,9 +9,8 @@ import pytest
 from k8s_consul_registrar.sandbox.certificates import KubeletCertificate
 from k8s_consul_registrar.sandbox.kubelet import recorded_metrics
 from support.cluster import rule
-from support.lab import running_lab
-from support.real_process import LOOPBACK, has_ipv6
-from support.scraping import LIMIT, kubelet_door, path_of, scrape
+from support.lab import LIMIT, kubelet_door, kubelet_path, running_lab, scrape
+from support.processes import LOOPBACK, has_ipv6
 from support.waiting import SLACK
 
 
@@ -23,7 +22,7 @@ async def test_a_scrape_is_the_kubelets_own_answer() -> None:
             await daemon.ready()
             accept = "text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
             asked = {"Accept": accept, "Authorization": "Bearer the-callers-own", "Cookie": "a=b"}
-            answer = await scrape(daemon, path_of(kubelet.port), asked)
+            answer = await scrape(daemon, kubelet_path(kubelet.port), asked)
             assert (answer.status, answer.body) == (200, recorded_metrics())
             assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
             seen = kubelet.requests[-1].headers
@@ -39,7 +38,7 @@ async def test_gzip_is_passed_through_untouched() -> None:
         kubelet = await lab.cluster.add_kubelet("node-a")
         async with await lab.proxy() as daemon:
             await daemon.ready()
-            answer = await scrape(daemon, path_of(kubelet.port), {"Accept-Encoding": "gzip"})
+            answer = await scrape(daemon, kubelet_path(kubelet.port), {"Accept-Encoding": "gzip"})
             assert (answer.status, answer.headers["Content-Encoding"]) == (200, "gzip")
             assert answer.body == kubelet._compressed
             assert gzip.decompress(answer.body) == recorded_metrics()
@@ -53,7 +52,7 @@ async def test_an_ipv6_node_and_an_ipv6_caller() -> None:
         kubelet = await lab.cluster.add_kubelet("node-six", "::1")
         async with await lab.proxy() as daemon:
             await daemon.ready()
-            for path in (path_of(kubelet.port, "%5B::1%5D"), path_of(kubelet.port, "[::1]")):
+            for path in (kubelet_path(kubelet.port, "%5B::1%5D"), kubelet_path(kubelet.port, "[::1]")):
                 for host in ("[::1]", LOOPBACK):
                     assert (await scrape(daemon, path, host=host)).body == recorded_metrics()
 
@@ -62,12 +61,12 @@ async def test_what_is_not_a_scrape_of_a_known_node_is_refused() -> None:
     """Unknown Nodes, ports and paths are 404 and other methods 405, and no kubelet hears of any."""
     async with running_lab() as lab:
         kubelet = await lab.cluster.add_kubelet("node-a")
-        right = path_of(kubelet.port)
+        right = kubelet_path(kubelet.port)
         async with await lab.proxy() as daemon:
             await daemon.ready()
             for wrong in (
-                path_of(kubelet.port + 1), path_of(kubelet.port, "192.0.2.1"), path_of(kubelet.port, "node-a"),
-                path_of(kubelet.port, "127.1"), right.replace("cadvisor", "probes"), f"{right}/", "/",
+                kubelet_path(kubelet.port + 1), kubelet_path(kubelet.port, "192.0.2.1"), kubelet_path(kubelet.port, "node-a"),
+                kubelet_path(kubelet.port, "127.1"), right.replace("cadvisor", "probes"), f"{right}/", "/",
                 right.replace("/metrics/cadvisor", "/exec"), right.replace("/metrics/cadvisor", "/pods"),
                 right.replace("/metrics/cadvisor", "/metrics%2fcadvisor"), f"/api/v1/../..{right}", "/metrics",
                 "/api/v1/nodes/other/proxy/metrics/cadvisor",
@@ -88,12 +87,12 @@ async def test_before_the_nodes_are_known() -> None:
         lab.api_door.refuse()
         async with await lab.proxy() as daemon:
             await daemon.until_said("cannot follow", "no connection to")
-            answer = await scrape(daemon, path_of(kubelet.port))
+            answer = await scrape(daemon, kubelet_path(kubelet.port))
             assert (answer.status, "not known yet" in answer.text) == (503, True)
             assert (await daemon.admin("/readyz"))[0] == 503
             await lab.api_door.heal()
             await daemon.ready()
-            assert (await scrape(daemon, path_of(kubelet.port))).status == 200
+            assert (await scrape(daemon, kubelet_path(kubelet.port))).status == 200
 
 
 async def test_losing_the_api_server_does_not_blind_the_monitoring() -> None:
@@ -103,7 +102,7 @@ async def test_losing_the_api_server_does_not_blind_the_monitoring() -> None:
         async with await lab.proxy() as daemon:
             await daemon.ready()
             lab.api_door.refuse()
-            assert (await scrape(daemon, path_of(kubelet.port))).status == 200
+            assert (await scrape(daemon, kubelet_path(kubelet.port))).status == 200
             assert await daemon.is_ready()
 
 
@@ -113,7 +112,7 @@ async def test_a_loopback_node_is_not_dialled_unless_allowed() -> None:
         kubelet = await lab.cluster.add_kubelet("node-a")
         async with await lab.proxy(PROXY_ALLOW_LOOPBACK="") as daemon:
             await daemon.ready()
-            assert (await scrape(daemon, path_of(kubelet.port))).status == 404
+            assert (await scrape(daemon, kubelet_path(kubelet.port))).status == 404
             assert kubelet.request_count == 0
 
 
@@ -122,10 +121,10 @@ async def test_a_kubelet_that_cannot_be_reached() -> None:
     async with running_lab() as lab, await kubelet_door(lab) as door, await lab.proxy() as daemon:
         await daemon.ready()
         door.refuse()
-        answer = await scrape(daemon, path_of(door.port))
+        answer = await scrape(daemon, kubelet_path(door.port))
         assert (answer.status, "refused" in answer.text.lower()) == (502, True), answer
         await door.heal()
-        assert (await scrape(daemon, path_of(door.port))).status == 200
+        assert (await scrape(daemon, kubelet_path(door.port))).status == 200
 
 
 async def test_a_kubelet_that_refuses_us() -> None:
@@ -135,10 +134,10 @@ async def test_a_kubelet_that_refuses_us() -> None:
         lab.token_file.write_text(await lab.cluster.token([rule("list watch", "nodes")]))
         async with await lab.proxy() as daemon:
             await daemon.ready()
-            answer = await scrape(daemon, path_of(kubelet.port))
+            answer = await scrape(daemon, kubelet_path(kubelet.port))
             assert answer.status == 502
             assert "nodes/metrics" in answer.text
-            assert (await scrape(daemon, path_of(kubelet.port))).status == 502
+            assert (await scrape(daemon, kubelet_path(kubelet.port))).status == 502
 
 
 async def test_a_certificate_that_cannot_be_verified() -> None:
@@ -148,14 +147,14 @@ async def test_a_certificate_that_cannot_be_verified() -> None:
         await lab.cluster.add_node("node-a", ("InternalIP", LOOPBACK), kubelet_port=kubelet.port)
         async with await lab.proxy() as daemon:
             await daemon.ready()
-            answer = await scrape(daemon, path_of(kubelet.port))
+            answer = await scrape(daemon, kubelet_path(kubelet.port))
             assert answer.status == 502
             assert "KUBELET_CA_FILE" in answer.text
             assert "KUBELET_INSECURE_SKIP_TLS_VERIFY" in answer.text
             assert kubelet.request_count == 0, "no token was sent"
         async with await lab.proxy(KUBELET_INSECURE_SKIP_TLS_VERIFY="true") as daemon:
             await daemon.ready()
-            assert (await scrape(daemon, path_of(kubelet.port))).status == 200
+            assert (await scrape(daemon, kubelet_path(kubelet.port))).status == 200
 
 
 async def test_a_certificate_for_the_nodes_name_alone() -> None:
@@ -166,7 +165,7 @@ async def test_a_certificate_for_the_nodes_name_alone() -> None:
         for setting, status in (("ip", 502), ("node", 200)):
             async with await lab.proxy(KUBELET_TLS_SERVER_NAME=setting) as daemon:
                 await daemon.ready()
-                assert (await scrape(daemon, path_of(kubelet.port))).status == status
+                assert (await scrape(daemon, kubelet_path(kubelet.port))).status == status
 
 
 async def test_a_kubelet_that_does_not_answer_in_time() -> None:
@@ -176,7 +175,7 @@ async def test_a_kubelet_that_does_not_answer_in_time() -> None:
         door.stall()
         started = time.monotonic()
         patience = {"X-Prometheus-Scrape-Timeout-Seconds": "3.000000"}
-        answer = await scrape(daemon, path_of(door.port), patience)
+        answer = await scrape(daemon, kubelet_path(door.port), patience)
         assert answer.status == 504, answer
         assert 2.0 < time.monotonic() - started < 3.0 + SLACK
 
@@ -186,7 +185,7 @@ async def test_a_scrape_that_breaks_off_looks_broken() -> None:
     long = b"# a long text\n" * 300_000
     async with running_lab() as lab, await kubelet_door(lab, long) as door, await lab.proxy() as daemon:
         await daemon.ready()
-        url = f"http://{LOOPBACK}:{await daemon.port('port')}{path_of(door.port)}"
+        url = f"http://{LOOPBACK}:{await daemon.port('port')}{kubelet_path(door.port)}"
         door.delay = 0.05  # a piece: the text takes seconds, so that most of it is still to come at the cut
         plain = {"Accept-Encoding": "identity"}
         async with (
@@ -210,8 +209,8 @@ async def test_callers_may_have_to_show_a_token() -> None:
         async with await lab.proxy(PROXY_BEARER_TOKEN_FILE=str(file)) as daemon:
             await daemon.ready()
             right = {"Authorization": "Bearer what-prometheus-shows"}
-            assert (await scrape(daemon, path_of(kubelet.port))).status == 401
+            assert (await scrape(daemon, kubelet_path(kubelet.port))).status == 401
             assert kubelet.request_count == 0
-            assert (await scrape(daemon, path_of(kubelet.port), right)).status == 200
+            assert (await scrape(daemon, kubelet_path(kubelet.port), right)).status == 200
             assert "what-prometheus-shows" not in str(kubelet.requests)
             assert "what-prometheus-shows" not in daemon.output

@@ -10,10 +10,8 @@ import pytest
 
 from k8s_consul_registrar.sandbox.kubelet import recorded_metrics
 from support.daemon import STOP_WITHIN
-from support.lab import running_lab
-from support.ports import reserve_ports
-from support.real_process import LOOPBACK
-from support.scraping import LIMIT, kubelet_door, path_of, scrape
+from support.lab import LIMIT, kubelet_door, kubelet_path, running_lab, scrape
+from support.processes import LOOPBACK, reserve_ports
 from support.waiting import SLACK
 
 
@@ -23,7 +21,7 @@ async def test_sigterm_lets_the_scrape_under_way_finish() -> None:
         await daemon.ready()
         port = await daemon.port("port")
         door.stall()
-        under_way = asyncio.create_task(scrape(daemon, path_of(door.port)))
+        under_way = asyncio.create_task(scrape(daemon, kubelet_path(door.port)))
         await daemon.until(lambda: door.is_held)
         daemon.send(signal.SIGTERM)
         await daemon.until_said("draining")
@@ -48,7 +46,7 @@ async def test_an_idle_proxy_ends_at_once() -> None:
         kubelet = await lab.cluster.add_kubelet("node-a")
         async with await lab.proxy() as daemon, aiohttp.ClientSession(timeout=LIMIT) as session:
             await daemon.ready()
-            url = f"http://{LOOPBACK}:{await daemon.port('port')}{path_of(kubelet.port)}"
+            url = f"http://{LOOPBACK}:{await daemon.port('port')}{kubelet_path(kubelet.port)}"
             async with session.get(url) as response:
                 assert (await response.read()) == recorded_metrics()
             started = time.monotonic()
@@ -62,7 +60,7 @@ async def test_sigint_does_not_wait() -> None:
     async with running_lab() as lab, await kubelet_door(lab) as door, await lab.proxy() as daemon:
         await daemon.ready()
         door.stall()
-        under_way = asyncio.create_task(scrape(daemon, path_of(door.port)))
+        under_way = asyncio.create_task(scrape(daemon, kubelet_path(door.port)))
         await daemon.until(lambda: door.is_held)
         daemon.send(signal.SIGINT)
         assert await daemon.ended(STOP_WITHIN) == 130
@@ -75,7 +73,7 @@ async def test_sigint_cuts_a_drain_short() -> None:
     async with running_lab() as lab, await kubelet_door(lab) as door, await lab.proxy() as daemon:
         await daemon.ready()
         door.stall()
-        under_way = asyncio.create_task(scrape(daemon, path_of(door.port)))
+        under_way = asyncio.create_task(scrape(daemon, kubelet_path(door.port)))
         await daemon.until(lambda: door.is_held)
         daemon.send(signal.SIGTERM)
         await daemon.until_said("draining")
@@ -94,7 +92,7 @@ async def test_a_scrape_that_outlasts_the_grace_is_reset() -> None:
     ):
         await daemon.ready()
         door.stall()
-        under_way = asyncio.create_task(scrape(daemon, path_of(door.port)))
+        under_way = asyncio.create_task(scrape(daemon, kubelet_path(door.port)))
         await daemon.until(lambda: door.is_held)
         assert await daemon.terminate() == 0
         with pytest.raises(aiohttp.ClientError):

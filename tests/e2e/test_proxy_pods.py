@@ -21,11 +21,9 @@ from k8s_consul_registrar.sandbox.certificates import Authority
 from k8s_consul_registrar.sandbox.kubelet import recorded_metrics
 from support.cluster import PROXY_RULES, kubeconfig, rule
 from support.daemon import STOP_WITHIN, Daemon
-from support.lab import SandboxLab, running_lab
-from support.pod_kit import path_of as pod_path
-from support.real_process import LOOPBACK
-from support.scraping import LIMIT, kubelet_door, path_of, scrape
-from support.tls_kit import Files, caller_context
+from support.lab import LIMIT, SandboxLab, kubelet_door, kubelet_path, running_lab, scrape
+from support.processes import LOOPBACK
+from support.proxy_lab import Files, caller_context, pod_path
 
 POD_HOST = "127.0.0.2"
 SHOWN = {"Authorization": "Bearer what-prometheus-shows"}
@@ -105,7 +103,7 @@ async def test_without_the_permission_it_says_so() -> None:
             assert "pods" in line["problem"]
             number, text = await daemon.admin("/readyz")
             assert (number, "pods" in text) == (503, True)
-            assert (await scrape(daemon, path_of(kubelet.port))).status == 200
+            assert (await scrape(daemon, kubelet_path(kubelet.port))).status == 200
             assert (await scrape(daemon, pod_path())).status == 503
 
 
@@ -116,7 +114,7 @@ async def test_a_new_node_is_known_at_once() -> None:
         kubelet = await lab.cluster.add_kubelet("node-a")
 
         async def answers(number: int) -> bool:
-            return (await scrape(daemon, path_of(kubelet.port))).status == number
+            return (await scrape(daemon, kubelet_path(kubelet.port))).status == number
 
         await daemon.until(lambda: answers(200))
         await lab.cluster.delete_node("node-a")
@@ -136,10 +134,10 @@ async def test_what_is_too_old_is_not_served() -> None:
                 return (await daemon.metric('proxy_blind_seconds{kind="node"}') or 0) > 0
 
             await daemon.until(is_blind)
-            assert (await scrape(daemon, path_of(kubelet.port))).status == 200
+            assert (await scrape(daemon, kubelet_path(kubelet.port))).status == 200
 
             async def answers(number: int) -> bool:
-                return (await scrape(daemon, path_of(kubelet.port))).status == number
+                return (await scrape(daemon, kubelet_path(kubelet.port))).status == number
 
             await daemon.until(lambda: answers(503))
             assert await daemon.is_ready(), "an outage is shown and takes no replica away"
@@ -155,7 +153,7 @@ async def test_who_fails_lately() -> None:
             await daemon.ready()
             assert json.loads((await daemon.admin("/api/v1/failing"))[1])["failing"] == []
             door.refuse()
-            for path in (path_of(door.port), path_of(door.port), pod_path()):
+            for path in (kubelet_path(door.port), kubelet_path(door.port), pod_path()):
                 assert await status(daemon, path) == 502
             number, text = await daemon.admin("/api/v1/failing")
             rows = json.loads(text)["failing"]
@@ -179,7 +177,7 @@ async def test_histograms() -> None:
         async with await lab.proxy() as daemon:
             await daemon.ready()
             for _ in range(3):
-                assert (await scrape(daemon, path_of(kubelet.port))).status == 200
+                assert (await scrape(daemon, kubelet_path(kubelet.port))).status == 200
             for name in ("scrape_duration", "upstream_duration"):
                 assert await daemon.metric(f'proxy_{name}_seconds_bucket{{le="+Inf"}}') == 3
                 assert await daemon.metric(f"proxy_{name}_seconds_count") == 3
@@ -208,7 +206,7 @@ async def test_tls_and_client_certificates_as_files_change(tmp_path: Path) -> No
         async with await lab.proxy(**settings) as daemon:
             await daemon.ready()
             old, new = caller_context(authority, clients), caller_context(authority, others)
-            path = path_of(kubelet.port)
+            path = kubelet_path(kubelet.port)
             assert await https(daemon, old, path) == 200
             with pytest.raises(aiohttp.ClientError):
                 await https(daemon, new, path)
@@ -229,7 +227,7 @@ async def test_a_load_of_scrapes_through_sigterm() -> None:
         await lab.proxy(DRAIN_DELAY="3", SCRAPE_CONCURRENCY_PER_NODE="64") as daemon,
     ):
         await daemon.ready()
-        url = f"http://{LOOPBACK}:{await daemon.port('port')}{path_of(door.port)}"
+        url = f"http://{LOOPBACK}:{await daemon.port('port')}{kubelet_path(door.port)}"
         async with aiohttp.ClientSession(timeout=LIMIT) as session:
 
             async def one() -> None:

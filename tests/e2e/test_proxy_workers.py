@@ -11,9 +11,8 @@ import pytest
 
 from k8s_consul_registrar.sandbox.kubelet import recorded_metrics
 from support.daemon import STOP_WITHIN, Daemon
-from support.lab import running_lab
-from support.real_process import LOOPBACK, is_running
-from support.scraping import LIMIT, kubelet_door, path_of, scrape
+from support.lab import LIMIT, kubelet_door, kubelet_path, running_lab, scrape
+from support.processes import LOOPBACK, is_running
 from support.waiting import SLACK
 
 WORKERS = 3
@@ -41,7 +40,7 @@ async def test_one_port_and_one_set_of_figures() -> None:
         async with await lab.proxy(PROXY_WORKERS=str(WORKERS), **ROOM) as daemon:
             await daemon.ready()
             assert len(workers_of(daemon)) == WORKERS
-            answers = [await scrape(daemon, path_of(kubelet.port)) for _ in range(CALLERS)]
+            answers = [await scrape(daemon, kubelet_path(kubelet.port)) for _ in range(CALLERS)]
             assert {(answer.status, answer.body) for answer in answers} == {(200, recorded_metrics())}
             assert (await scrape(daemon, "/nothing")).status == 404
 
@@ -67,7 +66,7 @@ async def test_a_worker_that_is_killed_takes_nobody_along() -> None:
         kubelet = await lab.cluster.add_kubelet("node-a")
         async with await lab.proxy(PROXY_WORKERS=str(WORKERS), **ROOM) as daemon:
             await daemon.ready()
-            path, port = path_of(kubelet.port), await daemon.port("port")
+            path, port = kubelet_path(kubelet.port), await daemon.port("port")
             is_over = False
             cut, good = 0, 0
 
@@ -116,13 +115,13 @@ async def test_a_rotated_token_reaches_the_workers() -> None:
             first, second = (
                 {"Authorization": f"Bearer {text}"} for text in ("shown-at-first", "shown-later")
             )
-            assert (await scrape(daemon, path_of(kubelet.port), first)).status == 200
-            assert (await scrape(daemon, path_of(kubelet.port))).status == 401
+            assert (await scrape(daemon, kubelet_path(kubelet.port), first)).status == 200
+            assert (await scrape(daemon, kubelet_path(kubelet.port))).status == 401
             file.write_text("shown-later")
 
             async def answers(token: dict[str, str]) -> set[int]:
                 # Each connection meets one of the workers by chance.
-                return {(await scrape(daemon, path_of(kubelet.port), token)).status for _ in range(16)}
+                return {(await scrape(daemon, kubelet_path(kubelet.port), token)).status for _ in range(16)}
 
             async def is_taken() -> bool:
                 return await answers(second) == {200} and await answers(first) == {401}
@@ -142,7 +141,7 @@ async def test_sigterm_drains_every_worker() -> None:
     ):
         await daemon.ready()
         door.stall()
-        under_way = [asyncio.create_task(scrape(daemon, path_of(door.port))) for _ in range(8)]
+        under_way = [asyncio.create_task(scrape(daemon, kubelet_path(door.port))) for _ in range(8)]
         await daemon.until(lambda: door.is_held)
 
         async def are_under_way() -> bool:
@@ -169,7 +168,7 @@ async def test_sigint_ends_every_worker_at_once() -> None:
     ):
         await daemon.ready()
         door.stall()
-        under_way = asyncio.create_task(scrape(daemon, path_of(door.port)))
+        under_way = asyncio.create_task(scrape(daemon, kubelet_path(door.port)))
         await daemon.until(lambda: door.is_held)
         started = time.monotonic()
         daemon.send(signal.SIGINT)

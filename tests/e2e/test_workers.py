@@ -24,7 +24,8 @@ from k8s_consul_registrar.proxy.pod_route import Pods, ProxiedPod
 from k8s_consul_registrar.proxy.route import Route
 from k8s_consul_registrar.proxy.sockets import listen
 from k8s_consul_registrar.proxy.workers import Workers, WorkerTiming
-from support.proxy_kit import (
+from support.processes import is_running
+from support.proxy_lab import (
     METRICS,
     TOKEN,
     Answer,
@@ -35,7 +36,6 @@ from support.proxy_kit import (
     get_request,
     parse_answer,
 )
-from support.real_process import is_running
 from support.waiting import PATIENCE, until
 
 COMMAND = (sys.executable, "-m", "k8s_consul_registrar.proxy.worker")

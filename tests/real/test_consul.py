@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 
 from support.lab import Lab, running_lab_with
-from support.odd_pods import OddPod, add_odd_pods, odd_pods
+from support.odd_inputs import OddPod, add_odd_pods, odd_pods
 from support.real_servers import REAL, RealConsul, real_consul
 
 pytestmark = REAL

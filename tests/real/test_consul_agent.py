@@ -11,8 +11,16 @@ from k8s_consul_registrar.consul.agent import AgentRegistry
 from k8s_consul_registrar.consul.previous_location import PreviousLocation
 from k8s_consul_registrar.model import UNSYNCED, Drift
 from support.builders import make_service, our_pod_service
-from support.consul_kit import connected, held, make_token, restart_empty, revoke
-from support.real_servers import REAL, RealConsul, real_consul
+from support.real_servers import (
+    REAL,
+    RealConsul,
+    connected,
+    held,
+    make_token,
+    real_consul,
+    restart_empty,
+    revoke,
+)
 from support.waiting import until
 
 pytestmark = REAL

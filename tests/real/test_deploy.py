@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from support.paths import DEPLOY
+from support.files import DEPLOY
 from support.real_servers import REAL, RealConsul, prometheus_tools, real_consul, real_prometheus
 from support.waiting import until
 

@@ -12,10 +12,9 @@ from aiohttp.test_utils import TestServer
 from k8s_consul_registrar.admin.http_sd import SD_PATH, HttpSdServer
 from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.tls import ServerTls, TlsFiles
-from support.paths import ROOT
-from support.real_process import LOOPBACK
-from support.real_servers import REAL, real_prometheus
-from support.real_victoria import real_victoria
+from support.files import ROOT
+from support.processes import LOOPBACK
+from support.real_servers import REAL, real_prometheus, real_victoria
 from support.seen import Registrar, many_targets, pod_target
 from support.waiting import until
 

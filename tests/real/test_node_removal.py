@@ -12,9 +12,8 @@ from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.node_removal import MARK, NodeRemoval
 from support.builders import our_pod_service
-from support.consul_kit import connected, make_token
-from support.http_door import HttpDoor
-from support.real_servers import REAL, RealConsul, real_consul
+from support.doors import HttpDoor
+from support.real_servers import REAL, RealConsul, connected, make_token, real_consul
 
 pytestmark = REAL
 

@@ -14,9 +14,8 @@ from k8s_consul_registrar.consul.lost_agents import LostAgents
 from k8s_consul_registrar.errors import ConsulFenced
 from k8s_consul_registrar.model import AgentHealth, Service
 from support.builders import make_service, our_pod_service
-from support.consul_kit import connected, make_token
 from support.lab import running_lab_with
-from support.real_servers import REAL, RealConsul, real_consul
+from support.real_servers import REAL, RealConsul, connected, make_token, real_consul
 from support.waiting import until
 
 pytestmark = [*REAL, pytest.mark.long]

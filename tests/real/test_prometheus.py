@@ -8,9 +8,9 @@ from typing import Any
 from aiohttp import web
 
 from support.cluster import PROXY_RULES, REGISTRAR_RULES, rule
+from support.files import ROOT
 from support.lab import Lab, running_lab_with
-from support.paths import ROOT
-from support.real_process import LOOPBACK, has_ipv6
+from support.processes import LOOPBACK, has_ipv6
 from support.real_servers import REAL, RealPrometheus, real_consul, real_prometheus
 from support.waiting import until
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
-from support.chaos_lab import ChaosLab, chaos, chaos_lab, scaled
-from support.paths import ROOT
+from support.files import ROOT
+from support.lab import ChaosLab, chaos, chaos_lab, scaled
 from support.real_servers import RealConsul, RealPrometheus, real_consul, real_prometheus
 from support.waiting import until
 

@@ -7,8 +7,7 @@ from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.node_removal import NodeRemoval
 from support.builders import our_pod_service
-from support.consul_kit import connected, held, make_token
-from support.real_servers import REAL, RealConsul, real_consul
+from support.real_servers import REAL, RealConsul, connected, held, make_token, real_consul
 
 pytestmark = REAL
 

@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from real.test_deploy import agent_flags
+from support.files import ROOT
 from support.lab import Lab, running_lab
-from support.paths import ROOT
 from support.real_servers import REAL, RealConsul, real_consul, real_prometheus
 from support.waiting import PATIENCE, until
 

@@ -25,7 +25,7 @@ from k8s_consul_registrar.registrar.metrics import (
 from k8s_consul_registrar.registrar.orphans import Stays
 from k8s_consul_registrar.settings.reading import PROXY, REGISTRAR, SETTINGS, modes_of
 from k8s_consul_registrar.targets.reasons import Reason
-from support.paths import ROOT
+from support.files import ROOT
 
 PACKAGE = ROOT / "src" / "k8s_consul_registrar"
 README, README_ZH, ARCHITECTURE = (

@@ -16,8 +16,8 @@ from types import ModuleType
 import pytest
 
 from support import real_servers
-from support.paths import ROOT
-from support.real_process import PortTakenError, Program, StartFailedError
+from support.files import ROOT
+from support.processes import PortTakenError, Program, StartFailedError
 from support.real_servers import REAL, real_consul, real_prometheus
 from support.waiting import PATIENCE, until
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from support.paths import ROOT, TESTS
+from support.files import ROOT, TESTS
 
 TABLE = TESTS / "safety_table.toml"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"

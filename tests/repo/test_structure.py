@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.paths import PACKAGE
+from support.files import PACKAGE
 
 CORE = ("kube", "registrar", "targets")
 MOST_CORE_MODULES = 45  # 69 before the core was rebuilt on the controller pattern

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from support import ports
-from support.paths import TESTS
-from support.ports import reserve_block, reserve_ports
+from support import processes as ports
+from support.files import TESTS
+from support.processes import reserve_block, reserve_ports
 from support.waiting import until
 
-RESERVE_AND_WAIT = "import sys; from support.ports import reserve_ports; print(*reserve_ports(100), flush=True); sys.stdin.read()"
+RESERVE_AND_WAIT = "import sys; from support.processes import reserve_ports; print(*reserve_ports(100), flush=True); sys.stdin.read()"
 
 
 async def test_until_waits_for_plain_and_async_conditions() -> None:

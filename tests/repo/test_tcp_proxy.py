@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from support.real_process import LOOPBACK
-from support.tcp_proxy import TcpProxy
+from support.doors import TcpProxy
+from support.processes import LOOPBACK
 from support.waiting import PATIENCE, until
 
 

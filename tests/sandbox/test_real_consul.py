@@ -8,8 +8,8 @@ import aiohttp
 
 from k8s_consul_registrar.sandbox.consul import Consul
 from k8s_consul_registrar.sandbox.consul_http import ConsulOptions
+from support.files import Exchange, SandboxAnswer, ask, differences, parsed
 from support.real_servers import REAL, real_consul
-from support.recorded_exchanges import Answer, Exchange, ask, differences, parsed
 
 pytestmark = REAL
 
@@ -150,7 +150,7 @@ async def test_the_sandbox_answers_as_a_real_consul() -> None:
     assert unlike == []
 
 
-def _unlike(expected: Answer, actual: Answer) -> Iterator[str]:
+def _unlike(expected: SandboxAnswer, actual: SandboxAnswer) -> Iterator[str]:
     if expected.status != actual.status:
         yield f"status {expected.status} became {actual.status}: {actual.text}"
     kinds = [answer.headers.get("Content-Type") for answer in (expected, actual)]

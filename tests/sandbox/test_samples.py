@@ -11,8 +11,7 @@ import pytest
 
 from k8s_consul_registrar.sandbox import Sandbox
 from k8s_consul_registrar.sandbox.store import Store
-from support.paths import SAMPLES
-from support.recorded_exchanges import Exchange, ask, assert_alike, differences, exchange
+from support.files import SAMPLES, Exchange, ask, assert_alike, differences, exchange
 
 FIRST_VERSION = 300  # above the versions the recordings call too old, below those from the future
 

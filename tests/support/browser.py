@@ -18,7 +18,7 @@ from typing import Any
 
 import aiohttp
 
-from support.real_process import Program
+from support.processes import Program
 from support.real_servers import CACHE, unavailable
 from support.waiting import PATIENCE, until
 

@@ -3,13 +3,15 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from prometheus_client import CollectorRegistry
 
+from k8s_consul_registrar.admin.view import About, TargetRow, View
 from k8s_consul_registrar.backoff import Timing
-from k8s_consul_registrar.model import Drift, Source
+from k8s_consul_registrar.kube.cluster_uid import ClusterUid
+from k8s_consul_registrar.model import Drift, Pod, Source
 from k8s_consul_registrar.registrar.absences import Absences
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.controller import Controller, Parts
@@ -24,18 +26,22 @@ from k8s_consul_registrar.registrar.reconciler import Reconciler
 from k8s_consul_registrar.registrar.reporter import Reporter
 from k8s_consul_registrar.registrar.resync import Resync
 from k8s_consul_registrar.registrar.schedule import ScheduleRules
+from k8s_consul_registrar.registrar.selection import SelectionRecord
 from k8s_consul_registrar.registrar.status import RegistrarStatus
+from k8s_consul_registrar.settings.reading import read_registrar
+from k8s_consul_registrar.settings.registrar import selection_digest
 from k8s_consul_registrar.targets.resolve import TargetRules
 from k8s_consul_registrar.targets.service_names import RandomShards, Shards
+from k8s_consul_registrar.wiring.registrar import Wiring
 from support.builders import make_pod
-from support.fake_consul import QUICK
 from support.memory import PODS, MemoryCluster, MemoryRegistry
+from support.scripted import QUICK
+from support.waiting import Clock, until
 
 # A read of everything costs nothing in memory.
 FREE_READS = ScheduleRules(period=60, probe=QUICK.probe, gap=0)
 # An absence that is no fact is held for as long as a test lasts.
 HELD = BrakeRules(confirm=60, confirm_start=60)
-PATIENCE = 20.0  # seconds, generous: a busy machine is slow
 
 
 class MemoryHealth:
@@ -62,21 +68,6 @@ class MemoryHealth:
         return limit
 
 
-class Clock:
-    """The monotonic clock, which a test can move on: as if the process had been suspended."""
-
-    def __init__(self) -> None:
-        self._skipped = 0.0
-
-    def __call__(self) -> float:
-        """Return the time."""
-        return time.monotonic() + self._skipped
-
-    def skip(self, seconds: float) -> None:
-        """Move on."""
-        self._skipped += seconds
-
-
 class Vote:
     """A leadership that a test decides."""
 
@@ -95,7 +86,7 @@ class Vote:
         self._changed.set()
 
 
-class Lab:
+class ControllerLab:
     """A controller between a cluster and a Consul in memory; time is real and short."""
 
     def __init__(
@@ -114,7 +105,7 @@ class Lab:
         checked_names: bool = False,
         backoff_cap: float = 60.0,
     ) -> None:
-        self.clock = Clock()
+        self.clock = Clock(follows=time.monotonic)
         self.observed = ObservedState()
         self.cluster = MemoryCluster(sources, observed=self.observed, clock=self.clock, rules=target_rules)
         self.desired = self.cluster.desired
@@ -201,9 +192,7 @@ class Lab:
 
     async def until_so(self, is_so: Callable[[], bool]) -> None:
         """Wait until something is so."""
-        async with asyncio.timeout(PATIENCE):
-            while not is_so():
-                await asyncio.sleep(0.002)
+        await until(is_so, every=0.002)
 
     async def synced(self, *names: str) -> None:
         """List these Pods, and wait until everything was compared once."""
@@ -222,3 +211,57 @@ class Lab:
     def value(self, name: str, **labels: str) -> float:
         """Return one figure."""
         return self.metrics.get_sample_value(f"k8s_consul_registrar_{name}", labels) or 0.0
+
+
+SETTINGS = read_registrar({"CLUSTER_NAME": "lab", "SHARD_PATHS": "s1,s2", "CONSUL_HTTP_TOKEN": "t0p-secret"})
+WIRING = Wiring(SETTINGS)
+
+
+class Namespaces:
+    """An API server that tells a UID, None where it may not be seen."""
+
+    def __init__(self, uid: str | None) -> None:
+        self.uid = uid
+
+    async def namespace_uid(self, name: str) -> str | None:
+        """Return it."""
+        return self.uid
+
+
+class Seen:
+    """A controller with its view; `learn` makes the cluster's UID known, as a reflector does."""
+
+    def __init__(
+        self, *, sources: Sequence[Source] = (PODS,), brake: BrakeRules | None = None, saved_uid: str = ""
+    ) -> None:
+        self.lab = ControllerLab(
+            shards=WIRING.shards,
+            sources=sources,
+            identity=WIRING.identity,
+            brake=brake or BrakeRules(confirm=0.1, confirm_start=600),
+        )
+        self.namespaces = Namespaces("uid-1")
+        self.cluster_uid = ClusterUid(self.namespaces, self.lab.controller.on_cluster_uid)
+        self.selection = SelectionRecord(
+            selection_digest(SETTINGS),
+            catalog=None,
+            cluster_uid=lambda: self.lab.desired.cluster_uid,
+            saved_cluster_uid=saved_uid,
+        )
+        self.view = View(
+            About("lab", "", "agent"), self.lab.desired, self.lab.observed, self.lab.status, self.lab.rules
+        )
+
+    def targets(self) -> dict[str, TargetRow]:
+        """Return what is seen, by Pod or Node."""
+        return {one.key.name: one for one in self.view.targets()}
+
+    async def synced(self, pods: Iterable[Pod]) -> None:
+        """List these Pods, and wait until everything was compared once and written."""
+        self.lab.cluster.put_list(pods)
+        await self.lab.until_so(lambda: self.lab.status.has_synced and self.lab.queue.is_drained)
+
+    async def learn(self, uid: str | None = "uid-1") -> None:
+        """Have the API server asked for the cluster's UID."""
+        self.namespaces.uid = uid
+        await self.cluster_uid.confirm()

@@ -12,7 +12,7 @@ import aiohttp
 import msgspec
 
 from support.internal_errors import counted_on
-from support.real_process import Program
+from support.processes import Program
 from support.waiting import PATIENCE, until
 
 STOP_WITHIN = (

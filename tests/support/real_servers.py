@@ -15,6 +15,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 from urllib.parse import urlencode
@@ -22,9 +23,12 @@ from urllib.parse import urlencode
 import aiohttp
 import pytest
 
-from support.paths import ROOT
-from support.ports import reserve_ports
-from support.real_process import LOOPBACK, PortTakenError, Program
+from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress
+from k8s_consul_registrar.consul.client import ConsulClient
+from k8s_consul_registrar.model import Service
+from support.files import ROOT
+from support.processes import LOOPBACK, PortTakenError, Program, reserve_ports
 from support.waiting import PATIENCE, until
 
 
@@ -305,3 +309,127 @@ async def real_prometheus(
             yield prometheus
         finally:
             await prometheus.program.stop(signal.SIGKILL)
+
+
+NAMES = ("victoria-metrics", "victoria-metrics-prod")
+CACHED = CACHE / "victoria-metrics-1.79/usr/bin/victoria-metrics"
+
+
+def victoria_binary() -> Path:
+    """Return a VictoriaMetrics, the one on PATH first; skip or fail without one."""
+    for name in NAMES:
+        if found := shutil.which(name):
+            return Path(found)
+    if not CACHED.is_file():
+        unavailable("no victoria-metrics on PATH, and none in .cache/real (scripts/fetch-real-servers)")
+    return CACHED
+
+
+class RealVictoria:
+    """One VictoriaMetrics on loopback, the single-node server: it scrapes by Prometheus' own configuration."""
+
+    def __init__(self, binary: Path, folder: Path, config: str) -> None:
+        address = f"{LOOPBACK}:{reserve_ports(1)[0]}"
+        self.url = f"http://{address}"
+        (folder / "scrape.yml").write_text(config)
+        flags = {
+            "httpListenAddr": address,
+            "storageDataPath": folder / "data",
+            "promscrape.config": folder / "scrape.yml",
+            "promscrape.httpSDCheckInterval": "1s",
+            "memory.allowedBytes": "64MB",
+        }
+        self.program = Program(
+            [str(binary), *(f"-{name}={value}" for name, value in flags.items())], folder / "victoria.log"
+        )
+
+    async def start(self) -> None:
+        """Start it and wait until it serves queries."""
+        self.program.launch()
+        await self.program.ready(self.is_ready, START_WITHIN)
+
+    async def is_ready(self) -> bool:
+        """Return whether it serves queries."""
+        return (await _answer("GET", f"{self.url}/health"))[0] == 200
+
+    async def targets(self) -> list[dict[str, Any]]:
+        """Return the active targets as its API gives them (`labels`, `scrapeUrl`, `health`, …)."""
+        status, answer = await _answer("GET", f"{self.url}/api/v1/targets?state=active")
+        found: list[dict[str, Any]] = answer["data"]["activeTargets"] if status == 200 else []
+        return found
+
+
+@contextlib.asynccontextmanager
+async def real_victoria(config: str) -> AsyncIterator[RealVictoria]:
+    """Run one VictoriaMetrics with this scrape configuration and wait until it is ready."""
+    binary = victoria_binary()
+    with tempfile.TemporaryDirectory(prefix="victoria-", ignore_cleanup_errors=True) as folder:
+        victoria = await _started(lambda: RealVictoria(binary, Path(folder), config))
+        try:
+            yield victoria
+        finally:
+            await victoria.program.stop(signal.SIGKILL)
+
+
+# A loaded machine answers late; what is to be quick is only what is tried again.
+PATIENT = Timing(retry_first=0.05, retry_cap=0.2, connect_timeout=5, read_timeout=20)
+
+
+class Readable(Protocol):
+    """A registry, as far as these helpers care."""
+
+    def services(self) -> AsyncIterator[Service]:
+        """Yield every service."""
+        ...
+
+
+@asynccontextmanager
+async def connected(
+    consul: RealConsul, *, token: str | None = None, token_file: str = ""
+) -> AsyncIterator[ConsulClient]:
+    """Open a client of a real Consul, with its management token unless given another."""
+    own = consul.token if token is None else token
+    access = ConsulAccess(ConsulAddress(consul.url), token=own, token_file=token_file)
+    async with ConsulClient(access, PATIENT) as client:
+        yield client
+
+
+async def held(registry: Readable) -> dict[str, Service]:
+    """Return all services by ID."""
+    return {service.id: service async for service in registry.services()}
+
+
+class Token:
+    """An ACL token with rules of its own."""
+
+    def __init__(self, accessor: str, secret: str) -> None:
+        self.accessor = accessor
+        self.secret = secret
+
+
+async def make_token(consul: RealConsul, name: str, rules: str) -> Token:
+    """Create a token that may do what the rules say."""
+    status, _ = await consul.request("PUT", "/v1/acl/policy", {"Name": name, "Rules": rules})
+    assert status == 200
+    status, token = await consul.request("PUT", "/v1/acl/token", {"Policies": [{"Name": name}]})
+    assert status == 200
+    return Token(token["AccessorID"], token["SecretID"])
+
+
+async def revoke(consul: RealConsul, token: Token) -> None:
+    """Make a token unknown."""
+    status, _ = await consul.request("DELETE", f"/v1/acl/token/{token.accessor}")
+    assert status == 200
+
+
+def empty(consul: RealConsul) -> None:
+    """Remove the data of a Consul that is not running."""
+    (folder,) = [one.partition("=")[2] for one in consul.program.argv if one.startswith("-data-dir=")]
+    shutil.rmtree(Path(folder))
+
+
+async def restart_empty(consul: RealConsul) -> None:
+    """Kill a Consul and start it on the same ports without its data."""
+    await consul.program.stop(signal.SIGKILL)
+    empty(consul)
+    await consul.start()

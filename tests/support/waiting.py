@@ -1,4 +1,4 @@
-"""The one way to wait in tests: for a condition, with a bound that only a fault reaches."""
+"""Time in tests: `until` waits for a condition, with a bound that only a fault reaches, and a Clock is moved by hand."""
 
 import asyncio
 import inspect
@@ -35,3 +35,34 @@ async def until(
 async def _value(condition: Callable[[], object]) -> object:
     found = condition()
     return await found if inspect.isawaitable(found) else found
+
+
+class Clock:
+    """A clock that a test moves: by itself it stands still, or it follows another one.
+
+    `step` seconds pass by each look, for what wants moments in order.
+    """
+
+    def __init__(
+        self, offset: float = 0.0, *, follows: Callable[[], float] = float, step: float = 0.0
+    ) -> None:
+        self.offset = offset
+        self._follows = follows
+        self._step = step
+
+    def __call__(self) -> float:
+        self.offset += self._step
+        return self.now
+
+    @property
+    def now(self) -> float:
+        """The time."""
+        return self._follows() + self.offset
+
+    @now.setter
+    def now(self, moment: float) -> None:
+        self.offset += moment - self.now
+
+    def skip(self, seconds: float) -> None:
+        """Move on, as if the process had been suspended."""
+        self.offset += seconds

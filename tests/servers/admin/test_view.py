@@ -19,9 +19,8 @@ from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.status import LostAgent
 from k8s_consul_registrar.settings.reading import shown_settings
 from support.builders import make_pod, our_pod_service
-from support.controller_lab import HELD
+from support.controller_lab import HELD, SETTINGS, Seen
 from support.memory import PODS
-from support.view_lab import SETTINGS, Seen
 from support.waiting import until
 
 

@@ -18,7 +18,7 @@ from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.sandbox.certificates import Authority
 from k8s_consul_registrar.settings.proxy import KubeletSettings, ProxiedPods
 from support.cluster import kubeconfig
-from support.proxy_kit import Kubelet, answer, authority, authority_pem, cadvisor, proxying
+from support.proxy_lab import Kubelet, answer, authority, authority_pem, cadvisor, proxying
 from support.waiting import until
 
 PLAIN = KubeletSettings("", skip_verify=False, tls_server_name="ip", client_cert_file="", client_key_file="")

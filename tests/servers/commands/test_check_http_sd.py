@@ -17,7 +17,7 @@ from k8s_consul_registrar.commands.check.report import Finding, Outcome
 from k8s_consul_registrar.settings.reading import read_registrar
 from k8s_consul_registrar.settings.registrar import HttpSdSettings
 from k8s_consul_registrar.tls import ServerTls, TlsFiles
-from support.ports import reserve_ports
+from support.processes import reserve_ports
 from support.seen import Registrar, pod_target
 from unit.app.test_saved_state import encoded
 

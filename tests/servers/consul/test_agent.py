@@ -14,7 +14,7 @@ from k8s_consul_registrar.model import Drift, Service
 from k8s_consul_registrar.sandbox.consul import Consul
 from k8s_consul_registrar.sandbox.consul_http import ConsulOptions
 from support.builders import make_service, our_pod_service
-from support.fake_consul import client_of, serving
+from support.scripted import client_of, serving
 
 
 async def held(registry: AgentRegistry) -> dict[str, Service]:

@@ -24,8 +24,8 @@ from k8s_consul_registrar.errors import (
 )
 from k8s_consul_registrar.sandbox.consul import Consul
 from support.builders import make_service, our_pod_service
-from support.consul_kit import held
-from support.fake_consul import client_of, serving
+from support.real_servers import held
+from support.scripted import client_of, serving
 
 NODE = "k8s-lab"
 SERVICES = [our_pod_service(f"p{number}") for number in range(150)]

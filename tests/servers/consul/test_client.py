@@ -28,7 +28,7 @@ from k8s_consul_registrar.errors import (
     ConsulUnreachable,
 )
 from k8s_consul_registrar.rotating import fixed
-from support.fake_consul import QUICK, client_of, serving
+from support.scripted import QUICK, client_of, serving
 
 
 @pytest.mark.parametrize(

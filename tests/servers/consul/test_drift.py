@@ -8,7 +8,8 @@ from aiohttp import web
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.drift import HIDDEN, NodeDrift
 from k8s_consul_registrar.errors import ConsulBusy
-from support.fake_consul import client_of, serving
+from support.scripted import client_of, serving
+from support.waiting import Clock
 
 
 class Indexes:
@@ -37,19 +38,9 @@ class Indexes:
             self.changed = asyncio.Event()
 
 
-class Clock:
-    """A clock that is set by hand."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        self.now += 0.001
-        return self.now
-
-
 async def started(client: ConsulClient, indexes: Indexes) -> tuple[NodeDrift, Clock]:
     """Return a watch that has seen a full read, and its clock."""
-    clock = Clock()
+    clock = Clock(step=0.001)
     watch = NodeDrift(client, settle=1.0, clock=clock)
     await watch.begin("n")
     watch.read(indexes.index)

@@ -11,7 +11,7 @@ import pytest
 from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress
 from k8s_consul_registrar.consul.client import ConsulClient, Fence
 from k8s_consul_registrar.errors import ConsulFenced, ConsulUnreachable
-from support.fake_consul import QUICK
+from support.scripted import QUICK
 
 BODY = b"x" * 40_000
 

@@ -27,7 +27,8 @@ from k8s_consul_registrar.errors import (
 )
 from k8s_consul_registrar.rotating import fixed
 from support.builders import our_pod_service
-from support.fake_consul import QUICK, client_of, serving
+from support.scripted import QUICK, client_of, serving
+from support.waiting import Clock
 
 TIMING = Timing(retry_first=1.0, retry_cap=8.0, retry_after_cap=30.0)
 READ, WRITE = Access.READ, Access.WRITE
@@ -38,15 +39,6 @@ OUTAGES = (
     ConsulTokenUnknown("ACL not found"),
 )
 REFUSALS = (ConsulRefused("bad request", 400), ConsulForbidden("Permission denied"))
-
-
-class Clock:
-    """A clock that is set by hand."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Upper(random.Random):
@@ -61,7 +53,7 @@ class World:
     """A health, its clock, and requests in one line each."""
 
     def __init__(self) -> None:
-        self.clock = Clock()
+        self.clock = Clock(100.0)
         self.health = ConsulHealth(TIMING, clock=self.clock, pick=Upper())
 
     def succeed(self, access: Access, *, is_blocking: bool = False) -> None:

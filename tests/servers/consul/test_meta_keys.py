@@ -20,7 +20,7 @@ from k8s_consul_registrar.registrar.ownership import Claim, Identity, object_of
 from k8s_consul_registrar.sandbox.consul import Consul
 from k8s_consul_registrar.targets.resolve import OWN_KEYS
 from support.builders import make_service, our_pod_service
-from support.fake_consul import client_of
+from support.scripted import client_of
 
 LAB = Identity("lab")
 PLAIN = MetaKeys()

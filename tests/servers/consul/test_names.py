@@ -10,7 +10,7 @@ from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.errors import ConsulError, ConsulFiltered, ConsulForbidden, ConsulRefused
 from k8s_consul_registrar.model import Service
-from support.fake_consul import client_of, serving
+from support.scripted import client_of, serving
 
 Registry = AgentRegistry | CatalogRegistry
 Make = Callable[[ConsulClient], Registry]

@@ -14,8 +14,8 @@ from k8s_consul_registrar.consul.codec import decode_agent_services, decode_serv
 from k8s_consul_registrar.consul.lost_agents import LostAgents
 from k8s_consul_registrar.errors import ConsulError, ConsulRefused
 from support.builders import our_pod_service
-from support.consul_kit import held
-from support.fake_consul import client_of, serving
+from support.real_servers import held
+from support.scripted import client_of, serving
 
 SERVICE = our_pod_service("a")
 

@@ -11,8 +11,8 @@ from k8s_consul_registrar.consul.previous_location import PreviousLocation, clea
 from k8s_consul_registrar.errors import ConsulBusy, ConsulError, ConsulForbidden, ConsulUnreachable
 from k8s_consul_registrar.model import Service, Written
 from support.builders import make_pod, our_pod_service
-from support.controller_lab import Lab
-from support.fake_consul import QUICK
+from support.controller_lab import ControllerLab
+from support.scripted import QUICK
 
 
 class Location(PreviousLocation):
@@ -46,7 +46,7 @@ async def a_while() -> None:
 
 async def test_a_location_keeps_everything_until_all_is_at_the_new_one() -> None:
     """The first comparison, every write that Consul refused, and the lead are waited for."""
-    lab, location = Lab(), Location()
+    lab, location = ControllerLab(), Location()
     is_leader = False
     lab.consul.refused = {"pod--shop--b"}
     clearing = asyncio.create_task(

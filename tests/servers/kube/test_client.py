@@ -33,8 +33,8 @@ from k8s_consul_registrar.kube.watch_decoder import Broken
 from k8s_consul_registrar.model import Kind, ObjectKey, Pod, Undecodable
 from k8s_consul_registrar.rotating import fixed
 from k8s_consul_registrar.tls import KeyPair, Trust
-from support.kube_samples import recorded, recorded_refusal
-from support.ports import reserve_ports
+from support.files import recorded, recorded_refusal
+from support.processes import reserve_ports
 from support.waiting import PATIENCE
 
 TIMING = Timing(connect_timeout=1.0, read_timeout=0.4)

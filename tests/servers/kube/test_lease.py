@@ -29,7 +29,7 @@ from k8s_consul_registrar.kube.lease import (
     pod_namespace,
 )
 from k8s_consul_registrar.model import Lease
-from support.recorded_exchanges import exchange
+from support.files import exchange
 
 STAMP = "2026-11-22T10:00:00.000000Z"
 LATER = "2026-11-22T10:00:05.000000Z"

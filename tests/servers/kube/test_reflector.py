@@ -27,9 +27,9 @@ from k8s_consul_registrar.kube.source_state import (
 )
 from k8s_consul_registrar.kube.store import Evidence, Store
 from k8s_consul_registrar.model import Kind, ObjectKey, Pod, Source, Undecodable
-from support.scripted_api import (
+from support.scripted import (
     Always,
-    Answer,
+    ApiAnswer,
     ScriptedApi,
     Stream,
     Watch,
@@ -39,9 +39,10 @@ from support.scripted_api import (
     holds,
     list_answer,
     pod_object,
-    serving,
+    serving_api,
     status_object,
 )
+from support.waiting import until
 
 PODS = Source(Kind.POD)
 TIMING = Timing(
@@ -55,7 +56,7 @@ TIMING = Timing(
     relist_opaque=5.0,
     catch_up=20.0,
 )
-AHEAD = Answer(504, status_object(504, causes=[{"reason": "ResourceVersionTooLarge"}]))
+AHEAD = ApiAnswer(504, status_object(504, causes=[{"reason": "ResourceVersionTooLarge"}]))
 EXPIRED = status_object(410)
 
 
@@ -124,15 +125,9 @@ class Followed:
         """The Pods that an inference took away."""
         return {name for name, evidence in self.seen.evidence if evidence is Evidence.ABSENT}
 
-    async def until(self, condition: Callable[[], bool], within: float = 20.0) -> None:
-        """Wait until something holds."""
-        async with asyncio.timeout(within):
-            while not condition():
-                await asyncio.sleep(0.005)
-
     async def settled(self, *names: str) -> None:
         """Wait until exactly these Pods are there and the source is synced."""
-        await self.until(lambda: self.pods == set(names) and self.status.proves_absence)
+        await until(lambda: self.pods == set(names) and self.status.proves_absence)
 
 
 @asynccontextmanager
@@ -147,7 +142,7 @@ async def following(
     seen: Seen | None = None,
 ) -> AsyncIterator[Followed]:
     """Follow the Pods of a scripted server."""
-    async with serving(api), KubeClient(Access(api.url, FixedCredentials(Identity())), timing) as client:
+    async with serving_api(api), KubeClient(Access(api.url, FixedCredentials(Identity())), timing) as client:
         seen = seen or Seen()
         store: Store[str] = Store((PODS,), resolve, seen)
         cluster_uid = ClusterUid(client)
@@ -203,11 +198,9 @@ async def test_a_drop_is_probed_and_resumed_from_the_last_event() -> None:
         await stream.hold()
 
     api.watches.extend([cuts(("ADDED", pod_object("b", 101)), ("BOOKMARK", bookmark_object(107))), wait])
-    api.probes.append(Answer(503, status_object(503)))
+    api.probes.append(ApiAnswer(503, status_object(503)))
     async with following(api) as followed:
-        await followed.until(
-            lambda: not followed.status.is_followed and followed.status.listed_at is not None
-        )
+        await until(lambda: not followed.status.is_followed and followed.status.listed_at is not None)
         states.append(followed.status.proves_absence)
         assert followed.pods == {"a", "b"}
         resumed.set()
@@ -225,7 +218,7 @@ async def test_a_watch_the_server_ends_in_time_stays_followed() -> None:
     api.watches.extend([ends(("BOOKMARK", bookmark_object(105)))] * 3)
     async with following(api) as followed:
         await followed.settled("a")
-        await followed.until(lambda: api.count("watch") == 4)
+        await until(lambda: api.count("watch") == 4)
         assert followed.status.is_followed
         assert not any(isinstance(state, Failed) for state in followed.seen.states)
     assert (api.count("list"), followed.restarts) == (1, {"ended": 3})
@@ -236,10 +229,10 @@ async def test_a_watch_the_server_ends_in_time_stays_followed() -> None:
 async def test_an_expired_version_leads_to_a_list_in_either_form(form: str) -> None:
     """410 as an HTTP status and as an ERROR event mean the same."""
     api = ScriptedApi(pods=[pod_object("a")])
-    gone: Answer | Watch = Answer(410, EXPIRED) if form == "status" else ends(("ERROR", EXPIRED))
+    gone: ApiAnswer | Watch = ApiAnswer(410, EXPIRED) if form == "status" else ends(("ERROR", EXPIRED))
     api.watches.append(gone)
     async with following(api) as followed:
-        await followed.until(lambda: api.count("watch") == 2)
+        await until(lambda: api.count("watch") == 2)
         await followed.settled("a")
     assert api.count("list") == 2
     assert api.count("probe") == 0
@@ -249,7 +242,7 @@ async def test_an_expired_version_leads_to_a_list_in_either_form(form: str) -> N
 async def test_versions_that_expire_again_and_again_are_not_listed_in_a_rush() -> None:
     """A list is dear: a server whose watches all expire at once is asked ever more seldom."""
     api = ScriptedApi(pods=[pod_object("a")])
-    api.watches.extend([Answer(410, EXPIRED)] * 100)
+    api.watches.extend([ApiAnswer(410, EXPIRED)] * 100)
     async with following(api, timing=replace(TIMING, retry_first=0.1, retry_cap=1.0)):
         await asyncio.sleep(1.0)
     assert 2 <= api.count("list") <= 6
@@ -260,10 +253,10 @@ async def test_a_history_restored_lower_is_noticed_before_resuming() -> None:
     api = ScriptedApi(pods=[pod_object("a"), pod_object("b")], version=5000)
     api.watches.append(cuts(("ADDED", pod_object("c", 5001))))
     async with following(api) as followed:
-        await followed.until(lambda: followed.pods == {"a", "b", "c"})
+        await until(lambda: followed.pods == {"a", "b", "c"})
         api.restore(pod_object("a"), version=40)
         await followed.settled("a")
-        await followed.until(lambda: api.count("watch") == 2)
+        await until(lambda: api.count("watch") == 2)
     assert [query["resourceVersion"] for query in api.queries("watch")] == ["5000", "40"]
     assert followed.restarts == {"unreachable": 1, "ahead": 1}
 
@@ -280,7 +273,7 @@ async def test_a_silent_watch_is_ended_and_resumed() -> None:
     api = ScriptedApi(pods=[pod_object("a")])
     api.watches.append(blank)
     async with following(api, timing=replace(TIMING, watch_silence=0.3)) as followed:
-        await followed.until(lambda: api.count("watch") == 2)
+        await until(lambda: api.count("watch") == 2)
         await followed.settled("a")
     assert followed.stats.restarts["silent"] >= 1
     assert api.queries("watch")[1]["resourceVersion"] == "130"
@@ -307,20 +300,20 @@ async def test_bookmarks_keep_a_quiet_watch_alive() -> None:
 @pytest.mark.parametrize(
     ("answer", "cause", "words"),
     [
-        (Answer(401, status_object(401)), "unauthorized", "not accepted"),
-        (Answer(403, status_object(403)), "forbidden", "grant watch on pods"),
-        (Answer(500, status_object(500)), "busy", "500"),
-        (Answer(504, status_object(504)), "busy", "504"),
+        (ApiAnswer(401, status_object(401)), "unauthorized", "not accepted"),
+        (ApiAnswer(403, status_object(403)), "forbidden", "grant watch on pods"),
+        (ApiAnswer(500, status_object(500)), "busy", "500"),
+        (ApiAnswer(504, status_object(504)), "busy", "504"),
     ],
 )
 async def test_a_refused_watch_fails_its_source_by_name_and_is_tried_again(
-    answer: Answer, cause: str, words: str
+    answer: ApiAnswer, cause: str, words: str
 ) -> None:
     """What is known stays; the version stays good."""
     api = ScriptedApi(pods=[pod_object("a")])
     api.watches.extend([answer] * (4 if cause == "unauthorized" else 2))
     async with following(api) as followed:
-        await followed.until(lambda: words in followed.status.problem)
+        await until(lambda: words in followed.status.problem)
         assert followed.pods == {"a"}
         await followed.settled("a")
         assert followed.status.problem == ""
@@ -331,9 +324,9 @@ async def test_a_refused_watch_fails_its_source_by_name_and_is_tried_again(
 async def test_a_denied_list_is_retried_until_granted() -> None:
     """403 on the list names the permission; nothing else is touched."""
     api = ScriptedApi(pods=[pod_object("a")])
-    api.lists.extend([Answer(403, status_object(403))] * 3)
+    api.lists.extend([ApiAnswer(403, status_object(403))] * 3)
     async with following(api) as followed:
-        await followed.until(lambda: "grant list and watch on pods" in followed.status.problem)
+        await until(lambda: "grant list and watch on pods" in followed.status.problem)
         assert followed.status.listed_at is None
         await followed.settled("a")
     assert api.count("list") == 4
@@ -344,7 +337,7 @@ async def test_an_error_event_of_another_kind_is_a_failure() -> None:
     api = ScriptedApi(pods=[pod_object("a")])
     api.watches.append(ends(("ADDED", pod_object("b", 101)), ("ERROR", status_object(500))))
     async with following(api) as followed:
-        await followed.until(lambda: api.count("watch") == 2)
+        await until(lambda: api.count("watch") == 2)
         await followed.settled("a", "b")
     assert followed.restarts == {"busy": 1}
     assert api.queries("watch")[1]["resourceVersion"] == "101"
@@ -359,7 +352,7 @@ async def test_a_stream_that_makes_no_sense_leads_to_a_list() -> None:
     api = ScriptedApi(pods=[pod_object("a")])
     api.watches.append(garbage)
     async with following(api) as followed:
-        await followed.until(lambda: api.count("list") == 2)
+        await until(lambda: api.count("list") == 2)
         await followed.settled("a")
     assert followed.restarts == {"refused": 1}
 
@@ -367,22 +360,22 @@ async def test_a_stream_that_makes_no_sense_leads_to_a_list() -> None:
 async def test_retry_after_is_honoured_in_watch_and_list() -> None:
     """A second named by the server is waited for, though our own wait is a fiftieth of it."""
     loop = asyncio.get_running_loop()
-    busy = Answer(429, status_object(429), {"Retry-After": "1"})
+    busy = ApiAnswer(429, status_object(429), {"Retry-After": "1"})
     api = ScriptedApi(pods=[pod_object("a")])
     api.lists.append(busy)
     api.watches.append(busy)
     began = loop.time()
     async with following(api) as followed:
-        await followed.until(lambda: followed.pods == {"a"})
+        await until(lambda: followed.pods == {"a"})
         assert 1.0 <= loop.time() - began < 2.0
-        await followed.until(lambda: api.count("watch") == 2)
+        await until(lambda: api.count("watch") == 2)
         assert 2.0 <= loop.time() - began < 4.0
 
 
 async def test_retry_after_is_honoured_within_reason() -> None:
     """A server that asks for an hour is asked again before that."""
     api = ScriptedApi(pods=[pod_object("a")])
-    api.lists.append(Answer(503, status_object(503), {"Retry-After": "3600"}))
+    api.lists.append(ApiAnswer(503, status_object(503), {"Retry-After": "3600"}))
     async with following(api, timing=replace(TIMING, retry_after_cap=0.3)) as followed:
         await followed.settled("a")
 
@@ -420,7 +413,7 @@ async def test_a_repeated_history_changes_nothing() -> None:
         api.watches.append(holds(*history))
         followed.reflector.relist(0.0)
         api.pods, api.version = [pod_object("b", 102, ip="198.51.100.20")], 103
-        await followed.until(lambda: api.count("watch") >= 2)
+        await until(lambda: api.count("watch") >= 2)
         await asyncio.sleep(0.1)
         assert dict(followed.store.items()) == before
 
@@ -435,8 +428,8 @@ async def test_an_object_recreated_under_its_name_is_the_new_one() -> None:
         )
     )
     async with following(api) as followed:
-        await followed.until(lambda: api.count("watch") == 1)
-        await followed.until(lambda: list(followed.store.values()) == ["198.51.100.77"])
+        await until(lambda: api.count("watch") == 1)
+        await until(lambda: list(followed.store.values()) == ["198.51.100.77"])
         assert followed.gone == set()
 
 
@@ -446,16 +439,16 @@ async def test_relist_interrupts_a_healthy_watch_once() -> None:
     api = ScriptedApi(pods=[pod_object("a"), pod_object("b")])
     async with following(api) as followed:
         await followed.settled("a", "b")
-        await followed.until(lambda: api.count("watch") == 1)
+        await until(lambda: api.count("watch") == 1)
         asked = loop.time()
         followed.reflector.relist(asked + 0.3)
         followed.reflector.relist(asked + 60.0)
         api.pods, api.version = [pod_object("a")], 200
-        await followed.until(lambda: api.count("list") == 2)
+        await until(lambda: api.count("list") == 2)
         assert loop.time() - asked >= 0.29
         assert followed.status.is_followed
         await followed.settled("a")
-        await followed.until(lambda: api.count("watch") == 2)
+        await until(lambda: api.count("watch") == 2)
         await asyncio.sleep(0.2)
     assert (api.count("list"), api.count("watch"), followed.stats.lists) == (2, 2, 2)
     assert api.queries("watch")[1]["resourceVersion"] == "200"
@@ -478,7 +471,7 @@ async def test_another_cluster_behind_the_address_is_listed_afresh() -> None:
 async def test_a_hidden_identity_blocks_nothing(status: int) -> None:
     """A registrar that may not read kube-system works without its UID."""
     api = ScriptedApi(pods=[pod_object("a")])
-    api.namespaces.extend([Answer(status, status_object(status))] * 9)
+    api.namespaces.extend([ApiAnswer(status, status_object(status))] * 9)
     async with following(api) as followed:
         await followed.settled("a")
         assert followed.cluster_uid.uid == ""
@@ -487,12 +480,12 @@ async def test_a_hidden_identity_blocks_nothing(status: int) -> None:
 async def test_the_identity_is_asked_before_the_list_and_after_a_loss_alone() -> None:
     """Not by a timer, and not when a watch ends in time."""
     api = ScriptedApi(pods=[pod_object("a")])
-    api.namespaces.append(Answer(500, status_object(500)))
+    api.namespaces.append(ApiAnswer(500, status_object(500)))
     api.watches.append(ends(("BOOKMARK", bookmark_object(101))))
     async with following(api) as followed:
-        await followed.until(lambda: "get namespaces" in followed.status.problem)
+        await until(lambda: "get namespaces" in followed.status.problem)
         assert api.count("list") == 0
-        await followed.until(lambda: api.count("watch") == 2)
+        await until(lambda: api.count("watch") == 2)
     whats = [asked.what for asked in api.asked]
     assert whats == ["namespace", "namespace", "list", "watch", "probe", "watch"]
 
@@ -502,7 +495,7 @@ async def test_a_nameless_item_makes_the_source_opaque_until_the_next_list() -> 
     api = ScriptedApi(pods=[pod_object("a")])
     api.watches.append(holds(("MODIFIED", {"metadata": {"name": 7, "resourceVersion": "101"}})))
     async with following(api, timing=replace(TIMING, relist_opaque=0.3)) as followed:
-        await followed.until(lambda: followed.status.has_nameless)
+        await until(lambda: followed.status.has_nameless)
         assert not followed.status.proves_absence
         await followed.settled("a")
     assert api.count("list") == 2
@@ -523,10 +516,10 @@ async def test_an_undecodable_event_protects_what_it_names() -> None:
 
     api.watches.append(watch)
     async with following(api) as followed:
-        await followed.until(lambda: "unreadable" in "".join(followed.store.values()))
+        await until(lambda: "unreadable" in "".join(followed.store.values()))
         assert followed.pods == {"a"}
         go.set()
-        await followed.until(lambda: not followed.pods)
+        await until(lambda: not followed.pods)
         assert followed.gone == set()
 
 
@@ -543,7 +536,7 @@ async def test_resumed_watch_proves_no_absence_before_the_missed_events() -> Non
     api.watches.extend([cuts(), late])
     api.probes.append(list_answer("150"))
     async with following(api) as followed:
-        await followed.until(lambda: followed.status.state == CatchingUp("150"))
+        await until(lambda: followed.status.state == CatchingUp("150"))
         assert api.count("watch") == 2
         await asyncio.sleep(0.1)
         assert followed.status.is_followed
@@ -567,7 +560,7 @@ async def test_bookmark_ends_catching_up_and_an_older_one_does_not() -> None:
     api.watches.extend([ends(), bookmarks])
     api.probes.append(list_answer("150"))
     async with following(api) as followed:
-        await followed.until(lambda: api.sent_version == 149)
+        await until(lambda: api.sent_version == 149)
         await asyncio.sleep(0.1)
         assert followed.status.state == CatchingUp("150")
         go.set()
@@ -587,7 +580,7 @@ async def test_ended_watch_proves_no_absence_while_the_server_is_asked() -> None
     async with following(api, timing=replace(TIMING, retry_first=60.0, retry_cap=60.0)) as followed:
         await followed.settled("a")
         release.set()
-        await followed.until(lambda: followed.status.state == CatchingUp(""))
+        await until(lambda: followed.status.state == CatchingUp(""))
         assert not followed.status.proves_absence
         assert followed.status.is_followed
 
@@ -603,11 +596,11 @@ async def test_source_that_does_not_catch_up_is_listed_once_a_period() -> None:
 
     api.watches.extend([ends(), end])
     async with following(api, timing=replace(TIMING, catch_up=0.3)) as followed:
-        await followed.until(lambda: followed.stats.lists == 2)
+        await until(lambda: followed.stats.lists == 2)
         await followed.settled("a")
         go.set()
-        await followed.until(lambda: api.count("watch") == 3)
-        await followed.until(lambda: followed.status.state == CatchingUp("5000"))
+        await until(lambda: api.count("watch") == 3)
+        await until(lambda: followed.status.state == CatchingUp("5000"))
         await asyncio.sleep(0.6)
         assert followed.status.state == CatchingUp("5000")
     assert api.count("list") == 2
@@ -620,8 +613,8 @@ async def test_versions_without_an_order_lead_to_a_list_once_a_period() -> None:
     api.watches.extend([ends(), ends(), ends(("BOOKMARK", bookmark_object("v9"))), ends()])
     api.probes.extend(list_answer(version) for version in ("v1", "v2", "v9", "v10"))
     async with following(api) as followed:
-        await followed.until(lambda: api.count("watch") == 5)
-        await followed.until(lambda: followed.status.state == CatchingUp("v10"))
+        await until(lambda: api.count("watch") == 5)
+        await until(lambda: followed.status.state == CatchingUp("v10"))
         await asyncio.sleep(0.1)
     assert api.count("list") == 2
     assert [type(state) for state in followed.seen.states] == [
@@ -632,21 +625,21 @@ async def test_versions_without_an_order_lead_to_a_list_once_a_period() -> None:
 ERROR_EXPIRED: Watch = ends(("BOOKMARK", bookmark_object(101)), ("ERROR", EXPIRED))
 TROUBLE: dict[str, dict[str, Any]] = {
     "lists ahead": {"lists": AHEAD},
-    "lists expired": {"lists": Answer(410, EXPIRED)},
-    "lists are HTML": {"lists": Answer(200, "<html>")},
+    "lists expired": {"lists": ApiAnswer(410, EXPIRED)},
+    "lists are HTML": {"lists": ApiAnswer(200, "<html>")},
     "lists without a version": {"lists": list_answer("")},
     "lists of absurd versions": {"lists": list_answer("9" * 300)},
     "probes ahead": {"probes": AHEAD, "watches": ends()},
     "probes are older than our version": {"probes": list_answer("40"), "watches": ends()},
     "watches ahead": {"watches": AHEAD},
     "watches ahead in an event": {"watches": ends(("ERROR", AHEAD.body))},
-    "watches expired": {"watches": Answer(410, EXPIRED)},
+    "watches expired": {"watches": ApiAnswer(410, EXPIRED)},
     "watches expired in an event": {"watches": ends(("ERROR", EXPIRED))},
     "watches expired after a bookmark": {"watches": ERROR_EXPIRED},
     "watches are HTML": {"watches": ends(("<html>", {}))},
     "watches are cut": {"watches": cuts(("ADDED", pod_object("a", 101)), ("ADDED", pod_object("b", 102)))},
     "watches end": {"watches": ends()},
-    "namespace expired": {"namespaces": Answer(410, EXPIRED)},
+    "namespace expired": {"namespaces": ApiAnswer(410, EXPIRED)},
     "no order, watches end": {"version": "x", "probes": list_answer("y"), "watches": ends()},
 }
 
@@ -669,7 +662,7 @@ async def test_watches_that_always_break_leave_the_source_listed() -> None:
     api = ScriptedApi(pods=[pod_object("a"), pod_object("b")])
     api.watches = Always([cuts(("MODIFIED", pod_object("a", 101)))])
     async with following(api) as followed:
-        await followed.until(lambda: api.count("watch") >= 4)
+        await until(lambda: api.count("watch") >= 4)
         assert followed.status.listed_at is not None
         assert followed.pods == {"a", "b"}
     assert api.count("list") == 1
@@ -679,12 +672,12 @@ async def test_expired_pages_end_in_one_list_without_pages() -> None:
     """Two lists in a row expired on a continue token; the third cannot, and the next one has pages again."""
     first = list_answer("100", pod_object("a"), continue_token="more")
     api = ScriptedApi(pods=[pod_object("a"), pod_object("b")])
-    api.lists.extend([first, Answer(410, EXPIRED)] * 2)
+    api.lists.extend([first, ApiAnswer(410, EXPIRED)] * 2)
     async with following(api) as followed:
         await followed.settled("a", "b")
         assert followed.gone == set()
         followed.reflector.relist(0.0)
-        await followed.until(lambda: followed.stats.lists == 2)
+        await until(lambda: followed.stats.lists == 2)
     limits = [query.get("limit") for query in api.queries("list")]
     paged = str(PAGE_SIZE)
     assert limits == [paged, paged, paged, paged, None, paged]
@@ -695,8 +688,8 @@ async def test_whole_list_that_fails_is_followed_by_pages() -> None:
     """One list without pages, not all lists from then on."""
     first = list_answer("100", pod_object("a"), continue_token="more")
     api = ScriptedApi(pods=[pod_object("a")])
-    api.lists.extend([first, Answer(410, EXPIRED)] * 2)
-    api.lists.append(Answer(500, status_object(500)))
+    api.lists.extend([first, ApiAnswer(410, EXPIRED)] * 2)
+    api.lists.append(ApiAnswer(500, status_object(500)))
     async with following(api) as followed:
         await followed.settled("a")
     assert [query.get("limit") for query in api.queries("list")][4:] == [None, str(PAGE_SIZE)]
@@ -778,7 +771,7 @@ async def test_relist_requested_for_later_is_served_after_an_earlier_one() -> No
         followed.reflector.relist(began + 1.5)
         followed.reflector.relist(began + 0.1)
         followed.reflector.relist(began + 1.0)
-        await followed.until(lambda: followed.stats.lists == 3)
+        await until(lambda: followed.stats.lists == 3)
         assert loop.time() - began >= 1.4
     assert api.count("list") == 3
 
@@ -797,12 +790,12 @@ async def test_polling_lists_each_period_and_never_watches() -> None:
 async def test_polling_lists_sooner_when_asked_or_after_a_failure() -> None:
     """Neither waits for the period."""
     api = ScriptedApi(pods=[pod_object("a")])
-    api.lists.append(Answer(500, status_object(500)))
+    api.lists.append(ApiAnswer(500, status_object(500)))
     async with following(api, watches=False, period=60.0) as followed:
         await followed.settled("a")
         assert api.count("list") == 2
         followed.reflector.relist(asyncio.get_running_loop().time() + 0.1)
-        await followed.until(lambda: api.count("list") == 3)
+        await until(lambda: api.count("list") == 3)
         await asyncio.sleep(0.2)
     assert api.count("list") == 3
     assert (followed.restarts, followed.stats.lists) == ({"busy": 1}, 2)
@@ -813,14 +806,14 @@ async def test_polling_waits_shortly_again_after_a_list() -> None:
     """Failures of long ago do not slow down the answer to a new one."""
     loop = asyncio.get_running_loop()
     api = ScriptedApi(pods=[pod_object("a")])
-    api.lists.extend([Answer(500, status_object(500))] * 4)
+    api.lists.extend([ApiAnswer(500, status_object(500))] * 4)
     timing = replace(TIMING, retry_first=0.2, retry_cap=100.0)
     async with following(api, timing=timing, watches=False, period=60.0) as followed:
         await followed.settled("a")
-        api.lists.append(Answer(500, status_object(500)))
+        api.lists.append(ApiAnswer(500, status_object(500)))
         began = loop.time()
         followed.reflector.relist(0.0)
-        await followed.until(lambda: followed.stats.lists == 2)
+        await until(lambda: followed.stats.lists == 2)
         assert loop.time() - began < 1.5
 
 
@@ -849,7 +842,7 @@ class SlowNamespace:
         self.questions = 0
 
     async def namespace_uid(self, name: str) -> str | None:
-        """Answer, late."""
+        """ApiAnswer, late."""
         assert name == "kube-system"
         self.questions += 1
         await asyncio.sleep(0.02)

@@ -1,7 +1,7 @@
 """Reflectors into one Store, against the sandbox's API: many sources, lost history, and the requests at rest."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from k8s_consul_registrar.sandbox import objects
 from k8s_consul_registrar.sandbox.access import Rule
 from k8s_consul_registrar.sandbox.resources import NAMESPACES
 from k8s_consul_registrar.sandbox.sandbox import Sandbox
+from support.waiting import until
 
 PODS, NODES = Source(Kind.POD), Source(Kind.NODE)
 TIMING = Timing(retry_first=0.02, retry_cap=0.1, read_timeout=2.0, watch_settle=0.05)
@@ -121,13 +122,6 @@ async def followed(
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-
-
-async def until(condition: Callable[[], bool], within: float = 30.0) -> None:
-    """Wait until something holds."""
-    async with asyncio.timeout(within):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 @pytest.mark.parametrize("watches", [True, False])

@@ -31,9 +31,9 @@ from k8s_consul_registrar.kube.watch_decoder import (
 )
 from k8s_consul_registrar.model import Kind
 from servers.kube.test_client import serve
-from support.kube_samples import recorded
-from support.scripted_api import (
-    Answer,
+from support.files import recorded
+from support.scripted import (
+    ApiAnswer,
     ScriptedApi,
     Stream,
     bookmark_object,
@@ -41,7 +41,7 @@ from support.scripted_api import (
     ends,
     list_answer,
     pod_object,
-    serving,
+    serving_api,
     status_object,
 )
 from support.waiting import PATIENCE
@@ -78,7 +78,7 @@ async def test_recorded_watches_however_they_are_cut(name: str, size: int) -> No
 
     api = ScriptedApi()
     api.watches.append(replay)
-    async with serving(api), client_of(api.url) as client:
+    async with serving_api(api), client_of(api.url) as client:
         events = await watched(client)
     expected = WatchDecoder(Kind.POD).feed(body)
     assert [_told(event) for event in events] == [_told(event) for event in expected]
@@ -115,7 +115,7 @@ async def test_a_compressed_watch_is_read_as_it_comes() -> None:
 async def test_the_first_batch_says_that_the_watch_was_taken() -> None:
     """It is empty and comes before any event does."""
     api = ScriptedApi()
-    async with serving(api), client_of(api.url) as client:
+    async with serving_api(api), client_of(api.url) as client:
         batches = client.watch(Kind.POD, resource_version="1", timeout_seconds=9)
         async with aclosing(batches), asyncio.timeout(0.3):
             assert await anext(batches) == []
@@ -124,18 +124,18 @@ async def test_the_first_batch_says_that_the_watch_was_taken() -> None:
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        (Answer(401, status_object(401)), "ClusterUnauthorized"),
-        (Answer(403, status_object(403)), "ClusterForbidden"),
-        (Answer(410, status_object(410)), "ClusterExpired"),
-        (Answer(429, status_object(429)), "ClusterBusy"),
-        (Answer(400, status_object(400)), "ClusterRefused"),
+        (ApiAnswer(401, status_object(401)), "ClusterUnauthorized"),
+        (ApiAnswer(403, status_object(403)), "ClusterForbidden"),
+        (ApiAnswer(410, status_object(410)), "ClusterExpired"),
+        (ApiAnswer(429, status_object(429)), "ClusterBusy"),
+        (ApiAnswer(400, status_object(400)), "ClusterRefused"),
     ],
 )
-async def test_a_refused_watch_is_the_error_it_would_be_elsewhere(answer: Answer, expected: str) -> None:
+async def test_a_refused_watch_is_the_error_it_would_be_elsewhere(answer: ApiAnswer, expected: str) -> None:
     """Before the first batch, by name."""
     api = ScriptedApi()
     api.watches.extend([answer, answer])
-    async with serving(api), client_of(api.url) as client:
+    async with serving_api(api), client_of(api.url) as client:
         with pytest.raises(Exception, match="cannot watch pods at the cluster scope") as caught:
             await watched(client)
     assert type(caught.value).__name__ == expected
@@ -145,7 +145,7 @@ async def test_a_watch_ends_by_its_server_or_breaks() -> None:
     """A clean end is an end; a cut is unreachable, and what came before it was given."""
     api = ScriptedApi()
     api.watches.extend([ends(("ADDED", pod_object("a"))), cuts(("DELETED", pod_object("a")))])
-    async with serving(api), client_of(api.url) as client:
+    async with serving_api(api), client_of(api.url) as client:
         (added,) = await watched(client)
         assert isinstance(added, Changed)
         given: list[WatchEvent] = []
@@ -169,7 +169,7 @@ async def test_silence_ends_a_watch_and_blank_lines_are_silence() -> None:
     api = ScriptedApi()
     api.watches.append(blank)
     began = loop.time()
-    async with serving(api), client_of(api.url) as client, asyncio.timeout(PATIENCE):
+    async with serving_api(api), client_of(api.url) as client, asyncio.timeout(PATIENCE):
         with pytest.raises(ClusterSilent, match=r"neither event nor bookmark for 0\.4 s"):
             await watched(client)
     assert 0.65 <= loop.time() - began < 1.5
@@ -239,9 +239,11 @@ async def test_a_list_given_up_leaves_no_request_behind(is_failing: bool) -> Non
 async def test_the_present_version_is_that_of_a_list_of_one() -> None:
     """The most recent one, whatever the namespace holds; refusals have their own errors."""
     api = ScriptedApi()
-    api.probes.extend([list_answer("9"), Answer(410, status_object(410)), Answer(403, status_object(403))])
-    api.probes.extend([Answer(200, {"kind": "Other"}), list_answer("")])
-    async with serving(api), client_of(api.url) as client:
+    api.probes.extend(
+        [list_answer("9"), ApiAnswer(410, status_object(410)), ApiAnswer(403, status_object(403))]
+    )
+    api.probes.extend([ApiAnswer(200, {"kind": "Other"}), list_answer("")])
+    async with serving_api(api), client_of(api.url) as client:
         assert await client.current_version(Kind.POD, namespace="n") == "9"
         for expected in (ClusterExpired, ClusterForbidden, ClusterRefused, ClusterRefused):
             with pytest.raises(expected):
@@ -252,7 +254,7 @@ async def test_the_present_version_is_that_of_a_list_of_one() -> None:
 async def test_a_list_is_given_in_parts_that_leave_the_loop_its_turn() -> None:
     """A whole list of thousands comes as many parts of one version."""
     api = ScriptedApi(pods=[pod_object(f"p{number}") for number in range(2 * SLICE + 1)])
-    async with serving(api), client_of(api.url) as client:
+    async with serving_api(api), client_of(api.url) as client:
         pages = [page async for page in client.pages(Kind.POD, page_size=None)]
         assert [len(page.items) for page in pages] == [SLICE, SLICE, 1]
         assert {page.resource_version for page in pages} == {"100"}
@@ -264,7 +266,7 @@ async def test_a_list_is_given_in_parts_that_leave_the_loop_its_turn() -> None:
 async def test_many_watches_leave_room_for_requests() -> None:
     """A connection for each of two hundred namespaces, and still one for a question."""
     api = ScriptedApi()
-    async with serving(api), client_of(api.url, replace(TIMING, read_timeout=5.0)) as client:
+    async with serving_api(api), client_of(api.url, replace(TIMING, read_timeout=5.0)) as client:
         watches = [
             client.watch(Kind.POD, namespace=f"n-{number}", resource_version="1", timeout_seconds=9)
             for number in range(200)

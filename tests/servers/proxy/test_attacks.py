@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from k8s_consul_registrar.proxy.relay import RelayTiming
 from k8s_consul_registrar.proxy.request import MALFORMED, ONE_AT_A_TIME, VERSION
 from k8s_consul_registrar.proxy.route import NOT_A_PATH, UNKNOWN_NODE, UNKNOWN_PATH
-from support.proxy_kit import METRICS, Kubelet, Proxy, cadvisor, get_request, proxying
+from support.proxy_lab import METRICS, Kubelet, Proxy, cadvisor, get_request, proxying
 from support.waiting import PATIENCE, until
 from unit.proxy.test_route import ATTACKS, PIECES
 

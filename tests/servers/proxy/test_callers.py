@@ -17,7 +17,7 @@ from k8s_consul_registrar.proxy.nodes import NodeTable
 from k8s_consul_registrar.proxy.outcomes import Outcome
 from k8s_consul_registrar.proxy.relay import RelayTiming
 from k8s_consul_registrar.proxy.sockets import listen, raise_file_limit
-from support.proxy_kit import (
+from support.proxy_lab import (
     METRICS,
     PLAIN,
     Behaviour,

@@ -14,19 +14,26 @@ from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
 from k8s_consul_registrar.proxy.pod_route import PODS_UNKNOWN, UNKNOWN_POD, Pods, find_pod, proxied_pod
 from k8s_consul_registrar.proxy.route import UNKNOWN_PATH, Route
 from k8s_consul_registrar.proxy.tls import pod_context
-from support.pod_kit import POD_HOST, PREFIX, PodServer, access, declared, known, path_of, put
-from support.proxy_kit import (
+from support.doors import TcpProxy
+from support.proxy_lab import (
     METRICS,
+    POD_HOST,
+    PREFIX,
     TOKEN,
     Kubelet,
+    PodServer,
+    access,
     always,
     answer,
     cadvisor,
+    declared,
     get_request,
+    known,
     parse_answer,
+    pod_path,
     proxying,
+    put,
 )
-from support.tcp_proxy import TcpProxy
 from support.waiting import until
 
 pytestmark = pytest.mark.both_loops
@@ -49,7 +56,7 @@ async def test_a_pod_is_asked_what_it_is_annotated_with() -> None:
         pods = known(pod.pod(annotations=annotations))
         async with proxying(pods=access(pods)) as proxy:
             secrets = ("Authorization: Bearer the-callers-own", "Cookie: a=b", "X-Forwarded-For: 192.0.2.1")
-            got = await proxy.get(f"{path_of()}?path=/admin&format=z", "Accept: text/plain", *secrets)
+            got = await proxy.get(f"{pod_path()}?path=/admin&format=z", "Accept: text/plain", *secrets)
     assert (got.status, got.body) == (200, METRICS)
     (request,) = pod.requests
     line, *fields = request.decode().splitlines()
@@ -66,7 +73,7 @@ async def test_a_pod_never_sees_what_kubelets_are_shown() -> None:
         pods = known(plain.pod(), secure.pod("web-2"))
         async with proxying(kubelet.node(), pods=access(pods)) as proxy:
             for _ in range(3):
-                for path in (cadvisor(kubelet), path_of(), path_of("web-2")):
+                for path in (cadvisor(kubelet), pod_path(), pod_path("web-2")):
                     assert (await proxy.get(path)).status == 200
             assert proxy.server.stats().dials == 3
     assert all(TOKEN.encode() in request for request in kubelet.requests)
@@ -84,9 +91,9 @@ async def test_several_ports() -> None:
     async with one.serving(), two.serving(), other.serving():
         pods = known(one.pod(annotations={"port": f"{one.port},{two.port}"}))
         async with proxying(pods=access(pods)) as proxy:
-            for path in (path_of(), path_of(ports=[one.port]), path_of(ports=[two.port])):
+            for path in (pod_path(), pod_path(ports=[one.port]), pod_path(ports=[two.port])):
                 assert (await proxy.get(path)).status == 200
-            assert (await proxy.get(path_of(ports=[other.port]))).status == 404
+            assert (await proxy.get(pod_path(ports=[other.port]))).status == 404
     assert (len(one.requests), len(two.requests), other.connections) == (2, 1, 0)
 
 
@@ -96,12 +103,12 @@ async def test_a_pod_that_goes_is_gone_at_once() -> None:
     async with pod.serving():
         pods = known(pod.pod())
         async with proxying(pods=access(pods)) as proxy:
-            assert (await proxy.get(path_of())).status == 200
+            assert (await proxy.get(pod_path())).status == 200
             put(pods, pod.pod(phase="Succeeded"))
             await until(lambda: pod.open_now == 0)
-            assert (await proxy.get(path_of())).status == 404
+            assert (await proxy.get(pod_path())).status == 404
             put(pods, pod.pod(uid="another"))
-            assert (await proxy.get(path_of())).status == 200
+            assert (await proxy.get(pod_path())).status == 200
             assert pod.connections == 2
 
 
@@ -111,10 +118,10 @@ async def test_another_uid_closes_the_connection() -> None:
     async with pod.serving():
         pods = known(pod.pod())
         async with proxying(pods=access(pods)) as proxy:
-            assert (await proxy.get(path_of())).status == 200
+            assert (await proxy.get(pod_path())).status == 200
             put(pods, pod.pod(uid="another"))
             await until(lambda: pod.open_now == 0)
-            assert (await proxy.get(path_of())).status == 200
+            assert (await proxy.get(pod_path())).status == 200
             assert pod.connections == 2
 
 
@@ -126,7 +133,7 @@ async def test_a_change_of_no_concern_keeps_the_connection() -> None:
         async with proxying(pods=access(pods)) as proxy:
             for ready in (True, False):
                 put(pods, pod.pod(ready=ready, labels={"a": str(ready)}))
-                assert (await proxy.get(path_of())).status == 200
+                assert (await proxy.get(pod_path())).status == 200
     assert pod.connections == 1
 
 
@@ -145,7 +152,7 @@ async def test_a_scrape_under_way_of_a_pod_that_goes() -> None:
     async with pod.serving():
         pods = known(pod.pod())
         async with proxying(pods=access(pods)) as proxy:
-            scrape = asyncio.create_task(proxy.get(path_of()))
+            scrape = asyncio.create_task(proxy.get(pod_path()))
             await until(lambda: bool(pod.requests))
             put(pods, pod.pod(uid="another"))
             release.set()
@@ -160,9 +167,9 @@ async def test_a_scrape_that_waits_for_a_pod_that_goes() -> None:
         pods = known(pod.pod())
         places = Concurrency(per_node=1, overall=1)
         async with proxying(pods=access(pods, concurrency=places)) as proxy:
-            first = asyncio.create_task(proxy.get(path_of(), "X-Prometheus-Scrape-Timeout-Seconds: 1"))
+            first = asyncio.create_task(proxy.get(pod_path(), "X-Prometheus-Scrape-Timeout-Seconds: 1"))
             await until(lambda: bool(pod.requests))
-            second = asyncio.create_task(proxy.get(path_of()))
+            second = asyncio.create_task(proxy.get(pod_path()))
             await until(lambda: proxy.server.stats().waiting == 1)
             pods.put("shop", "web-1", None)
             assert (await second).status == 404
@@ -177,7 +184,7 @@ async def test_a_pod_that_goes_while_it_is_dialled() -> None:
         pods = known(pod.pod(annotations={"port": str(door.port)}))
         async with proxying(pods=access(pods)) as proxy:
             door.stall()
-            scrape = asyncio.create_task(proxy.get(path_of()))
+            scrape = asyncio.create_task(proxy.get(pod_path()))
             await until(lambda: door.is_held)
             pods.put("shop", "web-1", None)
             await door.heal()
@@ -195,7 +202,7 @@ async def test_redirects_are_not_followed(status: int) -> None:
             always(f"HTTP/1.1 {status} Found\r\nLocation: {to}\r\nContent-Length: 0\r\n\r\n".encode())
         )
         async with pod.serving(), proxying(elsewhere.node(), pods=access(known(pod.pod()))) as proxy:
-            got = await proxy.get(path_of())
+            got = await proxy.get(pod_path())
             assert got.status == 502
             assert b"the Pod answered 3" in got.body
             assert proxy.server.stats().outcomes[Outcome.POD_ANSWERED] == 1
@@ -208,7 +215,7 @@ async def test_https_pods_are_verified() -> None:
     async with pod.serving():
         pods = known(pod.pod())
         async with proxying(pods=access(pods)) as proxy:
-            got = await proxy.get(path_of())
+            got = await proxy.get(pod_path())
             assert got.status == 502
             assert b"POD_CA_FILE" in got.body
             assert b"POD_INSECURE_SKIP_TLS_VERIFY" in got.body
@@ -216,7 +223,7 @@ async def test_https_pods_are_verified() -> None:
         assert pod.requests == []
         blind = pod_context(ca_pem=None, skip_verification=True)
         async with proxying(pods=access(known(pod.pod()), context=blind)) as proxy:
-            assert (await proxy.get(path_of())).status == 200
+            assert (await proxy.get(pod_path())).status == 200
 
 
 @pytest.mark.parametrize(
@@ -232,7 +239,7 @@ async def test_pods_that_answer_badly(raw: bytes, status: int, outcome: Outcome)
     """Tells what the Pod did, of the Pod and not of a kubelet, and counts it apart from theirs."""
     pod = PodServer(always(raw))
     async with pod.serving(), proxying(pods=access(known(pod.pod()))) as proxy:
-        got = await proxy.get(path_of())
+        got = await proxy.get(pod_path())
         assert got.status == status
         assert b"kubelet" not in got.body
         assert proxy.server.stats().outcomes[outcome] == 1
@@ -246,7 +253,7 @@ async def test_a_pod_that_is_not_there() -> None:
     async with server.serving():
         gone = server.pod()
     async with proxying(pods=access(known(gone))) as proxy:
-        got = await proxy.get(path_of())
+        got = await proxy.get(pod_path())
         assert (got.status, b"the Pod cannot be reached" in got.body) == (502, True)
 
 
@@ -258,7 +265,7 @@ async def test_pods_that_hang_do_not_starve_kubelets() -> None:
         pods = access(known(pod.pod(), pod.pod("web-2")), concurrency=places)
         async with proxying(kubelet.node(), concurrency=places, pods=pods) as proxy:
             stuck = [
-                asyncio.create_task(proxy.get(path_of(name), "X-Prometheus-Scrape-Timeout-Seconds: 2"))
+                asyncio.create_task(proxy.get(pod_path(name), "X-Prometheus-Scrape-Timeout-Seconds: 2"))
                 for name in ("web-1", "web-2", "web-1", "web-2")
             ]
             await until(lambda: proxy.server.stats().running == 2)
@@ -275,20 +282,20 @@ async def test_before_the_pods_are_known() -> None:
         pods = Pods()
         put(pods, pod.pod())
         async with proxying(kubelet.node(), pods=access(pods)) as proxy:
-            assert (await proxy.get(path_of())).status == 503
+            assert (await proxy.get(pod_path())).status == 503
             assert (await proxy.get(cadvisor(kubelet))).status == 200
             pods.known = True
-            assert (await proxy.get(path_of())).status == 200
+            assert (await proxy.get(pod_path())).status == 200
             assert proxy.server.stats().kept == 2
             pods.forget()
             assert proxy.server.stats().kept == 1
-            assert (await proxy.get(path_of())).status == 503
+            assert (await proxy.get(pod_path())).status == 503
 
 
 async def test_without_the_setting_there_are_no_pods() -> None:
     """The form for Pods leads nowhere unless they are relayed."""
     async with proxying() as proxy:
-        got = await proxy.get(path_of())
+        got = await proxy.get(pod_path())
         assert got.status == 404
 
 
@@ -314,7 +321,7 @@ async def test_a_pod_with_its_nodes_network() -> None:
         )
         async with proxying(kubelet.node(), pods=access(pods)) as proxy:
             for name, status in (("declared", 200), ("undeclared", 404), ("kubelet", 404), ("spoofed", 404)):
-                assert (await proxy.get(path_of(name))).status == status, name
+                assert (await proxy.get(pod_path(name))).status == status, name
     assert (kubelet.connections, len(pod.requests)) == (0, 1)
 
 
@@ -433,7 +440,7 @@ def test_names_are_looked_up_and_nothing_else(target: str, address: str) -> None
 
 def test_unknown_yet() -> None:
     """Says that Pods are not known rather than that one is not there."""
-    assert route_of(Pods(), path_of()) == PODS_UNKNOWN
+    assert route_of(Pods(), pod_path()) == PODS_UNKNOWN
     assert route_of(Pods(), "/api/v1/namespaces/x") == UNKNOWN_PATH
 
 
@@ -447,11 +454,11 @@ async def test_attacks_over_the_wire() -> None:
                 aimed = target.replace("9103", str(other.port)).replace("9102", str(other.port))
                 raw = await proxy.exchange(get_request(aimed, "Connection: close"))
                 assert parse_answer(raw).status in (400, 404, 505), (target, raw)
-            good = get_request(path_of(), "Connection: close")
+            good = get_request(pod_path(), "Connection: close")
             for raw, status in (
                 (good.replace(b"GET", b"POST"), 405),
                 (good.replace(b"GET", b"CONNECT"), 405),
-                (get_request(path_of(), "Content-Length: 3") + b"abc", 400),
+                (get_request(pod_path(), "Content-Length: 3") + b"abc", 400),
                 (good + good, 400),
             ):
                 assert parse_answer(await proxy.exchange(raw)).status == status

@@ -13,8 +13,8 @@ from k8s_consul_registrar.proxy.nodes import NodeTable
 from k8s_consul_registrar.proxy.outcomes import Outcome
 from k8s_consul_registrar.proxy.relay import RelayTiming
 from k8s_consul_registrar.proxy.tls import kubelet_context
-from support.ports import reserve_ports
-from support.proxy_kit import (
+from support.processes import reserve_ports
+from support.proxy_lab import (
     METRICS,
     PLAIN,
     TOKEN,

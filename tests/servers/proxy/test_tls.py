@@ -16,22 +16,26 @@ from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.proxy.buffers import RECEIVE_SIZE
 from k8s_consul_registrar.proxy.outcomes import Outcome
 from k8s_consul_registrar.proxy.relay import RelayTiming
-from support.proxy_kit import (
+from support.proxy_lab import (
     METRICS,
     PLAIN,
     TOKEN,
     Answer,
+    Caller,
+    Files,
     Kubelet,
     Proxy,
     always,
     answer,
     cadvisor,
+    caller_context,
+    connect,
+    get,
     get_request,
     parse_answer,
     proxying,
     transport_of,
 )
-from support.tls_kit import Caller, Files, caller_context, connect, get
 from support.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.both_loops

@@ -12,8 +12,8 @@ from msgspec.structs import replace
 from k8s_consul_registrar.model import Drift
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from support.builders import make_pod, make_service, our_pod_service
-from support.controller_lab import Lab
-from support.fake_consul import QUICK
+from support.controller_lab import ControllerLab
+from support.scripted import QUICK
 
 # Seconds that each of an agent's 32 parallel writes takes at 1,000 writes a second.
 AGENT_WRITE = 0.032
@@ -23,7 +23,7 @@ PROBES = 40
 @pytest.mark.parametrize("work", ["removals", "renames"])
 async def test_a_new_pod_during_bulk_work_on_an_agent_waits_for_one_batch(work: str) -> None:
     """4,000 removals or 3,000 renames take seconds; a Pod that comes meanwhile is there long before their end."""
-    lab = Lab(checks_versions=False, brake=BrakeRules(allow_mass=True))
+    lab = ControllerLab(checks_versions=False, brake=BrakeRules(allow_mass=True))
     names = [f"p{number}" for number in range(4000 if work == "removals" else 3000)]
     for name in names:
         lab.consul.put_by_hand(our_pod_service(name))
@@ -51,7 +51,7 @@ async def test_a_new_pod_during_bulk_work_on_an_agent_waits_for_one_batch(work: 
 @pytest.mark.parametrize("checks_versions", [True, False], ids=["catalog", "agent"])
 async def test_bulk_work_is_not_starved_by_changes(checks_versions: bool) -> None:
     """However many changes come, what a resync found is repaired meanwhile."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     names = [f"p{number}" for number in range(200)]
     async with lab.running():
         await lab.synced(*names)
@@ -77,7 +77,7 @@ async def test_bulk_work_is_not_starved_by_changes(checks_versions: bool) -> Non
         await churning
 
 
-async def seconds_of_one_change(lab: Lab) -> float:
+async def seconds_of_one_change(lab: ControllerLab) -> float:
     """Return the median of the time in which one change is decided and written, without the loop's waits."""
     times = []
     for number in range(PROBES):
@@ -89,11 +89,11 @@ async def seconds_of_one_change(lab: Lab) -> float:
     return sorted(times)[PROBES // 2]
 
 
-def none(_: Lab) -> None:
+def none(_: ControllerLab) -> None:
     """Leave the lab as it is."""
 
 
-def rejected(lab: Lab) -> None:
+def rejected(lab: ControllerLab) -> None:
     """Let 100,000 Pods be rejected."""
     bad = {"prometheus.io/scrape": "true"}
     lab.cluster.put_list(
@@ -101,21 +101,21 @@ def rejected(lab: Lab) -> None:
     )
 
 
-def refused(lab: Lab) -> None:
+def refused(lab: ControllerLab) -> None:
     """Have Consul refuse 20,000 services."""
     lab.consul.refused = {f"pod--shop--x{number}" for number in range(20_000)}
     lab.cluster.put_list([make_pod("probe"), *(make_pod(f"x{number}") for number in range(20_000))])
 
 
-def foreign(lab: Lab) -> None:
+def foreign(lab: ControllerLab) -> None:
     """Put 50,000 services of others into Consul."""
     for number in range(50_000):
         lab.consul.put_by_hand(make_service(f"foreign-{number}"))
 
 
-async def cost_beside(prepare: Callable[[Lab], None]) -> float:
+async def cost_beside(prepare: Callable[[ControllerLab], None]) -> float:
     """Return the CPU seconds of one change beside what a function prepares."""
-    lab = Lab(timing=dataclasses.replace(QUICK, retry_first=60.0), backoff_cap=600.0)
+    lab = ControllerLab(timing=dataclasses.replace(QUICK, retry_first=60.0), backoff_cap=600.0)
     lab.cluster.put_list([make_pod("probe")])
     prepare(lab)
     async with lab.running():
@@ -128,7 +128,9 @@ async def cost_beside(prepare: Callable[[Lab], None]) -> float:
 
 
 @pytest.mark.parametrize("prepare", [rejected, refused, foreign])
-async def test_one_change_costs_as_much_beside_many_others_as_alone(prepare: Callable[[Lab], None]) -> None:
+async def test_one_change_costs_as_much_beside_many_others_as_alone(
+    prepare: Callable[[ControllerLab], None],
+) -> None:
     """CPU follows the change, not what is rejected, refused or foreign."""
     alone = await cost_beside(none)
     beside = await cost_beside(prepare)

@@ -8,9 +8,9 @@ from msgspec.structs import replace
 
 from k8s_consul_registrar.model import Node
 from support.builders import annotated, make_node, make_pod, our_pod_service
-from support.controller_lab import Lab
-from support.fake_consul import QUICK
+from support.controller_lab import ControllerLab
 from support.memory import NODES
+from support.scripted import QUICK
 
 on_both = pytest.mark.parametrize("checks_versions", [True, False], ids=["catalog", "agent"])
 
@@ -23,7 +23,7 @@ def renumbered(node: Node, address: str) -> Node:
 @on_both
 async def test_lists_that_follow_each_other_are_followed(checks_versions: bool) -> None:
     """New Pods are registered, changed ones updated and missing ones deregistered, as lists complete."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("a", "b")
         lab.cluster.put_list([make_pod("b", ip="198.51.100.77")])
@@ -37,7 +37,7 @@ async def test_lists_that_follow_each_other_are_followed(checks_versions: bool) 
 @on_both
 async def test_events_after_the_first_sync_cost_no_full_read(checks_versions: bool) -> None:
     """Additions, changes, deletions and lost annotations are written by ID; an agent is looked at before."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("a", "b")
         reads, lookups = lab.consul.reads, len(lab.consul.lookups)
@@ -55,7 +55,7 @@ async def test_events_after_the_first_sync_cost_no_full_read(checks_versions: bo
 
 async def test_events_that_touch_no_target_cause_no_traffic() -> None:
     """A Pod that changes in ways no service shows is nothing to Consul."""
-    lab = Lab()
+    lab = ControllerLab()
     async with lab.running():
         await lab.synced("a")
         before = (len(lab.consul.writes), lab.consul.reads, len(lab.consul.lookups))
@@ -84,7 +84,7 @@ async def test_ports_that_a_living_pod_drops_go_like_any_change(
     checks_versions: bool, before: dict[str, str], after: dict[str, str], kept: set[str]
 ) -> None:
     """The service of a port that is no longer asked for goes at once, without a resync."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     lab.cluster.put_list([make_pod("a", annotations=before)])
     async with lab.running():
         await lab.until_so(lambda: lab.status.has_synced)
@@ -104,7 +104,7 @@ async def test_nodes_that_are_renumbered_lose_their_old_service(
     checks_versions: bool, count: int, by_list: bool
 ) -> None:
     """Even all at once they are never missing from a list: each is there and asks for another ID."""
-    lab = Lab(checks_versions=checks_versions, sources=(NODES,))
+    lab = ControllerLab(checks_versions=checks_versions, sources=(NODES,))
     nodes = [make_node(f"n{number}", ("InternalIP", f"192.0.2.{number}")) for number in range(count)]
     lab.cluster.put_list(nodes, NODES)
     async with lab.running():
@@ -126,7 +126,7 @@ async def test_nodes_that_are_renumbered_lose_their_old_service(
 @on_both
 async def test_nodes_that_swap_addresses_keep_both_services(checks_versions: bool) -> None:
     """An ID that one object drops and another asks for changes hands, and is never removed."""
-    lab = Lab(checks_versions=checks_versions, sources=(NODES,))
+    lab = ControllerLab(checks_versions=checks_versions, sources=(NODES,))
     first, second = make_node("a", ("InternalIP", "192.0.2.1")), make_node("b", ("InternalIP", "192.0.2.2"))
     lab.cluster.put_list([first, second], NODES)
     async with lab.running():
@@ -147,7 +147,7 @@ async def test_nodes_that_swap_addresses_keep_both_services(checks_versions: boo
 @on_both
 async def test_removals_of_an_object_follow_its_registrations(checks_versions: bool) -> None:
     """A renumbered Node never has no service: the new one is written before the old one goes."""
-    lab = Lab(checks_versions=checks_versions, sources=(NODES,))
+    lab = ControllerLab(checks_versions=checks_versions, sources=(NODES,))
     node = make_node("a", ("InternalIP", "192.0.2.1"))
     lab.cluster.put_list([node], NODES)
     async with lab.running():
@@ -161,7 +161,7 @@ async def test_removals_of_an_object_follow_its_registrations(checks_versions: b
 @on_both
 async def test_an_object_that_flaps_does_not_starve_others(checks_versions: bool) -> None:
     """One Pod that changes 50 times a second is written now and then, and a new Pod is written at once."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("hot")
         written = len(lab.consul.writes)
@@ -189,7 +189,7 @@ async def test_an_object_that_flaps_does_not_starve_others(checks_versions: bool
 
 async def test_a_flapping_object_is_written_at_most_once_an_interval() -> None:
     """Two writes of one ID are at least the interval apart, and the last state is written in the end."""
-    lab = Lab(timing=dataclasses.replace(QUICK, write_interval=0.3))
+    lab = ControllerLab(timing=dataclasses.replace(QUICK, write_interval=0.3))
     async with lab.running():
         await lab.synced("hot")
         written = len(lab.consul.writes)
@@ -205,7 +205,7 @@ async def test_a_flapping_object_is_written_at_most_once_an_interval() -> None:
 @on_both
 async def test_the_lag_of_events_is_counted_once_written(checks_versions: bool) -> None:
     """Each service that an event led to counts once, from the event to the write; a list does not count."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("a", "b")
         assert lab.value("event_lag_seconds_count") == 0
@@ -225,7 +225,7 @@ async def test_the_lag_of_events_is_counted_once_written(checks_versions: bool) 
 
 async def test_the_lag_counts_from_the_first_of_several_events() -> None:
     """A service that changed again before it was written waits since its first change."""
-    lab = Lab()
+    lab = ControllerLab()
     async with lab.running():
         await lab.synced("a")
         lab.consul.is_down = True
@@ -241,7 +241,7 @@ async def test_the_lag_counts_from_the_first_of_several_events() -> None:
 @on_both
 async def test_an_id_that_another_took_is_not_removed_with_its_pod(checks_versions: bool) -> None:
     """A Pod goes whose service another cluster overwrote: that service stays."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("a", "b")
         lab.consul.put_by_hand(our_pod_service("b", cluster="other"), is_noticed=False)
@@ -255,7 +255,7 @@ async def test_an_id_that_another_took_is_not_removed_with_its_pod(checks_versio
 @on_both
 async def test_a_service_edited_before_its_pod_changes_is_still_updated(checks_versions: bool) -> None:
     """What a hand edited without notice is looked up, and written over, by the next change."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("a")
         edited = replace(lab.consul.held["pod--shop--a"], port=1)

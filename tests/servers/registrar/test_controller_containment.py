@@ -11,7 +11,7 @@ from structlog.typing import EventDict
 from k8s_consul_registrar.model import Drift, Service, Written
 from k8s_consul_registrar.targets.resolve import TargetRules
 from support.builders import make_pod, our_pod_service
-from support.controller_lab import Lab
+from support.controller_lab import ControllerLab
 
 on_both = pytest.mark.parametrize("checks_versions", [True, False], ids=["catalog", "agent"])
 BAD = "pod--shop--bad"
@@ -40,7 +40,7 @@ def internal_errors(lines: Sequence[EventDict]) -> list[EventDict]:
 async def test_an_exception_in_a_decision_fails_that_id_only(checks_versions: bool) -> None:
     """It is counted and logged once with its traceback, others of its batch go on, and it is tried again."""
     shards = BrokenShards()
-    lab = Lab(checks_versions=checks_versions, shards=shards, backoff_cap=0.05)
+    lab = ControllerLab(checks_versions=checks_versions, shards=shards, backoff_cap=0.05)
     lab.consul.put_by_hand(our_pod_service("bad", note="old"))
     with structlog.testing.capture_logs() as lines:
         async with lab.running():
@@ -65,7 +65,7 @@ async def test_an_exception_in_a_decision_fails_that_id_only(checks_versions: bo
 async def test_one_exception_is_counted_once(checks_versions: bool) -> None:
     """An error that the first decision meets and the second does not leaves 1 in the metric."""
     shards = BrokenShards()
-    lab = Lab(checks_versions=checks_versions, shards=shards)
+    lab = ControllerLab(checks_versions=checks_versions, shards=shards)
     async with lab.running():
         await lab.synced("a")
         lab.cluster.put(make_pod("bad"))
@@ -79,7 +79,7 @@ async def test_one_exception_is_counted_once(checks_versions: bool) -> None:
 @on_both
 async def test_an_exception_in_encoding_one_service_fails_that_service_only(checks_versions: bool) -> None:
     """The registry raises for one service of a batch: the others are written one by one."""
-    lab = Lab(checks_versions=checks_versions, backoff_cap=0.05)
+    lab = ControllerLab(checks_versions=checks_versions, backoff_cap=0.05)
     register = lab.consul.register
     is_broken = True
 
@@ -107,7 +107,7 @@ async def test_an_exception_in_encoding_one_service_fails_that_service_only(chec
 @on_both
 async def test_an_exception_in_a_resync_does_not_end_the_controller(checks_versions: bool) -> None:
     """It is counted, the resync is made again after a wait, and batches go on meanwhile."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     services = lab.consul.services
     is_broken = False
 
@@ -133,7 +133,7 @@ async def test_an_exception_in_a_resync_does_not_end_the_controller(checks_versi
 @on_both
 async def test_a_run_without_mistakes_counts_no_internal_error(checks_versions: bool) -> None:
     """Refusals, outages and conflicts are none of this program's errors."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     lab.consul.put_by_hand(our_pod_service("taken", cluster="other"))
     lab.consul.refused = {BAD}
     async with lab.running():
@@ -148,7 +148,7 @@ async def test_a_run_without_mistakes_counts_no_internal_error(checks_versions: 
 
 async def test_prefix_that_differs_only_in_case_is_named_at_the_start_and_moves_services() -> None:
     """Consul's catalog ignores the case of IDs: the old record goes before the new one can be created."""
-    lab = Lab(checks_versions=True, target_rules=TargetRules(id_prefix="Prod-"))
+    lab = ControllerLab(checks_versions=True, target_rules=TargetRules(id_prefix="Prod-"))
     lab.consul.put_by_hand(replace(our_pod_service("a"), id="prod-pod--shop--a"))
     lab.cluster.put_list([make_pod("a"), make_pod("b")])
     with capture_logs() as logs:
@@ -159,7 +159,7 @@ async def test_prefix_that_differs_only_in_case_is_named_at_the_start_and_moves_
 
 async def test_service_of_others_whose_id_differs_only_in_case_is_a_conflict() -> None:
     """A record of another cluster under a like ID is not overwritten, and named."""
-    lab = Lab(checks_versions=True, target_rules=TargetRules(id_prefix="Prod-"))
+    lab = ControllerLab(checks_versions=True, target_rules=TargetRules(id_prefix="Prod-"))
     lab.consul.put_by_hand(replace(our_pod_service("a", cluster="other"), id="prod-pod--shop--a"))
     lab.cluster.put_list([make_pod("a"), make_pod("b")])
     async with lab.running():

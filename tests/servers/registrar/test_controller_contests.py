@@ -11,9 +11,9 @@ from k8s_consul_registrar.registrar.schedule import ScheduleRules
 from k8s_consul_registrar.targets.resolve import TargetRules
 from k8s_consul_registrar.targets.service_names import parse_name
 from support.builders import annotated, make_node, make_pod, make_service, our_pod_service
-from support.controller_lab import Lab
-from support.fake_consul import QUICK
+from support.controller_lab import ControllerLab
 from support.memory import NODES
+from support.scripted import QUICK
 
 on_both = pytest.mark.parametrize("checks_versions", [True, False], ids=["catalog", "agent"])
 WEB = "pod--shop--a"
@@ -27,7 +27,7 @@ def theirs(name: str = "a") -> Service:
 @on_both
 async def test_conflicts_come_and_go(checks_versions: bool) -> None:
     """An ID that belongs to something else is reported and left alone; it is taken once it is free."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     lab.consul.put_by_hand(theirs())
     with structlog.testing.capture_logs() as lines:
         async with lab.running():
@@ -55,7 +55,7 @@ async def test_what_is_registered_between_the_read_and_the_write_is_not_overwrit
     checks_versions: bool,
 ) -> None:
     """The catalog compares versions; an agent is looked at immediately before the write."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.until_so(lambda: lab.observed.is_complete)
         lab.consul.put_by_hand(theirs("p4"), is_noticed=False)
@@ -73,7 +73,7 @@ async def test_what_is_registered_between_the_read_and_the_write_is_not_overwrit
 @on_both
 async def test_a_repair_does_not_overwrite_what_came_after_the_read(checks_versions: bool) -> None:
     """A resync finds a difference; before the write another cluster takes the ID."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     lookup, is_due = lab.consul.lookup, False
 
     def meddle() -> None:
@@ -107,7 +107,7 @@ def rival(note: str) -> Service:
 async def test_two_writers_of_one_identity_are_reported_and_not_fought(checks_versions: bool) -> None:
     """The first change is repaired, the second is left alone, and a quiet period ends it."""
     schedule = ScheduleRules(period=600, probe=QUICK.probe, gap=0)
-    lab = Lab(checks_versions=checks_versions, schedule=schedule)
+    lab = ControllerLab(checks_versions=checks_versions, schedule=schedule)
     with structlog.testing.capture_logs() as lines:
         async with lab.running():
             await lab.synced("a", "b")
@@ -136,7 +136,7 @@ async def test_two_writers_of_one_identity_are_reported_and_not_fought(checks_ve
 async def test_a_hand_that_edits_now_and_then_is_always_repaired(checks_versions: bool) -> None:
     """Changes a quiet period apart are accidents, not a writer."""
     schedule = ScheduleRules(period=50, probe=QUICK.probe, gap=0)
-    lab = Lab(checks_versions=checks_versions, schedule=schedule)
+    lab = ControllerLab(checks_versions=checks_versions, schedule=schedule)
     async with lab.running():
         await lab.synced("a")
         for number in range(4):
@@ -150,7 +150,7 @@ async def test_a_hand_that_edits_now_and_then_is_always_repaired(checks_versions
 @on_both
 async def test_the_loser_of_an_id_is_reported_and_gets_it_when_the_winner_goes(checks_versions: bool) -> None:
     """Two Nodes with one address: the older has the ID, the other is rejected until then."""
-    lab = Lab(checks_versions=checks_versions, sources=(NODES,))
+    lab = ControllerLab(checks_versions=checks_versions, sources=(NODES,))
     first = make_node("first", created="2026-11-22T10:00:00Z")
     second = make_node("second", created="2026-11-22T11:00:00Z")
     lab.cluster.put_list([first, second], NODES)
@@ -168,7 +168,7 @@ async def test_the_loser_of_an_id_is_reported_and_gets_it_when_the_winner_goes(c
 @on_both
 async def test_a_pod_whose_id_another_pod_holds_is_reported(checks_versions: bool) -> None:
     """Two Pods that ask for one ID: the one that holds it keeps it, and the other is named."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     # The service of the second port of Pod `a` has the ID of a Pod named `a--2`.
     both, other = make_pod("a", annotations=annotated(port="1,2")), make_pod("a--2")
     lab.cluster.put_list([both])
@@ -186,7 +186,7 @@ async def test_a_pod_whose_id_another_pod_holds_is_reported(checks_versions: boo
 async def test_a_name_from_a_label_is_checked_in_the_whole_catalog(checks_versions: bool) -> None:
     """A Pod does not join a service that no registrar wrote, wherever in the catalog that is."""
     rules = TargetRules(pod_name=parse_name("lab-{label:app}", Kind.POD))
-    lab = Lab(checks_versions=checks_versions, checked_names=True, target_rules=rules)
+    lab = ControllerLab(checks_versions=checks_versions, checked_names=True, target_rules=rules)
     lab.consul.taken_names = {"lab-payments"}
     evil = make_pod("evil", labels={"app": "payments"})
     good = [make_pod(f"g{number}", labels={"app": "web"}) for number in range(5)]
@@ -211,7 +211,7 @@ async def test_a_name_from_a_label_is_checked_in_the_whole_catalog(checks_versio
 @on_both
 async def test_default_names_are_not_looked_up(checks_versions: bool) -> None:
     """They contain the Pod's own name; the resync's view of our own node is enough."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("a", "b")
         lab.cluster.put(make_pod("c"))
@@ -222,7 +222,7 @@ async def test_default_names_are_not_looked_up(checks_versions: bool) -> None:
 @on_both
 async def test_a_foreign_service_that_takes_a_new_name_at_our_node_keeps_it(checks_versions: bool) -> None:
     """The resync's view refuses the name though it is a default one; case does not count."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("a")
         lab.consul.put_by_hand(make_service("by-hand", name="Pod--Shop--b"))
@@ -238,7 +238,7 @@ async def test_a_foreign_service_that_takes_a_new_name_at_our_node_keeps_it(chec
 async def test_an_outage_while_a_name_is_checked_delays_the_write(checks_versions: bool) -> None:
     """No new name is given without the look at the catalog."""
     rules = TargetRules(pod_name=parse_name("lab-{label:app}", Kind.POD))
-    lab = Lab(checks_versions=checks_versions, checked_names=True, target_rules=rules)
+    lab = ControllerLab(checks_versions=checks_versions, checked_names=True, target_rules=rules)
     lab.consul.taken_names = {"lab-payments"}
     async with lab.running():
         lab.cluster.put_list([])

@@ -9,14 +9,14 @@ from msgspec.structs import replace
 from k8s_consul_registrar.model import Kind, Service, Source, Written
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from support.builders import make_pod, make_service, our_pod_service
-from support.controller_lab import FREE_READS, Lab
+from support.controller_lab import FREE_READS, ControllerLab
 from support.memory import PODS
 
 on_both = pytest.mark.parametrize("checks_versions", [True, False], ids=["catalog", "agent"])
 NAMES = [f"p{number}" for number in range(20)]
 
 
-def registered(lab: Lab) -> list[str]:
+def registered(lab: ControllerLab) -> list[str]:
     """Return the Pods that were written, in order."""
     return [service_id.removeprefix("pod--shop--") for verb, service_id in lab.consul.writes]
 
@@ -24,7 +24,7 @@ def registered(lab: Lab) -> list[str]:
 @on_both
 async def test_nothing_is_written_before_consul_was_read(checks_versions: bool) -> None:
     """Until then it is not known what is under an ID, so what the lists show waits."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     lab.consul.may_read_on.clear()
     async with lab.running():
         lab.cluster.put_list([make_pod("a")])
@@ -40,7 +40,7 @@ async def test_nothing_is_written_before_consul_was_read(checks_versions: bool) 
 @on_both
 async def test_pods_are_registered_while_the_first_list_still_arrives(checks_versions: bool) -> None:
     """What is new is written at once; nothing is removed before the list is complete."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     lab.consul.put_by_hand(our_pod_service("old"))
     lab.consul.put_by_hand(our_pod_service("kept"))
     async with lab.running():
@@ -57,7 +57,7 @@ async def test_pods_are_registered_while_the_first_list_still_arrives(checks_ver
 @on_both
 async def test_a_first_fill_reads_consul_once(checks_versions: bool) -> None:
     """In the catalog an unseen ID is created at index 0 without a lookup; at an agent each write is preceded by one."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     sent: list[Service] = []
     register = lab.consul.register
 
@@ -84,7 +84,7 @@ async def test_a_first_fill_reads_consul_once(checks_versions: bool) -> None:
 @on_both
 async def test_an_agent_is_looked_at_before_every_write(checks_versions: bool) -> None:
     """Updates and removals alike; the catalog compares versions instead."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("a", "b")
         lab.consul.lookups.clear()
@@ -99,7 +99,7 @@ async def test_an_agent_is_looked_at_before_every_write(checks_versions: bool) -
 @on_both
 async def test_what_changes_while_it_is_written_is_written_again(checks_versions: bool) -> None:
     """It goes over what is in Consul by then, at the first attempt."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     lab.consul.write_seconds = 0.05
     async with lab.running():
         lab.cluster.put_list([make_pod(name) for name in NAMES[:5]])
@@ -115,7 +115,7 @@ async def test_what_changes_while_it_is_written_is_written_again(checks_versions
 @on_both
 async def test_a_pod_that_vanishes_while_it_is_written_goes(checks_versions: bool) -> None:
     """Its departure is newer than the write under way."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     lab.consul.write_seconds = 0.05
     async with lab.running():
         lab.cluster.start_list([make_pod(name) for name in NAMES[:5]])
@@ -129,7 +129,7 @@ async def test_a_pod_that_vanishes_while_it_is_written_goes(checks_versions: boo
 @on_both
 async def test_a_consul_that_fails_in_the_middle_of_a_first_sync_loses_nothing(checks_versions: bool) -> None:
     """What was not written is written later; what may have been is looked up."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     lab.consul.failing_writes = 3
     async with lab.running():
         lab.cluster.start_list([make_pod(name) for name in NAMES[:5]])
@@ -145,7 +145,7 @@ async def test_a_consul_that_fails_in_the_middle_of_a_first_sync_loses_nothing(c
 @on_both
 async def test_services_that_are_there_already_are_not_written(checks_versions: bool) -> None:
     """A start over what an earlier run wrote writes nothing."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     for name in NAMES:
         lab.consul.put_by_hand(our_pod_service(name))
     async with lab.running():
@@ -157,7 +157,7 @@ async def test_services_that_are_there_already_are_not_written(checks_versions: 
 @on_both
 async def test_foreign_names_are_kept_away_from_at_once(checks_versions: bool) -> None:
     """They are known before the first write; what another cluster's registrar wrote takes no name."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     lab.consul.put_by_hand(make_service("by-hand", name="POD--shop--p0"))
     theirs = replace(our_pod_service("theirs", cluster="other"), name="pod--shop--p1")
     lab.consul.put_by_hand(theirs)
@@ -172,7 +172,7 @@ async def test_foreign_names_are_kept_away_from_at_once(checks_versions: bool) -
 @on_both
 async def test_removals_of_a_start_follow_its_registrations(checks_versions: bool) -> None:
     """Everything new is tried before anything old goes."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     for number in range(2):
         lab.consul.put_by_hand(our_pod_service(f"o{number}"))
     lab.consul.write_seconds = 0.01
@@ -184,7 +184,7 @@ async def test_removals_of_a_start_follow_its_registrations(checks_versions: boo
 @on_both
 async def test_the_end_of_the_first_list_is_judged_without_another_read(checks_versions: bool) -> None:
     """What the list lacks goes or is held, however late it is; Consul is not read a second time for that."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     for name in NAMES:
         lab.consul.put_by_hand(our_pod_service(name), is_noticed=False)
     async with lab.running():
@@ -199,7 +199,7 @@ async def test_the_end_of_the_first_list_is_judged_without_another_read(checks_v
 
 async def test_a_start_is_over_with_the_first_list() -> None:
     """The brake's long wait is for what an earlier process wrote, not for the rest of this one's life."""
-    lab = Lab(brake=BrakeRules(confirm=0.1, confirm_start=600))
+    lab = ControllerLab(brake=BrakeRules(confirm=0.1, confirm_start=600))
     async with lab.running():
         await lab.until_so(lambda: bool(lab.status.recent))
         lab.cluster.put_list([make_pod(name) for name in NAMES])
@@ -211,7 +211,7 @@ async def test_a_start_is_over_with_the_first_list() -> None:
 
 async def test_rejections_of_the_first_list_are_told_at_its_end(capsys: pytest.CaptureFixture[str]) -> None:
     """Not only with the next resync, which may be ten minutes away."""
-    lab = Lab()
+    lab = ControllerLab()
     async with lab.running():
         await lab.until_so(lambda: bool(lab.status.recent))
         lab.cluster.put_list([make_pod("a", ip=""), make_pod("b")])
@@ -223,7 +223,7 @@ async def test_rejections_of_the_first_list_are_told_at_its_end(capsys: pytest.C
 async def test_readiness_waits_for_every_source_and_for_consul() -> None:
     """The registrar is ready once each source was listed, everything was compared, and all was tried."""
     first, second = Source(Kind.POD, "shop"), Source(Kind.POD, "other")
-    lab = Lab(sources=(first, second))
+    lab = ControllerLab(sources=(first, second))
     lab.consul.refused = {"pod--shop--bad"}
     async with lab.running():
         await lab.until_so(lambda: lab.observed.is_complete)
@@ -245,7 +245,7 @@ async def test_readiness_waits_for_every_source_and_for_consul() -> None:
 
 async def test_a_long_first_fill_shows_that_the_loop_turns() -> None:
     """Filling a slow agent takes longer than a loop may stand still."""
-    lab = Lab(checks_versions=False)
+    lab = ControllerLab(checks_versions=False)
     lab.consul.write_seconds = 0.05
     async with lab.running():
         lab.cluster.put_list([make_pod(f"p{number}") for number in range(200)])
@@ -258,7 +258,7 @@ async def test_a_long_first_fill_shows_that_the_loop_turns() -> None:
 
 async def test_shards_on_record_elsewhere_are_taken_over() -> None:
     """A fresh agent lacks the services, but the catalog still knows their shards."""
-    lab = Lab(checks_versions=False, schedule=FREE_READS)
+    lab = ControllerLab(checks_versions=False, schedule=FREE_READS)
     lab.consul.lost = {"pod--shop--a": "s17"}
     async with lab.running():
         await lab.synced("a")

@@ -7,9 +7,9 @@ import pytest
 from k8s_consul_registrar.registrar.schedule import ScheduleRules
 from k8s_consul_registrar.registrar.status import LostAgent
 from support.builders import make_pod, our_pod_service
-from support.controller_lab import Lab, Vote
-from support.fake_consul import QUICK
+from support.controller_lab import ControllerLab, Vote
 from support.memory import PODS
+from support.scripted import QUICK
 
 on_both = pytest.mark.parametrize("checks_versions", [True, False], ids=["catalog", "agent"])
 # One read of everything in ten minutes, whatever is wanted.
@@ -18,7 +18,7 @@ NO_BUDGET = ScheduleRules(
 )
 
 
-async def stood_by(lab: Lab) -> None:
+async def stood_by(lab: ControllerLab) -> None:
     """Wait until the replica stands by."""
     await lab.until_so(lambda: lab.status.is_standby)
 
@@ -27,7 +27,7 @@ async def stood_by(lab: Lab) -> None:
 async def test_a_standby_writes_nothing_and_takes_over(checks_versions: bool) -> None:
     """It is ready once it knows the cluster, serves what the leader wrote, and writes when it wins."""
     vote = Vote(is_leader=False)
-    lab = Lab(checks_versions=checks_versions, leadership=vote)
+    lab = ControllerLab(checks_versions=checks_versions, leadership=vote)
     lab.consul.put_by_hand(our_pod_service("by-the-leader", shard_path="s1"))
     async with lab.running():
         lab.cluster.put_list([make_pod("a"), make_pod("by-the-leader")])
@@ -45,7 +45,7 @@ async def test_a_standby_writes_nothing_and_takes_over(checks_versions: bool) ->
 async def test_a_leader_that_lost_compares_everything_when_it_wins_again(checks_versions: bool) -> None:
     """What another replica wrote meanwhile is compared, not overwritten from memory."""
     vote = Vote(is_leader=True)
-    lab = Lab(checks_versions=checks_versions, leadership=vote)
+    lab = ControllerLab(checks_versions=checks_versions, leadership=vote)
     async with lab.running():
         await lab.synced("a", "b")
         vote.decide(is_leader=False)
@@ -68,7 +68,7 @@ async def test_a_leader_that_wins_again_writes_nothing_before_everything_was_rea
 ) -> None:
     """What it knew is of another time, so even a fresh event waits for the read."""
     vote = Vote(is_leader=True)
-    lab = Lab(checks_versions=checks_versions, leadership=vote)
+    lab = ControllerLab(checks_versions=checks_versions, leadership=vote)
     async with lab.running():
         await lab.synced("a", "b")
         vote.decide(is_leader=False)
@@ -89,7 +89,7 @@ async def test_a_leader_that_wins_again_writes_nothing_before_everything_was_rea
 async def test_leading_again_waits_for_no_budget(checks_versions: bool) -> None:
     """Each time the lead is won, everything is read at once, however often that happens."""
     vote = Vote(is_leader=True)
-    lab = Lab(checks_versions=checks_versions, leadership=vote, schedule=NO_BUDGET)
+    lab = ControllerLab(checks_versions=checks_versions, leadership=vote, schedule=NO_BUDGET)
     names = ["a"]
     async with lab.running():
         await lab.synced("a")
@@ -107,7 +107,7 @@ async def test_leading_again_waits_for_no_budget(checks_versions: bool) -> None:
 async def test_removals_seen_while_standing_by_are_made_by_the_next_leader(checks_versions: bool) -> None:
     """What a synced source saw go is a fact for the leader that it makes."""
     vote = Vote(is_leader=False)
-    lab = Lab(checks_versions=checks_versions, leadership=vote)
+    lab = ControllerLab(checks_versions=checks_versions, leadership=vote)
     for name in "abcdef":
         lab.consul.put_by_hand(our_pod_service(name))
     lab.cluster.put_list([make_pod(name) for name in "abcdef"])
@@ -123,7 +123,7 @@ async def test_removals_seen_while_standing_by_are_made_by_the_next_leader(check
 async def test_a_blind_new_leader_keeps_a_living_pods_service(checks_versions: bool) -> None:
     """While its source has failed or is catching up, what the old leader wrote is not taken for gone."""
     vote = Vote(is_leader=False)
-    lab = Lab(checks_versions=checks_versions, leadership=vote)
+    lab = ControllerLab(checks_versions=checks_versions, leadership=vote)
     for name in "abcd":
         lab.consul.put_by_hand(our_pod_service(name))
     lab.cluster.put_list([make_pod(name) for name in "abcd"])
@@ -149,7 +149,7 @@ async def test_a_blind_new_leader_keeps_a_living_pods_service(checks_versions: b
 async def test_a_pod_that_is_gone_when_a_blind_leader_sees_again_is_removed(checks_versions: bool) -> None:
     """Once the source has caught up, and the object is confirmed absent by name, its service goes."""
     vote = Vote(is_leader=False)
-    lab = Lab(checks_versions=checks_versions, leadership=vote)
+    lab = ControllerLab(checks_versions=checks_versions, leadership=vote)
     for name in "abcdx":
         lab.consul.put_by_hand(our_pod_service(name))
     lab.cluster.put_list([make_pod(name) for name in "abcd"])
@@ -169,7 +169,7 @@ async def test_a_pod_that_is_gone_when_a_blind_leader_sees_again_is_removed(chec
 async def test_a_departure_seen_while_another_led_is_not_trusted_by_a_blind_leader() -> None:
     """The Pod may have come back since, and the old leader may have registered it again."""
     vote = Vote(is_leader=False)
-    lab = Lab(leadership=vote)
+    lab = ControllerLab(leadership=vote)
     for name in "abcd":
         lab.consul.put_by_hand(our_pod_service(name))
     lab.cluster.put_list([make_pod(name) for name in "abcd"])
@@ -187,7 +187,7 @@ async def test_a_departure_seen_while_another_led_is_not_trusted_by_a_blind_lead
 
 async def test_churn_while_standing_by_leaves_nothing_behind() -> None:
     """Neither departures nor queued IDs grow with what comes and goes."""
-    lab = Lab(leadership=Vote(is_leader=False))
+    lab = ControllerLab(leadership=Vote(is_leader=False))
     lab.cluster.put_list([make_pod("good")])
     async with lab.running():
         await lab.until_so(lambda: lab.status.has_synced and lab.observed.is_complete)
@@ -203,7 +203,7 @@ async def test_churn_while_standing_by_leaves_nothing_behind() -> None:
 
 async def test_departures_on_a_standby_end_by_its_next_read() -> None:
     """What the leader wrote and removed meanwhile is seen gone, so that nothing piles up."""
-    lab = Lab(leadership=Vote(is_leader=False))
+    lab = ControllerLab(leadership=Vote(is_leader=False))
     names = [f"p{number}" for number in range(200)]
     for name in names:
         lab.consul.put_by_hand(our_pod_service(name))
@@ -244,7 +244,7 @@ class Collecting:
 async def test_lost_agents_are_shown_by_the_leader_only() -> None:
     """After a look and after a collection they are shown; a standby shows none."""
     vote = Vote(is_leader=True)
-    lab = Lab(leadership=vote, orphans=Collecting())
+    lab = ControllerLab(leadership=vote, orphans=Collecting())
     async with lab.running():
         await lab.synced("web")
         await lab.until_so(lambda: [one.stays for one in lab.status.lost_agents] == [{"held": 1}])
@@ -255,7 +255,7 @@ async def test_lost_agents_are_shown_by_the_leader_only() -> None:
 async def test_what_a_leader_reported_is_not_shown_by_a_standby() -> None:
     """Refusals, conflicts and held removals are the new leader's to show."""
     vote = Vote(is_leader=True)
-    lab = Lab(leadership=vote)
+    lab = ControllerLab(leadership=vote)
     lab.consul.put_by_hand(our_pod_service("taken", cluster="other"))
     lab.consul.refused = {"pod--shop--bad"}
     lab.cluster.put_list([make_pod("a"), make_pod("bad"), make_pod("taken")])

@@ -11,9 +11,9 @@ import structlog
 
 from k8s_consul_registrar.model import Drift
 from support.builders import make_pod
-from support.controller_lab import Lab
-from support.fake_consul import QUICK
+from support.controller_lab import ControllerLab
 from support.memory import PODS
+from support.scripted import QUICK
 
 on_both = pytest.mark.parametrize("checks_versions", [True, False], ids=["catalog", "agent"])
 # Backoff that grows past what a test waits.
@@ -29,7 +29,7 @@ def count(lines: Iterable[Mapping[str, Any]], event: str) -> int:
 @pytest.mark.parametrize("has_changes", [False, True], ids=["at rest", "with changes"])
 async def test_consul_up_during_an_outage_stays_0(checks_versions: bool, has_changes: bool) -> None:
     """From its first failure to its end the outage shows in the metric, in one log line and in no success."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     with structlog.testing.capture_logs() as lines:
         async with lab.running():
             await lab.synced("a")
@@ -64,7 +64,7 @@ async def test_consul_up_during_an_outage_stays_0(checks_versions: bool, has_cha
 @on_both
 async def test_retries_during_an_outage_come_ever_more_rarely(checks_versions: bool) -> None:
     """Backoff grows from one failure to the next, though objects change and nothing is left to write."""
-    lab = Lab(checks_versions=checks_versions, timing=GROWING)
+    lab = ControllerLab(checks_versions=checks_versions, timing=GROWING)
     async with lab.running():
         await lab.synced("a")
         attempts: list[float] = []
@@ -91,7 +91,7 @@ async def test_consul_that_fails_before_the_first_sync_is_not_hammered(
     checks_versions: bool, fails: str
 ) -> None:
     """Without one success, too, reads and writes wait for a backoff that grows."""
-    lab = Lab(checks_versions=checks_versions, timing=GROWING)
+    lab = ControllerLab(checks_versions=checks_versions, timing=GROWING)
     lab.consul.is_down = fails == "everything"
     lab.consul.failing_writes = 10**9 if fails == "writes" else 0
     with structlog.testing.capture_logs() as lines:
@@ -115,7 +115,7 @@ async def test_consul_that_fails_before_the_first_sync_is_not_hammered(
 @on_both
 async def test_changes_during_an_outage_are_written_after_it(checks_versions: bool) -> None:
     """Events that come while Consul is down are not lost, deletions and dropped annotations among them."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("a", "b", "c")
         lab.consul.is_down = True
@@ -136,7 +136,7 @@ async def test_changes_during_an_outage_are_written_after_it(checks_versions: bo
 @on_both
 async def test_a_first_sync_survives_an_outage(checks_versions: bool) -> None:
     """Once Consul is back the sync is made, without the help of a change."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     lab.consul.is_down = True
     async with lab.running():
         lab.cluster.put_list([make_pod("a")])
@@ -151,7 +151,7 @@ async def test_a_first_sync_survives_an_outage(checks_versions: bool) -> None:
 @on_both
 async def test_a_failed_write_is_looked_up_before_the_next(checks_versions: bool) -> None:
     """It may have been made though no answer came, so what is under the ID is read first."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("a", "b")
         lab.consul.failing_writes = 1
@@ -167,7 +167,7 @@ async def test_a_failed_write_is_looked_up_before_the_next(checks_versions: bool
 @on_both
 async def test_an_outage_during_a_resync_keeps_what_was_written_meanwhile(checks_versions: bool) -> None:
     """A read that fails proves nothing: known records stay, and the next resync is complete."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("a", "b")
         reads = lab.consul.reads
@@ -193,7 +193,7 @@ async def test_an_outage_during_a_resync_keeps_what_was_written_meanwhile(checks
 @on_both
 async def test_sources_and_consul_that_fail_together_both_show(checks_versions: bool) -> None:
     """Each is reported by itself, and what was seen before is written once Consul is back."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("a")
         assert lab.value("source_followed", kind="pod") == 1
@@ -212,7 +212,7 @@ async def test_sources_and_consul_that_fail_together_both_show(checks_versions: 
 @on_both
 async def test_one_service_that_consul_never_takes_blocks_no_other(checks_versions: bool) -> None:
     """The registry reports a 5xx of one service as its failure: others are written, and it is once Consul can."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("a")
         lab.consul.refused = {"pod--shop--bad"}
@@ -234,7 +234,7 @@ async def test_one_service_that_consul_never_takes_blocks_no_other(checks_versio
 @on_both
 async def test_a_service_that_consul_refuses_delays_no_retry_of_another(checks_versions: bool) -> None:
     """Backoff belongs to one ID: a second refused service starts with the shortest wait."""
-    lab = Lab(checks_versions=checks_versions, timing=dataclasses.replace(QUICK, retry_first=0.01))
+    lab = ControllerLab(checks_versions=checks_versions, timing=dataclasses.replace(QUICK, retry_first=0.01))
     async with lab.running():
         await lab.synced("good")
         lab.consul.refused = {"pod--shop--bad"}
@@ -255,7 +255,7 @@ async def test_a_service_that_consul_refuses_delays_no_retry_of_another(checks_v
 @on_both
 async def test_a_refused_service_is_written_by_a_change_of_its_own(checks_versions: bool) -> None:
     """A new state is tried at once, whatever the backoff, and nothing is owed afterwards."""
-    lab = Lab(checks_versions=checks_versions, timing=dataclasses.replace(QUICK, retry_first=30.0))
+    lab = ControllerLab(checks_versions=checks_versions, timing=dataclasses.replace(QUICK, retry_first=30.0))
     async with lab.running():
         await lab.synced("good")
         lab.consul.refused = {"pod--shop--bad"}
@@ -271,7 +271,7 @@ async def test_a_refused_service_is_written_by_a_change_of_its_own(checks_versio
 @on_both
 async def test_refused_services_whose_pods_go_leave_nothing_behind(checks_versions: bool) -> None:
     """Neither the status, nor the queue, nor a departure remembers them."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("good")
         for step in range(4):

@@ -5,7 +5,7 @@ import pytest
 from k8s_consul_registrar.model import Drift, Kind, Source, Undecodable
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from support.builders import make_pod, make_service, our_pod_service
-from support.controller_lab import HELD, Lab
+from support.controller_lab import HELD, ControllerLab
 from support.memory import PODS
 
 on_both = pytest.mark.parametrize("checks_versions", [True, False], ids=["catalog", "agent"])
@@ -19,7 +19,7 @@ async def test_pods_that_the_first_list_shows_as_finished_go_at_once(
     checks_versions: bool, phase: str
 ) -> None:
     """They are seen, so this is a fact, however many they are: their IPs may be another Pod's by now."""
-    lab = Lab(checks_versions=checks_versions, brake=STRICT)
+    lab = ControllerLab(checks_versions=checks_versions, brake=STRICT)
     for name in NAMES:
         lab.consul.put_by_hand(our_pod_service(name))
     lab.cluster.put_list([make_pod(name, phase=phase if name < "g" else "Running") for name in NAMES])
@@ -32,7 +32,7 @@ async def test_pods_that_the_first_list_shows_as_finished_go_at_once(
 @on_both
 async def test_pods_that_a_later_list_shows_without_annotation_go_at_once(checks_versions: bool) -> None:
     """A listed object that asks for nothing is a fact as well."""
-    lab = Lab(checks_versions=checks_versions, brake=STRICT)
+    lab = ControllerLab(checks_versions=checks_versions, brake=STRICT)
     async with lab.running():
         await lab.synced(*NAMES)
         lab.cluster.put_list([make_pod(name, annotations={}) for name in NAMES])
@@ -43,7 +43,7 @@ async def test_pods_that_a_later_list_shows_without_annotation_go_at_once(checks
 @on_both
 async def test_deletions_seen_in_events_are_never_braked(checks_versions: bool) -> None:
     """Everything may go, if it was seen to go."""
-    lab = Lab(checks_versions=checks_versions, brake=STRICT)
+    lab = ControllerLab(checks_versions=checks_versions, brake=STRICT)
     async with lab.running():
         await lab.synced(*NAMES)
         for name in NAMES:
@@ -60,7 +60,7 @@ async def test_absence_that_is_small_in_each_namespace_is_a_mass_in_sum(
 ) -> None:
     """A wrong cluster shows every namespace as empty: nothing goes on the first list after a start."""
     sources = [Source(Kind.POD, f"team-{number}") for number in range(20)]
-    lab = Lab(checks_versions=checks_versions, sources=sources, brake=STRICT)
+    lab = ControllerLab(checks_versions=checks_versions, sources=sources, brake=STRICT)
     for source in sources:
         for number in range(per_namespace):
             lab.consul.put_by_hand(our_pod_service(f"web-{number}", source.namespace))
@@ -78,7 +78,7 @@ async def test_absence_that_is_small_in_each_namespace_is_a_mass_in_sum(
 async def test_nothing_inferred_goes_until_every_source_of_the_kind_was_listed(checks_versions: bool) -> None:
     """One absent Pod of a listed namespace stays while another namespace is not listed yet."""
     first, second = Source(Kind.POD, "shop"), Source(Kind.POD, "other")
-    lab = Lab(checks_versions=checks_versions, sources=(first, second), brake=STRICT)
+    lab = ControllerLab(checks_versions=checks_versions, sources=(first, second), brake=STRICT)
     for name in NAMES:
         lab.consul.put_by_hand(our_pod_service(name))
     async with lab.running():
@@ -93,7 +93,7 @@ async def test_nothing_inferred_goes_until_every_source_of_the_kind_was_listed(c
 @on_both
 async def test_a_held_mass_removal_goes_once_later_reads_agree(checks_versions: bool) -> None:
     """The brake has what is absent confirmed again when its wait is over, by itself."""
-    lab = Lab(checks_versions=checks_versions, brake=HELD)
+    lab = ControllerLab(checks_versions=checks_versions, brake=HELD)
     for name in NAMES:
         lab.consul.put_by_hand(our_pod_service(name))
     async with lab.running():
@@ -109,7 +109,7 @@ async def test_a_held_mass_removal_goes_once_later_reads_agree(checks_versions: 
 @on_both
 async def test_a_pod_that_comes_back_while_it_is_held_stays(checks_versions: bool) -> None:
     """It is desired again; the others go when their wait is over."""
-    lab = Lab(checks_versions=checks_versions, brake=HELD)
+    lab = ControllerLab(checks_versions=checks_versions, brake=HELD)
     for name in NAMES:
         lab.consul.put_by_hand(our_pod_service(name))
     async with lab.running():
@@ -124,7 +124,7 @@ async def test_a_pod_that_comes_back_while_it_is_held_stays(checks_versions: boo
 @on_both
 async def test_an_absence_is_confirmed_by_name_before_it_counts(checks_versions: bool) -> None:
     """The list lacked a Pod that the API server shows: its service stays until it is really gone."""
-    lab = Lab(checks_versions=checks_versions, brake=HELD)
+    lab = ControllerLab(checks_versions=checks_versions, brake=HELD)
     async with lab.running():
         await lab.synced(*NAMES)
         kept = make_pod("a")
@@ -141,7 +141,7 @@ async def test_an_absence_is_confirmed_by_name_before_it_counts(checks_versions:
 @on_both
 async def test_an_absence_that_cannot_be_confirmed_removes_nothing(checks_versions: bool) -> None:
     """While the API server does not answer reads by name, absence stays an inference."""
-    lab = Lab(checks_versions=checks_versions, brake=HELD)
+    lab = ControllerLab(checks_versions=checks_versions, brake=HELD)
     async with lab.running():
         await lab.synced(*NAMES)
         lab.cluster.is_down = True
@@ -157,7 +157,7 @@ async def test_an_absence_that_cannot_be_confirmed_removes_nothing(checks_versio
 @on_both
 async def test_more_absences_than_are_asked_by_name_wait_for_a_new_list(checks_versions: bool) -> None:
     """A list that began after Consul was read confirms them all; the first one only raises the question."""
-    lab = Lab(checks_versions=checks_versions, brake=BrakeRules(allow_mass=True))
+    lab = ControllerLab(checks_versions=checks_versions, brake=BrakeRules(allow_mass=True))
     names = [f"p{number}" for number in range(150)]
     async with lab.running():
         await lab.synced(*names)
@@ -172,7 +172,7 @@ async def test_more_absences_than_are_asked_by_name_wait_for_a_new_list(checks_v
 @on_both
 async def test_a_held_mass_of_many_goes_by_a_list_after_its_wait(checks_versions: bool) -> None:
     """The brake asks for a list when its wait is over, and its end is a reason to judge again."""
-    lab = Lab(checks_versions=checks_versions, brake=HELD)
+    lab = ControllerLab(checks_versions=checks_versions, brake=HELD)
     names = [f"p{number}" for number in range(150)]
     async with lab.running():
         await lab.synced(*names)
@@ -189,7 +189,7 @@ async def test_a_held_mass_of_many_goes_by_a_list_after_its_wait(checks_versions
 @on_both
 async def test_a_source_with_a_nameless_object_removes_nothing_it_infers(checks_versions: bool) -> None:
     """What the list lacks may be the nameless one; departures seen in events go once a list is whole."""
-    lab = Lab(checks_versions=checks_versions, brake=STRICT)
+    lab = ControllerLab(checks_versions=checks_versions, brake=STRICT)
     async with lab.running():
         await lab.synced(*"abcdef")
         lab.cluster.store.put(PODS, Undecodable(Kind.POD, None, "nameless"))
@@ -206,7 +206,7 @@ async def test_a_source_with_a_nameless_object_removes_nothing_it_infers(checks_
 @on_both
 async def test_departures_seen_beside_a_failing_service_do_not_pile_up(checks_versions: bool) -> None:
     """Jobs come and go while one service is refused for good: nothing of them is remembered."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("good")
         lab.consul.refused = {"pod--shop--bad"}
@@ -227,7 +227,7 @@ async def test_departures_seen_beside_a_failing_service_do_not_pile_up(checks_ve
 @on_both
 async def test_a_pod_gone_back_and_gone_during_a_resync_loses_its_service(checks_versions: bool) -> None:
     """The second departure is of another generation than the one that the resync saw."""
-    lab = Lab(checks_versions=checks_versions, brake=STRICT)
+    lab = ControllerLab(checks_versions=checks_versions, brake=STRICT)
     async with lab.running():
         await lab.synced(*"abcde")
         lab.consul.write_seconds = 0.02
@@ -250,7 +250,7 @@ async def test_a_pod_gone_back_and_gone_during_a_resync_loses_its_service(checks
 
 async def test_a_pod_that_comes_back_behind_writes_of_its_batch_stays() -> None:
     """A removal is decided again right before it is sent: registrations of the same batch go first."""
-    lab = Lab(brake=STRICT)
+    lab = ControllerLab(brake=STRICT)
     async with lab.running():
         await lab.synced("a", "b")
 
@@ -268,7 +268,7 @@ async def test_a_pod_that_comes_back_behind_writes_of_its_batch_stays() -> None:
 @on_both
 async def test_a_removal_that_consul_refuses_is_owed_until_it_is_made(checks_versions: bool) -> None:
     """It stays a fact: no second list and no brake, however many there are."""
-    lab = Lab(checks_versions=checks_versions, brake=STRICT)
+    lab = ControllerLab(checks_versions=checks_versions, brake=STRICT)
     async with lab.running():
         await lab.synced(*"abcde")
         lab.consul.refused = {f"pod--shop--{name}" for name in "abcd"}
@@ -287,7 +287,7 @@ async def test_a_removal_that_consul_refuses_is_owed_until_it_is_made(checks_ver
 @on_both
 async def test_deletions_before_the_first_sync_count_as_facts(checks_versions: bool) -> None:
     """Until Consul was read it is not known what is there of them; a mass of them does not wait."""
-    lab = Lab(checks_versions=checks_versions, brake=STRICT)
+    lab = ControllerLab(checks_versions=checks_versions, brake=STRICT)
     for name in "abcde":
         lab.consul.put_by_hand(our_pod_service(name))
     lab.consul.is_down = True
@@ -304,7 +304,7 @@ async def test_deletions_before_the_first_sync_count_as_facts(checks_versions: b
 @on_both
 async def test_what_consul_holds_of_a_rejected_pod_stays(checks_versions: bool) -> None:
     """The object is there; only what it asks for cannot be. It goes when the object goes."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("a", "b")
         lab.cluster.put(make_pod("a", ip=""))
@@ -318,7 +318,7 @@ async def test_what_consul_holds_of_a_rejected_pod_stays(checks_versions: bool) 
 @on_both
 async def test_a_source_that_fails_keeps_its_services(checks_versions: bool) -> None:
     """A failing source changes nothing that is registered, and shows in the metrics."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("a")
         lab.consul.put_by_hand(our_pod_service("gone"))
@@ -335,7 +335,7 @@ async def test_a_source_that_fails_keeps_its_services(checks_versions: bool) -> 
 @on_both
 async def test_a_conflict_ends_when_a_list_lacks_its_object(checks_versions: bool) -> None:
     """Nothing asks for the ID any more; the service stays as it is."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     lab.consul.put_by_hand(our_pod_service("a", cluster="other"))
     async with lab.running():
         lab.cluster.put_list([make_pod("a"), make_pod("b")])
@@ -348,7 +348,7 @@ async def test_a_conflict_ends_when_a_list_lacks_its_object(checks_versions: boo
 @on_both
 async def test_foreign_services_are_never_touched(checks_versions: bool) -> None:
     """Another cluster's, another instance's and unmarked services stay, whatever the lists say."""
-    lab = Lab(checks_versions=checks_versions, brake=BrakeRules(allow_mass=True))
+    lab = ControllerLab(checks_versions=checks_versions, brake=BrakeRules(allow_mass=True))
     others = [
         our_pod_service("theirs", cluster="other"),
         our_pod_service("blue", instance="blue"),

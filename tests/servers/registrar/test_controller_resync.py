@@ -9,9 +9,9 @@ from msgspec.structs import replace
 from k8s_consul_registrar.model import Drift
 from k8s_consul_registrar.registrar.schedule import ScheduleRules
 from support.builders import make_pod, our_pod_service
-from support.controller_lab import Lab
-from support.fake_consul import QUICK
+from support.controller_lab import ControllerLab
 from support.memory import PODS
+from support.scripted import QUICK
 
 on_both = pytest.mark.parametrize("checks_versions", [True, False], ids=["catalog", "agent"])
 # One read of everything in ten minutes, unless it is urgent or its period is over.
@@ -29,7 +29,7 @@ class AnyShard:
 @on_both
 async def test_drift_is_repaired(checks_versions: bool) -> None:
     """What a hand deletes or edits in Consul comes back once the registry reports drift."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("a", "b")
         lab.consul.remove_by_hand("pod--shop--a")
@@ -43,7 +43,7 @@ async def test_drift_is_repaired(checks_versions: bool) -> None:
 @pytest.mark.parametrize("drift", [Drift.CHANGED, Drift.EMPTIED])
 async def test_a_consul_that_lost_its_history_is_filled_again(checks_versions: bool, drift: Drift) -> None:
     """Its indexes start again, so that they may repeat: every service is written, with its shard."""
-    lab = Lab(checks_versions=checks_versions, shards=AnyShard())
+    lab = ControllerLab(checks_versions=checks_versions, shards=AnyShard())
     names = [f"p{number}" for number in range(20)]
 
     def shards() -> dict[str, str]:
@@ -66,7 +66,7 @@ async def test_a_consul_that_lost_its_history_is_filled_again(checks_versions: b
 @on_both
 async def test_an_older_snapshot_of_consul_is_repaired(checks_versions: bool) -> None:
     """It lacks new services, and has old ones and old states; each is as desired in the end."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("a", "b", "c")
         snapshot, index = dict(lab.consul.held), lab.consul.index
@@ -84,7 +84,7 @@ async def test_an_older_snapshot_of_consul_is_repaired(checks_versions: bool) ->
 @on_both
 async def test_shards_survive_a_consul_that_forgets_and_fails(checks_versions: bool) -> None:
     """Services that Consul lost get their shards back, though the first attempts to write them fail."""
-    lab = Lab(checks_versions=checks_versions, shards=AnyShard())
+    lab = ControllerLab(checks_versions=checks_versions, shards=AnyShard())
     names = [f"p{number}" for number in range(20)]
     async with lab.running():
         await lab.synced(*names)
@@ -98,7 +98,7 @@ async def test_shards_survive_a_consul_that_forgets_and_fails(checks_versions: b
 
 async def test_resyncs_at_rest_write_nothing() -> None:
     """The periodic comparison finds nothing to do."""
-    lab = Lab(schedule=ScheduleRules(period=0.03, probe=QUICK.probe, gap=0))
+    lab = ControllerLab(schedule=ScheduleRules(period=0.03, probe=QUICK.probe, gap=0))
     async with lab.running():
         await lab.synced("a")
         reads = lab.consul.reads
@@ -109,7 +109,7 @@ async def test_resyncs_at_rest_write_nothing() -> None:
 @on_both
 async def test_a_suspended_process_compares_everything(checks_versions: bool) -> None:
     """After 60 s without a turn others may have written, though no drift was reported."""
-    lab = Lab(checks_versions=checks_versions, schedule=RARE_READS)
+    lab = ControllerLab(checks_versions=checks_versions, schedule=RARE_READS)
     async with lab.running():
         await lab.synced("a", "b")
         reads = lab.consul.reads
@@ -125,7 +125,7 @@ async def test_a_suspended_process_compares_everything(checks_versions: bool) ->
 
 async def test_resyncs_are_budgeted() -> None:
     """Lists that complete one after the other do not each cost a read of everything."""
-    lab = Lab(schedule=ScheduleRules(period=600, probe=QUICK.probe, burst=2, gap=60))
+    lab = ControllerLab(schedule=ScheduleRules(period=600, probe=QUICK.probe, burst=2, gap=60))
     async with lab.running():
         for number in range(10):
             lab.cluster.put_list([make_pod(f"p{n}") for n in range(number)])
@@ -136,7 +136,7 @@ async def test_resyncs_are_budgeted() -> None:
 
 async def test_an_emptied_consul_does_not_wait_for_the_budget() -> None:
     """A single change waits until Consul may be read again; a Consul that holds nothing is filled at once."""
-    lab = Lab(schedule=RARE_READS)
+    lab = ControllerLab(schedule=RARE_READS)
     async with lab.running():
         await lab.synced("a", "b")
         lab.consul.remove_by_hand("pod--shop--a")
@@ -153,7 +153,7 @@ async def test_a_failing_source_with_changing_texts_causes_no_resync(
     checks_versions: bool, texts: list[str]
 ) -> None:
     """However its problem is worded, a source that goes on failing is no reason to read Consul."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("a")
         reads = lab.consul.reads
@@ -168,7 +168,7 @@ async def test_a_failing_source_with_changing_texts_causes_no_resync(
 @pytest.mark.parametrize("read_first", [0, 4])
 async def test_changes_do_not_wait_for_a_resync(checks_versions: bool, read_first: int) -> None:
     """What changes while Consul is read is written meanwhile, and what was read before undoes nothing."""
-    lab = Lab(checks_versions=checks_versions)
+    lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("moved", "gone", "back", "edited", "same")
         edited = lab.consul.held["pod--shop--edited"]
@@ -201,7 +201,7 @@ async def test_changes_do_not_wait_for_a_resync(checks_versions: bool, read_firs
 
 async def test_what_was_written_during_a_resync_is_looked_at_once_more() -> None:
     """Another writer may have come after us while the rest was read; an agent shows it when it is asked."""
-    lab = Lab(checks_versions=False, schedule=RARE_READS)
+    lab = ControllerLab(checks_versions=False, schedule=RARE_READS)
     async with lab.running():
         await lab.synced("a", "b")
         reads = lab.consul.reads
@@ -218,7 +218,7 @@ async def test_what_was_written_during_a_resync_is_looked_at_once_more() -> None
 
 async def test_a_stopped_controller_leaves_nothing_running() -> None:
     """Batches, a resync under way and the watch of the leadership end with it."""
-    lab = Lab()
+    lab = ControllerLab()
     before = asyncio.all_tasks()
     async with lab.running():
         await lab.synced("a")

@@ -16,7 +16,7 @@ from k8s_consul_registrar.model import Lease
 from k8s_consul_registrar.registrar.elector import Elector, clock
 from support.cluster import MERGE_PATCH, Rules
 from support.contender import TIMING
-from support.polls import RETRY, Polls, Replica, running_polls
+from support.election import RETRY, Polls, Replica, running_polls
 from support.waiting import PATIENCE, SLACK
 
 

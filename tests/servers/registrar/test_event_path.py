@@ -17,7 +17,7 @@ from k8s_consul_registrar.sandbox import objects
 from k8s_consul_registrar.sandbox.consul import Consul
 from k8s_consul_registrar.sandbox.sandbox import Sandbox
 from k8s_consul_registrar.settings.reading import read_registrar
-from support.paths import PACKAGE
+from support.files import PACKAGE
 from support.waiting import until
 
 # The walk crossed about 45 files before the core was rebuilt; 25 is the aim, and this bound only goes down.

@@ -8,8 +8,8 @@ from k8s_consul_registrar.admin.http_sd import parse_sd_query
 from k8s_consul_registrar.admin.view import Census, TargetState
 from k8s_consul_registrar.model import Kind, Source
 from support.builders import make_pod, our_pod_service
+from support.controller_lab import Seen
 from support.memory import NODES
-from support.view_lab import Seen
 
 A, B = Source(Kind.POD, "a"), Source(Kind.POD, "b")
 

@@ -22,23 +22,13 @@ from k8s_consul_registrar.app.state_file import (
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.model import Kind, Source
 from support.builders import make_pod
+from support.controller_lab import SETTINGS, Seen
 from support.memory import NODES, PODS
 from support.seen import pod_target
-from support.view_lab import SETTINGS, Seen
+from support.waiting import Clock
 from unit.app.test_saved_state import encoded
 
 ORIGIN = Origin.of(SETTINGS)
-
-
-class Clock:
-    """The wall clock, moved by a test."""
-
-    def __init__(self) -> None:
-        self.offset = 0.0
-
-    def __call__(self) -> float:
-        """Return the time."""
-        return time.time() + self.offset
 
 
 def keeper_of(seen: Seen, path: Path, clock: Clock | None = None, every: float = 0.01) -> StateKeeper:
@@ -98,7 +88,7 @@ async def test_complete_targets_are_saved_and_again_as_they_change(tmp_path: Pat
 
 async def test_what_stays_the_same_is_not_written_again(tmp_path: Path) -> None:
     """Neither looking again nor a change that no target shows replaces the file, until it becomes old."""
-    seen, path, clock = Seen(), tmp_path / "state.json", Clock()
+    seen, path, clock = Seen(), tmp_path / "state.json", Clock(follows=time.time)
     keeper = keeper_of(seen, path, clock)
     seen.lab.cluster.put_list([make_pod("a")])
     await keeper.save()
@@ -128,7 +118,7 @@ async def test_the_last_save_is_of_the_end(tmp_path: Path) -> None:
 
 async def test_a_file_is_as_old_as_what_is_known(tmp_path: Path) -> None:
     """While the API server is away, saved targets do not become younger; then they are not saved at all."""
-    seen, path, clock = Seen(), tmp_path / "state.json", Clock()
+    seen, path, clock = Seen(), tmp_path / "state.json", Clock(follows=time.time)
     keeper = StateKeeper(
         path,
         ORIGIN,
@@ -297,7 +287,7 @@ async def test_an_api_server_that_never_answers_cannot_be_asked() -> None:
 
 async def test_saved_targets_end_with_the_first_complete_list_and_with_their_age() -> None:
     """Once every source was listed they are dropped for good; so they are when they become too old."""
-    seen, clock = Seen(sources=(Source(Kind.NODE), PODS)), Clock()
+    seen, clock = Seen(sources=(Source(Kind.NODE), PODS)), Clock(follows=time.time)
     gate = SavedTargetsGate(saved_state(), seen.view, seen.cluster_uid, wall_clock=clock)
     await seen.learn()
     seen.lab.cluster.put_list([make_pod("a")])

@@ -9,7 +9,7 @@ from k8s_consul_registrar.consul.codec import decode_agent_services, decode_serv
 from k8s_consul_registrar.errors import ConsulRefused
 from k8s_consul_registrar.model import Service
 from support.builders import our_pod_service
-from support.paths import SAMPLES
+from support.files import SAMPLES
 
 
 def test_recorded_agent_services() -> None:

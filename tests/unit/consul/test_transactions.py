@@ -17,7 +17,7 @@ from k8s_consul_registrar.consul.transactions import (
 from k8s_consul_registrar.errors import ConsulRefused
 from k8s_consul_registrar.model import UNSYNCED, Service
 from support.builders import make_service, our_pod_service
-from support.paths import SAMPLES
+from support.files import SAMPLES
 
 ON_NODE = Operations("k8s-lab")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from k8s_consul_registrar.errors import ClusterRefused
 from k8s_consul_registrar.kube.objects import Page, decode_object, split_page
 from k8s_consul_registrar.model import ContainerPort, Kind, Node, NodeAddress, ObjectKey, Pod, Undecodable
-from support.kube_samples import recorded
+from support.files import recorded
 
 
 def decode_page(body: bytes, kind: Kind) -> Page:

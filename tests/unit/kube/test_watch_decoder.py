@@ -19,7 +19,7 @@ from k8s_consul_registrar.kube.watch_decoder import (
     WatchEvent,
 )
 from k8s_consul_registrar.model import Kind, ObjectKey, Pod, Undecodable
-from support.kube_samples import recorded
+from support.files import recorded
 
 STREAMS = [
     "k8s-pods-watch",

@@ -15,6 +15,7 @@ from k8s_consul_registrar.proxy.feed import FeedRules, NodeFeed, PodFeed
 from k8s_consul_registrar.proxy.nodes import Nodes
 from k8s_consul_registrar.proxy.pod_route import Pods
 from support.builders import make_node, make_pod
+from support.waiting import Clock
 
 pytestmark = pytest.mark.both_loops
 
@@ -22,21 +23,10 @@ ONE, TWO = Source(Kind.POD, "one"), Source(Kind.POD, "two")
 ANNOTATED = {"prometheus.io/scrape": "true", "prometheus.io/port": "9102"}
 
 
-class Clock:
-    """A clock that a test moves."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        """Return the moment."""
-        return self.now
-
-
 @pytest.fixture
 def clock() -> Clock:
     """Return a clock."""
-    return Clock()
+    return Clock(100.0)
 
 
 def rules(clock: Callable[[], float]) -> FeedRules:

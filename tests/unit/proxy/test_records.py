@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from k8s_consul_registrar.proxy.buffers import PLAIN_SIZE, RECEIVE_SIZE
 from k8s_consul_registrar.proxy.tls import LONGEST_RECORD, TlsStep, kubelet_context
-from support.proxy_kit import authority, authority_pem
+from support.proxy_lab import authority, authority_pem
 
 
 @functools.cache

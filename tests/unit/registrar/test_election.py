@@ -24,7 +24,7 @@ from k8s_consul_registrar.registrar.election import (
     on_written,
     resigned,
 )
-from support.election_world import EPOCH
+from support.election import EPOCH
 
 TIMING = ElectionTiming()
 WALL = datetime(2026, 11, 22, 10, 0, 0, tzinfo=UTC)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k8s_consul_registrar.registrar.election import Create, ElectionTiming, Read, Update
-from support.election_world import Contender, Faults, Reign, World
+from support.election import Contender, Faults, Reign, World
 
 TIMING = ElectionTiming()
 HOSTILE = Faults(

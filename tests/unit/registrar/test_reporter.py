@@ -17,7 +17,7 @@ from k8s_consul_registrar.registrar.reporter import CHANGES_INTERVAL, MOST_NAMED
 from k8s_consul_registrar.registrar.status import RECENT, Counts, RegistrarStatus
 from k8s_consul_registrar.targets.reasons import Reason
 from support.builders import make_pod
-from support.controller_lab import Lab
+from support.controller_lab import ControllerLab
 from support.memory import PODS
 
 
@@ -271,7 +271,7 @@ def test_recent_activity_is_bounded(desk: Desk) -> None:
 async def test_a_burst_of_changes_through_the_controller_is_two_lines() -> None:
     """One at once, and one with the rest when its second is over, though nothing else happens then."""
     names = [f"p{number}" for number in range(10)]
-    lab = Lab()
+    lab = ControllerLab()
     with structlog.testing.capture_logs() as lines:
         async with lab.running():
             await lab.synced()

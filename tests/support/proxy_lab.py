@@ -1,4 +1,4 @@
-"""What the proxy's tests stand on: kubelets with real TLS, a proxy in front, and raw callers."""
+"""The proxy in the process of a test: kubelets and Pods behind it, callers before it, TLS on both sides."""
 
 import asyncio
 import contextlib
@@ -6,24 +6,26 @@ import functools
 import socket
 import ssl
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
 import trustme
 
 from k8s_consul_registrar.bearer import BearerFile
-from k8s_consul_registrar.model import Node, NodeAddress
+from k8s_consul_registrar.model import ContainerPort, Node, NodeAddress, Pod
 from k8s_consul_registrar.proxy.downstream import Downstream
 from k8s_consul_registrar.proxy.limits import Concurrency
 from k8s_consul_registrar.proxy.nodes import Nodes, NodeTable
 from k8s_consul_registrar.proxy.peers import PodAccess
+from k8s_consul_registrar.proxy.pod_route import Pods, proxied_pod
 from k8s_consul_registrar.proxy.relay import RelayTiming
 from k8s_consul_registrar.proxy.route import allowed_paths
 from k8s_consul_registrar.proxy.server import ProxyServer
 from k8s_consul_registrar.proxy.sockets import listen
-from k8s_consul_registrar.proxy.tls import kubelet_context
-from k8s_consul_registrar.tls import ServerTls
+from k8s_consul_registrar.proxy.tls import kubelet_context, pod_context
+from k8s_consul_registrar.tls import ServerTls, TlsFiles
 from support.waiting import PATIENCE, until
 
 TOKEN = "the-proxys-own-token"
@@ -325,3 +327,158 @@ def reset_on_close(writer: asyncio.StreamWriter) -> None:
 def transport_of(writer: asyncio.StreamWriter) -> asyncio.Transport:
     """Return a connection's transport, which can also stop reading."""
     return cast("asyncio.Transport", writer.transport)
+
+
+PREFIX = "prometheus.io/"
+POD_HOST = "127.0.0.2"  # not a Node's: those of the tests are at 127.0.0.1
+
+
+@dataclass
+class PodServer(Kubelet):
+    """A container's port, in plain HTTP unless `is_secure`."""
+
+    host: str = POD_HOST
+    names: tuple[str, ...] = (POD_HOST,)
+    is_secure: bool = False
+
+    def pod(self, name: str = "web-1", namespace: str = "shop", **changes: object) -> Pod:
+        """Return the Pod this server belongs to; `annotations` are without their prefix."""
+        given = {"scrape": "true", "port": str(self.port), "scheme": "https" if self.is_secure else "http"}
+        given |= changes.pop("annotations", {})  # type: ignore[call-overload]  # the tests' own keyword
+        values = {
+            "uid": f"uid-of-{name}",
+            "created": "2026-01-01T00:00:00Z",
+            "phase": "Running",
+            "ip": self.host,
+            "annotations": {f"{PREFIX}{key}": value for key, value in given.items()},
+        }
+        return Pod(namespace, name, **(values | changes))  # type: ignore[arg-type]  # the tests' own keywords
+
+
+def declared(*numbers: int) -> tuple[ContainerPort, ...]:
+    """Return containers' ports."""
+    return tuple(ContainerPort("", number, "TCP") for number in numbers)
+
+
+def put(pods: Pods, *those: Pod) -> None:
+    """Take Pods in as the proxy's feed does."""
+    for pod in those:
+        pods.put(pod.namespace, pod.name, proxied_pod(pod, PREFIX, allow_loopback=True))
+
+
+def known(*those: Pod) -> Pods:
+    """Return the Pods as they are after the first complete list."""
+    pods = Pods()
+    put(pods, *those)
+    pods.known = True
+    return pods
+
+
+def access(
+    pods: Pods, *, context: ssl.SSLContext | None = None, concurrency: Concurrency | None = None
+) -> PodAccess:
+    """Return how the proxy reaches them, trusting the tests' authority."""
+    trusted = context or pod_context(ca_pem=authority_pem())
+    return PodAccess(pods, lambda: trusted, concurrency or Concurrency(), 100)
+
+
+def pod_path(name: str = "web-1", namespace: str = "shop", ports: Sequence[int] = ()) -> str:
+    """Return the path by which a Pod is registered."""
+    port = f":{ports[0]}" if ports else ""
+    return f"/api/v1/namespaces/{namespace}/pods/{name}{port}/metrics"
+
+
+class Files:
+    """The files of one proxy, replaced as a test wants them."""
+
+    def __init__(self, folder: Path, authority: trustme.CA, client_ca: trustme.CA | None = None) -> None:
+        self.folder = folder
+        self.certificate, self.key, self.client_ca = folder / "crt", folder / "key", folder / "ca"
+        self.issue(authority)
+        if client_ca is not None:
+            self.trust(client_ca)
+        self._has_client_ca = client_ca is not None
+
+    def issue(self, authority: trustme.CA) -> None:
+        """Put a new certificate and key in place."""
+        leaf = authority.issue_cert("127.0.0.1", key_type=trustme.KeyType.ECDSA)
+        self.certificate.write_bytes(b"".join(blob.bytes() for blob in leaf.cert_chain_pems))
+        self.key.write_bytes(leaf.private_key_pem.bytes())
+
+    def trust(self, *authorities: trustme.CA) -> None:
+        """Put these authorities of clients in place."""
+        self.client_ca.write_bytes(b"".join(one.cert_pem.bytes() for one in authorities))
+
+    def cut(self, path: Path, keep: float) -> None:
+        """Leave this part of a file."""
+        whole = path.read_bytes()
+        path.write_bytes(whole[: int(len(whole) * keep)])
+
+    def lose(self, path: Path) -> None:
+        """Remove a file."""
+        path.unlink()
+
+    def tls(self) -> ServerTls:
+        """Return the proxy's side."""
+        return ServerTls(
+            TlsFiles(self.certificate, self.key, self.client_ca if self._has_client_ca else None, "TLS")
+        )
+
+
+def caller_context(
+    authority: trustme.CA,
+    client_ca: trustme.CA | None = None,
+    *,
+    newest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
+) -> ssl.SSLContext:
+    """Return a caller's context that trusts one authority and shows a certificate of another."""
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    context.maximum_version = newest
+    if client_ca is not None:
+        client_ca.issue_cert("prometheus.example", key_type=trustme.KeyType.ECDSA).configure_cert(context)
+    return context
+
+
+class Caller:
+    """One connection of a caller over TLS."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    async def get(self, target: str, *headers: str) -> Answer:
+        """Send one GET and read its answer, the connection kept."""
+        self.writer.write(get_request(target, *headers))
+        async with asyncio.timeout(PATIENCE):
+            head = await self.reader.readuntil(b"\r\n\r\n")
+            length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+            return parse_answer(head + await self.reader.readexactly(length))
+
+    async def ends(self) -> bool:
+        """Return whether the proxy closes the connection before it says anything more."""
+        try:
+            async with asyncio.timeout(PATIENCE):
+                return await self.reader.read(1) == b""
+        except (TimeoutError, OSError) as error:
+            return not isinstance(error, TimeoutError)
+
+
+async def connect(proxy: Proxy, context: ssl.SSLContext) -> Caller:
+    """Open a connection over TLS, closed at the proxy's end at the latest."""
+    reader, writer = await asyncio.open_connection(
+        "127.0.0.1", proxy.port, ssl=context, server_hostname="127.0.0.1"
+    )
+    proxy.writers.append(writer)
+    return Caller(reader, writer)
+
+
+async def get(proxy: Proxy, context: ssl.SSLContext, target: str, *headers: str) -> Answer:
+    """Send one GET on a connection of its own; raises OSError where the handshake or the connection fails."""
+    caller = await connect(proxy, context)
+    try:
+        return await caller.get(target, *headers)
+    except asyncio.IncompleteReadError:
+        raise ConnectionResetError from None
+    finally:
+        caller.writer.transport.abort()

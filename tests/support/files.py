@@ -1,13 +1,42 @@
-"""Recorded conversations with real servers, and how an answer of the sandbox is held against one."""
+"""Folders of this repository, and the conversations with real servers that are recorded in it."""
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiohttp
 from yarl import URL
 
-from support.paths import SAMPLES
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ROOT / "tests"
+SAMPLES = TESTS / "data" / "samples"
+DEPLOY = ROOT / "deploy"
+PACKAGE = ROOT / "src" / "k8s_consul_registrar"
+
+
+class Recorded(NamedTuple):
+    """One recorded answer; `path` is the request's, with its query."""
+
+    path: str
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+def recorded(name: str) -> Recorded:
+    """Return the answer recorded in `<name>.json`."""
+    exchange = json.loads((SAMPLES / f"{name}.json").read_text())
+    response = exchange["response"]
+    return Recorded(
+        exchange["request"]["path"], response["status"], response["headers"], response["body"].encode()
+    )
+
+
+def recorded_refusal(name: str) -> bytes:
+    """Return the body recorded in `<name>.http`."""
+    return (SAMPLES / f"{name}.http").read_bytes().replace(b"\r\n", b"\n").partition(b"\n\n")[2]
+
 
 VOLATILE = frozenset(
     (
@@ -30,7 +59,7 @@ class Exchange(NamedTuple):
     text: str
 
 
-class Answer(NamedTuple):
+class SandboxAnswer(NamedTuple):
     """What the sandbox answered."""
 
     status: int
@@ -54,15 +83,15 @@ def exchange(name: str) -> Exchange:
 
 async def ask(
     session: aiohttp.ClientSession, root: str, recorded: Exchange, *, path: str = "", body: Any = None
-) -> Answer:
+) -> SandboxAnswer:
     """Send the recorded request, or one changed in path or body, and return the answer."""
     url = URL(root + (path or recorded.path), encoded=True)
     given = recorded.body if body is None else body
     async with session.request(recorded.method, url, json=given) as response:
-        return Answer(response.status, dict(response.headers), await response.text())
+        return SandboxAnswer(response.status, dict(response.headers), await response.text())
 
 
-def assert_alike(recorded: Exchange, answer: Answer) -> None:
+def assert_alike(recorded: Exchange, answer: SandboxAnswer) -> None:
     """Assert that status, headers and body are those recorded, but for what differs from run to run."""
     assert answer.status == recorded.status, answer.text
     expected, actual = _lowered(recorded.headers), _lowered(answer.headers)
@@ -93,7 +122,7 @@ def differences(expected: Any, actual: Any, path: str = "$") -> Iterator[str]:
         yield f"{path}: {expected!r} became {actual!r}"
 
 
-def parsed(message: Exchange | Answer) -> Any:
+def parsed(message: Exchange | SandboxAnswer) -> Any:
     """Return a body's JSON, a list of it for a watch, or the text when it is none."""
     if not message.text or message.headers.get("Content-Type") != "application/json":
         return message.text

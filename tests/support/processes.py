@@ -2,15 +2,77 @@
 
 import atexit
 import contextlib
+import itertools
 import os
 import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from support.waiting import until
+
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LOWEST, _HIGHEST = 10_000, 32_000
+_BLOCK = 32  # ports
+
+
+def reserve_ports(count: int) -> list[int]:
+    """Return distinct ports, free for TCP and UDP, that no test is given again while this process runs."""
+    return list(itertools.islice(_free, count))
+
+
+def _ports() -> Iterator[int]:
+    """Return ports that are free, a block at a time."""
+    blocks = _candidates()
+    start = int.from_bytes(os.urandom(4), "big") % len(blocks)
+    reservations: list[socket.socket] = []
+    for first in (*blocks[start:], *blocks[:start]):
+        if (reservation := reserve_block(first)) is not None:
+            reservations.append(reservation)
+            yield from filter(_is_free, range(first, first + _BLOCK))
+    raise AssertionError(f"no free port in {blocks}")
+
+
+def _candidates() -> range:
+    """Return where blocks begin: below the ports that the system hands out, or above where there are more."""
+    ports = range(_LOWEST, _HIGHEST)
+    with contextlib.suppress(OSError, ValueError):
+        first, last = map(int, _EPHEMERAL.read_text().split())
+        below, above = range(_LOWEST, min(first, _HIGHEST)), range(last + 1, 65_536)
+        if max(len(below), len(above)) >= 100 * _BLOCK:
+            ports = max(below, above, key=len)
+    return range(ports.start, ports.stop - _BLOCK + 1, _BLOCK)
+
+
+def reserve_block(first: int) -> socket.socket | None:
+    """Return the socket that reserves a block of ports, None where another process has it."""
+    reservation = socket.socket(socket.AF_UNIX)
+    try:
+        reservation.bind(f"\0k8s-consul-registrar/tests/ports/{first}")
+    except OSError:
+        reservation.close()
+        return None
+    return reservation
+
+
+def _is_free(port: int) -> bool:
+    """Return whether nothing uses a port, on any address."""
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM) as tcp,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
+    ):
+        try:
+            tcp.bind(("", port))
+            udp.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+_free = _ports()
+
 
 LOOPBACK = "127.0.0.1"
 STOP_WITHIN = 10.0  # seconds a program gets to end after a signal before it is killed

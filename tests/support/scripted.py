@@ -1,4 +1,7 @@
-"""An API server that does as a test tells it: cuts, stalls, repeats, refuses, restarts its history."""
+"""Servers that answer as a test tells them: a Consul, and an API server.
+
+The API server cuts, stalls, repeats, refuses and restarts its history.
+"""
 
 import asyncio
 import json
@@ -9,6 +12,50 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from aiohttp import web
+
+from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress
+from k8s_consul_registrar.consul.client import ConsulClient
+
+QUICK = Timing(
+    retry_first=0.02,
+    retry_cap=0.05,
+    connect_timeout=1,
+    read_timeout=1,
+    gather=0.0,
+    tick=0.2,
+    write_interval=0.0,
+    probe=0.02,
+)
+
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@asynccontextmanager
+async def serving(answer: Answer) -> AsyncIterator[str]:
+    """Serve on a port of loopback; yields the base URL."""
+    app = web.Application()
+    app.router.add_route("*", "/{tail:.*}", answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0][:2]
+    try:
+        yield f"http://{host}:{port}"
+    finally:
+        await runner.cleanup()
+
+
+@asynccontextmanager
+async def client_of(
+    url: str, *, token: str = "", namespace: str = "", partition: str = "", timing: Timing = QUICK
+) -> AsyncIterator[ConsulClient]:
+    """Open a client for a Consul at a base URL."""
+    access = ConsulAccess(ConsulAddress(url), token=token, namespace=namespace, partition=partition)
+    async with ConsulClient(access, timing) as client:
+        yield client
+
 
 SCRAPED = {"prometheus.io/scrape": "true", "prometheus.io/port": "9102"}
 
@@ -56,7 +103,7 @@ def status_object(code: int, **details: Any) -> dict[str, Any]:
     }
 
 
-class Answer(NamedTuple):
+class ApiAnswer(NamedTuple):
     """A whole answer to one request."""
 
     status: int
@@ -64,10 +111,10 @@ class Answer(NamedTuple):
     headers: dict[str, str] = {}  # noqa: RUF012 - never written to
 
 
-def list_answer(version: str, *pods: dict[str, Any], continue_token: str = "") -> Answer:
+def list_answer(version: str, *pods: dict[str, Any], continue_token: str = "") -> ApiAnswer:
     """Return a list, or a page of one."""
     metadata = {"resourceVersion": version, "continue": continue_token}
-    return Answer(200, {"kind": "PodList", "metadata": metadata, "items": list(pods)})
+    return ApiAnswer(200, {"kind": "PodList", "metadata": metadata, "items": list(pods)})
 
 
 class Asked(NamedTuple):
@@ -170,10 +217,10 @@ class ScriptedApi:
     pods: list[dict[str, Any]] = field(default_factory=list)
     version: int | str = 100
     uid: str = "cluster-1"
-    lists: Script[Answer] = field(default_factory=Script)
-    probes: Script[Answer] = field(default_factory=Script)
-    watches: Script[Answer | Watch] = field(default_factory=Script)
-    namespaces: Script[Answer] = field(default_factory=Script)
+    lists: Script[ApiAnswer] = field(default_factory=Script)
+    probes: Script[ApiAnswer] = field(default_factory=Script)
+    watches: Script[ApiAnswer | Watch] = field(default_factory=Script)
+    namespaces: Script[ApiAnswer] = field(default_factory=Script)
     asked: list[Asked] = field(default_factory=list)
     sent_version: int = 0
     url: str = ""
@@ -191,7 +238,7 @@ class ScriptedApi:
         query = dict(request.query)
         if "/namespaces/" in request.path and request.path.endswith("kube-system"):
             self.asked.append(Asked("namespace", query))
-            found = Answer(200, {"metadata": {"uid": self.uid}})
+            found = ApiAnswer(200, {"metadata": {"uid": self.uid}})
             return _whole(self.namespaces.popleft() if self.namespaces else found)
         if "watch" in query:
             return await self._watch(request, query)
@@ -210,7 +257,7 @@ class ScriptedApi:
     async def _watch(self, request: web.Request, query: dict[str, str]) -> web.StreamResponse:
         self.asked.append(Asked("watch", query))
         script = self.watches.popleft() if self.watches else hold
-        if isinstance(script, Answer):
+        if isinstance(script, ApiAnswer):
             return _whole(script)
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         response.enable_chunked_encoding()
@@ -221,12 +268,12 @@ class ScriptedApi:
         return response
 
 
-def _whole(answer: Answer) -> web.Response:
+def _whole(answer: ApiAnswer) -> web.Response:
     return web.Response(status=answer.status, body=json.dumps(answer.body).encode(), headers=answer.headers)
 
 
 @asynccontextmanager
-async def serving(api: ScriptedApi) -> AsyncIterator[ScriptedApi]:
+async def serving_api(api: ScriptedApi) -> AsyncIterator[ScriptedApi]:
     """Serve until the end of the block."""
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", api.handle)
