@@ -7,6 +7,7 @@ start, for `selection`, because each change of a node wakes every watcher of eve
 `agent/consul/state/catalog.go`).
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from msgspec.structs import replace
@@ -229,6 +230,7 @@ class _SyntheticNode:
         self._operations = operations
         self._selection = selection
         self._is_proven = False
+        self._proving = asyncio.Lock()
         self._is_recorded = not selection
         # True once our own selection at the node may be this process's own record.
         self._may_have_recorded = False
@@ -244,11 +246,10 @@ class _SyntheticNode:
 
         Raises `ConsulRefused` naming CONSUL_NODE_NAME for a node that an agent or another program keeps.
         """
-        if self._is_proven:
-            return False
-        is_created = await self.restore()
-        self._is_proven = True
-        return is_created
+        async with self._proving:
+            is_created = not self._is_proven and await self.restore()
+            self._is_proven = True
+            return is_created
 
     async def restore(self) -> bool:
         """Create the node unless it is there, and tell whether; raises as `prove` does."""

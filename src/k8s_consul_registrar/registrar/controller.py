@@ -85,7 +85,7 @@ class Controller:
         self._wake = asyncio.Event()
         self._schedule = Schedule.start(schedule, clock())
         self._batches: set[asyncio.Task[None]] = set()
-        self._bulk_batches = 0
+        self._in_flight = self._bulk_in_flight = 0
         self._step: asyncio.Task[None] | None = None
         self._role = Role.UNDECIDED
         self._has_changes = False
@@ -191,7 +191,7 @@ class Controller:
         if self._role is Role.STANDBY:
             return max(self._standby_read_due, opens_at) if self._step is None else math.inf
         due = math.inf
-        if self._parts.observed.is_complete and len(self._batches) < self._slots():
+        if self._parts.observed.is_complete and self._in_flight < self._slots():
             due = self._parts.queue.next_due(now, with_bulk=self._has_bulk_slot())
         if self._step is None:
             due = min(due, self._next_step(now).until)
@@ -234,38 +234,57 @@ class Controller:
         return self._parts.health.concurrency(self._parts.registry.concurrency)
 
     def _has_bulk_slot(self) -> bool:
-        """Return whether a batch of bulk work may start: some slots are left to changes, and only one batch is partial."""
+        """True if a batch of bulk work may start: slots are left to changes, and only one batch is partial."""
         slots = self._slots()
         parts = self._parts
         is_partial = parts.queue.bulk_waiting < parts.registry.batch_size
-        return self._bulk_batches < (1 if is_partial else max(1, slots - slots // SLOTS_FOR_CHANGES))
+        return self._bulk_in_flight < (1 if is_partial else max(1, slots - slots // SLOTS_FOR_CHANGES))
 
     def _dispatch(self, now: float) -> None:
         """Start batches while there are slots."""
-        parts = self._parts
-        if not parts.observed.is_complete or now < self._gate.opens_at:
-            return
-        while len(self._batches) < self._slots():
-            batch = parts.queue.take(parts.registry.batch_size, now, with_bulk=self._has_bulk_slot())
-            if batch is None:
-                return
-            self._bulk_batches += batch.priority is Priority.BULK
+        while (batch := self._take(now)) is not None:
             task = asyncio.create_task(self._reconcile(batch))
             self._batches.add(task)
             task.add_done_callback(self._batches.discard)
 
-    async def _reconcile(self, batch: Batch) -> None:
+    def _take(self, now: float) -> Batch | None:
+        """Return the next batch if one is due, may be written and has a slot; it counts as in flight."""
+        parts = self._parts
+        may_write = self._role is Role.LEADER and self._leadership.is_leader and parts.observed.is_complete
+        if not may_write or now < self._gate.opens_at or self._in_flight >= self._slots():
+            return None
+        batch = parts.queue.take(parts.registry.batch_size, now, with_bulk=self._has_bulk_slot())
+        if batch is not None:
+            self._in_flight += 1
+            self._bulk_in_flight += batch.priority is Priority.BULK
+        return batch
+
+    async def _reconcile(self, first: Batch) -> None:
+        """Reconcile a batch, then at once what is due next: a slot that waits for the loop's turn idles Consul."""
+        batch: Batch | None = first
+        while batch is not None:
+            writes = await self._reconcile_one(batch)
+            if not writes:
+                await asyncio.sleep(0)
+            batch = self._take(self._clock())
+
+    async def _reconcile_one(self, batch: Batch) -> int:
+        """Reconcile one batch that was taken; return how many services were written."""
         try:
             counts: list[Counts] = []
 
             async def run() -> None:
                 counts.append(await self._parts.reconciler.reconcile(batch))
 
-            # A batch that needed no request says nothing about Consul.
-            if await self._attempt("batch", run()) and counts[0].writes:
+            if not await self._attempt("batch", run()):
+                return 0
+            writes = counts[0].writes
+            if writes:  # a batch that needed no request says nothing about Consul
                 self._gate.open("batch", is_drained=self._parts.queue.is_drained)
+            return writes
         finally:
-            self._bulk_batches -= batch.priority is Priority.BULK
+            self._in_flight -= 1
+            self._bulk_in_flight -= batch.priority is Priority.BULK
             self._wake.set()
 
     # Resyncs, probes and orphans
