@@ -16,7 +16,10 @@ def run() -> int:
     # Python's 700 made a tenth of the start, and a fortieth of a first sync, collections that found nothing.
     gc.set_threshold(YOUNG_OBJECTS)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    from k8s_consul_registrar.cli import main  # noqa: PLC0415 - only now: see above
+    from k8s_consul_registrar.tls import without_authorities  # noqa: PLC0415 - only now: see above
+
+    with without_authorities():
+        from k8s_consul_registrar.cli import main  # noqa: PLC0415 - likewise
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return main()

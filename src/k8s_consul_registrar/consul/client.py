@@ -7,11 +7,11 @@ import ssl
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import aiohttp
+import msgspec
 from yarl import URL
 
 from k8s_consul_registrar.backoff import Timing, delays
@@ -55,8 +55,7 @@ _BROKEN = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """A whole answer."""
 
     body: bytes
@@ -75,16 +74,14 @@ class Answer:
         return "".join(char if char.isprintable() else " " for char in text)
 
 
-@dataclass(frozen=True, slots=True)
-class StreamedAnswer:
+class StreamedAnswer(msgspec.Struct, frozen=True):
     """A successful answer whose body is still coming; `chunks` raises `ConsulUnreachable` if it breaks off."""
 
     chunks: AsyncIterator[bytes]
     headers: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
+class _Request(msgspec.Struct, frozen=True):
     method: str
     path: str
     params: Mapping[str, str] | None
@@ -92,8 +89,7 @@ class _Request:
     access: Access = Access.READ
 
 
-@dataclass(frozen=True, slots=True)
-class Fence:
+class Fence(msgspec.Struct, frozen=True):
     """The time in which writes may be made.
 
     `left` returns the seconds until no write of ours may be under way, 0 or less where none may start.

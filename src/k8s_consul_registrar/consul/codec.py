@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, TypeVar
 
@@ -160,8 +159,7 @@ _KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_META_KEY}}}")
 _RESERVED_PREFIX = "consul-"
 
 
-@dataclass(frozen=True, slots=True)
-class MetaKeys:
+class MetaKeys(msgspec.Struct, frozen=True):
     """Which of our keys have another name in Consul: pairs of our name and Consul's, sorted.
 
     Nothing else knows of it: services are encoded as they leave for Consul and decoded as

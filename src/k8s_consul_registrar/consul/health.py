@@ -6,8 +6,9 @@ Nothing else decides whether Consul is up. A caller that sends no request change
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
+
+import msgspec
 
 from k8s_consul_registrar.backoff import Timing, delays
 from k8s_consul_registrar.errors import (
@@ -38,8 +39,7 @@ class Outcome(Enum):
     FAILURE = "failure"
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(msgspec.Struct, frozen=True):
     """One request that was sent; `in_flight` counts it and those beside it."""
 
     access: Access

@@ -6,7 +6,6 @@ no result; a read leaves out, without an error, what the token may not see.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import msgspec
 
@@ -85,8 +84,7 @@ def check_id(service_id: str) -> str:
     return f"{service_id}/ready"
 
 
-@dataclass(frozen=True, slots=True)
-class Operations:
+class Operations(msgspec.Struct, frozen=True):
     """Writes the operations on one node; `namespace` and `partition` are Consul Enterprise's."""
 
     node: str

@@ -3,13 +3,13 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self, TypeVar
 from urllib.parse import quote
 
 import aiohttp
 import msgspec
+from msgspec.structs import replace
 
 from k8s_consul_registrar.asyncio_tools import in_slices
 from k8s_consul_registrar.backoff import Timing
@@ -62,15 +62,14 @@ class _Review(msgspec.Struct):
     status: _Allowed
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
+class _Request(msgspec.Struct, frozen=True):
     """One request; `path` begins after the server's own."""
 
     action: Action
     path: str
-    query: Mapping[str, str] = field(default_factory=dict)
+    query: Mapping[str, str] = msgspec.field(default_factory=dict)
     method: str = "GET"
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = msgspec.field(default_factory=dict)
     body: bytes | None = None
 
 

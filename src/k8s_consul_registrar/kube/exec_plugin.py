@@ -73,8 +73,7 @@ class _ExecCredential(msgspec.Struct, rename="camel"):
     status: _Status | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Credential:
+class _Credential(msgspec.Struct, frozen=True):
     """An identity that a plugin gave, and when it expires (Unix time; None for never)."""
 
     identity: Identity

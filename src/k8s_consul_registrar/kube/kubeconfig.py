@@ -118,8 +118,7 @@ class Entry(Generic[EntryT]):
         return self.file.absolute().parent / text
 
 
-@dataclass(frozen=True, slots=True)
-class Chosen:
+class Chosen(msgspec.Struct, frozen=True):
     """The current context: its cluster, and its user (None is anonymous)."""
 
     context: str

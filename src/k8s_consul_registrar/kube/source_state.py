@@ -3,8 +3,9 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TypeAlias
+
+import msgspec
 
 from k8s_consul_registrar.errors import (
     ClusterAhead,
@@ -22,13 +23,11 @@ from k8s_consul_registrar.errors import (
 _NUMERIC = re.compile(r"0|[1-9][0-9]*", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
-class Listing:
+class Listing(msgspec.Struct, frozen=True):
     """A list is due or arriving, and nothing has failed since it was."""
 
 
-@dataclass(frozen=True, slots=True)
-class CatchingUp:
+class CatchingUp(msgspec.Struct, frozen=True):
     """The watch was resumed, and events up to version `until` may still be missing.
 
     `until` is empty while the API server has not named its version yet.
@@ -37,13 +36,11 @@ class CatchingUp:
     until: str
 
 
-@dataclass(frozen=True, slots=True)
-class Synced:
+class Synced(msgspec.Struct, frozen=True):
     """The Store holds everything the API server had when the list or the resumed watch began."""
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True):
     """The source cannot be listed or watched since a moment of the monotonic clock.
 
     `problem` is for people; `cause` is a bounded word for metrics (`ClusterError.cause`).
@@ -57,8 +54,7 @@ class Failed:
 SourceState: TypeAlias = Listing | CatchingUp | Synced | Failed
 
 
-@dataclass(frozen=True, slots=True)
-class SourceStatus:
+class SourceStatus(msgspec.Struct, frozen=True):
     """One source at one moment.
 
     `listed_at` is when the last complete list ended and `list_began_at` when its first request was sent,
@@ -129,8 +125,7 @@ CAUSES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class WatchStats:
+class WatchStats(msgspec.Struct, frozen=True):
     """One source at one moment.
 
     `lists` were completed; `restarts` are lists and watches that ended, by cause, with every one of `CAUSES`;
@@ -139,17 +134,16 @@ class WatchStats:
     """
 
     lists: int = 0
-    restarts: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0))
+    restarts: Mapping[str, int] = msgspec.field(default_factory=lambda: dict.fromkeys(CAUSES, 0))
     heard_at: float | None = None
     internal_errors: int = 0
 
 
-@dataclass(slots=True)
-class WatchCounts:
+class WatchCounts(msgspec.Struct):
     """The counts of one source as they grow."""
 
     lists: int = 0
-    restarts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(CAUSES, 0)))
+    restarts: Counter[str] = msgspec.field(default_factory=lambda: Counter(dict.fromkeys(CAUSES, 0)))
     heard_at: float | None = None
     internal_errors: int = 0
 

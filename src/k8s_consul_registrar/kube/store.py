@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from enum import Enum
 from itertools import chain
 from typing import Generic, Protocol, TypeVar
+
+import msgspec
 
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.source_state import (
@@ -64,16 +65,15 @@ class StoreObserver(Protocol[ValueT_contra]):
         ...
 
 
-@dataclass(slots=True)
-class _Record(Generic[ValueT]):
+class _Record(msgspec.Struct, Generic[ValueT]):
     """One source.
 
     `unseen` are the objects that the arriving list has not shown yet, None between lists. What the arriving
     list has shown so far counts only once it is complete.
     """
 
-    values: dict[ObjectKey, ValueT] = field(default_factory=dict)
-    state: SourceState = field(default_factory=Listing)
+    values: dict[ObjectKey, ValueT] = msgspec.field(default_factory=dict)
+    state: SourceState = msgspec.field(default_factory=Listing)
     listed_at: float | None = None
     list_began_at: float | None = None
     objects: int = 0

@@ -3,7 +3,6 @@
 A watch answers with one JSON object a line (Kubernetes API concepts, "Efficient detection of changes").
 """
 
-from dataclasses import dataclass
 from typing import Annotated, TypeAlias
 
 import msgspec
@@ -37,15 +36,13 @@ class Deleted(msgspec.Struct, frozen=True, gc=False):
     version: str
 
 
-@dataclass(frozen=True, slots=True)
-class Bookmark:
+class Bookmark(msgspec.Struct, frozen=True):
     """Nothing else changed up to `version`."""
 
     version: str
 
 
-@dataclass(frozen=True, slots=True)
-class Broken:
+class Broken(msgspec.Struct, frozen=True):
     """The watch cannot go on, for the reason `error`; it is the last event of its stream."""
 
     error: ClusterError

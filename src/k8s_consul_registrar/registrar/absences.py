@@ -3,8 +3,9 @@
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import msgspec
 
 from k8s_consul_registrar.errors import ClusterError
 from k8s_consul_registrar.kube.source_state import Failed
@@ -35,12 +36,11 @@ class Candidate(NamedTuple):
     node: str
 
 
-@dataclass(slots=True)
-class Findings:
+class Findings(msgspec.Struct):
     """The absences of one resync: candidates, and how many services of each source there are."""
 
-    candidates: list[Candidate] = field(default_factory=list)
-    held: defaultdict[Source, int] = field(default_factory=lambda: defaultdict(int))
+    candidates: list[Candidate] = msgspec.field(default_factory=list)
+    held: defaultdict[Source, int] = msgspec.field(default_factory=lambda: defaultdict(int))
 
     def add(self, service_id: str, source: Source, record: AsDesired | Other) -> None:
         """Note a service whose object is absent from its source."""

@@ -6,13 +6,13 @@ A wrong kubeconfig, a broken selector or a half-restored cluster look like many 
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+
+import msgspec
 
 from k8s_consul_registrar.model import Kind, Source
 
 
-@dataclass(frozen=True, slots=True)
-class BrakeRules:
+class BrakeRules(msgspec.Struct, frozen=True):
     """Definition of a mass removal, and how long reads must agree on one, in seconds.
 
     A removal is a mass removal if at least `least` services and more than `share` of what is held would go,
@@ -28,8 +28,7 @@ class BrakeRules:
     allow_mass: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Absence:
+class Absence(msgspec.Struct, frozen=True):
     """A service whose object is confirmed absent.
 
     `confirmed_at` is when the read that confirmed it began. `is_proven_at_start` is True if the short wait
@@ -42,8 +41,7 @@ class Absence:
     is_unselected: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class SourceAbsences:
+class SourceAbsences(msgspec.Struct, frozen=True):
     """The confirmed absences of one source that proves absence.
 
     `held` is how many services of this registrar's belong to the source, the absent ones included;
@@ -57,8 +55,7 @@ class SourceAbsences:
     unconfirmed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(msgspec.Struct, frozen=True):
     """Removals that the brake holds: of which source, since when, and until when reads must agree."""
 
     source: Source
@@ -67,29 +64,26 @@ class Held:
     due: float
 
 
-@dataclass(frozen=True, slots=True)
-class SourceMemory:
+class SourceMemory(msgspec.Struct, frozen=True):
     """Since when each service of a source is confirmed absent, and how long each waits in all, in seconds."""
 
-    since: Mapping[str, float] = field(default_factory=dict)
-    waits: Mapping[str, float] = field(default_factory=dict)
+    since: Mapping[str, float] = msgspec.field(default_factory=dict)
+    waits: Mapping[str, float] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
+class Memory(msgspec.Struct, frozen=True):
     """The brake's memory, to be passed back at its next judgement.
 
     `removals` are the inferred removals it released: when, of which source, and how many. `judged` are the
     sources that were judged at least once.
     """
 
-    sources: Mapping[Source, SourceMemory] = field(default_factory=dict)
+    sources: Mapping[Source, SourceMemory] = msgspec.field(default_factory=dict)
     judged: frozenset[Source] = frozenset()
     removals: tuple[tuple[float, Source, int], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Judgement:
+class Judgement(msgspec.Struct, frozen=True):
     """The services that may go now, the removals that are held, and the memory for the next time."""
 
     released: frozenset[str]
@@ -97,8 +91,7 @@ class Judgement:
     memory: Memory
 
 
-@dataclass(frozen=True, slots=True)
-class _Extent:
+class _Extent(msgspec.Struct, frozen=True):
     """The absences of a source as part of something larger, and whether they are its first ones."""
 
     is_mass: bool

@@ -4,8 +4,10 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
 from enum import Enum
+from typing import TypeVar
+
+import msgspec
 
 from k8s_consul_registrar.asyncio_tools import end_tasks, wait_until_set
 from k8s_consul_registrar.backoff import Timing
@@ -20,15 +22,17 @@ from k8s_consul_registrar.registrar.observed import ObservedState
 from k8s_consul_registrar.registrar.queue import Batch, Priority, WorkQueue
 from k8s_consul_registrar.registrar.reconciler import Reconciler
 from k8s_consul_registrar.registrar.reporter import Reporter
-from k8s_consul_registrar.registrar.resync import Comparison, Resync
+from k8s_consul_registrar.registrar.resync import Resync
 from k8s_consul_registrar.registrar.schedule import Need, Schedule, ScheduleRules, Step, StepKind
-from k8s_consul_registrar.registrar.status import Counts, RegistrarStatus
+from k8s_consul_registrar.registrar.status import RegistrarStatus
 from k8s_consul_registrar.telemetry import get_logger
 
 # A turn that comes this many seconds late means that the process, or its machine, was suspended.
 SUSPENDED_AFTER = 15.0
 # Bulk batches leave this share of the slots to changes.
 SLOTS_FOR_CHANGES = 4
+
+ResultT = TypeVar("ResultT")
 
 log = get_logger("registrar")
 
@@ -41,8 +45,7 @@ class Role(Enum):
     STANDBY = "standby"
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
+class Parts(msgspec.Struct, frozen=True):
     """The parts that the controller drives."""
 
     desired: DesiredState
@@ -234,10 +237,9 @@ class Controller:
         return self._parts.health.concurrency(self._parts.registry.concurrency)
 
     def _has_bulk_slot(self) -> bool:
-        """True if a batch of bulk work may start: slots are left to changes, and only one batch is partial."""
+        """Return True if a bulk batch may start: slots are left to changes, and only one batch is partial."""
         slots = self._slots()
-        parts = self._parts
-        is_partial = parts.queue.bulk_waiting < parts.registry.batch_size
+        is_partial = self._parts.queue.bulk_waiting < self._parts.registry.batch_size
         return self._bulk_in_flight < (1 if is_partial else max(1, slots - slots // SLOTS_FOR_CHANGES))
 
     def _dispatch(self, now: float) -> None:
@@ -271,17 +273,13 @@ class Controller:
     async def _reconcile_one(self, batch: Batch) -> int:
         """Reconcile one batch that was taken; return how many services were written."""
         try:
-            counts: list[Counts] = []
-
-            async def run() -> None:
-                counts.append(await self._parts.reconciler.reconcile(batch))
-
-            if not await self._attempt("batch", run()):
+            counts = await self._attempt("batch", self._parts.reconciler.reconcile(batch))
+            if (
+                counts is None or not counts.writes
+            ):  # a batch that needed no request says nothing about Consul
                 return 0
-            writes = counts[0].writes
-            if writes:  # a batch that needed no request says nothing about Consul
-                self._gate.open("batch", is_drained=self._parts.queue.is_drained)
-            return writes
+            self._gate.open("batch", is_drained=self._parts.queue.is_drained)
+            return counts.writes
         finally:
             self._in_flight -= 1
             self._bulk_in_flight -= batch.priority is Priority.BULK
@@ -303,7 +301,8 @@ class Controller:
             if self._standby_read_due <= now:
                 work = self._read_as_standby()
         elif self._collects_orphans and self._parts.queue.is_drained:
-            work = self._collect_orphans()
+            self._collects_orphans = False
+            work = self._handle_orphans(collects=True)
         else:
             match kind := self._next_step(now).kind:
                 case StepKind.RESYNC | StepKind.JUDGE:
@@ -312,7 +311,7 @@ class Controller:
                 case StepKind.PROBE:
                     work = self._probe()
                 case StepKind.ORPHANS:
-                    work = self._look_for_orphans()
+                    work = self._handle_orphans(collects=False)
         if work is not None:
             self._step = asyncio.create_task(self._run_step(work))
 
@@ -325,15 +324,10 @@ class Controller:
             self._wake.set()
 
     async def _resync(self, *, reads: bool) -> None:
-        results: list[Comparison] = []
-
-        async def run() -> None:
-            results.append(await self._parts.resync.run(reads=reads))
-
-        if not await self._attempt("resync", run()):
+        found = await self._attempt("resync", self._parts.resync.run(reads=reads))
+        if found is None:
             self._want(Need.URGENT)
             return
-        (found,) = results
         if found.read_seconds is not None:
             self._gate.open("resync", is_drained=self._parts.queue.is_drained)
             self._schedule = self._schedule.resynced(self._clock(), found.read_seconds)
@@ -344,40 +338,30 @@ class Controller:
 
     async def _probe(self) -> None:
         """Ask whether something else wrote to Consul."""
-        parts = self._parts
-
-        async def ask() -> None:
-            if self._probe_consul is not None and not parts.health.is_up:
-                await self._probe_consul(parts.queue.is_drained)
-            match await parts.registry.drift():
-                case Drift.CHANGED:
-                    self._want(Need.DRIFT)
-                case Drift.EMPTIED:
-                    self._want(Need.URGENT)
-
-        if parts.observed.is_complete and await self._attempt("probe", ask()):
-            self._gate.open("probe", is_drained=self._parts.queue.is_drained)
+        if self._parts.observed.is_complete:
+            drift = await self._attempt("probe", self._ask_for_drift())
+            if drift is not None:
+                self._gate.open("probe", is_drained=self._parts.queue.is_drained)
+                self._want({Drift.CHANGED: Need.DRIFT, Drift.EMPTIED: Need.URGENT}.get(drift, Need.NONE))
         self._schedule = self._schedule.probed(self._clock())
 
-    async def _look_for_orphans(self) -> None:
-        assert self._orphans is not None
-        if await self._orphans.look():
-            self._want(Need.DRIFT)
-        self._parts.status.lost_agents = self._orphans.lost
+    async def _ask_for_drift(self) -> Drift:
+        if self._probe_consul is not None and not self._parts.health.is_up:
+            await self._probe_consul(self._parts.queue.is_drained)
+        return await self._parts.registry.drift()
 
-    async def _collect_orphans(self) -> None:
+    async def _handle_orphans(self, *, collects: bool) -> None:
+        """Look for lost agents, or remove what may go from their nodes."""
         assert self._orphans is not None
-        self._collects_orphans = False
-        await self._orphans.collect()
+        if collects:
+            await self._orphans.collect()
+        elif await self._orphans.look():
+            self._want(Need.DRIFT)
         self._parts.status.lost_agents = self._orphans.lost
 
     async def _read_as_standby(self) -> None:
         """Read what the leader wrote: what a standby serves has the leader's shards."""
-
-        async def read() -> None:
-            await self._parts.resync.read()
-
-        if await self._attempt("resync", read()):
+        if await self._attempt("resync", self._parts.resync.read()) is not None:
             self._gate.open("resync", is_drained=self._parts.queue.is_drained)
             self._standby_read_due = self._clock() + self._timing.standby_look
             # What differs is the leader's to write.
@@ -385,23 +369,20 @@ class Controller:
 
     # Failures
 
-    async def _attempt(self, what: str, work: Coroutine[None, None, object]) -> bool:
-        """Do something with Consul; a failure closes the gate for a while. Return whether it was done."""
+    async def _attempt(self, what: str, work: Coroutine[None, None, ResultT]) -> ResultT | None:
+        """Return what came of work with Consul; None after a failure, which closes the gate for a while."""
         try:
-            await work
+            return await work
         except ConsulFenced:
             # The role changes with the next turn; until then nothing is written.
             self._gate.wait_a_moment()
-            return False
         except ConsulError as error:
             self._parts.reporter.failed()
             self._gate.close(what, str(error))
-            return False
         except Exception as error:  # noqa: BLE001 - counted and logged; nothing ends the daemon
             self._parts.reporter.internal_error(what, error)
             self._gate.close(what, f"internal error: {type(error).__name__}")
-            return False
-        return True
+        return None
 
     def _want(self, need: Need) -> None:
         self._schedule = self._schedule.want(need)

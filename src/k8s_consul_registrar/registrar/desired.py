@@ -195,8 +195,7 @@ class DesiredState:
             self._zones.moved(key, before or (), after or ())
         self._replace(key, before, after)
         self._share_endpoints(before, after, heard_at)
-        # An ID that gave way to another Pod's is not asked for now.
-        asked = tuple(one for one in _ids(after) if not self._endpoints.has_yielded(one, key))
+        asked = self._endpoints.without_yielded(key, _ids(after))
         if evidence is Evidence.ABSENT:
             # Only a resync judges what a list does not show; an ID with another claim changes hands.
             self.has_absences = True
@@ -209,10 +208,11 @@ class DesiredState:
                 self._departures.end(service_id, key)
             self._changed(Change((*_ids(before), *asked), (), heard_at, after))
             return
-        for service_id in asked:
-            self._departures.end(service_id, key)
-        dropped = {*_ids(before), *self._ids_left(key)}.difference(asked)
-        self._depart(key, dropped, heard_at, asked)
+        if self._departures:
+            for service_id in asked:
+                self._departures.end(service_id, key)
+        earlier = (*_ids(before), *self._ids_left(key))
+        self._depart(key, set(earlier).difference(asked) if earlier else (), heard_at, asked)
 
     def on_source(self, source: Source, status: SourceStatus) -> None:
         """Tell that a source was listed, was lost or is synced again."""
@@ -315,6 +315,8 @@ class DesiredState:
         self, before: Resolved | None, after: Resolved | None, heard_at: float | None
     ) -> None:
         """Let targets of Pods that are being deleted give way to others at their endpoint, or come back."""
+        if self._endpoints.is_settled:
+            return
         given_way, back = self._endpoints.settle(
             target for resolved in (before, after) if isinstance(resolved, tuple) for target in resolved
         )

@@ -8,8 +8,11 @@ an answer that we read late must not prolong what others measure from the write.
 A Lease is no fence: a leader stopped between its last look at the clock and its write wakes up and writes.
 """
 
-from dataclasses import dataclass, replace
+import dataclasses
 from datetime import datetime, timedelta
+
+import msgspec
+from msgspec.structs import replace
 
 from k8s_consul_registrar.model import Lease
 
@@ -18,8 +21,7 @@ RELEASED_DURATION = 1
 _MICROTIME = "%Y-%m-%dT%H:%M:%S.%fZ"
 
 
-@dataclass(frozen=True, slots=True)
-class ElectionTiming:
+class ElectionTiming(msgspec.Struct, frozen=True):
     """Times of a lease, in seconds: how long it lasts, when its holder stops writing, how often it is tried for.
 
     Between `renew_deadline` and `lease_duration` the last writes come to an end. Who waits for the lease
@@ -52,42 +54,36 @@ class ElectionTiming:
         return self.retry_period * (1 + (self.jitter - 1) * spread)
 
 
-@dataclass(frozen=True, slots=True)
-class Wait:
+class Wait(msgspec.Struct, frozen=True):
     """Do nothing until a moment of the clock."""
 
     until: float
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(msgspec.Struct, frozen=True):
     """Read the record."""
 
 
-@dataclass(frozen=True, slots=True)
-class Create:
+class Create(msgspec.Struct, frozen=True):
     """Write the first record; it must not be there yet."""
 
     lease: Lease
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
+class Update(msgspec.Struct, frozen=True):
     """Replace the version of the record that the lease names."""
 
     lease: Lease
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
+class Done(msgspec.Struct, frozen=True):
     """Nothing is left to do: the lease is released, or was never ours."""
 
 
 Action = Wait | Read | Create | Update | Done
 
 
-@dataclass(frozen=True, slots=True)
-class Election:
+class Election(msgspec.Struct, frozen=True):
     """Where one contender stands; times are of its own clock, in seconds.
 
     `seen` is the record as last read or written, None where there is none, and `seen_at` when it was first
@@ -229,7 +225,7 @@ def _next_of_release(election: Election, wall: datetime) -> Action:
 
 def _taken(election: Election, seen: Lease, wall: datetime) -> Lease:
     stamp = micro_time(wall)
-    return replace(
+    return dataclasses.replace(
         seen,
         holder=election.identity,
         duration=election.timing.lease_duration,
@@ -241,7 +237,7 @@ def _taken(election: Election, seen: Lease, wall: datetime) -> Lease:
 
 def _renewed(election: Election, wall: datetime) -> Lease:
     assert election.seen is not None
-    return replace(
+    return dataclasses.replace(
         election.seen,
         duration=election.timing.lease_duration,
         renewed=_later(wall, election.seen.renewed),
@@ -251,7 +247,9 @@ def _renewed(election: Election, wall: datetime) -> Lease:
 def _released(election: Election, wall: datetime) -> Lease:
     assert election.seen is not None
     stamp = micro_time(wall)
-    return replace(election.seen, holder="", duration=RELEASED_DURATION, acquired=stamp, renewed=stamp)
+    return dataclasses.replace(
+        election.seen, holder="", duration=RELEASED_DURATION, acquired=stamp, renewed=stamp
+    )
 
 
 def _later(wall: datetime, before: str) -> str:

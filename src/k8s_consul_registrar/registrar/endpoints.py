@@ -64,8 +64,6 @@ class Endpoints:
         """Return the targets that give way now, and those that come back, at the endpoints of some targets."""
         given_way: list[Target] = []
         back: list[Target] = []
-        if not (self.terminating or self._yielded):
-            return given_way, back
         for target in {(one.address, one.port): one for one in changed if one.has_own_address}.values():
             alone = self._alone.get(_key(target))
             members = self.at(target) or (() if alone is None else (alone,))
@@ -79,9 +77,14 @@ class Endpoints:
                     back.append(self._yielded.pop(place))
         return given_way, back
 
-    def has_yielded(self, service_id: str, key: ObjectKey) -> bool:
-        """Return whether an object's target for an ID has given way."""
-        return (service_id, key) in self._yielded
+    @property
+    def is_settled(self) -> bool:
+        """True if no target gives way or could: no Pod is being deleted."""
+        return not (self.terminating or self._yielded)
+
+    def without_yielded(self, key: ObjectKey, ids: tuple[str, ...]) -> tuple[str, ...]:
+        """Return those of an object's IDs whose targets have not given way: the others are not asked for now."""
+        return tuple(one for one in ids if (one, key) not in self._yielded) if self._yielded else ids
 
     def at(self, target: Target) -> tuple[Target, ...]:
         """Return the targets at the endpoint of a target, if there are several and no more than usual."""

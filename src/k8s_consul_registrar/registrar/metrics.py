@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -129,19 +129,18 @@ class RegistrarMetrics:
             self.orphans.labels(stays.value)
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
+class Figures(msgspec.Struct, frozen=True):
     """The counts of one moment, each with every value its labels can have.
 
     `targets` are by kind and state, `rejections` by reason, `restarts` by kind and cause, `lists` by kind;
     `heard_at` is in seconds of the epoch by kind, 0 before anything was heard.
     """
 
-    targets: Mapping[tuple[str, str], int] = field(default_factory=dict)
-    rejections: Mapping[str, int] = field(default_factory=dict)
-    restarts: Mapping[tuple[str, str], int] = field(default_factory=dict)
-    lists: Mapping[str, int] = field(default_factory=dict)
-    heard_at: Mapping[str, float] = field(default_factory=dict)
+    targets: Mapping[tuple[str, str], int] = msgspec.field(default_factory=dict)
+    rejections: Mapping[str, int] = msgspec.field(default_factory=dict)
+    restarts: Mapping[tuple[str, str], int] = msgspec.field(default_factory=dict)
+    lists: Mapping[str, int] = msgspec.field(default_factory=dict)
+    heard_at: Mapping[str, float] = msgspec.field(default_factory=dict)
 
 
 class RegistrarCollector(Collector):

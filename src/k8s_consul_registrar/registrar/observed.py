@@ -1,7 +1,6 @@
 """Observed state: what Consul is known to hold under each service ID, and who else changes it. Pure."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import msgspec
@@ -292,8 +291,7 @@ class ObservedState:
         self.generation += 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Contest:
+class _Contest(msgspec.Struct, frozen=True):
     changes: int
     latest: float
 

@@ -3,8 +3,9 @@
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from k8s_consul_registrar.errors import (
     ConsulBusy,
@@ -68,8 +69,7 @@ class Agents(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class OrphanRules:
+class OrphanRules(msgspec.Struct, frozen=True):
     """An agent counts as lost for good after `after` seconds; a look is due every `look` seconds."""
 
     after: float

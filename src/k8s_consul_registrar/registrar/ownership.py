@@ -1,8 +1,9 @@
 """Ownership: which of Consul's services belong to this registrar, and which of those it may remove. Pure."""
 
-from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+
+import msgspec
 
 from k8s_consul_registrar.model import MANAGED_BY, Kind, ObjectKey, Service, Target
 from k8s_consul_registrar.targets.service_names import kind_of_id, pod_of_id, sharded_name, sharded_tags
@@ -16,8 +17,7 @@ class Claim(Enum):
     FOREIGN = "foreign"
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(msgspec.Struct, frozen=True):
     """The registrar's own names, by which it knows its services.
 
     `covers_cluster` is True if no instance name, selector or namespace narrows what is watched, so that what

@@ -9,9 +9,10 @@ import math
 import random
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
+
+import msgspec
 
 # Bulk work, removals and retries each get one batch in this many, however many changes wait.
 BULK_SHARE = 4
@@ -38,8 +39,7 @@ class Batch(NamedTuple):
     priority: Priority = Priority.CHANGE
 
 
-@dataclass(slots=True)
-class _Item:
+class _Item(msgspec.Struct):
     """One ID that waits or is in flight.
 
     `failures` counts refusals in a row; `heard_at` is when an event first told of the change.
@@ -58,8 +58,7 @@ class _Item:
         return self.failures > 0
 
 
-@dataclass(slots=True)
-class _Group:
+class _Group(msgspec.Struct):
     """IDs that become due once every ID of `awaited` was tried."""
 
     awaited: set[str]

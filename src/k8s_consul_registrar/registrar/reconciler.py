@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import TypeAlias
+
+import msgspec
 
 from k8s_consul_registrar.errors import ConsulError, ConsulFiltered
 from k8s_consul_registrar.model import Rejection, Service, WriteFailure, Written
@@ -41,8 +42,7 @@ HIDDEN = "a service that the token may not see"
 _Writing: TypeAlias = Register | Update
 
 
-@dataclass(slots=True)
-class _Work:
+class _Work(msgspec.Struct):
     """One batch under way: which IDs have no result yet, and what was done so far."""
 
     left: dict[str, None]
@@ -52,7 +52,7 @@ class _Work:
     deregistered: int = 0
     refused: int = 0
     unchanged: int = 0
-    in_flight: set[str] = field(default_factory=set)
+    in_flight: set[str] = msgspec.field(default_factory=set)
 
 
 class Reconciler:

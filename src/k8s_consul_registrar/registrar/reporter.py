@@ -4,8 +4,10 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, replace
 from typing import TypeVar
+
+import msgspec
+from msgspec.structs import replace
 
 from k8s_consul_registrar.kube.source_state import SourceStatus
 from k8s_consul_registrar.model import Kind, Rejection, Source, Target, Written
@@ -329,8 +331,7 @@ def _log(write: Callable[..., object], event: str, counts: Counts, **more: int) 
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(msgspec.Struct, frozen=True):
     """A first sync at one moment.
 
     `listed` objects were read of the API server; `is_listed` says that those were all. `targets` came of them,

@@ -5,9 +5,11 @@ requests for a resync coalesce under a budget.
 """
 
 import math
-from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
 from typing import NamedTuple
+
+import msgspec
+from msgspec.structs import replace
 
 # Seconds between reads of everything, beyond the first few.
 FULL_READ_GAP = 30.0
@@ -41,8 +43,7 @@ class Step(NamedTuple):
     until: float = math.inf
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduleRules:
+class ScheduleRules(msgspec.Struct, frozen=True):
     """Intervals and the read budget; all times in seconds.
 
     `burst` reads of everything are free in a row, then one in `gap`, and at most `share` of the time. An
@@ -59,8 +60,7 @@ class ScheduleRules:
     urgent_share: float = 0.2
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
+class Schedule(msgspec.Struct, frozen=True):
     """When each step is due, in seconds of one monotonic clock; a value that outcomes replace."""
 
     rules: ScheduleRules

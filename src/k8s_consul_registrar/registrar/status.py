@@ -2,8 +2,10 @@
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from typing import NamedTuple
+
+import msgspec
+from msgspec.structs import astuple
 
 from k8s_consul_registrar.model import Rejection
 from k8s_consul_registrar.registrar.brake import Held
@@ -13,8 +15,7 @@ from k8s_consul_registrar.registrar.decide import Conflict
 RECENT = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
+class Counts(msgspec.Struct, frozen=True):
     """Results of a resync or of some batches; `refused` counts writes that Consul refused or that came too late.
 
     `held` and `kept` are services that stay though nothing asks for them: by the brake, and for other reasons.
@@ -32,7 +33,7 @@ class Counts:
     seconds: float = 0.0
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+        return Counts(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def outcome(self) -> str:
@@ -66,18 +67,17 @@ class LostAgent(NamedTuple):
     stays: Mapping[str, int]
 
 
-@dataclass(slots=True)
-class RegistrarStatus:
+class RegistrarStatus(msgspec.Struct):
     """The registrar at this moment.
 
     `ticked_at` is when its loop last turned, in monotonic seconds. `refused` says of service IDs why Consul
     refuses them, `conflicts` which IDs belong to something else, `lost` which service IDs objects did not get.
     """
 
-    recent: deque[Activity] = field(default_factory=lambda: deque(maxlen=RECENT))
-    refused: dict[str, str] = field(default_factory=dict)
-    conflicts: dict[str, Conflict] = field(default_factory=dict)
-    lost: dict[str, tuple[Rejection, ...]] = field(default_factory=dict)
+    recent: deque[Activity] = msgspec.field(default_factory=lambda: deque(maxlen=RECENT))
+    refused: dict[str, str] = msgspec.field(default_factory=dict)
+    conflicts: dict[str, Conflict] = msgspec.field(default_factory=dict)
+    lost: dict[str, tuple[Rejection, ...]] = msgspec.field(default_factory=dict)
     held: tuple[Held, ...] = ()
     lost_agents: tuple[LostAgent, ...] = ()
     is_standby: bool = False
@@ -85,7 +85,7 @@ class RegistrarStatus:
     is_draining: bool = False
     ticked_at: float = 0.0
     consul_problem: str = ""
-    source_problems: dict[str, str] = field(default_factory=dict)
+    source_problems: dict[str, str] = msgspec.field(default_factory=dict)
 
     def readiness(self) -> str:
         """Return why the registrar is not ready, empty when it is.

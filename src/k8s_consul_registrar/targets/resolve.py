@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -128,8 +127,7 @@ def shared_pair(pair: tuple[str, str]) -> tuple[str, str]:
 Resolved = tuple[Target, ...] | Rejection
 
 
-@dataclass(frozen=True, slots=True)
-class TargetRules:
+class TargetRules(msgspec.Struct, frozen=True):
     """The operator's settings for targets.
 
     `cluster` fills the field of that name in names and tags. `node_address_types` are the types of address

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple, Protocol
 
@@ -76,8 +75,7 @@ class EmptyField(Exception):
         super().__init__(f"{place} is empty")
 
 
-@dataclass(frozen=True, slots=True)
-class Template:
+class Template(msgspec.Struct, frozen=True):
     """A parsed template: literal texts and fields, in order."""
 
     parts: tuple[str | Field, ...]
@@ -272,8 +270,7 @@ class Shards(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class RandomShards:
+class RandomShards(msgspec.Struct, frozen=True):
     """Spreads new services evenly and lets each keep its shard as long as that path is configured.
 
     The choice depends on the ID alone, not on chance: when a Consul agent restarts without its data, its
@@ -287,8 +284,7 @@ class RandomShards:
         return current if current in self.paths else HashShards(self.paths).choose(service_id, current)
 
 
-@dataclass(frozen=True, slots=True)
-class HashShards:
+class HashShards(msgspec.Struct, frozen=True):
     """Gives each service the shard that its ID determines, independent of the order of the paths.
 
     This is rendezvous hashing (Thaler and Ravishankar, 1998): every shard bids for the ID and the highest bid
