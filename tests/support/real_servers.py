@@ -109,6 +109,14 @@ def prometheus_tools(mechanism: Mechanism) -> PrometheusTools:
     unavailable(f"no prometheus with {mechanism} on PATH or in .cache/real (scripts/fetch-real-servers)")
 
 
+def fetched_prometheus(version: str) -> PrometheusTools:
+    """Return the Prometheus of this version that was fetched; skip or fail without it."""
+    folder = CACHE / f"prometheus-{version}" / "usr/bin"
+    if not (folder / "prometheus").is_file():
+        unavailable(f"no prometheus-{version} in .cache/real (scripts/fetch-real-servers)")
+    return PrometheusTools(folder / "prometheus", folder / "promtool")
+
+
 async def _answer(method: str, url: str, *, token: str = "", body: Any = None) -> tuple[int, Any]:
     """Return the status and the JSON (or text) of one request; status 0 when there was no answer."""
     headers = {"X-Consul-Token": token} if token else {}
@@ -246,8 +254,11 @@ def shared_consul(*flags: str) -> Iterator[RealConsul]:
 class RealPrometheus:
     """One Prometheus server on loopback; `url` is its base address."""
 
-    def __init__(self, tools: PrometheusTools, folder: Path, config: str, flags: Sequence[str]) -> None:
-        self.address = f"{LOOPBACK}:{reserve_ports(1)[0]}"
+    def __init__(
+        self, tools: PrometheusTools, folder: Path, config: str, flags: Sequence[str], host: str
+    ) -> None:
+        self.port = reserve_ports(1)[0]
+        self.address = f"{host}:{self.port}"
         self.url = f"http://{self.address}"
         self.config = folder / "prometheus.yml"
         self.config.write_text(config)
@@ -299,12 +310,16 @@ class RealPrometheus:
 
 @contextlib.asynccontextmanager
 async def real_prometheus(
-    config: str, *flags: str, mechanism: Mechanism = "consul_sd"
+    config: str,
+    *flags: str,
+    mechanism: Mechanism = "consul_sd",
+    tools: PrometheusTools | None = None,
+    host: str = LOOPBACK,
 ) -> AsyncIterator[RealPrometheus]:
-    """Run one Prometheus with this configuration text and wait until it is ready."""
-    tools = prometheus_tools(mechanism)
+    """Run one Prometheus, the first that has the mechanism unless it is given, and wait until it is ready."""
+    tools = tools or prometheus_tools(mechanism)
     with tempfile.TemporaryDirectory(prefix="prometheus-", ignore_cleanup_errors=True) as folder:
-        prometheus = await _started(lambda: RealPrometheus(tools, Path(folder), config, flags))
+        prometheus = await _started(lambda: RealPrometheus(tools, Path(folder), config, flags, host))
         try:
             yield prometheus
         finally:
@@ -312,7 +327,7 @@ async def real_prometheus(
 
 
 NAMES = ("victoria-metrics", "victoria-metrics-prod")
-CACHED = CACHE / "victoria-metrics-1.79/usr/bin/victoria-metrics"
+OLDER, NEWER = "1.79", "1.145"
 
 
 def victoria_binary() -> Path:
@@ -320,9 +335,15 @@ def victoria_binary() -> Path:
     for name in NAMES:
         if found := shutil.which(name):
             return Path(found)
-    if not CACHED.is_file():
-        unavailable("no victoria-metrics on PATH, and none in .cache/real (scripts/fetch-real-servers)")
-    return CACHED
+    return fetched_victoria(OLDER)
+
+
+def fetched_victoria(version: str) -> Path:
+    """Return the VictoriaMetrics of this version that was fetched; skip or fail without it."""
+    binary = CACHE / f"victoria-metrics-{version}" / "usr/bin/victoria-metrics"
+    if not binary.is_file():
+        unavailable(f"no victoria-metrics-{version} in .cache/real (scripts/fetch-real-servers)")
+    return binary
 
 
 class RealVictoria:
@@ -358,11 +379,18 @@ class RealVictoria:
         found: list[dict[str, Any]] = answer["data"]["activeTargets"] if status == 200 else []
         return found
 
+    async def query(self, expression: str) -> list[dict[str, Any]]:
+        """Return the samples of an instant query (`metric`, `value`), the latest included."""
+        asked = urlencode({"query": expression, "latency_offset": "1ms", "nocache": 1})
+        _, answer = await _answer("GET", f"{self.url}/api/v1/query?{asked}")
+        found: list[dict[str, Any]] = answer["data"]["result"] if answer else []
+        return found
+
 
 @contextlib.asynccontextmanager
-async def real_victoria(config: str) -> AsyncIterator[RealVictoria]:
-    """Run one VictoriaMetrics with this scrape configuration and wait until it is ready."""
-    binary = victoria_binary()
+async def real_victoria(config: str, *, binary: Path | None = None) -> AsyncIterator[RealVictoria]:
+    """Run one VictoriaMetrics, any unless it is given, with this configuration and wait until it is ready."""
+    binary = binary or victoria_binary()
     with tempfile.TemporaryDirectory(prefix="victoria-", ignore_cleanup_errors=True) as folder:
         victoria = await _started(lambda: RealVictoria(binary, Path(folder), config))
         try:
