@@ -103,7 +103,9 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
     server = _relaying(settings, nodes, identity, pod_side)
     registry = new_registry("proxy")
     async with KubeClient(access, timing) as kube:
-        feeds = _feeds(settings, kube, nodes, server, pod_side=pod_side, timing=timing)
+        feeds = _feeds(
+            settings, kube, nodes, server, pod_side=pod_side, timing=timing, api_server=access.server
+        )
         health = _Health(feeds, server)
         sockets = _listen(settings.port, reuse_port=settings.workers > 1)
         try:
@@ -111,7 +113,7 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
         except BaseException:
             await server.stop()
             raise
-        registry.register(ProxyCollector(server.stats, health.behind))
+        registry.register(ProxyCollector(server.stats, health.behind, lambda: len(nodes.current.contests)))
 
         def failing() -> dict[str, object]:
             return failing_report(server.failures(), _names(nodes, pod_side))
@@ -202,6 +204,7 @@ def _feeds(
     *,
     pod_side: _PodSide | None,
     timing: Timing,
+    api_server: str,
 ) -> tuple[NodeFeed | PodFeed, ...]:
     rules = FeedRules(timing, settings.stale_nodes_max, settings.allow_loopback)
     of_nodes = NodeFeed(
@@ -210,6 +213,7 @@ def _feeds(
         rules,
         changed=server.notice_nodes,
         verify_node_name=settings.kubelets.tls_server_name == "node",
+        api_server=api_server,
     )
     if pod_side is None:
         return (of_nodes,)

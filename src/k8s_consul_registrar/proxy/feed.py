@@ -1,10 +1,13 @@
 """Feeds the proxy: the Nodes and Pods that may be scraped, followed at the API server."""
 
 import asyncio
+import contextlib
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
+from urllib.parse import urlsplit
 
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.kube.client import KubeClient
@@ -13,7 +16,7 @@ from k8s_consul_registrar.kube.reflector import Reflectors
 from k8s_consul_registrar.kube.source_state import Failed, SourceStatus
 from k8s_consul_registrar.kube.store import KEEP, Evidence, Store, Unreadable
 from k8s_consul_registrar.model import Kind, Node, ObjectKey, Pod, Source, Undecodable
-from k8s_consul_registrar.proxy.nodes import Nodes, NodeTable
+from k8s_consul_registrar.proxy.nodes import Contest, Nodes, NodeTable
 from k8s_consul_registrar.proxy.pod_route import Pods, ProxiedPod, proxied_pod
 from k8s_consul_registrar.telemetry import Failures, get_logger
 
@@ -24,6 +27,9 @@ ValueT = TypeVar("ValueT")
 
 # A source that does not catch up after its watch was resumed is listed again at most this often.
 CATCH_UP_PERIOD = 600.0  # seconds
+# The API server's name is looked up this often, for at most this long.
+RESOLVE_PERIOD, RESOLVE_TIMEOUT = 60.0, 5.0  # seconds
+MAX_NAMED = 10  # contested addresses in the log at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +156,8 @@ class Feed(Generic[ValueT]):
 class NodeFeed(Feed[Node]):
     """Keeps the table of kubelets; several changes in a moment make one new table.
 
-    `changed` is called after each new table.
+    `changed` is called after each new table. `api_server` is the URL of the API server: no Node and no Pod is
+    dialled at its address and port.
     """
 
     kind = Kind.NODE
@@ -163,13 +170,24 @@ class NodeFeed(Feed[Node]):
         *,
         changed: Callable[[], None],
         verify_node_name: bool,
+        api_server: str = "",
     ) -> None:
         super().__init__(client, [Source(Kind.NODE)], rules, _node)
+        self._api_url = api_server
+        self._api_server: frozenset[tuple[str, int]] = frozenset()
+        self._contested = Failures()
         self._nodes = nodes
         self._told = changed
         self._verify_node_name = verify_node_name
         self._due: asyncio.TimerHandle | None = None
         self._counted = (-1, -1)
+
+    async def run(self) -> None:
+        """Follow the Nodes, and the addresses of the API server; ends only by cancellation."""
+        await self._resolve_api_server()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(super().run())
+            group.create_task(self._follow_api_server())
 
     @property
     def is_serving(self) -> bool:
@@ -185,6 +203,25 @@ class NodeFeed(Feed[Node]):
         """Make a new table at once, or serve none."""
         self._publish()
 
+    async def _follow_api_server(self) -> None:
+        while True:
+            await asyncio.sleep(RESOLVE_PERIOD)
+            before = self._api_server
+            await self._resolve_api_server()
+            if self._api_server != before:
+                self._publish()
+
+    async def _resolve_api_server(self) -> None:
+        """Look up the addresses of the API server; a failure leaves those that were known."""
+        url = urlsplit(self._api_url)
+        port = url.port or (80 if url.scheme == "http" else 443)
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(RESOLVE_TIMEOUT):
+                found = await asyncio.get_running_loop().getaddrinfo(
+                    url.hostname or "", port, type=socket.SOCK_STREAM
+                )
+                self._api_server = frozenset((str(address[0]), port) for *_, address in found)
+
     def _publish(self) -> None:
         if self._due is not None:
             self._due.cancel()
@@ -198,11 +235,13 @@ class NodeFeed(Feed[Node]):
             self.store.values(),
             allow_loopback=self.rules.allow_loopback,
             verify_node_name=self._verify_node_name,
+            api_server=self._api_server,
         )
         if self._nodes.known and table == self._nodes.current:
             return
         self._nodes.replace(table)
         self._told()
+        self._log_contests(table.contests)
         counted = len(self.store), len(table.by_name)
         if counted != self._counted:
             self._counted = counted
@@ -212,6 +251,12 @@ class NodeFeed(Feed[Node]):
                     "no Node has an address that may be dialled: link-local and the like never are, loopback "
                     "only with PROXY_ALLOW_LOOPBACK=true"
                 )
+
+    def _log_contests(self, contests: Sequence[Contest]) -> None:
+        """Log each address that several Nodes claim once, and again when other Nodes claim it."""
+        texts = {one.address: f"{one.winner} has it, not {', '.join(one.losers)}" for one in contests}
+        for address, text in self._contested.fresh(texts)[:MAX_NAMED]:
+            log.warning("several Nodes claim one address", address=address, problem=text)
 
 
 class PodFeed(Feed[ProxiedPod]):

@@ -15,11 +15,15 @@ class ProxyCollector(Collector):
     """Turns the relay's figures into metrics; no label per node, of which there may be thousands."""
 
     def __init__(
-        self, stats: Callable[[], ProxyStats], blindness: Callable[[], Mapping[str, float]] = dict
+        self,
+        stats: Callable[[], ProxyStats],
+        blindness: Callable[[], Mapping[str, float]] = dict,
+        contested: Callable[[], int] = int,
     ) -> None:
-        """`blindness` says, by kind, for how many seconds the API server has been out of sight."""
+        """Read `blindness`, the seconds for which a kind is not followed, and `contested` addresses of Nodes."""
         self._stats = stats
         self._blindness = blindness
+        self._contested = contested
 
     def describe(self) -> list[Metric]:
         """Return nothing: the figures are collected only once the relay has started."""
@@ -45,6 +49,7 @@ class ProxyCollector(Collector):
             ("callers", "Open connections of callers.", stats.callers),
             ("kept_connections", "Idle connections to kubelets and Pods.", stats.kept),
             ("nodes", "Nodes that can be scraped.", stats.nodes),
+            ("contested_addresses", "Addresses that several Nodes claim.", self._contested()),
             ("nodes_known", "Whether the Nodes are known.", int(stats.nodes_known)),
             ("pods", "Pods that can be scraped.", stats.pods),
             ("pods_known", "Whether the Pods are known.", int(stats.pods_known)),

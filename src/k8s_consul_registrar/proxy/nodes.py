@@ -1,21 +1,50 @@
-"""Which kubelets may be dialled, by the Nodes the API server knows."""
+"""The kubelets that may be dialled, from the Nodes the API server knows, and the addresses that never are."""
 
 import ipaddress
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
 from k8s_consul_registrar.model import Node
-from k8s_consul_registrar.targets.scrape_config import NODE_ADDRESS_TYPES, IPAddress, parse_ip, url_host
+from k8s_consul_registrar.targets.scrape_config import NODE_ADDRESS_TYPES, IPAddress, url_host
 
-# RFC 6052: an IPv4 address carried in the last 32 bits, which a translator would dial.
-NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-# RFC 4291, 2.5.5.1 (deprecated): an IPv4 address written as IPv6.
-V4_COMPATIBLE = ipaddress.IPv6Network("::/96")
-# RFC 1122, 3.2.1.3: "this network"; on Linux 0.0.0.0 is this very host.
-THIS_NETWORK = ipaddress.IPv4Network("0.0.0.0/8")
-BROADCAST = ipaddress.IPv4Address("255.255.255.255")
+# Addresses of a Node that are used: dual stack has two. A Node writes its own status, and may write thousands.
+MAX_ADDRESSES = 16
+
+# Destinations that only a mistake or an attack names, besides loopback, link-local (where most clouds have
+# their metadata service), multicast and unspecified addresses.
+_NEVER: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = (
+    *map(
+        ipaddress.IPv4Network,
+        (
+            "0.0.0.0/8",  # "this network" (RFC 1122, 3.2.1.3); on Linux 0.0.0.0 is this very host
+            "100.100.100.200/32",  # metadata of Alibaba Cloud
+            "168.63.129.16/32",  # the wire server of Azure
+            "192.0.0.192/32",  # metadata of Oracle Cloud, classic
+            "255.255.255.255/32",
+        ),
+    ),
+    *map(
+        ipaddress.IPv6Network,
+        (
+            "::ffff:0:0/96",  # IPv4-mapped: no address on a wire (RFC 4291, 2.5.5.2)
+            "::ffff:0:0:0/96",  # IPv4-translated (RFC 2765): a translator would dial the IPv4 address
+            "64:ff9b:1::/48",  # local NAT64 (RFC 8215), in which the place of the IPv4 address is not known
+            "2001::/32",  # Teredo: a tunnel to an IPv4 address
+            "fd00:ec2::/32",  # metadata, Pod identity and other local services of AWS
+            "fd00:42::42/128",  # metadata of Scaleway
+            "fd00:c1::a9fe:a9fe/128",  # metadata of Oracle Cloud
+            "fd20:ce::254/128",  # metadata of Google Cloud
+        ),
+    ),
+)
+# IPv6 addresses that carry an IPv4 address in their last 32 bits: NAT64 (RFC 6052), which a translator would
+# dial, and the deprecated IPv4-compatible form (RFC 4291, 2.5.5.1).
+_CARRIES_IPV4 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96"))
+# The middle of an interface identifier of ISATAP (RFC 5214, 6.1), with the bit for "universal" left out.
+_ISATAP = 0x00005EFE
 
 
 # What an endpoint is, so that no connection to one kind ever serves another.
@@ -42,65 +71,111 @@ class Endpoint(NamedTuple):
 
 
 def is_dialable(address: IPAddress, *, allow_loopback: bool) -> bool:
-    """Say whether an address a Node claims may ever be dialled; a Node writes its own status.
+    """Return True if an address that a Node claims may ever be dialled; a Node writes its own status.
 
-    Link-local (the clouds' metadata services), multicast, broadcast, unspecified and loopback addresses
-    may not, nor an IPv6 address that carries one of them.
+    An IPv6 address that carries an IPv4 address may not be dialled where that one may not.
     """
     if isinstance(address, ipaddress.IPv6Address) and not address.is_loopback:
-        carried = carried_ipv4(address)
-        if carried is not None:
-            return is_dialable(carried, allow_loopback=False)
+        carried = _carried_ipv4(address)
+        if carried is not None and not is_dialable(carried, allow_loopback=False):
+            return False
     if address.is_loopback:
         return allow_loopback
     if address.is_link_local or address.is_multicast or address.is_unspecified:
         return False
-    return not (
-        isinstance(address, ipaddress.IPv4Address) and (address in THIS_NETWORK or address == BROADCAST)
-    )
+    return not any(address in network for network in _NEVER)
 
 
-def carried_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """Return the IPv4 address an IPv6 address stands for, None where it stands for itself."""
-    if address.ipv4_mapped is not None:
-        return address.ipv4_mapped
+def _carried_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """Return the IPv4 address that an IPv6 address leads to, None where it leads to itself."""
     if address.sixtofour is not None:
         return address.sixtofour
-    if address in NAT64 or address in V4_COMPATIBLE:
+    is_isatap = (int(address) >> 32) & 0xFDFFFFFF == _ISATAP
+    if is_isatap or any(address in network for network in _CARRIES_IPV4):
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return None
 
 
+class Contest(NamedTuple):
+    """An address that several Nodes claim, of which one has it; `winner` and `losers` are names."""
+
+    address: str
+    winner: str
+    losers: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class NodeTable:
-    """The kubelets that may be dialled: `by_ip` in the address's canonical spelling, `by_name` of the Node."""
+    """The kubelets that may be dialled, and the addresses and ports of the API server, which never are.
 
-    by_ip: Mapping[str, Endpoint] = field(default_factory=dict)
+    `by_address` is keyed by the canonical spelling of an address and the kubelet's port, `by_name` by the
+    Node; `addresses` are all that belong to a Node.
+    """
+
+    by_address: Mapping[tuple[str, int], Endpoint] = field(default_factory=dict)
     by_name: Mapping[str, Endpoint] = field(default_factory=dict)
+    addresses: frozenset[str] = frozenset()
     endpoints: frozenset[Endpoint] = frozenset()
+    api_server: frozenset[tuple[str, int]] = frozenset()
+    contests: tuple[Contest, ...] = ()
 
     @classmethod
     def of(
-        cls, nodes: Iterable[Node], *, allow_loopback: bool = False, verify_node_name: bool = False
+        cls,
+        nodes: Iterable[Node],
+        *,
+        allow_loopback: bool = False,
+        verify_node_name: bool = False,
+        api_server: frozenset[tuple[str, int]] = frozenset(),
     ) -> "NodeTable":
-        """Build the table; where two Nodes claim one address the Ready one has it, else the older.
+        """Build the table.
 
-        A Node is reached by any of its InternalIPs (dual stack has two), by ExternalIPs only where it has
-        none. The certificate must name the address dialled, or the Node with `verify_node_name`.
+        A Node is reached by its name, at its first address, whatever other Nodes claim. It is reached by any of
+        its InternalIPs (dual stack has two), by ExternalIPs only where it has none. An address that is the first
+        of some Node is no further address of another. Of two Nodes that claim one address and port in the same
+        way the Ready one has it, else the older; at different ports both are reached. The certificate must name
+        the address dialled, or the Node with `verify_node_name`.
         """
-        by_ip: dict[str, Endpoint] = {}
+        by_address: dict[tuple[str, int], Endpoint] = {}
         by_name: dict[str, Endpoint] = {}
-        for node in sorted(nodes, key=lambda node: (not node.ready, node.created, node.uid)):
-            if not 0 < node.kubelet_port < 65536:
-                continue
-            for address in usable_addresses(node, allow_loopback=allow_loopback):
-                if address in by_ip:
+        owners: dict[str, str] = {}
+        lost: dict[str, list[str]] = defaultdict(list)
+
+        def claim(node: Node, address: str) -> Endpoint:
+            endpoint = Endpoint(
+                address, node.kubelet_port, node.name if verify_node_name else address, node.uid
+            )
+            if by_address.setdefault((address, node.kubelet_port), endpoint) is not endpoint:
+                lost[address].append(node.name)
+            return endpoint
+
+        claims = [
+            (node, usable)
+            for node in sorted(nodes, key=lambda node: (not node.ready, node.created, node.uid))
+            if 0 < node.kubelet_port < 65536
+            and (usable := _claims(node, allow_loopback=allow_loopback, api_server=api_server))
+        ]
+        for node, (first, *_) in claims:
+            by_name[node.name] = claim(node, first)
+            owners.setdefault(first, node.name)
+        firsts = frozenset(owners)
+        for node, (first, *further) in claims:
+            for address in further:
+                if address == first:
                     continue
-                name = node.name if verify_node_name else address
-                endpoint = Endpoint(address, node.kubelet_port, name, node.uid)
-                by_ip[address] = endpoint
-                by_name.setdefault(node.name, endpoint)
-        return cls(by_ip, by_name, frozenset(by_ip.values()))
+                if address in firsts:
+                    lost[address].append(node.name)
+                else:
+                    claim(node, address)
+                    owners.setdefault(address, node.name)
+        contests = tuple(Contest(one, owners[one], tuple(losers)) for one, losers in sorted(lost.items()))
+        endpoints = frozenset((*by_address.values(), *by_name.values()))
+        return cls(by_address, by_name, frozenset(owners), endpoints, api_server, contests)
+
+
+def _claims(node: Node, *, allow_loopback: bool, api_server: frozenset[tuple[str, int]]) -> list[str]:
+    usable = usable_addresses(node, allow_loopback=allow_loopback)
+    return [one for one in usable if (one, node.kubelet_port) not in api_server][:MAX_ADDRESSES]
 
 
 def usable_addresses(node: Node, *, allow_loopback: bool) -> list[str]:
@@ -111,18 +186,24 @@ def usable_addresses(node: Node, *, allow_loopback: bool) -> list[str]:
             for entry in node.addresses
             if entry.type == wanted
         ]
-        usable = [address for address in spelled if address]
+        usable = [address for address in dict.fromkeys(spelled) if address]
         if usable:
             return usable
     return []
 
 
-# The table is built anew at every change of a Node, of which there may be thousands, and their addresses stay.
+# The table is built again at every change of a Node, of which there may be thousands, and their addresses stay.
 @lru_cache(maxsize=16_384)
 def dialable_spelling(text: str, *, allow_loopback: bool) -> str:
-    """Return the canonical spelling of an address that may be dialled, empty where it may not or is none."""
-    address = parse_ip(text)
-    if address is None or not is_dialable(address, allow_loopback=allow_loopback):
+    """Return the canonical spelling of an address that may be dialled, empty for any other text.
+
+    A literal with a zone (`fe80::1%eth0`) has a meaning on one machine only, and is no such address.
+    """
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return ""
+    if "%" in text or not is_dialable(address, allow_loopback=allow_loopback):
         return ""
     return str(address)
 

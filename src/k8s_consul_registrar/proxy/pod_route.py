@@ -143,11 +143,13 @@ def find_pod(target: bytes, pods: Pods, nodes: NodeTable) -> Route | Refusal:
     port = int(match["port"]) if match["port"] else pod.routes[0].endpoint.port
     for route in pod.routes:
         if route.endpoint.port == port:
-            return UNKNOWN_POD if _is_a_nodes_own(route.endpoint, pod, nodes) else route
+            return UNKNOWN_POD if _is_forbidden(route.endpoint, pod, nodes) else route
     return UNKNOWN_POD
 
 
-def _is_a_nodes_own(endpoint: Endpoint, pod: ProxiedPod, nodes: NodeTable) -> bool:
-    """Say whether a Pod claims what is its node's: the address without its network, or the kubelet's port."""
-    node = nodes.by_ip.get(endpoint.address)
-    return node is not None and (not pod.has_host_network or node.port == endpoint.port)
+def _is_forbidden(endpoint: Endpoint, pod: ProxiedPod, nodes: NodeTable) -> bool:
+    """Return True if a Pod claims what is not its own: the API server, a kubelet, or its node without hostNetwork."""
+    where = (endpoint.address, endpoint.port)
+    if where in nodes.api_server or where in nodes.by_address:
+        return True
+    return endpoint.address in nodes.addresses and not pod.has_host_network

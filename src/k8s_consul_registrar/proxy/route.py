@@ -71,8 +71,7 @@ def find_route(
 
 def _by_address(literal: bytes, port: int, table: NodeTable) -> Endpoint | None:
     address = parse_ip(literal.decode())
-    endpoint = table.by_ip.get(str(address)) if address is not None else None
-    return endpoint if endpoint is not None and endpoint.port == port else None
+    return None if address is None else table.by_address.get((str(address), port))
 
 
 def allowed_paths(wanted: tuple[str, ...]) -> frozenset[str]:

@@ -325,9 +325,33 @@ async def test_a_pod_with_its_nodes_network() -> None:
     assert (kubelet.connections, len(pod.requests)) == (0, 1)
 
 
+@pytest.mark.parametrize(("port", "status"), [(6443, 404), (8443, None)])
+def test_a_pod_at_the_api_server_is_reached_at_other_ports_only(port: int, status: int | None) -> None:
+    """Its own address and port are not a Pod's, with the node's network or without."""
+    table = NodeTable(api_server=frozenset({("192.0.2.9", 6443)}))
+    for host_network in (False, True):
+        pod = PodServer(port=port).pod(ip="192.0.2.9", host_network=host_network, ports=declared(port))
+        found = route_of(known(pod), pod_path(pod.name), table)
+        assert (found.status if isinstance(found, Refusal) else None) == status
+
+
 @pytest.mark.parametrize(
     "ip",
-    ["169.254.169.254", "127.0.0.1", "::1", "0.0.0.0", "224.0.0.1", "::ffff:127.0.0.1", "fe80::1", "", "x"],
+    [
+        "100.100.100.200",
+        "168.63.129.16",
+        "192.0.0.192",
+        "fd00:ec2::254",
+        "169.254.169.254",
+        "127.0.0.1",
+        "::1",
+        "0.0.0.0",
+        "224.0.0.1",
+        "::ffff:127.0.0.1",
+        "fe80::1",
+        "",
+        "x",
+    ],
 )
 def test_addresses_never_dialled(ip: str) -> None:
     """A Pod whose status names a special address is as good as none: a kubelet writes it."""

@@ -1,6 +1,7 @@
 """The proxy's feed on a Store: which values it serves, since when it is behind, and what it logs."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 from structlog.testing import capture_logs
@@ -10,7 +11,7 @@ from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.credentials import FixedCredentials, Identity
 from k8s_consul_registrar.kube.objects import Item
-from k8s_consul_registrar.model import Kind, ObjectKey, Source, Undecodable
+from k8s_consul_registrar.model import Kind, Node, NodeAddress, ObjectKey, Source, Undecodable
 from k8s_consul_registrar.proxy.feed import FeedRules, NodeFeed, PodFeed
 from k8s_consul_registrar.proxy.nodes import Nodes
 from k8s_consul_registrar.proxy.pod_route import Pods
@@ -111,3 +112,57 @@ async def test_node_feed_keeps_a_node_that_cannot_be_read(clock: Clock) -> None:
     feed.store.finish_listing(source, 3.0)
     assert set(nodes.current.by_name) == {"node-a"}
     assert told == [1]
+
+
+def listed_nodes(feed: NodeFeed, *nodes: Node) -> None:
+    """Write one complete list of Nodes to the feed's Store."""
+    feed.store.start_listing(Source(Kind.NODE), 0.0)
+    for node in nodes:
+        feed.store.put(Source(Kind.NODE), node)
+    feed.store.finish_listing(Source(Kind.NODE), 1.0)
+
+
+async def test_node_feed_contested_address_is_logged_once_and_again_when_the_nodes_change(
+    clock: Clock,
+) -> None:
+    """A claim on another Node's address is a fault of one of the two, and no line at each new table."""
+    nodes = Nodes()
+    feed = NodeFeed(client(), nodes, rules(clock), changed=lambda: None, verify_node_name=False)
+    victim, evil, worse = (
+        replace(make_node(name), addresses=tuple(NodeAddress("InternalIP", one) for one in addresses))
+        for name, addresses in (
+            ("victim", ["192.0.2.1"]),
+            ("evil", ["192.0.2.2", "192.0.2.1"]),
+            ("worse", ["192.0.2.3", "192.0.2.1"]),
+        )
+    )
+    with capture_logs() as logs:
+        for found in ([victim, evil], [victim, evil, make_node("other")], [victim, evil, worse]):
+            listed_nodes(feed, *found)
+    problems = [one["problem"] for one in logs if one["event"] == "several Nodes claim one address"]
+    assert problems == ["victim has it, not evil", "victim has it, not evil, worse"]
+    assert len(nodes.current.contests) == 1
+
+
+@pytest.mark.parametrize(
+    "url", ["https://localhost:{port}", "https://127.0.0.1:{port}", "http://[::1]:{port}"]
+)
+async def test_node_feed_api_server_is_resolved_and_never_dialled(url: str, clock: Clock) -> None:
+    """Its URL may name it; a kubelet at the same address and another port is reached."""
+    nodes = Nodes()
+    feed = NodeFeed(
+        client(),
+        nodes,
+        replace(rules(clock), allow_loopback=True),
+        changed=lambda: None,
+        verify_node_name=False,
+        api_server=url.format(port=6443),
+    )
+    await feed._resolve_api_server()
+    address = "::1" if "[" in url else "127.0.0.1"
+    at_port = [
+        replace(make_node(f"port-{port}"), addresses=(NodeAddress("InternalIP", address),), kubelet_port=port)
+        for port in (6443, 10250)
+    ]
+    listed_nodes(feed, *at_port)
+    assert set(nodes.current.by_name) == {"port-10250"}
