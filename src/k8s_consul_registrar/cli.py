@@ -6,10 +6,9 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 from k8s_consul_registrar import __version__
-from k8s_consul_registrar.commands import COMMANDS, Command
+from k8s_consul_registrar.commands import COMMANDS, CONFIG, Command
 from k8s_consul_registrar.runner import EXIT_SETTINGS, exit_code
-from k8s_consul_registrar.settings.field import Setting
-from k8s_consul_registrar.settings.reading import MODES, REGISTRAR, SETTINGS, gather, modes_of
+from k8s_consul_registrar.settings.reading import MODES, REGISTRAR, gather
 from k8s_consul_registrar.settings.reference import add_flags, help_on_variables
 
 
@@ -27,7 +26,7 @@ def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] 
         arguments = [mode, *arguments]
     parsed = build_parser().parse_args(arguments)
     command = commands[parsed.command]
-    flags = {one.env: getattr(parsed, one.env, None) for one in _settings_of(command)}
+    flags = {one.env: getattr(parsed, one.env, None) for one in command.settings}
     given = {name: value for name, value in flags.items() if value is not None}
     texts = gather(environment, given, getattr(parsed, "config", None))
     return exit_code(lambda: command.run(parsed, texts), is_mode=command.is_mode)
@@ -47,7 +46,6 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(parser=parser)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command", title="commands")
     for command in COMMANDS:
@@ -61,21 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
         for argument in command.arguments:
             argument.add_to(subparser)
         if command.settings_of:
-            subparser.add_argument(
-                "--config",
-                metavar="…",
-                help="YAML file of settings, named like the variables; variables and flags take precedence",
-            )
-            add_flags(subparser, _settings_of(command))
+            CONFIG.add_to(subparser)
+            add_flags(subparser, command.settings)
     return parser
 
 
-def _settings_of(command: Command) -> Sequence[Setting]:
-    return [one for one in SETTINGS if not command.settings_of.isdisjoint(modes_of(one))]
-
-
 def _secrets_of(command: Command) -> str:
-    secrets = [one for one in _settings_of(command) if one.is_secret]
+    secrets = [one for one in command.settings if one.is_secret]
     return " ".join(f"Variable {one.env}: {one.plain_help}." for one in secrets)
 
 

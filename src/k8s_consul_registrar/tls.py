@@ -1,25 +1,28 @@
-"""Certificates, keys and TLS contexts, made of PEM text whatever stands between its blocks."""
+"""TLS: every context, every key pair, and every explanation of a certificate that cannot be used or verified.
 
-import binascii
-import os
-import re
+Contexts are made of PEM text, whatever stands between its blocks. A context is never changed: a CA can be added
+to one and not removed. Each is made once for its certificates, and shared by all connections until they change.
+"""
+
 import ssl
-import tempfile
-from base64 import b64encode
-from collections.abc import Iterator
+import time
+from _ssl import _test_decode_cert  # type: ignore[attr-defined]  # the only reader of certificates there is
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum, auto
+from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from k8s_consul_registrar.errors import AccessError
-from k8s_consul_registrar.rotating import Rotating, read_file, reason
+from k8s_consul_registrar.pem import certificates, private_file, private_key
+from k8s_consul_registrar.rotating import Derived, Rotating, fixed, read_file, reason
+from k8s_consul_registrar.telemetry import get_logger
 
-# A label, and a body without five dashes; RFC 7468.
-_BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----([^-]*(?:-(?!----)[^-]*)*)-----END \1-----")
-# "X509 CERTIFICATE" is an older name of the same (RFC 7468, 5.2).
-_CERTIFICATE_LABELS = (b"CERTIFICATE", b"X509 CERTIFICATE")
-_BEGIN = b"-----BEGIN "
-_LINE = 64
+log = get_logger("tls")
+
+# Values: what a context is made of. They travel to worker processes, so their fields are plain.
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,228 +34,355 @@ class KeyPair:
     origin: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Trust:
-    """The authorities of an API server's certificate; an empty `ca` stands for the system's own list.
+    """A client's side of TLS: the CAs it trusts (PEM), and the certificate it shows.
 
-    `ca_setting` names where the CA came from, for error texts.
+    An empty `ca` stands for the system's CAs; `ca_setting` says where `ca` came from, for error texts.
     """
 
     ca: str = field(default="", repr=False)
     is_verified: bool = True
     ca_setting: str = ""
+    pair: KeyPair | None = field(default=None, repr=False)
 
-    def ssl_context(self, pair: KeyPair | None = None) -> ssl.SSLContext:
-        """Build a client's context with this trust that shows `pair`.
+    @property
+    def source(self) -> str:
+        """Where the CAs come from, for error texts."""
+        return self.ca_setting if self.ca else "the system's certificates"
 
-        Raises AccessError, naming the setting, if a certificate or key cannot be used.
-        """
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        # Go, for which most clusters' certificates are made, accepts an intermediate as an anchor and CAs
-        # without key identifiers; Python 3.13 turns the strict check on by default elsewhere.
+    @cached_property
+    def context(self) -> ssl.SSLContext:
+        """The context of a client; raises AccessError, naming the setting, if a CA or the pair cannot be used."""
+        context = _context(ssl.PROTOCOL_TLS_CLIENT)
+        # As Go does, for which most clusters' certificates are made: an intermediate is an anchor, too, and a
+        # common name is no identity (RFC 9525, 2).
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        context.hostname_checks_common_name = False
         if not self.is_verified:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
         elif self.ca:
-            believe(context, self.ca, self.ca_setting)
+            _believe(context, self.ca, self.ca_setting)
         else:
             context.load_default_certs()
-        if pair is not None:
-            show(context, pair)
+        if self.pair is not None:
+            _show(context, self.pair)
         return context
 
 
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """A server's certificate (with its chain), its key, and the authority of clients' certificates; all PEM.
+@dataclass(frozen=True)
+class ServerCertificate:
+    """A server's side of TLS: its certificate, and the CAs of its clients (PEM).
 
-    Without `client_ca` no client needs a certificate. `setting` begins the names of the settings they come
-    from, for error texts: `<setting>_CERT_FILE`, `_KEY_FILE`, `_CLIENT_CA_FILE`.
+    With an empty `client_ca` no client needs a certificate; `ca_setting` names it in error texts.
     """
 
-    certificate: Path
-    key: Path
-    client_ca: Path | None = None
-    setting: str = "HTTP_SD_TLS"
+    pair: KeyPair = field(repr=False)
+    client_ca: str = field(default="", repr=False)
+    ca_setting: str = ""
 
-
-@dataclass(frozen=True, slots=True)
-class ServerMaterial:
-    """A server's context, and the PEM it was made of; `trust` is empty if no client needs a certificate."""
-
-    pair: KeyPair
-    trust: bytes = field(repr=False)
-    context: ssl.SSLContext = field(repr=False, compare=False)
-
-
-class ServerTls:
-    """The TLS context of a server, a new one whenever its files change.
-
-    An old context is never changed in place: authorities can be added to one and not taken away. A client
-    that the old `trust` verified may have to be verified again once it changes.
-    """
-
-    def __init__(self, files: TlsFiles) -> None:
-        """Read the files; raises AccessError, naming the setting, if one cannot be used."""
-        paths = [files.certificate, files.key, *([files.client_ca] if files.client_ca else [])]
-        self._material = Rotating(f"{files.setting}_CERT_FILE", paths, lambda: _server_material(files))
-
-    @property
-    def material(self) -> ServerMaterial:
-        """The last that could be used."""
-        return self._material.value
-
-    @property
+    @cached_property
     def context(self) -> ssl.SSLContext:
-        """The context for new connections."""
-        return self._material.value.context
+        """The context of a server; raises AccessError, naming the setting, if a CA or the pair cannot be used."""
+        context = _context(ssl.PROTOCOL_TLS_SERVER)
+        # No resumption: each connection shows its certificate, and no session is kept for clients that never return.
+        context.num_tickets = 0
+        context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
+        _show(context, self.pair)
+        if self.client_ca:
+            _believe(context, self.client_ca, self.ca_setting)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
 
-    @property
-    def trust(self) -> bytes:
-        """The authorities of clients' certificates (PEM)."""
-        return self._material.value.trust
 
-    def refresh(self) -> bool:
-        """Read the files again if one changed, and return whether `context` is a new one."""
-        return self._material.refresh()
+ServerTls = Derived[ServerCertificate]
 
 
-def _server_material(files: TlsFiles) -> ServerMaterial:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+def _context(protocol: int) -> ssl.SSLContext:
+    context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    # No resumption: each connection shows its certificate, and no session is kept for clients that never return.
-    context.num_tickets = 0
-    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
-    pair = read_pair(files.certificate, files.key, f"{files.setting}_CERT_FILE", f"{files.setting}_KEY_FILE")
-    show(context, pair)
-    trust = ""
-    if files.client_ca is not None:
-        setting = f"{files.setting}_CLIENT_CA_FILE"
-        trust = read_certificates(files.client_ca, setting)
-        believe(context, trust, f"{setting} {files.client_ca}")
-        context.verify_mode = ssl.CERT_REQUIRED
-    return ServerMaterial(pair, trust.encode(), context)
+    # The same on every Python: a default of 3.13 refuses CAs without key identifiers, which curl and Go accept,
+    # and kubeadm and older tools make. Chain, name and dates are checked without it.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
 
 
-def certificates(text: bytes, setting: str) -> str:
-    """Return the PEM certificates of a bundle, without the comments between them, in any encoding.
+# Files
 
-    Raises AccessError if there is none, or if one is cut off or damaged: a bundle that is being written
-    must not pass for a shorter one.
+
+def key_pair_files(
+    certificate: str | Path, key: str | Path, certificate_setting: str, key_setting: str
+) -> Rotating[KeyPair]:
+    """Return a certificate and its key; raises AccessError naming the settings and the files."""
+
+    def load() -> KeyPair:
+        origin = f"{certificate_setting} {certificate} with {key_setting} {key}"
+        read = read_file(Path(certificate), certificate_setting), read_file(Path(key), key_setting)
+        return checked(KeyPair(*read, origin))
+
+    return Rotating(certificate_setting, [Path(certificate), Path(key)], load)
+
+
+def client_tls(
+    peer: "Peer", ca: str = "", certificate: str = "", key: str = "", *, is_verified: bool = True
+) -> Derived[Trust]:
+    """Return the TLS of a client, made of the files of a peer's settings; an empty name is no file.
+
+    Raises AccessError naming the setting and the file.
     """
-    found: list[str] = []
-    for label, body in _BLOCK.findall(text):
-        if label in _CERTIFICATE_LABELS:
-            found.append(_certificate(body, setting))
-        elif label == b"TRUSTED CERTIFICATE":
-            raise AccessError(
-                f"{setting}: holds a TRUSTED CERTIFICATE, which only OpenSSL knows; "
-                "`openssl x509` without -trustout turns it into a CERTIFICATE"
-            )
-    _refuse_cut_off(text, setting)
-    if not found:
-        raise AccessError(f"{setting}: holds no PEM certificate")
-    return "".join(found)
+    pair: Rotating[KeyPair] | Rotating[None] = fixed(None)
+    if certificate:
+        # A certificate's file may hold its key as well.
+        pair = key_pair_files(certificate, key or certificate, peer.certificate, peer.key)
+    return Derived(
+        lambda ca_pem, shown: Trust(ca_pem, is_verified, f"{peer.ca} {ca}" if ca else "", shown),
+        _ca_file(Path(ca), peer.ca) if ca else fixed(""),
+        pair,
+    )
 
 
-def _certificate(body: bytes, setting: str) -> str:
-    try:
-        der = binascii.a2b_base64(b"".join(body.split()), strict_mode=True)
-    except ValueError:
-        raise AccessError(f"{setting}: holds a damaged certificate") from None
-    text = b64encode(der).decode()
-    lines = [text[start : start + _LINE] for start in range(0, len(text), _LINE)]
-    return "\n".join(["-----BEGIN CERTIFICATE-----", *lines, "-----END CERTIFICATE-----", ""])
+def server_tls(
+    certificate: str | Path, key: str | Path, client_ca: str | Path | None = None, *, setting: str
+) -> ServerTls:
+    """Return the TLS of a server, made of the files of `<setting>_CERT_FILE`, `_KEY_FILE` and `_CLIENT_CA_FILE`.
+
+    Raises AccessError naming the setting and the file.
+    """
+    ca_setting = f"{setting}_CLIENT_CA_FILE"
+    return Derived(
+        lambda pair, ca: ServerCertificate(pair, ca, f"{ca_setting} {client_ca}"),
+        key_pair_files(certificate, key, f"{setting}_CERT_FILE", f"{setting}_KEY_FILE"),
+        _ca_file(Path(client_ca), ca_setting, _refuse_leaf) if client_ca else fixed(""),
+    )
 
 
-def _refuse_cut_off(text: bytes, setting: str) -> None:
-    rest = _BLOCK.sub(b"", text)
-    last_line = re.split(rb"[\r\n]", rest)[-1]
-    if _BEGIN in rest or (last_line and _BEGIN.startswith(last_line)):
-        raise AccessError(f"{setting}: holds an unfinished PEM block")
+def _ca_file(path: Path, setting: str, check: Callable[[Trust], None] = lambda _: None) -> Rotating[str]:
+    def load() -> str:
+        trust = trust_in(read_file(path, setting), f"{setting} {path}")
+        check(trust)
+        return trust.ca
 
-
-def read_certificates(path: Path, setting: str) -> str:
-    """Return the PEM certificates of a file; raises AccessError naming the setting and the file."""
-    return certificates(read_file(path, setting), f"{setting} {path}")
-
-
-def believe(context: ssl.SSLContext, ca: str, setting: str) -> None:
-    """Make a context trust certificates (PEM); raises AccessError, naming the setting, if one is damaged."""
-    try:
-        context.load_verify_locations(cadata=ca)
-    except (OSError, ValueError, TypeError) as error:
-        raise AccessError(f"{setting}: not a usable CA certificate: {reason(error)}") from None
-
-
-def read_pair(certificate: Path, key: Path, certificate_setting: str, key_setting: str) -> KeyPair:
-    """Read a certificate and its key from files; raises AccessError naming the settings and the files."""
-    origin = f"{certificate_setting} {certificate} with {key_setting} {key}"
-    return KeyPair(read_file(certificate, certificate_setting), read_file(key, key_setting), origin)
+    return Rotating(setting, [path], load)
 
 
 def trust_in(ca: bytes | None, setting: str) -> Trust:
-    """Return the trust in the certificates of a bundle, in the system's list without one.
+    """Return the trust in the certificates of a bundle, or in the system's without one.
 
     Raises AccessError, naming the setting, if they cannot be used.
     """
-    if ca is None:
-        return Trust(ca_setting=setting)
-    trust = Trust(ca=certificates(ca, setting), ca_setting=setting)
-    trust.ssl_context()
+    trust = Trust("" if ca is None else certificates(ca, setting), ca_setting=setting)
+    _ = trust.context
     return trust
 
 
 def checked(pair: KeyPair) -> KeyPair:
     """Return the pair if it can be shown; raises AccessError, naming its origin, otherwise."""
-    show(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), pair)
+    _show(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), pair)
+    problem = out_of_date(pair.certificate)
+    if problem:
+        log.warning("a certificate of our own is not valid now", problem=f"{pair.origin}: {problem}")
     return pair
 
 
-def show(context: ssl.SSLContext, pair: KeyPair) -> None:
-    """Make a context show a certificate; raises AccessError, naming its origin, if it cannot."""
+def _believe(context: ssl.SSLContext, ca: str, setting: str) -> None:
     try:
-        chain = certificates(pair.certificate, pair.origin).encode()
-        with _private_file(chain + _private_key(pair)) as path:
+        context.load_verify_locations(cadata=ca)
+    except (OSError, ValueError, TypeError) as error:
+        raise AccessError(f"{setting}: not a usable CA certificate: {_words(error)}") from None
+
+
+def _show(context: ssl.SSLContext, pair: KeyPair) -> None:
+    chain = certificates(pair.certificate, pair.origin).encode()
+    try:
+        with private_file(chain + private_key(pair.key, pair.origin)) as path:
             # The password keeps OpenSSL from asking on the terminal for an encrypted key's.
             context.load_cert_chain(path, password="")
     except (OSError, ValueError, TypeError) as error:
-        raise AccessError(
-            f"{pair.origin}: the certificate and key cannot be used: {reason(error)} "
-            "(both PEM, the key of this certificate and not encrypted)"
-        ) from None
+        raise AccessError(f"{pair.origin}: the certificate and key cannot be used: {_words(error)}") from None
 
 
-def _private_key(pair: KeyPair) -> bytes:
-    """Return the key's own block: its file may hold the certificate as well."""
-    for block in _BLOCK.finditer(pair.key):
-        if block[1].endswith(b"PRIVATE KEY"):
-            return block[0] + b"\n"
-    raise AccessError(f"{pair.origin}: holds no PEM private key")
+def out_of_date(certificate: bytes, now: float | None = None) -> str:
+    """Say why a certificate is not valid now (Unix time), empty if it is, or if its dates cannot be read."""
+    now = time.time() if now is None else now
+    facts = _facts(certificate)
+    if facts and now > ssl.cert_time_to_seconds(facts["notAfter"]):
+        return f"the certificate expired on {facts['notAfter']}"
+    if facts and now < ssl.cert_time_to_seconds(facts["notBefore"]):
+        return f"the certificate is not valid before {facts['notBefore']}"
+    return ""
 
 
-@contextmanager
-def _private_file(content: bytes) -> Iterator[str]:
-    """Hold `content` in a file that no other process can open and that is gone afterwards.
+def _refuse_leaf(trust: Trust) -> None:
+    """Raise AccessError if the only certificate can neither have signed a client's nor be a client's own."""
+    stats, facts = trust.context.cert_store_stats(), _facts(trust.ca.encode())
+    if stats["x509"] == 1 and not stats["x509_ca"] and facts and facts["issuer"] != facts["subject"]:
+        raise AccessError(f"{trust.ca_setting}: {_ONLY_LEAVES}; name the file of the CA that signed it")
 
-    OpenSSL loads a key from a path only. On Linux a file in memory spares both the disk and the need for
-    a writable one.
+
+def _facts(certificate: bytes) -> Any:
+    """Return the fields of a certificate as `SSLSocket.getpeercert` does of a peer's, none if it is odd."""
+    try:
+        with private_file(certificate) as path:
+            return _test_decode_cert(path)
+    except (OSError, ValueError):
+        return {}
+
+
+# Explanations
+
+
+class Cause(Enum):
+    """Causes of a TLS connection that did not come about."""
+
+    UNKNOWN_CA = auto()
+    OTHER_NAME = auto()
+    OUT_OF_DATE = auto()
+    NO_TLS = auto()
+    OUR_CERTIFICATE = auto()
+    NOT_READY = auto()
+    OTHER = auto()
+
+
+class Explanation(NamedTuple):
+    """What went wrong with a TLS connection, and what repairs it."""
+
+    cause: Cause
+    problem: str
+    remedy: str
+
+    @property
+    def is_unverified(self) -> bool:
+        """True if the peer's certificate could not be verified."""
+        return self.cause in (Cause.UNKNOWN_CA, Cause.OTHER_NAME, Cause.OUT_OF_DATE)
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.remedy}" if self.remedy else self.problem
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A kind of server we connect to: the remedies for TLS that fails, and the settings that name our files."""
+
+    remedies: Mapping[Cause, str]
+    ca: str
+    certificate: str = ""
+    key: str = ""
+
+
+_ONLY_LEAVES = "holds no CA certificate, only one of a server or client"
+_RENEW = "renew it, or the CA's own, unless the clock here is wrong"
+CONSUL = Peer(
+    {
+        Cause.UNKNOWN_CA: "CONSUL_CACERT must name a file with the CA that signed it",
+        Cause.OTHER_NAME: "CONSUL_TLS_SERVER_NAME can give a name that the certificate has",
+        Cause.OUT_OF_DATE: _RENEW,
+        Cause.NO_TLS: "CONSUL_ADDRESS must begin with http://, or name Consul's https port",
+        Cause.OUR_CERTIFICATE: "CONSUL_CLIENT_CERT and CONSUL_CLIENT_KEY must name one that Consul accepts",
+    },
+    "CONSUL_CACERT",
+    "CONSUL_CLIENT_CERT",
+    "CONSUL_CLIENT_KEY",
+)
+API_SERVER = Peer(
+    {
+        Cause.UNKNOWN_CA: "certificate-authority must hold the CA that signed it",
+        Cause.OTHER_NAME: "tls-server-name of the kubeconfig can give a name that the certificate has",
+        Cause.OUT_OF_DATE: _RENEW,
+        Cause.NO_TLS: "server of the kubeconfig must begin with http://, or name the https port",
+        Cause.OUR_CERTIFICATE: "client-certificate of the kubeconfig must be one that the API server accepts",
+    },
+    "certificate-authority",
+)
+_NO_CHECK = "set KUBELET_INSECURE_SKIP_TLS_VERIFY=true"
+KUBELET = Peer(
+    {
+        Cause.UNKNOWN_CA: "set KUBELET_CA_FILE to the CA that signed it; where kubelets sign for themselves, have the "
+        f"cluster sign (serverTLSBootstrap: true) or {_NO_CHECK}",
+        Cause.OTHER_NAME: "set KUBELET_TLS_SERVER_NAME=node where it names the Node and not the address; otherwise "
+        f"have the CA of KUBELET_CA_FILE sign another (serverTLSBootstrap: true) or {_NO_CHECK}",
+        Cause.OUT_OF_DATE: "have the kubelet's serving certificate renewed (kubectl get csr)",
+        Cause.NO_TLS: "is this the kubelet's https port (10250)?",
+        Cause.OUR_CERTIFICATE: "KUBELET_CLIENT_CERT_FILE must name one of the kubelet's clientCAFile",
+        Cause.NOT_READY: "a kubelet without a serving certificate waits for its approval: kubectl get csr",
+    },
+    "KUBELET_CA_FILE",
+    "KUBELET_CLIENT_CERT_FILE",
+    "KUBELET_CLIENT_KEY_FILE",
+)
+POD = Peer(
+    {
+        Cause.UNKNOWN_CA: "set POD_CA_FILE to the CA that signed it, or POD_INSECURE_SKIP_TLS_VERIFY=true",
+        Cause.OTHER_NAME: "have the CA of POD_CA_FILE sign one for the Pod's address, or set "
+        "POD_INSECURE_SKIP_TLS_VERIFY=true",
+        Cause.OUT_OF_DATE: _RENEW,
+        Cause.NO_TLS: "take the annotation prometheus.io/scheme away, or name the https port",
+        Cause.OUR_CERTIFICATE: "the proxy shows Pods no certificate",
+    },
+    "POD_CA_FILE",
+)
+# OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID, _CERT_HAS_EXPIRED, _HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH.
+_CAUSES = {9: Cause.OUT_OF_DATE, 10: Cause.OUT_OF_DATE, 62: Cause.OTHER_NAME, 64: Cause.OTHER_NAME}
+# OpenSSL's names for what follows from plain HTTP where TLS belongs.
+_PLAIN = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG")
+# Alerts about a certificate (RFC 8446, 6.2): a server sends them about the client's.
+_OF_OUR_CERTIFICATE = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")
+
+
+def explain(
+    error: BaseException, peer: Peer, context: ssl.SSLContext | None = None, *, trusted: str = ""
+) -> Explanation | None:
+    """Explain why TLS with a peer failed, None if that is not what the error is about.
+
+    `context` is the one that was used, and `trusted` says where its CAs come from.
     """
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("client-key", os.MFD_CLOEXEC)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            yield f"/proc/self/fd/{descriptor}"
+    inner = _tls_error(error)
+    if inner is None:
+        return None
+    if isinstance(inner, ssl.SSLCertVerificationError):
+        cause = _CAUSES.get(inner.verify_code, Cause.UNKNOWN_CA)
+        problem = f"its certificate cannot be verified: {printable(inner.verify_message)}"
+        remedy = peer.remedies[cause]
+        if cause is Cause.UNKNOWN_CA:
+            stats = context.cert_store_stats() if context else {"x509": 0}
+            is_leaf = stats["x509"] and not stats["x509_ca"]
+            now = f"{trusted or peer.ca} {_ONLY_LEAVES}" if is_leaf else trusted
+            remedy += f" (now: {now})" if now else ""
+        return Explanation(cause, problem, remedy)
+    words, alert = _words(inner), (inner.reason or "").partition("ALERT_")[2]
+    if inner.reason in _PLAIN:
+        cause, problem = Cause.NO_TLS, "it does not speak TLS"
+    elif any(part in alert for part in _OF_OUR_CERTIFICATE):
+        cause, problem = Cause.OUR_CERTIFICATE, f"it does not accept our certificate, or lack of one: {words}"
+    elif alert == "INTERNAL_ERROR":
+        cause, problem = Cause.NOT_READY, f"it cannot make a TLS connection: {words}"
     else:
-        with tempfile.NamedTemporaryFile() as named:
-            named.write(content)
-            named.flush()
-            yield named.name
+        cause, problem = Cause.OTHER, f"TLS failed: {words}"
+    return Explanation(cause, problem, peer.remedies.get(cause, ""))
+
+
+def _tls_error(error: BaseException) -> ssl.SSLError | None:
+    """Return the TLS error behind another: aiohttp's hold it in attributes."""
+    for name in ("certificate_error", "os_error", "__cause__"):
+        inner = getattr(error, name, None)
+        if isinstance(inner, ssl.SSLError):
+            return inner
+    return error if isinstance(error, ssl.SSLError) else None
+
+
+def _words(error: Exception) -> str:
+    """Return plain words for OpenSSL's error: no text that may quote a secret, no place in Python's source."""
+    if not isinstance(error, ssl.SSLError):
+        return reason(error)
+    name = error.reason or "it holds no certificate"
+    explained = {"KEY_VALUES_MISMATCH": ": the key is another certificate's"}
+    return name.lower().replace("_", " ") + explained.get(name, "")
+
+
+def printable(text: str) -> str:
+    """Return a library's text cut short and in ASCII: it may quote what a peer sent."""
+    return "".join(letter if " " <= letter <= "~" else "?" for letter in text[:200])
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.commands.check.report import Finding, Outcome, is_passed
 from k8s_consul_registrar.commands.check.suite import check, read_subject
 from k8s_consul_registrar.sandbox.certificates import KubeletCertificate
-from k8s_consul_registrar.sandbox.consul_http import ConsulOptions
+from k8s_consul_registrar.sandbox.consul_release import ConsulOptions
 from support.cluster import PROXY_RULES, REGISTRAR_RULES, kubeconfig, rule
 from support.lab import SandboxLab as Lab
 from support.lab import running_lab

@@ -9,15 +9,16 @@ import trustme
 from structlog.testing import capture_logs
 
 from k8s_consul_registrar.admin.metrics import new_registry
-from k8s_consul_registrar.app.upstream_trust import KubeletIdentity, PodTrust
-from k8s_consul_registrar.app.worker_state import Inbound
 from k8s_consul_registrar.consul.access import ConsulToken
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.settings.proxy import KubeletSettings
 from k8s_consul_registrar.settings.reading import read_proxy, read_registrar
+from k8s_consul_registrar.tls import POD, client_tls
 from k8s_consul_registrar.wiring.consul import consul_access
 from k8s_consul_registrar.wiring.registrar import http_sd_bearer, http_sd_tls
+from k8s_consul_registrar.wiring.upstream_trust import KubeletIdentity
+from k8s_consul_registrar.wiring.worker_state import Inbound, credentials
 from support.daemon import Daemon
 from support.lab import running_lab
 from support.odd_inputs import ODD, restore
@@ -27,6 +28,7 @@ ENDS = "changed files are in use"
 SECRET = "s3cr3t-t0ken-0123456789"
 CA = trustme.CA()
 LEAF = CA.issue_cert("127.0.0.1")
+UNSET = KubeletSettings("", skip_verify=False, tls_server_name="ip", client_cert_file="", client_key_file="")
 Holder = Callable[[], Awaitable[object]]
 
 
@@ -134,7 +136,7 @@ def http_sd(folder: Folder) -> Holder:
 
     async def held() -> object:
         tls.refresh()
-        return tls.material
+        return tls.value
 
     return held
 
@@ -148,16 +150,16 @@ def http_sd_token(folder: Folder) -> Holder:
     bearer = http_sd_bearer(settings)
 
     async def held() -> object:
-        bearer.refresh()
-        assert bearer.accepts(f"Bearer {SECRET}".encode())
-        return bearer.content
+        assert bearer.current().accepts(f"Bearer {SECRET}".encode())
+        return bearer.value
 
     return held
 
 
 def workers(folder: Folder) -> Holder:
     """Hold what workers get of the files that clients are checked by."""
-    inbound = Inbound(
+    kubelets = KubeletIdentity(UNSET, folder.access())
+    inbound = Inbound.of(
         read_proxy(
             {
                 "TLS_CERT_FILE": folder.file("crt"),
@@ -169,7 +171,7 @@ def workers(folder: Folder) -> Holder:
     )
 
     async def held() -> object:
-        return tuple(inbound.contents().values())
+        return credentials(kubelets, None, inbound)
 
     return held
 
@@ -198,11 +200,10 @@ def pods(folder: Folder) -> Holder:
         {"PROXY_PODS": "true", "PROXY_PODS_ANONYMOUS": "true", "POD_CA_FILE": folder.file("ca")}
     ).pods
     assert settings is not None
-    trust = PodTrust(settings)
+    trust = client_tls(POD, settings.ca_file)
 
     async def held() -> object:
-        trust.refresh()
-        return trust.context()
+        return trust.current()
 
     return held
 
@@ -222,20 +223,20 @@ USES = [
     Use(kube_certificate, "crt", "user 'a': client-certificate", "kubeconfig client-certificate"),
     Use(kube_certificate, "key", "user 'a': client-", "kubeconfig client-certificate"),
     Use(consul, "ca", "CONSUL_CACERT", "CONSUL_CACERT"),
-    Use(consul, "crt", "CONSUL_CLIENT_CERT", "CONSUL_CACERT"),
-    Use(consul, "key", "CONSUL_CLIENT_KEY", "CONSUL_CACERT"),
+    Use(consul, "crt", "CONSUL_CLIENT_CERT", "CONSUL_CLIENT_CERT"),
+    Use(consul, "key", "CONSUL_CLIENT_KEY", "CONSUL_CLIENT_CERT"),
     Use(consul_token, "token", "CONSUL_HTTP_TOKEN_FILE", "CONSUL_HTTP_TOKEN_FILE"),
     Use(http_sd, "crt", "HTTP_SD_TLS_CERT_FILE", "HTTP_SD_TLS_CERT_FILE"),
     Use(http_sd, "key", "HTTP_SD_TLS_KEY_FILE", "HTTP_SD_TLS_CERT_FILE"),
-    Use(http_sd, "ca", "HTTP_SD_TLS_CLIENT_CA_FILE", "HTTP_SD_TLS_CERT_FILE"),
+    Use(http_sd, "ca", "HTTP_SD_TLS_CLIENT_CA_FILE", "HTTP_SD_TLS_CLIENT_CA_FILE"),
     Use(http_sd_token, "token", "HTTP_SD_BEARER_TOKEN_FILE", "HTTP_SD_BEARER_TOKEN_FILE"),
     Use(workers, "crt", "TLS_CERT_FILE", "TLS_CERT_FILE"),
     Use(workers, "key", "TLS_KEY_FILE", "TLS_CERT_FILE"),
-    Use(workers, "ca", "TLS_CLIENT_CA_FILE", "TLS_CERT_FILE"),
+    Use(workers, "ca", "TLS_CLIENT_CA_FILE", "TLS_CLIENT_CA_FILE"),
     Use(workers, "token", "PROXY_BEARER_TOKEN_FILE", "PROXY_BEARER_TOKEN_FILE"),
     Use(kubelets, "ca", "KUBELET_CA_FILE", "KUBELET_CA_FILE"),
-    Use(kubelets, "crt", "KUBELET_CLIENT_CERT_FILE", "KUBELET_CA_FILE"),
-    Use(kubelets, "key", "KUBELET_CLIENT_KEY_FILE", "KUBELET_CA_FILE"),
+    Use(kubelets, "crt", "KUBELET_CLIENT_CERT_FILE", "KUBELET_CLIENT_CERT_FILE"),
+    Use(kubelets, "key", "KUBELET_CLIENT_KEY_FILE", "KUBELET_CLIENT_CERT_FILE"),
     Use(pods, "ca", "POD_CA_FILE", "POD_CA_FILE"),
 ]
 IDS = [f"{use.make.__name__}-{use.name}" for use in USES]

@@ -17,13 +17,15 @@ import trustme
 from k8s_consul_registrar.errors import OperationalError
 from k8s_consul_registrar.proxy import frames
 from k8s_consul_registrar.proxy.failing import Failures
-from k8s_consul_registrar.proxy.frames import Begin, Credentials, Limits, Trust
+from k8s_consul_registrar.proxy.frames import Begin, Credentials, Limits
 from k8s_consul_registrar.proxy.nodes import POD, Endpoint, Nodes, NodeTable
 from k8s_consul_registrar.proxy.outcomes import NO_STATS, Outcome, added
 from k8s_consul_registrar.proxy.pod_route import Pods, ProxiedPod
 from k8s_consul_registrar.proxy.route import Route
 from k8s_consul_registrar.proxy.sockets import listen
 from k8s_consul_registrar.proxy.workers import Workers, WorkerTiming
+from k8s_consul_registrar.rotating import BearerTokens
+from k8s_consul_registrar.tls import KeyPair, ServerCertificate, Trust
 from support.processes import is_running
 from support.proxy_lab import (
     METRICS,
@@ -40,7 +42,7 @@ from support.waiting import PATIENCE, until
 
 COMMAND = (sys.executable, "-m", "k8s_consul_registrar.proxy.worker")
 QUICK = WorkerTiming(tick=0.05, retry_first=0.05, retry_cap=0.1, last_words=1.0)
-HELD = Credentials(TOKEN, "", Trust(authority_pem(), skip_verification=False), None, {})
+HELD = Credentials(TOKEN, "", Trust(authority_pem()))
 
 
 async def serve_who_shows(
@@ -132,9 +134,9 @@ async def test_a_rotated_token_is_used_by_all_workers() -> None:
         parent = parent_of(kubelet)
         async with working(parent, parent.make()):
             assert await parent.statuses(cadvisor(kubelet)) == {502}
-            parent.held = Credentials("new", "", HELD.kubelets, None, {})
+            parent.held = Credentials("new", "", HELD.kubelets)
             await parent.until(200, cadvisor(kubelet))
-            parent.held = Credentials("", "the file is gone", HELD.kubelets, None, {})
+            parent.held = Credentials("", "the file is gone", HELD.kubelets)
             await parent.until(503, cadvisor(kubelet))
 
 
@@ -145,7 +147,7 @@ async def test_another_authority_of_kubelets() -> None:
         async with working(parent, parent.make()):
             assert await parent.statuses(cadvisor(kubelet)) == {200}
             other = trustme.CA().cert_pem.bytes().decode()
-            parent.held = Credentials(TOKEN, "", Trust(other, skip_verification=False), None, {})
+            parent.held = Credentials(TOKEN, "", Trust(other))
             await parent.until(502, cadvisor(kubelet))
 
 
@@ -205,22 +207,22 @@ async def plain_pod() -> AsyncIterator[int]:
 
 
 async def test_callers_over_tls_with_a_token() -> None:
-    """Workers make TLS and check tokens by files that exist in their memory alone, and follow their change."""
+    """Workers make TLS and check tokens by what their parent tells, open no file, and follow its change."""
     leaf = trustme.CA()
     pair = leaf.issue_cert("127.0.0.1")
     chain = b"".join(blob.bytes() for blob in pair.cert_chain_pems)
-    files = {frames.CERTIFICATE: chain, frames.KEY: pair.private_key_pem.bytes(), frames.BEARER: b"first"}
+    tls = ServerCertificate(KeyPair(chain, pair.private_key_pem.bytes()))
     context = ssl.create_default_context(cadata=leaf.cert_pem.bytes().decode())
     async with Kubelet().serving() as kubelet:
         parent = parent_of(kubelet)
-        parent.held = Credentials(TOKEN, "", HELD.kubelets, None, files)
+        parent.held = Credentials(TOKEN, "", HELD.kubelets, bearer=BearerTokens((b"first",)), tls=tls)
         async with working(parent, parent.make(count=1)) as workers:
             got = await parent.get(cadvisor(kubelet), "Authorization: Bearer first", context=context)
             assert (got.status, got.body) == (200, METRICS)
             (pid,) = workers.pids
             assert [name for name in opened_by(pid) if not name.startswith("/memfd")] == []
             parent.held = Credentials(
-                TOKEN, "", HELD.kubelets, None, {**files, frames.BEARER: b"second-and-longer"}
+                TOKEN, "", HELD.kubelets, bearer=BearerTokens((b"second-and-longer",)), tls=tls
             )
 
             async def status(shown: str) -> int:
@@ -284,8 +286,8 @@ async def test_a_program_that_does_not_exist() -> None:
 
 def test_secrets_are_in_no_repr() -> None:
     """A message that is logged or shown in an error tells nothing of what it carries."""
-    trust = Trust("ca", skip_verification=False, certificate=b"certificate", key=b"secret-key")
-    held = Credentials("secret-token", "", trust, trust, {frames.BEARER: b"secret-bearer"})
+    trust = Trust("ca", pair=KeyPair(b"certificate", b"secret-key"))
+    held = Credentials("secret-token", "", trust, trust, BearerTokens((b"secret-bearer",)))
     assert "secret" not in repr(held) + repr(trust) + str([held])
 
 

@@ -10,8 +10,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from k8s_consul_registrar.admin.http_sd import SD_PATH, HttpSdServer
-from k8s_consul_registrar.bearer import BearerFile
-from k8s_consul_registrar.tls import ServerTls, TlsFiles
+from k8s_consul_registrar.rotating import bearer_tokens
+from k8s_consul_registrar.tls import ServerTls, server_tls
 from support.files import ROOT
 from support.processes import LOOPBACK
 from support.real_servers import REAL, real_prometheus, real_victoria
@@ -31,19 +31,18 @@ def example_rules() -> list[dict[str, object]]:
     return rules
 
 
-def guarded(folder: Path) -> TlsFiles:
+def guarded(folder: Path) -> ServerTls:
     """Write a token, our certificate, and one for a collector, into a folder."""
     authority = trustme.CA()
     ours, theirs = authority.issue_cert("localhost"), authority.issue_cert("prometheus")
-    files = TlsFiles(folder / "tls.crt", folder / "tls.key", folder / "ca.crt")
     for path, pem in (
-        (files.certificate, ours.cert_chain_pems[0]), (files.key, ours.private_key_pem),
+        (folder / "tls.crt", ours.cert_chain_pems[0]), (folder / "tls.key", ours.private_key_pem),
         (folder / "ca.crt", authority.cert_pem), (folder / "client.crt", theirs.cert_chain_pems[0]),
         (folder / "client.key", theirs.private_key_pem),
     ):  # fmt: skip
         pem.write_to_path(str(path))
     (folder / "token").write_text("t0ken\n")
-    return files
+    return server_tls(folder / "tls.crt", folder / "tls.key", folder / "ca.crt", setting="HTTP_SD_TLS")
 
 
 def discovery_of(folder: Path, port: int) -> dict[str, object]:
@@ -62,14 +61,14 @@ def discovery_of(folder: Path, port: int) -> dict[str, object]:
 
 async def test_prometheus_reads_it_with_token_and_certificate(tmp_path: Path) -> None:
     """Targets come over TLS with client certificate and token, and the example's own rules label them."""
-    files = guarded(tmp_path)
+    tls = guarded(tmp_path)
     registrar = Registrar(missing="not listed yet")
     registrar.put(
         pod_target("web-1", address="::1", meta={"param_module": "http_2xx", "scheme": "https"}),
         pod_target("web-2", "search", meta={"shard_path": "shard-2"}),
     )
     async with HttpSdServer(
-        port=0, view=registrar, bearer=BearerFile(tmp_path / "token", "TOKEN"), tls=ServerTls(files)
+        port=0, view=registrar, bearer=bearer_tokens(tmp_path / "token", "TOKEN"), tls=tls
     ) as server:
         discovery = {**discovery_of(tmp_path, server.port), "refresh_interval": "1s"}
         job = {
@@ -145,11 +144,11 @@ async def test_victoriametrics_reads_it_with_token_and_certificate(tmp_path: Pat
     app = web.Application()
     app.router.add_get("/stats", metrics)
     registrar = Registrar()
-    files = guarded(tmp_path)
-    bearer = BearerFile(tmp_path / "token", "TOKEN")
+    tls = guarded(tmp_path)
+    bearer = bearer_tokens(tmp_path / "token", "TOKEN")
     async with (
         TestServer(app, host=LOOPBACK) as target,
-        HttpSdServer(port=0, view=registrar, bearer=bearer, tls=ServerTls(files)) as server,
+        HttpSdServer(port=0, view=registrar, bearer=bearer, tls=tls) as server,
     ):
         meta = {"param_module": "http_2xx", "metrics_path": "/stats"}
         registrar.put(

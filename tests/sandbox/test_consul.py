@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from yarl import URL
 
 from k8s_consul_registrar.sandbox.consul import Consul
-from k8s_consul_registrar.sandbox.consul_http import ConsulOptions
 from k8s_consul_registrar.sandbox.consul_model import Check, Node, Service
+from k8s_consul_registrar.sandbox.consul_release import CONSUL_1_15, SERVICES, ConsulOptions
 from k8s_consul_registrar.sandbox.consul_rules import RefusedError
-from k8s_consul_registrar.sandbox.consul_state import SERVICES, Catalog
+from k8s_consul_registrar.sandbox.consul_state import Catalog
 from k8s_consul_registrar.sandbox.consul_txn import run
 from support.waiting import PATIENCE, SLACK
 
@@ -230,7 +230,7 @@ async def test_transaction_limits(client: Client) -> None:
     assert (await client("PUT", "/v1/txn", {"no": "list"}))[0] == 400
 
 
-@pytest.mark.parametrize("options", [ConsulOptions(version="1.14.0")])
+@pytest.mark.parametrize("options", [ConsulOptions(CONSUL_1_15)])
 async def test_newer_versions_take_larger_transactions(client: Client) -> None:
     """From 1.14 on a transaction may hold 128 operations."""
     await client("PUT", "/v1/catalog/register", {"Node": "n", "Address": "127.0.0.1"})
@@ -383,7 +383,7 @@ async def test_what_a_server_tells_of_itself(client: Client) -> None:
     assert (await client("GET", "/v1/agent/services?filter=Nope+%3D%3D+1"))[0] == 500
 
 
-WITH_ACLS = ConsulOptions(version="1.13.1", token="root", blind_tokens=frozenset(("blind",)))
+WITH_ACLS = ConsulOptions(CONSUL_1_15, token="root", blind_tokens=frozenset(("blind",)))
 
 
 @pytest.mark.parametrize("options", [WITH_ACLS])
@@ -403,8 +403,10 @@ async def test_tokens(client: Client, consul: Consul) -> None:
             assert value == empty
             assert headers.get("X-Consul-Results-Filtered-By-ACLs") == mark
     for token, text in (("", "Permission denied"), ("blind", "Permission denied"), ("who", "ACL not found")):
-        assert (await client("PUT", "/v1/agent/service/register", body, token))[:2] == (403, text)
+        status, told, _ = await client("PUT", "/v1/agent/service/register", body, token)
+        assert (status, told.partition(":")[0]) == (403, text)
     status, refusal, _ = await client("PUT", "/v1/txn", [operation("set", "b")], "blind")
-    assert (status, refusal["Errors"]) == (409, [{"OpIndex": 0, "What": "Permission denied"}])
+    assert (status, refusal["Errors"][0]["OpIndex"]) == (409, 0)
+    assert refusal["Errors"][0]["What"].startswith("Permission denied")
     assert set(consul.catalog.service_tags()) == {"a", "consul"}
     assert len(consul.writes) == 1

@@ -118,6 +118,23 @@ async def test_without_streamed_lists_a_list_comes_in_pages_alone() -> None:
     assert page["metadata"]["remainingItemCount"] == 3
 
 
+async def test_consul_answers_as_the_release_that_was_asked_for() -> None:
+    """`--consul-release` names it; without it Consul is the newest. It is an agent, not a server."""
+    for switches, version in (([], "2.1.0"), (["--consul-release", "1.15"], "1.15.10")):
+        command = [sys.executable, "-W", "error", "-m", "k8s_consul_registrar.sandbox", *switches]
+        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        try:
+            assert process.stdout is not None
+            told = json.loads(await process.stdout.readline())
+            url = f"http://{told['consul']}/v1/agent/self"
+            async with aiohttp.ClientSession() as session, session.get(url) as response:
+                config = (await response.json())["Config"]
+        finally:
+            process.terminate()
+            await asyncio.wait_for(process.wait(), PATIENCE)
+        assert (config["Version"], config["Server"]) == (version, False)
+
+
 async def test_a_terminal_is_shown_addresses_and_no_secret(tmp_path: Path) -> None:
     """Who starts it by hand reads where everything is; the token stays in the kubeconfig."""
     kubeconfig = tmp_path / "config"

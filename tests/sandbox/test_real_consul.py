@@ -1,20 +1,29 @@
 """The sandbox's Consul and a real one answer the same requests alike."""
 
 import asyncio
-from collections.abc import Iterator
+import base64
+import json
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import aiohttp
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from k8s_consul_registrar.sandbox.consul import Consul
-from k8s_consul_registrar.sandbox.consul_http import ConsulOptions
+from k8s_consul_registrar.sandbox.consul_release import AuthMethod, Bearer, ConsulOptions
 from support.files import Exchange, SandboxAnswer, ask, differences, parsed
-from support.real_servers import REAL, real_consul
+from support.real_servers import REAL, ROOT_TOKEN, RealConsul, real_consul
+from support.waiting import PATIENCE, until
 
 pytestmark = REAL
 
 SETTLING = 0.2  # seconds a real agent is given to carry a service into the catalog
-OWN_TO_A_RUN = ("$.Node.ID:", "[0].Node.ID:", "[0].ID:", "$.Services[2].Port:", "$[0]: '127.0.0.1:")
+OWN_TO_A_RUN = (
+    *("$.Node.ID:", "[0].Node.ID:", "[0].ID:", "$.Services[2].Port:", "$[0]: '127.0.0.1:"),
+    *("$.AccessorID:", "$.SecretID:", "$.Roles[0].ID:", "$.ExpirationTime:", "$.CreateTime:", "$.Hash:"),
+)
 
 
 def service(verb: str, name: str, node: str = "n", **fields: Any) -> dict[str, Any]:
@@ -130,6 +139,10 @@ def conversation() -> Iterator[tuple[str, str, Any]]:
     for path in ("/v1/catalog/node/n", "/v1/status/peers", "/v1/catalog/services?index=x"):
         yield "GET", path, None
     yield "DELETE", "/v1/agent/services", None
+    yield "GET", "/v1/agent/version", None
+    yield "PUT", "/v1/agent/service/deregister/none", None
+    for path in ("/v1/acl/login", "/v1/acl/logout"):
+        yield "POST", path, {"AuthMethod": "jwt", "BearerToken": "x"}
 
 
 async def test_the_sandbox_answers_as_a_real_consul() -> None:
@@ -148,6 +161,142 @@ async def test_the_sandbox_answers_as_a_real_consul() -> None:
             if path == "/v1/agent/service/register":
                 await asyncio.sleep(SETTLING)
     assert unlike == []
+
+
+async def test_the_index_of_a_nodes_services_is_that_of_the_tables() -> None:
+    """A change of another node moves it, and does not wake a query that is held on this node."""
+    path = "/v1/catalog/node-services/n"
+    async with (
+        real_consul() as real,
+        Consul(ConsulOptions(node_name=real.node)) as sandbox,
+        aiohttp.ClientSession() as session,
+    ):
+        for url in (real.url, sandbox.url):
+            for name in ("n", "other"):
+                body = {"Node": name, "Address": "192.0.2.1", "Service": {"Service": "x"}}
+                await ask(session, url, Exchange("PUT", "/v1/catalog/register", body, 0, {}, ""))
+            index = await _index(session, url, path)
+            held = asyncio.create_task(
+                ask(session, url, Exchange("GET", f"{path}?index={index}&wait=60s", None, 0, {}, ""))
+            )
+            await asyncio.sleep(SETTLING)
+            for port, name in ((1, "other"), (2, "n")):
+                assert not held.done()
+                operation = service("set", "x", name, Port=port)
+                await ask(session, url, Exchange("PUT", "/v1/txn", [operation], 0, {}, ""))
+                await asyncio.sleep(SETTLING)
+                assert await _index(session, url, path) > index
+            assert '"Port":2' in (await asyncio.wait_for(held, PATIENCE)).text
+
+
+async def _index(session: aiohttp.ClientSession, url: str, path: str) -> int:
+    answer = await ask(session, url, Exchange("GET", path, None, 0, {}, ""))
+    return int(answer.headers["X-Consul-Index"])
+
+
+def logins(bearers: Mapping[Bearer, str]) -> Iterator[tuple[str, Any]]:
+    """Yield the query and the body of logins, by the method `jwt` and otherwise."""
+    for bearer in (*bearers.values(), "made up", ""):
+        yield "", {"AuthMethod": "jwt", "BearerToken": bearer, "Meta": {"component": "registrar"}}
+    good = {"AuthMethod": "jwt", "BearerToken": bearers[Bearer.BOUND]}
+    yield "", good
+    yield "", {**good, "AuthMethod": "other"}
+    yield "", {**good, "Namespace": "team"}
+    yield "?ns=team", good
+    yield "?dc=elsewhere", good
+    yield "", {"AuthMethod": 5}
+
+
+async def test_the_sandbox_logs_in_and_out_as_a_real_consul() -> None:
+    """Logins, their tokens, logouts and the reads afterwards agree with those of a real auth method."""
+    unlike: list[str] = []
+    signer = Signer()
+    bearers = {
+        Bearer.BOUND: signer.token(60, team="metrics"),
+        Bearer.UNBOUND: signer.token(60, team="other"),
+        Bearer.EXPIRED: signer.token(-600, team="metrics"),
+    }
+    known = {token: bearer for bearer, token in bearers.items()}
+    method = AuthMethod(known, "jwt", max_token_ttl=60)
+    async with (
+        real_consul(acl=True) as real,
+        Consul(ConsulOptions(node_name=real.node, token=ROOT_TOKEN, auth_methods=(method,))) as sandbox,
+        aiohttp.ClientSession() as session,
+    ):
+        await _set_up_method(real, signer)
+        for query, body in logins(bearers):
+            request = Exchange("POST", f"/v1/acl/login{query}", body, 0, {}, "")
+            expected, actual = [await ask(session, url, request) for url in (real.url, sandbox.url)]
+            unlike += [f"{query} {body}: {problem}" for problem in _unlike(expected, actual)]
+            if expected.status != 200:
+                continue
+            tokens = [json.loads(answer.text)["SecretID"] for answer in (expected, actual)]
+            for method_name, path in (
+                ("GET", "/v1/catalog/service/consul"),
+                ("POST", "/v1/acl/logout"),
+                ("GET", "/v1/catalog/service/consul"),
+                ("POST", "/v1/acl/logout"),
+            ):
+                last = Exchange(method_name, path, None, 0, {}, "")
+                statuses = []
+                for url, token in zip((real.url, sandbox.url), tokens, strict=True):
+                    async with aiohttp.ClientSession(headers={"X-Consul-Token": token}) as own:
+                        answer = await ask(own, url, last)
+                    statuses.append((answer.status, answer.text[:3]))
+                assert statuses[0] == statuses[1]
+    assert unlike == []
+
+
+async def _set_up_method(real: RealConsul, signer: "Signer") -> None:
+    """Create the auth method, once the ACL system of the new server lets one, a role and a binding rule."""
+    config = {
+        "JWTValidationPubKeys": [signer.public],
+        "BoundAudiences": ["consul"],
+        "ClaimMappings": {"team": "team"},
+    }
+    method = {"Name": "jwt", "Type": "jwt", "MaxTokenTTL": "60s", "Config": config}
+
+    async def is_created() -> bool:
+        return (await real.request("PUT", "/v1/acl/auth-method", method))[0] == 200
+
+    await until(is_created)
+    rules = 'service_prefix "" { policy = "write" } node_prefix "" { policy = "write" }'
+    for path, body in (
+        ("/v1/acl/policy", {"Name": "registrar", "Rules": rules}),
+        ("/v1/acl/role", {"Name": "registrar", "Policies": [{"Name": "registrar"}]}),
+        (
+            "/v1/acl/binding-rule",
+            {
+                "AuthMethod": "jwt",
+                "BindType": "role",
+                "BindName": "registrar",
+                "Selector": "value.team==metrics",
+            },
+        ),
+    ):
+        assert (await real.request("PUT", path, body))[0] == 200
+
+
+class Signer:
+    """A key pair that signs JSON Web Tokens (RS256)."""
+
+    def __init__(self) -> None:
+        self._key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        encoding, form = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        self.public = self._key.public_key().public_bytes(encoding, form).decode()
+
+    def token(self, seconds: float, **claims: str) -> str:
+        """Return a token that expires in so many seconds."""
+        now = int(time.time())
+        times = {"iat": now - 900, "nbf": now - 900, "exp": now + int(seconds)}
+        parts = ({"alg": "RS256", "typ": "JWT"}, {"sub": "pod", "aud": "consul", **times, **claims})
+        signed = b".".join(_base64(json.dumps(part).encode()) for part in parts)
+        signature = self._key.sign(signed, padding.PKCS1v15(), hashes.SHA256())
+        return b".".join((signed, _base64(signature))).decode()
+
+
+def _base64(data: bytes) -> bytes:
+    return base64.urlsafe_b64encode(data).rstrip(b"=")
 
 
 def _unlike(expected: SandboxAnswer, actual: SandboxAnswer) -> Iterator[str]:

@@ -13,7 +13,6 @@ from typing import cast
 
 import trustme
 
-from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.model import ContainerPort, Node, NodeAddress, Pod
 from k8s_consul_registrar.proxy.downstream import Downstream
 from k8s_consul_registrar.proxy.limits import Concurrency
@@ -24,8 +23,8 @@ from k8s_consul_registrar.proxy.relay import RelayTiming
 from k8s_consul_registrar.proxy.route import allowed_paths
 from k8s_consul_registrar.proxy.server import ProxyServer
 from k8s_consul_registrar.proxy.sockets import listen
-from k8s_consul_registrar.proxy.tls import kubelet_context, pod_context
-from k8s_consul_registrar.tls import ServerTls, TlsFiles
+from k8s_consul_registrar.rotating import BearerTokens, Rotating
+from k8s_consul_registrar.tls import ServerTls, Trust, server_tls
 from support.waiting import PATIENCE, until
 
 TOKEN = "the-proxys-own-token"
@@ -268,7 +267,7 @@ async def proxying(
     context: ssl.SSLContext | list[ssl.SSLContext] | None = None,
     contexts: Callable[[], ssl.SSLContext] | None = None,
     concurrency: Concurrency | None = None,
-    inbound: BearerFile | None = None,
+    inbound: Rotating[BearerTokens] | None = None,
     tls: ServerTls | None = None,
     pods: PodAccess | None = None,
     max_callers: int = 100,
@@ -283,7 +282,7 @@ async def proxying(
     holder = Nodes()
     if known:
         holder.replace(NodeTable.of(nodes, allow_loopback=allow_loopback, verify_node_name=verify_node_name))
-    given = context if isinstance(context, list) else [context or kubelet_context(ca_pem=authority_pem())]
+    given = context if isinstance(context, list) else [context or Trust(authority_pem()).context]
     server = ProxyServer(
         nodes=holder,
         paths=allowed_paths(paths),
@@ -378,7 +377,7 @@ def access(
     pods: Pods, *, context: ssl.SSLContext | None = None, concurrency: Concurrency | None = None
 ) -> PodAccess:
     """Return how the proxy reaches them, trusting the tests' authority."""
-    trusted = context or pod_context(ca_pem=authority_pem())
+    trusted = context or Trust(authority_pem()).context
     return PodAccess(pods, lambda: trusted, concurrency or Concurrency(), 100)
 
 
@@ -420,9 +419,8 @@ class Files:
 
     def tls(self) -> ServerTls:
         """Return the proxy's side."""
-        return ServerTls(
-            TlsFiles(self.certificate, self.key, self.client_ca if self._has_client_ca else None, "TLS")
-        )
+        client_ca = self.client_ca if self._has_client_ca else None
+        return server_tls(self.certificate, self.key, client_ca, setting="TLS")
 
 
 def caller_context(

@@ -15,12 +15,12 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from k8s_consul_registrar.app.upstream_trust import KubeletIdentity, PodTrust
-from k8s_consul_registrar.consul.access import build_ssl_context, rotating_tls
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.access import load_access
-from k8s_consul_registrar.settings.proxy import KubeletSettings, ProxiedPods
-from k8s_consul_registrar.tls import KeyPair, ServerTls, TlsFiles, certificates, checked, trust_in
+from k8s_consul_registrar.pem import certificates
+from k8s_consul_registrar.settings.proxy import KubeletSettings
+from k8s_consul_registrar.tls import CONSUL, POD, KeyPair, checked, client_tls, server_tls, trust_in
+from k8s_consul_registrar.wiring.upstream_trust import KubeletIdentity
 
 CA = trustme.CA()
 OTHER = trustme.CA()
@@ -77,14 +77,14 @@ BAD = {
 
 def consul(ca: Path) -> ssl.SSLContext:
     """Return Consul's context with this CA."""
-    return build_ssl_context(ca_file=str(ca))
+    return client_tls(CONSUL, str(ca)).value.context
 
 
 def client_ca(ca: Path) -> ssl.SSLContext:
     """Return a server's context with this CA of clients."""
     (ca.parent / "crt").write_bytes(CERTIFICATE)
     (ca.parent / "key").write_bytes(KEY)
-    return ServerTls(TlsFiles(ca.parent / "crt", ca.parent / "key", ca, "TLS")).context
+    return server_tls(ca.parent / "crt", ca.parent / "key", ca, setting="TLS").value.context
 
 
 def kubelets(ca: Path) -> ssl.SSLContext:
@@ -102,12 +102,12 @@ def kubelets(ca: Path) -> ssl.SSLContext:
 
 def pods(ca: Path) -> ssl.SSLContext:
     """Return the context for Pods with this CA."""
-    return PodTrust(ProxiedPods((), "", "prometheus.io/", str(ca), skip_verify=False)).context()
+    return client_tls(POD, str(ca)).value.context
 
 
 def api_server(ca: Path) -> ssl.SSLContext:
     """Return the API server's context with this CA."""
-    return trust_in(ca.read_bytes(), f"CA {ca}").ssl_context()
+    return trust_in(ca.read_bytes(), f"CA {ca}").context
 
 
 USERS = {
@@ -212,7 +212,7 @@ async def test_consul_s_own_certificate_may_stand_beside_its_key(tmp_path: Path)
     """And is followed as the others are."""
     own = tmp_path / "own.pem"
     own.write_bytes(KEY + CERTIFICATE)
-    tls = rotating_tls(cert_file=str(own), verify=False)
+    tls = client_tls(CONSUL, certificate=str(own), is_verified=False)
     first = tls.value
     own.write_bytes(b"half-way")
     assert not tls.refresh()
@@ -224,17 +224,17 @@ async def test_consul_s_own_certificate_may_stand_beside_its_key(tmp_path: Path)
 
 def test_files_of_a_server_caught_half_way_leave_the_last_in_force(tmp_path: Path) -> None:
     """Each of them in each way, and the next good ones count."""
-    files = TlsFiles(tmp_path / "crt", tmp_path / "key", tmp_path / "ca", "TLS")
-    good = {files.certificate: CERTIFICATE, files.key: KEY, tmp_path / "ca": PEM}
+    files = tmp_path / "crt", tmp_path / "key", tmp_path / "ca"
+    good = dict(zip(files, (CERTIFICATE, KEY, PEM), strict=True))
     for path, content in good.items():
         path.write_bytes(content)
-    tls = ServerTls(files)
-    first = tls.material
+    tls = server_tls(*files, setting="TLS")
+    first = tls.value
     for path, content in good.items():
         for broken in (b"", content[: len(content) // 2], b"\xff\0" * 600, COMMENT.encode()):
             path.write_bytes(broken)
             assert not tls.refresh()
-            assert tls.material is first
+            assert tls.value is first
         path.unlink()
         assert not tls.refresh()
         path.mkdir()
@@ -243,8 +243,8 @@ def test_files_of_a_server_caught_half_way_leave_the_last_in_force(tmp_path: Pat
         path.symlink_to(tmp_path / "nowhere")
         assert not tls.refresh()
         path.unlink()
-        assert tls.material is first
+        assert tls.value is first
         path.write_bytes(content)
     (tmp_path / "ca").write_bytes(OTHER.cert_pem.bytes())
     assert tls.refresh()
-    assert tls.trust == OTHER.cert_pem.bytes()
+    assert tls.value.client_ca == OTHER.cert_pem.bytes().decode()

@@ -19,9 +19,9 @@ from aiohttp.typedefs import Handler, Middleware
 from k8s_consul_registrar.admin.connections import Bounds
 from k8s_consul_registrar.admin.server import HttpServer
 from k8s_consul_registrar.admin.view import SavedTargets, Scope, TargetRow, Targets, TargetsView
-from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.consul.codec import MetaKeys
 from k8s_consul_registrar.model import Kind
+from k8s_consul_registrar.rotating import BearerTokens, Rotating
 from k8s_consul_registrar.telemetry import get_logger
 from k8s_consul_registrar.tls import ServerTls
 
@@ -33,7 +33,7 @@ STALE_SINCE = "X-Stale-Since"
 HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'"}
 
 # Seconds between two looks at the files: a Secret's volume is up to a minute late itself.
-_LOOK_EVERY = 5.0
+_LOOK_EVERY = 1.0
 # Seconds an answer under way gets when the server stops, or gets new TLS files.
 _SHUTDOWN_TIMEOUT = 2.0
 # Targets looked at before the loop gets its turn: about 2 ms.
@@ -308,7 +308,7 @@ class HttpSdServer:
         port: int,
         view: TargetsView,
         saved: Callable[[], SavedTargets | None] = no_saved_targets,
-        bearer: BearerFile | None = None,
+        bearer: Rotating[BearerTokens] | None = None,
         tls: ServerTls | None = None,
         bounds: Bounds | None = None,
     ) -> None:
@@ -331,7 +331,7 @@ class HttpSdServer:
 
     async def __aenter__(self) -> Self:
         """Start listening; raises OperationalError when the port cannot be used."""
-        await self._server.start(self._tls.context if self._tls else None)
+        await self._server.start(self._tls.value.context if self._tls else None)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -349,17 +349,17 @@ class HttpSdServer:
         if self._bearer is not None:
             self._bearer.refresh()
         if self._tls is not None and self._tls.refresh():
-            await self._server.renew(self._tls.context)
+            await self._server.renew(self._tls.value.context)
             log.info("HTTP_SD_PORT has new TLS files")
 
 
-def _require(bearer: BearerFile) -> Middleware:
+def _require(bearer: Rotating[BearerTokens]) -> Middleware:
     """Return a middleware that refuses requests without the token, whatever the path."""
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("Authorization")
-        if not bearer.accepts(None if given is None else given.encode("utf-8", "surrogateescape")):
+        if not bearer.current().accepts(None if given is None else given.encode("utf-8", "surrogateescape")):
             raise web.HTTPUnauthorized(
                 text="a bearer token is needed\n", headers={"WWW-Authenticate": "Bearer"}
             )

@@ -12,7 +12,8 @@ from importlib import import_module
 from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.settings.common import CommonSettings
 from k8s_consul_registrar.settings.consul import NONE
-from k8s_consul_registrar.settings.reading import MODES, PROXY, REGISTRAR, read_registrar
+from k8s_consul_registrar.settings.field import Setting
+from k8s_consul_registrar.settings.reading import MODES, PROXY, REGISTRAR, SETTINGS, modes_of, read_registrar
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.telemetry import configure_logging
 
@@ -57,12 +58,20 @@ class Command:
         """True for a mode, which runs until a signal ends it."""
         return self.name in MODES
 
+    @property
+    def settings(self) -> Sequence[Setting]:
+        """The settings that the command heeds."""
+        return [one for one in SETTINGS if not self.settings_of.isdisjoint(modes_of(one))]
+
     def run(self, parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
         """Run it and return its exit code; raises an `OperationalError`."""
         code: int = import_module(f"{__name__}.{self.name}").run(parsed, environment)
         return code
 
 
+CONFIG = Argument(
+    "--config", "YAML file of settings, named like the variables; variables and flags take precedence"
+)
 COMMANDS = (
     Command(
         "registrar", "keep Consul equal to what the cluster wants scraped", settings_of=frozenset({REGISTRAR})

@@ -127,9 +127,10 @@ async def _story(stack: contextlib.AsyncExitStack) -> list[tuple[str, str]]:
 async def _cluster() -> AsyncIterator["Sandbox"]:
     """Start a cluster of three Nodes and a few Pods, one of which does not ask to be scraped."""
     from k8s_consul_registrar.sandbox import objects  # noqa: PLC0415 - needs the extra [sandbox]
+    from k8s_consul_registrar.sandbox.consul_release import NEWEST, ConsulOptions  # noqa: PLC0415 - the same
     from k8s_consul_registrar.sandbox.sandbox import Sandbox  # noqa: PLC0415 - the same
 
-    async with Sandbox() as sandbox:
+    async with Sandbox(consul_options=ConsulOptions(NEWEST, is_server=False)) as sandbox:
         for number in (1, 2, 3):
             await sandbox.add_kubelet(f"worker-{number}", f"127.0.0.{number + 1}")
         for name, ip, annotations in (

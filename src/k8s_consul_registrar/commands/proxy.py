@@ -5,13 +5,12 @@ import asyncio
 import socket
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from k8s_consul_registrar import __version__
 from k8s_consul_registrar.admin.metrics import new_registry
 from k8s_consul_registrar.admin.server import AdminServer, failing_routes
-from k8s_consul_registrar.app.upstream_trust import KubeletIdentity, PodTrust
-from k8s_consul_registrar.app.worker_state import WORKER, CredentialsInHand, Inbound, begin
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.commands import configure_logs
 from k8s_consul_registrar.errors import OperationalError
@@ -28,10 +27,14 @@ from k8s_consul_registrar.proxy.relay import RelayTiming
 from k8s_consul_registrar.proxy.server import ProxyServer
 from k8s_consul_registrar.proxy.sockets import Fit, listen, raise_file_limit
 from k8s_consul_registrar.proxy.workers import Workers
+from k8s_consul_registrar.rotating import Derived
 from k8s_consul_registrar.runner import Stop, run_mode, run_until_stopped
 from k8s_consul_registrar.settings.proxy import ProxiedPods, ProxySettings
 from k8s_consul_registrar.settings.reading import read_proxy
 from k8s_consul_registrar.telemetry import get_logger
+from k8s_consul_registrar.tls import POD, Trust, client_tls
+from k8s_consul_registrar.wiring.upstream_trust import KubeletIdentity
+from k8s_consul_registrar.wiring.worker_state import WORKER, Inbound, begin, credentials
 
 # Connections of callers, and kept ones to each kind of peer, where the limit of open files allows them.
 MOST_CALLERS = 4096
@@ -54,7 +57,7 @@ class _PodSide:
 
     wanted: ProxiedPods
     pods: Pods
-    trust: PodTrust
+    trust: Derived[Trust]
 
 
 @dataclass(slots=True)
@@ -97,7 +100,10 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
     if settings.pods is not None and settings.pods.skip_verify:
         log.warning("POD_INSECURE_SKIP_TLS_VERIFY: any certificate of a Pod is accepted")
     identity = KubeletIdentity(settings.kubelets, access)
-    pod_side = None if settings.pods is None else _PodSide(settings.pods, Pods(), PodTrust(settings.pods))
+    pod_side = None
+    if settings.pods is not None:
+        trust = client_tls(POD, settings.pods.ca_file, is_verified=not settings.pods.skip_verify)
+        pod_side = _PodSide(settings.pods, Pods(), trust)
     nodes = Nodes()
     await identity.refresh()
     server = _relaying(settings, nodes, identity, pod_side)
@@ -142,8 +148,6 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
                 services.append(identity.keep_fresh())
                 if isinstance(server, Workers):
                     services.append(server.run())
-                if pod_side is not None:
-                    services.append(pod_side.trust.keep_fresh())
                 await run_until_stopped(stop, *services, ending=lambda: _end(settings, server, health, stop))
         finally:
             await server.stop()
@@ -156,20 +160,20 @@ def _relaying(
     """Build what relays: in this process, or in several others."""
     concurrency = Concurrency(per_node=settings.concurrency_per_node, overall=settings.concurrency)
     fit = _fit(concurrency, kinds=1 if pod_side is None else 2)
-    inbound = Inbound(settings.inbound)
+    inbound = Inbound.of(settings.inbound)
     if settings.workers > 1:
-        shown = CredentialsInHand(identity, None if pod_side is None else pod_side.trust, inbound)
         return Workers(
             count=settings.workers,
             command=WORKER,
             begin=lambda port: begin(settings, fit, port),
-            credentials=shown,
+            credentials=partial(credentials, identity, None if pod_side is None else pod_side.trust, inbound),
             nodes=nodes,
             pods=None if pod_side is None else pod_side.pods,
         )
     pods = None
     if pod_side is not None:
-        pods = PodAccess(pod_side.pods, pod_side.trust.context, concurrency, fit.kept_connections)
+        trust = pod_side.trust
+        pods = PodAccess(pod_side.pods, lambda: trust.current().context, concurrency, fit.kept_connections)
     return ProxyServer(
         nodes=nodes,
         paths=frozenset(settings.paths),

@@ -13,10 +13,9 @@ from prometheus_client import CollectorRegistry
 from k8s_consul_registrar import __version__
 from k8s_consul_registrar.admin.metrics import new_registry
 from k8s_consul_registrar.admin.server import AdminServer
+from k8s_consul_registrar.admin.state_file import SavedTargetsGate, StateKeeper, open_state
 from k8s_consul_registrar.admin.status_api import api_routes, page_routes
 from k8s_consul_registrar.admin.view import About, Census, View, no_election
-from k8s_consul_registrar.app.saved_state import Origin
-from k8s_consul_registrar.app.state_file import SavedTargetsGate, StateKeeper, open_state
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.commands import configure_logs
 from k8s_consul_registrar.consul.client import ConsulClient
@@ -76,10 +75,9 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
     timing = wiring.timing
     for warning in settings.common.warnings:
         log.warning(warning)
-    origin = Origin.of(settings)
     saved = None
     if settings.state_file:
-        saved = await asyncio.to_thread(open_state, Path(settings.state_file), origin)
+        saved = await asyncio.to_thread(open_state, Path(settings.state_file), wiring.origin)
     registry = new_registry("registrar")
     async with wiring.kube() as kube, AsyncExitStack() as stack:
         elector = wiring.elector(kube)
@@ -115,7 +113,7 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
         keeper = None
         if settings.state_file:
             keeper = StateKeeper(
-                Path(settings.state_file), origin, view, is_settled=lambda: parts.selection.is_settled
+                Path(settings.state_file), wiring.origin, view, is_settled=lambda: parts.selection.is_settled
             )
             aside.append(keeper.run())
         await _run(stop, parts, elector, aside)

@@ -3,7 +3,6 @@
 import asyncio
 import math
 import socket
-import ssl
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -15,7 +14,7 @@ import msgspec
 from yarl import URL
 
 from k8s_consul_registrar.backoff import Timing, delays
-from k8s_consul_registrar.consul.access import ConsulAccess, ConsulToken, unverified
+from k8s_consul_registrar.consul.access import ConsulAccess, ConsulToken
 from k8s_consul_registrar.consul.health import TOO_MANY_REQUESTS, Access, ConsulHealth
 from k8s_consul_registrar.errors import (
     AccessError,
@@ -27,6 +26,7 @@ from k8s_consul_registrar.errors import (
     ConsulTokenUnknown,
     ConsulUnreachable,
 )
+from k8s_consul_registrar.tls import CONSUL, explain
 
 # Half of what an agent allows one address before 1.7.1, a quarter of what it does since (Consul's
 # limits.http_max_conns_per_client): room for the writes, a blocking query and another registrar beside us.
@@ -318,7 +318,7 @@ class ConsulClient:
                 url.update_query(query) if query else url,
                 data=asking.body,
                 headers=headers,
-                ssl=self._access.tls.current() if self._access.tls else True,
+                ssl=self._access.tls.current().context if self._access.tls else True,
                 server_hostname=self._access.tls_server_name or None,
                 allow_redirects=False,
                 timeout=limits,
@@ -344,16 +344,11 @@ class ConsulClient:
         return {"X-Consul-Token": token} if token else {}
 
     def _unreachable(self, error: Exception) -> ConsulUnreachable:
-        where = f"Consul at {self._access.address}"
-        match error:
-            case aiohttp.ClientConnectorCertificateError(
-                certificate_error=ssl.SSLCertVerificationError() as why
-            ) | (ssl.SSLCertVerificationError() as why):
-                return ConsulUnreachable(f"{where}: {unverified(why)}")
-            case TimeoutError():
-                return ConsulUnreachable(f"{where}: no answer in time")
-            case _:
-                return ConsulUnreachable(f"{where}: {str(error) or type(error).__name__}")
+        tls = self._access.tls
+        why = explain(error, CONSUL, tls.value.context if tls else None) or (
+            "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
+        )
+        return ConsulUnreachable(f"Consul at {self._access.address}: {why}")
 
 
 def number_of(text: str) -> int | None:

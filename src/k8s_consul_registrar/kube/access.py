@@ -8,7 +8,7 @@ import base64
 import binascii
 import ssl
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
@@ -32,12 +32,11 @@ INTERACTIVE_MODES = ("", "Never", "IfAvailable", "Always")
 
 
 @dataclass(slots=True)
-class _LastContext:
-    """The last ssl context built: connections are shared while trust and certificate stay."""
+class _Shown:
+    """The last trust, and the same that shows our certificate: connections are shared while both stay."""
 
+    of: Trust | None = None
     trust: Trust | None = None
-    pair: KeyPair | None = None
-    context: ssl.SSLContext | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ class Access:
     server_hostname: str | None = None
     proxy: str | None = field(default=None, repr=False)
     origin: str = ""
-    _last: _LastContext = field(default_factory=_LastContext, init=False, repr=False, compare=False)
+    _last: _Shown = field(default_factory=_Shown, init=False, repr=False, compare=False)
 
     @property
     def trust(self) -> Trust | None:
@@ -81,10 +80,9 @@ class Access:
         trust, last = self.trust, self._last
         if trust is None:
             return None
-        if last.context is None or last.trust is not trust or last.pair != identity.pair:
-            last.context = trust.ssl_context(identity.pair)
-            last.trust, last.pair = trust, identity.pair
-        return last.context
+        if last.trust is None or last.of is not trust or last.trust.pair != identity.pair:
+            last.of, last.trust = trust, replace(trust, pair=identity.pair)
+        return last.trust.context
 
 
 def load_access(

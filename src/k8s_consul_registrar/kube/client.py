@@ -308,15 +308,8 @@ class KubeClient:
             raise ClusterUnauthorized(f"cannot {request.action}: {error}") from None
         except Exception as error:
             raise transport_error(
-                error, request.action, server=self._access.server, authorities=self._authorities()
+                error, request.action, server=self._access.server, trust=self._access.trust
             ) from error
-
-    def _authorities(self) -> str:
-        try:
-            trust = self._access.trust
-        except AccessError as error:
-            return str(error)
-        return trust.ca_setting if trust and trust.ca else "the system's certificates"
 
     async def _attempt(self, request: _Request, limits: aiohttp.ClientTimeout) -> aiohttp.ClientResponse:
         """Return the response of a success, its body unread; raises the error that a refusal stands for."""

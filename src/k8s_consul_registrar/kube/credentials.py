@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from k8s_consul_registrar.rotating import Rotating, clean_token, read_file, refuse_truncated
+from k8s_consul_registrar.rotating import Rotating, token_file
 from k8s_consul_registrar.tls import KeyPair
 
 # client-go re-reads token files once a minute (transport/token_source.go).
@@ -85,11 +85,9 @@ class TokenFile:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Read the file; raises AccessError if it holds no token."""
-        self._path = path
-        self._setting = setting
         self._pair = pair
         self._identity = Identity()
-        self._token = Rotating(of, [path], self._load, max_age=REREAD_SECONDS, clock=clock)
+        self._token = token_file(path, setting, of=of, max_age=REREAD_SECONDS, clock=clock)
 
     async def identity(self) -> Identity:
         """Return the identity with the file's token."""
@@ -107,12 +105,6 @@ class TokenFile:
 
     async def aclose(self) -> None:
         """Do nothing: nothing runs."""
-
-    def _load(self) -> str:
-        setting = f"{self._setting} {self._path}"
-        token = clean_token(read_file(self._path, self._setting), setting)
-        refuse_truncated(token, [self._identity.token], self._path, setting)
-        return token
 
 
 def basic_credentials(username: str, password: str) -> str:

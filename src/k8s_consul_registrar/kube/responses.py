@@ -3,7 +3,6 @@
 Requests meet a Status under an HTTP status, watches in an ERROR event under a 200.
 """
 
-import ssl
 from dataclasses import dataclass
 
 import aiohttp
@@ -19,13 +18,10 @@ from k8s_consul_registrar.errors import (
     ClusterUnauthorized,
     ClusterUnreachable,
 )
+from k8s_consul_registrar.tls import API_SERVER, Trust, explain
 
 MESSAGE_LENGTH = 300
 RETRY_AFTER_CAP = 3600.0
-# OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH.
-NAME_MISMATCHES = (62, 64)
-# OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED.
-OUT_OF_DATE = (9, 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,17 +125,18 @@ def _wait(status: Status, header: str) -> float | None:
     return float(min(named, RETRY_AFTER_CAP)) if named > 0 else None
 
 
-def transport_error(error: Exception, action: Action, *, server: str, authorities: str) -> ClusterError:
+def transport_error(error: Exception, action: Action, *, server: str, trust: Trust | None) -> ClusterError:
     """Return the error for a request that brought no whole answer.
 
-    `authorities` says where the CA certificates come from that the server was verified by. The texts are built from the parts that hold no URL, because a proxy's URL may hold a password.
+    `trust` is what the server was verified by. The texts are built from the parts that hold no URL, because a
+    proxy's URL may hold a password.
     """
     if isinstance(error, aiohttp.InvalidURL):
         return ClusterRefused(f"cannot {action}: {server}, or its proxy's URL, cannot be requested")
     if isinstance(error, aiohttp.ClientResponseError) and not isinstance(error, aiohttp.ClientHttpProxyError):
         return ClusterRefused(f"cannot {action}: {server} does not speak HTTP: {clipped(error.message)}")
     if isinstance(error, aiohttp.ClientError | TimeoutError | OSError):
-        return ClusterUnreachable(f"cannot {action}: {_broken(error, server, authorities)}")
+        return ClusterUnreachable(f"cannot {action}: {_broken(error, server, trust)}")
     # The URL libraries let exceptions of their own escape for hosts they cannot encode or resolve.
     return ClusterRefused(
         f"cannot {action}: the request to {server} failed: {type(error).__name__}: {_text(error)}"
@@ -152,10 +149,12 @@ def _text(error: Exception) -> str:
     return "…" if "://" in text or "@" in text else clipped(text)
 
 
-def _broken(error: Exception, server: str, authorities: str) -> str:
-    verification = _verification_error(error)
-    if verification is not None:
-        return _unverified(verification, server, authorities)
+def _broken(error: Exception, server: str, trust: Trust | None) -> str:
+    explanation = explain(
+        error, API_SERVER, trust.context if trust else None, trusted=trust.source if trust else ""
+    )
+    if explanation is not None:
+        return f"{server}: {explanation}"
     match error:
         case aiohttp.ClientHttpProxyError():
             why = f"the proxy answered {error.status} to CONNECT"
@@ -172,21 +171,3 @@ def _broken(error: Exception, server: str, authorities: str) -> str:
         case _:
             why = f"the connection to {server} broke: {clipped(str(error)) or type(error).__name__}"
     return why
-
-
-def _verification_error(error: Exception) -> ssl.SSLCertVerificationError | None:
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        inner: BaseException | None = error.certificate_error
-    else:
-        inner = error.__cause__ or error
-    return inner if isinstance(inner, ssl.SSLCertVerificationError) else None
-
-
-def _unverified(error: ssl.SSLCertVerificationError, server: str, authorities: str) -> str:
-    if error.verify_code in NAME_MISMATCHES:
-        hint = "tls-server-name of the kubeconfig can give a name that the certificate has"
-    elif error.verify_code in OUT_OF_DATE:
-        hint = "it or its authority's is to be renewed, unless the clock here is wrong"
-    else:
-        hint = f"certificate-authority must hold the CA that signed it (now: {authorities})"
-    return f"the certificate of {server} cannot be verified: {clipped(error.verify_message)}; {hint}"

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import cast
 
-from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.proxy import request
 from k8s_consul_registrar.proxy.headers import refusal_bytes
 from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
 from k8s_consul_registrar.proxy.relay import Relay
 from k8s_consul_registrar.proxy.request import Fault, Request, RequestReader
 from k8s_consul_registrar.proxy.scrape import Scrape
+from k8s_consul_registrar.rotating import BearerTokens, Rotating
 
 UNAUTHORIZED = Refusal(401, Outcome.UNAUTHORIZED, "a bearer token is needed, or another one")
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -45,7 +45,7 @@ class Downstream(asyncio.BufferedProtocol):
     )
 
     def __init__(
-        self, relay: Relay, inbound: BearerFile | None, on_lost: Callable[["Downstream"], None]
+        self, relay: Relay, inbound: Rotating[BearerTokens] | None, on_lost: Callable[["Downstream"], None]
     ) -> None:
         self._relay = relay
         self._inbound = inbound
@@ -110,7 +110,9 @@ class Downstream(asyncio.BufferedProtocol):
         relay = self._relay
         self._is_head = False
         self._close_after = not asked.keeps_alive
-        if self._inbound is not None and not self._inbound.accepts(asked.fields.get(b"authorization")):
+        if self._inbound is not None and not self._inbound.current().accepts(
+            asked.fields.get(b"authorization")
+        ):
             relay.counts.ended(UNAUTHORIZED.outcome)
             self.refuse(UNAUTHORIZED)
             return

@@ -4,6 +4,8 @@ import os
 import ssl
 from http import HTTPStatus
 
+from k8s_consul_registrar import tls
+from k8s_consul_registrar.proxy.nodes import KUBELET
 from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
 from k8s_consul_registrar.proxy.response import Malformed
 
@@ -20,23 +22,14 @@ def connect_timeout(seconds: float) -> Refusal:
     return Refusal(504, Outcome.TIMEOUT, f"no connection to the kubelet within {seconds:g} s")
 
 
-def connection_failure(error: OSError) -> Refusal:
-    """Return the answer to an error of the connection, TLS included."""
-    match error:
-        case ssl.SSLCertVerificationError():
-            return Refusal(
-                502,
-                Outcome.UNVERIFIED,
-                f"the kubelet's certificate cannot be verified ({printable(error.verify_message)}): set KUBELET_CA_FILE "
-                "to the CA that signed it (KUBELET_TLS_SERVER_NAME=node where it names the Node and not the address), "
-                "or KUBELET_INSECURE_SKIP_TLS_VERIFY=true to do without",
-            )
-        case ssl.SSLError():
-            what = printable(error.reason or "protocol error")
-            return Refusal(502, Outcome.UNREACHABLE, f"TLS with the kubelet failed: {what}")
-        case _:
-            what = os.strerror(error.errno).lower() if error.errno else "connection lost"
-            return Refusal(502, Outcome.UNREACHABLE, f"the kubelet cannot be reached: {what}")
+def connection_failure(error: OSError, peer: str, context: ssl.SSLContext | None) -> Refusal:
+    """Return the answer to an error of a connection to a peer (`Endpoint.peer`), TLS included."""
+    explanation = tls.explain(error, tls.KUBELET if peer == KUBELET else tls.POD, context)
+    if explanation is not None:
+        outcome = Outcome.UNVERIFIED if explanation.is_unverified else Outcome.UNREACHABLE
+        return Refusal(502, outcome, f"the kubelet cannot be scraped: {explanation}")
+    what = os.strerror(error.errno).lower() if error.errno else "connection lost"
+    return Refusal(502, Outcome.UNREACHABLE, f"the kubelet cannot be reached: {what}")
 
 
 def malformed(error: Malformed) -> Refusal:
@@ -76,25 +69,11 @@ _OF_PODS = {
     Outcome.ANSWERED: Outcome.POD_ANSWERED,
     Outcome.MALFORMED: Outcome.POD_MALFORMED,
 }
-UNVERIFIED_POD = (
-    "the Pod's certificate cannot be verified: set POD_CA_FILE to the CA that signed it for the Pod's address, "
-    "or POD_INSECURE_SKIP_TLS_VERIFY=true to do without"
-)
 FORBIDDEN_POD = "the Pod answered 401 or 403: the proxy has no credentials for Pods"
 
 
 def of_pod(refusal: Refusal) -> Refusal:
     """Return the same about a Pod: what would help with a kubelet is no help there."""
-    match refusal.outcome:
-        case Outcome.UNVERIFIED:
-            reason = UNVERIFIED_POD
-        case Outcome.FORBIDDEN:
-            reason = FORBIDDEN_POD
-        case _:
-            reason = refusal.reason.replace("the kubelet", "the Pod")
+    is_forbidden = refusal.outcome is Outcome.FORBIDDEN
+    reason = FORBIDDEN_POD if is_forbidden else refusal.reason.replace("the kubelet", "the Pod")
     return Refusal(refusal.status, _OF_PODS.get(refusal.outcome, refusal.outcome), reason)
-
-
-def printable(text: str) -> str:
-    """Return a library's text cut short and in ASCII: it may quote what a peer sent."""
-    return "".join(letter if " " <= letter <= "~" else "?" for letter in text[:200])

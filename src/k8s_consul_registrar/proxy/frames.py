@@ -12,6 +12,8 @@ from k8s_consul_registrar.proxy.failing import Failure
 from k8s_consul_registrar.proxy.nodes import NodeTable
 from k8s_consul_registrar.proxy.outcomes import ProxyStats
 from k8s_consul_registrar.proxy.pod_route import ProxiedPod
+from k8s_consul_registrar.rotating import BearerTokens
+from k8s_consul_registrar.tls import ServerCertificate, Trust
 
 # Five thousand Nodes are about a megabyte; a length beyond this is no frame of ours.
 LONGEST = 1 << 28
@@ -38,36 +40,22 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
     log_format: str
 
 
-class Trust(msgspec.Struct, frozen=True):
-    """Whom to believe, and the client certificate to show with its key, both empty for none."""
-
-    ca_pem: str | None
-    skip_verification: bool
-    certificate: bytes = b""
-    key: bytes = b""
-
-    def __repr__(self) -> str:
-        return "Trust(…)"
-
-
 class Credentials(msgspec.Struct, frozen=True, tag=True):
-    """To a worker: everything secret, as it is now.
+    """To a worker: everything secret, as it is now; nothing in it is unusable.
 
-    `problem` says why there is no token. `files` are the contents of those that callers are checked by, by
-    what each is for: see the constants below.
+    `problem` says why there is no token. `bearer` and `tls` are what callers are checked by, None for what is not
+    asked of them.
     """
 
     token: str
     problem: str
     kubelets: Trust
-    pods: Trust | None
-    files: dict[str, bytes]
+    pods: Trust | None = None
+    bearer: BearerTokens | None = None
+    tls: ServerCertificate | None = None
 
     def __repr__(self) -> str:
         return "Credentials(…)"
-
-
-BEARER, CERTIFICATE, KEY, CLIENT_CA = "bearer", "certificate", "key", "client-ca"
 
 
 class Table(msgspec.Struct, frozen=True, tag=True):

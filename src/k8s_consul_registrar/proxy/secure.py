@@ -4,13 +4,13 @@ import os
 import ssl
 from collections.abc import Callable
 
-from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.proxy.downstream import Downstream
 from k8s_consul_registrar.proxy.headers import refusal_bytes
 from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
 from k8s_consul_registrar.proxy.relay import Relay
 from k8s_consul_registrar.proxy.request import Request
 from k8s_consul_registrar.proxy.tls import TlsStep
+from k8s_consul_registrar.rotating import BearerTokens, Rotating
 from k8s_consul_registrar.tls import ServerTls
 
 # What OpenSSL calls a first line of HTTP where a handshake should begin.
@@ -30,14 +30,14 @@ class SecureDownstream(Downstream):
     def __init__(
         self,
         relay: Relay,
-        inbound: BearerFile | None,
+        inbound: Rotating[BearerTokens] | None,
         on_lost: Callable[[Downstream], None],
         files: ServerTls,
     ) -> None:
         super().__init__(relay, inbound, on_lost)
         self._files = files
-        self._trust = files.trust
-        self._tls = TlsStep(files.context, None, relay.buffers.incoming)
+        self._trust = files.value.client_ca
+        self._tls = TlsStep(files.value.context, None, relay.buffers.incoming)
         self._is_secure = False
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -87,7 +87,7 @@ class SecureDownstream(Downstream):
 
     @property
     def _is_stale(self) -> bool:
-        return self._files.trust != self._trust
+        return self._files.value.client_ca != self._trust
 
     def _closes_after(self) -> bool:
         return super()._closes_after() or self._is_stale

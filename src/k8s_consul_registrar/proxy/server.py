@@ -6,7 +6,6 @@ import socket
 import ssl
 from collections.abc import Callable, Sequence
 
-from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.proxy.downstream import Downstream
 from k8s_consul_registrar.proxy.failing import Failure
 from k8s_consul_registrar.proxy.limits import Concurrency
@@ -15,6 +14,7 @@ from k8s_consul_registrar.proxy.outcomes import ProxyStats
 from k8s_consul_registrar.proxy.peers import PodAccess, TokenSource
 from k8s_consul_registrar.proxy.relay import Relay, RelayTiming
 from k8s_consul_registrar.proxy.secure import SecureDownstream
+from k8s_consul_registrar.rotating import BearerTokens, Rotating
 from k8s_consul_registrar.telemetry import get_logger
 from k8s_consul_registrar.tls import ServerTls
 
@@ -40,7 +40,7 @@ class ProxyServer:
         token: TokenSource,
         context: Callable[[], ssl.SSLContext],
         concurrency: Concurrency | None = None,
-        inbound: BearerFile | None = None,
+        inbound: Rotating[BearerTokens] | None = None,
         tls: ServerTls | None = None,
         pods: PodAccess | None = None,
         max_callers: int = 4096,
@@ -86,6 +86,8 @@ class ProxyServer:
     def _accept(self, relay: Relay) -> asyncio.BaseProtocol:
         if len(self._callers) >= self._max_callers:
             return _TurnedAway()
+        if self._tls is not None:
+            self._refresh(self._tls)
         caller = (
             Downstream(relay, self._inbound, self._forget)
             if self._tls is None

@@ -1,4 +1,4 @@
-"""The TLS step of a connection: bytes in, bytes out, no socket; and the contexts that say whom to trust."""
+"""The TLS step of a connection: bytes in, bytes out, no socket."""
 
 import contextlib
 import ssl
@@ -12,35 +12,6 @@ PIECE = 16 * 1024
 RECORD_HEADER = 5
 # The most a length may say (RFC 5246, 6.2.3); OpenSSL is shown more at once and refuses it.
 LONGEST_RECORD = RECORD + 2048
-
-
-def kubelet_context(
-    *,
-    ca_pem: str | None,
-    skip_verification: bool = False,
-) -> ssl.SSLContext:
-    """Return the context for kubelets: HTTP/1.1 alone, verified by the CAs in `ca_pem`.
-
-    Without a CA the system's are trusted. `skip_verification` is the operator's explicit choice.
-    Raises ssl.SSLError where a CA cannot be read.
-    """
-    context = ssl.create_default_context(cadata=ca_pem)
-    context.set_alpn_protocols(["http/1.1"])
-    # The same on every Python: 3.13 turned strictness on, which a cluster's own CA does not meet (kubeadm's
-    # has no authority key identifier), and trust in any certificate of the file, a kubelet's own included.
-    context.verify_flags &= ~ssl.VerifyFlags.VERIFY_X509_STRICT
-    context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
-    # RFC 9525, 2: the common name is no identity.
-    context.hostname_checks_common_name = False
-    if skip_verification:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-def pod_context(*, ca_pem: str | None, skip_verification: bool = False) -> ssl.SSLContext:
-    """Return the context for Pods that are scraped by https; it never shows a certificate of ours."""
-    return kubelet_context(ca_pem=ca_pem, skip_verification=skip_verification)
 
 
 class PlainStep:

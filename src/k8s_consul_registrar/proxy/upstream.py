@@ -104,7 +104,7 @@ class Upstream(asyncio.BufferedProtocol):
             await self._loop.create_connection(lambda: self, address, port, flags=socket.AI_NUMERICHOST)
         except OSError as error:
             self._connecting = None
-            self._fail(failures.connection_failure(error))
+            self._break(error)
         self._connecting = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -122,7 +122,7 @@ class Upstream(asyncio.BufferedProtocol):
             is_complete = self._tls.advance_handshake(received)
         except ssl.SSLError as error:
             self._flush()
-            self._fail(failures.connection_failure(error))
+            self._break(error)
             return
         self._flush()
         if is_complete and self._exchange is not None:
@@ -181,7 +181,7 @@ class Upstream(asyncio.BufferedProtocol):
         try:
             count = tls.decrypt(buffers.received[:nbytes], buffers.plain)
         except ssl.SSLError as error:
-            self._fail(failures.connection_failure(error))
+            self._break(error)
             return
         if tls.has_output:
             self._flush()
@@ -267,8 +267,13 @@ class Upstream(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell whoever waits for an answer."""
-        lost = isinstance(exc, OSError)
-        self._fail(failures.connection_failure(cast("OSError", exc)) if lost else failures.CLOSED_EARLY)
+        if isinstance(exc, OSError):
+            self._break(exc)
+        else:
+            self._fail(failures.CLOSED_EARLY)
+
+    def _break(self, error: OSError) -> None:
+        self._fail(failures.connection_failure(error, self.endpoint.peer, self.context))
 
     def _fail(self, refusal: Refusal) -> None:
         exchange, heard = self._exchange, self._heard

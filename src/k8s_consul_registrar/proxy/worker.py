@@ -5,22 +5,17 @@ its parent.
 """
 
 import asyncio
-import os
 import signal
 import socket
 import ssl
 import sys
-from pathlib import Path
+from typing import cast
 
 import uvloop
+from msgspec.structs import replace
 
-from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.errors import AccessError, OperationalError
 from k8s_consul_registrar.proxy.frames import (
-    BEARER,
-    CERTIFICATE,
-    CLIENT_CA,
-    KEY,
     Begin,
     Credentials,
     Drain,
@@ -29,7 +24,6 @@ from k8s_consul_registrar.proxy.frames import (
     PodsKnown,
     Serving,
     Table,
-    Trust,
     frame,
     read_to_worker,
 )
@@ -40,96 +34,55 @@ from k8s_consul_registrar.proxy.pod_route import Pods
 from k8s_consul_registrar.proxy.relay import RelayTiming
 from k8s_consul_registrar.proxy.server import ProxyServer
 from k8s_consul_registrar.proxy.sockets import listen
-from k8s_consul_registrar.proxy.tls import kubelet_context, pod_context
+from k8s_consul_registrar.rotating import BearerTokens, Derived, Rotating
 from k8s_consul_registrar.telemetry import configure_logging, get_logger
-from k8s_consul_registrar.tls import KeyPair, ServerTls, TlsFiles, show
+from k8s_consul_registrar.tls import ServerCertificate
 
 FIGURES_EVERY = 1.0  # seconds
 
 log = get_logger("worker")
 
 
-class MemoryFiles:
-    """Files that are nowhere but in memory, for what is made to read files: OpenSSL, and what follows changes."""
-
-    def __init__(self) -> None:
-        self._open: dict[str, int] = {}
-
-    def put(self, name: str, content: bytes) -> None:
-        """Make a file, or give one another content."""
-        if name not in self._open:
-            self._open[name] = os.memfd_create(name, os.MFD_CLOEXEC)
-        os.ftruncate(self._open[name], 0)
-        os.pwrite(self._open[name], content, 0)
-
-    def path(self, name: str) -> Path:
-        """Return where this process finds it."""
-        return Path(f"/proc/self/fd/{self._open[name]}")
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._open
-
-
 class Held:
-    """The credentials of this moment, in the forms the relay asks for."""
+    """The credentials that the parent told last, in the forms the relay asks for."""
 
     def __init__(self, told: Credentials) -> None:
-        self._files = MemoryFiles()
         self._told = told
-        self._kubelets = _context(told.kubelets)
-        self._pods = None if told.pods is None else _pod_context(told.pods)
-        for name, content in told.files.items():
-            self._files.put(name, content)
+        self.bearer = (
+            None if told.bearer is None else Rotating("", (), lambda: cast("BearerTokens", self._told.bearer))
+        )
+        self.tls = (
+            None
+            if told.tls is None
+            else Derived(lambda tls: tls, Rotating("", (), lambda: cast("ServerCertificate", self._told.tls)))
+        )
 
     def take(self, told: Credentials) -> None:
-        """Use others from now on; what did not change stays the very same."""
-        before, self._told = self._told, told
-        if told.kubelets != before.kubelets:
-            self._kubelets = _context(told.kubelets)
-        if told.pods is not None and told.pods != before.pods:
-            self._pods = _pod_context(told.pods)
-        for name, content in told.files.items():
-            if content != before.files.get(name):
-                self._files.put(name, content)
+        """Use others from now on; what did not change stays the very same, with its context."""
+        before = self._told
+        self._told = replace(
+            told,
+            kubelets=before.kubelets if told.kubelets == before.kubelets else told.kubelets,
+            pods=before.pods if told.pods == before.pods else told.pods,
+        )
+        for loaded in (self.bearer, self.tls):
+            if loaded is not None:
+                loaded.expire()
 
     def token(self) -> str:
-        """Return the token for kubelets; raises AccessError where there is none to be had."""
+        """Return the token for kubelets; raises AccessError without one."""
         if self._told.problem:
             raise AccessError(self._told.problem)
         return self._told.token
 
     def context(self) -> ssl.SSLContext:
         """Return the context for kubelets."""
-        return self._kubelets
+        return self._told.kubelets.context
 
     def pod_context(self) -> ssl.SSLContext:
         """Return the context for Pods."""
-        assert self._pods is not None, "no Pods are relayed"
-        return self._pods
-
-    def bearer(self) -> BearerFile | None:
-        """Return what callers must show, None for nothing."""
-        files = self._files
-        return BearerFile(files.path(BEARER), "PROXY_BEARER_TOKEN_FILE") if BEARER in files else None
-
-    def tls(self) -> ServerTls | None:
-        """Return the TLS that callers must speak, None for none."""
-        files = self._files
-        if CERTIFICATE not in files:
-            return None
-        client_ca = files.path(CLIENT_CA) if CLIENT_CA in files else None
-        return ServerTls(TlsFiles(files.path(CERTIFICATE), files.path(KEY), client_ca, "TLS"))
-
-
-def _context(trust: Trust) -> ssl.SSLContext:
-    context = kubelet_context(ca_pem=trust.ca_pem, skip_verification=trust.skip_verification)
-    if trust.certificate:
-        show(context, KeyPair(trust.certificate, trust.key, "the proxy's own certificate"))
-    return context
-
-
-def _pod_context(trust: Trust) -> ssl.SSLContext:
-    return pod_context(ca_pem=trust.ca_pem, skip_verification=trust.skip_verification)
+        assert self._told.pods is not None, "no Pods are relayed"
+        return self._told.pods.context
 
 
 class Worker:
@@ -149,8 +102,8 @@ class Worker:
             token=self._held.token,
             context=self._held.context,
             concurrency=concurrency,
-            inbound=self._held.bearer(),
-            tls=self._held.tls(),
+            inbound=self._held.bearer,
+            tls=self._held.tls,
             pods=access if begin.has_pods else None,
             max_callers=limits.max_callers,
             kept_connections=limits.kept_connections,

@@ -1,6 +1,6 @@
-"""Runs a sandbox in a process of its own: `python -m k8s_consul_registrar.sandbox --pods 10000 --nodes 200`.
+"""The sandbox as a process: `python -m k8s_consul_registrar.sandbox --pods 10000 --nodes 200`.
 
-Prints where everything is, as one line of JSON unless it is to a terminal, and ends on SIGTERM or SIGINT.
+It prints its addresses, as one line of JSON unless the output is a terminal, and ends on SIGTERM or SIGINT.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import uvloop
 
+from k8s_consul_registrar.sandbox.consul_release import NEWEST_RELEASE, RELEASES, ConsulOptions
 from k8s_consul_registrar.sandbox.sandbox import Sandbox
 from k8s_consul_registrar.sandbox.synthetic import (
     FIRST_POD_IP,
@@ -29,46 +30,53 @@ SMALL, REJECTED = "small", "rejected"
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return what the command line asks for."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m k8s_consul_registrar.sandbox", description=__doc__)
-    parser.add_argument("--pods", type=int, default=0, help="synthetic Pods of about 7 KB to begin with")
+    parser.add_argument("--pods", type=int, default=0, help="synthetic Pods of about 7 KB")
     parser.add_argument("--small-pods", type=int, default=0, help=f"Pods in the namespace {SMALL}")
     parser.add_argument(
         "--rejected-pods",
         type=int,
         default=0,
-        help=f"Pods in the namespace {REJECTED}, with a port they lack",
+        help=f"Pods in the namespace {REJECTED} whose port does not exist",
     )
     parser.add_argument("--nodes", type=int, default=0, help="synthetic Nodes, without kubelets")
-    parser.add_argument("--kubelets", type=int, default=0, help="Nodes with kubelets on 127.0.0.2 and on")
+    parser.add_argument("--kubelets", type=int, default=0, help="Nodes with kubelets, from 127.0.0.2 on")
     parser.add_argument(
-        "--metrics-file", type=Path, help="what the kubelets answer instead of the recorded text"
+        "--metrics-file", type=Path, help="answer of the kubelets instead of the recorded text"
     )
     parser.add_argument(
         "--live",
         action="store_true",
-        help=f"the first {MOST} synthetic Pods answer scrapes, and kubelets stamp samples with the present time",
+        help=f"the first {MOST} synthetic Pods answer scrapes, and kubelets give samples the current time",
     )
     parser.add_argument(
         "--no-streamed-lists",
         action="store_true",
-        help="refuse sendInitialEvents, as an API server without the feature gate WatchList does",
+        help="refuse sendInitialEvents, like an API server without the feature gate WatchList",
+    )
+    parser.add_argument(
+        "--consul-release",
+        choices=list(RELEASES),
+        default=NEWEST_RELEASE,
+        help="answer as this release of Consul; later ones than 1.8 are simulated (default: %(default)s)",
     )
     parser.add_argument("--kube-port", type=int, default=0, help="0: any free port")
     parser.add_argument("--consul-port", type=int, default=0, help="0: any free port")
-    parser.add_argument("--kubeconfig", type=Path, help="where to write the administrator's kubeconfig")
-    parser.add_argument("--port-file", type=Path, help="where to write the line of JSON as well, atomically")
+    parser.add_argument("--kubeconfig", type=Path, help="file for the administrator's kubeconfig")
+    parser.add_argument("--port-file", type=Path, help="file for the line of JSON, written atomically")
     return parser.parse_args(arguments)
 
 
 async def run(arguments: argparse.Namespace) -> None:
-    """Serve until a signal comes."""
+    """Serve until a signal arrives."""
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     async with (
         Sandbox(
             kube_port=arguments.kube_port,
+            consul_options=ConsulOptions(RELEASES[arguments.consul_release], is_server=False),
             consul_port=arguments.consul_port,
             can_stream_lists=not arguments.no_streamed_lists,
         ) as sandbox,
@@ -81,17 +89,17 @@ async def run(arguments: argparse.Namespace) -> None:
             await sandbox.add_kubelet(f"kubelet-{index:03d}", host, metrics=metrics, is_live=arguments.live)
         if arguments.kubeconfig:
             sandbox.write_kubeconfig(arguments.kubeconfig)
-        places = places_of(sandbox)
+        addresses = addresses_of(sandbox)
         if arguments.port_file:
-            announce(places, arguments.port_file)
-        text = summary(places, arguments.kubeconfig) if sys.stdout.isatty() else as_line(places)
+            announce(addresses, arguments.port_file)
+        text = summary(addresses, arguments.kubeconfig) if sys.stdout.isatty() else as_line(addresses)
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
         await stopped.wait()
 
 
 async def create_objects(sandbox: Sandbox, workloads: Workloads, arguments: argparse.Namespace) -> None:
-    """Create the Nodes and Pods that the command line asks for."""
+    """Create the Nodes and Pods of the command line."""
     for node in synthetic_nodes(arguments.nodes):
         sandbox.kube.create(node)
     first_ip = FIRST_POD_IP
@@ -107,8 +115,8 @@ async def create_objects(sandbox: Sandbox, workloads: Workloads, arguments: argp
         sandbox.kube.create(pod)
 
 
-def places_of(sandbox: Sandbox) -> dict[str, Any]:
-    """Return where everything is, and what lets in."""
+def addresses_of(sandbox: Sandbox) -> dict[str, Any]:
+    """Return the addresses and credentials."""
     return {
         "kube": sandbox.kube.url,
         "ca": sandbox.ca_pem.decode(),
@@ -118,23 +126,23 @@ def places_of(sandbox: Sandbox) -> dict[str, Any]:
     }
 
 
-def as_line(places: Mapping[str, Any]) -> str:
-    """Return the places for a program."""
-    return msgspec.json.encode(places).decode()
+def as_line(addresses: Mapping[str, Any]) -> str:
+    """Return the addresses and credentials for a program."""
+    return msgspec.json.encode(addresses).decode()
 
 
-def summary(places: Mapping[str, Any], kubeconfig: Path | None) -> str:
-    """Return the places for a reader; what lets in is in the kubeconfig, not on the screen."""
-    hint = f"KUBECONFIG={kubeconfig}" if kubeconfig else "--kubeconfig FILE writes what lets you in"
-    lines = [f"Kubernetes API  {places['kube']}   {hint}", f"Consul          http://{places['consul']}"]
-    lines += [f"{name:<15} {url}" for name, url in list(places["kubelets"].items())[:10]]
+def summary(addresses: Mapping[str, Any], kubeconfig: Path | None) -> str:
+    """Return the addresses for a person; the credentials are in the kubeconfig, not on the screen."""
+    hint = f"KUBECONFIG={kubeconfig}" if kubeconfig else "--kubeconfig FILE writes the credentials"
+    lines = [f"Kubernetes API  {addresses['kube']}   {hint}", f"Consul          http://{addresses['consul']}"]
+    lines += [f"{name:<15} {url}" for name, url in list(addresses["kubelets"].items())[:10]]
     return "\n".join([*lines, "Ctrl-C ends it."])
 
 
-def announce(places: Mapping[str, Any], port_file: Path) -> None:
-    """Tell where everything is by a file, in one step."""
+def announce(addresses: Mapping[str, Any], port_file: Path) -> None:
+    """Write the addresses and credentials to a file, atomically."""
     unfinished = port_file.with_name(f"{port_file.name}.{os.getpid()}")
-    unfinished.write_text(as_line(places) + "\n")
+    unfinished.write_text(as_line(addresses) + "\n")
     unfinished.rename(port_file)
 
 

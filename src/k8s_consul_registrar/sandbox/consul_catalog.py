@@ -1,4 +1,4 @@
-"""The catalog's, health's and status' endpoints."""
+"""The endpoints of the catalog, of health checks, of transactions and of the cluster's status."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,13 +8,22 @@ import msgspec
 from aiohttp import web
 
 from k8s_consul_registrar.sandbox import consul_rules, consul_txn
-from k8s_consul_registrar.sandbox.consul_http import ConsulOptions, Gate, HttpError, json_response, selected
+from k8s_consul_registrar.sandbox.consul_acl import Right
+from k8s_consul_registrar.sandbox.consul_http import Gate, json_response, selected
 from k8s_consul_registrar.sandbox.consul_model import Json, Node, Service, catalog_service_json
-from k8s_consul_registrar.sandbox.consul_rules import RefusedError
-from k8s_consul_registrar.sandbox.consul_state import NODES, SERVICES, Catalog, check_of, node_of
+from k8s_consul_registrar.sandbox.consul_release import (
+    CHECKS,
+    NODES,
+    SERVICES,
+    ConsulOptions,
+    ConsulRelease,
+    FilteredMark,
+)
+from k8s_consul_registrar.sandbox.consul_rules import HttpError, RefusedError
+from k8s_consul_registrar.sandbox.consul_state import Catalog, check_of, node_of
+from k8s_consul_registrar.sandbox.consul_txn import Operation
 
 LARGEST_TXN = 512 * 1024  # bytes
-_LARGER_TXNS_SINCE = (1, 14)
 _LEADER = "127.0.0.1:8300"
 _SERVICE_FIELDS = frozenset(
     ("ID", "Service", "Tags", "Address", "TaggedAddresses", "Meta", "Port", "Weights", "EnableTagOverride")
@@ -48,10 +57,10 @@ class CatalogApi:
     """The HTTP side of a catalog."""
 
     def __init__(self, options: ConsulOptions, catalog: Catalog, gate: Gate) -> None:
-        self._options = options
+        self._datacenter = options.datacenter
+        self._release = options.release
         self._catalog = catalog
         self._gate = gate
-        self._most_operations = 128 if options.release >= _LARGER_TXNS_SINCE else 64
 
     def add_routes(self, router: web.UrlDispatcher) -> None:
         """Serve the endpoints."""
@@ -70,7 +79,8 @@ class CatalogApi:
         router.add_get("/v1/status/peers", self._peers)
 
     async def _register(self, request: web.Request) -> web.Response:
-        fields = _decoded(await self._gate.write(request))
+        self._gate.count_write()
+        fields = _decoded(await self._gate.write(request, Right("service:write")))
         try:
             self._apply_registration(fields)
         except RefusedError as error:
@@ -78,14 +88,15 @@ class CatalogApi:
         return json_response(True)  # noqa: FBT003 - the body is the JSON value true
 
     def _apply_registration(self, fields: Json) -> None:
-        node = node_of(fields, consul_rules.string_map(fields, "NodeMeta"), self._options.datacenter)
+        node = node_of(fields, consul_rules.string_map(fields, "NodeMeta"), self._datacenter)
         is_node_kept = bool(fields.get("SkipNodeUpdate")) and self._catalog.node(node.name) is not None
         if not node.name:
             raise RefusedError("Must provide node")
         if not node.address and not fields.get("SkipNodeUpdate"):
             raise RefusedError("Must provide address if SkipNodeUpdate is not set")
         given = fields.get("Service")
-        service = consul_rules.service_of(given, name_field="Service") if given else None
+        has_ports = self._release.has_ports
+        service = consul_rules.service_of(given, name_field="Service", has_ports=has_ports) if given else None
         if service is not None and service.id and not service.name:
             raise RefusedError("Must provide service name with ID")
         if service is not None and service.address in consul_rules.ANY_ADDRESSES:
@@ -102,7 +113,8 @@ class CatalogApi:
                     self._catalog.put_check(check_of(check, node.name))
 
     async def _deregister(self, request: web.Request) -> web.Response:
-        fields = _decoded(await self._gate.write(request))
+        self._gate.count_write()
+        fields = _decoded(await self._gate.write(request, Right("node:write")))
         name = fields.get("Node") or ""
         if not name:
             raise HttpError(500, "Must provide node")
@@ -124,22 +136,37 @@ class CatalogApi:
             operations = msgspec.json.decode(body, type=list[dict[str, Any]])
         except msgspec.MsgspecError as error:
             raise HttpError(400, f"Failed to parse body: {error}") from None
-        if len(operations) > self._most_operations:
-            limit = f"({len(operations)} > {self._most_operations})"
-            raise HttpError(413, f"Transaction contains too many operations {limit}")
-        if not self._gate.sees_everything(request):
-            denied = [{"OpIndex": i, "What": "Permission denied"} for i in range(len(operations))]
-            return json_response({"Results": None, "Errors": denied}, status=409)
+        most = self._release.most_operations
+        if len(operations) > most:
+            raise HttpError(413, f"Transaction contains too many operations ({len(operations)} > {most})")
+        has_all = self._gate.sees_everything(request)
         is_write = any(consul_txn.is_write(operation) for operation in operations)
         if is_write:
-            self._gate.record(request, body)
+            self._gate.count_write()
+            if has_all:
+                self._gate.record(request, body)
+        else:
+            self._gate.count_read()
+
+        def veto(operation: Operation) -> str:
+            return "" if has_all else self._gate.denial(request, operation.right)
+
         try:
-            result = consul_txn.run(self._catalog, operations, self._options.datacenter)
+            result = consul_txn.run(
+                self._catalog,
+                operations,
+                self._datacenter,
+                may_rename=self._release.may_rename,
+                veto=veto,
+            )
         except RefusedError as error:
             raise HttpError(400, f"Failed to parse body: {error}") from None
-        answer = {"Results": None if result.errors else result.results, "Errors": result.errors or None}
+        results = result.results if has_all else []  # a read leaves out, without an error, what ACLs hide
+        answer = {"Results": None if result.errors else results, "Errors": result.errors or None}
         status = 409 if result.errors else 200
-        return json_response(answer, status=status) if is_write else _read_answer(answer, status)
+        if is_write:
+            return json_response(answer, status=status)
+        return _read_answer(answer, status, self._release, is_filtered=results != result.results)
 
     async def _nodes(self, request: web.Request) -> web.Response:
         def read() -> list[Json]:
@@ -166,7 +193,7 @@ class CatalogApi:
             node = self._catalog.node(name)
             if node is None:
                 return nothing
-            # As Go encodes it: a node without services has null for a list, a filter that leaves none [].
+            # As in Go: null for a node without services, [] where a filter leaves none.
             has_services = bool(self._catalog.services_of(name))
             return {"Node": node.json(), "Services": self._services(request) if has_services else None}
 
@@ -198,7 +225,7 @@ class CatalogApi:
         return await self._gate.query(request, ("service", request.match_info["name"]), read, unseen=[])
 
     def _tagged(self, request: web.Request) -> list[tuple[Node, Service]]:
-        """Return the instances that carry every tag the request names, in any case."""
+        """Return the instances that have each tag of the request; the case does not matter."""
         wanted = {tag.lower() for tag in request.query.getall("tag", [])}
         return [
             (node, service)
@@ -214,7 +241,7 @@ class CatalogApi:
         name = request.match_info["name"]
         return await self._gate.query(
             request,
-            ("node", name.lower()),
+            ("checks", name.lower()),
             lambda: [check.json() for check in self._catalog.checks_of(name)],
             unseen=[],
         )
@@ -227,7 +254,7 @@ class CatalogApi:
             found = [check.json() for check in every if state in ("any", check.status)]
             return selected(request, found, _CHECK_FIELDS)
 
-        return await self._gate.query(request, NODES, read, unseen=[])
+        return await self._gate.query(request, CHECKS, read, unseen=[])
 
     async def _leader(self, _: web.Request) -> web.Response:
         return json_response(_LEADER)
@@ -236,9 +263,11 @@ class CatalogApi:
         return json_response([_LEADER])
 
 
-def _read_answer(answer: Json, status: int) -> web.Response:
-    """Return a transaction's answer as those get it that only read."""
-    meta = {"Index": 0, "LastContact": 0, "KnownLeader": True, "ConsistencyLevel": ""}
+def _read_answer(answer: Json, status: int, release: ConsulRelease, *, is_filtered: bool) -> web.Response:
+    """Return the answer of a transaction that only reads."""
+    meta: Json = {"Index": 0, "LastContact": 0, "KnownLeader": True, "ConsistencyLevel": ""}
+    if release.filtered_mark is not FilteredMark.NONE:
+        meta |= {"NotModified": False, "Backend": 0, "ResultsFilteredByACLs": is_filtered}
     response = json_response({**answer, **meta}, status=status)
     response.headers["X-Consul-KnownLeader"] = "true"
     response.headers["X-Consul-LastContact"] = "0"
@@ -247,7 +276,7 @@ def _read_answer(answer: Json, status: int) -> web.Response:
 
 @contextmanager
 def _named(template: str) -> Iterator[None]:
-    """Put a refusal inside into the words of the step that met it."""
+    """Put the text of a refusal inside into a template."""
     try:
         yield
     except RefusedError as error:

@@ -1,4 +1,4 @@
-"""Consul's records and their JSON, as Consul 1.8.7 encodes them (`agent/structs/structs.go`)."""
+"""Consul's records and their JSON, in the encoding of Consul 1.8.7 (`agent/structs/structs.go`)."""
 
 import ipaddress
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ Json = dict[str, Any]
 
 
 class Weights(msgspec.Struct, frozen=True):
-    """How DNS weighs an instance."""
+    """The weights of an instance in DNS answers."""
 
     Passing: int = 1
     Warning: int = 1
@@ -29,11 +29,11 @@ class Node(msgspec.Struct, frozen=True):
     modify_index: int = 0
 
     def content(self) -> "Node":
-        """Return this record without its indexes, to compare it with another."""
+        """Return this record without its indexes, for comparisons."""
         return msgspec.structs.replace(self, create_index=0, modify_index=0)
 
     def json(self) -> Json:
-        """Return the record as the catalog's answers hold it."""
+        """Return the record in the form of the catalog's answers."""
         return {
             "ID": self.id,
             "Node": self.name,
@@ -49,7 +49,7 @@ class Node(msgspec.Struct, frozen=True):
 
 
 class Service(msgspec.Struct, frozen=True):
-    """An instance of a service, on an agent or a node of the catalog."""
+    """An instance of a service, on an agent or a node of the catalog; `ports` is of 1.22 and later."""
 
     id: str
     name: str
@@ -59,17 +59,17 @@ class Service(msgspec.Struct, frozen=True):
     meta: Mapping[str, str] | None = None
     tagged_addresses: Mapping[str, Json] | None = None
     weights: Weights = Weights()
+    ports: tuple[Json, ...] = ()
     enable_tag_override: bool = False
     create_index: int = 0
     modify_index: int = 0
 
     def content(self) -> "Service":
-        """Return this record without its indexes, to compare it with another."""
+        """Return this record without its indexes, for comparisons."""
         return msgspec.structs.replace(self, create_index=0, modify_index=0)
 
     def agent_json(self) -> Json:
-        """Return the record as the agent's own answers hold it."""
-        tagged = {"TaggedAddresses": self.tagged_addresses} if self.tagged_addresses else {}
+        """Return the record in the form of the agent's answers."""
         return {
             "ID": self.id,
             "Service": self.name,
@@ -77,20 +77,19 @@ class Service(msgspec.Struct, frozen=True):
             "Meta": self.meta or {},
             "Port": self.port,
             "Address": self.address,
-            **tagged,
+            **self._optional(),
             "Weights": self.weights,
             "EnableTagOverride": self.enable_tag_override,
         }
 
     def raw_json(self) -> Json:
-        """Return the record as transactions answer it: tags that are not set are null."""
-        tagged = {"TaggedAddresses": self.tagged_addresses} if self.tagged_addresses else {}
+        """Return the record in the form of transactions' answers, where tags that are not set are null."""
         return {
             "ID": self.id,
             "Service": self.name,
             "Tags": self.tags,
             "Address": self.address,
-            **tagged,
+            **self._optional(),
             "Meta": self.meta,
             "Port": self.port,
             "Weights": self.weights,
@@ -102,12 +101,17 @@ class Service(msgspec.Struct, frozen=True):
         }
 
     def json(self) -> Json:
-        """Return the record as the catalog's and health's answers hold it."""
+        """Return the record in the form of the catalog's and health's answers."""
         return {**self.raw_json(), "Tags": self.tags or ()}
+
+    def _optional(self) -> Json:
+        """Return the fields that answers leave out when they are empty."""
+        fields = {"TaggedAddresses": self.tagged_addresses, "Ports": self.ports}
+        return {name: value for name, value in fields.items() if value}
 
 
 class Check(msgspec.Struct, frozen=True):
-    """A health check's record; `service_id` is empty for a check of the whole node."""
+    """A health check; `service_id` is empty for a check of the whole node."""
 
     node: str
     id: str
@@ -124,15 +128,15 @@ class Check(msgspec.Struct, frozen=True):
     modify_index: int = 0
 
     def content(self) -> "Check":
-        """Return this record without its indexes, to compare it with another."""
+        """Return this record without its indexes, for comparisons."""
         return msgspec.structs.replace(self, create_index=0, modify_index=0)
 
     def raw_json(self) -> Json:
-        """Return the record as transactions answer it: a node's check has null for its service's tags."""
+        """Return the record in the form of transactions' answers: a node's check has null for service tags."""
         return {**self.json(), "ServiceTags": self.service_tags if self.service_id else None}
 
     def json(self) -> Json:
-        """Return the record as health's answers hold it."""
+        """Return the record in the form of health's answers."""
         return {
             "Node": self.node,
             "CheckID": self.id,
@@ -151,8 +155,8 @@ class Check(msgspec.Struct, frozen=True):
 
 
 def catalog_service_json(node: Node, service: Service) -> Json:
-    """Return an instance as `/v1/catalog/service/<name>` holds it."""
-    tagged = {"ServiceTaggedAddresses": service.tagged_addresses} if service.tagged_addresses else {}
+    """Return an instance in the form of `/v1/catalog/service/<name>`."""
+    optional = {"ServiceTaggedAddresses": service.tagged_addresses, "ServicePorts": service.ports}
     return {
         "ID": node.id,
         "Node": node.name,
@@ -165,7 +169,7 @@ def catalog_service_json(node: Node, service: Service) -> Json:
         "ServiceName": service.name,
         "ServiceTags": service.tags or (),
         "ServiceAddress": service.address,
-        **tagged,
+        **{name: value for name, value in optional.items() if value},
         "ServiceWeights": service.weights,
         "ServiceMeta": service.meta or {},
         "ServicePort": service.port,
@@ -178,7 +182,7 @@ def catalog_service_json(node: Node, service: Service) -> Json:
 
 
 def tagged_addresses(address: str, port: int) -> dict[str, Json]:
-    """Return the tagged addresses an agent derives from a service's address, none from a host name."""
+    """Return the tagged addresses that an agent derives from a service's IP address."""
     try:
         version = ipaddress.ip_address(address).version
     except ValueError:

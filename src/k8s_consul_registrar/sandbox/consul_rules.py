@@ -1,6 +1,6 @@
-"""What Consul refuses in a record, in its own words (`agent/structs/structs.go`, `agent/agent_endpoint.go`).
+"""Decoding and validation of records, with Consul's texts (`agent/structs/structs.go`, `agent/agent_endpoint.go`).
 
-Raises RefusedError.
+Functions here raise RefusedError.
 """
 
 import re
@@ -24,6 +24,15 @@ class RefusedError(ValueError):
     """A record, or a request, that Consul refuses."""
 
 
+class HttpError(Exception):
+    """A refusal by HTTP: a status and a text."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+        self.text = text
+
+
 def decode_object(body: bytes) -> Json:
     """Return a request's JSON object."""
     if not body:
@@ -37,15 +46,20 @@ def decode_object(body: bytes) -> Json:
     return value
 
 
-def service_of(fields: Mapping[str, Any], *, name_field: str) -> Service:
-    """Return the service a request describes; `name_field` is `Name` for agents, else `Service`."""
-    name = _typed(fields, name_field, str, "string") or ""
+def service_of(fields: Mapping[str, Any], *, name_field: str, has_ports: bool = False) -> Service:
+    """Return the service in a request; its name is in the field `Name` for agents, else in `Service`.
+
+    `Ports` counts if the release has several ports for a service; `Port` is then 0.
+    """
+    name = text_field(fields, name_field)
     tags = _typed(fields, "Tags", list, "[]string")
+    ports = (_typed(fields, "Ports", list, "structs.ServicePorts") or ()) if has_ports else ()
     return Service(
-        id=_typed(fields, "ID", str, "string") or name,
+        id=text_field(fields, "ID") or name,
         name=name,
-        address=_typed(fields, "Address", str, "string") or "",
-        port=_typed(fields, "Port", int, "int") or 0,
+        address=text_field(fields, "Address"),
+        port=0 if ports else _typed(fields, "Port", int, "int") or 0,
+        ports=tuple(ports),
         tags=None if tags is None else tuple(_text(tag, "Tags") for tag in tags),
         meta=string_map(fields, "Meta"),
         tagged_addresses=_typed(fields, "TaggedAddresses", dict, "map[string]structs.ServiceAddress") or None,
@@ -54,8 +68,13 @@ def service_of(fields: Mapping[str, Any], *, name_field: str) -> Service:
     )
 
 
+def text_field(fields: Mapping[str, Any], name: str) -> str:
+    """Return a field that is a text, empty when it is absent."""
+    return str(_typed(fields, name, str, "string") or "")
+
+
 def string_map(fields: Mapping[str, Any], name: str) -> dict[str, str] | None:
-    """Return a field that maps texts to texts, sorted as Go's encoder sorts, None when it is absent."""
+    """Return a field that maps texts to texts, sorted as by Go's encoder, or None when it is absent."""
     given = _typed(fields, name, dict, "map[string]string")
     if given is None:
         return None
@@ -63,7 +82,7 @@ def string_map(fields: Mapping[str, Any], name: str) -> dict[str, str] | None:
 
 
 def check_meta(meta: Mapping[str, str] | None) -> None:
-    """Raise RefusedError when Consul would not take this metadata."""
+    """Raise RefusedError if Consul does not accept this metadata."""
     if not meta:
         return
     if len(meta) > MOST_META_PAIRS:
@@ -88,7 +107,7 @@ def _meta_problem(key: str, value: str) -> str:
 
 
 def _typed(fields: Mapping[str, Any], name: str, kind: type, go_type: str) -> Any:
-    """Return a field, None when absent or null; RefusedError with Go's words when its type is wrong."""
+    """Return a field, or None when absent or null; RefusedError with Go's text when its type is wrong."""
     value = fields.get(name)
     is_right = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
     if value is not None and not is_right:

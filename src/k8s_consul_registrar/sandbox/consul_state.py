@@ -1,8 +1,8 @@
-"""Consul's catalog: nodes, services and checks under one Raft-like index; pure.
+"""Consul's catalog: nodes, services and checks under one Raft index; pure.
 
-Rules: consul 1.8 `agent/consul/state/catalog.go`. A write that changes nothing moves no index. A change
-of a node or of a node-level check touches every service on that node. All writes of one `apply` happen
-or none does.
+Rules: consul 1.8 `agent/consul/state/catalog.go`. A write that changes nothing moves no index. A change of a
+node or of a node-level check touches every service on that node. All writes inside one `apply` happen, or
+none does.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,17 +12,15 @@ from typing import Any
 import msgspec
 
 from k8s_consul_registrar.sandbox.consul_model import Check, Node, Service
+from k8s_consul_registrar.sandbox.consul_release import CHECKS, NODES, SERVICES, Scope
 from k8s_consul_registrar.sandbox.consul_rules import RefusedError, check_meta
 
-Scope = tuple[str, str]  # what a reader waits for: ("node", name), ("service", name) or a whole table
-NODES: Scope = ("nodes", "")
-SERVICES: Scope = ("services", "")
-
 _Undo = Callable[[], None]
+_EXTINCTIONS: dict[str, Scope] = {"service": ("extinct service", ""), "node": ("extinct node", "")}
 
 
 class Catalog:
-    """The catalog's state. Names of nodes are compared without regard to case."""
+    """The catalog's state; the case of node names does not matter."""
 
     def __init__(self, *, index: int = 10) -> None:
         self.index = index  # a fresh server has written a few things of its own
@@ -58,7 +56,7 @@ class Catalog:
         return self._checks.get(node.lower(), {}).get(check_id)
 
     def checks_of(self, node: str, service_id: str | None = None) -> list[Check]:
-        """Return a node's checks, or those that concern one of its services."""
+        """Return a node's checks, or only its own and those of one of its services."""
         checks = self._checks.get(node.lower(), {})
         wanted = ("", service_id)
         return [
@@ -81,17 +79,24 @@ class Catalog:
         }
 
     def index_of(self, scope: Scope) -> int:
-        """Return when what a reader sees in this scope last changed, at least 1.
+        """Return the index of the latest change in this scope, at least 1.
 
-        A service that never was has the index of the last one that went, so that a wait for it sees it come.
+        A service or node that does not exist has the index of the last one removed, so that a blocking query
+        for it returns when it is created.
         """
+        if self._is_missing(scope):
+            scope = _EXTINCTIONS[scope[0]]
         index = self._touched.get(scope, 0)
-        if not index and scope[0] == "service":
-            index = self._touched.get(("extinction", ""), 0)
         return max(index, 1)
 
+    def _is_missing(self, scope: Scope) -> bool:
+        kind, name = scope
+        return (kind == "node" and name not in self._nodes) or (
+            kind == "service" and not self._instances.get(name)
+        )
+
     def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
-        """Call `listener` after every write; the returned function ends that."""
+        """Call `listener` after every write until the returned function is called."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
@@ -99,7 +104,7 @@ class Catalog:
 
     @contextmanager
     def apply(self) -> Iterator[None]:
-        """Make the writes inside one Raft entry: if an error is raised, none of them happened."""
+        """Make the writes inside one Raft entry; an exception undoes them all."""
         journal: list[_Undo] = []
         self.index += 1
         self._journal = journal
@@ -148,7 +153,7 @@ class Catalog:
         self._touch(SERVICES, ("node", key), ("service", service.name))
 
     def put_check(self, check: Check) -> None:
-        """Write a check on a node, and where it names one a service, that exist."""
+        """Write a check on a node that exists; a service that it names must exist too."""
         if self.node(check.node) is None:
             raise RefusedError("Missing node registration")
         key, before = check.node.lower(), self.check(check.node, check.id)
@@ -165,7 +170,7 @@ class Catalog:
         self._touch_checked(check)
 
     def drop_node(self, name: str) -> None:
-        """Remove a node with all its services and checks; nothing if there is none."""
+        """Remove a node with all its services and checks, if there is one."""
         if (node := self.node(name)) is None:
             return
         for service in self.services_of(name):
@@ -173,10 +178,10 @@ class Catalog:
         for check in self.checks_of(name):
             self.drop_check(name, check.id)
         self._unset(self._nodes, node.name.lower())
-        self._touch(NODES, ("node", name.lower()))
+        self._touch(NODES, ("node", name.lower()), _EXTINCTIONS["node"])
 
     def drop_service(self, node: str, service_id: str) -> None:
-        """Remove a service with its checks; nothing if there is none."""
+        """Remove a service with its checks, if there is one."""
         if (service := self.service(node, service_id)) is None:
             return
         for check in self.checks_of(node):
@@ -187,7 +192,7 @@ class Catalog:
         self._touch(SERVICES, ("node", node.lower()))
 
     def drop_check(self, node: str, check_id: str) -> None:
-        """Remove a check; nothing if there is none."""
+        """Remove a check, if there is one."""
         if (check := self.check(node, check_id)) is not None:
             self._unset(self._checks[node.lower()], check_id)
             self._touch_checked(check)
@@ -197,10 +202,10 @@ class Catalog:
         self._unset(instances, (node_key, service.id))
         self._touch(("service", service.name))
         if not instances:
-            self._touch(("extinction", ""))
+            self._touch(_EXTINCTIONS["service"])
 
     def _touch_checked(self, check: Check) -> None:
-        self._touch(("node", check.node.lower()))
+        self._touch(CHECKS, ("checks", check.node.lower()))
         if check.service_id:
             self._touch(("service", check.service_name))
         else:
@@ -224,15 +229,15 @@ class Catalog:
 
     def _remember(self, table: dict[Any, Any], key: Any) -> None:
         if self._journal is None:
-            raise RuntimeError("the catalog is written inside apply() alone")
+            raise RuntimeError("the catalog is written inside apply() only")
         if key in table:
-            self._journal.append(lambda old=table[key]: table.__setitem__(key, old))  # type: ignore[misc]  # a lambda's default binds the old value
+            self._journal.append(lambda old=table[key]: table.__setitem__(key, old))  # type: ignore[misc]  # the default binds the old value
         else:
             self._journal.append(lambda: table.pop(key))
 
 
 def node_of(fields: Mapping[str, Any], meta: Mapping[str, str] | None, datacenter: str) -> Node:
-    """Return the node a catalog request or transaction describes."""
+    """Return the node in a catalog request or a transaction."""
     return Node(
         name=fields.get("Node") or "",
         address=fields.get("Address") or "",
@@ -244,7 +249,7 @@ def node_of(fields: Mapping[str, Any], meta: Mapping[str, str] | None, datacente
 
 
 def check_of(fields: Mapping[str, Any], node: str) -> Check:
-    """Return the check a catalog request or transaction describes."""
+    """Return the check in a catalog request or a transaction."""
     name = fields.get("Name") or ""
     return Check(
         node=fields.get("Node") or node,

@@ -12,7 +12,7 @@ from k8s_consul_registrar.sandbox import objects
 from k8s_consul_registrar.sandbox.access import ADMIN, Access, Rule
 from k8s_consul_registrar.sandbox.certificates import Authority, ClientCertificate, KubeletCertificate
 from k8s_consul_registrar.sandbox.consul import Consul
-from k8s_consul_registrar.sandbox.consul_http import ConsulOptions
+from k8s_consul_registrar.sandbox.consul_release import ConsulOptions
 from k8s_consul_registrar.sandbox.kube_api import KubeApi
 from k8s_consul_registrar.sandbox.kubelet import Kubelet
 from k8s_consul_registrar.sandbox.store import Store

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress, ConsulToken, rotating_tls
+from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress, ConsulToken
 from k8s_consul_registrar.consul.agent import CONCURRENCY, AgentRegistry
 from k8s_consul_registrar.consul.catalog import CONCURRENCY as TRANSACTIONS
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
@@ -13,17 +13,15 @@ from k8s_consul_registrar.registrar.interfaces import Registry
 from k8s_consul_registrar.registrar.names import is_of_a_registrar
 from k8s_consul_registrar.settings.consul import CATALOG, ConsulSettings
 from k8s_consul_registrar.settings.registrar import RegistrarSettings, selection_digest
+from k8s_consul_registrar.tls import CONSUL, client_tls
 
 
 def consul_access(settings: ConsulSettings) -> ConsulAccess:
     """Load what a connection to Consul needs; raises an `AccessError` naming the file at fault."""
     tls = None
     if settings.url.startswith("https://"):
-        tls = rotating_tls(
-            ca_file=settings.ca_file,
-            cert_file=settings.cert_file,
-            key_file=settings.key_file,
-            verify=settings.verify,
+        tls = client_tls(
+            CONSUL, settings.ca_file, settings.cert_file, settings.key_file, is_verified=settings.verify
         )
     access = ConsulAccess(
         address=ConsulAddress(settings.url, settings.socket),

@@ -8,9 +8,9 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from k8s_consul_registrar.admin.http_sd import HttpSdServer, no_saved_targets
+from k8s_consul_registrar.admin.saved_state import Origin
 from k8s_consul_registrar.admin.view import SavedTargets, TargetsView
 from k8s_consul_registrar.backoff import Timing
-from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient, Fence
 from k8s_consul_registrar.consul.lost_agents import LostAgents
@@ -41,12 +41,13 @@ from k8s_consul_registrar.registrar.resync import Resync
 from k8s_consul_registrar.registrar.schedule import FULL_READ_GAP, ScheduleRules
 from k8s_consul_registrar.registrar.selection import SelectionRecord
 from k8s_consul_registrar.registrar.status import RegistrarStatus
+from k8s_consul_registrar.rotating import BearerTokens, Rotating, bearer_tokens
 from k8s_consul_registrar.settings.consul import AGENT
 from k8s_consul_registrar.settings.registrar import HttpSdSettings, RegistrarSettings, selection_digest
 from k8s_consul_registrar.settings.selection import HASH
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from k8s_consul_registrar.targets.service_names import NODE_NAME, POD_NAME, HashShards, RandomShards, Shards
-from k8s_consul_registrar.tls import ServerTls, TlsFiles
+from k8s_consul_registrar.tls import ServerTls, server_tls
 from k8s_consul_registrar.wiring.consul import consul_access, consul_registry
 
 
@@ -147,6 +148,16 @@ class Wiring:
         )
 
     @cached_property
+    def digest(self) -> str:
+        """The digest of the selection."""
+        return selection_digest(self.settings)
+
+    @cached_property
+    def origin(self) -> Origin:
+        """The origin of the targets that this registrar saves."""
+        return Origin(self.settings.cluster_name, self.settings.instance, self.digest)
+
+    @cached_property
     def access(self) -> Access:
         """The access to the API server; raises an `AccessError`."""
         return load_access(self.settings.common.environment)
@@ -208,7 +219,7 @@ class Wiring:
         rules = Rules(self.identity, self.shards, names.status)
         contests = Contests(settings.sync_period)
         selection = SelectionRecord(
-            selection_digest(settings),
+            self.digest,
             catalog=registry if isinstance(registry, CatalogRegistry) else None,
             cluster_uid=lambda: desired.cluster_uid,
             saved_cluster_uid=saved_cluster_uid,
@@ -318,12 +329,11 @@ def http_sd_server(
     )
 
 
-def http_sd_bearer(settings: HttpSdSettings) -> BearerFile:
+def http_sd_bearer(settings: HttpSdSettings) -> Rotating[BearerTokens]:
     """Read the token of collectors; raises an `AccessError`."""
-    return BearerFile(Path(settings.bearer_token_file), setting="HTTP_SD_BEARER_TOKEN_FILE")
+    return bearer_tokens(Path(settings.bearer_token_file), "HTTP_SD_BEARER_TOKEN_FILE")
 
 
 def http_sd_tls(settings: HttpSdSettings) -> ServerTls:
     """Read the files of TLS towards collectors; raises an `AccessError`."""
-    client_ca = Path(settings.client_ca_file) if settings.client_ca_file else None
-    return ServerTls(TlsFiles(Path(settings.cert_file), Path(settings.key_file), client_ca))
+    return server_tls(settings.cert_file, settings.key_file, settings.client_ca_file, setting="HTTP_SD_TLS")

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from k8s_consul_registrar.admin.connections import Bounds
 from k8s_consul_registrar.admin.http_sd import SD_PATH, HttpSdServer
 from k8s_consul_registrar.admin.server import AdminServer
-from k8s_consul_registrar.tls import ServerTls, TlsFiles
+from k8s_consul_registrar.tls import server_tls
 from support.seen import Registrar, many_targets
 from support.waiting import PATIENCE
 
@@ -171,14 +171,15 @@ async def test_silence_instead_of_a_handshake(tmp_path: Path) -> None:
     """With TLS those who never shake hands give their place to who does, and are cut in time."""
     authority = trustme.CA()
     ours = authority.issue_cert("localhost")
-    files = TlsFiles(tmp_path / "tls.crt", tmp_path / "tls.key")
-    ours.cert_chain_pems[0].write_to_path(str(files.certificate))
-    ours.private_key_pem.write_to_path(str(files.key))
+    certificate, key = tmp_path / "tls.crt", tmp_path / "tls.key"
+    ours.cert_chain_pems[0].write_to_path(str(certificate))
+    ours.private_key_pem.write_to_path(str(key))
     context = ssl.create_default_context()
     authority.configure_trust(context)
     bounds = Bounds(connections=8, request=1.0)
+    tls = server_tls(certificate, key, setting="HTTP_SD_TLS")
     async with (
-        HttpSdServer(port=0, view=Registrar(many_targets(10)), tls=ServerTls(files), bounds=bounds) as served,
+        HttpSdServer(port=0, view=Registrar(many_targets(10)), tls=tls, bounds=bounds) as served,
         contextlib.AsyncExitStack() as stack,
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as session,
     ):

@@ -24,14 +24,14 @@ from k8s_consul_registrar.admin.http_sd import (
     accepts_gzip,
     parse_sd_query,
 )
+from k8s_consul_registrar.admin.saved_state import SavedState, decode_state
 from k8s_consul_registrar.admin.view import TargetRow
-from k8s_consul_registrar.app.saved_state import SavedState, decode_state
-from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.consul.codec import MetaKeys
 from k8s_consul_registrar.errors import AccessError, OperationalError
-from k8s_consul_registrar.tls import ServerTls, TlsFiles
+from k8s_consul_registrar.rotating import BearerTokens, Rotating, bearer_tokens
+from k8s_consul_registrar.tls import ServerTls, server_tls
 from support.seen import Registrar, many_targets, node_target, pod_target
-from unit.app.test_saved_state import ORIGIN, encoded
+from unit.admin.test_saved_state import ORIGIN, encoded
 
 pytestmark = pytest.mark.both_loops
 
@@ -111,7 +111,7 @@ def test_gzip_is_sent_to_those_who_ask(header: str, is_gzip: bool) -> None:
 
 @asynccontextmanager
 async def serving(
-    registrar: Registrar, *, bearer: BearerFile | None = None, tls: ServerTls | None = None
+    registrar: Registrar, *, bearer: Rotating[BearerTokens] | None = None, tls: ServerTls | None = None
 ) -> AsyncIterator[HttpSdServer]:
     """Serve a registrar on a port the system picks."""
     async with HttpSdServer(port=0, view=registrar, bearer=bearer, tls=tls) as server:
@@ -292,7 +292,7 @@ async def test_a_caller_without_the_token_gets_nothing(tmp_path: Path) -> None:
     """401 for every path without the token or with another; a new file's token counts from then on."""
     path = tmp_path / "token"
     path.write_text("first\n")
-    async with serving(Registrar(), bearer=BearerFile(path, "HTTP_SD_BEARER_TOKEN_FILE")) as server:
+    async with serving(Registrar(), bearer=bearer_tokens(path, "HTTP_SD_BEARER_TOKEN_FILE")) as server:
         status, _, headers = await ask(server)
         assert (status, headers["WWW-Authenticate"]) == (401, "Bearer")
         assert (await ask(server, "/nowhere"))[0] == 401
@@ -307,7 +307,7 @@ async def test_a_caller_without_the_token_gets_nothing(tmp_path: Path) -> None:
         await server.refresh()
         assert (await ask(server, authorization="Bearer second"))[0] == 200
     with pytest.raises(AccessError, match=r"HTTP_SD_BEARER_TOKEN_FILE .* holds no token"):
-        BearerFile(path, "HTTP_SD_BEARER_TOKEN_FILE")
+        bearer_tokens(path, "HTTP_SD_BEARER_TOKEN_FILE")
 
 
 def replace(path: Path, text: str | bytes) -> None:
@@ -323,18 +323,21 @@ class Certificates:
     def __init__(self, folder: Path, *, asks_clients: bool = True) -> None:
         self.authority = trustme.CA()
         self.clients = trustme.CA()
-        self.files = TlsFiles(
-            folder / "tls.crt", folder / "tls.key", folder / "ca.crt" if asks_clients else None
-        )
+        self.certificate, self.key, self.client_ca = folder / "tls.crt", folder / "tls.key", folder / "ca.crt"
+        self.asks_clients = asks_clients
         self.issue()
 
     def issue(self) -> None:
         """Write the server's files anew."""
         pair = self.authority.issue_cert("localhost")
-        replace(self.files.certificate, b"".join(pem.bytes() for pem in pair.cert_chain_pems))
-        replace(self.files.key, pair.private_key_pem.bytes())
-        if self.files.client_ca:
-            replace(self.files.client_ca, self.clients.cert_pem.bytes())
+        replace(self.certificate, b"".join(pem.bytes() for pem in pair.cert_chain_pems))
+        replace(self.key, pair.private_key_pem.bytes())
+        replace(self.client_ca, self.clients.cert_pem.bytes())
+
+    def tls(self) -> ServerTls:
+        """Read the server's files."""
+        client_ca = self.client_ca if self.asks_clients else None
+        return server_tls(self.certificate, self.key, client_ca, setting="HTTP_SD_TLS")
 
     def client(self, clients: trustme.CA | None = None) -> ssl.SSLContext:
         """Return a client that trusts the authority and shows a certificate of `clients` if given."""
@@ -348,7 +351,7 @@ class Certificates:
 async def test_a_client_needs_a_certificate_of_the_authority(tmp_path: Path) -> None:
     """Without one, or with a stranger's, there is no answer."""
     made = Certificates(tmp_path)
-    async with serving(Registrar(), tls=ServerTls(made.files)) as server:
+    async with serving(Registrar(), tls=made.tls()) as server:
         assert (await ask(server, context=made.client(made.clients)))[0] == 200
         for stranger in (None, trustme.CA()):
             with pytest.raises((aiohttp.ClientError, OSError)):
@@ -359,7 +362,7 @@ async def test_another_authority_of_clients_locks_out_the_old_ones(tmp_path: Pat
     """After the file changed, new connections and kept ones alike need the new authority's certificate."""
     made = Certificates(tmp_path)
     before = made.client(made.clients)
-    async with serving(Registrar(), tls=ServerTls(made.files)) as server:
+    async with serving(Registrar(), tls=made.tls()) as server:
         url = f"https://localhost:{server.port}{SD_PATH}"
         async with aiohttp.ClientSession() as kept:
             async with kept.get(url, ssl=before) as response:
@@ -379,12 +382,12 @@ async def test_files_caught_half_way_leave_the_old_in_force(tmp_path: Path) -> N
     """A key that is not of the certificate changes nothing; the certificate that follows counts."""
     made = Certificates(tmp_path, asks_clients=False)
     first = made.authority
-    tls = ServerTls(made.files)
+    tls = made.tls()
     async with serving(Registrar(), tls=tls) as server:
-        replace(made.files.key, trustme.CA().issue_cert("localhost").private_key_pem.bytes())
+        replace(made.key, trustme.CA().issue_cert("localhost").private_key_pem.bytes())
         await server.refresh()
         assert (await ask(server, context=made.client()))[0] == 200
-        made.files.key.unlink()
+        made.key.unlink()
         await server.refresh()
         assert (await ask(server, context=made.client()))[0] == 200
         made.authority = trustme.CA()
@@ -399,17 +402,17 @@ async def test_files_caught_half_way_leave_the_old_in_force(tmp_path: Path) -> N
 def test_unusable_tls_files_are_told_by_their_setting(tmp_path: Path) -> None:
     """Each fault names the setting and the file, and shows nothing of the key."""
     made = Certificates(tmp_path)
-    made.files.client_ca.write_text("no certificate")  # type: ignore[union-attr]  # it asks for clients'
+    made.client_ca.write_text("no certificate")
     with pytest.raises(AccessError, match=r"HTTP_SD_TLS_CLIENT_CA_FILE .*ca\.crt: holds no PEM certificate"):
-        ServerTls(made.files)
-    made.files.key.write_text("no key")
+        made.tls()
+    made.key.write_text("no key")
     with pytest.raises(
         AccessError, match=r"HTTP_SD_TLS_CERT_FILE .*tls\.crt with .*tls\.key: holds no PEM private key"
     ):
-        ServerTls(made.files)
-    made.files.certificate.unlink()
+        made.tls()
+    made.certificate.unlink()
     with pytest.raises(AccessError, match="No such file"):
-        ServerTls(made.files)
+        made.tls()
 
 
 async def test_a_taken_port_is_told_by_its_setting() -> None:

@@ -10,16 +10,16 @@ import pytest
 import trustme
 
 from k8s_consul_registrar.admin.http_sd import HttpSdServer
-from k8s_consul_registrar.app.saved_state import Origin
-from k8s_consul_registrar.bearer import BearerFile
+from k8s_consul_registrar.admin.saved_state import Origin
 from k8s_consul_registrar.commands.check.http_sd import check_http_sd, check_state_file
 from k8s_consul_registrar.commands.check.report import Finding, Outcome
+from k8s_consul_registrar.rotating import bearer_tokens
 from k8s_consul_registrar.settings.reading import read_registrar
 from k8s_consul_registrar.settings.registrar import HttpSdSettings
-from k8s_consul_registrar.tls import ServerTls, TlsFiles
+from k8s_consul_registrar.tls import server_tls
 from support.processes import reserve_ports
 from support.seen import Registrar, pod_target
-from unit.app.test_saved_state import encoded
+from unit.admin.test_saved_state import encoded
 
 
 class Files:
@@ -118,8 +118,8 @@ async def test_a_port_that_somebody_else_has_fails(files: Files) -> None:
 @pytest.mark.parametrize("is_tls", [False, True])
 async def test_beside_a_running_registrar_the_port_is_its_own(files: Files, is_tls: bool) -> None:
     """In the registrar's Pod the port is taken by the registrar, which is as it should be."""
-    tls = ServerTls(TlsFiles(files.cert, files.key)) if is_tls else None
-    bearer = BearerFile(files.token, "TOKEN")
+    tls = server_tls(files.cert, files.key, setting="HTTP_SD_TLS") if is_tls else None
+    bearer = bearer_tokens(files.token, "TOKEN")
     async with HttpSdServer(port=0, view=Registrar(), bearer=bearer, tls=tls) as server:
         pair = (str(files.cert), str(files.key)) if is_tls else ("", "")
         findings = await found(HttpSdSettings(server.port, str(files.token), *pair, ""))
@@ -129,9 +129,9 @@ async def test_beside_a_running_registrar_the_port_is_its_own(files: Files, is_t
 
 async def test_whom_a_port_belongs_to_that_wants_a_certificate_is_not_known(files: Files) -> None:
     """It is warned of: we have no client's certificate to ask with."""
-    tls = ServerTls(TlsFiles(files.cert, files.key, files.ca))
+    tls = server_tls(files.cert, files.key, files.ca, setting="HTTP_SD_TLS")
     async with HttpSdServer(port=0, view=Registrar(), tls=tls) as server:
-        assert tls.context.verify_mode is ssl.CERT_REQUIRED
+        assert tls.value.context.verify_mode is ssl.CERT_REQUIRED
         findings = await found(files.settings(server.port))
     assert findings["http_sd port"].outcome is Outcome.WARN
 

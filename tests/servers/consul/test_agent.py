@@ -12,7 +12,7 @@ from k8s_consul_registrar.consul.health import Outcome
 from k8s_consul_registrar.errors import ConsulBusy, ConsulFiltered, ConsulTokenUnknown, ConsulUnreachable
 from k8s_consul_registrar.model import Drift, Service
 from k8s_consul_registrar.sandbox.consul import Consul
-from k8s_consul_registrar.sandbox.consul_http import ConsulOptions
+from k8s_consul_registrar.sandbox.consul_release import ConsulOptions
 from support.builders import make_service, our_pod_service
 from support.scripted import client_of, serving
 

@@ -13,8 +13,6 @@ from k8s_consul_registrar.consul.access import (
     ConsulAccess,
     ConsulAddress,
     ConsulToken,
-    build_ssl_context,
-    rotating_tls,
 )
 from k8s_consul_registrar.consul.client import ConsulClient, Fence
 from k8s_consul_registrar.consul.health import Outcome
@@ -27,7 +25,8 @@ from k8s_consul_registrar.errors import (
     ConsulRefused,
     ConsulUnreachable,
 )
-from k8s_consul_registrar.rotating import fixed
+from k8s_consul_registrar.rotating import Derived
+from k8s_consul_registrar.tls import CONSUL, Trust, client_tls
 from support.scripted import QUICK, client_of, serving
 
 
@@ -231,20 +230,18 @@ async def test_tls(tmp_path: Path, authority: trustme.CA) -> None:
     site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=server)
     await site.start()
     address = ConsulAddress(f"https://127.0.0.1:{runner.addresses[0][1]}")
-    trusting = build_ssl_context(ca_file=str(tmp_path / "ca.pem"))
+    trusting = client_tls(CONSUL, str(tmp_path / "ca.pem"))
 
-    async def body(context: ssl.SSLContext, name: str = "") -> bytes:
-        async with ConsulClient(
-            ConsulAccess(address, tls=fixed(context), tls_server_name=name), QUICK
-        ) as client:
+    async def body(tls: Derived[Trust], name: str = "") -> bytes:
+        async with ConsulClient(ConsulAccess(address, tls=tls, tls_server_name=name), QUICK) as client:
             return (await client.request("GET", "/v1/x")).body
 
     assert await body(trusting, "server.dc1.consul") == b"ok"
-    assert await body(build_ssl_context(verify=False)) == b"ok"
+    assert await body(client_tls(CONSUL, is_verified=False)) == b"ok"
     with pytest.raises(ConsulUnreachable, match="CONSUL_TLS_SERVER_NAME"):
         await body(trusting)
     with pytest.raises(ConsulUnreachable, match="CONSUL_CACERT"):
-        await body(build_ssl_context(), "server.dc1.consul")
+        await body(client_tls(CONSUL), "server.dc1.consul")
     await runner.cleanup()
 
 
@@ -277,7 +274,7 @@ async def test_certificates_are_renewed_while_we_run(tmp_path: Path, authority: 
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=server).start()
     issue("first.example", authority)
-    tls = rotating_tls(ca_file=str(tmp_path / "ca.pem"), cert_file=str(tmp_path / "own.pem"))
+    tls = client_tls(CONSUL, str(tmp_path / "ca.pem"), str(tmp_path / "own.pem"))
     access = ConsulAccess(ConsulAddress(f"https://127.0.0.1:{runner.addresses[0][1]}"), tls=tls)
     async with ConsulClient(access, QUICK) as client:
         await client.request("GET", "/v1/x")
@@ -303,9 +300,9 @@ def test_unusable_tls_files_are_named(tmp_path: Path) -> None:
     """The setting and the file are in the error."""
     (tmp_path / "bad.pem").write_text("nonsense")
     with pytest.raises(AccessError, match=r"CONSUL_CACERT: cannot read .*none\.pem"):
-        build_ssl_context(ca_file=str(tmp_path / "none.pem"))
+        client_tls(CONSUL, str(tmp_path / "none.pem"))
     with pytest.raises(AccessError, match=r"CONSUL_CLIENT_CERT .*bad\.pem"):
-        build_ssl_context(cert_file=str(tmp_path / "bad.pem"))
+        client_tls(CONSUL, certificate=str(tmp_path / "bad.pem"))
 
 
 def test_token_file_is_read_again_as_it_changes(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from k8s_consul_registrar.errors import (
     ConsulTokenUnknown,
     ConsulUnreachable,
 )
-from k8s_consul_registrar.rotating import fixed
+from k8s_consul_registrar.tls import CONSUL, client_tls
 from support.builders import our_pod_service
 from support.scripted import QUICK, client_of, serving
 from support.waiting import Clock
@@ -298,7 +298,7 @@ async def test_the_client_records_a_failure_of_tls(tmp_path: Path) -> None:
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=server).start()
     address = ConsulAddress(f"https://127.0.0.1:{runner.addresses[0][1]}")
-    access = ConsulAccess(address, tls=fixed(ssl.create_default_context()))
+    access = ConsulAccess(address, tls=client_tls(CONSUL))
     async with ConsulClient(access, QUICK) as client:
         with pytest.raises(ConsulUnreachable):
             await client.request("GET", "/v1/x")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.errors import AccessError, SettingsError
 from k8s_consul_registrar.proxy.buffers import RECEIVE_SIZE
 from k8s_consul_registrar.proxy.limits import Concurrency
@@ -17,6 +16,7 @@ from k8s_consul_registrar.proxy.nodes import NodeTable
 from k8s_consul_registrar.proxy.outcomes import Outcome
 from k8s_consul_registrar.proxy.relay import RelayTiming
 from k8s_consul_registrar.proxy.sockets import listen, raise_file_limit
+from k8s_consul_registrar.rotating import bearer_tokens
 from support.proxy_lab import (
     METRICS,
     PLAIN,
@@ -414,7 +414,7 @@ async def test_bearer_token(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text("first-token\n")
     timing = RelayTiming(tick=0.02)
-    inbound = BearerFile(file, "PROXY_BEARER_TOKEN_FILE")
+    inbound = bearer_tokens(file, "PROXY_BEARER_TOKEN_FILE")
     async with (
         Kubelet().serving() as kubelet,
         proxying(kubelet.node(), inbound=inbound, timing=timing) as proxy,
@@ -452,9 +452,9 @@ def test_token_file_without_token(tmp_path: Path, content: bytes) -> None:
     """Refuses to start on a file that holds no token."""
     (tmp_path / "token").write_bytes(content)
     with pytest.raises(AccessError, match="holds no token"):
-        BearerFile(tmp_path / "token", "PROXY_BEARER_TOKEN_FILE")
+        bearer_tokens(tmp_path / "token", "PROXY_BEARER_TOKEN_FILE")
     with pytest.raises(AccessError, match="cannot read"):
-        BearerFile(tmp_path / "absent", "PROXY_BEARER_TOKEN_FILE")
+        bearer_tokens(tmp_path / "absent", "PROXY_BEARER_TOKEN_FILE")
 
 
 async def test_drain() -> None:

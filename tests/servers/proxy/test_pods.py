@@ -13,7 +13,7 @@ from k8s_consul_registrar.proxy.nodes import NodeTable
 from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
 from k8s_consul_registrar.proxy.pod_route import PODS_UNKNOWN, UNKNOWN_POD, Pods, find_pod, proxied_pod
 from k8s_consul_registrar.proxy.route import UNKNOWN_PATH, Route
-from k8s_consul_registrar.proxy.tls import pod_context
+from k8s_consul_registrar.tls import Trust
 from support.doors import TcpProxy
 from support.proxy_lab import (
     METRICS,
@@ -221,7 +221,7 @@ async def test_https_pods_are_verified() -> None:
             assert b"POD_INSECURE_SKIP_TLS_VERIFY" in got.body
             assert b"KUBELET" not in got.body
         assert pod.requests == []
-        blind = pod_context(ca_pem=None, skip_verification=True)
+        blind = Trust(is_verified=False).context
         async with proxying(pods=access(known(pod.pod()), context=blind)) as proxy:
             assert (await proxy.get(pod_path())).status == 200
 

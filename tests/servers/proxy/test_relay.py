@@ -12,7 +12,7 @@ from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.proxy.nodes import NodeTable
 from k8s_consul_registrar.proxy.outcomes import Outcome
 from k8s_consul_registrar.proxy.relay import RelayTiming
-from k8s_consul_registrar.proxy.tls import kubelet_context
+from k8s_consul_registrar.tls import Trust
 from support.processes import reserve_ports
 from support.proxy_lab import (
     METRICS,
@@ -276,14 +276,14 @@ async def test_kubelet_identity_by_choice() -> None:
     async with by_name.serving(), proxying(by_name.node("worker-2"), verify_node_name=True) as proxy:
         assert (await proxy.get(cadvisor(by_name))).status == 502
     stranger = Kubelet(signed_by=trustme.CA())
-    blind = kubelet_context(ca_pem=None, skip_verification=True)
+    blind = Trust(is_verified=False).context
     async with stranger.serving(), proxying(stranger.node(), context=blind) as proxy:
         assert (await proxy.get(cadvisor(stranger))).status == 200
 
 
 def test_what_a_kubelets_certificate_must_be() -> None:
     """Verifies as Go does on every Python: by subject alternative names, without the strictness of RFC 5280."""
-    context = kubelet_context(ca_pem=authority_pem())
+    context = Trust(authority_pem()).context
     assert context.verify_mode is ssl.CERT_REQUIRED
     assert context.check_hostname
     assert not context.hostname_checks_common_name
@@ -353,11 +353,11 @@ async def test_client_certificate_to_the_kubelet(tmp_path_factory: pytest.TempPa
     server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=server_context)
     kubelet = Kubelet(port=server.sockets[0].getsockname()[1])
     pem = ca.cert_pem.bytes().decode()
-    known = kubelet_context(ca_pem=pem)
+    known = Trust(pem).context
     known.load_cert_chain(folder / "cert.pem", folder / "key.pem")
     async with proxying(kubelet.node(), context=known, token=lambda: "") as proxy:
         assert (await proxy.get(cadvisor(kubelet))).status == 200
-    async with proxying(kubelet.node(), context=kubelet_context(ca_pem=pem)) as proxy:
+    async with proxying(kubelet.node(), context=Trust(pem).context) as proxy:
         assert (await proxy.get(cadvisor(kubelet))).status == 502
     server.close()
 
@@ -494,7 +494,7 @@ async def test_too_many_kept_connections() -> None:
 
 async def test_replaced_context() -> None:
     """Uses no connection made under a CA that was replaced since."""
-    contexts = [kubelet_context(ca_pem=authority_pem()) for _ in range(2)]
+    contexts = [Trust(authority_pem()).context for _ in range(2)]
     async with Kubelet().serving() as kubelet, proxying(kubelet.node(), context=contexts) as proxy:
         assert (await proxy.get(cadvisor(kubelet))).status == 200
         contexts.pop(0)

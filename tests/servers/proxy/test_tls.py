@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import trustme
 
-from k8s_consul_registrar.bearer import BearerFile
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.proxy.buffers import RECEIVE_SIZE
 from k8s_consul_registrar.proxy.outcomes import Outcome
 from k8s_consul_registrar.proxy.relay import RelayTiming
+from k8s_consul_registrar.rotating import BearerTokens, Rotating, bearer_tokens
 from support.proxy_lab import (
     METRICS,
     PLAIN,
@@ -48,7 +48,7 @@ QUICK = RelayTiming(tick=0.02, linger=0.2)
 
 @contextlib.asynccontextmanager
 async def secured(
-    files: Files, kubelet: Kubelet, timing: RelayTiming = QUICK, inbound: BearerFile | None = None
+    files: Files, kubelet: Kubelet, timing: RelayTiming = QUICK, inbound: Rotating[BearerTokens] | None = None
 ) -> AsyncIterator[Proxy]:
     """Run a kubelet and a proxy of these files in front of it."""
     async with (
@@ -174,7 +174,7 @@ async def test_a_certificate_is_asked_for(tmp_path: Path) -> None:
     kubelet = Kubelet()
     files = Files(tmp_path, AUTHORITY, CLIENTS)
     (tmp_path / "token").write_text("inbound")
-    inbound = BearerFile(tmp_path / "token", "PROXY_BEARER_TOKEN_FILE")
+    inbound = bearer_tokens(tmp_path / "token", "PROXY_BEARER_TOKEN_FILE")
     async with secured(files, kubelet, inbound=inbound) as proxy:
         target, token = cadvisor(kubelet), "Authorization: Bearer inbound"
         assert (await get(proxy, caller_context(AUTHORITY, CLIENTS), target, token)).status == 200
@@ -299,7 +299,7 @@ async def test_tokens_are_replaced_under_load(tmp_path: Path) -> None:
         proxying(
             kubelet.node(),
             token=lambda: tokens[-1],
-            inbound=BearerFile(file, "PROXY_BEARER_TOKEN_FILE"),
+            inbound=bearer_tokens(file, "PROXY_BEARER_TOKEN_FILE"),
             timing=QUICK,
         ) as proxy,
     ):

@@ -3,15 +3,18 @@
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from k8s_consul_registrar.cli import build_parser, main
+from k8s_consul_registrar.cli import main
 from k8s_consul_registrar.commands import COMMANDS
-from k8s_consul_registrar.commands.completion import SHELLS, commands_of, script
+from k8s_consul_registrar.commands.completion import script
 from k8s_consul_registrar.settings.reading import SETTINGS, settings_of
 
 PROG = "k8s-consul-registrar"
+FUNCTION = "_shtab_k8s_consul_registrar"
+SHELLS = ("bash", "zsh", "fish")
 
 
 def run(shell: str, text: str) -> str:
@@ -31,8 +34,8 @@ def run(shell: str, text: str) -> str:
 def bash_completions(*words: str) -> list[str]:
     """Return what bash offers for the last of these words."""
     typed = " ".join(f"'{word}'" for word in (PROG, *words))
-    ask = f"COMP_WORDS=({typed}); COMP_CWORD={len(words)}; _k8s_consul_registrar; printf '%s\\n' \"${{COMPREPLY[@]}}\""
-    return run("bash", f"{script('bash', build_parser())}\n{ask}").split()
+    ask = f"COMP_WORDS=({typed}); COMP_CWORD={len(words)}; {FUNCTION}; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    return run("bash", f"{script('bash')}\n{ask}").split()
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not on PATH")
@@ -61,21 +64,27 @@ class TestBash:
 
     def test_a_real_completion_request(self) -> None:
         """The script registers itself for the command's name."""
-        assert PROG in run("bash", f"{script('bash', build_parser())}\ncomplete -p {PROG}")
+        assert PROG in run("bash", f"{script('bash')}\ncomplete -p {PROG}")
 
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not on PATH")
-def test_zsh_takes_the_script() -> None:
-    """Zsh reads it without a complaint and registers it for the command's name."""
-    text = script("zsh", build_parser())
-    shown = run("zsh", f"autoload -U compinit && compinit -D\n{text}\nprint $_comps[{PROG}]")
-    assert shown.strip() == "_k8s_consul_registrar"
+def test_zsh_takes_the_script(tmp_path: Path) -> None:
+    """Zsh sources it without a complaint and registers it for the command's name."""
+    file = tmp_path / "script"
+    file.write_text(script("zsh"), encoding="utf-8")
+    shown = run("zsh", f"autoload -U compinit && compinit -D\nsource {file}\nprint $_comps[{PROG}]")
+    assert shown.strip() == FUNCTION
+
+
+def test_script_for_zsh_registers_itself_when_sourced() -> None:
+    """The documented `source <(…)` is a file to zsh, for which the generator's own script does nothing."""
+    assert "zsh_eval_context[-1] == (eval|file) " in script("zsh")
 
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not on PATH")
 def test_fish_offers_commands_and_flags() -> None:
     """Fish offers the commands, then the flags of the one chosen."""
-    text = script("fish", build_parser())
+    text = script("fish")
     offered = run("fish", f"{text}\ncomplete -C '{PROG} '")
     assert {line.split("\t")[0] for line in offered.splitlines()} == {one.name for one in COMMANDS}
     offered = run("fish", f"{text}\ncomplete -C '{PROG} proxy --'")
@@ -95,12 +104,11 @@ def test_every_flag_is_in_every_script(shell: str, capsys: pytest.CaptureFixture
         assert (re.search(rf"(--|-l ){flag}(?![\w-])", shown) is None) is option.is_secret, option.env
 
 
-def test_purposes_are_short_and_plain() -> None:
-    """What a shell shows beside a word is one phrase without characters that a shell would heed."""
-    for command in commands_of(build_parser()):
-        for word in (*command.options, *command.words):
-            assert "\n" not in word.purpose
-            assert "%" not in word.purpose
+def test_description_in_a_script_is_one_phrase() -> None:
+    """A shell shows one phrase beside a word, where `--help` has whole sentences."""
+    descriptions = re.findall(r" -d '?(.*?)'?$", script("fish"), re.MULTILINE)
+    assert len(descriptions) > len(SETTINGS)
+    assert [text for text in descriptions if ". " in text or "%" in text] == []
 
 
 def test_an_unknown_shell_is_exit_2() -> None:

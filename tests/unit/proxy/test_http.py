@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from k8s_consul_registrar.proxy import failures, headers, request, response
+from k8s_consul_registrar.proxy import headers, request, response
 from k8s_consul_registrar.proxy.nodes import Endpoint
 from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
 from k8s_consul_registrar.proxy.request import Fault, Memory, Request, RequestReader
@@ -19,6 +19,7 @@ from k8s_consul_registrar.proxy.response import (
     read_head,
 )
 from k8s_consul_registrar.proxy.route import Route
+from k8s_consul_registrar.tls import printable
 
 GET = (
     b"GET /api/v1/nodes/x/proxy/metrics/cadvisor?a=b HTTP/1.1\r\nHost: proxy.example:8080\r\n"
@@ -207,8 +208,8 @@ def test_refusals_are_whole_answers() -> None:
 
 def test_texts_of_libraries_are_cut() -> None:
     """Lets no control character and no endless text of a peer's making into an answer."""
-    assert failures.printable("a\r\nb\x1b[31mé") == "a??b?[31m?"
-    assert len(failures.printable("x" * 1000)) == 200
+    assert printable("a\r\nb\x1b[31mé") == "a??b?[31m?"
+    assert len(printable("x" * 1000)) == 200
 
 
 def test_heads_are_remembered_by_their_bytes() -> None:

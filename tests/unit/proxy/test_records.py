@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k8s_consul_registrar.proxy.buffers import PLAIN_SIZE, RECEIVE_SIZE
-from k8s_consul_registrar.proxy.tls import LONGEST_RECORD, TlsStep, kubelet_context
+from k8s_consul_registrar.proxy.tls import LONGEST_RECORD, TlsStep
+from k8s_consul_registrar.tls import Trust
 from support.proxy_lab import authority, authority_pem
 
 
@@ -26,7 +27,7 @@ def server_context(version: ssl.TLSVersion) -> ssl.SSLContext:
 @functools.cache
 def client_context() -> ssl.SSLContext:
     """Return the step's own context."""
-    return kubelet_context(ca_pem=authority_pem())
+    return Trust(authority_pem()).context
 
 
 class Pair:

@@ -2,19 +2,19 @@
 
 import asyncio
 import errno
-import ssl
 import time
 from pathlib import Path
 
 import aiohttp
 
 from k8s_consul_registrar.admin.http_sd import HEADERS, SD_PATH
+from k8s_consul_registrar.admin.saved_state import Origin
 from k8s_consul_registrar.admin.server import listen
-from k8s_consul_registrar.app.saved_state import Origin
-from k8s_consul_registrar.app.state_file import check_folder, read_state
+from k8s_consul_registrar.admin.state_file import check_folder, read_state
 from k8s_consul_registrar.commands.check.report import Finding, fail, ok, warn
 from k8s_consul_registrar.errors import AccessError, OperationalError
 from k8s_consul_registrar.settings.registrar import HttpSdSettings
+from k8s_consul_registrar.tls import Trust, out_of_date
 from k8s_consul_registrar.wiring.registrar import http_sd_bearer, http_sd_tls
 
 PORT, TOKEN, TLS, STATE = "http_sd port", "http_sd token", "http_sd tls", "http_sd state"
@@ -77,14 +77,17 @@ def _token(settings: HttpSdSettings) -> list[Finding]:
 def _tls(settings: HttpSdSettings) -> list[Finding]:
     if not settings.cert_file:
         return []
+    hint = (
+        "HTTP_SD_TLS_CERT_FILE is a certificate in PEM with its chain, HTTP_SD_TLS_KEY_FILE its own key without "
+        f"a password, HTTP_SD_TLS_CLIENT_CA_FILE an authority's certificates; {WHERE}"
+    )
     try:
-        http_sd_tls(settings)
+        pair = http_sd_tls(settings).value.pair
     except AccessError as error:
-        hint = (
-            "HTTP_SD_TLS_CERT_FILE is a certificate in PEM with its chain, HTTP_SD_TLS_KEY_FILE its own key without "
-            f"a password, HTTP_SD_TLS_CLIENT_CA_FILE an authority's certificates; {WHERE}"
-        )
         return [fail(TLS, str(error), hint)]
+    problem = out_of_date(pair.certificate)
+    if problem:
+        return [fail(TLS, f"{pair.origin}: {problem}", hint)]
     clients = (
         "each caller shows a certificate" if settings.client_ca_file else "no caller needs a certificate"
     )
@@ -107,8 +110,6 @@ async def _port(settings: HttpSdSettings, seconds: float) -> Finding:
 async def _taken(settings: HttpSdSettings, problem: str, seconds: float) -> Finding:
     """Say whether it is a registrar that has the port, as where this runs beside it in its Pod."""
     scheme = "https" if settings.cert_file else "http"
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     is_registrar = False
     try:
         async with (
@@ -116,7 +117,9 @@ async def _taken(settings: HttpSdSettings, problem: str, seconds: float) -> Find
                 timeout=aiohttp.ClientTimeout(total=seconds), cookie_jar=aiohttp.DummyCookieJar()
             ) as session,
             session.get(
-                f"{scheme}://127.0.0.1:{settings.port}{SD_PATH}?kind=none", ssl=context, allow_redirects=False
+                f"{scheme}://127.0.0.1:{settings.port}{SD_PATH}?kind=none",
+                ssl=Trust(is_verified=False).context,
+                allow_redirects=False,
             ) as response,
         ):
             is_registrar = HEADERS.items() <= dict(response.headers).items()

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import ssl
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
@@ -15,12 +14,10 @@ from k8s_consul_registrar.model import Node
 from k8s_consul_registrar.proxy.nodes import is_dialable, usable_addresses
 from k8s_consul_registrar.proxy.route import UNKNOWN_PATH
 from k8s_consul_registrar.targets.scrape_config import node_address, parse_ip, url_host
+from k8s_consul_registrar.tls import KUBELET, Cause, Explanation, Trust, explain
 
 SAMPLE = 5
 PATH = "/metrics/cadvisor"
-# OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH, X509_V_ERR_CERT_HAS_EXPIRED.
-NAME_MISMATCHES = (62, 64)
-EXPIRED = 10
 NODE_PORT = "node port"
 LONGEST_BODY = 1024
 NODE_PORT_HINT = (
@@ -61,9 +58,9 @@ def kubelet_places(nodes: Iterable[Node], *, allow_loopback: bool) -> list[Place
 
 @dataclass(frozen=True, slots=True)
 class Kubelets:
-    """How kubelets are spoken to: whom to trust, which name a certificate must hold, our token."""
+    """The proxy's way to kubelets: its TLS, the name that a certificate must hold, its token."""
 
-    context: ssl.SSLContext
+    trust: Trust
     verifies_node_name: bool
     token: str = field(repr=False)
     timeout: float
@@ -112,15 +109,15 @@ async def _check(place: Place, kubelets: Kubelets) -> Finding:
             status = await _scrape(place, kubelets)
     except TimeoutError:
         return fail(name, f"{place}: no answer within {kubelets.timeout:g} s", UNREACHABLE)
-    except aiohttp.ClientConnectorCertificateError as error:
-        if isinstance(error.certificate_error, ssl.SSLCertVerificationError):
-            return await _unverified(place, kubelets, error.certificate_error)
-        return fail(name, f"{place}: {error.certificate_error}", UNREACHABLE)
-    except aiohttp.ClientConnectorError as error:
-        return fail(name, f"{place} cannot be reached: {os_reason(error)}", UNREACHABLE)
     except (aiohttp.ClientError, OSError, ValueError) as error:
+        explanation = explain(error, KUBELET, kubelets.trust.context, trusted=kubelets.trust.source)
+        if explanation is not None:
+            remedy = await _other_name(place, kubelets, explanation) or explanation.remedy
+            return fail(name, f"{place}: {explanation.problem}", remedy or UNREACHABLE)
+        if isinstance(error, aiohttp.ClientConnectorError):
+            return fail(name, f"{place} cannot be reached: {os_reason(error)}", UNREACHABLE)
         return fail(name, f"{place}: {type(error).__name__}: {str(error)[:200]}", UNREACHABLE)
-    return _judge_status(name, place, status, is_verified=kubelets.context.verify_mode is ssl.CERT_REQUIRED)
+    return _judge_status(name, place, status, is_verified=kubelets.trust.is_verified)
 
 
 def os_reason(error: aiohttp.ClientConnectorError) -> str:
@@ -140,7 +137,7 @@ async def _scrape(place: Place, kubelets: Kubelets) -> int:
         session.get(
             f"https://{place}{PATH}",
             headers=headers,
-            ssl=kubelets.context,
+            ssl=kubelets.trust.context,
             server_hostname=kubelets.server_name(place),
             allow_redirects=False,
         ) as response,
@@ -177,37 +174,23 @@ def _judge_status(name: str, place: Place, status: int, *, is_verified: bool) ->
             return fail(name, f"{place} answers {status} to {PATH}", "is this a kubelet's port?")
 
 
-async def _unverified(place: Place, kubelets: Kubelets, error: ssl.SSLCertVerificationError) -> Finding:
-    """Say which setting would have the certificate verified, having tried it; our token is not sent."""
-    detail = f"{place}: its certificate cannot be verified: {error.verify_message}"
-    name = f"kubelet {place.node}"
-    if error.verify_code in NAME_MISMATCHES:
-        other = "ip" if kubelets.verifies_node_name else "node"
-        wanted = kubelets.other_name(place)
-        if await _is_verifiable(place, kubelets, wanted):
-            return fail(name, detail, f"set KUBELET_TLS_SERVER_NAME={other}: the certificate names {wanted}")
-        return fail(
-            name,
-            detail,
-            "it names neither the Node nor its address: have it issued anew (serverTLSBootstrap), or set "
-            "KUBELET_INSECURE_SKIP_TLS_VERIFY=true",
-        )
-    if error.verify_code == EXPIRED:
-        return fail(name, detail, "have the kubelet's serving certificate renewed (kubectl get csr)")
-    return fail(
-        name,
-        detail,
-        "set KUBELET_CA_FILE to the CA that signed it; where kubelets sign for themselves, have the cluster sign "
-        "(serverTLSBootstrap: true) or set KUBELET_INSECURE_SKIP_TLS_VERIFY=true",
-    )
+async def _other_name(place: Place, kubelets: Kubelets, explanation: Explanation) -> str:
+    """Return the remedy for a certificate that names the kubelet the other way; our token is not sent to find out."""
+    if explanation.cause is not Cause.OTHER_NAME:
+        return ""
+    wanted = kubelets.other_name(place)
+    if not await _is_verifiable(place, kubelets, wanted):
+        return ""
+    other = "ip" if kubelets.verifies_node_name else "node"
+    return f"set KUBELET_TLS_SERVER_NAME={other}: the certificate names {wanted}"
 
 
 async def _is_verifiable(place: Place, kubelets: Kubelets, server_name: str) -> bool:
-    """Whether a handshake under another name succeeds."""
+    """Return whether a handshake under another name succeeds."""
     try:
         async with asyncio.timeout(kubelets.timeout):
             _, writer = await asyncio.open_connection(
-                place.address, place.port, ssl=kubelets.context, server_hostname=server_name
+                place.address, place.port, ssl=kubelets.trust.context, server_hostname=server_name
             )
     except (OSError, TimeoutError, ValueError):
         return False

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from k8s_consul_registrar.app.saved_state import Origin
-from k8s_consul_registrar.app.upstream_trust import KubeletIdentity
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.commands.check.cluster import (
     NEVER_NEEDED,
@@ -66,6 +64,7 @@ from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.telemetry import configure_logging
 from k8s_consul_registrar.wiring.consul import consul_access
 from k8s_consul_registrar.wiring.registrar import Wiring
+from k8s_consul_registrar.wiring.upstream_trust import KubeletIdentity
 
 # Somebody waits for the answer, so less patience than the daemon has; in seconds.
 TIMING = Timing(connect_timeout=3, read_timeout=6)
@@ -148,7 +147,7 @@ async def check(subject: Subject, timing: Timing = TIMING) -> list[Finding]:
             parts.append(
                 _listed(
                     "http_sd",
-                    check_state_file(Path(subject.registrar.state_file), Origin.of(subject.registrar)),
+                    check_state_file(Path(subject.registrar.state_file), Wiring(subject.registrar).origin),
                 )
             )
         parts.append(_listed("node port", _check_node_port(subject.registrar, cluster, timing)))
@@ -302,7 +301,7 @@ async def _check_kubelets(
         identity = KubeletIdentity(settings.kubelets, view.access)
         await identity.refresh()
         kubelets = Kubelets(
-            context=identity.context(),
+            trust=identity.trust,
             verifies_node_name=settings.kubelets.tls_server_name == "node",
             token=identity.token(),
             timeout=timing.read_timeout,

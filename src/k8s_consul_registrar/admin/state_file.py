@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TypeVar
 
-from k8s_consul_registrar.admin.view import View
-from k8s_consul_registrar.app.saved_state import (
+from k8s_consul_registrar.admin.saved_state import (
     MAX_AGE,
     SIZE_LIMIT,
     Origin,
@@ -25,6 +24,7 @@ from k8s_consul_registrar.app.saved_state import (
     encode_head,
     encode_target,
 )
+from k8s_consul_registrar.admin.view import View
 from k8s_consul_registrar.asyncio_tools import in_slices
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.cluster_uid import ClusterUid

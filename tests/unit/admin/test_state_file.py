@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from k8s_consul_registrar.app.saved_state import MAX_AGE, Origin, SavedState, decode_state
-from k8s_consul_registrar.app.state_file import (
+from k8s_consul_registrar.admin.saved_state import MAX_AGE, SavedState, decode_state
+from k8s_consul_registrar.admin.state_file import (
     SavedTargetsGate,
     StateKeeper,
     check_folder,
@@ -22,13 +22,13 @@ from k8s_consul_registrar.app.state_file import (
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.model import Kind, Source
 from support.builders import make_pod
-from support.controller_lab import SETTINGS, Seen
+from support.controller_lab import WIRING, Seen
 from support.memory import NODES, PODS
 from support.seen import pod_target
 from support.waiting import Clock
-from unit.app.test_saved_state import encoded
+from unit.admin.test_saved_state import encoded
 
-ORIGIN = Origin.of(SETTINGS)
+ORIGIN = WIRING.origin
 
 
 def keeper_of(seen: Seen, path: Path, clock: Clock | None = None, every: float = 0.01) -> StateKeeper:

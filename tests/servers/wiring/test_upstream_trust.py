@@ -12,11 +12,12 @@ import pytest
 import trustme
 from structlog.testing import capture_logs
 
-from k8s_consul_registrar.app.upstream_trust import KubeletIdentity, PodTrust
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.sandbox.certificates import Authority
-from k8s_consul_registrar.settings.proxy import KubeletSettings, ProxiedPods
+from k8s_consul_registrar.settings.proxy import KubeletSettings
+from k8s_consul_registrar.tls import POD, client_tls
+from k8s_consul_registrar.wiring.upstream_trust import KubeletIdentity
 from support.cluster import kubeconfig
 from support.proxy_lab import Kubelet, answer, authority, authority_pem, cadvisor, proxying
 from support.waiting import until
@@ -204,7 +205,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, ca: Path) -> None:
     with pytest.raises(AccessError, match="KUBELET_CLIENT_CERT_FILE"):
         KubeletIdentity(pair.settings(ca), access)
     with pytest.raises(AccessError, match="POD_CA_FILE"):
-        PodTrust(ProxiedPods((), "", "prometheus.io/", str(pair.key), skip_verify=False))
+        client_tls(POD, str(pair.key))
 
 
 async def test_a_token_that_cannot_be_had(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import msgspec
 
 from k8s_consul_registrar.admin.view import TargetRow, TargetState
 from k8s_consul_registrar.model import Kind, ObjectKey, Service
-from k8s_consul_registrar.settings.registrar import RegistrarSettings, selection_digest
 
 FORMAT = 1
 # Seconds after which saved targets are too old to be used.
@@ -40,11 +39,6 @@ class Origin:
     cluster: str
     instance: str
     selection: str
-
-    @classmethod
-    def of(cls, settings: RegistrarSettings) -> "Origin":
-        """Return the origin of what a registrar with these settings saves."""
-        return cls(settings.cluster_name, settings.instance, selection_digest(settings))
 
 
 class _Head(msgspec.Struct, kw_only=True):

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 import pytest
 
 from k8s_consul_registrar.admin.http_sd import GroupEncoder
-from k8s_consul_registrar.admin.view import TargetRow
-from k8s_consul_registrar.app.saved_state import (
+from k8s_consul_registrar.admin.saved_state import (
     MAX_AGE,
     Origin,
     SavedState,
@@ -18,6 +17,7 @@ from k8s_consul_registrar.app.saved_state import (
     encode_head,
     encode_target,
 )
+from k8s_consul_registrar.admin.view import TargetRow
 from support.seen import many_targets, node_target, pod_target
 
 ORIGIN = Origin("lab", "blue", "abc123")

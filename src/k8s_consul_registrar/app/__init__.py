@@ -1,1 +1,0 @@
-"""Composition: one module a command; the only place that builds and connects."""

@@ -1,0 +1,67 @@
+"""The state that the proxy sends its workers: the settings they need, and the current credentials."""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from k8s_consul_registrar.proxy.frames import Begin, Credentials, Limits
+from k8s_consul_registrar.proxy.sockets import Fit
+from k8s_consul_registrar.rotating import BearerTokens, Derived, Rotating, bearer_tokens
+from k8s_consul_registrar.settings.proxy import InboundSettings, ProxySettings
+from k8s_consul_registrar.tls import ServerTls, Trust, server_tls
+from k8s_consul_registrar.wiring.upstream_trust import KubeletIdentity
+
+WORKER = (sys.executable, "-m", "k8s_consul_registrar.proxy.worker")
+
+
+def begin(settings: ProxySettings, fit: Fit, port: int) -> Begin:
+    """Return what a worker is told first: its share of every limit, at least one of each."""
+
+    def share(whole: int) -> int:
+        return max(1, whole // settings.workers)
+
+    return Begin(
+        port=port,
+        paths=frozenset(settings.paths),
+        limits=Limits(
+            per_node=share(settings.concurrency_per_node),
+            overall=share(settings.concurrency),
+            max_callers=share(fit.max_callers),
+            kept_connections=share(fit.kept_connections),
+        ),
+        longest_scrape=settings.scrape_timeout_max,
+        has_pods=settings.pods is not None,
+        log_level=settings.common.log_level,
+        log_format=settings.common.log_format,
+    )
+
+
+class Inbound(NamedTuple):
+    """What callers are checked by, None for what is not asked of them."""
+
+    bearer: Rotating[BearerTokens] | None
+    tls: ServerTls | None
+
+    @classmethod
+    def of(cls, settings: InboundSettings) -> Self:
+        """Read the files; raises AccessError, naming the setting, if one cannot be used."""
+        bearer, tls = settings.bearer_token_file, settings.cert_file
+        return cls(
+            bearer_tokens(Path(bearer), "PROXY_BEARER_TOKEN_FILE") if bearer else None,
+            server_tls(tls, settings.key_file, settings.client_ca_file, setting="TLS") if tls else None,
+        )
+
+
+def credentials(kubelets: KubeletIdentity, pods: Derived[Trust] | None, inbound: Inbound) -> Credentials:
+    """Return everything secret that a worker needs, as it could last be used: nothing unusable reaches a worker."""
+    problem, (bearer, tls) = kubelets.problem, inbound
+    if tls is not None:
+        tls.refresh()
+    return Credentials(
+        token="" if problem else kubelets.token(),
+        problem=problem,
+        kubelets=kubelets.trust,
+        pods=None if pods is None else pods.current(),
+        bearer=None if bearer is None else bearer.current(),
+        tls=None if tls is None else tls.value,
+    )
