@@ -90,6 +90,7 @@ def _instead(text: bytes, blocks: Iterable[tuple[bytes, bytes]]) -> str:
     if text[:1] == b"\x30" and text[1:2] >= b"\x80":  # a long SEQUENCE
         return ": it is DER, which `openssl x509 -inform DER` or `openssl pkey -inform DER` turns into PEM"
     for label, _ in blocks:
-        if label.endswith((b"CERTIFICATE", b"PRIVATE KEY")):
-            return f" but a {label.decode().lower()}: are two files swapped?"
+        for kind in ("certificate", "private key"):
+            if label.endswith(kind.upper().encode()):
+                return f" but a {kind}: are two files swapped?"
     return ""

@@ -3,6 +3,7 @@
 import hmac
 import math
 import os
+import re
 import stat
 import time
 import weakref
@@ -26,6 +27,8 @@ MOST_TOKENS = 16
 # The longest file that is read: certificates, keys and kubeconfigs are a hundredth of it.
 SIZE_LIMIT = 4 << 20  # bytes
 PIECE = 1 << 20  # bytes read at once
+# A part of a path that may be a token: long and without a dot, or as long as a JWT.
+_TOKEN_LIKE = re.compile(r"[^.]{20,}|.{64,}", re.DOTALL)
 
 T = TypeVar("T")
 
@@ -282,10 +285,19 @@ def read_file(path: Path, setting: str, *, size_limit: int = SIZE_LIMIT, follows
                 is_long = len(content) > size_limit
     except (OSError, ValueError) as error:
         why = (error.strerror or type(error).__name__) if isinstance(error, OSError) else "not a path"
-        raise AccessError(f"{setting}: cannot read {path}: {why}") from None
+        raise AccessError(f"{setting}: cannot read {_shown(path)}: {why}") from None
     if is_long:
         raise AccessError(f"{setting}: cannot read {path}: larger than {size_limit >> 20} MiB")
     return bytes(content)
+
+
+def _shown(path: Path) -> str:
+    """Return a path for an error text, without what may be a secret that was given in place of a file's name."""
+    if os.path.exists(path):  # noqa: PTH110 - Path's raises for what is no path
+        return str(path)
+    if not path.is_absolute():
+        return "the file (its name is not shown, it may be the secret itself)"
+    return str(Path(*("…" if _TOKEN_LIKE.fullmatch(part) else part for part in path.parts)))
 
 
 def clean_token(content: bytes | str, setting: str) -> str:

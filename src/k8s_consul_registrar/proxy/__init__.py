@@ -5,7 +5,7 @@ What the composition uses:
 - `nodes.NodeTable.of(nodes, allow_loopback=, verify_node_name=)` makes the table of `model.Node` values,
   `nodes.Nodes` holds the current one: `replace(table)`, `forget()`, `known`.
 - `route.allowed_paths(PROXY_PATHS)` checks the operator's choice (ValueError names what is not permitted).
-- `tls.kubelet_context(ca_pem=, skip_verification=)` makes the context for kubelets, `tls.pod_context` that for Pods.
+- `token` and `context` give what kubelets are shown and verified by; `inbound` and `tls` are what clients must show.
 - `pod_route.Pods` holds the Pods that may be scraped: `put(namespace, name, proxied_pod(pod, prefix))` one at a time,
   `known`, `forget()`; `peers.PodAccess(pods, context, concurrency)` says how they are reached.
 - `limits.Concurrency(per_node, overall)`, `relay.RelayTiming(longest_scrape=, …)`.
