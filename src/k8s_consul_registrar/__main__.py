@@ -1,10 +1,10 @@
-"""The command, as `k8s-consul-registrar` and as `python -m k8s_consul_registrar`: quiet from its first moment."""
+"""The entry point of `k8s-consul-registrar` and of `python -m k8s_consul_registrar`."""
 
 import gc
 import os
 import signal
 
-# After so many more objects than were freed Python's collector looks at the young ones: a millisecond's work.
+# Net allocations between two collections of the young generation; one takes about 1 ms.
 YOUNG_OBJECTS = 10_000
 
 
@@ -13,7 +13,7 @@ def run() -> int:
 
     Loading the modules takes a part of a second, in which Ctrl-C would end in a traceback.
     """
-    # Python's 700 made a tenth of the start, and a fortieth of a first sync, collections that found nothing.
+    # Python's default of 700 made collections that found nothing: a tenth of the start, a fortieth of a first sync.
     gc.set_threshold(YOUNG_OBJECTS)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     from k8s_consul_registrar.tls import without_authorities  # noqa: PLC0415 - only now: see above

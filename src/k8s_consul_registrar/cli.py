@@ -28,8 +28,11 @@ def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] 
     command = commands[parsed.command]
     flags = {one.env: getattr(parsed, one.env, None) for one in command.settings}
     given = {name: value for name, value in flags.items() if value is not None}
-    texts = gather(environment, given, getattr(parsed, "config", None))
-    return exit_code(lambda: command.run(parsed, texts), is_mode=command.is_mode)
+
+    def run() -> int:
+        return command.run(parsed, gather(environment, given, getattr(parsed, "config", None)))
+
+    return exit_code(run, is_mode=command.is_mode)
 
 
 def _unknown(what: str, given: str, choices: Iterable[str]) -> int:

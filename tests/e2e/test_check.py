@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from k8s_consul_registrar.backoff import Timing
-from k8s_consul_registrar.commands.check.report import Finding, Outcome, is_passed
+from k8s_consul_registrar.commands.check.report import Finding, Result, is_passed
 from k8s_consul_registrar.commands.check.suite import check, read_subject
 from k8s_consul_registrar.sandbox.certificates import KubeletCertificate
 from k8s_consul_registrar.sandbox.consul_release import ConsulOptions
@@ -44,11 +44,11 @@ async def findings(lab: Lab, *modes: str, **environment: str) -> dict[str, Findi
         rules = PROXY_RULES if modes == ("proxy",) else REGISTRAR_RULES
         lab.token_file.write_text(await lab.cluster.token(rules))
     found = await check(read_subject(modes or ("registrar",), settings), QUICK)
-    order = [Outcome.FAIL, Outcome.WARN, Outcome.SKIPPED, Outcome.OK]
+    order = [Result.FAIL, Result.WARN, Result.SKIPPED, Result.OK]
     return {one.name: one for one in sorted(found, key=lambda one: order.index(one.outcome), reverse=True)}
 
 
-def outcomes(found: dict[str, Finding], outcome: Outcome) -> set[str]:
+def outcomes(found: dict[str, Finding], outcome: Result) -> set[str]:
     """Return the names of what came out in a way."""
     return {one.name for one in found.values() if one.outcome is outcome}
 
@@ -61,12 +61,12 @@ async def test_everything_in_place_passes(lab: Lab) -> None:
         await proxy.ready()
         port = str((await proxy.until_said("proxy starts"))["port"])
         found = await findings(lab, "proxy")
-        assert outcomes(found, Outcome.OK) == set(found)
+        assert outcomes(found, Result.OK) == set(found)
         assert {"kubelet n1", "kubelet n2", "get nodes/metrics"} <= set(found)
         lab.token_file.unlink()
         found = await findings(lab, PROXY_NODE_PORT=port)
         # The sandbox's Consul is a server, which is told.
-        assert outcomes(found, Outcome.OK) == set(found) - {"consul agent"}
+        assert outcomes(found, Result.OK) == set(found) - {"consul agent"}
         assert "v1.36" in found["api server"].detail
         assert "1.8.7" in found["consul"].detail
         assert found["cluster uid"].detail == await lab.cluster.uid()
@@ -87,9 +87,9 @@ async def test_a_missing_permission_is_named(lab: Lab, missing: str, verbs: str,
     lab.token_file.write_text(await lab.cluster.token([rule(verbs, resources)]))
     found = await findings(lab)
     verb, resource = missing.split()
-    assert found[missing].outcome is Outcome.FAIL
+    assert found[missing].outcome is Result.FAIL
     assert f'verbs ["{verb}"] on resources ["{resource}"]' in found[missing].hint
-    assert found["cluster uid"].outcome is Outcome.WARN
+    assert found["cluster uid"].outcome is Result.WARN
     assert "kube-system" in found["cluster uid"].hint
 
 
@@ -100,21 +100,21 @@ async def test_the_proxy_needs_nodes_metrics_and_never_nodes_proxy(lab: Lab) -> 
         await lab.cluster.token([rule("list watch", "nodes"), rule("get", "nodes/proxy")])
     )
     found = await findings(lab, "proxy")
-    assert outcomes(found, Outcome.FAIL) == {"get nodes/metrics", "kubelet n1"}
+    assert outcomes(found, Result.FAIL) == {"get nodes/metrics", "kubelet n1"}
     assert "403" in found["kubelet n1"].detail
     for name in ("get nodes/metrics", "kubelet n1"):
         assert '"nodes/metrics"' in found[name].hint
-    assert found["nodes/proxy"].outcome is Outcome.WARN
+    assert found["nodes/proxy"].outcome is Result.WARN
 
 
 async def test_a_bad_token_of_the_api_server_is_found(lab: Lab) -> None:
     """A token nobody knows is one failure, by the credentials' origin; what hangs on it is skipped."""
     lab.token_file.write_text("made-up")
     found = await findings(lab)
-    assert outcomes(found, Outcome.FAIL) == {"api server"}
+    assert outcomes(found, Result.FAIL) == {"api server"}
     assert str(lab.kubeconfig) in found["api server"].detail
     assert "expired, revoked" in found["api server"].hint
-    assert outcomes(found, Outcome.SKIPPED) == {"permissions", "node port"}
+    assert outcomes(found, Result.SKIPPED) == {"permissions", "node port"}
     assert not any("made-up" in str(one) for one in found.values())
 
 
@@ -122,16 +122,16 @@ async def test_a_kubeconfig_that_cannot_be_read_is_found(lab: Lab) -> None:
     """It fails by the file's name, and Consul is checked all the same."""
     found = await findings(lab, KUBECONFIG="/nonexistent")
     assert "/nonexistent" in found["credentials"].detail
-    assert found["consul"].outcome is Outcome.OK
+    assert found["consul"].outcome is Result.OK
     found = await findings(lab, "proxy", KUBECONFIG="/nonexistent")
-    assert found["kubelets"].outcome is Outcome.SKIPPED
+    assert found["kubelets"].outcome is Result.SKIPPED
     lab.token_file.unlink()
     (bare := lab.folder / "bare").write_text(
         kubeconfig(lab.api_door.address, lab.cluster.endpoint.authority, {"tokenFile": str(lab.token_file)})
     )
     lab.token_file.mkdir()
     found = await findings(lab, KUBECONFIG=str(bare))
-    assert found["credentials"].outcome is Outcome.FAIL
+    assert found["credentials"].outcome is Result.FAIL
     assert str(lab.token_file) in found["credentials"].detail
 
 
@@ -141,7 +141,7 @@ async def test_an_api_server_of_another_ca_is_found(lab: Lab) -> None:
         strange = kubeconfig(lab.api_door.address, elsewhere.cluster.endpoint.authority, {"token": "t"})
     (lab.folder / "strange").write_text(strange)
     found = await findings(lab, KUBECONFIG=str(lab.folder / "strange"))
-    assert found["api server"].outcome is Outcome.FAIL
+    assert found["api server"].outcome is Result.FAIL
     assert "certificate-authority" in found["api server"].detail
 
 
@@ -151,7 +151,7 @@ async def test_unreachable_servers_are_found_in_time(lab: Lab) -> None:
     lab.api_door.stall()
     async with asyncio.timeout(PATIENCE):
         found = await findings(lab, CONSUL_ADDRESS=f"127.0.0.1:{port}")
-    assert outcomes(found, Outcome.FAIL) == {"api server", "consul"}
+    assert outcomes(found, Result.FAIL) == {"api server", "consul"}
     assert "timed out" in found["api server"].detail
     assert "CONSUL_ADDRESS" in found["consul"].hint
 
@@ -166,9 +166,9 @@ async def test_a_bad_consul_token_is_found(token: str, failing: str) -> None:
     async with running_lab(consul=options) as lab:
         found = await findings(lab, CONSUL_HTTP_TOKEN=token)
         good = await findings(lab, CONSUL_HTTP_TOKEN=TOKEN)
-    assert outcomes(found, Outcome.FAIL) == {"consul token"}
+    assert outcomes(found, Result.FAIL) == {"consul token"}
     assert failing in f"{found['consul token'].detail} {found['consul token'].hint}"
-    assert good["consul token"].outcome is Outcome.OK
+    assert good["consul token"].outcome is Result.OK
     assert lab.consul.writes == []
 
 
@@ -183,13 +183,13 @@ async def test_what_consul_holds_already_is_told_by_whose_it_is(lab: Lab) -> Non
     found = await findings(lab)
     assert found["services"].detail == "1 ours, 3 of others"
     assert "pod--a--old" in found["adoption"].detail
-    assert found["look-alikes"].outcome is Outcome.WARN
+    assert found["look-alikes"].outcome is Result.WARN
     assert "node--192.0.2.1" in found["look-alikes"].detail
     assert "other 1" in found["other registrars"].detail
     assert "managed_by, node, team" in found["meta keys"].detail
     assert "cluster name" not in found
     found = await findings(lab, INSTANCE="second")
-    assert found["adoption"].outcome is Outcome.WARN
+    assert found["adoption"].outcome is Result.WARN
 
 
 async def test_namespaces_and_election_ask_for_their_own_rights(lab: Lab) -> None:
@@ -207,7 +207,7 @@ async def test_namespaces_and_election_ask_for_their_own_rights(lab: Lab) -> Non
     )
     assert {"list nodes", "node port", "list pods", "consul agent"}.isdisjoint(found)
     leases = {f"{verb} leases in ops" for verb in ("create", "get", "update")}
-    assert outcomes(found, Outcome.FAIL) == leases
+    assert outcomes(found, Result.FAIL) == leases
     assert "Role in ops" in found["get leases in ops"].hint
     assert lab.consul.writes == []
 
@@ -217,7 +217,7 @@ async def test_without_consul_none_is_asked_for(lab: Lab) -> None:
     found = await findings(
         lab, CONSUL_BACKEND="none", HTTP_SD_PORT="0", SHARD_STRATEGY="hash", CONSUL_ADDRESS="127.0.0.1:1"
     )
-    assert found["consul"].outcome is Outcome.OK
+    assert found["consul"].outcome is Result.OK
     assert "consul token" not in found
 
 
@@ -227,7 +227,7 @@ async def test_another_cluster_under_our_name_fails(lab: Lab) -> None:
         "pod--a--b", {"managed_by": "k8s-consul-registrar", "cluster": "lab", "cluster_uid": "another-uid"}
     )
     found = await findings(lab)
-    assert found["cluster name"].outcome is Outcome.FAIL
+    assert found["cluster name"].outcome is Result.FAIL
     assert "another-uid" in found["cluster name"].detail
     assert "CLUSTER_NAME" in found["cluster name"].hint
 
@@ -246,13 +246,13 @@ async def test_an_unverifiable_kubelet_names_the_setting_that_cures_it(
     kubelet = await lab.cluster.start_kubelet("n1", "127.0.0.2", certificate)
     await lab.cluster.add_node("n1", ("InternalIP", "127.0.0.2"), kubelet_port=kubelet.port)
     found = await findings(lab, "proxy")
-    assert found["kubelet n1"].outcome is Outcome.FAIL
+    assert found["kubelet n1"].outcome is Result.FAIL
     assert cure in found["kubelet n1"].hint
     assert kubelet.request_count == 0
     found = await findings(lab, "proxy", **setting)
     assert is_passed(found.values())
     is_skipped = "KUBELET_INSECURE_SKIP_TLS_VERIFY" in setting
-    assert found["kubelet n1"].outcome is (Outcome.WARN if is_skipped else Outcome.OK)
+    assert found["kubelet n1"].outcome is (Result.WARN if is_skipped else Result.OK)
 
 
 async def test_node_names_asked_for_where_certificates_name_addresses(lab: Lab) -> None:
@@ -288,7 +288,7 @@ async def test_a_client_certificate_alone_is_told(lab: Lab) -> None:
     user = {"client-certificate": str(certificate), "client-key": str(key)}
     lab.kubeconfig.write_text(kubeconfig(lab.api_door.address, authority, user))
     found = await findings(lab, "proxy")
-    assert found["kubelet token"].outcome is Outcome.WARN
+    assert found["kubelet token"].outcome is Result.WARN
     assert "401" in found["kubelet n1"].detail
 
 
@@ -297,7 +297,7 @@ async def test_a_node_port_nobody_answers_fails(lab: Lab) -> None:
     (port,) = reserve_ports(1)
     await lab.cluster.add_kubelet("n1", "127.0.0.1")
     found = await findings(lab, PROXY_NODE_PORT=str(port))
-    assert found["node port"].outcome is Outcome.FAIL
+    assert found["node port"].outcome is Result.FAIL
     assert "PROXY_NODE_PORT" in found["node port"].hint
     stranger = lab.consul.address.rpartition(":")[2]
     found = await findings(lab, PROXY_NODE_PORT=stranger)
@@ -307,7 +307,7 @@ async def test_a_node_port_nobody_answers_fails(lab: Lab) -> None:
         served = str((await proxy.until_said("proxy starts"))["port"])
         await lab.cluster.add_node("n2", ("InternalIP", "203.0.113.9"))
         found = await findings(lab, PROXY_NODE_PORT=served)
-    assert found["node port"].outcome is Outcome.WARN
+    assert found["node port"].outcome is Result.WARN
     assert "203.0.113.9" in found["node port"].detail
 
 

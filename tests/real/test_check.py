@@ -6,7 +6,7 @@ import pytest
 
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.commands.check.consul import (
-    Need,
+    NeededRight,
     check_consul,
     check_token,
     naming_of,
@@ -15,7 +15,7 @@ from k8s_consul_registrar.commands.check.consul import (
     need_of_lost_agents,
     needs_of_services,
 )
-from k8s_consul_registrar.commands.check.report import Finding, Outcome
+from k8s_consul_registrar.commands.check.report import Finding, Result
 from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.model import Kind
@@ -47,7 +47,7 @@ async def token(consul: RealConsul, *rules: str) -> str:
     return str(made["SecretID"])
 
 
-async def asked(consul: RealConsul, secret: str, needs: Sequence[Need] = NEEDS) -> list[Finding]:
+async def asked(consul: RealConsul, secret: str, needs: Sequence[NeededRight] = NEEDS) -> list[Finding]:
     """Return what the check of a token finds."""
     access = ConsulAccess(ConsulAddress(consul.url), token=secret)
     async with ConsulClient(access, Timing()) as client:
@@ -79,15 +79,15 @@ async def test_each_line_of_the_policy_is_asked_for(through: str) -> None:
             before = await index(server)
             found = {name: await asked(server, secret) for name, secret in secrets.items()}
             assert await index(server) == before
-    assert [one.outcome for one in found["whole"]] == [Outcome.OK]
+    assert [one.outcome for one in found["whole"]] == [Result.OK]
     assert "an agent that is gone" not in found["no agent"][0].detail
     assert "the node of an agent that is gone" in found["own node"][0].detail
     for name, outcome, line in (
-        ("no pods", Outcome.FAIL, PODS),
-        ("no nodes", Outcome.FAIL, NODES),
-        ("no others", Outcome.WARN, OTHERS),
-        ("no agent", Outcome.WARN, AGENT_NODE),
-        ("own node", Outcome.WARN, AGENT_NODE),
+        ("no pods", Result.FAIL, PODS),
+        ("no nodes", Result.FAIL, NODES),
+        ("no others", Result.WARN, OTHERS),
+        ("no agent", Result.WARN, AGENT_NODE),
+        ("own node", Result.WARN, AGENT_NODE),
     ):
         (finding,) = found[name]
         assert (finding.outcome, finding.hint) == (outcome, f"add to the token's policy: {line}")
@@ -99,8 +99,8 @@ async def test_the_catalog_needs_its_node() -> None:
     async with real_consul(acl=True) as consul:
         (whole,) = await asked(consul, await token(consul, PODS, NODES, OTHERS, CATALOG_NODE), needs)
         (without,) = await asked(consul, await token(consul, PODS, NODES, OTHERS), needs)
-    assert whole.outcome is Outcome.OK
-    assert (without.outcome, CATALOG_NODE in without.hint) == (Outcome.FAIL, True)
+    assert whole.outcome is Result.OK
+    assert (without.outcome, CATALOG_NODE in without.hint) == (Result.FAIL, True)
 
 
 async def test_tokens_that_are_none() -> None:
@@ -112,12 +112,12 @@ async def test_tokens_that_are_none() -> None:
         access = ConsulAccess(ConsulAddress(consul.url), token=unknown)
         async with ConsulClient(access, Timing()) as client:
             (reached,), _ = await check_consul(client, consul.address, is_catalog=False)
-    assert of_unknown.outcome is Outcome.FAIL
+    assert of_unknown.outcome is Result.FAIL
     assert "ACL not found" in of_unknown.detail
     assert unknown not in str(of_unknown)
-    assert {one.outcome for one in of_none} == {Outcome.FAIL, Outcome.WARN}
+    assert {one.outcome for one in of_none} == {Result.FAIL, Result.WARN}
     assert "no token is set" in of_none[0].hint
-    assert reached.outcome is Outcome.OK
+    assert reached.outcome is Result.OK
 
 
 async def test_consul_without_acls() -> None:
@@ -127,9 +127,9 @@ async def test_consul_without_acls() -> None:
         async with ConsulClient(ConsulAccess(ConsulAddress(consul.url)), Timing()) as client:
             (reached, server), node = await check_consul(client, consul.address, is_catalog=False)
             (alone,), _ = await check_consul(client, consul.address, is_catalog=True)
-    assert (finding.outcome, finding.detail) == (Outcome.OK, "Consul runs without ACLs")
+    assert (finding.outcome, finding.detail) == (Result.OK, "Consul runs without ACLs")
     assert ".".join(map(str, consul.version)) in reached.detail
-    assert server.outcome is Outcome.WARN
+    assert server.outcome is Result.WARN
     assert (alone, node) == (reached, consul.node)
 
 
@@ -142,5 +142,5 @@ async def test_an_agent_that_has_joined_nobody() -> None:
             access = ConsulAccess(ConsulAddress(agent.url))
             async with ConsulClient(access, Timing(read_timeout=5)) as client:
                 (finding,), _ = await check_consul(client, agent.address, is_catalog=False)
-    assert finding.outcome is Outcome.FAIL
+    assert finding.outcome is Result.FAIL
     assert "leader" in finding.detail or "Consul answers 500" in finding.detail

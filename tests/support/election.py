@@ -19,13 +19,13 @@ from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.lease import LeaseClient
 from k8s_consul_registrar.model import Lease
 from k8s_consul_registrar.registrar.election import (
-    Action,
-    Create,
+    CreateLease,
     Done,
     Election,
+    ElectionAction,
     ElectionTiming,
-    Read,
-    Update,
+    ReadLease,
+    UpdateLease,
     Wait,
     asked,
     next_action,
@@ -94,13 +94,13 @@ class World:
             event()
         self.time = until
 
-    def answer(self, action: Action) -> Lease | str | None:
+    def answer(self, action: ElectionAction) -> Lease | str | None:
         """Do what an API server does: compare the version, and write."""
-        if isinstance(action, Read):
+        if isinstance(action, ReadLease):
             return self.record
-        assert isinstance(action, (Create, Update))
+        assert isinstance(action, (CreateLease, UpdateLease))
         there = self.record.version if self.record else ""
-        if there != (action.lease.version if isinstance(action, Update) else ""):
+        if there != (action.lease.version if isinstance(action, UpdateLease) else ""):
             return CONFLICT
         self.record = replace(action.lease, version=str(next(self._versions)))
         self.writes.append((self.time, self.record))
@@ -173,7 +173,7 @@ class Contender:
 
         return turn
 
-    def _do(self, action: Action) -> None:
+    def _do(self, action: ElectionAction) -> None:
         world = self.world
         if isinstance(action, Done):
             self.is_done = True
@@ -183,7 +183,7 @@ class Contender:
         else:
             self._send(action)
 
-    def _send(self, action: Action) -> None:
+    def _send(self, action: ElectionAction) -> None:
         world, faults, run = self.world, self.world.faults, self._run
         started = self.now
         self.election = asked(self.election, action)
@@ -216,7 +216,7 @@ class Contender:
         return failed
 
     def _answered(
-        self, run: int, action: Action, started: float, answer: Lease | str | None
+        self, run: int, action: ElectionAction, started: float, answer: Lease | str | None
     ) -> Callable[[], None]:
         def answered() -> None:
             if run != self._run:
@@ -224,7 +224,7 @@ class Contender:
             spread = self.world.pick.random()
             if isinstance(answer, str):
                 self._become(on_conflict(self.election, self.now, spread))
-            elif isinstance(action, Read):
+            elif isinstance(action, ReadLease):
                 self._become(on_read(self.election, answer, self.now, spread))
             else:
                 assert answer is not None

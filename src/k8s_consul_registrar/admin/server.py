@@ -114,7 +114,7 @@ class HttpServer:
         self._listening.close()
 
 
-class Health(Protocol):
+class ProbeStatus(Protocol):
     """The daemon as its probes see it."""
 
     def is_alive(self) -> bool:
@@ -135,7 +135,7 @@ class AdminServer:
         self,
         *,
         port: int,
-        health: Health,
+        health: ProbeStatus,
         registry: CollectorRegistry,
         routes: Iterable[web.AbstractRouteDef] = (),
         before_metrics: Callable[[], Awaitable[None]] = nothing,
@@ -161,7 +161,7 @@ class AdminServer:
         await self._server.stop()
 
 
-def _health_routes(health: Health) -> list[web.RouteDef]:
+def _health_routes(health: ProbeStatus) -> list[web.RouteDef]:
     """Return `/healthz` and `/readyz`: 200 or 503, with the reason in one line of text."""
 
     async def healthz(_: web.Request) -> web.Response:

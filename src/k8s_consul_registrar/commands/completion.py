@@ -29,7 +29,7 @@ def script(shell: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Build the parser of the command line with one phrase as each help text, and with booleans as choices."""
+    """Build the parser of the command line with one phrase as each help text, and known values as choices."""
     parser = argparse.ArgumentParser(prog=PROG)
     parser.add_argument("--version", action="store_true", help="print the version")
     subparsers = parser.add_subparsers()
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
             subparser.add_argument(
                 option.flag,
                 nargs="?" if option.is_boolean else None,
-                choices=("true", "false") if option.is_boolean else None,
+                choices=("true", "false") if option.is_boolean else option.parser.schema.get("enum"),
                 help=_phrase(option.plain_help),
             )
     return parser

@@ -79,7 +79,7 @@ async def _demo(*, keep: bool) -> int:
 
 
 async def _story(stack: contextlib.AsyncExitStack) -> list[tuple[str, str]]:
-    """Tell the story step by step; returns what can be explored afterwards."""
+    """Run all steps; returns the addresses that can be explored afterwards."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="k8s-consul-registrar-")))
     session = await stack.enter_async_context(
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10), trust_env=False)

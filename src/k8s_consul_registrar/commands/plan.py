@@ -41,7 +41,7 @@ _PLAIN = "\x1b[0m"
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class PlanLine:
     """One line of a plan: the sign (+ register, ~ update, - deregister, ! left alone), the ID, and what."""
 
     sign: str
@@ -57,7 +57,7 @@ def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
 class Plan(NamedTuple):
     """The outcome of a sync made now: a line for each change or thing left alone, and the counts."""
 
-    lines: list[Change]
+    lines: list[PlanLine]
     register: int
     update: int
     deregister: int
@@ -142,33 +142,33 @@ async def _compared(parts: RegistrarParts, found: Comparison) -> Plan:
     ]
     before = {service.id: service async for service in parts.registry.lookup(updates)} if updates else {}
     who = parts.rules.identity
-    lines: list[Change] = []
+    lines: list[PlanLine] = []
     counts: Counter[str] = Counter()
     rejections = list(parts.desired.rejections.values())
     for service_id, action in actions.items():
         match action:
             case Register():
-                lines.append(Change("+", service_id, _described(action.entry.service(who))))
+                lines.append(PlanLine("+", service_id, _described(action.entry.service(who))))
             case Update():
                 after = action.entry.service(who)
-                lines.append(Change("~", service_id, _differences(before.get(service_id, after), after)))
+                lines.append(PlanLine("~", service_id, _differences(before.get(service_id, after), after)))
             case Deregister():
                 gone = before.get(service_id)
-                lines.append(Change("-", service_id, "" if gone is None else _described(gone)))
+                lines.append(PlanLine("-", service_id, "" if gone is None else _described(gone)))
             case Conflict():
-                lines.append(Change("!", service_id, f"conflict: held by {action.holder}"))
+                lines.append(PlanLine("!", service_id, f"conflict: held by {action.holder}"))
             case Reject():
                 rejections.append(action.rejection)
         rejections += getattr(action, "losers", ())
         counts[type(action).__name__] += 1
     held = [
-        Change("!", service_id, f"held by the brake: missing from {one.source}")
+        PlanLine("!", service_id, f"held by the brake: missing from {one.source}")
         for one in found.judged.held
         for service_id in one.ids
     ]
     lines += held
     lines += [
-        Change("!", one.id or str(one.key), f"rejected: {one.reason}: {one.detail}") for one in rejections
+        PlanLine("!", one.id or str(one.key), f"rejected: {one.reason}: {one.detail}") for one in rejections
     ]
     return Plan(
         sorted(lines, key=lambda line: line.id),
@@ -216,7 +216,7 @@ def _described(service: Service) -> str:
 
 
 def _differences(before: Service, after: Service) -> str:
-    """Name what an update changes, old and new."""
+    """Return the fields that an update changes, with their old and new values."""
     old = {"name": before.name, "address": before.address, "port": str(before.port), **dict(before.meta)}
     new = {"name": after.name, "address": after.address, "port": str(after.port), **dict(after.meta)}
     old["tags"], new["tags"] = ",".join(before.tags), ",".join(after.tags)

@@ -40,7 +40,7 @@ from k8s_consul_registrar.wiring.registrar import (
     http_sd_server,
 )
 
-# A loop that has not turned for so long, in seconds, hangs: no single request may take a tenth of it.
+# Seconds after which a loop that has not turned hangs: no request may take a tenth of that.
 HANG = 600.0
 
 log = get_logger("app")
@@ -56,12 +56,12 @@ def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Health:
-    """Shows the reconciler's status to the probes."""
+    """The registrar's status for the probes of its Pod."""
 
     status: RegistrarStatus
 
     def is_alive(self) -> bool:
-        """Whether the loop has turned lately."""
+        """Return True if the loop has turned lately."""
         return time.monotonic() - self.status.ticked_at < HANG
 
     def readiness(self) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import TypeVar
 
-from k8s_consul_registrar.consul.client import Answer, ConsulClient
+from k8s_consul_registrar.consul.client import ConsulAnswer, ConsulClient
 from k8s_consul_registrar.consul.health import TOO_MANY_REQUESTS, ConsulHealth
 from k8s_consul_registrar.consul.transactions import (
     MOST_OPERATIONS,
@@ -339,7 +339,7 @@ def _halves(units: list[Unit]) -> list[list[Unit]]:
     return [units[middle:], units[:middle]]
 
 
-def _check(answer: Answer, errors: Sequence[TxnError], operations: int) -> None:
+def _check(answer: ConsulAnswer, errors: Sequence[TxnError], operations: int) -> None:
     """See that an answer is a success exactly when nothing fails, and that errors name operations sent."""
     is_success = answer.status == 200
     if is_success == bool(errors) or any(not 0 <= error.op_index < operations for error in errors):

@@ -18,7 +18,7 @@ from k8s_consul_registrar.consul.codec import MetaKeys, decode_listed
 from k8s_consul_registrar.consul.drift import NodeDrift
 from k8s_consul_registrar.consul.names import has_foreign_instance, is_managed
 from k8s_consul_registrar.consul.records import (
-    Listing,
+    RecordStream,
     list_checks,
     list_services,
     node_of,
@@ -204,7 +204,7 @@ class CatalogRegistry:
         if await self._node.restore():
             self._drift.wrote(0)
 
-    async def _is_proven_empty(self, listing: Listing) -> bool:
+    async def _is_proven_empty(self, listing: RecordStream) -> bool:
         """Return whether there was nothing to list; if not, the node is hidden, or was made a moment ago."""
         node = node_of(listing)
         if node is not None:

@@ -15,7 +15,7 @@ from yarl import URL
 
 from k8s_consul_registrar.backoff import Timing, delays
 from k8s_consul_registrar.consul.access import ConsulAccess, ConsulToken
-from k8s_consul_registrar.consul.health import TOO_MANY_REQUESTS, Access, ConsulHealth
+from k8s_consul_registrar.consul.health import TOO_MANY_REQUESTS, ConsulHealth, RequestKind
 from k8s_consul_registrar.errors import (
     AccessError,
     ConsulBusy,
@@ -55,7 +55,7 @@ _BROKEN = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
 T = TypeVar("T")
 
 
-class Answer(msgspec.Struct, frozen=True):
+class ConsulAnswer(msgspec.Struct, frozen=True):
     """A whole answer."""
 
     body: bytes
@@ -86,7 +86,7 @@ class _Request(msgspec.Struct, frozen=True):
     path: str
     params: Mapping[str, str] | None
     body: bytes | None = None
-    access: Access = Access.READ
+    access: RequestKind = RequestKind.READ
 
 
 class Fence(msgspec.Struct, frozen=True):
@@ -213,7 +213,7 @@ class ConsulClient:
         accepts_text: str = "",
         is_read: bool = False,
         wait: float = 0.0,
-    ) -> Answer:
+    ) -> ConsulAnswer:
         """Send one request; `path` is already percent-encoded. Raises a `ConsulError` unless accepted.
 
         An answer is accepted by its status, or for `accepts_text` (in lower case) in an error's text. A GET
@@ -221,7 +221,7 @@ class ConsulClient:
         long Consul may take before it answers; Consul adds up to a sixteenth of it (Consul API, "Blocking
         queries"). A 429 is answered by a few more attempts with growing, jittered waits.
         """
-        access = Access.READ if is_read or method == "GET" else Access.WRITE
+        access = RequestKind.READ if is_read or method == "GET" else RequestKind.WRITE
         asking = _Request(method, path, params, body, access)
         waits = delays(self._timing.retry_first, self._timing.retry_cap)
         for left in reversed(range(1 if wait else ATTEMPTS)):
@@ -269,12 +269,12 @@ class ConsulClient:
         limits = aiohttp.ClientTimeout(
             total=None, sock_connect=self._timing.connect_timeout, sock_read=self._timing.read_timeout
         )
-        attempt = self.health.begin(Access.READ)
+        attempt = self.health.begin(RequestKind.READ)
         try:
             async with await self._send(_Request("GET", path, params), limits) as response:
                 if response.status != 200:
                     head = await self._read(response.content.read(LONGEST_HEAD))
-                    raise refusal(response.status, path, Answer(head, response.headers))
+                    raise refusal(response.status, path, ConsulAnswer(head, response.headers))
                 yield StreamedAnswer(self._chunks(response), response.headers)
                 if response.content.at_eof():
                     self.health.succeeded(attempt)
@@ -284,13 +284,13 @@ class ConsulClient:
         finally:
             self.health.end(attempt)
 
-    async def _exchange(self, asking: _Request, wait: float) -> Answer:
+    async def _exchange(self, asking: _Request, wait: float) -> ConsulAnswer:
         longest = self._timing.read_timeout + wait * 17 / 16
-        fenced = math.inf if asking.access is Access.READ else self._time_left()
+        fenced = math.inf if asking.access is RequestKind.READ else self._time_left()
         limits = aiohttp.ClientTimeout(total=min(longest, fenced), sock_connect=self._timing.connect_timeout)
         try:
             async with await self._send(asking, limits) as response:
-                return Answer(await self._read(response.read()), response.headers, response.status)
+                return ConsulAnswer(await self._read(response.read()), response.headers, response.status)
         except ConsulUnreachable as error:
             # The lead may have been renewed while the write hung: then Consul is at fault, not the fence.
             if fenced < longest and isinstance(error.__cause__, TimeoutError):
@@ -367,7 +367,7 @@ def is_filtered(headers: Mapping[str, str]) -> bool:
     return headers.get("X-Consul-Results-Filtered-By-ACLs", "") == "true"
 
 
-def refusal(status: int, path: str, answer: Answer) -> ConsulError:
+def refusal(status: int, path: str, answer: ConsulAnswer) -> ConsulError:
     """Turn an answer that is no success into the error that says what to do about it."""
     text = answer.text[:LONGEST_PROBLEM]
     problem = f"Consul answers {status} to {path.partition('?')[0]}: {text or 'without a reason'}"

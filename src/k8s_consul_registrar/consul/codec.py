@@ -22,7 +22,7 @@ from k8s_consul_registrar.targets.resolve import (
 DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 # An index of Raft. Ours are sent back, where a negative one would mean something else.
-Index = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+RaftIndex = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class _Record(msgspec.Struct, gc=False, rename="pascal"):
     port: int = 0
     meta: dict[str, str] | None = None
     tags: list[str] | None = None
-    modify_index: Index = 0
+    modify_index: RaftIndex = 0
 
 
 class _Instance(msgspec.Struct, gc=False):

@@ -24,14 +24,14 @@ TOO_MANY_REQUESTS = 429
 MOST_IN_FLIGHT = 50
 
 
-class Access(Enum):
+class RequestKind(Enum):
     """Reads and writes; a transaction of reads alone is a read."""
 
     READ = "read"
     WRITE = "write"
 
 
-class Outcome(Enum):
+class RequestOutcome(Enum):
     """The latest outcome of a kind of request."""
 
     NONE = "none"
@@ -42,7 +42,7 @@ class Outcome(Enum):
 class Attempt(msgspec.Struct, frozen=True):
     """One request that was sent; `in_flight` counts it and those beside it."""
 
-    access: Access
+    access: RequestKind
     began: float
     is_blocking: bool
     in_flight: int
@@ -75,9 +75,9 @@ class ConsulHealth:
         self._timing = timing
         self._clock = clock
         self._pick = pick
-        self._outcomes = dict.fromkeys(Access, Outcome.NONE)
-        self._problems = dict.fromkeys(Access, "")
-        self._latest = Access.READ  # of the latest failure
+        self._outcomes = dict.fromkeys(RequestKind, RequestOutcome.NONE)
+        self._problems = dict.fromkeys(RequestKind, "")
+        self._latest = RequestKind.READ  # of the latest failure
         self._has_succeeded = False
         self._in_flight = 0
         self.open_at = float("-inf")
@@ -89,14 +89,14 @@ class ConsulHealth:
         self._narrowed_at = float("-inf")
 
     @property
-    def reads(self) -> Outcome:
+    def reads(self) -> RequestOutcome:
         """The latest outcome of a read."""
-        return self._outcomes[Access.READ]
+        return self._outcomes[RequestKind.READ]
 
     @property
-    def writes(self) -> Outcome:
+    def writes(self) -> RequestOutcome:
         """The latest outcome of a write."""
-        return self._outcomes[Access.WRITE]
+        return self._outcomes[RequestKind.WRITE]
 
     @property
     def is_up(self) -> bool:
@@ -106,15 +106,15 @@ class ConsulHealth:
     @property
     def problem(self) -> str:
         """The text of the latest failure that still stands, empty where there is none."""
-        other = Access.WRITE if self._latest is Access.READ else Access.READ
-        standing = (one for one in (self._latest, other) if self._outcomes[one] is Outcome.FAILURE)
+        other = RequestKind.WRITE if self._latest is RequestKind.READ else RequestKind.READ
+        standing = (one for one in (self._latest, other) if self._outcomes[one] is RequestOutcome.FAILURE)
         return next((self._problems[one] for one in standing), "")
 
     def concurrency(self, limit: int) -> int:
         """Return how many requests may be in flight: `limit`, fewer after an outage or a 429, at least 1."""
         return limit if self._window is None else max(1, min(limit, int(self._window)))
 
-    def begin(self, access: Access, *, is_blocking: bool = False) -> Attempt:
+    def begin(self, access: RequestKind, *, is_blocking: bool = False) -> Attempt:
         """Record that a request is sent; it must be followed by `end`."""
         if not is_blocking:
             self._in_flight += 1
@@ -128,7 +128,7 @@ class ConsulHealth:
     def succeeded(self, attempt: Attempt) -> None:
         """Record an answer that was read to its end."""
         self._has_succeeded = True
-        self._outcomes[attempt.access] = Outcome.SUCCESS
+        self._outcomes[attempt.access] = RequestOutcome.SUCCESS
         if not self._is_failing:
             self._reset_gate()
         if not attempt.is_blocking:
@@ -142,28 +142,30 @@ class ConsulHealth:
             return
         if is_outage(error):
             self._failed(attempt, error)
-        elif attempt.access is Access.READ and self.reads is Outcome.FAILURE:
+        elif attempt.access is RequestKind.READ and self.reads is RequestOutcome.FAILURE:
             # Consul answers again. A refused write proves nothing of the kind: Raft may not have seen it.
-            self._outcomes[Access.READ] = Outcome.SUCCESS if self._has_succeeded else Outcome.NONE
+            self._outcomes[RequestKind.READ] = (
+                RequestOutcome.SUCCESS if self._has_succeeded else RequestOutcome.NONE
+            )
             if not self._is_failing:
                 self._reset_gate()
 
     def clear_writes_by_read(self) -> None:
         """Forget a failed write after a consistent read, for a caller that has nothing left to write."""
-        if self.writes is Outcome.FAILURE and self.reads is Outcome.SUCCESS:
+        if self.writes is RequestOutcome.FAILURE and self.reads is RequestOutcome.SUCCESS:
             self._forget_write_failure()
 
     def excuse_write(self, error: ConsulBusy) -> None:
         """Forget a failed write that one service caused while others are written."""
-        if self.writes is Outcome.FAILURE and self._problems[Access.WRITE] == str(error):
+        if self.writes is RequestOutcome.FAILURE and self._problems[RequestKind.WRITE] == str(error):
             self._forget_write_failure()
 
     @property
     def _is_failing(self) -> bool:
-        return Outcome.FAILURE in self._outcomes.values()
+        return RequestOutcome.FAILURE in self._outcomes.values()
 
     def _failed(self, attempt: Attempt, error: ConsulError) -> None:
-        self._outcomes[attempt.access] = Outcome.FAILURE
+        self._outcomes[attempt.access] = RequestOutcome.FAILURE
         self._problems[attempt.access] = str(error)
         self._latest = attempt.access
         if attempt.began >= self.open_at:
@@ -175,7 +177,7 @@ class ConsulHealth:
             self._window, self._threshold = 1.0, float("inf")
 
     def _forget_write_failure(self) -> None:
-        self._outcomes[Access.WRITE] = Outcome.SUCCESS
+        self._outcomes[RequestKind.WRITE] = RequestOutcome.SUCCESS
         if not self._is_failing:
             self._reset_gate()
 

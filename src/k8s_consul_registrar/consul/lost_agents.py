@@ -7,7 +7,13 @@ import msgspec
 from k8s_consul_registrar.consul.acl import read_own_node
 from k8s_consul_registrar.consul.batches import Blame, Transactions, write_all
 from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.consul.codec import Index, MetaKeys, decode, decode_agent_services, decode_listed
+from k8s_consul_registrar.consul.codec import (
+    MetaKeys,
+    RaftIndex,
+    decode,
+    decode_agent_services,
+    decode_listed,
+)
 from k8s_consul_registrar.consul.previous_location import PreviousLocation
 from k8s_consul_registrar.consul.records import CONSISTENT, list_services, node_of
 from k8s_consul_registrar.consul.transactions import MOST_OPERATIONS, Operations
@@ -30,7 +36,7 @@ class _Check(msgspec.Struct, rename="pascal"):
     node: str
     check_id: str = msgspec.field(name="CheckID")
     status: str
-    modify_index: Index
+    modify_index: RaftIndex
 
 
 _checks = msgspec.json.Decoder(list[_Check])

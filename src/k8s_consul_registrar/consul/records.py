@@ -187,7 +187,7 @@ def _is_whole(text: bytes) -> bool:
     return text.lstrip().startswith(b"{")
 
 
-class Listing:
+class RecordStream:
     """One read of one list; what it says of itself is known once `records` came to its end."""
 
     def __init__(
@@ -235,30 +235,30 @@ class _Head(msgspec.Struct):
 _head = msgspec.json.Decoder(_Head)
 
 
-def list_services(client: ConsulClient, node: str, selection: str = "") -> Listing:
+def list_services(client: ConsulClient, node: str, selection: str = "") -> RecordStream:
     """Return the list of a node's services, not yet read; `selection` is a filter in Consul's language."""
     path = f"/v1/catalog/node-services/{quote(node, safe='')}"
-    return Listing(client, path, NODE_SERVICES, b"}", selection)
+    return RecordStream(client, path, NODE_SERVICES, b"}", selection)
 
 
-def list_instances(client: ConsulClient, name: str, selection: str) -> Listing:
+def list_instances(client: ConsulClient, name: str, selection: str) -> RecordStream:
     """Return the list of a service's instances on all nodes, not yet read."""
-    return Listing(client, f"/v1/catalog/service/{quote(name, safe='')}", ARRAY, selection=selection)
+    return RecordStream(client, f"/v1/catalog/service/{quote(name, safe='')}", ARRAY, selection=selection)
 
 
-def list_checks(client: ConsulClient, node: str) -> Listing:
+def list_checks(client: ConsulClient, node: str) -> RecordStream:
     """Return the list of a node's checks, not yet read."""
-    return Listing(client, f"/v1/health/node/{quote(node, safe='')}", ARRAY)
+    return RecordStream(client, f"/v1/health/node/{quote(node, safe='')}", ARRAY)
 
 
-def node_of(listing: Listing) -> NodeRecord | None:
+def node_of(listing: RecordStream) -> NodeRecord | None:
     """Return the node that a list of services is about, None for one that is missing or hidden."""
     return decode(
         _head, listing.head.rstrip().removesuffix(b",") + b"}", "the list of a node's services"
     ).Node
 
 
-async def read_readiness(listing: Listing) -> dict[str, bool]:
+async def read_readiness(listing: RecordStream) -> dict[str, bool]:
     """Return what the checks of our making say, by service ID."""
     found = {}
     async for record in listing.records():

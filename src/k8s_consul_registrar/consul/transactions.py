@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
-from k8s_consul_registrar.consul.codec import Index, decode
+from k8s_consul_registrar.consul.codec import RaftIndex, decode
 from k8s_consul_registrar.model import Service
 
 PATH = "/v1/txn"
@@ -219,7 +219,7 @@ class NodeRecord(msgspec.Struct, gc=False, rename="pascal"):
     id: str = msgspec.field(default="", name="ID")
     address: str = ""
     meta: dict[str, str] | None = None
-    modify_index: Index = 0
+    modify_index: RaftIndex = 0
 
 
 class CheckRecord(msgspec.Struct, gc=False, rename="pascal"):
@@ -228,7 +228,7 @@ class CheckRecord(msgspec.Struct, gc=False, rename="pascal"):
     check_id: str = msgspec.field(name="CheckID")
     service_id: str = msgspec.field(default="", name="ServiceID")
     status: str = ""
-    modify_index: Index = 0
+    modify_index: RaftIndex = 0
 
     @property
     def is_readiness(self) -> bool:
@@ -243,7 +243,7 @@ class CheckRecord(msgspec.Struct, gc=False, rename="pascal"):
 
 class _ServiceIndex(msgspec.Struct, gc=False):
     ID: str
-    ModifyIndex: Index
+    ModifyIndex: RaftIndex
 
 
 class _WriteResult(msgspec.Struct, gc=False):

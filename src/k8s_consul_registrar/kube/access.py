@@ -14,9 +14,9 @@ from urllib.parse import SplitResult, urlsplit
 
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.credentials import (
+    ClientIdentity,
     Credentials,
     FixedCredentials,
-    Identity,
     TokenFile,
     basic_credentials,
 )
@@ -71,7 +71,7 @@ class Access:
         """Return the current bearer token, empty where we have none; raises AccessError."""
         return (await self.credentials.identity()).token
 
-    def ssl_context(self, identity: Identity) -> ssl.SSLContext | None:
+    def ssl_context(self, identity: ClientIdentity) -> ssl.SSLContext | None:
         """Return the context that shows this identity's certificate, None for plain HTTP.
 
         It is the same object while trust and certificate stay; files are replaced, and an exec plugin may
@@ -237,7 +237,7 @@ def _ca_of(cluster: Entry[Cluster]) -> bytes | None:
 def _credentials_of(user: Entry[User] | None, cluster: Entry[Cluster], env: Mapping[str, str]) -> Credentials:
     """Return who we are; raises AccessError."""
     if user is None:
-        return FixedCredentials(Identity())
+        return FixedCredentials(ClientIdentity())
     value = user.value
     _refuse_unsupported(user)
     pair = _pair_of(user)
@@ -248,7 +248,7 @@ def _credentials_of(user: Entry[User] | None, cluster: Entry[Cluster], env: Mapp
         return TokenFile(user.path(value.token_file), user.setting("tokenFile"), pair=pair)
     token = clean_token(value.token, user.setting("token")) if value.token else ""
     basic = basic_credentials(value.username, value.password) if value.username else ""
-    return FixedCredentials(Identity(token=token, basic=basic), pair)
+    return FixedCredentials(ClientIdentity(token=token, basic=basic), pair)
 
 
 def _refuse_unsupported(user: Entry[User]) -> None:

@@ -23,7 +23,7 @@ from k8s_consul_registrar.errors import (
 )
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.objects import Item, Page, RawPage, split_page
-from k8s_consul_registrar.kube.responses import Action, cluster_error, decode_status, transport_error
+from k8s_consul_registrar.kube.responses import ApiAction, cluster_error, decode_status, transport_error
 from k8s_consul_registrar.kube.watch_decoder import RESOURCES, WatchDecoder, WatchEvent
 from k8s_consul_registrar.model import Kind, ObjectKey
 
@@ -65,7 +65,7 @@ class _Review(msgspec.Struct):
 class _Request(msgspec.Struct, frozen=True):
     """One request; `path` begins after the server's own."""
 
-    action: Action
+    action: ApiAction
     path: str
     query: Mapping[str, str] = msgspec.field(default_factory=dict)
     method: str = "GET"
@@ -133,7 +133,7 @@ class KubeClient:
         server ignores the page size (Kubernetes API concepts, "Semantics for get and list"). `verb` names the
         rights that are missing when the list is denied.
         """
-        action = Action(verb, RESOURCES[kind], namespace)
+        action = ApiAction(verb, RESOURCES[kind], namespace)
         query = _selecting(label_selector) if page_size is None else _selecting(label_selector, page_size)
         request = self._reading(action, kind, query)
         coming: asyncio.Task[bytes] | None = None
@@ -180,7 +180,7 @@ class KubeClient:
         The first batch is empty: the server has accepted the watch. Raises ClusterSilent when neither event
         nor bookmark came for `watch_silence` (Kubernetes API concepts, "Efficient detection of changes").
         """
-        action = Action("watch", RESOURCES[kind], namespace)
+        action = ApiAction("watch", RESOURCES[kind], namespace)
         query = {"watch": "1", "allowWatchBookmarks": "true", "timeoutSeconds": str(timeout_seconds)}
         query |= {"resourceVersion": resource_version, **_selecting(label_selector)}
         decoder = WatchDecoder(kind, namespace)
@@ -198,7 +198,7 @@ class KubeClient:
 
     async def current_version(self, kind: Kind, *, namespace: str = "") -> str:
         """Return the version of the server's present state: that of a list of one object."""
-        action = Action("list", RESOURCES[kind], namespace)
+        action = ApiAction("list", RESOURCES[kind], namespace)
         body = await self._send(self._reading(action, kind, {"limit": "1"}))
         return _split(body, kind, action).resource_version
 
@@ -207,7 +207,7 @@ class KubeClient:
 
         Without a label selector an object that is no longer selected is found all the same.
         """
-        action = Action("list", RESOURCES[key.kind], key.namespace)
+        action = ApiAction("list", RESOURCES[key.kind], key.namespace)
         query = {"fieldSelector": f"metadata.name={_escaped(key.name)}", **_selecting(label_selector)}
         raw = _split(await self._send(self._reading(action, key.kind, query)), key.kind, action)
         items = raw.decode().items
@@ -218,7 +218,7 @@ class KubeClient:
 
     async def namespace_uid(self, name: str) -> str | None:
         """Return the UID of a namespace, None where we may not see it or it does not exist."""
-        action = Action("get", "namespaces")
+        action = ApiAction("get", "namespaces")
         try:
             body = await self._send(_Request(action, f"/api/v1/namespaces/{quote(name, safe='')}"))
         except ClusterForbidden:
@@ -231,7 +231,7 @@ class KubeClient:
 
     async def server_version(self) -> str:
         """Return the API server's version, for example `v1.31.2`."""
-        action = Action("get", "/version")
+        action = ApiAction("get", "/version")
         return _decode(await self._send(_Request(action, "/version")), _Version, action).git_version
 
     async def can_i(
@@ -252,19 +252,19 @@ class KubeClient:
             "kind": "SelfSubjectAccessReview",
             "spec": {"resourceAttributes": {key: value for key, value in attributes.items() if value}},
         }
-        action = Action("create", "selfsubjectaccessreviews")
+        action = ApiAction("create", "selfsubjectaccessreviews")
         path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
         body = await self.request(action, path, method="POST", body=msgspec.json.encode(review))
         return _decode(body, _Review, action).status.allowed
 
     async def request(
-        self, action: Action, path: str, *, method: str = "GET", body: bytes | None = None
+        self, action: ApiAction, path: str, *, method: str = "GET", body: bytes | None = None
     ) -> bytes:
         """Return the answer to a request about one object; a body is sent as JSON."""
         headers = {} if body is None else {"Content-Type": JSON}
         return await self._send(_Request(action, path, method=method, headers=headers, body=body))
 
-    def _reading(self, action: Action, kind: Kind, query: Mapping[str, str]) -> _Request:
+    def _reading(self, action: ApiAction, kind: Kind, query: Mapping[str, str]) -> _Request:
         """Return a list or watch request of a kind, in the namespace of the action."""
         scope = f"/namespaces/{quote(action.namespace, safe='')}" if action.namespace else ""
         return _Request(action, f"/api/v1{scope}/{RESOURCES[kind]}", query, headers={"Accept": self._accept})
@@ -376,14 +376,14 @@ def _escaped(name: str) -> str:
     return name.replace("\\", "\\\\").replace(",", "\\,").replace("=", "\\=")
 
 
-def _split(body: bytes, kind: Kind, action: Action) -> RawPage:
+def _split(body: bytes, kind: Kind, action: ApiAction) -> RawPage:
     try:
         return split_page(body, kind)
     except ClusterRefused as error:
         raise ClusterRefused(f"cannot {action}: {error}", error.status) from None
 
 
-def _decode(body: bytes, kind: type[AnswerT], action: Action) -> AnswerT:
+def _decode(body: bytes, kind: type[AnswerT], action: ApiAction) -> AnswerT:
     try:
         return msgspec.json.decode(body, type=kind)
     except (ValueError, RecursionError):

@@ -15,7 +15,7 @@ REREAD_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class ClientIdentity:
     """What proves who we are in one request; any part may be absent."""
 
     token: str = field(default="", repr=False)
@@ -28,7 +28,7 @@ class Identity:
             return {"Authorization": f"Bearer {self.token}"}
         return {"Authorization": f"Basic {self.basic}"} if self.basic else {}
 
-    def showing(self, pair: KeyPair) -> "Identity":
+    def showing(self, pair: KeyPair) -> "ClientIdentity":
         """Return this identity with a certificate; it is the same object where it had that one."""
         return self if pair is self.pair else replace(self, pair=pair)
 
@@ -36,11 +36,11 @@ class Identity:
 class Credentials(Protocol):
     """Source of the identity of the next request."""
 
-    async def identity(self) -> Identity:
+    async def identity(self) -> ClientIdentity:
         """Return the current identity; raises AccessError if there is none."""
         ...
 
-    def rejected(self, identity: Identity) -> None:
+    def rejected(self, identity: ClientIdentity) -> None:
         """Note that the server answered 401 to this identity: the next one should be fresh."""
         ...
 
@@ -52,17 +52,17 @@ class Credentials(Protocol):
 class FixedCredentials:
     """An identity that never changes, apart from a certificate in files that rotate."""
 
-    def __init__(self, identity: Identity, pair: Rotating[KeyPair] | None = None) -> None:
+    def __init__(self, identity: ClientIdentity, pair: Rotating[KeyPair] | None = None) -> None:
         self._identity = identity
         self._pair = pair
 
-    async def identity(self) -> Identity:
+    async def identity(self) -> ClientIdentity:
         """Return the identity."""
         if self._pair is not None:
             self._identity = self._identity.showing(self._pair.current())
         return self._identity
 
-    def rejected(self, identity: Identity) -> None:
+    def rejected(self, identity: ClientIdentity) -> None:
         """Do nothing: there is no other."""
 
     async def aclose(self) -> None:
@@ -86,10 +86,10 @@ class TokenFile:
     ) -> None:
         """Read the file; raises AccessError if it holds no token."""
         self._pair = pair
-        self._identity = Identity()
+        self._identity = ClientIdentity()
         self._token = token_file(path, setting, of=of, max_age=REREAD_SECONDS, clock=clock)
 
-    async def identity(self) -> Identity:
+    async def identity(self) -> ClientIdentity:
         """Return the identity with the file's token."""
         token = self._token.current()
         if token != self._identity.token:
@@ -98,7 +98,7 @@ class TokenFile:
             self._identity = self._identity.showing(self._pair.current())
         return self._identity
 
-    def rejected(self, identity: Identity) -> None:
+    def rejected(self, identity: ClientIdentity) -> None:
         """Have the file read again by the next call."""
         if identity is self._identity:
             self._token.expire()

@@ -19,7 +19,7 @@ from typing import Annotated
 import msgspec
 
 from k8s_consul_registrar.errors import AccessError
-from k8s_consul_registrar.kube.credentials import Identity
+from k8s_consul_registrar.kube.credentials import ClientIdentity
 from k8s_consul_registrar.kube.responses import clipped
 from k8s_consul_registrar.rotating import LoadStatus, clean_token, contained
 from k8s_consul_registrar.tls import KeyPair, checked
@@ -76,7 +76,7 @@ class _ExecCredential(msgspec.Struct, rename="camel"):
 class _Credential(msgspec.Struct, frozen=True):
     """An identity that a plugin gave, and when it expires (Unix time; None for never)."""
 
-    identity: Identity
+    identity: ClientIdentity
     expires: float | None
 
 
@@ -114,7 +114,7 @@ class ExecCredentials:
         self._not_before = -math.inf
         self._running: asyncio.Task[None] | None = None
 
-    async def identity(self) -> Identity:
+    async def identity(self) -> ClientIdentity:
         """Return the identity; raises AccessError, with the plugin's stderr, if there is none."""
         if self._is_due():
             if self._running is None or self._running.done():
@@ -127,7 +127,7 @@ class ExecCredentials:
             raise AccessError(self._status.problem or f"{self._plugin.origin}: the plugin was ended")
         return credential.identity
 
-    def rejected(self, identity: Identity) -> None:
+    def rejected(self, identity: ClientIdentity) -> None:
         """Have the plugin run again, unless a newer identity has taken the place of this one."""
         if self._credential is not None and identity is self._credential.identity:
             self._is_rejected = True
@@ -204,7 +204,7 @@ async def run_plugin(plugin: ExecPlugin, time_limit: float) -> bytes:
     return output
 
 
-def decode_credential(output: bytes, plugin: ExecPlugin) -> tuple[Identity, float | None]:
+def decode_credential(output: bytes, plugin: ExecPlugin) -> tuple[ClientIdentity, float | None]:
     """Return the identity a plugin printed, and when it expires (Unix time).
 
     Raises AccessError, never with any of the output in it, if that is no credential.
@@ -227,7 +227,7 @@ def decode_credential(output: bytes, plugin: ExecPlugin) -> tuple[Identity, floa
         raise AccessError(f"{origin}: the plugin gave neither a token nor a client certificate")
     token = clean_token(status.token, origin) if status.token else ""
     expires = status.expiration_timestamp
-    return Identity(token=token, pair=pair), expires.timestamp() if expires else None
+    return ClientIdentity(token=token, pair=pair), expires.timestamp() if expires else None
 
 
 async def _communicate(process: asyncio.subprocess.Process) -> tuple[bytes, bytes]:

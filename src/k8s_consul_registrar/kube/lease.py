@@ -11,7 +11,7 @@ import msgspec
 from k8s_consul_registrar.errors import AccessError, ClusterConflict, ClusterForbidden, ClusterRefused
 from k8s_consul_registrar.kube.access import SERVICE_ACCOUNT
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.responses import Action
+from k8s_consul_registrar.kube.responses import ApiAction
 from k8s_consul_registrar.model import Lease
 from k8s_consul_registrar.rotating import read_file
 
@@ -116,7 +116,7 @@ class LeaseClient:
             raise
 
     async def _request(self, verb: str, path: str, method: str, lease: Lease | None = None) -> Lease:
-        action = Action(verb, RESOURCE, self._namespace)
+        action = ApiAction(verb, RESOURCE, self._namespace)
         body = encode_lease(lease, self._namespace, self._name) if lease is not None else None
         try:
             answer = await self._client.request(action, path, method=method, body=body)

@@ -25,7 +25,7 @@ RETRY_AFTER_CAP = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Action:
+class ApiAction:
     """What is asked of the API server, in RBAC's words; an empty `namespace` is the cluster scope."""
 
     verb: str
@@ -85,7 +85,7 @@ def decode_status(body: bytes | msgspec.Raw) -> Status:
 
 
 def cluster_error(
-    action: Action, code: int, status: Status, *, retry_after: str = "", origin: str = ""
+    action: ApiAction, code: int, status: Status, *, retry_after: str = "", origin: str = ""
 ) -> ClusterError:
     """Return the error for a refused action.
 
@@ -125,7 +125,7 @@ def _wait(status: Status, header: str) -> float | None:
     return float(min(named, RETRY_AFTER_CAP)) if named > 0 else None
 
 
-def transport_error(error: Exception, action: Action, *, server: str, trust: Trust | None) -> ClusterError:
+def transport_error(error: Exception, action: ApiAction, *, server: str, trust: Trust | None) -> ClusterError:
     """Return the error for a request that brought no whole answer.
 
     `trust` is what the server was verified by. The texts are built from the parts that hold no URL, because a

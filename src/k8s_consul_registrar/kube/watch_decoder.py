@@ -9,7 +9,7 @@ import msgspec
 
 from k8s_consul_registrar.errors import ClusterError, ClusterRefused
 from k8s_consul_registrar.kube.objects import VERSION_LENGTH, Item, decode_event, decode_versioned
-from k8s_consul_registrar.kube.responses import Action, cluster_error, decode_status
+from k8s_consul_registrar.kube.responses import ApiAction, cluster_error, decode_status
 from k8s_consul_registrar.model import Kind
 
 RESOURCES = {Kind.POD: "pods", Kind.NODE: "nodes"}
@@ -77,7 +77,7 @@ class WatchDecoder:
 
     def __init__(self, kind: Kind, namespace: str = "", *, line_limit: int = LINE_LIMIT) -> None:
         self._kind = kind
-        self._action = Action("watch", RESOURCES[kind], namespace)
+        self._action = ApiAction("watch", RESOURCES[kind], namespace)
         self._line_limit = line_limit
         self._buffer = bytearray()
         self._searched = 0

@@ -12,7 +12,7 @@ from k8s_consul_registrar.kube.source_state import Failed
 from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Source
 from k8s_consul_registrar.registrar.brake import Absence, BrakeRules, Held, Memory, SourceAbsences, judge
 from k8s_consul_registrar.registrar.desired import DesiredState
-from k8s_consul_registrar.registrar.interfaces import Cluster
+from k8s_consul_registrar.registrar.interfaces import ClusterReader
 from k8s_consul_registrar.registrar.observed import AsDesired, Other
 
 # Objects that one resync asks for by name; more are confirmed by one new list.
@@ -70,7 +70,7 @@ class Absences:
     def __init__(
         self,
         desired: DesiredState,
-        cluster: Cluster,
+        cluster: ClusterReader,
         rules: BrakeRules,
         *,
         is_same_selection: Callable[[], bool] = lambda: False,

@@ -60,17 +60,17 @@ class Wait(msgspec.Struct, frozen=True):
     until: float
 
 
-class Read(msgspec.Struct, frozen=True):
+class ReadLease(msgspec.Struct, frozen=True):
     """Read the record."""
 
 
-class Create(msgspec.Struct, frozen=True):
+class CreateLease(msgspec.Struct, frozen=True):
     """Write the first record; it must not be there yet."""
 
     lease: Lease
 
 
-class Update(msgspec.Struct, frozen=True):
+class UpdateLease(msgspec.Struct, frozen=True):
     """Replace the version of the record that the lease names."""
 
     lease: Lease
@@ -80,7 +80,7 @@ class Done(msgspec.Struct, frozen=True):
     """Nothing is left to do: the lease is released, or was never ours."""
 
 
-Action = Wait | Read | Create | Update | Done
+ElectionAction = Wait | ReadLease | CreateLease | UpdateLease | Done
 
 
 class Election(msgspec.Struct, frozen=True):
@@ -120,7 +120,7 @@ class Election(msgspec.Struct, frozen=True):
         return self.seen_at + duration
 
 
-def next_action(election: Election, now: float, wall: datetime) -> Action:
+def next_action(election: Election, now: float, wall: datetime) -> ElectionAction:
     """Say what to do now; `wall` (UTC) is only written into the record, for people."""
     if election.is_resigning:
         return _next_of_release(election, wall)
@@ -128,16 +128,18 @@ def next_action(election: Election, now: float, wall: datetime) -> Action:
         lapses = election.writes_until if election.is_leading(now) else election.next_at
         return Wait(min(election.next_at, lapses))
     if not election.is_fresh:
-        return Read()
+        return ReadLease()
     if election.seen is None:
         stamp = micro_time(wall)
-        return Create(Lease(election.identity, election.timing.lease_duration, stamp, stamp))
-    return Update(_renewed(election, wall) if election.is_ours else _taken(election, election.seen, wall))
+        return CreateLease(Lease(election.identity, election.timing.lease_duration, stamp, stamp))
+    return UpdateLease(
+        _renewed(election, wall) if election.is_ours else _taken(election, election.seen, wall)
+    )
 
 
-def asked(election: Election, action: Action) -> Election:
+def asked(election: Election, action: ElectionAction) -> Election:
     """Note that the action is under way: until a write is answered nobody knows what the record says."""
-    if isinstance(action, (Create, Update)):
+    if isinstance(action, (CreateLease, UpdateLease)):
         return replace(election, is_fresh=False, may_hold=True)
     return election
 
@@ -215,12 +217,12 @@ def micro_time(wall: datetime) -> str:
     return wall.strftime(_MICROTIME)
 
 
-def _next_of_release(election: Election, wall: datetime) -> Action:
+def _next_of_release(election: Election, wall: datetime) -> ElectionAction:
     if not election.may_hold:
         return Done()
     if not election.is_fresh:
-        return Read()
-    return Update(_released(election, wall)) if election.is_ours else Done()
+        return ReadLease()
+    return UpdateLease(_released(election, wall)) if election.is_ours else Done()
 
 
 def _taken(election: Election, seen: Lease, wall: datetime) -> Lease:

@@ -11,13 +11,13 @@ from typing import Protocol
 from k8s_consul_registrar.errors import ClusterConflict, ClusterError
 from k8s_consul_registrar.model import Lease
 from k8s_consul_registrar.registrar.election import (
-    Action,
-    Create,
+    CreateLease,
     Done,
     Election,
+    ElectionAction,
     ElectionTiming,
-    Read,
-    Update,
+    ReadLease,
+    UpdateLease,
     Wait,
     asked,
     next_action,
@@ -144,7 +144,7 @@ class Elector:
         if held:
             log.info("lease is left to expire" if self.holder else "lease given back")
 
-    async def _ask(self, action: Action) -> None:
+    async def _ask(self, action: ElectionAction) -> None:
         """Do one request, and take in what came of it."""
         started = self._clock()
         self._election = asked(self._election, action)
@@ -157,19 +157,19 @@ class Elector:
             self._election = on_failure(self._election, started, self._pick.random())
             self._complain(str(error) or "the API server took too long to answer")
         else:
-            is_half_done = isinstance(action, Read) and self._election.is_fresh
+            is_half_done = isinstance(action, ReadLease) and self._election.is_fresh
             if not is_half_done:  # the write to come may fail as the last one did
                 self._complain("")
 
-    async def _answered(self, action: Action, started: float) -> Election:
+    async def _answered(self, action: ElectionAction, started: float) -> Election:
         match action:
-            case Read():
+            case ReadLease():
                 found = await self._leases.get()
                 return on_read(self._election, found, self._clock(), self._pick.random())
-            case Create():
+            case CreateLease():
                 lease = await self._leases.create(action.lease)
                 return on_written(self._election, lease, started)
-            case Update():
+            case UpdateLease():
                 lease = await self._leases.update(action.lease)
                 return on_written(self._election, lease, started)
             case _:

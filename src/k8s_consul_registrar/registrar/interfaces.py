@@ -9,7 +9,7 @@ from k8s_consul_registrar.model import Drift, ObjectKey, Service, Source, Writte
 from k8s_consul_registrar.registrar.status import LostAgent
 
 
-class Cluster(Protocol):
+class ClusterReader(Protocol):
     """The API server, beyond what its reflectors put into the Store."""
 
     async def read_object(self, key: ObjectKey) -> Item | None:

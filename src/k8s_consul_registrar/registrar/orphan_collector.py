@@ -21,7 +21,7 @@ from k8s_consul_registrar.registrar.brake import BrakeRules, Memory
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
-from k8s_consul_registrar.registrar.orphans import Judge, Judgement, Stays, Watched, due, observe_agents
+from k8s_consul_registrar.registrar.orphans import Judge, OrphanJudgement, Stays, Watched, due, observe_agents
 from k8s_consul_registrar.registrar.ownership import Claim
 from k8s_consul_registrar.registrar.reporter import LogOnce
 from k8s_consul_registrar.registrar.status import LostAgent
@@ -37,7 +37,7 @@ EVERY_NODE = "all"
 log = get_logger("orphans")
 
 
-class Location(Protocol):
+class OrphanLocation(Protocol):
     """The node of a lost agent, as a place to clear; each raises a `ConsulError`."""
 
     def services(self) -> AsyncIterator[Service]:
@@ -64,7 +64,7 @@ class Agents(Protocol):
         """Yield what our own agent holds and the catalog shows at its node."""
         ...
 
-    def location(self, lost: AgentHealth, may_go: Callable[[Service], bool]) -> Location:
+    def location(self, lost: AgentHealth, may_go: Callable[[Service], bool]) -> OrphanLocation:
         """Return a lost agent's node as a location to clear, while its check says just this."""
         ...
 
@@ -238,7 +238,7 @@ class OrphanCollector:
             "still wanted",
         )
 
-    def _say_what_stays(self, lost: Watched, judgement: Judgement) -> None:
+    def _say_what_stays(self, lost: Watched, judgement: OrphanJudgement) -> None:
         stays = judgement.stays
         if stays and stays != self._stays.get(lost.health):
             said = {why.value: count for why, count in stays.items()}

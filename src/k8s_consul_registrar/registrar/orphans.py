@@ -59,7 +59,7 @@ class Stays(StrEnum):
     UNPROVEN = Kept.UNPROVEN
 
 
-class Judgement(NamedTuple):
+class OrphanJudgement(NamedTuple):
     """Service IDs that may go, how many stay and why, and what the brake wants back the next time."""
 
     may_go: frozenset[str]
@@ -113,7 +113,7 @@ class Judge:
                 listed_at = self._desired.store.status(source).listed_at
                 self._absent[source][service.id] = Absence(listed_at or 0.0)
 
-    def judge(self, rules: BrakeRules, memory: Memory, now: float) -> Judgement:
+    def judge(self, rules: BrakeRules, memory: Memory, now: float) -> OrphanJudgement:
         """Return the judgement over everything that was considered."""
         statuses = self._desired.store.statuses()
         judged = judge(
@@ -128,4 +128,4 @@ class Judge:
         )
         stays = Counter(self._stays)
         stays[Stays.HELD] += sum(len(one.ids) for one in judged.held)
-        return Judgement(frozenset(self._may_go | judged.released), +stays, judged.held, judged.memory)
+        return OrphanJudgement(frozenset(self._may_go | judged.released), +stays, judged.held, judged.memory)

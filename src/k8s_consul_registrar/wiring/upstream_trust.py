@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.access import Access
-from k8s_consul_registrar.kube.credentials import Identity
+from k8s_consul_registrar.kube.credentials import ClientIdentity
 from k8s_consul_registrar.settings.proxy import KubeletSettings
 from k8s_consul_registrar.telemetry import get_logger
 from k8s_consul_registrar.tls import KUBELET, Trust, client_tls
@@ -35,7 +35,7 @@ class KubeletIdentity:
             settings.client_key_file,
             is_verified=not settings.skip_verify,
         )
-        self._identity = Identity()
+        self._identity = ClientIdentity()
         self._problem = ""
         self._logged = ""  # the problem that was logged last
         self.trust = Trust()
@@ -73,7 +73,7 @@ class KubeletIdentity:
         try:
             self._identity = await self._access.credentials.identity()
         except AccessError as error:
-            if self._identity == Identity():
+            if self._identity == ClientIdentity():
                 self._problem = str(error)
             if str(error) != self._logged:
                 self._logged = str(error)

@@ -12,7 +12,7 @@ import trustme
 from k8s_consul_registrar.admin.http_sd import HttpSdServer
 from k8s_consul_registrar.admin.saved_state import Origin
 from k8s_consul_registrar.commands.check.http_sd import check_http_sd, check_state_file
-from k8s_consul_registrar.commands.check.report import Finding, Outcome
+from k8s_consul_registrar.commands.check.report import Finding, Result
 from k8s_consul_registrar.rotating import bearer_tokens
 from k8s_consul_registrar.settings.reading import read_registrar
 from k8s_consul_registrar.settings.registrar import HttpSdSettings
@@ -64,7 +64,7 @@ async def test_all_is_well(files: Files) -> None:
     """A free port, and files that can be used."""
     findings = await found(files.settings())
     assert {name: one.outcome for name, one in findings.items()} == dict.fromkeys(
-        ("http_sd port", "http_sd token", "http_sd tls"), Outcome.OK
+        ("http_sd port", "http_sd token", "http_sd tls"), Result.OK
     )
     assert "t0ken" not in str(findings)
 
@@ -75,7 +75,7 @@ async def test_an_open_port_is_told_and_a_token_in_the_clear_is_warned_of(files:
     assert set(open_port) == {"http_sd port"}
     assert "whoever reaches it" in open_port["http_sd port"].detail
     in_the_clear = await found(HttpSdSettings(0, str(files.token), "", "", ""))
-    assert in_the_clear["http_sd token"].outcome is Outcome.WARN
+    assert in_the_clear["http_sd token"].outcome is Result.WARN
     assert "HTTP_SD_TLS_CERT_FILE" in in_the_clear["http_sd token"].hint
 
 
@@ -100,7 +100,7 @@ async def test_each_file_that_cannot_be_used_is_named_by_its_setting(
     """Detail and hint name the setting, and nothing else fails."""
     spoil(files)
     findings = await found(files.settings())
-    assert {one.name for one in findings.values() if one.outcome is Outcome.FAIL} == {name}
+    assert {one.name for one in findings.values() if one.outcome is Result.FAIL} == {name}
     assert setting in findings[name].detail
     assert setting in findings[name].hint
 
@@ -111,7 +111,7 @@ async def test_a_port_that_somebody_else_has_fails(files: Files) -> None:
     (port,) = reserve_ports(1)
     with socket.create_server(("", port)):
         taken = (await found(HttpSdSettings(port, settings.bearer_token_file, "", "", "")))["http_sd port"]
-    assert taken.outcome is Outcome.FAIL
+    assert taken.outcome is Result.FAIL
     assert "HTTP_SD_PORT" in taken.hint
 
 
@@ -123,7 +123,7 @@ async def test_beside_a_running_registrar_the_port_is_its_own(files: Files, is_t
     async with HttpSdServer(port=0, view=Registrar(), bearer=bearer, tls=tls) as server:
         pair = (str(files.cert), str(files.key)) if is_tls else ("", "")
         findings = await found(HttpSdSettings(server.port, str(files.token), *pair, ""))
-    assert findings["http_sd port"].outcome is Outcome.OK
+    assert findings["http_sd port"].outcome is Result.OK
     assert "registrar answers" in findings["http_sd port"].detail
 
 
@@ -133,7 +133,7 @@ async def test_whom_a_port_belongs_to_that_wants_a_certificate_is_not_known(file
     async with HttpSdServer(port=0, view=Registrar(), tls=tls) as server:
         assert tls.value.context.verify_mode is ssl.CERT_REQUIRED
         findings = await found(files.settings(server.port))
-    assert findings["http_sd port"].outcome is Outcome.WARN
+    assert findings["http_sd port"].outcome is Result.WARN
 
 
 def names(folder: Path) -> set[str]:
@@ -144,20 +144,20 @@ def names(folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("name", "content", "outcome", "text"),
     [
-        ("state.json", None, Outcome.OK, "no targets are saved yet"),
-        ("state.json", b"garbage", Outcome.OK, "does not hold saved targets, and it will be replaced"),
+        ("state.json", None, Result.OK, "no targets are saved yet"),
+        ("state.json", b"garbage", Result.OK, "does not hold saved targets, and it will be replaced"),
         (
             "state.json",
             encoded([pod_target("a")], at=time.time(), origin=Origin("lab", "", "abc")),
-            Outcome.OK,
+            Result.OK,
             "1 targets are saved",
         ),
-        ("missing/state.json", None, Outcome.FAIL, "cannot write in"),
-        ("folder", None, Outcome.FAIL, "Is a directory"),
+        ("missing/state.json", None, Result.FAIL, "cannot write in"),
+        ("folder", None, Result.FAIL, "Is a directory"),
     ],
 )
 async def test_the_file_of_saved_targets_is_looked_at(
-    name: str, content: bytes | None, outcome: Outcome, text: str, tmp_path: Path
+    name: str, content: bytes | None, outcome: Result, text: str, tmp_path: Path
 ) -> None:
     """The folder must be one to write in; what is there already need not be good, unless it is no file."""
     path = tmp_path / name

@@ -8,7 +8,7 @@ from aiohttp import web
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.agent import AgentRegistry
 from k8s_consul_registrar.consul.batches import MOST_FAULTS_IN_A_ROW
-from k8s_consul_registrar.consul.health import Outcome
+from k8s_consul_registrar.consul.health import RequestOutcome
 from k8s_consul_registrar.errors import ConsulBusy, ConsulFiltered, ConsulTokenUnknown, ConsulUnreachable
 from k8s_consul_registrar.model import Drift, Service
 from k8s_consul_registrar.sandbox.consul import Consul
@@ -57,7 +57,7 @@ async def test_a_missing_right_is_the_services_own_failure() -> None:
 
     async with serving(deny) as url, client_of(url) as client:
         written = await AgentRegistry(client).register([our_pod_service("a")])
-        assert client.health.writes is Outcome.NONE
+        assert client.health.writes is RequestOutcome.NONE
     assert written.done == 0
     assert "403" in written.failures[0].problem
 
@@ -78,7 +78,7 @@ async def test_a_service_that_the_token_may_not_see_concerns_its_id_alone() -> N
         with pytest.raises(ConsulFiltered, match="pod--shop--a"):
             _ = [one async for one in registry.lookup(["pod--shop--a"])]
         assert await registry.drift() is not Drift.EMPTIED
-        assert client.health.reads is not Outcome.FAILURE
+        assert client.health.reads is not RequestOutcome.FAILURE
 
 
 async def test_an_unknown_token_ends_the_call() -> None:
@@ -89,7 +89,7 @@ async def test_an_unknown_token_ends_the_call() -> None:
     ):
         with pytest.raises(ConsulTokenUnknown):
             await AgentRegistry(client).register([our_pod_service("a")])
-        assert client.health.writes is Outcome.FAILURE
+        assert client.health.writes is RequestOutcome.FAILURE
 
 
 async def test_one_service_at_fault_blocks_no_other() -> None:
@@ -104,7 +104,7 @@ async def test_one_service_at_fault_blocks_no_other() -> None:
         bad, good = our_pod_service("bad"), our_pod_service("good")
         with pytest.raises(ConsulBusy):
             await registry.register([bad])
-        assert client.health.writes is Outcome.FAILURE
+        assert client.health.writes is RequestOutcome.FAILURE
         assert (await registry.register([good])).done == 1
         for _ in range(3):
             assert [one.id for one in (await registry.register([bad])).failures] == [bad.id]

@@ -14,7 +14,7 @@ from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.batches import MOST_FAULTS_IN_A_ROW
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ATTEMPTS, ConsulClient
-from k8s_consul_registrar.consul.health import Outcome
+from k8s_consul_registrar.consul.health import RequestOutcome
 from k8s_consul_registrar.errors import (
     ConsulBusy,
     ConsulFiltered,
@@ -146,7 +146,7 @@ async def test_a_busy_consul_ends_the_call(status: int, requests: int) -> None:
     async with serving(proving(write)) as url, client_of(url) as client:
         with pytest.raises(ConsulBusy, match="No cluster leader"):
             await registry_of(client).register(SERVICES[:10])
-        assert client.health.writes is Outcome.FAILURE
+        assert client.health.writes is RequestOutcome.FAILURE
     assert count == requests
 
 

@@ -15,7 +15,7 @@ from k8s_consul_registrar.consul.access import (
     ConsulToken,
 )
 from k8s_consul_registrar.consul.client import ConsulClient, Fence
-from k8s_consul_registrar.consul.health import Outcome
+from k8s_consul_registrar.consul.health import RequestOutcome
 from k8s_consul_registrar.errors import (
     AccessError,
     ConsulBusy,
@@ -162,12 +162,12 @@ async def test_a_fence_is_asked_for_each_write_and_for_no_read() -> None:
             assert seen == ["GET"]
             left[0] = 10.0
             await client.request("PUT", "/v1/x")
-            assert client.health.writes is Outcome.SUCCESS
+            assert client.health.writes is RequestOutcome.SUCCESS
             left[0] = 0.1
             asyncio.get_running_loop().call_later(0.05, left.__setitem__, 0, 0.0)
             with pytest.raises(ConsulFenced):
                 await client.request("PUT", "/v1/slow")
-            assert client.health.writes is Outcome.SUCCESS
+            assert client.health.writes is RequestOutcome.SUCCESS
 
 
 async def test_a_write_that_hangs_while_we_lead_is_an_outage() -> None:
@@ -183,7 +183,7 @@ async def test_a_write_that_hangs_while_we_lead_is_an_outage() -> None:
         async with ConsulClient(ConsulAccess(ConsulAddress(url)), QUICK, fence=fence) as client:
             with pytest.raises(ConsulUnreachable, match="no answer in time"):
                 await client.request("PUT", "/v1/x", body=b"{}")
-            assert client.health.writes is Outcome.FAILURE
+            assert client.health.writes is RequestOutcome.FAILURE
             await client.request("GET", "/v1/x")
             assert not client.health.is_up
             assert "no answer in time" in client.health.problem

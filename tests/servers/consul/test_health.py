@@ -15,7 +15,7 @@ from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress
 from k8s_consul_registrar.consul.agent import AgentRegistry
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ATTEMPTS, ConsulClient
-from k8s_consul_registrar.consul.health import Access, Attempt, ConsulHealth, Outcome
+from k8s_consul_registrar.consul.health import Attempt, ConsulHealth, RequestKind, RequestOutcome
 from k8s_consul_registrar.errors import (
     ConsulBusy,
     ConsulError,
@@ -31,7 +31,7 @@ from support.scripted import QUICK, client_of, serving
 from support.waiting import Clock
 
 TIMING = Timing(retry_first=1.0, retry_cap=8.0, retry_after_cap=30.0)
-READ, WRITE = Access.READ, Access.WRITE
+READ, WRITE = RequestKind.READ, RequestKind.WRITE
 OUTAGES = (
     ConsulUnreachable("no answer in time"),
     ConsulBusy("no leader", status=500),
@@ -56,13 +56,13 @@ class World:
         self.clock = Clock(100.0)
         self.health = ConsulHealth(TIMING, clock=self.clock, pick=Upper())
 
-    def succeed(self, access: Access, *, is_blocking: bool = False) -> None:
+    def succeed(self, access: RequestKind, *, is_blocking: bool = False) -> None:
         """Send a request that succeeds."""
         attempt = self.health.begin(access, is_blocking=is_blocking)
         self.health.succeeded(attempt)
         self.health.end(attempt)
 
-    def fail(self, access: Access, error: ConsulError, attempt: Attempt | None = None) -> None:
+    def fail(self, access: RequestKind, error: ConsulError, attempt: Attempt | None = None) -> None:
         """Send a request that fails."""
         attempt = attempt or self.health.begin(access)
         self.health.raised(attempt, error)
@@ -78,14 +78,14 @@ class World:
 def test_before_the_first_answer_consul_is_not_up() -> None:
     """Nothing was sent yet, so nothing is known."""
     health = World().health
-    assert (health.is_up, health.reads, health.writes) == (False, Outcome.NONE, Outcome.NONE)
+    assert (health.is_up, health.reads, health.writes) == (False, RequestOutcome.NONE, RequestOutcome.NONE)
     assert (health.problem, health.concurrency(8)) == ("", 8)
     assert health.open_at < 0
 
 
-@pytest.mark.parametrize("access", list(Access))
+@pytest.mark.parametrize("access", list(RequestKind))
 @pytest.mark.parametrize("error", OUTAGES, ids=repr)
-def test_an_outage_shows_and_closes_the_gate(access: Access, error: ConsulError) -> None:
+def test_an_outage_shows_and_closes_the_gate(access: RequestKind, error: ConsulError) -> None:
     """Each kind of outage, for reads and writes."""
     world = World()
     world.succeed(READ)
@@ -97,9 +97,9 @@ def test_an_outage_shows_and_closes_the_gate(access: Access, error: ConsulError)
     assert world.wait() == 0
 
 
-@pytest.mark.parametrize("access", list(Access))
+@pytest.mark.parametrize("access", list(RequestKind))
 @pytest.mark.parametrize("error", [*REFUSALS, ConsulFenced("not leading")], ids=repr)
-def test_a_refusal_or_our_fence_is_no_outage(access: Access, error: ConsulError) -> None:
+def test_a_refusal_or_our_fence_is_no_outage(access: RequestKind, error: ConsulError) -> None:
     """What concerns one request, or our own lead, changes nothing."""
     world = World()
     world.succeed(READ)
@@ -135,7 +135,7 @@ def test_a_failed_write_is_cleared_by_a_write_only() -> None:
     world.fail(WRITE, OUTAGES[0])
     world.succeed(READ)
     world.succeed(READ, is_blocking=True)
-    assert (world.health.is_up, world.health.reads) == (False, Outcome.SUCCESS)
+    assert (world.health.is_up, world.health.reads) == (False, RequestOutcome.SUCCESS)
     assert world.health.problem == str(OUTAGES[0])
     assert world.wait() == 1.0
     world.health.clear_writes_by_read()
@@ -143,7 +143,7 @@ def test_a_failed_write_is_cleared_by_a_write_only() -> None:
     world.fail(WRITE, OUTAGES[0])
     world.fail(READ, OUTAGES[1])
     world.health.clear_writes_by_read()
-    assert world.health.writes is Outcome.FAILURE, "the read failed"
+    assert world.health.writes is RequestOutcome.FAILURE, "the read failed"
 
 
 def test_the_gate_closes_for_longer_each_time() -> None:
@@ -209,7 +209,7 @@ def test_a_429_halves_what_is_in_flight() -> None:
     for attempt in attempts[8:]:
         world.health.raised(attempt, ConsulBusy("too many", status=429), is_last=False)
     assert world.health.concurrency(32) == 4
-    assert world.health.writes is Outcome.NONE, "it is sent again"
+    assert world.health.writes is RequestOutcome.NONE, "it is sent again"
     before = world.health.concurrency(32)
     world.succeed(WRITE)
     assert world.health.concurrency(32) == before
@@ -244,7 +244,7 @@ async def _cut(request: web.Request) -> web.StreamResponse:
     return response
 
 
-FAILURE, NONE = Outcome.FAILURE, Outcome.NONE
+FAILURE, NONE = RequestOutcome.FAILURE, RequestOutcome.NONE
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT"])
@@ -264,7 +264,7 @@ FAILURE, NONE = Outcome.FAILURE, Outcome.NONE
         pytest.param(_answering(301), NONE, id="301"),
     ],
 )
-async def test_the_client_records_each_outcome(method: str, server: Server, outcome: Outcome) -> None:
+async def test_the_client_records_each_outcome(method: str, server: Server, outcome: RequestOutcome) -> None:
     """Reads and writes apart; the other kind is left alone."""
     async with serving(server) as url, client_of(url, token="s3cret-token") as client:
         with pytest.raises(ConsulError):
@@ -282,11 +282,11 @@ async def test_the_client_records_a_refused_connection_and_a_bad_url() -> None:
         async with client_of(url) as client:
             with pytest.raises(ConsulUnreachable):
                 await client.request("PUT", "/v1/x")
-            assert client.health.writes is Outcome.FAILURE
+            assert client.health.writes is RequestOutcome.FAILURE
             with pytest.raises(ConsulUnreachable):
                 async with client.stream("/v1/x"):
                     pass
-            assert client.health.reads is Outcome.FAILURE
+            assert client.health.reads is RequestOutcome.FAILURE
 
 
 async def test_the_client_records_a_failure_of_tls(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ async def test_the_client_records_a_failure_of_tls(tmp_path: Path) -> None:
     async with ConsulClient(access, QUICK) as client:
         with pytest.raises(ConsulUnreachable):
             await client.request("GET", "/v1/x")
-        assert client.health.reads is Outcome.FAILURE
+        assert client.health.reads is RequestOutcome.FAILURE
         assert "certificate" in client.health.problem
     await runner.cleanup()
 
@@ -315,24 +315,29 @@ async def test_a_cancelled_request_records_nothing() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert client.health.writes is Outcome.NONE
+        assert client.health.writes is RequestOutcome.NONE
 
 
 @pytest.mark.parametrize(
     ("server", "outcome"),
-    [(_answering(200, "[]"), Outcome.SUCCESS), (_cut, FAILURE), (_answering(500), FAILURE), (_hang, FAILURE)],
+    [
+        (_answering(200, "[]"), RequestOutcome.SUCCESS),
+        (_cut, FAILURE),
+        (_answering(500), FAILURE),
+        (_hang, FAILURE),
+    ],
 )
-async def test_a_stream_counts_at_its_end(server: Server, outcome: Outcome) -> None:
+async def test_a_stream_counts_at_its_end(server: Server, outcome: RequestOutcome) -> None:
     """Its head alone is no success, and breaking off in the middle is a failure."""
 
     async def read(client: ConsulClient) -> None:
         async with client.stream("/v1/x") as answer:
-            assert client.health.reads is Outcome.NONE
+            assert client.health.reads is RequestOutcome.NONE
             async for _ in answer.chunks:
-                assert client.health.reads is Outcome.NONE
+                assert client.health.reads is RequestOutcome.NONE
 
     async with serving(server) as url, client_of(url) as client:
-        if outcome is Outcome.SUCCESS:
+        if outcome is RequestOutcome.SUCCESS:
             await read(client)
         else:
             with pytest.raises(ConsulError):
@@ -353,7 +358,7 @@ async def test_a_stream_that_we_leave_records_nothing() -> None:
     async with serving(long) as url, client_of(url) as client:
         async with client.stream("/v1/x") as answer:
             await anext(answer.chunks)
-        assert client.health.reads is Outcome.NONE
+        assert client.health.reads is RequestOutcome.NONE
 
 
 async def test_a_probe_clears_a_failed_write_when_nothing_is_owed() -> None:
@@ -370,7 +375,7 @@ async def test_a_probe_clears_a_failed_write_when_nothing_is_owed() -> None:
         with pytest.raises(ConsulBusy):
             await client.request("PUT", "/v1/agent/service/register")
         await client.probe(is_write_owed=True)
-        assert (client.health.is_up, client.health.reads) == (False, Outcome.SUCCESS)
+        assert (client.health.is_up, client.health.reads) == (False, RequestOutcome.SUCCESS)
         await client.probe(is_write_owed=False)
         assert client.health.is_up
     assert all(path == "/v1/txn?consistent=" and '"get"' in body for path, body in seen)
@@ -383,7 +388,7 @@ async def test_transactions_of_reads_are_reads() -> None:
             await CatalogRegistry(client, "n").register([])
         with pytest.raises(ConsulBusy):
             await anext(CatalogRegistry(client, "n").lookup(["a"]))
-        assert (client.health.reads, client.health.writes) == (Outcome.FAILURE, Outcome.NONE)
+        assert (client.health.reads, client.health.writes) == (RequestOutcome.FAILURE, RequestOutcome.NONE)
 
 
 async def test_an_unknown_service_is_no_outage_whatever_the_status() -> None:

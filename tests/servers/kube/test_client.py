@@ -27,7 +27,7 @@ from k8s_consul_registrar.errors import (
 )
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.client import JSON, LEAN_JSON, KubeClient
-from k8s_consul_registrar.kube.credentials import Credentials, FixedCredentials, Identity
+from k8s_consul_registrar.kube.credentials import ClientIdentity, Credentials, FixedCredentials
 from k8s_consul_registrar.kube.objects import Page
 from k8s_consul_registrar.kube.watch_decoder import Broken
 from k8s_consul_registrar.model import Kind, ObjectKey, Pod, Undecodable
@@ -39,7 +39,7 @@ from support.waiting import PATIENCE
 
 TIMING = Timing(connect_timeout=1.0, read_timeout=0.4)
 SECRET = "s3cr3t-t0ken"
-ANONYMOUS = FixedCredentials(Identity())
+ANONYMOUS = FixedCredentials(ClientIdentity())
 CA = trustme.CA()
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -266,11 +266,11 @@ class Rotating:
         self.number = 1
         self.rejections = 0
 
-    async def identity(self) -> Identity:
+    async def identity(self) -> ClientIdentity:
         """Return the current token."""
-        return Identity(token=f"{SECRET}-{self.number}")
+        return ClientIdentity(token=f"{SECRET}-{self.number}")
 
-    def rejected(self, identity: Identity) -> None:
+    def rejected(self, identity: ClientIdentity) -> None:
         """Count, and rotate."""
         self.rejections += 1
         self.number += 1
@@ -319,10 +319,10 @@ async def test_credentials_that_cannot_be_had_are_a_cluster_error() -> None:
     """An exec plugin that fails later is retried like any other fault, so it must be one."""
 
     class Failing:
-        async def identity(self) -> Identity:
+        async def identity(self) -> ClientIdentity:
             raise AccessError("user 'x': exec: the plugin failed")
 
-        def rejected(self, identity: Identity) -> None:
+        def rejected(self, identity: ClientIdentity) -> None:
             pass
 
         async def aclose(self) -> None:
@@ -426,7 +426,7 @@ def tls_access(
     """Return access over TLS that trusts this CA."""
     return Access(
         f"https://127.0.0.1:{port}",
-        FixedCredentials(Identity(pair=pair)),
+        FixedCredentials(ClientIdentity(pair=pair)),
         trusted=fixed(
             Trust(ca=ca.cert_pem.bytes().decode(), ca_setting="cluster 'x': certificate-authority")
         ),
@@ -517,7 +517,7 @@ async def test_the_proxy_of_the_kubeconfig_is_used(monkeypatch: pytest.MonkeyPat
             assert await list_all(direct)
             through = Access(
                 "https://api.example:6443",
-                FixedCredentials(Identity(token=SECRET)),
+                FixedCredentials(ClientIdentity(token=SECRET)),
                 trusted=direct.trusted,
                 proxy=f"http://me:pw@127.0.0.1:{proxy_port}",
             )
@@ -731,16 +731,16 @@ async def test_credentials_that_break_by_surprise_are_a_cluster_error() -> None:
     """A token of line breaks, and a source of tokens that raises."""
 
     class Raising:
-        async def identity(self) -> Identity:
+        async def identity(self) -> ClientIdentity:
             raise KeyError("token")
 
-        def rejected(self, identity: Identity) -> None:
+        def rejected(self, identity: ClientIdentity) -> None:
             pass
 
         async def aclose(self) -> None:
             pass
 
-    sources: tuple[Credentials, ...] = (Raising(), FixedCredentials(Identity(token="a\r\nX: b")))
+    sources: tuple[Credentials, ...] = (Raising(), FixedCredentials(ClientIdentity(token="a\r\nX: b")))
     for credentials in sources:
         async with KubeClient(Access("http://127.0.0.1:1", credentials), TIMING) as client:
             await ask_everything(client)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from k8s_consul_registrar.commands.check.nodes import Place, sample
 from k8s_consul_registrar.commands.check.report import (
     Finding,
-    Outcome,
+    Result,
     as_json,
     as_table,
     fail,
@@ -55,7 +55,7 @@ def test_json_holds_everything() -> None:
     """Every field of every finding is there, and whether anything failed."""
     shown = json.loads(as_json(FINDINGS))
     assert shown["passed"] is False
-    assert [Finding(**{**one, "outcome": Outcome(one["outcome"])}) for one in shown["findings"]] == FINDINGS
+    assert [Finding(**{**one, "outcome": Result(one["outcome"])}) for one in shown["findings"]] == FINDINGS
     assert json.loads(as_json(FINDINGS[:1]))["passed"] is True
 
 

@@ -11,6 +11,7 @@ from k8s_consul_registrar.cli import main
 from k8s_consul_registrar.commands import COMMANDS
 from k8s_consul_registrar.commands.completion import script
 from k8s_consul_registrar.settings.reading import SETTINGS, settings_of
+from k8s_consul_registrar.telemetry import LEVELS
 
 PROG = "k8s-consul-registrar"
 FUNCTION = "_shtab_k8s_consul_registrar"
@@ -58,6 +59,7 @@ class TestBash:
         """Known values are offered after their flag, words where a command takes them."""
         assert bash_completions("registrar", "--allow-mass-deregister", "t") == ["true"]
         assert bash_completions("check", "--output", "") == ["table", "json"]
+        assert bash_completions("proxy", "--log-level", "") == list(LEVELS)
         assert bash_completions("check", "") == ["registrar", "proxy", "all"]
         assert bash_completions("completion", "") == list(SHELLS)
         assert bash_completions("registrar", "") == []

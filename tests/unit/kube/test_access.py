@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.access import Access, load_access
-from k8s_consul_registrar.kube.credentials import Identity, TokenFile
+from k8s_consul_registrar.kube.credentials import ClientIdentity, TokenFile
 
 SECRET = "s3cr3t-t0ken"
 CA = trustme.CA()
@@ -95,7 +95,7 @@ async def test_in_a_cluster_the_service_account_is_used(tmp_path: Path) -> None:
     assert await access.token() == SECRET
     assert await headers(access) == {"Authorization": f"Bearer {SECRET}"}
     assert access.cluster_ca == CA_PEM.decode()
-    context = access.ssl_context(Identity())
+    context = access.ssl_context(ClientIdentity())
     assert context is not None
     assert context.verify_mode is ssl.CERT_REQUIRED
     assert context.check_hostname
@@ -113,12 +113,12 @@ def test_a_new_ca_of_the_cluster_is_followed(tmp_path: Path) -> None:
     """A replaced `ca.crt` makes another context; one that is empty for a moment changes nothing."""
     folder = service_account(tmp_path / "sa")
     access = load_access(IN_CLUSTER, home=tmp_path, service_account=folder)
-    first = access.ssl_context(Identity())
-    assert access.ssl_context(Identity()) is first
+    first = access.ssl_context(ClientIdentity())
+    assert access.ssl_context(ClientIdentity()) is first
     (folder / "ca.crt").write_bytes(b"")
-    assert access.ssl_context(Identity()) is first
+    assert access.ssl_context(ClientIdentity()) is first
     (folder / "ca.crt").write_bytes(OTHER_CA.cert_pem.bytes())
-    second = access.ssl_context(Identity())
+    second = access.ssl_context(ClientIdentity())
     assert second is not None
     assert second is not first
     assert access.cluster_ca == OTHER_CA.cert_pem.bytes().decode()
@@ -335,7 +335,7 @@ def test_options_of_the_cluster_are_taken_over(tmp_path: Path) -> None:
     assert access.server_hostname == "kubernetes"
     assert access.proxy == f"http://u:{SECRET}@proxy.example:3128"
     assert SECRET not in repr(access)
-    context = access.ssl_context(Identity())
+    context = access.ssl_context(ClientIdentity())
     assert context is not None
     assert context.verify_mode is ssl.CERT_NONE
     assert access.cluster_ca is None
@@ -344,7 +344,7 @@ def test_options_of_the_cluster_are_taken_over(tmp_path: Path) -> None:
 def test_plain_http_has_no_tls(tmp_path: Path) -> None:
     """Kubectl proxy and the like are spoken to in the clear."""
     access = load(write(tmp_path, config(cluster={"server": "http://127.0.0.1:8001"})))
-    assert access.ssl_context(Identity()) is None
+    assert access.ssl_context(ClientIdentity()) is None
 
 
 def test_a_ca_bundle_may_hold_comments(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ import pytest
 from k8s_consul_registrar.model import Lease
 from k8s_consul_registrar.registrar.election import (
     NEVER,
-    Create,
+    CreateLease,
     Done,
     Election,
     ElectionTiming,
-    Read,
-    Update,
+    ReadLease,
+    UpdateLease,
     Wait,
     asked,
     micro_time,
@@ -57,21 +57,21 @@ def test_the_defaults_are_client_go_s() -> None:
 
 def test_the_first_thing_is_to_read() -> None:
     """Nothing is written over what was not read."""
-    assert next_action(NEW, 0, WALL) == Read()
+    assert next_action(NEW, 0, WALL) == ReadLease()
     assert not NEW.is_leading(0)
 
 
 def test_without_a_record_one_is_created() -> None:
     """The first holder's record, with both times and no transition."""
     found = on_read(NEW, None, 100, 0.5)
-    assert next_action(found, 100, WALL) == Create(Lease("me", 15, STAMP, STAMP, 0))
+    assert next_action(found, 100, WALL) == CreateLease(Lease("me", 15, STAMP, STAMP, 0))
 
 
 def test_a_record_someone_holds_is_waited_for() -> None:
     """The next look comes after a stretched retry period, and not after the moment the record expires."""
     found = on_read(NEW, OTHERS, 100, 0.5)
     assert next_action(found, 100, WALL) == Wait(102.2)
-    assert next_action(found, 102.2, WALL) == Read()
+    assert next_action(found, 102.2, WALL) == ReadLease()
     again = on_read(found, OTHERS, 114, 0.5)
     assert next_action(again, 114, WALL) == Wait(115)
 
@@ -83,7 +83,7 @@ def test_expiry_is_judged_by_when_we_saw_the_record_change() -> None:
     assert isinstance(next_action(found, 100, WALL), Wait)
     almost = on_read(found, ancient, 114.9, 0)
     assert next_action(almost, 114.9, WALL) == Wait(115)
-    assert isinstance(next_action(on_read(almost, ancient, 115, 0), 115, WALL), Update)
+    assert isinstance(next_action(on_read(almost, ancient, 115, 0), 115, WALL), UpdateLease)
 
 
 def test_every_renewal_begins_the_wait_anew() -> None:
@@ -99,7 +99,7 @@ def test_a_label_is_no_renewal() -> None:
     labelled = on_read(found, replace(OTHERS, version="8", origin=b"labelled"), 114, 0)
     assert labelled.free_at == 115
     taken = next_action(on_read(labelled, replace(OTHERS, version="8"), 115, 0), 115, WALL)
-    assert isinstance(taken, Update)
+    assert isinstance(taken, UpdateLease)
     assert taken.lease.version == "8"
 
 
@@ -114,8 +114,8 @@ def test_a_takeover_counts_a_transition() -> None:
     expired = on_read(on_read(NEW, OTHERS, 100, 0), OTHERS, 115, 0)
     action = next_action(expired, 115, WALL + timedelta(seconds=20))
     at = "2026-11-22T10:00:20.000000Z"
-    assert action == Update(Lease("me", 15, at, at, 4))
-    assert isinstance(action, Update)
+    assert action == UpdateLease(Lease("me", 15, at, at, 4))
+    assert isinstance(action, UpdateLease)
     assert (action.lease.version, action.lease.origin) == ("7", b"{}")
 
 
@@ -123,7 +123,7 @@ def test_a_released_record_is_taken_at_once() -> None:
     """An empty holder means free, whatever the record says else."""
     released = on_read(NEW, replace(OTHERS, holder="", duration=1), 100, 1)
     action = next_action(released, 100, WALL)
-    assert isinstance(action, Update)
+    assert isinstance(action, UpdateLease)
     assert (action.lease.holder, action.lease.transitions) == ("me", 4)
 
 
@@ -132,14 +132,14 @@ def test_a_renewal_keeps_acquisition_and_transitions() -> None:
     election = leading(100)
     assert next_action(election, 100.5, WALL) == Wait(102)
     action = next_action(election, 102, WALL + timedelta(seconds=2))
-    assert action == Update(replace(OURS, renewed="2026-11-22T10:00:02.000000Z"))
+    assert action == UpdateLease(replace(OURS, renewed="2026-11-22T10:00:02.000000Z"))
 
 
 @pytest.mark.parametrize("back", [0, 1, 3600])
 def test_a_renewal_differs_from_the_last_though_the_clock_was_set_back(back: float) -> None:
     """Others see a renewal by its text alone, so no text comes twice."""
     action = next_action(leading(100), 102, WALL - timedelta(seconds=back))
-    assert isinstance(action, Update)
+    assert isinstance(action, UpdateLease)
     assert action.lease.renewed == "2026-11-22T10:00:00.000001Z"
 
 
@@ -148,7 +148,7 @@ def test_a_renewal_time_nobody_can_follow_is_replaced(text: str) -> None:
     """A record edited by hand does not stop its holder."""
     election = on_written(NEW, replace(OURS, renewed=text), 100)
     action = next_action(election, 102, WALL)
-    assert isinstance(action, Update)
+    assert isinstance(action, UpdateLease)
     assert action.lease.renewed == STAMP
 
 
@@ -162,7 +162,7 @@ def test_the_deadline_counts_from_the_start_of_the_request() -> None:
 
 def test_a_leader_looks_up_at_its_deadline() -> None:
     """While the next try lies behind the deadline, the wait ends at it."""
-    failing = on_failure(asked(leading(100), Update(OURS)), 109, 0.5)
+    failing = on_failure(asked(leading(100), UpdateLease(OURS)), 109, 0.5)
     assert next_action(failing, 109, WALL) == Wait(110)
     assert next_action(failing, 110, WALL) == Wait(111)
 
@@ -173,7 +173,7 @@ def test_an_error_ends_no_leadership_before_the_deadline() -> None:
     failing = on_failure(asked(leading(100), action), 102, 1.0)
     assert failing.is_leading(109)
     assert next_action(failing, 103, WALL) == Wait(104)
-    assert next_action(failing, 104, WALL) == Read()
+    assert next_action(failing, 104, WALL) == ReadLease()
 
 
 def test_a_contender_s_retries_are_stretched() -> None:
@@ -183,12 +183,12 @@ def test_a_contender_s_retries_are_stretched() -> None:
 
 def test_a_renewal_whose_answer_was_lost_is_found_out_by_reading() -> None:
     """The write may have been done: reading finds our own record, and the renewal goes over that version."""
-    failing = on_failure(asked(leading(100), Update(OURS)), 102, 0)
+    failing = on_failure(asked(leading(100), UpdateLease(OURS)), 102, 0)
     written = replace(OURS, renewed="2026-11-22T10:00:02.000000Z", version="8")
     found = on_read(failing, written, 104, 0)
     assert found.writes_until == 110
     action = next_action(found, 104, WALL + timedelta(seconds=4))
-    assert isinstance(action, Update)
+    assert isinstance(action, UpdateLease)
     assert action.lease.version == "8"
 
 
@@ -196,39 +196,39 @@ def test_a_conflict_ends_leadership_at_once() -> None:
     """Somebody wrote over us; only a record read since then can say that we may go on."""
     election = on_conflict(leading(100), 102, 0)
     assert not election.is_leading(102)
-    assert next_action(election, 102, WALL) == Read()
+    assert next_action(election, 102, WALL) == ReadLease()
     lost = on_read(election, replace(OTHERS, version="9"), 102, 0)
     assert isinstance(next_action(lost, 102, WALL), Wait)
     kept = on_read(election, replace(OURS, version="9"), 102, 0)
-    assert isinstance(next_action(kept, 102, WALL), Update)
+    assert isinstance(next_action(kept, 102, WALL), UpdateLease)
     assert not kept.is_leading(102)
 
 
 def test_conflicts_in_a_row_do_not_spin() -> None:
     """From the second on the next look waits for a retry period, until a write is done."""
     election = on_conflict(NEW, 100, 0)
-    assert next_action(election, 100, WALL) == Read()
+    assert next_action(election, 100, WALL) == ReadLease()
     election = on_conflict(on_read(election, None, 100, 0), 100, 0.5)
     assert next_action(election, 100, WALL) == Wait(102.2)
     election = on_conflict(on_read(election, None, 103, 0), 103, 0.5)
     assert next_action(election, 103, WALL) == Wait(105.2)
-    assert next_action(on_conflict(on_written(election, OURS, 106), 108, 0), 108, WALL) == Read()
+    assert next_action(on_conflict(on_written(election, OURS, 106), 108, 0), 108, WALL) == ReadLease()
 
 
 @pytest.mark.parametrize("found", [None, OTHERS, replace(OTHERS, holder="")])
 def test_a_leader_that_reads_that_it_is_none_stops(found: Lease | None) -> None:
     """A record that is gone, released or somebody else's ends leadership before the deadline."""
-    failing = on_failure(asked(leading(100), Update(OURS)), 102, 0)
+    failing = on_failure(asked(leading(100), UpdateLease(OURS)), 102, 0)
     assert failing.is_leading(104)
     assert not on_read(failing, found, 104, 0).is_leading(104)
 
 
 def test_a_holder_past_its_deadline_renews_what_is_still_its_own() -> None:
     """A process that was stopped comes back to leadership by a write, not by reading its name."""
-    found = on_read(on_failure(asked(leading(100), Update(OURS)), 102, 0), OURS, 130, 0)
+    found = on_read(on_failure(asked(leading(100), UpdateLease(OURS)), 102, 0), OURS, 130, 0)
     assert not found.is_leading(130)
     action = next_action(found, 130, WALL)
-    assert isinstance(action, Update)
+    assert isinstance(action, UpdateLease)
     assert action.lease.transitions == OURS.transitions
     assert on_written(found, action.lease, 130).is_leading(139)
 
@@ -238,8 +238,8 @@ def test_a_release_empties_the_record() -> None:
     election = resigned(leading(100))
     assert not election.is_leading(100)
     action = next_action(election, 100, WALL)
-    assert action == Update(Lease("", 1, STAMP, STAMP, 3))
-    assert isinstance(action, Update)
+    assert action == UpdateLease(Lease("", 1, STAMP, STAMP, 3))
+    assert isinstance(action, UpdateLease)
     assert action.lease.version == "7"
     done = on_written(asked(election, action), replace(action.lease, version="8"), 100)
     assert next_action(done, 100, WALL) == Done()
@@ -262,11 +262,11 @@ def test_nothing_is_released_that_is_not_held(election: Election) -> None:
 
 def test_a_write_under_way_is_found_out_before_the_release() -> None:
     """It may have given us the lease after all, or a new version of it."""
-    election = resigned(asked(leading(100), Update(OURS)))
-    assert next_action(election, 100, WALL) == Read()
+    election = resigned(asked(leading(100), UpdateLease(OURS)))
+    assert next_action(election, 100, WALL) == ReadLease()
     ours = on_read(election, replace(OURS, version="8"), 100, 0)
     action = next_action(ours, 100, WALL)
-    assert isinstance(action, Update)
+    assert isinstance(action, UpdateLease)
     assert (action.lease.holder, action.lease.version) == ("", "8")
     assert next_action(on_read(election, OTHERS, 100, 0), 100, WALL) == Done()
 
@@ -274,7 +274,7 @@ def test_a_write_under_way_is_found_out_before_the_release() -> None:
 def test_a_release_that_conflicts_is_tried_once_more() -> None:
     """The second conflict ends it: the lease will expire."""
     once = on_conflict(resigned(leading(100)), 100, 0)
-    assert next_action(once, 100, WALL) == Read()
+    assert next_action(once, 100, WALL) == ReadLease()
     again = on_conflict(on_read(once, OURS, 100, 0), 100, 0)
     assert next_action(again, 100, WALL) == Done()
 
@@ -283,13 +283,13 @@ def test_conflicts_of_a_leader_do_not_forget_that_the_record_may_be_ours() -> No
     """Who resigns after two in a row looks, and gives back what is ours: the others need not wait for its end."""
     twice = on_conflict(on_conflict(leading(100), 102, 0), 104, 0)
     election = resigned(twice)
-    assert next_action(election, 106, WALL) == Read()
-    assert isinstance(next_action(on_read(election, OURS, 106, 0), 106, WALL), Update)
+    assert next_action(election, 106, WALL) == ReadLease()
+    assert isinstance(next_action(on_read(election, OURS, 106, 0), 106, WALL), UpdateLease)
 
 
 def test_who_never_held_it_has_nothing_to_give_back() -> None:
     """A read, one that fails, or a conflict makes no holder of a standby, so it ends without asking."""
-    reading = asked(NEW, Read())
+    reading = asked(NEW, ReadLease())
     assert reading == NEW
     for election in (reading, on_failure(reading, 100, 0), on_conflict(reading, 100, 0)):
         assert next_action(resigned(election), 101, WALL) == Done()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k8s_consul_registrar.registrar.election import Create, ElectionTiming, Read, Update
+from k8s_consul_registrar.registrar.election import CreateLease, ElectionTiming, ReadLease, UpdateLease
 from support.election import Contender, Faults, Reign, World
 
 TIMING = ElectionTiming()
@@ -107,7 +107,7 @@ def test_requests_stay_few_whatever_is_answered(seed: int) -> None:
     requests = 0
     send = contender._send
 
-    def counted(action: Read | Create | Update) -> None:
+    def counted(action: ReadLease | CreateLease | UpdateLease) -> None:
         nonlocal requests
         requests += 1
         send(action)

@@ -7,7 +7,7 @@ import pytest
 from k8s_consul_registrar.model import AgentHealth, Kind, Service, Undecodable
 from k8s_consul_registrar.registrar.brake import BrakeRules, Memory
 from k8s_consul_registrar.registrar.decide import Rules
-from k8s_consul_registrar.registrar.orphans import Judge, Judgement, Stays, Watched, due, observe_agents
+from k8s_consul_registrar.registrar.orphans import Judge, OrphanJudgement, Stays, Watched, due, observe_agents
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.targets.service_names import RandomShards
 from support.builders import make_node, make_pod, make_service, our_pod_service
@@ -36,7 +36,7 @@ def judged(
     rules: BrakeRules = AT_ONCE,
     memory: Memory | None = None,
     now: float = 0.0,
-) -> Judgement:
+) -> OrphanJudgement:
     """Return the judgement over services at a lost agent's node."""
     decisions = Rules(who, RandomShards())
     judge = Judge(cluster.desired, decisions, {our_pod_service(name).id for name in here})
@@ -45,7 +45,7 @@ def judged(
     return judge.judge(rules, memory or Memory(), now)
 
 
-def names(judgement: Judgement) -> set[str]:
+def names(judgement: OrphanJudgement) -> set[str]:
     """Return the Pods whose services may go."""
     return {service_id.rpartition("--")[2] for service_id in judgement.may_go}
 

@@ -1,4 +1,4 @@
-"""The API server: is it there, does it take our credentials, do they allow what the modes do."""
+"""Checks of the API server: that it answers, takes our credentials, and allows what the modes do."""
 
 import asyncio
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ from k8s_consul_registrar.kube.cluster_uid import IDENTITY_NAMESPACE
 from k8s_consul_registrar.kube.watch_decoder import RESOURCES
 from k8s_consul_registrar.model import Kind, Node, Source
 
-# So many Nodes are enough to pick a sample from.
+# Nodes from which a sample is picked.
 MOST_NODES = 100
 
 
@@ -62,7 +62,7 @@ NEVER_NEEDED = (Permission("get", "nodes", "proxy"), Permission("create", "nodes
 
 
 async def check_credentials(access: Access) -> Finding:
-    """Say where our credentials come from and whether they can be read."""
+    """Check that our credentials can be read; the finding names their origin."""
     name = "credentials"
     try:
         await access.credentials.identity()
@@ -74,7 +74,7 @@ async def check_credentials(access: Access) -> Finding:
 
 
 async def check_server(client: KubeClient, access: Access) -> Finding:
-    """Say whether the API server answers, which version it is, and how its certificate is verified."""
+    """Check that the API server answers; the finding has its version and how its certificate is verified."""
     name = "api server"
     try:
         version = await client.server_version()
@@ -153,7 +153,7 @@ async def _is_allowed(client: KubeClient, permission: Permission) -> bool:
 
 
 async def check_identity(client: KubeClient) -> tuple[Finding, str]:
-    """Read the UID that stands for the cluster; empty where it cannot be had."""
+    """Read the UID that identifies the cluster, empty if it cannot be read."""
     name = "cluster uid"
     try:
         uid = await client.namespace_uid(IDENTITY_NAMESPACE)

@@ -1,4 +1,4 @@
-"""Consul: is it there, does it have a leader, may our token do what the registrar does."""
+"""Checks of Consul: that it answers, has a leader, and lets our token do what the registrar does."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,19 +18,19 @@ HOW_TO_GET_ONE = (
     "CONSUL_HTTP_TOKEN or CONSUL_HTTP_TOKEN_FILE must hold the secret ID of a token of this Consul "
     "(consul acl token create -policy-name k8s-consul-registrar)"
 )
-# A name that nobody's services have, for asking about those of others.
-SOMEBODY_S = "k8s-consul-registrar-check"
+# A name that no service has: a right on it is one on the services of others.
+OTHERS_NAME = "k8s-consul-registrar-check"
 
 
 class Naming(NamedTuple):
-    """How services of one kind are named: an example, and what every such name begins with."""
+    """The names of one kind of services: an example, and the prefix of them all."""
 
     kind: Kind
     example: str
     prefix: str
 
 
-class Need(NamedTuple):
+class NeededRight(NamedTuple):
     """A right, what Consul's policies call it, and what is lost without it; vital ones fail the check."""
 
     right: Right
@@ -51,10 +51,10 @@ def naming_of(kind: Kind, template: Template, cluster: str, shard: str) -> Namin
     return Naming(kind, example, prefix)
 
 
-def needs_of_services(namings: Sequence[Naming]) -> tuple[Need, ...]:
-    """Return the rights on services: to write those of ours, to see those of others."""
+def needs_of_services(namings: Sequence[Naming]) -> tuple[NeededRight, ...]:
+    """Return the rights on services: to write our own, and to read those of others."""
     ours = (
-        Need(
+        NeededRight(
             Right("service", one.example, "write"),
             f'service_prefix "{one.prefix}" {{ policy = "write" }}',
             f"no {one.kind.value.capitalize()} can be registered",
@@ -62,8 +62,8 @@ def needs_of_services(namings: Sequence[Naming]) -> tuple[Need, ...]:
         )
         for one in namings
     )
-    others = Need(
-        Right("service", SOMEBODY_S, "read"),
+    others = NeededRight(
+        Right("service", OTHERS_NAME, "read"),
         'service_prefix "" { policy = "read" }',
         "services of others are invisible, so a conflict is seen only as a refused write",
         is_vital=False,
@@ -71,9 +71,9 @@ def needs_of_services(namings: Sequence[Naming]) -> tuple[Need, ...]:
     return (*ours, others)
 
 
-def need_of_catalog(node: str) -> Need:
+def need_of_catalog(node: str) -> NeededRight:
     """Return the right to the node that the catalog backend writes."""
-    return Need(
+    return NeededRight(
         Right("node", node, "write"),
         f'node "{node}" {{ policy = "write" }}',
         "the node of our services cannot be made",
@@ -81,9 +81,9 @@ def need_of_catalog(node: str) -> Need:
     )
 
 
-def need_of_agent(node: str) -> Need:
+def need_of_agent(node: str) -> NeededRight:
     """Return the right to read an agent's node in the catalog."""
-    return Need(
+    return NeededRight(
         Right("node", node, "read"),
         'node_prefix "" { policy = "read" }',
         "whether the catalog shows what the agent holds is not seen",
@@ -91,10 +91,10 @@ def need_of_agent(node: str) -> Need:
     )
 
 
-def need_of_lost_agents() -> Need:
+def need_of_lost_agents() -> NeededRight:
     """Return the right to find what is ours at nodes of other agents; to remove it, that on our services is enough."""
-    return Need(
-        Right("node", SOMEBODY_S, "read"),
+    return NeededRight(
+        Right("node", OTHERS_NAME, "read"),
         'node_prefix "" { policy = "read" }',
         "services of ours at the node of an agent that is gone are not found",
         is_vital=False,
@@ -102,7 +102,7 @@ def need_of_lost_agents() -> Need:
 
 
 async def check_consul(client: ConsulClient, address: str, *, is_catalog: bool) -> tuple[list[Finding], str]:
-    """Say whether Consul answers, has a leader, and which version it is; and name the agent's node if known.
+    """Check that Consul answers and has a leader; returns findings and the name of the agent's node, if known.
 
     `is_catalog` says that the catalog is written and no agent.
     """
@@ -164,7 +164,9 @@ def _unreachable_hint(error: ConsulError) -> str:
     return ""
 
 
-async def check_token(client: ConsulClient, needs: Sequence[Need], *, has_token: bool) -> list[Finding]:
+async def check_token(
+    client: ConsulClient, needs: Sequence[NeededRight], *, has_token: bool
+) -> list[Finding]:
     """Ask Consul, without writing anything, about each right the registrar uses."""
     name = "consul token"
     try:
@@ -185,7 +187,7 @@ async def check_token(client: ConsulClient, needs: Sequence[Need], *, has_token:
     return [_missing(need, has_token=has_token) for need in told]
 
 
-def _missing(need: Need, *, has_token: bool) -> Finding:
+def _missing(need: NeededRight, *, has_token: bool) -> Finding:
     finding = fail if need.is_vital else warn
     detail = f"{need.right.access} of {need.right.resource} {need.right.segment!r} is denied: {need.lost}"
     hint = f"add to the token's policy: {need.rule}" if has_token else f"no token is set; {HOW_TO_GET_ONE}"

@@ -1,4 +1,4 @@
-"""Serving targets to collectors: is the port to be had, and can the files it is guarded by be used."""
+"""Checks of the service for collectors: its port, the files that guard it, and the file of saved targets."""
 
 import asyncio
 import errno
@@ -108,7 +108,7 @@ async def _port(settings: HttpSdSettings, seconds: float) -> Finding:
 
 
 async def _taken(settings: HttpSdSettings, problem: str, seconds: float) -> Finding:
-    """Say whether it is a registrar that has the port, as where this runs beside it in its Pod."""
+    """Find out if a registrar has the port, as when this runs beside it in its Pod."""
     scheme = "https" if settings.cert_file else "http"
     is_registrar = False
     try:

@@ -8,8 +8,8 @@ from textwrap import wrap
 import msgspec
 
 
-class Outcome(StrEnum):
-    """How a check came out; only `FAIL` makes the command fail."""
+class Result(StrEnum):
+    """The result of a check; only `FAIL` makes the command fail."""
 
     OK = "ok"
     WARN = "warn"
@@ -22,37 +22,37 @@ class Finding:
     """The result of one check: what was looked at, how it is, and a hint where something is to be done."""
 
     name: str
-    outcome: Outcome
+    outcome: Result
     detail: str
     hint: str = ""
 
 
 def ok(name: str, detail: str) -> Finding:
     """Return a finding that needs nothing."""
-    return Finding(name, Outcome.OK, detail)
+    return Finding(name, Result.OK, detail)
 
 
 def warn(name: str, detail: str, hint: str = "") -> Finding:
-    """Return a finding that works and is not as it should be."""
-    return Finding(name, Outcome.WARN, detail, hint)
+    """Return a finding about what works and is not as it should be."""
+    return Finding(name, Result.WARN, detail, hint)
 
 
 def fail(name: str, detail: str, hint: str = "") -> Finding:
-    """Return a finding without whose repair the program does not do its work."""
-    return Finding(name, Outcome.FAIL, detail, hint)
+    """Return a finding that keeps a mode from its work until it is repaired."""
+    return Finding(name, Result.FAIL, detail, hint)
 
 
 def skipped(name: str, detail: str) -> Finding:
     """Return a check that could not be made, and why not."""
-    return Finding(name, Outcome.SKIPPED, detail)
+    return Finding(name, Result.SKIPPED, detail)
 
 
 def is_passed(findings: Iterable[Finding]) -> bool:
-    """Whether none of them failed."""
-    return all(finding.outcome is not Outcome.FAIL for finding in findings)
+    """Return True if none of them failed."""
+    return all(finding.outcome is not Result.FAIL for finding in findings)
 
 
-_COLOURS = {Outcome.OK: "32", Outcome.WARN: "33", Outcome.FAIL: "1;31", Outcome.SKIPPED: "2"}
+_COLOURS = {Result.OK: "32", Result.WARN: "33", Result.FAIL: "1;31", Result.SKIPPED: "2"}
 _NARROWEST = 30  # columns for the text, however narrow the terminal is
 
 
@@ -62,7 +62,7 @@ def as_table(findings: Sequence[Finding], *, width: int = 0, is_coloured: bool =
     `width` is the terminal's in columns, 0 for lines of any length.
     """
     names = max((len(finding.name) for finding in findings), default=0)
-    outcomes = max(len(outcome) for outcome in Outcome)
+    outcomes = max(len(outcome) for outcome in Result)
     indent = outcomes + names + 4
     room = max(width - indent, _NARROWEST) if width else 0
     lines: list[str] = []
@@ -79,7 +79,7 @@ def as_table(findings: Sequence[Finding], *, width: int = 0, is_coloured: bool =
 
 
 def as_json(findings: Sequence[Finding]) -> str:
-    """Return one JSON object: whether all is well, and every finding."""
+    """Return one JSON object: `passed`, and every finding."""
     records = [
         {"name": one.name, "outcome": one.outcome.value, "detail": one.detail, "hint": one.hint}
         for one in findings
@@ -90,12 +90,12 @@ def as_json(findings: Sequence[Finding]) -> str:
 
 def summary(findings: Sequence[Finding]) -> str:
     """Count the findings by outcome, the worst first."""
-    counts = {outcome: sum(one.outcome is outcome for one in findings) for outcome in Outcome}
-    words = {Outcome.FAIL: "failed", Outcome.WARN: "to look at", Outcome.SKIPPED: "skipped", Outcome.OK: "ok"}
+    counts = {outcome: sum(one.outcome is outcome for one in findings) for outcome in Result}
+    words = {Result.FAIL: "failed", Result.WARN: "to look at", Result.SKIPPED: "skipped", Result.OK: "ok"}
     return ", ".join(f"{counts[outcome]} {word}" for outcome, word in words.items() if counts[outcome])
 
 
-def _coloured(outcome: Outcome, *, is_coloured: bool) -> str:
+def _coloured(outcome: Result, *, is_coloured: bool) -> str:
     return f"\x1b[{_COLOURS[outcome]}m{outcome}\x1b[0m" if is_coloured else str(outcome)
 
 

@@ -1,4 +1,4 @@
-"""Whose are the services that Consul holds already? Pure: values in, findings out."""
+"""Checks of the services that Consul holds already, by owner. Pure: values in, findings out."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -7,20 +7,15 @@ from dataclasses import dataclass, field
 from k8s_consul_registrar.commands.check.report import Finding, fail, ok, warn
 from k8s_consul_registrar.model import MANAGED_BY, Service
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
+from k8s_consul_registrar.targets.resolve import OWN_KEYS
 from k8s_consul_registrar.targets.service_names import kind_of_id
 
 MOST_NAMED = 3  # examples shown of each sort
-OUR_KEYS = frozenset(
-    (
-        *("cluster", "cluster_uid", "instance", "kind", "managed_by", "metrics_path"),
-        *("namespace", "node", "pod", "scheme", "shard_path"),
-    )
-)
 
 
 @dataclass(slots=True)
 class Holdings:
-    """The services of one Consul agent, by whose they are; lists hold IDs."""
+    """The services of one Consul agent by owner; lists hold IDs."""
 
     ours: list[str] = field(default_factory=list)
     legacy: list[str] = field(default_factory=list)
@@ -32,7 +27,7 @@ class Holdings:
 
 
 def holdings(services: Iterable[Service], identity: Identity, cluster_uid: str) -> Holdings:
-    """Sort services by whose they are."""
+    """Sort services by owner."""
     found = Holdings()
     for service in services:
         claim = identity.claim(service, cluster_uid)
@@ -64,7 +59,7 @@ def _is_of_our_name(service: Service, identity: Identity) -> bool:
 
 
 def judge_holdings(found: Holdings, identity: Identity, *, sees_all: bool = True) -> list[Finding]:
-    """Say what the services that are there mean for a registrar that starts here."""
+    """Return findings about services that a registrar meets when it starts here."""
     name = "services"
     aside = "" if sees_all else ", as far as our token sees"
     findings = [ok(name, f"{len(found.ours)} ours, {found.others} of others{aside}")]
@@ -112,7 +107,7 @@ def _legacy(ids: Sequence[str], identity: Identity) -> Finding:
 
 
 def _meta_keys(keys: Counter[str]) -> Finding:
-    shared = sorted(keys.keys() & OUR_KEYS)
+    shared = sorted(keys.keys() & OWN_KEYS)
     others = ", ".join(sorted(keys)[:10]) + (", …" if len(keys) > 10 else "")
     detail = f"services that are no registrar's use the meta keys {others}"
     if not shared:
@@ -125,7 +120,7 @@ def _meta_keys(keys: Counter[str]) -> Finding:
 
 
 def judge_catalog(names: Iterable[str], held: Iterable[str], prefixes: tuple[str, ...]) -> list[Finding]:
-    """Say what the catalog's service names tell beyond what we read; ours begin with `prefixes`."""
+    """Return a finding if the catalog has services of our names elsewhere; ours begin with `prefixes`."""
     elsewhere = sorted({name for name in names if name.startswith(prefixes)} - set(held))
     if not elsewhere:
         return []

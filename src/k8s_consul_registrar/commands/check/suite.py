@@ -25,7 +25,7 @@ from k8s_consul_registrar.commands.check.cluster import (
 )
 from k8s_consul_registrar.commands.check.consul import (
     Naming,
-    Need,
+    NeededRight,
     check_consul,
     check_token,
     naming_of,
@@ -38,7 +38,7 @@ from k8s_consul_registrar.commands.check.http_sd import check_http_sd, check_sta
 from k8s_consul_registrar.commands.check.nodes import Kubelets, check_kubelets, check_node_port
 from k8s_consul_registrar.commands.check.report import (
     Finding,
-    Outcome,
+    Result,
     as_json,
     as_table,
     fail,
@@ -66,7 +66,7 @@ from k8s_consul_registrar.wiring.consul import consul_access
 from k8s_consul_registrar.wiring.registrar import Wiring
 from k8s_consul_registrar.wiring.upstream_trust import KubeletIdentity
 
-# Somebody waits for the answer, so less patience than the daemon has; in seconds.
+# A person waits for the answer, so timeouts are shorter than the daemon's; in seconds.
 TIMING = Timing(connect_timeout=3, read_timeout=6)
 LONGEST = 30.0
 
@@ -74,7 +74,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class CheckedModes:
     """The modes to check, each with its settings; None for a mode that is not asked about."""
 
     registrar: RegistrarSettings | None
@@ -83,7 +83,7 @@ class Subject:
 
     @property
     def permissions(self) -> tuple[Permission, ...]:
-        """What these modes need of the API server, each once."""
+        """The rights that these modes need at the API server, each once."""
         of_registrar = _registrar_permissions(self.registrar) if self.registrar else ()
         of_proxy = _proxy_permissions(self.proxy) if self.proxy else ()
         return tuple(dict.fromkeys((*of_registrar, *of_proxy)))
@@ -91,7 +91,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class ClusterView:
-    """What the first look at the cluster brought; empty parts where it brought nothing."""
+    """The outcome of the first look at the cluster; a part that could not be read is empty."""
 
     findings: tuple[Finding, ...]
     access: Access | None = None
@@ -107,7 +107,7 @@ def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     return run_loop(_check_and_show(subject, output=parsed.output))
 
 
-async def _check_and_show(subject: Subject, *, output: str) -> int:
+async def _check_and_show(subject: CheckedModes, *, output: str) -> int:
     findings = await check(subject)
     is_terminal = output == "table" and sys.stdout.isatty()
     if output == "json":
@@ -118,7 +118,7 @@ async def _check_and_show(subject: Subject, *, output: str) -> int:
     return EXIT_OK if is_passed(findings) else EXIT_FAILURE
 
 
-def read_subject(modes: Collection[str], environment: Mapping[str, str]) -> Subject:
+def read_subject(modes: Collection[str], environment: Mapping[str, str]) -> CheckedModes:
     """Read the settings of these modes; raises a `SettingsError` with every mistake in them."""
     problems: list[str] = []
     registrar = proxy = None
@@ -132,10 +132,10 @@ def read_subject(modes: Collection[str], environment: Mapping[str, str]) -> Subj
         problems += error.problems
     if problems:
         raise SettingsError(list(dict.fromkeys(problems)))
-    return Subject(registrar, proxy, environment)
+    return CheckedModes(registrar, proxy, environment)
 
 
-async def check(subject: Subject, timing: Timing = TIMING) -> list[Finding]:
+async def check(subject: CheckedModes, timing: Timing = TIMING) -> list[Finding]:
     """Look at everything at once, as far as one thing does not need another, within LONGEST seconds."""
     cluster = asyncio.ensure_future(_within("cluster", _check_cluster(subject, timing)))
     parts: list[Awaitable[list[Finding]]] = []
@@ -174,7 +174,7 @@ async def _listed(name: str, work: Awaitable[list[Finding]]) -> list[Finding]:
     return [found] if isinstance(found, Finding) else found
 
 
-def _settings(subject: Subject) -> list[Finding]:
+def _settings(subject: CheckedModes) -> list[Finding]:
     chosen = [mode for mode, value in ((REGISTRAR, subject.registrar), (PROXY, subject.proxy)) if value]
     told = [settings.common.warnings for settings in (subject.registrar, subject.proxy) if settings]
     warnings = dict.fromkeys(text for texts in told for text in texts)
@@ -202,17 +202,17 @@ def _proxy_permissions(settings: ProxySettings) -> tuple[Permission, ...]:
     return (*PROXY_PERMISSIONS, *source_permissions(settings.pods.sources))
 
 
-async def _check_cluster(subject: Subject, timing: Timing) -> ClusterView:
+async def _check_cluster(subject: CheckedModes, timing: Timing) -> ClusterView:
     try:
         access = load_access(subject.environment)
     except AccessError as error:
         return ClusterView((fail("credentials", str(error), "KUBECONFIG names the kubeconfig to use"),))
     credentials = await check_credentials(access)
-    if credentials.outcome is Outcome.FAIL:
+    if credentials.outcome is Result.FAIL:
         return ClusterView((credentials,))
     async with KubeClient(access, timing) as client:
         server = await check_server(client, access)
-        if server.outcome is Outcome.FAIL:
+        if server.outcome is Result.FAIL:
             missed = skipped("permissions", "not asked, since the API server does not serve us")
             return ClusterView((credentials, server, missed), access)
         permissions, (uid_finding, uid), nodes = await asyncio.gather(
@@ -241,11 +241,11 @@ async def _check_consul(
     async with ConsulClient(access, timing) as client:
         is_catalog = settings.backend.backend == CATALOG
         found, node = await check_consul(client, str(access.address), is_catalog=is_catalog)
-        if any(finding.outcome is Outcome.FAIL for finding in found):
+        if any(finding.outcome is Result.FAIL for finding in found):
             return [*found, skipped("consul token", "not asked, since Consul does not serve us")]
         has_token = bool(access.token or access.token_file)
         of_token = await check_token(client, _needs(settings, node), has_token=has_token)
-        sees_all = all(one.outcome is Outcome.OK for one in of_token)
+        sees_all = all(one.outcome is Result.OK for one in of_token)
         view = await _view(cluster)
         of_services = await _check_services(client, settings, view.uid, sees_all=sees_all)
         return [*found, *of_token, *of_services]
@@ -259,7 +259,7 @@ def _namings(settings: RegistrarSettings) -> list[Naming]:
     return [naming_of(kind, templates[kind], settings.cluster_name, shard) for kind in kinds]
 
 
-def _needs(settings: RegistrarSettings, agent_node: str) -> list[Need]:
+def _needs(settings: RegistrarSettings, agent_node: str) -> list[NeededRight]:
     needs = [*needs_of_services(_namings(settings))]
     if settings.backend.backend == CATALOG:
         return [*needs, need_of_catalog(settings.backend.node_name)]
