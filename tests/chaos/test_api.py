@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -20,20 +19,13 @@ from support.lab import (
     scaled,
     stays,
 )
-from support.real_servers import RealConsul, shared_consul
+from support.real_servers import RealConsul
 
 pytestmark = chaos("chaos-api")
 
 OUTAGE = scaled(2, 60)
 NUMBERS = itertools.count()
 CANNOT = "cannot list; nothing of it is deregistered meanwhile"
-
-
-@pytest.fixture(scope="module")
-def consul() -> Iterator[RealConsul]:
-    """Run one Consul; each test has a cluster, and so a node of the catalog, of its own."""
-    with shared_consul() as running:
-        yield running
 
 
 @pytest.fixture

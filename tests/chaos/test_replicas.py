@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
@@ -15,7 +15,7 @@ from support.cluster import REGISTRAR_RULES, rule
 from support.daemon import Daemon
 from support.doors import Refuse
 from support.lab import IS_SOAK, ChaosLab, beside, chaos, chaos_lab, created_of, scaled
-from support.real_servers import RealConsul, shared_consul
+from support.real_servers import RealConsul
 from support.waiting import until
 
 pytestmark = chaos("chaos-replicas")
@@ -34,13 +34,6 @@ TAKE_OVER = 25.0  # seconds from a fault to the change made under it
 RELEASE = 3.0 if IS_SOAK else 5.0  # the same after an orderly end: a stretched retry, and a little
 SLACK = 0.5  # seconds the doors, which share a loop with the test, may see a write late
 NUMBERS = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def consul() -> Iterator[RealConsul]:
-    """Run one Consul; each test has a cluster, and so a node of the catalog, of its own."""
-    with shared_consul() as running:
-        yield running
 
 
 class Replica:

@@ -3,11 +3,10 @@
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
-import pytest
 import trustme
 from aiohttp import web
 
@@ -17,7 +16,7 @@ from support.daemon import Daemon
 from support.doors import HttpDoor, TcpProxy
 from support.lab import ChaosLab, chaos, chaos_lab, created_of
 from support.processes import LOOPBACK
-from support.real_servers import RealConsul, shared_consul
+from support.real_servers import RealConsul
 
 pytestmark = chaos("chaos-replicas")
 
@@ -31,13 +30,6 @@ WRONG = {
     "for another name": ("tls-server-name of the kubeconfig can", "CONSUL_TLS_SERVER_NAME can give a name"),
     "expired": ("certificate has expired; it or its authority's is to be renewed",) * 2,
 }
-
-
-@pytest.fixture(scope="module")
-def consul() -> Iterator[RealConsul]:
-    """Run one Consul."""
-    with shared_consul() as running:
-        yield running
 
 
 class Shown(HttpDoor):

@@ -22,6 +22,7 @@ from k8s_consul_registrar.wiring.worker_state import Inbound, credentials
 from support.daemon import Daemon
 from support.lab import running_lab
 from support.odd_inputs import ODD, restore
+from support.waiting import PATIENCE
 
 BEGINS = "changed files cannot be used; those before stay in use"
 ENDS = "changed files are in use"
@@ -244,7 +245,7 @@ IDS = [f"{use.make.__name__}-{use.name}" for use in USES]
 HALF_IS_GOOD = ("token", "half-written")
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(2 * PATIENCE)
 @pytest.mark.parametrize("use", USES, ids=IDS)
 def test_an_odd_file_is_named_at_the_start(tmp_path: Path, use: Use) -> None:
     """By its setting and its path, without a traceback, a hang, or a word of what it holds."""
@@ -263,7 +264,7 @@ def test_an_odd_file_is_named_at_the_start(tmp_path: Path, use: Use) -> None:
     use.make(folder)
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(2 * PATIENCE)
 @pytest.mark.parametrize("use", USES, ids=IDS)
 async def test_an_odd_file_is_outlived_while_we_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: Use
@@ -293,7 +294,7 @@ def _gauge(of: str) -> float | None:
     return new_registry("proxy").get_sample_value("k8s_consul_registrar_rotating_file_ok", {"of": of})
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(2 * PATIENCE)
 @pytest.mark.parametrize("odd", [odd for odd in ODD if odd not in ("half-written", "absent")])
 def test_an_odd_kubeconfig_is_named_at_the_start(tmp_path: Path, odd: str) -> None:
     """It is read once."""

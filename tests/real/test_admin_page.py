@@ -22,7 +22,7 @@ from k8s_consul_registrar.registrar.orphans import Stays
 from k8s_consul_registrar.registrar.status import Activity, Counts, LostAgent, RegistrarStatus
 from support.browser import Page, browser_page
 from support.real_servers import real
-from support.seen import Registrar, busy_registrar, pod_rejection, pod_target
+from support.seen import Healthy, Registrar, busy_registrar, pod_rejection, pod_target
 from support.waiting import SLACK
 
 pytestmark = real("browser")
@@ -32,20 +32,12 @@ RANGE = "document.getElementById('range')?.textContent"
 TO = "\N{EN DASH}"
 
 
-class _Healthy:
-    def is_alive(self) -> bool:
-        return True
-
-    def readiness(self) -> str:
-        return ""
-
-
 @asynccontextmanager
 async def shown(registrar: Registrar, *flags: str) -> AsyncIterator[tuple[Page, AdminServer]]:
     """Serve a registrar and open its page in a browser."""
     routes = [*page_routes(), *api_routes(registrar)]
     async with (
-        AdminServer(port=0, health=_Healthy(), registry=CollectorRegistry(), routes=routes) as server,
+        AdminServer(port=0, health=Healthy(), registry=CollectorRegistry(), routes=routes) as server,
         browser_page("--lang=en-US", *flags) as page,
     ):
         await page.look()

@@ -17,7 +17,7 @@ import yaml
 
 from k8s_consul_registrar.sandbox.synthetic import synthetic_pod
 from k8s_consul_registrar.sandbox.workloads import BLOCKS, Workloads
-from support.waiting import PATIENCE
+from support.waiting import PATIENCE, SLACK
 
 
 async def test_it_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ async def test_live_pods_and_kubelets_can_be_scraped(tmp_path: Path) -> None:
         await asyncio.wait_for(process.wait(), PATIENCE)
     times = {int(stamp) / 1000 for stamp in re.findall(r" (\d{13})$", text, re.MULTILINE)}
     assert len(times) == 1
-    assert abs(times.pop() - time.time()) < 20
+    assert abs(times.pop() - time.time()) < SLACK
 
 
 async def _address_of_the_second_pod(
@@ -113,7 +113,7 @@ async def test_without_streamed_lists_a_list_comes_in_pages_alone() -> None:
                 page = await response.json()
     finally:
         process.terminate()
-        await asyncio.wait_for(process.wait(), 10)
+        await asyncio.wait_for(process.wait(), PATIENCE)
     assert [item["metadata"]["namespace"] for item in page["items"]] == ["rejected"] * 2
     assert page["metadata"]["remainingItemCount"] == 3
 

@@ -62,6 +62,13 @@ async def serve_metrics(
     await writer.drain()
 
 
+async def hang(
+    kubelet: "Kubelet", request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Say nothing until the other side leaves."""
+    await reader.read()
+
+
 def always(payload: bytes, *, then_close: bool = False) -> Behaviour:
     """Return the behaviour that answers every request with these bytes."""
 

@@ -134,6 +134,16 @@ class Registrar:
         return self.holder
 
 
+class Healthy:
+    """A daemon in which all is well."""
+
+    def is_alive(self) -> bool:
+        return True
+
+    def readiness(self) -> str:
+        return ""
+
+
 def busy_registrar(count: int = 10_000) -> Registrar:
     """Return a registrar of a large cluster on a day when a little of everything is wrong."""
     at, now = time.time(), time.monotonic()

@@ -23,6 +23,7 @@ from k8s_consul_registrar.rotating import (
     read_file,
     refuse_truncated,
 )
+from support.waiting import PATIENCE
 
 BEGINS = "changed files cannot be used; those before stay in use"
 ENDS = "changed files are in use"
@@ -276,7 +277,7 @@ def unreadable(folder: Path) -> dict[str, tuple[Path, str]]:
     }
 
 
-@pytest.mark.timeout(10)
+@pytest.mark.timeout(PATIENCE)
 def test_a_file_that_cannot_be_read_is_named_at_once(tmp_path: Path) -> None:
     """A pipe without a writer, an endless device and a huge file hold nothing up."""
     for path, why in unreadable(tmp_path).values():

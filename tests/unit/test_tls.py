@@ -21,6 +21,7 @@ from k8s_consul_registrar.pem import certificates
 from k8s_consul_registrar.settings.proxy import KubeletSettings
 from k8s_consul_registrar.tls import CONSUL, POD, KeyPair, checked, client_tls, server_tls, trust_in
 from k8s_consul_registrar.wiring.upstream_trust import KubeletIdentity
+from support.waiting import PATIENCE
 
 CA = trustme.CA()
 OTHER = trustme.CA()
@@ -184,7 +185,7 @@ def test_a_key_is_used_in_every_form(key: bytes) -> None:
     checked(KeyPair(COMMENT.encode() + CERTIFICATE, key, "PAIR"))
 
 
-@pytest.mark.timeout(10)
+@pytest.mark.timeout(PATIENCE)
 @pytest.mark.parametrize(
     ("certificate", "key", "why"),
     [

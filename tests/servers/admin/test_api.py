@@ -24,7 +24,7 @@ from k8s_consul_registrar.model import Kind, ObjectKey
 from k8s_consul_registrar.registrar.decide import Conflict
 from k8s_consul_registrar.registrar.status import RegistrarStatus
 from k8s_consul_registrar.targets.reasons import Reason
-from support.seen import Registrar, many_targets, node_target, pod_rejection, pod_target
+from support.seen import Healthy, Registrar, many_targets, node_target, pod_rejection, pod_target
 from support.waiting import PATIENCE, until
 
 PATHS = ("/api/v1/targets", "/api/v1/rejections", "/api/v1/status")
@@ -35,14 +35,6 @@ HOSTILE = (
     "a\r\nSet-Cookie: a=b",
     "half \ud83d of it",
 )
-
-
-class _Healthy:
-    def is_alive(self) -> bool:
-        return True
-
-    def readiness(self) -> str:
-        return ""
 
 
 @dataclass(frozen=True)
@@ -75,7 +67,7 @@ async def served() -> AsyncIterator[Served]:
     registrar = Registrar()
     routes = [*page_routes(), *api_routes(registrar, clock=lambda: 1000.0)]
     async with (
-        AdminServer(port=0, health=_Healthy(), registry=CollectorRegistry(), routes=routes) as server,
+        AdminServer(port=0, health=Healthy(), registry=CollectorRegistry(), routes=routes) as server,
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as session,
     ):
         yield Served(registrar, f"http://127.0.0.1:{server.port}", session)

@@ -16,24 +16,12 @@ from k8s_consul_registrar.admin.connections import Bounds
 from k8s_consul_registrar.admin.http_sd import SD_PATH, HttpSdServer
 from k8s_consul_registrar.admin.server import AdminServer
 from k8s_consul_registrar.tls import server_tls
-from support.seen import Registrar, many_targets
+from support.seen import Healthy, Registrar, many_targets
 from support.waiting import PATIENCE
 
 pytestmark = pytest.mark.both_loops
 
 HOST = "127.0.0.1"
-
-
-class Healthy:
-    """A daemon in which all is well."""
-
-    def is_alive(self) -> bool:
-        """Say yes."""
-        return True
-
-    def readiness(self) -> str:
-        """Say ready."""
-        return ""
 
 
 def server(kind: str, bounds: Bounds) -> HttpSdServer | AdminServer:

@@ -21,7 +21,7 @@ from k8s_consul_registrar.settings.reading import shown_settings
 from support.builders import make_pod, our_pod_service
 from support.controller_lab import HELD, SETTINGS, Seen
 from support.memory import PODS
-from support.waiting import until
+from support.waiting import SLACK, until
 
 
 async def status_of(seen: Seen) -> dict[str, Any]:
@@ -73,7 +73,8 @@ async def test_targets_are_counted_by_kind_and_state() -> None:
     async with lab.running():
         await seen.synced([*pods, *(make_pod(f"gone-{number}") for number in range(3))])
         lab.cluster.put_list(pods)
-        await lab.until_so(lambda: bool(seen.view.status.held))
+        status = seen.view.status
+        await lab.until_so(lambda: bool(status.held and status.refused and status.conflicts))
         assert sum(census.figures().targets.values()) == 0
         await census.refresh()
         figures = census.figures()
@@ -187,8 +188,8 @@ async def test_lost_agents_are_shown_with_times_of_the_day() -> None:
     seen.lab.status.lost_agents = (LostAgent("old", now - 60, now + 540, {"not_here": 2}),)
     (shown,) = (await status_of(seen))["lost_agents"]
     assert (shown["node"], shown["stays"]) == ("old", {"not_here": 2})
-    assert abs(shown["since"] - (time.time() - 60)) < 5
-    assert abs(shown["due"] - (time.time() + 540)) < 5
+    assert abs(shown["since"] - (time.time() - 60)) < SLACK
+    assert abs(shown["due"] - (time.time() + 540)) < SLACK
 
 
 def test_secrets_are_not_shown() -> None:

@@ -10,16 +10,12 @@ from k8s_consul_registrar.consul.agent import AgentRegistry
 from k8s_consul_registrar.consul.batches import MOST_FAULTS_IN_A_ROW
 from k8s_consul_registrar.consul.health import RequestOutcome
 from k8s_consul_registrar.errors import ConsulBusy, ConsulFiltered, ConsulTokenUnknown, ConsulUnreachable
-from k8s_consul_registrar.model import Drift, Service
+from k8s_consul_registrar.model import Drift
 from k8s_consul_registrar.sandbox.consul import Consul
 from k8s_consul_registrar.sandbox.consul_release import ConsulOptions
 from support.builders import make_service, our_pod_service
+from support.real_servers import held
 from support.scripted import client_of, serving
-
-
-async def held(registry: AgentRegistry) -> dict[str, Service]:
-    """Return all services by ID."""
-    return {service.id: service async for service in registry.services()}
 
 
 async def test_register_read_and_deregister() -> None:

@@ -12,6 +12,7 @@ from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress
 from k8s_consul_registrar.consul.client import ConsulClient, Fence
 from k8s_consul_registrar.errors import ConsulFenced, ConsulUnreachable
 from support.scripted import QUICK
+from support.waiting import PATIENCE
 
 BODY = b"x" * 40_000
 
@@ -23,7 +24,7 @@ def _deaf_server() -> Iterator[tuple[str, socket.socket]]:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         listening.bind(("127.0.0.1", 0))
         listening.listen()
-        listening.settimeout(5)
+        listening.settimeout(PATIENCE)
         yield f"http://127.0.0.1:{listening.getsockname()[1]}", listening
 
 
@@ -32,7 +33,7 @@ def _read_until_reset(listening: socket.socket) -> int:
     taken, _ = listening.accept()
     size = 0
     with taken, contextlib.suppress(ConnectionResetError):
-        taken.settimeout(5)
+        taken.settimeout(PATIENCE)
         while piece := taken.recv(4096):
             size += len(piece)
     return size

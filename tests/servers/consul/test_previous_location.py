@@ -13,6 +13,7 @@ from k8s_consul_registrar.model import Service, Written
 from support.builders import make_pod, our_pod_service
 from support.controller_lab import ControllerLab
 from support.scripted import QUICK
+from support.waiting import PATIENCE
 
 
 class Location(PreviousLocation):
@@ -69,7 +70,7 @@ async def test_a_location_keeps_everything_until_all_is_at_the_new_one() -> None
         await a_while()
         assert location.clearings == 0, "while another leads"
         is_leader = True
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             await clearing
     assert location.clearings == 1
 
@@ -78,7 +79,7 @@ async def test_a_location_that_cannot_be_cleared_holds_up_no_other() -> None:
     """While Consul cannot be used it is tried again; one that the token may not read is left as it is."""
     slow = Location("slow", ConsulUnreachable("gone"), ConsulBusy("busy"))
     denied, last = Location("denied", ConsulForbidden("no")), Location("last")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         await clear_previous_locations([slow, denied, last], is_ready=lambda: True, timing=QUICK)
     assert [one.clearings for one in (slow, denied, last)] == [3, 1, 1]
 

@@ -796,7 +796,7 @@ async def test_a_head_without_end_is_a_cluster_error(piece: bytes) -> None:
             await asyncio.sleep(0.001)
 
     async with (
-        asyncio.timeout(40),
+        asyncio.timeout(PATIENCE),
         raw_server(endless) as port,
         KubeClient(Access(f"http://127.0.0.1:{port}", ANONYMOUS), TIMING) as client,
     ):

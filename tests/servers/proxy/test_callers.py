@@ -27,6 +27,7 @@ from support.proxy_lab import (
     answer,
     cadvisor,
     get_request,
+    hang,
     proxying,
     reset_on_close,
     serve_metrics,
@@ -37,13 +38,6 @@ from support.waiting import PATIENCE, SLACK, until
 pytestmark = pytest.mark.both_loops
 
 TIMEOUT = "X-Prometheus-Scrape-Timeout-Seconds"
-
-
-async def hang(
-    kubelet: Kubelet, request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-) -> None:
-    """Say nothing until the other side leaves."""
-    await reader.read()
 
 
 @contextlib.asynccontextmanager

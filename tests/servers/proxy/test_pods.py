@@ -28,6 +28,7 @@ from support.proxy_lab import (
     cadvisor,
     declared,
     get_request,
+    hang,
     known,
     parse_answer,
     pod_path,
@@ -39,13 +40,6 @@ from support.waiting import until
 pytestmark = pytest.mark.both_loops
 
 NOBODY = NodeTable()
-
-
-async def hang(
-    kubelet: Kubelet, request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-) -> None:
-    """Say nothing until the other side leaves."""
-    await reader.read()
 
 
 async def test_a_pod_is_asked_what_it_is_annotated_with() -> None:

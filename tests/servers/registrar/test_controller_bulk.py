@@ -14,6 +14,7 @@ from k8s_consul_registrar.registrar.brake import BrakeRules
 from support.builders import make_pod, make_service, our_pod_service
 from support.controller_lab import ControllerLab
 from support.scripted import QUICK
+from support.waiting import PATIENCE
 
 # Seconds that each of an agent's 32 parallel writes takes at 1,000 writes a second.
 AGENT_WRITE = 0.032
@@ -119,7 +120,7 @@ async def cost_beside(prepare: Callable[[ControllerLab], None]) -> float:
     lab.cluster.put_list([make_pod("probe")])
     prepare(lab)
     async with lab.running():
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(PATIENCE):
             while not (lab.status.has_synced and lab.queue.in_flight == 0 and lab.queue.is_drained):
                 await asyncio.sleep(0.05)
         gc.collect()

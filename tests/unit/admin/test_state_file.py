@@ -25,7 +25,7 @@ from support.builders import make_pod
 from support.controller_lab import WIRING, Seen
 from support.memory import NODES, PODS
 from support.seen import pod_target
-from support.waiting import Clock
+from support.waiting import PATIENCE, SLACK, Clock
 from unit.admin.test_saved_state import encoded
 
 ORIGIN = WIRING.origin
@@ -219,7 +219,7 @@ def test_a_file_that_cannot_be_used_is_ignored_with_a_line(
     put(path)
     began = time.monotonic()
     assert open_state(path, ORIGIN) is None
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < SLACK
     shown = capsys.readouterr().out
     assert "saved targets are not used" in shown
     assert "HTTP_SD_STATE_FILE" in shown
@@ -299,5 +299,5 @@ async def test_saved_targets_end_with_the_first_complete_list_and_with_their_age
     again = SavedTargetsGate(saved_state(), seen.view, seen.cluster_uid)
     running = asyncio.create_task(again.run())
     seen.lab.cluster.put_list([], NODES)
-    await asyncio.wait_for(running, 20)
+    await asyncio.wait_for(running, PATIENCE)
     assert again.current() is None
