@@ -16,7 +16,8 @@ from k8s_consul_registrar.admin.view import TargetState
 from k8s_consul_registrar.kube.source_state import CAUSES
 from k8s_consul_registrar.model import Kind
 from k8s_consul_registrar.proxy.metrics import ProxyCollector
-from k8s_consul_registrar.proxy.outcomes import Outcome, ProxyStats
+from k8s_consul_registrar.proxy.refusals import Outcome
+from k8s_consul_registrar.proxy.stats import ProxyStats
 from k8s_consul_registrar.registrar.decide import Kept
 from k8s_consul_registrar.registrar.metrics import Figures, RegistrarCollector, RegistrarMetrics
 from k8s_consul_registrar.registrar.orphans import Stays

@@ -15,14 +15,15 @@ import pytest
 import trustme
 
 from k8s_consul_registrar.errors import OperationalError
-from k8s_consul_registrar.proxy import frames
-from k8s_consul_registrar.proxy.failing import Failures
-from k8s_consul_registrar.proxy.frames import Begin, Credentials, Limits
+from k8s_consul_registrar.proxy import worker_protocol as frames
+from k8s_consul_registrar.proxy.config import ProxyConfig, ProxyTiming
+from k8s_consul_registrar.proxy.limits import Concurrency
 from k8s_consul_registrar.proxy.nodes import POD, Endpoint, Nodes, NodeTable
-from k8s_consul_registrar.proxy.outcomes import NO_STATS, Outcome, added
-from k8s_consul_registrar.proxy.pod_route import Pods, ProxiedPod
-from k8s_consul_registrar.proxy.route import Route
-from k8s_consul_registrar.proxy.sockets import listen
+from k8s_consul_registrar.proxy.refusals import Outcome
+from k8s_consul_registrar.proxy.routes import Pods, ProxiedPod, Route
+from k8s_consul_registrar.proxy.server import listen
+from k8s_consul_registrar.proxy.stats import NO_STATS, Failures, added
+from k8s_consul_registrar.proxy.worker_protocol import Begin, Credentials
 from k8s_consul_registrar.proxy.workers import Workers, WorkerTiming
 from k8s_consul_registrar.rotating import BearerTokens
 from k8s_consul_registrar.tls import KeyPair, ServerCertificate, Trust
@@ -66,9 +67,15 @@ class Parent:
     def begin(self, port: int) -> Begin:
         """Return what never changes."""
         self.port = port
-        return Begin(
-            port, frozenset({"/metrics/cadvisor"}), Limits(8, 32, 50, 50), 30.0, True, "info", "json"
+        config = ProxyConfig(
+            paths=frozenset({"/metrics/cadvisor"}),
+            has_pods=True,
+            concurrency=Concurrency(per_node=8, overall=32),
+            max_clients=50,
+            kept_connections=50,
+            timing=ProxyTiming(longest_scrape=30.0),
         )
+        return Begin(port, config, "info", "json")
 
     def make(
         self, count: int = 2, command: tuple[str, ...] = COMMAND, timing: WorkerTiming = QUICK

@@ -12,7 +12,8 @@ from k8s_consul_registrar import runner
 from k8s_consul_registrar.admin.metrics import new_registry
 from k8s_consul_registrar.cli import build_parser
 from k8s_consul_registrar.proxy.metrics import ProxyCollector
-from k8s_consul_registrar.proxy.outcomes import Outcome, ProxyStats
+from k8s_consul_registrar.proxy.refusals import Outcome
+from k8s_consul_registrar.proxy.stats import ProxyStats
 from k8s_consul_registrar.registrar.decide import Kept
 from k8s_consul_registrar.registrar.metrics import (
     PASS_OUTCOMES,

@@ -67,7 +67,7 @@ OF_TLS = {
     "SSLError",
 }
 # Where bytes are encrypted and decrypted: an error there ends one connection.
-STEPS = ("proxy/secure.py", "proxy/tls.py", "proxy/upstream.py")
+STEPS = ("proxy/secure_connection.py", "proxy/tls_stream.py", "proxy/upstream.py")
 
 
 def uses_of_tls(tree: ast.AST) -> Iterator[str]:

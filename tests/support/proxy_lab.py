@@ -14,15 +14,12 @@ from typing import cast
 import trustme
 
 from k8s_consul_registrar.model import ContainerPort, Node, NodeAddress, Pod
-from k8s_consul_registrar.proxy.downstream import Downstream
+from k8s_consul_registrar.proxy.client_connection import ClientConnection
+from k8s_consul_registrar.proxy.config import ProxyConfig, ProxyTiming
 from k8s_consul_registrar.proxy.limits import Concurrency
 from k8s_consul_registrar.proxy.nodes import Nodes, NodeTable
-from k8s_consul_registrar.proxy.peers import PodAccess
-from k8s_consul_registrar.proxy.pod_route import Pods, proxied_pod
-from k8s_consul_registrar.proxy.relay import RelayTiming
-from k8s_consul_registrar.proxy.route import allowed_paths
-from k8s_consul_registrar.proxy.server import ProxyServer
-from k8s_consul_registrar.proxy.sockets import listen
+from k8s_consul_registrar.proxy.routes import Pods, proxied_pod
+from k8s_consul_registrar.proxy.server import ProxyServer, listen
 from k8s_consul_registrar.rotating import BearerTokens, Rotating
 from k8s_consul_registrar.tls import ServerTls, Trust, server_tls
 from support.waiting import PATIENCE, until
@@ -162,7 +159,7 @@ class Proxy:
         self.writers.append(writer)
         return reader, writer
 
-    async def connect_slow(self, *, tiny_buffers: bool = True) -> tuple[Connection, Downstream]:
+    async def connect_slow(self, *, tiny_buffers: bool = True) -> tuple[Connection, ClientConnection]:
         """Open a connection of a caller that takes nothing yet, and return the proxy's side of it too.
 
         With tiny buffers on both sides a few kilobytes are more than the socket takes.
@@ -175,11 +172,11 @@ class Proxy:
         reader, writer = await asyncio.open_connection(sock=sock)
         self.writers.append(writer)
         transport_of(writer).pause_reading()
-        await until(lambda: any(caller._fd >= 0 for caller in self.server._callers))
-        (downstream,) = self.server._callers
+        await until(lambda: any(client._fd >= 0 for client in self.server._clients))
+        (client,) = self.server._clients
         if tiny_buffers:
-            downstream._socket().setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
-        return (reader, writer), downstream
+            client._socket().setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+        return (reader, writer), client
 
     async def exchange(self, request: bytes) -> bytes:
         """Send raw bytes on a connection of their own and return all that comes until it ends."""
@@ -263,6 +260,35 @@ def unchunked(body: bytes) -> bytes:
         body = rest[count + 2 :]
 
 
+@dataclass(frozen=True)
+class PodAccess:
+    """The Pods that a proxy relays, the trust in them, and their limits."""
+
+    pods: Pods
+    trusted: ssl.SSLContext
+    concurrency: Concurrency | None = None
+
+    def context(self) -> ssl.SSLContext:
+        """Return the context for Pods."""
+        return self.trusted
+
+
+@dataclass(frozen=True)
+class ProxyCredentials:
+    """The proxy's credentials for kubelets, from functions."""
+
+    current_token: Callable[[], str]
+    current_context: Callable[[], ssl.SSLContext]
+
+    def token(self) -> str:
+        """Return the token."""
+        return self.current_token()
+
+    def context(self) -> ssl.SSLContext:
+        """Return the context."""
+        return self.current_context()
+
+
 @contextlib.asynccontextmanager
 async def proxying(
     *nodes: Node,
@@ -277,9 +303,9 @@ async def proxying(
     inbound: Rotating[BearerTokens] | None = None,
     tls: ServerTls | None = None,
     pods: PodAccess | None = None,
-    max_callers: int = 100,
+    max_clients: int = 100,
     kept_connections: int = 100,
-    timing: RelayTiming | None = None,
+    timing: ProxyTiming | None = None,
 ) -> AsyncIterator[Proxy]:
     """Run a proxy for these Nodes, loopback allowed since the kubelets are there.
 
@@ -290,18 +316,22 @@ async def proxying(
     if known:
         holder.replace(NodeTable.of(nodes, allow_loopback=allow_loopback, verify_node_name=verify_node_name))
     given = context if isinstance(context, list) else [context or Trust(authority_pem()).context]
+    config = ProxyConfig(
+        paths=frozenset({"/metrics/cadvisor", *paths}),
+        has_pods=pods is not None,
+        concurrency=concurrency or (pods and pods.concurrency) or Concurrency(),
+        max_clients=max_clients,
+        kept_connections=kept_connections,
+        timing=timing or ProxyTiming(tick=0.05),
+    )
     server = ProxyServer(
-        nodes=holder,
-        paths=allowed_paths(paths),
-        token=token,
-        context=contexts or (lambda: given[0]),
-        concurrency=concurrency,
+        config,
+        holder,
+        ProxyCredentials(token, contexts or (lambda: given[0])),
+        pods=None if pods is None else pods.pods,
+        pod_context=None if pods is None else pods.context,
         inbound=inbound,
         tls=tls,
-        pods=pods,
-        max_callers=max_callers,
-        kept_connections=kept_connections,
-        timing=timing or RelayTiming(tick=0.05),
     )
     sockets = listen(0)
     await server.start(sockets)
@@ -385,7 +415,7 @@ def access(
 ) -> PodAccess:
     """Return how the proxy reaches them, trusting the tests' authority."""
     trusted = context or Trust(authority_pem()).context
-    return PodAccess(pods, lambda: trusted, concurrency or Concurrency(), 100)
+    return PodAccess(pods, trusted, concurrency)
 
 
 def pod_path(name: str = "web-1", namespace: str = "shop", ports: Sequence[int] = ()) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import socket
+import ssl
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,16 +17,15 @@ from k8s_consul_registrar.commands import configure_logs
 from k8s_consul_registrar.errors import OperationalError
 from k8s_consul_registrar.kube.access import load_access
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.proxy.failing import failing_report
+from k8s_consul_registrar.proxy.config import ProxyConfig, ProxyTiming
 from k8s_consul_registrar.proxy.feed import FeedRules, NodeFeed, PodFeed
 from k8s_consul_registrar.proxy.limits import Concurrency
 from k8s_consul_registrar.proxy.metrics import ProxyCollector
 from k8s_consul_registrar.proxy.nodes import Nodes
-from k8s_consul_registrar.proxy.peers import PodAccess
-from k8s_consul_registrar.proxy.pod_route import Pods
-from k8s_consul_registrar.proxy.relay import RelayTiming
-from k8s_consul_registrar.proxy.server import ProxyServer
-from k8s_consul_registrar.proxy.sockets import Fit, listen, raise_file_limit
+from k8s_consul_registrar.proxy.routes import Pods
+from k8s_consul_registrar.proxy.server import ProxyServer, listen
+from k8s_consul_registrar.proxy.stats import failing_report
+from k8s_consul_registrar.proxy.worker_protocol import Begin
 from k8s_consul_registrar.proxy.workers import Workers
 from k8s_consul_registrar.rotating import Derived
 from k8s_consul_registrar.runner import Stop, run_mode, run_until_stopped
@@ -34,11 +34,7 @@ from k8s_consul_registrar.settings.reading import read_proxy
 from k8s_consul_registrar.telemetry import get_logger
 from k8s_consul_registrar.tls import POD, Trust, client_tls
 from k8s_consul_registrar.wiring.upstream_trust import KubeletIdentity
-from k8s_consul_registrar.wiring.worker_state import WORKER, Inbound, begin, credentials
-
-# Connections of callers, and kept ones to each kind of peer, where the limit of open files allows them.
-MOST_CALLERS = 4096
-KEPT_CONNECTIONS = 8192
+from k8s_consul_registrar.wiring.worker_state import WORKER, Inbound, credentials
 
 log = get_logger("app")
 
@@ -58,6 +54,10 @@ class _PodSide:
     wanted: ProxiedPods
     pods: Pods
     trust: Derived[Trust]
+
+    def context(self) -> ssl.SSLContext:
+        """Return the current context for Pods."""
+        return self.trust.current().context
 
 
 @dataclass(slots=True)
@@ -158,46 +158,45 @@ def _relaying(
     settings: ProxySettings, nodes: Nodes, identity: KubeletIdentity, pod_side: _PodSide | None
 ) -> ProxyServer | Workers:
     """Build what relays: in this process, or in several others."""
-    concurrency = Concurrency(per_node=settings.concurrency_per_node, overall=settings.concurrency)
-    fit = _fit(concurrency, kinds=1 if pod_side is None else 2)
+    config = _config(settings)
     inbound = Inbound.of(settings.inbound)
     if settings.workers > 1:
+        common, share = settings.common, config.share(settings.workers)
         return Workers(
             count=settings.workers,
             command=WORKER,
-            begin=lambda port: begin(settings, fit, port),
+            begin=lambda port: Begin(port, share, common.log_level, common.log_format),
             credentials=partial(credentials, identity, None if pod_side is None else pod_side.trust, inbound),
             nodes=nodes,
             pods=None if pod_side is None else pod_side.pods,
         )
-    pods = None
-    if pod_side is not None:
-        trust = pod_side.trust
-        pods = PodAccess(pod_side.pods, lambda: trust.current().context, concurrency, fit.kept_connections)
     return ProxyServer(
-        nodes=nodes,
-        paths=frozenset(settings.paths),
-        token=identity.token,
-        context=identity.context,
-        concurrency=concurrency,
+        config,
+        nodes,
+        identity,
+        pods=None if pod_side is None else pod_side.pods,
+        pod_context=None if pod_side is None else pod_side.context,
         inbound=inbound.bearer,
         tls=inbound.tls,
-        pods=pods,
-        max_callers=fit.max_callers,
-        kept_connections=fit.kept_connections,
-        timing=RelayTiming(longest_scrape=settings.scrape_timeout_max),
     )
 
 
-def _fit(concurrency: Concurrency, *, kinds: int) -> Fit:
-    fit = raise_file_limit(concurrency, MOST_CALLERS, KEPT_CONNECTIONS, kinds=kinds)
-    if fit != (MOST_CALLERS, KEPT_CONNECTIONS):
+def _config(settings: ProxySettings) -> ProxyConfig:
+    """Return the configuration that fits into the limit of open files."""
+    wanted = ProxyConfig(
+        paths=frozenset(settings.paths),
+        has_pods=settings.pods is not None,
+        concurrency=Concurrency(per_node=settings.concurrency_per_node, overall=settings.concurrency),
+        timing=ProxyTiming(longest_scrape=settings.scrape_timeout_max),
+    )
+    config = wanted.fit_open_files()
+    if config != wanted:
         log.warning(
             "the limit of open files is low: fewer connections are kept",
-            callers=fit.max_callers,
-            kept_connections=fit.kept_connections,
+            callers=config.max_clients,
+            kept_connections=config.kept_connections,
         )
-    return fit
+    return config
 
 
 def _feeds(

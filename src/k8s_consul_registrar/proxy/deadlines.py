@@ -1,25 +1,25 @@
-"""When scrapes run out of time: one look at a clock for many of them, since nearly all end long before."""
+"""Deadlines of scrapes: one look at the clock for many of them, since nearly all end long before."""
 
 import asyncio
 from typing import Protocol
 
-# How late a scrape may be told, in seconds; a scrape that is short compared with it has a timer of its own.
+# The most that a scrape may outlast its deadline, in seconds; a much shorter scrape has a timer of its own.
 GRAIN = 0.1
 SHORT = 20 * GRAIN
 
 
 class Bounded(Protocol):
-    """Whoever has a deadline."""
+    """Anything with a deadline."""
 
     def expire(self) -> None:
-        """End: the time is up."""
+        """End, because the time is up."""
 
 
 class Deadlines:
-    """Tells each of many that its time is up, unless it has gone before.
+    """Deadlines by length, the earliest first in each.
 
-    Prometheus announces the same timeout for a whole job, so those of one length stand in a queue in which the
-    first is always the next to be told. A timer each would cost more than the rest of a scrape's bookkeeping.
+    Prometheus announces one timeout for a whole job, so scrapes with the same timeout form a queue whose first
+    is always the next to expire. A timer each would cost more than the rest of a scrape's bookkeeping.
     """
 
     __slots__ = ("_lanes", "_loop", "_ticking", "_timers")
@@ -31,9 +31,9 @@ class Deadlines:
         self._ticking: asyncio.TimerHandle | None = None
 
     def start(self, bounded: Bounded, seconds: float) -> None:
-        """Tell it in so many seconds, at most `GRAIN` later; what is shorter than `SHORT` to the millisecond."""
+        """Expire `bounded` in `seconds`, at most `GRAIN` later; to the millisecond where shorter than `SHORT`."""
         if seconds < SHORT:
-            self._timers[bounded] = self._loop.call_later(seconds, self._tell, bounded)
+            self._timers[bounded] = self._loop.call_later(seconds, self._expire, bounded)
             return
         lane = self._lanes.get(seconds)
         if lane is None:
@@ -43,7 +43,7 @@ class Deadlines:
             self._ticking = self._loop.call_later(GRAIN, self._tick)
 
     def stop(self, bounded: Bounded, seconds: float) -> None:
-        """Tell it nothing any more; `seconds` is what it began with."""
+        """Forget a deadline; `seconds` is what it began with."""
         if seconds < SHORT:
             timer = self._timers.pop(bounded, None)
             if timer is not None:
@@ -54,14 +54,14 @@ class Deadlines:
             lane.pop(bounded, None)
 
     def close(self) -> None:
-        """Tell nobody any more."""
+        """Forget all."""
         for timer in (*self._timers.values(), *((self._ticking,) if self._ticking is not None else ())):
             timer.cancel()
         self._timers.clear()
         self._lanes.clear()
         self._ticking = None
 
-    def _tell(self, bounded: Bounded) -> None:
+    def _expire(self, bounded: Bounded) -> None:
         self._timers.pop(bounded, None)
         bounded.expire()
 
@@ -75,7 +75,7 @@ class Deadlines:
                     break
                 due.append((seconds, bounded))
             if not lane:
-                # Lengths come from callers: those nobody has now must not gather.
+                # Clients choose the lengths, so unused ones must not gather.
                 del self._lanes[seconds]
         for seconds, bounded in due:
             self.stop(bounded, seconds)

@@ -17,7 +17,7 @@ from k8s_consul_registrar.kube.source_state import Failed, SourceStatus
 from k8s_consul_registrar.kube.store import KEEP, Evidence, Store, Unreadable
 from k8s_consul_registrar.model import Kind, Node, ObjectKey, Pod, Source, Undecodable
 from k8s_consul_registrar.proxy.nodes import Contest, Nodes, NodeTable
-from k8s_consul_registrar.proxy.pod_route import Pods, ProxiedPod, proxied_pod
+from k8s_consul_registrar.proxy.routes import Pods, ProxiedPod, proxied_pod
 from k8s_consul_registrar.telemetry import Failures, get_logger
 
 log = get_logger("feed")

@@ -1,4 +1,4 @@
-"""The heads of both sides: what goes up to a kubelet, what comes down, and what neither ever sees."""
+"""Heads of messages to both sides, and the header fields that are passed on."""
 
 import re
 from collections.abc import Mapping
@@ -6,8 +6,8 @@ from functools import lru_cache
 from http import HTTPStatus
 
 from k8s_consul_registrar import __version__
-from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
-from k8s_consul_registrar.proxy.route import Route
+from k8s_consul_registrar.proxy.refusals import Outcome, Refusal
+from k8s_consul_registrar.proxy.routes import Route
 
 # Field names in lower case; a field that comes twice is one, its values joined by ", " (RFC 9110, 5.3).
 Fields = Mapping[bytes, bytes]
@@ -32,14 +32,14 @@ RESPONSE_FIELDS = frozenset(
 _HOST = re.compile(
     rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2}){1,255})(?::[0-9]{0,5})?"
 )
-# RFC 9110, 5.5: what may stand in a field's value. llhttp has refused the rest; this is the second lock.
+# Field values allowed by RFC 9110, 5.5. llhttp has rejected all others; this is the second lock.
 _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 
 _USER_AGENT = f"k8s-consul-registrar/{__version__}"
 
 
 def request_fault(fields: Fields) -> Refusal | None:
-    """Say what makes a request malformed though it parses: no single sound Host, or a body."""
+    """Return why a request that parses is malformed: no single well-formed Host, or a body."""
     host = fields.get(b"host")
     if host is None or _HOST.fullmatch(host) is None:
         return Refusal(400, Outcome.BAD_REQUEST, "a request needs exactly one well-formed Host")
@@ -49,26 +49,26 @@ def request_fault(fields: Fields) -> Refusal | None:
 
 
 def has_body(fields: Fields) -> bool:
-    """Say whether a request announces a body (RFC 9112, 6)."""
+    """Return True if a request announces a body (RFC 9112, 6)."""
     return b"transfer-encoding" in fields or fields.get(b"content-length", b"0") != b"0"
 
 
 def wants_close(fields: Fields) -> bool:
-    """Say whether the sender closes the connection after this message (RFC 9112, 9.6)."""
+    """Return True if the sender closes the connection after this message (RFC 9112, 9.6)."""
     connection = fields.get(b"connection")
     return connection is not None and b"close" in [part.strip() for part in connection.lower().split(b",")]
 
 
 def request_start(route: Route) -> bytes:
-    """Return the beginning of the request to a kubelet, the same for every scrape of a route."""
+    """Return the start of the request to an upstream, the same for every scrape of a route."""
     return f"GET {route.path} HTTP/1.1\r\nHost: {route.endpoint}\r\nUser-Agent: {_USER_AGENT}\r\n".encode()
 
 
 @lru_cache(maxsize=64)
 def request_rest(accept: bytes | None, accept_encoding: bytes | None, token: str) -> bytes:
-    """Return the rest of the request to a kubelet: what the caller accepts, and our own credentials.
+    """Return the rest of the request to an upstream: the client's Accept fields and the proxy's own token.
 
-    An empty token sends none. Raises ValueError where a value cannot stand in a header.
+    An empty token sends none. Raises ValueError if a value is not allowed in a header.
     """
     authorization = f"Bearer {token}".encode("latin-1") if token else None
     fields = {b"Accept": accept, b"Accept-Encoding": accept_encoding, b"Authorization": authorization}
@@ -77,9 +77,9 @@ def request_rest(accept: bytes | None, accept_encoding: bytes | None, token: str
 
 @lru_cache(maxsize=64)
 def response_start(content_type: bytes | None, content_encoding: bytes | None) -> bytes:
-    """Return the beginning of the answer to a caller: of the kubelet's head, what a scrape needs.
+    """Return the start of the answer to a client: the fields of the upstream's head that a scrape needs.
 
-    Raises ValueError where a value cannot stand in a header.
+    Raises ValueError if a value is not allowed in a header.
     """
     return b"HTTP/1.1 200 OK\r\n" + _lines(
         {b"Content-Type": content_type, b"Content-Encoding": content_encoding}
@@ -91,13 +91,13 @@ def _lines(fields: Mapping[bytes, bytes | None]) -> bytes:
     for name, value in fields.items():
         if value is not None:
             if _VALUE.fullmatch(value) is None:
-                raise ValueError(f"the value of {name.decode()} cannot stand in a header")
+                raise ValueError(f"the value of {name.decode()} is not allowed in a header")
             lines.append(name + b": " + value + b"\r\n")
     return b"".join(lines)
 
 
 def refusal_bytes(refusal: Refusal, *, close: bool, with_body: bool = True) -> bytes:
-    """Return a whole answer of our own; `with_body` is False for HEAD, whose answers have none."""
+    """Return a refusal as a whole answer; `with_body` is False for HEAD, whose answers have none."""
     body = f"{refusal.reason}\n".encode()
     lines = [
         f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}",

@@ -1,4 +1,4 @@
-"""How many scrapes run at once, per node and over all, and who waits for a place."""
+"""Limits of scrapes that run at once, for each node and over all, and the queues for a place."""
 
 import math
 from collections import deque
@@ -13,7 +13,7 @@ DEFAULT_SCRAPE_TIMEOUT = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Concurrency:
-    """How many scrapes may run, to one node and over all; `patience` times as many may wait."""
+    """Scrapes that may run, to one node and over all; `patience` times as many may wait."""
 
     per_node: int = 8
     overall: int = 512
@@ -21,14 +21,14 @@ class Concurrency:
 
 
 class Waiter(Protocol):
-    """Whoever asked for a place and may have to wait for it."""
+    """A scrape that may have to wait for a place."""
 
     def admitted(self) -> None:
-        """Take the place that is free now."""
+        """Begin: a place came free."""
 
 
 class Entry(Enum):
-    """What a scrape is told that asks for a place."""
+    """Result of asking for a place."""
 
     RUN = "run"
     WAIT = "wait"
@@ -36,15 +36,15 @@ class Entry(Enum):
 
 
 class Limits:
-    """Gives out the places and keeps the queues, first come first served.
+    """The places and their queues, first come first served.
 
-    A scrape first claims a place of its node; with that it may stand in the queue over all. So a node that
-    hangs fills its own queue only.
+    A scrape first claims a place of its node, and only then joins the queue for a place over all. So a node
+    that hangs fills only its own queue.
     """
 
     def __init__(self, allowed: Concurrency) -> None:
         self._allowed = allowed
-        # By node: how many scrapes run, or wait for a place over all; and who waits for one of the node's places.
+        # By node: scrapes that run or wait for a place over all; and the queue for one of the node's places.
         self._claimed: dict[Hashable, int] = {}
         self._queues: dict[Hashable, deque[Waiter]] = {}
         self._ready: deque[tuple[Hashable, Waiter]] = deque()
@@ -73,7 +73,7 @@ class Limits:
         return Entry.WAIT
 
     def leave(self, node: Hashable) -> None:
-        """Give a place back, and let in whoever is next."""
+        """Give a place back, and admit the next scrape."""
         self.running -= 1
         self._unclaim(node)
         if self._ready:
@@ -115,11 +115,11 @@ class Limits:
 
 @lru_cache(maxsize=64)
 def scrape_deadline(announced: bytes | None, longest: float) -> float:
-    """Return how many seconds a scrape may take, slightly below what Prometheus announces.
+    """Return the seconds that a scrape may take, slightly fewer than Prometheus announces.
 
-    `announced` is X-Prometheus-Scrape-Timeout-Seconds; 30 s stand for it where it is absent or no positive
-    number, `longest` caps it. A tenth is kept back, at most half a second, so that Prometheus reads our 504
-    and does not see its own clock run out.
+    `announced` is X-Prometheus-Scrape-Timeout-Seconds: 30 s if it is absent or no positive number, at most
+    `longest`. A tenth is kept back, at most half a second, so that Prometheus reads our 504 before its own
+    clock runs out.
     """
     timeout = DEFAULT_SCRAPE_TIMEOUT
     if announced is not None:

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from k8s_consul_registrar.proxy.histogram import BOUNDS
-from k8s_consul_registrar.proxy.outcomes import ProxyStats
+from k8s_consul_registrar.proxy.stats import BOUNDS, ProxyStats
 
 PREFIX = "k8s_consul_registrar_proxy"
 

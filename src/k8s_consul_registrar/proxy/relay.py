@@ -1,121 +1,85 @@
-"""What all scrapes share, and the decision whether one may begin."""
+"""Parts that all scrapes of a process share, and the decision where a request leads."""
 
 import asyncio
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from k8s_consul_registrar.proxy.buffers import Buffers
+from k8s_consul_registrar.proxy.config import ProxyConfig
 from k8s_consul_registrar.proxy.deadlines import Deadlines
-from k8s_consul_registrar.proxy.failing import Failures
-from k8s_consul_registrar.proxy.failures import of_pod
 from k8s_consul_registrar.proxy.headers import request_start
-from k8s_consul_registrar.proxy.limits import Concurrency, Limits
+from k8s_consul_registrar.proxy.limits import Limits
 from k8s_consul_registrar.proxy.nodes import POD_TLS, Nodes
-from k8s_consul_registrar.proxy.outcomes import Counts, Refusal
-from k8s_consul_registrar.proxy.peers import Peers, PodAccess, TokenSource, as_it_is, no_context, no_token
-from k8s_consul_registrar.proxy.pod_route import POD_PREFIX, UNKNOWN_POD, find_pod
 from k8s_consul_registrar.proxy.pool import Pool
-from k8s_consul_registrar.proxy.request import Memory
-from k8s_consul_registrar.proxy.route import UNKNOWN_NODE, Route, find_route
+from k8s_consul_registrar.proxy.refusals import Refusal
+from k8s_consul_registrar.proxy.request import RequestCache
+from k8s_consul_registrar.proxy.response import HeadCache
+from k8s_consul_registrar.proxy.routes import POD_PREFIX, Pods, Route, find_pod, find_route
+from k8s_consul_registrar.proxy.stats import Counts, Failures
+from k8s_consul_registrar.proxy.tls_stream import Buffers
+from k8s_consul_registrar.proxy.upstreams import (
+    CredentialSource,
+    KubeletUpstream,
+    PodUpstream,
+    Upstream,
+)
 
-# Distinct targets remembered; each Node has one or two, but a query makes any number of them.
-MOST_ROUTES = 16_384
-
-
-@dataclass(frozen=True, slots=True)
-class RelayTiming:
-    """Every delay of the relay, in seconds; tests hand in smaller ones.
-
-    `keep_alive` outlasts the five minutes Go's client keeps an idle connection, so that the caller closes first
-    and no request meets a connection just closed. `upstream_idle` stays under a kubelet's 90 s.
-    """
-
-    connect: float = 5.0
-    longest_scrape: float = 120.0
-    request_head: float = 10.0
-    keep_alive: float = 330.0
-    flush: float = 30.0
-    linger: float = 1.0
-    upstream_idle: float = 75.0
-    tick: float = 1.0
+# Distinct targets remembered; each Node has one or two, but queries make any number of them.
+MAX_ROUTES = 16_384
 
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """A request target that leads somewhere, with the part of the request to there that never changes."""
+    """A request target that leads to an upstream, with the unchanging start of the request to it."""
 
     route: Route
     request: bytes
-    peers: Peers
-
-
-class PodPeers:
-    """The Pods as peers, over TLS and in plain, which share places and the bound on kept connections."""
-
-    def __init__(self, access: PodAccess, idle_limit: float) -> None:
-        self.pods = access.pods
-        limits = Limits(access.concurrency)
-        pool = Pool(overall=access.kept_connections, idle_limit=idle_limit)
-        access.pods.on_gone = pool.forget
-
-        def peers(context: Callable[[], ssl.SSLContext | None]) -> Peers:
-            return Peers(
-                context=context,
-                token=no_token,
-                limits=limits,
-                pool=pool,
-                is_current=access.pods.is_current,
-                unknown=UNKNOWN_POD,
-                worded=of_pod,
-            )
-
-        self.over_tls = peers(access.context)
-        self.in_plain = peers(no_context)
+    upstream: Upstream
 
 
 class Relay:
-    """The parts every scrape of one process uses; not for use from another thread."""
+    """The parts that every scrape of one process uses; not for use from another thread.
+
+    Pods are relayed where there are `pods`, those over https where there is `pod_context` too.
+    """
 
     def __init__(
         self,
-        *,
+        config: ProxyConfig,
         nodes: Nodes,
-        paths: frozenset[str],
-        token: TokenSource,
-        context: Callable[[], ssl.SSLContext],
-        concurrency: Concurrency,
-        kept_connections: int,
-        timing: RelayTiming,
-        pods: PodAccess | None = None,
+        credentials: CredentialSource,
+        pods: Pods | None = None,
+        pod_context: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
+        self.timing = config.timing
         self.buffers = Buffers()
+        self.requests = RequestCache()
         self.counts = Counts()
-        self.memory = Memory()
-        self.timing = timing
         self.failures = Failures()
-        self.nodes = nodes
         self.deadlines = Deadlines(self.loop)
-        self.kubelets = Peers(
-            context=context,
-            token=token,
-            limits=Limits(concurrency),
-            pool=Pool(overall=kept_connections, idle_limit=timing.upstream_idle),
-            is_current=lambda endpoint: endpoint in nodes.current.endpoints,
-            unknown=UNKNOWN_NODE,
-            worded=as_it_is,
-        )
-        self.pods = None if pods is None else PodPeers(pods, timing.upstream_idle)
         self.is_draining = False
-        self._paths = paths
+        self.nodes = nodes
+        self.pods = pods
+        self.kubelets = KubeletUpstream(nodes, credentials, config)
+        self.upstreams: tuple[Upstream, ...] = (self.kubelets,)
+        if pods is not None:
+            limits = Limits(config.concurrency)
+            pool = Pool(overall=config.kept_connections, idle_limit=config.timing.upstream_idle)
+            pods.on_gone = pool.forget
+            heads = HeadCache()
+            self._plain_pods = PodUpstream(pods, None, limits, pool, heads)
+            self._tls_pods = PodUpstream(pods, pod_context, limits, pool, heads)
+            # One for both, which share limits and pool.
+            self.upstreams += (self._plain_pods,)
+        self._paths = config.paths
         self._routed: dict[bytes, Routed] = {}
         self._version = nodes.version
 
     def find(self, target: bytes) -> Routed | Refusal:
-        """Decide on a raw request target.
+        """Return where a raw request target leads.
 
-        The decision is a function of the target and the table alone, so it is remembered until the table
+        For a Node the answer depends on the target and the table only and is remembered until the table
         changes.
         """
         if self._version != self.nodes.version:
@@ -128,32 +92,27 @@ class Relay:
         found = find_route(target, self.nodes.current, self._paths, known=self.nodes.known)
         if isinstance(found, Refusal):
             return found
-        if len(self._routed) >= MOST_ROUTES:
+        if len(self._routed) >= MAX_ROUTES:
             self._routed.clear()
         routed = self._routed[target] = Routed(found, request_start(found), self.kubelets)
         return routed
 
+    def _find_pod(self, pods: Pods, target: bytes) -> Routed | Refusal:
+        # Not remembered: Pods come and go all the time, and finding one costs a few microseconds.
+        found = find_pod(target, pods, self.nodes.current)
+        if isinstance(found, Refusal):
+            return found
+        upstream = self._tls_pods if found.endpoint.peer == POD_TLS else self._plain_pods
+        return Routed(found, request_start(found), upstream)
+
     def notice_nodes(self) -> None:
-        """Drop what was remembered of a table that is no longer current, connections included."""
+        """Forget routes of the previous table, and close the connections to kubelets that left it."""
         self._version = self.nodes.version
         self._routed.clear()
         self.kubelets.pool.retain(self.nodes.current.endpoints)
 
-    def _find_pod(self, pods: PodPeers, target: bytes) -> Routed | Refusal:
-        # Not remembered: Pods come and go all the time, and to find one again costs a few microseconds.
-        found = find_pod(target, pods.pods, self.nodes.current)
-        if isinstance(found, Refusal):
-            return found
-        peers = pods.over_tls if found.endpoint.peer == POD_TLS else pods.in_plain
-        return Routed(found, request_start(found), peers)
-
-    @property
-    def all_peers(self) -> tuple[Peers, ...]:
-        """Each kind that has places and connections of its own."""
-        return (self.kubelets,) if self.pods is None else (self.kubelets, self.pods.in_plain)
-
     def close(self) -> None:
-        """Close every connection that is kept, and forget every deadline."""
+        """Close every kept connection, and forget every deadline."""
         self.deadlines.close()
-        for peers in self.all_peers:
-            peers.pool.close()
+        for upstream in self.upstreams:
+            upstream.pool.close()

@@ -1,4 +1,4 @@
-"""Reads a caller's requests without touching a socket: llhttp parses, we add what it leaves to us."""
+"""The requests of a client connection, parsed by llhttp and checked beyond it; no sockets."""
 
 import re
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 from httptools import HttpParserError, HttpParserInvalidMethodError, HttpParserUpgrade, HttpRequestParser
 
 from k8s_consul_registrar.proxy.headers import REQUEST_FIELDS, Fields, has_body, request_fault, wants_close
-from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
+from k8s_consul_registrar.proxy.refusals import Outcome, Refusal
 
 HEAD_LIMIT = 16 * 1024
 TARGET_LIMIT = 2 * 1024
@@ -25,7 +25,7 @@ TOO_SLOW = Refusal(408, Outcome.BAD_REQUEST, "the request did not come in time")
 
 
 class Request(NamedTuple):
-    """A sound GET: the target byte for byte, the fields the relay uses, and whether another may follow."""
+    """A valid GET: the target byte for byte, the fields that the relay uses, and if another may follow."""
 
     target: bytes
     fields: Fields
@@ -33,44 +33,44 @@ class Request(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """What a request is answered that is not one; `is_head` answers have no body."""
+    """The answer to an invalid request; `is_head` answers have no body."""
 
     refusal: Refusal
     keeps_alive: bool = False
     is_head: bool = False
 
 
-class Memory:
-    """Sound requests seen before, by their bytes, shared by all connections.
+class RequestCache:
+    """Valid requests seen before, by their bytes, shared by all connections.
 
-    A collector sends the same bytes at every scrape, and what llhttp makes of them between two requests
-    depends on nothing else: so they are parsed once.
+    A collector sends the same bytes at every scrape, and the parsed request depends on nothing else, so
+    they are parsed once.
     """
 
-    __slots__ = ("_seen", "recall")
+    __slots__ = ("_seen", "get")
 
-    LONGEST = 1024
-    MOST = 8192
+    MAX_LENGTH = 1024
+    MAX_REQUESTS = 8192
 
     def __init__(self) -> None:
         self._seen: dict[bytes, Request] = {}
-        self.recall = self._seen.get
+        self.get = self._seen.get
 
-    def keep(self, raw: bytes, asked: Request) -> None:
-        """Remember a request, at the cost of all others where there are too many."""
-        if len(raw) <= self.LONGEST:
-            if len(self._seen) >= self.MOST:
+    def put(self, raw: bytes, request: Request) -> None:
+        """Remember a request, and forget all others where there are too many."""
+        if len(raw) <= self.MAX_LENGTH:
+            if len(self._seen) >= self.MAX_REQUESTS:
                 self._seen.clear()
-            self._seen[raw] = asked
+            self._seen[raw] = request
 
 
 class RequestReader:
-    """Reads one request after another off one connection."""
+    """Reader of one request after another off one connection."""
 
-    __slots__ = ("_fields", "_head_is_complete", "_memory", "_parser", "_partial", "_target")
+    __slots__ = ("_cache", "_fields", "_head_is_complete", "_parser", "_partial", "_target")
 
-    def __init__(self, memory: Memory) -> None:
-        self._memory = memory
+    def __init__(self, cache: RequestCache) -> None:
+        self._cache = cache
         self._parser = HttpRequestParser(self)
         self._partial = b""
         self._target = b""
@@ -79,11 +79,11 @@ class RequestReader:
 
     @property
     def is_midway(self) -> bool:
-        """Whether a request has begun and is not complete."""
+        """True if a request has begun and is not complete."""
         return bool(self._partial)
 
     def feed(self, data: memoryview) -> Request | Fault | None:
-        """Take what came: a request, what is wrong with it, or None where more must come.
+        """Parse received data: return a request, its fault, or None if it is incomplete.
 
         After a Fault that does not keep the connection alive nothing more may be fed.
         """
@@ -91,7 +91,7 @@ class RequestReader:
             raw = self._partial + data.tobytes()
         else:
             raw = data.tobytes()
-            known = self._memory.recall(raw)
+            known = self._cache.get(raw)
             if known is not None:
                 return known
             self._target = b""
@@ -132,9 +132,9 @@ class RequestReader:
         fault = request_fault(fields)
         if fault is not None:
             return Fault(fault)
-        asked = Request(target, fields, not wants_close(fields))
-        self._memory.keep(raw, asked)
-        return asked
+        request = Request(target, fields, not wants_close(fields))
+        self._cache.put(raw, request)
+        return request
 
     def _judge_line(self, raw: bytes) -> Fault:
         method = self._parser.get_method()
@@ -146,14 +146,14 @@ class RequestReader:
         is_sound = is_alone and request_fault(self._fields) is None and not wants_close(self._fields)
         return Fault(METHOD, keeps_alive=is_sound, is_head=method == b"HEAD")
 
-    # What llhttp tells
+    # Called by llhttp
 
     def on_url(self, piece: bytes) -> None:
-        """Take a piece of the target; it may come in several."""
+        """Append a piece of the target; it may come in several."""
         self._target += piece
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a field, joined to what came of it before."""
+        """Add a field, joined to earlier values of it."""
         key = name.lower()
         if key in REQUEST_FIELDS:
             fields = self._fields

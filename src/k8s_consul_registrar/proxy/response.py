@@ -1,8 +1,7 @@
-"""Reads a kubelet's answer without touching a socket: its head, and where its body ends.
+"""The answer of an upstream, read without sockets: its head, and where its body ends.
 
-llhttp parses both. The body's bytes are passed on as they came: llhttp in its strict mode accepts a chunked
-body in the one form of RFC 9112 alone (no bare LF, no folding, no spaces), so whoever reads it next finds
-the same end.
+llhttp parses both. The body's bytes are passed on unchanged: llhttp in its strict mode accepts a chunked body
+only in the form of RFC 9112 (no bare LF, no folding, no spaces), so the next reader finds the same end.
 """
 
 from http import HTTPStatus
@@ -11,14 +10,11 @@ from typing import NamedTuple
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from k8s_consul_registrar.proxy.headers import RESPONSE_FIELDS, Fields, response_start, wants_close
+from k8s_consul_registrar.proxy.refusals import Malformed
 
 HEAD_LIMIT = 16 * 1024
 END_OF_HEAD = b"\r\n\r\n"
 _ANY_CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-
-
-class Malformed(Exception):
-    """The kubelet's answer is no HTTP/1.1 that can be relayed; the text says why and quotes none of it."""
 
 
 class Head(NamedTuple):
@@ -30,7 +26,7 @@ class Head(NamedTuple):
 
 
 class _HeadReader:
-    """Gathers what llhttp reads of one head."""
+    """Collector of the fields that llhttp reads of one head."""
 
     __slots__ = ("fields", "is_complete")
 
@@ -66,7 +62,7 @@ def read_head(head: memoryview) -> Head:
 
 
 class Counted:
-    """A body of a length announced."""
+    """A body of an announced length."""
 
     __slots__ = ("left",)
 
@@ -77,11 +73,11 @@ class Counted:
 
     @property
     def field(self) -> bytes:
-        """The line of the head that says so."""
+        """The line of the head that announces it."""
         return b"Content-Length: %d\r\n" % self.left
 
     def take(self, body: memoryview) -> bool:
-        """Follow some bytes and say whether the body ends with them; raises Malformed beyond its end."""
+        """Follow some bytes and return True if the body ends with them; raises Malformed beyond its end."""
         self.left -= len(body)
         if self.left < 0:
             raise Malformed("it sends more than the length it announced")
@@ -89,21 +85,21 @@ class Counted:
 
 
 class Chunked:
-    """A body in chunks, its framing followed by llhttp with no Python object a chunk."""
+    """A body in chunks; llhttp follows the framing without a Python object for each chunk."""
 
     __slots__ = ("_ends", "_parser", "_tail")
 
     field = b"Transfer-Encoding: chunked\r\n"
 
     def __init__(self) -> None:
-        # A parser of its own, deaf to headers: a trailer without end would gather in memory otherwise.
+        # A parser of its own that ignores headers: an endless trailer would otherwise gather in memory.
         self._ends = _Ends()
         self._parser = HttpResponseParser(self._ends)
         self._parser.feed_data(_ANY_CHUNKED_HEAD)
         self._tail = b""
 
     def take(self, body: memoryview) -> bool:
-        """Follow some bytes and say whether the body ends with them; raises Malformed beyond its end."""
+        """Follow some bytes and return True if the body ends with them; raises Malformed beyond its end."""
         if not body:
             return False
         try:
@@ -118,7 +114,7 @@ class Chunked:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the body ended in the plain form, with nothing after it that llhttp would skip.
+        """True if the body ended in the plain form, with nothing after it that llhttp would skip.
 
         Trailers or further line ends are passed on too, but then no other answer may follow on either
         connection.
@@ -141,7 +137,7 @@ class _Ends:
 
 
 def framing_of(head: Head) -> Counted | Chunked:
-    """Return how the body of an answer is delimited; raises Malformed where it is not (RFC 9112, 6.3)."""
+    """Return the framing of an answer's body (RFC 9112, 6.3); raises Malformed if there is none."""
     coding = head.fields.get(b"transfer-encoding")
     length = head.fields.get(b"content-length")
     if coding is not None:
@@ -156,10 +152,10 @@ def framing_of(head: Head) -> Counted | Chunked:
 
 
 class Answer(NamedTuple):
-    """What is made of a head: where the status is 200, how the answer to the caller begins.
+    """The parsed head of an answer; for a 200, `start` is the start of the answer to the client.
 
-    `length` is the body's, None where it comes in chunks. `keeps` says whether another answer may follow on
-    the connection.
+    `length` is the body's, None if it comes in chunks. `keeps` is True if another answer may follow on the
+    connection.
     """
 
     status: int
@@ -186,29 +182,29 @@ def read_answer(raw: memoryview) -> Answer:
     )
 
 
-class AnswerMemory:
+class HeadCache:
     """Heads of answers seen lately, by their bytes.
 
-    A head says when it was made to the second, and what else it says kubelets share: where there are many
-    scrapes a second most heads were seen before. What is made of one depends on its bytes alone.
+    A head holds its time to the second and otherwise the same for all kubelets: with many scrapes a second
+    most heads were seen before, and the parsed head depends only on the bytes.
     """
 
     __slots__ = ("_seen",)
 
-    LONGEST = 1024
-    MOST = 256
+    MAX_LENGTH = 1024
+    MAX_HEADS = 256
 
     def __init__(self) -> None:
         self._seen: dict[bytes, Answer] = {}
 
     def read(self, raw: bytes) -> Answer:
-        """Return what a whole head says; raises Malformed."""
+        """Return a whole head parsed; raises Malformed."""
         known = self._seen.get(raw)
         if known is not None:
             return known
         answer = read_answer(memoryview(raw))
-        if answer.status == HTTPStatus.OK and len(raw) <= self.LONGEST:
-            if len(self._seen) >= self.MOST:
+        if answer.status == HTTPStatus.OK and len(raw) <= self.MAX_LENGTH:
+            if len(self._seen) >= self.MAX_HEADS:
                 self._seen.clear()
             self._seen[raw] = answer
         return answer

@@ -1,235 +1,247 @@
-"""One scrape: waits for its place, asks the kubelet, hands the answer on, and ends in one way only."""
+"""One scrape: waits for a place, asks the upstream, passes the answer on, and ends exactly once."""
 
-from http import HTTPStatus
+from enum import Enum
 from time import monotonic
 from typing import Protocol
 
 from k8s_consul_registrar.errors import OperationalError
-from k8s_consul_registrar.proxy import failures
+from k8s_consul_registrar.proxy import refusals
 from k8s_consul_registrar.proxy.headers import Fields, request_rest
 from k8s_consul_registrar.proxy.limits import Entry, scrape_deadline
-from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
+from k8s_consul_registrar.proxy.refusals import UPSTREAM_FAILED, Outcome, Refusal
 from k8s_consul_registrar.proxy.relay import Relay, Routed
-from k8s_consul_registrar.proxy.upstream import Upstream
-
-# Refusals of these statuses are about whom we asked, and worth remembering.
-FAILED = (HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT)
+from k8s_consul_registrar.proxy.upstream import UpstreamConnection
 
 
-class Caller(Protocol):
-    """Whoever asked for the scrape; memory handed over is lent for the call."""
+class ScrapeState(Enum):
+    """State of a scrape: without a place, connecting, waiting for an answer, passing it on, ended."""
+
+    QUEUED = "queued"
+    CONNECTING = "connecting"
+    WAITING = "waiting"
+    RELAYING = "relaying"
+    DONE = "done"
+
+
+# On the path of every scrape: a global is found faster than the member of an enum.
+QUEUED, CONNECTING, WAITING, RELAYING, DONE = ScrapeState
+
+
+class Client(Protocol):
+    """The client connection that asked for a scrape; memory handed over is lent for the call."""
 
     def respond(self, head: bytes, body: memoryview) -> None:
-        """Send the head, but for its last empty line, and the first bytes of the body."""
+        """Send the head, without its last empty line, and the first bytes of the body."""
 
     def send(self, body: memoryview) -> None:
         """Send more of the body."""
 
     def finish(self, *, can_go_on: bool) -> None:
-        """Wait for the next request now that the answer is complete, or close where none `can_go_on`."""
+        """Wait for the next request, or close if none `can_go_on`: the answer is complete."""
 
     def refuse(self, refusal: Refusal) -> None:
-        """Answer this instead; nothing was sent yet."""
+        """Send a refusal; nothing was sent yet."""
 
     def reset(self) -> None:
         """Break the connection, so that the answer begun does not look complete."""
 
 
 class Scrape:
-    """A request under way, between a caller and an upstream connection.
+    """A request under way, between a client connection and an upstream connection.
 
-    Ends exactly once: complete, refused, cut, or left by its caller; then its place, its timer and its
+    It ends exactly once: complete, refused, cut, or left by its client; then its place, its deadline and its
     connection are given back.
     """
 
     __slots__ = (
         "_asked_at",
         "_began_at",
-        "_caller",
+        "_client",
+        "_connection",
         "_fields",
-        "_has_begun",
-        "_has_place",
-        "_is_over",
         "_is_reused",
         "_relay",
         "_routed",
         "_seconds",
-        "_upstream",
+        "_state",
     )
 
-    def __init__(self, relay: Relay, caller: Caller, routed: Routed, fields: Fields) -> None:
+    def __init__(self, relay: Relay, client: Client, routed: Routed, fields: Fields) -> None:
         self._relay = relay
-        self._caller = caller
+        self._client = client
         self._routed = routed
         self._fields = fields
+        self._state = QUEUED
         self._began_at = self._asked_at = monotonic()
-        self._upstream: Upstream | None = None
-        # How long it may take once it was let in or queued; 0 until then.
-        self._seconds = 0.0
-        self._has_place = False
-        self._has_begun = False
+        self._connection: UpstreamConnection | None = None
         self._is_reused = False
-        self._is_over = False
+        # The time allowed; 0 for a scrape that never entered the limits.
+        self._seconds = 0.0
 
     def start(self) -> None:
         """Take a place or wait for one."""
         relay = self._relay
-        entry = self._routed.peers.limits.enter(self._routed.route.endpoint, self)
+        entry = self._routed.upstream.limits.enter(self._routed.route.endpoint, self)
         if entry is Entry.FULL:
-            self._refuse(failures.QUEUE_FULL)
+            self._refuse(refusals.QUEUE_FULL)
             return
         announced = self._fields.get(b"x-prometheus-scrape-timeout-seconds")
         self._seconds = seconds = scrape_deadline(announced, relay.timing.longest_scrape)
         relay.deadlines.start(self, seconds)
         if entry is Entry.RUN:
-            self._has_place = True
+            self._state = CONNECTING
             self._run()
 
     def admitted(self) -> None:
         """Begin: a place came free."""
-        self._has_place = True
         self._asked_at = monotonic()
+        self._state = CONNECTING
         if self._is_current():
             self._run()
         else:
-            self._refuse(self._routed.peers.unknown)
+            self._refuse(self._routed.upstream.unknown)
 
     def _is_current(self) -> bool:
-        """Say whether whom we ask may still be asked: Nodes and Pods go while a scrape waits or connects."""
-        return self._routed.peers.is_current(self._routed.route.endpoint)
+        """Return True if the upstream may still be asked: Nodes and Pods go while a scrape waits or connects."""
+        return self._routed.upstream.is_current(self._routed.route.endpoint)
 
     def _run(self) -> None:
-        relay, peers = self._relay, self._routed.peers
-        upstream = peers.pool.take(self._routed.route.endpoint, peers.context())
-        if upstream is None:
-            self._dial()
+        upstream = self._routed.upstream
+        connection = upstream.pool.take(self._routed.route.endpoint, upstream.context())
+        if connection is None:
+            self._connect()
             return
-        relay.counts.reuses += 1
-        self._upstream = upstream
+        self._relay.counts.reuses += 1
+        self._connection = connection
         self._is_reused = True
-        self._ask(upstream)
+        self._ask(connection)
 
-    def _dial(self) -> None:
-        relay = self._relay
+    def _connect(self) -> None:
+        relay, upstream = self._relay, self._routed.upstream
         relay.counts.dials += 1
+        self._state = CONNECTING
         self._is_reused = False
-        self._upstream = Upstream(self._routed.route.endpoint, self._routed.peers.context(), relay.buffers)
-        self._upstream.dial(self, relay.timing.connect)
+        self._connection = connection = UpstreamConnection(
+            self._routed.route.endpoint, upstream.context(), relay.buffers, upstream.heads
+        )
+        connection.connect(self, relay.timing.connect)
 
-    def _ask(self, upstream: Upstream) -> None:
+    def _ask(self, connection: UpstreamConnection) -> None:
+        self._state = WAITING
         fields = self._fields
         try:
-            token = self._routed.peers.token()
+            token = self._routed.upstream.token()
             rest = request_rest(fields.get(b"accept"), fields.get(b"accept-encoding"), token)
         except (OperationalError, ValueError):
-            self._refuse(failures.NO_CREDENTIALS)
+            self._refuse(refusals.NO_CREDENTIALS)
             return
-        upstream.ask(self, self._routed.request + rest)
+        connection.ask(self, self._routed.request + rest)
 
-    # What the upstream connection tells
+    # Called by the upstream connection
 
     def on_connected(self) -> None:
-        """Ask over the fresh connection."""
-        assert self._upstream is not None
+        """Ask over the new connection."""
+        assert self._connection is not None
         if self._is_current():
-            self._ask(self._upstream)
+            self._ask(self._connection)
         else:
-            self._refuse(self._routed.peers.unknown)
+            self._refuse(self._routed.upstream.unknown)
 
     def on_response(self, start: bytes, body: memoryview) -> None:
-        """Hand the beginning of the answer on."""
-        self._has_begun = True
+        """Pass on the start of the answer."""
+        self._state = RELAYING
         counts = self._relay.counts
         counts.upstream_times.observe(monotonic() - self._asked_at)
         counts.body_bytes += len(body)
-        self._caller.respond(start, body)
+        self._client.respond(start, body)
 
     def on_body(self, body: memoryview) -> None:
-        """Hand more of it on."""
+        """Pass on more of the body."""
         self._relay.counts.body_bytes += len(body)
-        self._caller.send(body)
+        self._client.send(body)
 
     def on_end(self, *, is_exact: bool, is_reusable: bool) -> None:
-        """Keep the connection and let the caller go on."""
-        relay, upstream = self._relay, self._upstream
-        assert upstream is not None
-        self._upstream = None
+        """Keep the connection and let the client go on."""
+        relay, connection = self._relay, self._connection
+        assert connection is not None
+        self._connection = None
         if is_reusable and self._is_current() and not relay.is_draining:
-            upstream.resume()
-            self._routed.peers.pool.put(upstream, relay.loop.time())
+            connection.resume()
+            self._routed.upstream.pool.put(connection, relay.loop.time())
         else:
-            upstream.close()
+            connection.close()
         if self._end(Outcome.OK):
-            self._caller.finish(can_go_on=is_exact)
+            self._client.finish(can_go_on=is_exact)
 
-    def on_failure(self, refusal: Refusal, *, heard: bool) -> None:
-        """Try once more where a kept connection had gone stale; else the scrape has failed."""
-        self._upstream = None
-        if self._is_reused and not heard and self._is_current():
+    def on_failure(self, refusal: Refusal, *, has_answered: bool) -> None:
+        """Try once more if a kept connection had gone stale; otherwise the scrape has failed."""
+        self._connection = None
+        if self._is_reused and not has_answered and self._is_current():
             self._relay.counts.retries += 1
-            self._dial()
-        elif self._has_begun:
+            self._connect()
+        elif self._state is RELAYING:
             self._cut(refusal.reason)
         else:
             self._refuse(refusal)
 
-    # What the caller tells
+    # Called by the client connection
 
     def pause(self) -> None:
-        """Read no more from the kubelet: the caller takes no more."""
-        if self._upstream is not None:
-            self._upstream.pause()
+        """Stop reading from the upstream: the client takes no more for now."""
+        if self._connection is not None:
+            self._connection.pause()
 
     def resume(self) -> None:
         """Read on."""
-        if self._upstream is not None:
-            self._upstream.resume()
+        if self._connection is not None:
+            self._connection.resume()
 
     def leave(self) -> None:
-        """End the call to the kubelet at once: the caller is gone."""
+        """Drop the upstream's answer: the client is gone."""
         self._end(Outcome.CALLER_LEFT)
 
     # Ending
 
     def expire(self) -> None:
         """End in a 504, a 503 or a cut: the time is up."""
-        if self._has_begun:
-            self._cut(failures.TIMED_OUT.reason)
+        if self._state is RELAYING:
+            self._cut(refusals.TIMED_OUT.reason)
         else:
-            self._refuse(failures.TIMED_OUT if self._has_place else failures.WAITED_OUT)
+            self._refuse(refusals.WAITED_OUT if self._state is QUEUED else refusals.TIMED_OUT)
 
     def _cut(self, reason: str) -> None:
+        refusal = Refusal(refusals.CLOSED_EARLY.status, Outcome.CUT, reason)
         if self._end(Outcome.CUT):
-            worded = self._routed.peers.worded(Refusal(HTTPStatus.BAD_GATEWAY, Outcome.CUT, reason))
-            self._note(worded)
-            self._caller.reset()
+            self._note(self._routed.upstream.describe(refusal))
+            self._client.reset()
 
     def _refuse(self, refusal: Refusal) -> None:
-        refusal = self._routed.peers.worded(refusal)
+        refusal = self._routed.upstream.describe(refusal)
         if self._end(refusal.outcome):
             self._note(refusal)
-            self._caller.refuse(refusal)
+            self._client.refuse(refusal)
 
     def _note(self, refusal: Refusal) -> None:
-        if refusal.status in FAILED:
+        if refusal.status in UPSTREAM_FAILED:
             self._relay.failures.note(self._routed.route.endpoint, refusal.outcome, refusal.reason)
 
     def _end(self, outcome: Outcome) -> bool:
         """Give everything back; True the first time."""
-        if self._is_over:
+        state = self._state
+        if state is DONE:
             return False
-        self._is_over = True
-        relay, limits, endpoint = self._relay, self._routed.peers.limits, self._routed.route.endpoint
+        self._state = DONE
+        relay, limits, endpoint = self._relay, self._routed.upstream.limits, self._routed.route.endpoint
         counts = relay.counts
         counts.ended(outcome)
         counts.durations.observe(monotonic() - self._began_at)
-        if self._upstream is not None:
-            self._upstream.close()
-            self._upstream = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
         if self._seconds:
             relay.deadlines.stop(self, self._seconds)
-            if self._has_place:
-                limits.leave(endpoint)
-            else:
+            if state is QUEUED:
                 limits.withdraw(endpoint, self)
+            else:
+                limits.leave(endpoint)
         return True

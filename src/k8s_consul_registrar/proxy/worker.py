@@ -15,7 +15,10 @@ import uvloop
 from msgspec.structs import replace
 
 from k8s_consul_registrar.errors import AccessError, OperationalError
-from k8s_consul_registrar.proxy.frames import (
+from k8s_consul_registrar.proxy.nodes import Nodes
+from k8s_consul_registrar.proxy.routes import Pods
+from k8s_consul_registrar.proxy.server import ProxyServer, listen
+from k8s_consul_registrar.proxy.worker_protocol import (
     Begin,
     Credentials,
     Drain,
@@ -27,13 +30,6 @@ from k8s_consul_registrar.proxy.frames import (
     frame,
     read_to_worker,
 )
-from k8s_consul_registrar.proxy.limits import Concurrency
-from k8s_consul_registrar.proxy.nodes import Nodes
-from k8s_consul_registrar.proxy.peers import PodAccess
-from k8s_consul_registrar.proxy.pod_route import Pods
-from k8s_consul_registrar.proxy.relay import RelayTiming
-from k8s_consul_registrar.proxy.server import ProxyServer
-from k8s_consul_registrar.proxy.sockets import listen
 from k8s_consul_registrar.rotating import BearerTokens, Derived, Rotating
 from k8s_consul_registrar.telemetry import configure_logging, get_logger
 from k8s_consul_registrar.tls import ServerCertificate
@@ -89,25 +85,19 @@ class Worker:
     """A `ProxyServer`, and the state its parent keeps up to date."""
 
     def __init__(self, begin: Begin, credentials: Credentials) -> None:
-        limits = begin.limits
-        concurrency = Concurrency(per_node=limits.per_node, overall=limits.overall)
+        has_pods = begin.config.has_pods
         self._port = begin.port
         self._held = Held(credentials)
         self._nodes, self._pods = Nodes(), Pods()
         self._noted = 0
-        access = PodAccess(self._pods, self._held.pod_context, concurrency, limits.kept_connections)
         self._server = ProxyServer(
-            nodes=self._nodes,
-            paths=begin.paths,
-            token=self._held.token,
-            context=self._held.context,
-            concurrency=concurrency,
+            begin.config,
+            self._nodes,
+            self._held,
+            pods=self._pods if has_pods else None,
+            pod_context=self._held.pod_context if has_pods else None,
             inbound=self._held.bearer,
             tls=self._held.tls,
-            pods=access if begin.has_pods else None,
-            max_callers=limits.max_callers,
-            kept_connections=limits.kept_connections,
-            timing=RelayTiming(longest_scrape=begin.longest_scrape),
         )
 
     async def work(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,45 +1,50 @@
-"""Several processes on one port, for whom one core is not enough: a `ProxyServer` made of workers.
+"""Several processes on one port, for a load beyond one core: a `ProxyServer` made of workers.
 
-The parent alone knows the cluster and the credentials and answers on the admin port; each worker listens on
-the port itself (SO_REUSEPORT, socket(7)) and the system spreads connections over them. So a worker that dies
-takes the scrapes it had under way along, and no others; its successor is told everything anew.
+Only the parent knows the cluster and the credentials and answers on the admin port. Each worker listens on the
+port itself (SO_REUSEPORT, socket(7)) and the system spreads connections over them, so a worker that dies loses
+only the scrapes it had under way. Its successor gets everything again.
 """
 
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from k8s_consul_registrar.backoff import delays
 from k8s_consul_registrar.errors import OperationalError
-from k8s_consul_registrar.proxy.failing import Failure, Failures
-from k8s_consul_registrar.proxy.frames import (
+from k8s_consul_registrar.proxy.nodes import Nodes
+from k8s_consul_registrar.proxy.routes import Pods, ProxiedPod
+from k8s_consul_registrar.proxy.stats import NO_STATS, Failure, Failures, ProxyStats, added
+from k8s_consul_registrar.proxy.worker_protocol import (
     Begin,
     Credentials,
     Drain,
+    Figures,
     PodPut,
     PodsKnown,
+    Serving,
     Table,
     ToWorker,
     frame,
+    read_from_worker,
 )
-from k8s_consul_registrar.proxy.nodes import Nodes
-from k8s_consul_registrar.proxy.outcomes import NO_STATS, ProxyStats, added
-from k8s_consul_registrar.proxy.pod_route import Pods, ProxiedPod
-from k8s_consul_registrar.proxy.worker_process import WorkerProcess
 from k8s_consul_registrar.telemetry import get_logger
 
 _log = get_logger(__name__)
 
 
+# Unsent bytes to a worker; one that reads nothing any more is ended.
+MAX_UNSENT = 64 << 20
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerTiming:
-    """Every delay in keeping workers, in seconds; tests hand in smaller ones.
+    """Every delay in keeping workers, in seconds; tests use shorter ones.
 
-    `tick` is how often credentials are looked at; the rest is told when it happens. A worker that lived for
-    `settled` has not failed to start. `last_words` is what one may take beyond the grace of a drain, and one
-    that says nothing for `silence` hangs: it tells its figures every second.
+    Credentials are compared every `tick`; other changes are sent when they happen. A worker that lived for
+    `settled` has not failed to start. It may take `last_words` beyond the grace of a drain. A worker that sends
+    nothing for `silence` hangs: it sends its figures every second.
     """
 
     starts_within: float = 30.0
@@ -51,11 +56,93 @@ class WorkerTiming:
     retry_cap: float = 5.0
 
 
-class Workers:
-    """Relays scrapes as a `ProxyServer` does, in `count` processes of `command`.
+class WorkerProcess:
+    """A running worker as its parent sees it. However `follow` ends, the process is gone after it."""
 
-    `begin` makes the first message for a port; `credentials` is asked every second for what is current.
-    `nodes` and `pods` are replaced from outside (call `notice_nodes` after the former).
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        on_failures: Callable[[list[Failure]], None],
+    ) -> None:
+        self._process = process
+        self._reader, self._writer = streams
+        self._on_failures = on_failures
+        self.stats: ProxyStats | None = None
+        self.serving = asyncio.Event()
+
+    @classmethod
+    async def start(
+        cls, command: Sequence[str], on_failures: Callable[[list[Failure]], None]
+    ) -> "WorkerProcess":
+        """Start `command` with the number of its socket as the last argument."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *command,
+                    str(theirs.fileno()),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                )
+            except BaseException:
+                ours.close()
+                raise
+        return cls(process, await asyncio.open_unix_connection(sock=ours), on_failures)
+
+    @property
+    def pid(self) -> int:
+        """The ID of its process."""
+        return self._process.pid
+
+    def send(self, messages: Iterable[ToWorker]) -> None:
+        """Send messages."""
+        self.send_frames(b"".join(map(frame, messages)))
+
+    def send_frames(self, frames: bytes) -> None:
+        """Send encoded messages; a worker that reads none any more is ended."""
+        if self._writer.is_closing():
+            return
+        self._writer.write(frames)
+        if self._writer.transport.get_write_buffer_size() > MAX_UNSENT:
+            self.kill()
+
+    async def follow(self, silence: float) -> int:
+        """Read its messages until it is gone or silent for `silence` seconds, and return its exit code."""
+        try:
+            while True:
+                async with asyncio.timeout(silence):
+                    message = await read_from_worker(self._reader)
+                match message:
+                    case None:
+                        break
+                    case Serving():
+                        self.serving.set()
+                    case Figures():
+                        self.stats = message.stats
+                        self._on_failures(message.failures)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await self._process.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self.serving.clear()
+            self._writer.close()
+            self.kill()
+        return await self._process.wait()
+
+    def kill(self) -> None:
+        """End the process at once."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+
+class Workers:
+    """A relay like `ProxyServer`, in `count` processes of `command`.
+
+    `begin` makes the first message for a port; `credentials` returns the current ones. `nodes` and `pods` may
+    be replaced at any time (call `notice_nodes` after the former).
     """
 
     def __init__(
@@ -81,10 +168,10 @@ class Workers:
         self._running: dict[int, WorkerProcess] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._following: asyncio.Task[None] | None = None
-        self._told: Credentials | None = None
-        self._told_pods_known = False
+        self._sent: Credentials | None = None
+        self._sent_pods_known = False
         self._failures = Failures()
-        # What workers that are gone had counted: a counter never goes back.
+        # Counts of workers that are gone: a counter never goes back.
         self._past = NO_STATS
         self._deaths = 0
         self._ending = asyncio.Event()
@@ -94,11 +181,11 @@ class Workers:
     async def start(self, sockets: Sequence[socket.socket]) -> None:
         """Start the workers on the port of these sockets, which stay bound and idle to keep it ours.
 
-        Raises OperationalError where not all of them serve in time.
+        Raises OperationalError if not all of them serve in time.
         """
         self._sockets = sockets
         self._port = sockets[0].getsockname()[1]
-        self._told = self._credentials()
+        self._sent = self._credentials()
         serving = [asyncio.Event() for _ in range(self._count)]
         self._keepers = [asyncio.create_task(self._keep(*each)) for each in enumerate(serving)]
         self._following = asyncio.create_task(self._follow_credentials())
@@ -112,7 +199,7 @@ class Workers:
             ) from None
 
     async def run(self) -> None:
-        """Look after the workers until they are stopped; raises what went wrong with that."""
+        """Keep the workers running until they are stopped; raises the error of a task that failed."""
         await asyncio.gather(*self._tasks())
 
     def _tasks(self) -> list[asyncio.Task[None]]:
@@ -120,50 +207,50 @@ class Workers:
 
     @property
     def is_serving(self) -> bool:
-        """Whether any worker accepts callers."""
+        """True if any worker accepts clients."""
         return any(worker.serving.is_set() for worker in self._running.values())
 
     @property
     def pids(self) -> list[int]:
-        """The workers' processes."""
+        """The IDs of the workers' processes."""
         return [worker.pid for worker in self._running.values()]
 
-    # Telling
+    # Sending
 
     def notice_nodes(self) -> None:
-        """Tell the workers of another table of Nodes."""
-        self._tell_all(Table(self._nodes.current, self._nodes.known))
+        """Send the workers the current table of Nodes."""
+        self._send_all(Table(self._nodes.current, self._nodes.known))
 
     def _put_pod(self, namespace: str, name: str, pod: ProxiedPod | None) -> None:
-        self._tell_all(PodPut(namespace, name, pod))
+        self._send_all(PodPut(namespace, name, pod))
 
     async def _follow_credentials(self) -> None:
         while True:
             await asyncio.sleep(self._timing.tick)
             credentials = self._credentials()
-            if credentials != self._told:
-                self._told = credentials
-                self._tell_all(credentials)
+            if credentials != self._sent:
+                self._sent = credentials
+                self._send_all(credentials)
             known = self._pods is not None and self._pods.known
-            if known != self._told_pods_known:
-                self._told_pods_known = known
-                self._tell_all(PodsKnown(known))
+            if known != self._sent_pods_known:
+                self._sent_pods_known = known
+                self._send_all(PodsKnown(known))
 
-    def _tell_all(self, message: ToWorker) -> None:
+    def _send_all(self, message: ToWorker) -> None:
         if self._running:
             frames = frame(message)
             for worker in self._running.values():
-                worker.pass_on(frames)
+                worker.send_frames(frames)
 
     def _everything(self) -> Iterator[ToWorker]:
         yield self._begin(self._port)
-        assert self._told is not None
-        yield self._told
+        assert self._sent is not None
+        yield self._sent
         yield Table(self._nodes.current, self._nodes.known)
         if self._pods is not None:
             for (namespace, name), pod in self._pods.items():
                 yield PodPut(namespace, name, pod)
-            yield PodsKnown(self._told_pods_known)
+            yield PodsKnown(self._sent_pods_known)
 
     # Keeping them
 
@@ -188,15 +275,15 @@ class Workers:
 
     async def _run_one(self, number: int, first: asyncio.Event) -> str:
         try:
-            worker = await WorkerProcess.start(self._command, self._hear_failures)
+            worker = await WorkerProcess.start(self._command, self._note_failures)
         except OSError as error:
             return f"cannot be started: {error.strerror or error}"
         self._running[number] = worker
         if self._ending.is_set():
-            worker.kill()  # it began too late to be told
+            worker.kill()  # it began too late for the message
         waiting = asyncio.create_task(self._announce(number, worker, first))
         try:
-            worker.tell(self._everything())
+            worker.send(self._everything())
             code = await worker.follow(self._timing.silence)
         finally:
             waiting.cancel()
@@ -211,7 +298,7 @@ class Workers:
         first.set()
         _log.info("a worker serves", worker=number, pid=worker.pid)
 
-    def _hear_failures(self, failures: list[Failure]) -> None:
+    def _note_failures(self, failures: list[Failure]) -> None:
         for failure in failures:
             self._failures.take(failure)
 
@@ -220,13 +307,13 @@ class Workers:
     async def drain(self, grace: float) -> None:
         """Have every worker accept no more and finish what is under way within `grace` seconds."""
         self._ending.set()
-        self._tell_all(Drain(grace))
+        self._send_all(Drain(grace))
         await self._gone_within(grace + self._timing.last_words)
 
     async def stop(self) -> None:
         """End everything at once; answers under way are reset."""
         self._ending.set()
-        self._tell_all(Drain(0))
+        self._send_all(Drain(0))
         await self._gone_within(self._timing.last_words)
         for task in self._tasks():
             task.cancel()

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from k8s_consul_registrar.model import Kind, Source
+from k8s_consul_registrar.proxy.routes import PERMITTED_PATHS
 from k8s_consul_registrar.settings import parsers as parse
 from k8s_consul_registrar.settings.common import ModeSettings, PodSelection
 from k8s_consul_registrar.settings.field import Reader, Section, section, setting
@@ -14,9 +15,8 @@ KUBELETS = "Kubelets"
 CLIENTS = "Clients of the proxy"
 PODS = "Pods through the proxy"
 LIMITS = "Limits and shutdown"
-# The paths that the permission `nodes/metrics` covers; the first one is always relayed.
-KUBELET_PATHS = ("/metrics/cadvisor", "/metrics", "/metrics/resource", "/metrics/probes")
-_PATHS = parse.choices(*KUBELET_PATHS)
+# The first path is always relayed.
+_PATHS = parse.choices(*PERMITTED_PATHS)
 
 
 def _require_pair(reader: Reader, certificate: str, key: str) -> None:
@@ -136,9 +136,9 @@ class ProxySettings(ModeSettings):
     )
     paths: tuple[str, ...] = setting(
         "PROXY_PATHS",
-        Parser(lambda given: tuple(dict.fromkeys((KUBELET_PATHS[0], *_PATHS.parse(given)))), _PATHS.schema),
-        f"Comma-separated kubelet paths to relay besides `{KUBELET_PATHS[0]}`: "
-        + ", ".join(f"`{path}`" for path in KUBELET_PATHS[1:]),
+        Parser(lambda given: tuple(dict.fromkeys((PERMITTED_PATHS[0], *_PATHS.parse(given)))), _PATHS.schema),
+        f"Comma-separated kubelet paths to relay besides `{PERMITTED_PATHS[0]}`: "
+        + ", ".join(f"`{path}`" for path in PERMITTED_PATHS[1:]),
         group=LISTENING,
     )
     allow_loopback: bool = setting(

@@ -1,39 +1,16 @@
-"""The state that the proxy sends its workers: the settings they need, and the current credentials."""
+"""The current credentials that the proxy sends its workers."""
 
 import sys
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from k8s_consul_registrar.proxy.frames import Begin, Credentials, Limits
-from k8s_consul_registrar.proxy.sockets import Fit
+from k8s_consul_registrar.proxy.worker_protocol import Credentials
 from k8s_consul_registrar.rotating import BearerTokens, Derived, Rotating, bearer_tokens
-from k8s_consul_registrar.settings.proxy import InboundSettings, ProxySettings
+from k8s_consul_registrar.settings.proxy import InboundSettings
 from k8s_consul_registrar.tls import ServerTls, Trust, server_tls
 from k8s_consul_registrar.wiring.upstream_trust import KubeletIdentity
 
 WORKER = (sys.executable, "-m", "k8s_consul_registrar.proxy.worker")
-
-
-def begin(settings: ProxySettings, fit: Fit, port: int) -> Begin:
-    """Return what a worker is told first: its share of every limit, at least one of each."""
-
-    def share(whole: int) -> int:
-        return max(1, whole // settings.workers)
-
-    return Begin(
-        port=port,
-        paths=frozenset(settings.paths),
-        limits=Limits(
-            per_node=share(settings.concurrency_per_node),
-            overall=share(settings.concurrency),
-            max_callers=share(fit.max_callers),
-            kept_connections=share(fit.kept_connections),
-        ),
-        longest_scrape=settings.scrape_timeout_max,
-        has_pods=settings.pods is not None,
-        log_level=settings.common.log_level,
-        log_format=settings.common.log_format,
-    )
 
 
 class Inbound(NamedTuple):

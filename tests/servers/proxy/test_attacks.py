@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from k8s_consul_registrar.proxy.relay import RelayTiming
+from k8s_consul_registrar.proxy.config import ProxyTiming
 from k8s_consul_registrar.proxy.request import MALFORMED, ONE_AT_A_TIME, VERSION
-from k8s_consul_registrar.proxy.route import NOT_A_PATH, UNKNOWN_NODE, UNKNOWN_PATH
+from k8s_consul_registrar.proxy.routes import NOT_A_PATH, UNKNOWN_NODE, UNKNOWN_PATH
 from support.proxy_lab import METRICS, Kubelet, Proxy, cadvisor, get_request, proxying
 from support.waiting import PATIENCE, until
 from unit.proxy.test_route import ATTACKS, PIECES
@@ -22,7 +22,7 @@ FIXED_TEXTS = {
     refusal.reason for refusal in (UNKNOWN_PATH, UNKNOWN_NODE, NOT_A_PATH, MALFORMED, VERSION, ONE_AT_A_TIME)
 }
 
-QUICK = RelayTiming(tick=0.02, request_head=0.2, linger=0.05)
+QUICK = ProxyTiming(tick=0.02, request_head=0.2, linger=0.05)
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Ground:
 
 
 @contextlib.asynccontextmanager
-async def standing(timing: RelayTiming = QUICK) -> AsyncIterator[Ground]:
+async def standing(timing: ProxyTiming = QUICK) -> AsyncIterator[Ground]:
     """Set the ground up."""
     strays: list[int] = []
 
@@ -171,7 +171,7 @@ async def test_raw_attacks() -> None:
 
 async def test_attacks_byte_by_byte() -> None:
     """Gives the same answer however the bytes of an attack are cut up."""
-    async with standing(RelayTiming(tick=0.02, linger=0.05)) as ground:
+    async with standing(ProxyTiming(tick=0.02, linger=0.05)) as ground:
         for name, (raw, statuses) in raw_attacks(ground).items():
             if len(raw) > 2000 or 408 in statuses:
                 continue
@@ -297,7 +297,7 @@ REQUESTS = st.tuples(METHODS, TARGETS, VERSIONS, st.lists(HEADERS, max_size=5)).
 @given(batch=st.lists(st.lists(REQUESTS, min_size=1, max_size=3).map(b"".join), min_size=40, max_size=40))
 async def test_fuzz(batch: list[bytes]) -> None:
     """Reaches nothing but the allowed path of the allowed kubelet, whatever is put together."""
-    async with standing(RelayTiming(tick=0.02, request_head=0.05, linger=0.02, keep_alive=0.05)) as ground:
+    async with standing(ProxyTiming(tick=0.02, request_head=0.05, linger=0.02, keep_alive=0.05)) as ground:
         values = {b"aside": ground.bystander_port, b"good": cadvisor(ground.kubelet).encode()}
         sent = [raw % values for raw in batch]
         answers = await asyncio.gather(*(ground.proxy.attack(raw) for raw in sent))
@@ -306,7 +306,7 @@ async def test_fuzz(batch: list[bytes]) -> None:
             if got.startswith(b"HTTP/1.1 200"):
                 allowed += 1
                 assert raw.startswith(f"GET {cadvisor(ground.kubelet)} HTTP/1.1\r\n".encode())
-                assert raw.count(b"Host:") == 1
+                assert raw.count(b"\nHost:") == 1
         assert len(ground.kubelet.requests) == allowed
         ground.unharmed()
 
@@ -314,7 +314,7 @@ async def test_fuzz(batch: list[bytes]) -> None:
 @pytest.mark.parametrize("head", [b"", b"GET "])
 async def test_too_many_callers(head: bytes) -> None:
     """Turns away the connection beyond the limit and serves again once one has left."""
-    async with Kubelet().serving() as kubelet, proxying(kubelet.node(), max_callers=2) as proxy:
+    async with Kubelet().serving() as kubelet, proxying(kubelet.node(), max_clients=2) as proxy:
         held = [await proxy.connect() for _ in range(2)]
         for _, writer in held:
             writer.write(head)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from k8s_consul_registrar.errors import AccessError, SettingsError
-from k8s_consul_registrar.proxy.buffers import RECEIVE_SIZE
+from k8s_consul_registrar.proxy.config import ProxyConfig, ProxyTiming
 from k8s_consul_registrar.proxy.limits import Concurrency
 from k8s_consul_registrar.proxy.nodes import NodeTable
-from k8s_consul_registrar.proxy.outcomes import Outcome
-from k8s_consul_registrar.proxy.relay import RelayTiming
-from k8s_consul_registrar.proxy.sockets import listen, raise_file_limit
+from k8s_consul_registrar.proxy.refusals import Outcome
+from k8s_consul_registrar.proxy.server import listen
+from k8s_consul_registrar.proxy.tls_stream import RECEIVE_SIZE
 from k8s_consul_registrar.rotating import bearer_tokens
 from support.proxy_lab import (
     METRICS,
@@ -96,7 +96,7 @@ async def test_connect_timeout() -> None:
     server = await asyncio.start_server(stay_silent, "127.0.0.1", 0)
     try:
         kubelet = Kubelet(port=server.sockets[0].getsockname()[1])
-        async with proxying(kubelet.node(), timing=RelayTiming(connect=0.2)) as proxy:
+        async with proxying(kubelet.node(), timing=ProxyTiming(connect=0.2)) as proxy:
             got = await proxy.get(cadvisor(kubelet))
             assert got.status == 504
             assert b"no connection" in got.body
@@ -114,7 +114,7 @@ async def test_connection_never_accepted() -> None:
             filler.setblocking(False)
             filler.connect_ex(full.getsockname())
         kubelet = Kubelet(port=full.getsockname()[1])
-        async with proxying(kubelet.node(), timing=RelayTiming(connect=0.2)) as proxy:
+        async with proxying(kubelet.node(), timing=ProxyTiming(connect=0.2)) as proxy:
             before = asyncio.all_tasks()
             got = await proxy.get(cadvisor(kubelet))
             assert got.status == 504
@@ -195,7 +195,7 @@ async def test_slow_reader() -> None:
         transport_of(writer).pause_reading()
         await asyncio.sleep(0.5)
         stuck = handed
-        (downstream,) = proxy.server._callers
+        (downstream,) = proxy.server._clients
         assert downstream._transport is not None
         assert 0 < downstream._transport.get_write_buffer_size() <= 2 * RECEIVE_SIZE
         await asyncio.sleep(0.2)
@@ -230,7 +230,7 @@ async def test_caller_that_asks_on_and_takes_nothing() -> None:
         _, writer = await proxy.connect()
         transport_of(writer).pause_reading()
         writer.write(get_request(cadvisor(kubelet)))
-        await until(lambda: any(caller._is_blocked for caller in proxy.server._callers))
+        await until(lambda: any(caller._is_blocked for caller in proxy.server._clients))
         writer.write(get_request(cadvisor(kubelet)))
         await until(lambda: proxy.server.stats().callers == 0)
         await until(lambda: kubelet.open_now == 0)
@@ -391,7 +391,7 @@ async def test_node_leaves_while_a_scrape_waits() -> None:
 
 async def test_idle_callers_end() -> None:
     """Closes an idle connection after its time, and one that never asks."""
-    timing = RelayTiming(tick=0.02, keep_alive=0.2, request_head=0.1)
+    timing = ProxyTiming(tick=0.02, keep_alive=0.2, request_head=0.1)
     async with Kubelet().serving() as kubelet, proxying(kubelet.node(), timing=timing) as proxy:
         reader, writer = await proxy.connect()
         writer.write(get_request(cadvisor(kubelet)))
@@ -407,7 +407,7 @@ async def test_bearer_token(tmp_path: Path) -> None:
     """Serves callers that show the token of the file, of its latest content, and no others."""
     file = tmp_path / "token"
     file.write_text("first-token\n")
-    timing = RelayTiming(tick=0.02)
+    timing = ProxyTiming(tick=0.02)
     inbound = bearer_tokens(file, "PROXY_BEARER_TOKEN_FILE")
     async with (
         Kubelet().serving() as kubelet,
@@ -521,13 +521,18 @@ def test_listen_on_both_families() -> None:
 
 def test_file_limit() -> None:
     """Raises the soft limit to what is needed, and refuses what the hard limit does not allow."""
+
+    def needing(overall: int) -> ProxyConfig:
+        limits = Concurrency(overall=overall)
+        return ProxyConfig(frozenset(), concurrency=limits, max_clients=50, kept_connections=20)
+
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, before[1]))
-        raise_file_limit(Concurrency(overall=10), 50, 20)
+        needing(10).fit_open_files()
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 80
         if before[1] != resource.RLIM_INFINITY:
             with pytest.raises(SettingsError, match="open files"):
-                raise_file_limit(Concurrency(overall=before[1]), 50, 20)
+                needing(before[1]).fit_open_files()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -10,9 +10,16 @@ from hypothesis import strategies as st
 
 from k8s_consul_registrar.proxy.limits import Concurrency
 from k8s_consul_registrar.proxy.nodes import NodeTable
-from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
-from k8s_consul_registrar.proxy.pod_route import PODS_UNKNOWN, UNKNOWN_POD, Pods, find_pod, proxied_pod
-from k8s_consul_registrar.proxy.route import UNKNOWN_PATH, Route
+from k8s_consul_registrar.proxy.refusals import Outcome, Refusal
+from k8s_consul_registrar.proxy.routes import (
+    PODS_UNKNOWN,
+    UNKNOWN_PATH,
+    UNKNOWN_POD,
+    Pods,
+    Route,
+    find_pod,
+    proxied_pod,
+)
 from k8s_consul_registrar.tls import Trust
 from support.doors import TcpProxy
 from support.proxy_lab import (

@@ -9,9 +9,9 @@ import pytest
 import trustme
 
 from k8s_consul_registrar.errors import AccessError
+from k8s_consul_registrar.proxy.config import ProxyTiming
 from k8s_consul_registrar.proxy.nodes import NodeTable
-from k8s_consul_registrar.proxy.outcomes import Outcome
-from k8s_consul_registrar.proxy.relay import RelayTiming
+from k8s_consul_registrar.proxy.refusals import Outcome
 from k8s_consul_registrar.tls import Trust
 from support.processes import reserve_ports
 from support.proxy_lab import (
@@ -30,9 +30,9 @@ from support.proxy_lab import (
 )
 from support.waiting import until
 
-pytestmark = pytest.mark.both_loops
+SHORT = ProxyTiming(tick=0.05, connect=0.3, request_head=0.3)
 
-SHORT = RelayTiming(tick=0.05, connect=0.3, request_head=0.3)
+pytestmark = pytest.mark.both_loops
 
 
 @contextlib.asynccontextmanager
@@ -421,7 +421,7 @@ async def test_close_announced() -> None:
 
 async def test_idle_connections_end() -> None:
     """Closes a kept connection that is idle for too long, and one that speaks unasked."""
-    timing = RelayTiming(tick=0.02, upstream_idle=0.1)
+    timing = ProxyTiming(tick=0.02, upstream_idle=0.1)
     async with Kubelet().serving() as kubelet, proxying(kubelet.node(), timing=timing) as proxy:
         assert (await proxy.get(cadvisor(kubelet))).status == 200
         assert proxy.server.stats().kept == 1

@@ -12,9 +12,9 @@ import pytest
 import trustme
 
 from k8s_consul_registrar.errors import AccessError
-from k8s_consul_registrar.proxy.buffers import RECEIVE_SIZE
-from k8s_consul_registrar.proxy.outcomes import Outcome
-from k8s_consul_registrar.proxy.relay import RelayTiming
+from k8s_consul_registrar.proxy.config import ProxyTiming
+from k8s_consul_registrar.proxy.refusals import Outcome
+from k8s_consul_registrar.proxy.tls_stream import RECEIVE_SIZE
 from k8s_consul_registrar.rotating import BearerTokens, Rotating, bearer_tokens
 from support.proxy_lab import (
     METRICS,
@@ -43,12 +43,12 @@ pytestmark = pytest.mark.both_loops
 AUTHORITY = trustme.CA()
 CLIENTS = trustme.CA()
 OTHER_CLIENTS = trustme.CA()
-QUICK = RelayTiming(tick=0.02, linger=0.2)
+QUICK = ProxyTiming(tick=0.02, linger=0.2)
 
 
 @contextlib.asynccontextmanager
 async def secured(
-    files: Files, kubelet: Kubelet, timing: RelayTiming = QUICK, inbound: Rotating[BearerTokens] | None = None
+    files: Files, kubelet: Kubelet, timing: ProxyTiming = QUICK, inbound: Rotating[BearerTokens] | None = None
 ) -> AsyncIterator[Proxy]:
     """Run a kubelet and a proxy of these files in front of it."""
     async with (
@@ -91,7 +91,7 @@ async def test_a_slow_caller_holds_the_kubelet_back(tmp_path: Path) -> None:
         await until(lambda: proxy.server.stats().body_bytes > 0)
         await asyncio.sleep(0.3)
         assert proxy.server.stats().body_bytes < len(body)
-        (downstream,) = proxy.server._callers
+        (downstream,) = proxy.server._clients
         assert downstream._transport is not None
         assert 0 < downstream._transport.get_write_buffer_size() < 2 * RECEIVE_SIZE
         transport_of(caller.writer).resume_reading()
@@ -362,7 +362,7 @@ def test_files_that_cannot_be_used_at_the_start(tmp_path: Path) -> None:
 async def test_what_is_no_handshake(tmp_path: Path) -> None:
     """Plain HTTP is told so in plain, other bytes end the connection, and nothing reaches the kubelet."""
     kubelet = Kubelet()
-    timing = RelayTiming(tick=0.02, request_head=0.3, linger=0.1)
+    timing = ProxyTiming(tick=0.02, request_head=0.3, linger=0.1)
     async with secured(Files(tmp_path, AUTHORITY), kubelet, timing) as proxy:
         got = await proxy.exchange(get_request(cadvisor(kubelet)))
         assert parse_answer(got[got.index(b"HTTP/1.1") :]).status == 400
@@ -378,7 +378,7 @@ async def test_what_is_no_handshake(tmp_path: Path) -> None:
 async def test_a_handshake_that_does_not_come(tmp_path: Path) -> None:
     """A caller that says nothing, or half of a hello, is dropped in the time for a request's head."""
     kubelet = Kubelet()
-    timing = RelayTiming(tick=0.02, request_head=0.2, linger=0.1)
+    timing = ProxyTiming(tick=0.02, request_head=0.2, linger=0.1)
     async with secured(Files(tmp_path, AUTHORITY), kubelet, timing) as proxy:
         for raw in (b"", b"\x16\x03\x01\x02\x00\x01"):
             reader, writer = await proxy.connect()

@@ -14,7 +14,7 @@ from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.model import Kind, Node, NodeAddress, ObjectKey, Source, Undecodable
 from k8s_consul_registrar.proxy.feed import FeedRules, NodeFeed, PodFeed
 from k8s_consul_registrar.proxy.nodes import Nodes
-from k8s_consul_registrar.proxy.pod_route import Pods
+from k8s_consul_registrar.proxy.routes import Pods
 from support.builders import make_node, make_pod
 from support.waiting import Clock
 

@@ -8,17 +8,10 @@ from hypothesis import strategies as st
 
 from k8s_consul_registrar.proxy import headers, request, response
 from k8s_consul_registrar.proxy.nodes import Endpoint
-from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
-from k8s_consul_registrar.proxy.request import Fault, Memory, Request, RequestReader
-from k8s_consul_registrar.proxy.response import (
-    AnswerMemory,
-    Chunked,
-    Counted,
-    Malformed,
-    framing_of,
-    read_head,
-)
-from k8s_consul_registrar.proxy.route import Route
+from k8s_consul_registrar.proxy.refusals import Malformed, Outcome, Refusal
+from k8s_consul_registrar.proxy.request import Fault, Request, RequestCache, RequestReader
+from k8s_consul_registrar.proxy.response import Chunked, Counted, HeadCache, framing_of, read_head
+from k8s_consul_registrar.proxy.routes import Route
 from k8s_consul_registrar.tls import printable
 
 GET = (
@@ -48,7 +41,7 @@ def feed(reader: RequestReader, *pieces: bytes) -> Request | Fault | None:
 
 def test_request_after_request() -> None:
     """Reads one request after another, whole, byte by byte and cut anywhere, nothing left of the one before."""
-    reader = RequestReader(Memory())
+    reader = RequestReader(RequestCache())
     assert feed(reader, GET) == HEARD
     assert feed(reader, *(bytes([byte]) for byte in GET)) == HEARD
     for cut in range(1, len(GET)):
@@ -61,7 +54,7 @@ def test_request_after_request() -> None:
 def test_sound_hosts(host: str) -> None:
     """Takes names, IPv4 and bracketed IPv6 addresses, with or without a port."""
     assert isinstance(
-        feed(RequestReader(Memory()), f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()), Request
+        feed(RequestReader(RequestCache()), f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()), Request
     )
 
 
@@ -70,7 +63,7 @@ def test_sound_hosts(host: str) -> None:
 )
 def test_unsound_hosts(host: str) -> None:
     """Refuses what is no host with a port."""
-    heard = feed(RequestReader(Memory()), f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+    heard = feed(RequestReader(RequestCache()), f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
     assert isinstance(heard, Fault)
     assert heard.refusal.status == 400
     assert not heard.keeps_alive
@@ -79,10 +72,10 @@ def test_unsound_hosts(host: str) -> None:
 def test_limits_of_a_request() -> None:
     """Tells a target too long from a head too long, however they come in."""
     long_target = b"GET /" + b"a" * request.TARGET_LIMIT + b" HTTP/1.1\r\nHost: a\r\n\r\n"
-    assert feed(RequestReader(Memory()), long_target) == Fault(request.LINE_TOO_LONG)
+    assert feed(RequestReader(RequestCache()), long_target) == Fault(request.LINE_TOO_LONG)
     just = b"GET /" + b"a" * (request.TARGET_LIMIT - 1) + b" HTTP/1.1\r\nHost: a\r\n\r\n"
-    assert isinstance(feed(RequestReader(Memory()), just), Request)
-    reader, heard = RequestReader(Memory()), None
+    assert isinstance(feed(RequestReader(RequestCache()), just), Request)
+    reader, heard = RequestReader(RequestCache()), None
     sent = 0
     for piece in [b"GET / HTTP/1.1\r\nHost: a\r\n", *[b"X: " + b"y" * 95 + b"\r\n"] * 1000]:
         heard = reader.feed(memoryview(piece))
@@ -96,7 +89,7 @@ def test_limits_of_a_request() -> None:
 @given(st.lists(st.binary(max_size=40), max_size=6), st.booleans())
 def test_any_bytes_as_requests(pieces: list[bytes], begins_well: bool) -> None:
     """Takes any bytes without an exception, and nothing but a sound GET as a request."""
-    reader = RequestReader(Memory())
+    reader = RequestReader(RequestCache())
     for piece in [GET[:30], *pieces] if begins_well else pieces:
         heard = reader.feed(memoryview(piece))
         if isinstance(heard, Request):
@@ -214,7 +207,7 @@ def test_texts_of_libraries_are_cut() -> None:
 
 def test_heads_are_remembered_by_their_bytes() -> None:
     """Makes of a head seen before what was made of it first, and tells heads apart that differ in any byte."""
-    memory = AnswerMemory()
+    memory = HeadCache()
     first = memory.read(HEAD + b"Date: Sun, 22 Nov 2026 16:00:00 GMT\r\nContent-Length: 5\r\n\r\n")
     assert memory.read(HEAD + b"Date: Sun, 22 Nov 2026 16:00:00 GMT\r\nContent-Length: 5\r\n\r\n") is first
     assert first.length == 5
@@ -227,14 +220,14 @@ def test_heads_are_remembered_by_their_bytes() -> None:
 
 def test_only_sound_heads_are_remembered() -> None:
     """Judges every head that is none of a 200 anew, and holds a bounded number of the others."""
-    memory = AnswerMemory()
+    memory = HeadCache()
     refused = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
     assert memory.read(refused) is not memory.read(refused)
     for _ in range(2):
         with pytest.raises(Malformed):
             memory.read(HEAD + b"\r\n")
-    long = HEAD + b"X: " + b"y" * AnswerMemory.LONGEST + b"\r\nContent-Length: 5\r\n\r\n"
+    long = HEAD + b"X: " + b"y" * HeadCache.MAX_LENGTH + b"\r\nContent-Length: 5\r\n\r\n"
     assert memory.read(long) is not memory.read(long)
-    for number in range(3 * AnswerMemory.MOST):
+    for number in range(3 * HeadCache.MAX_HEADS):
         assert memory.read(HEAD + b"Content-Length: %d\r\n\r\n" % number).length == number
-        assert len(memory._seen) <= AnswerMemory.MOST
+        assert len(memory._seen) <= HeadCache.MAX_HEADS

@@ -9,8 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k8s_consul_registrar.proxy.buffers import PLAIN_SIZE, RECEIVE_SIZE
-from k8s_consul_registrar.proxy.tls import LONGEST_RECORD, TlsStep
+from k8s_consul_registrar.proxy.tls_stream import (
+    LONGEST_RECORD,
+    PLAIN_SIZE,
+    RECEIVE_SIZE,
+    TlsStep,
+)
 from k8s_consul_registrar.tls import Trust
 from support.proxy_lab import authority, authority_pem
 

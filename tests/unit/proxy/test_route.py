@@ -4,10 +4,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.model import Node, NodeAddress
 from k8s_consul_registrar.proxy.nodes import NodeTable
-from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
-from k8s_consul_registrar.proxy.route import PERMITTED_PATHS, Route, allowed_paths, find_route
+from k8s_consul_registrar.proxy.refusals import Outcome, Refusal
+from k8s_consul_registrar.proxy.routes import PERMITTED_PATHS, Route, find_route
+from k8s_consul_registrar.settings.reading import read_proxy
 
 
 def a_node(name: str, *addresses: str, port: int = 10250) -> Node:
@@ -24,7 +26,7 @@ TABLE = NodeTable.of(
         a_node("192.0.2.1", "192.0.2.3"),
     ]
 )
-PATHS = allowed_paths(())
+PATHS = frozenset({"/metrics/cadvisor"})
 
 
 def find(target: str) -> Route | Refusal:
@@ -151,14 +153,14 @@ def test_words_of_refusals() -> None:
 def test_paths_by_choice(path: str) -> None:
     """Relays each path the permission covers once it is chosen, and only then."""
     target = f"/api/v1/nodes/192.0.2.1:10250{path}".encode()
-    assert isinstance(find_route(target, TABLE, allowed_paths((path,))), Route)
-    assert isinstance(find_route(target, TABLE, allowed_paths(())), Route) == (path == "/metrics/cadvisor")
+    assert isinstance(find_route(target, TABLE, PATHS | {path}), Route)
+    assert isinstance(find_route(target, TABLE, PATHS), Route) == (path == "/metrics/cadvisor")
 
 
 def test_paths_beyond_the_permission() -> None:
     """Refuses to relay what nodes/metrics does not cover."""
-    with pytest.raises(ValueError, match="/pods"):
-        allowed_paths(("/metrics", "/pods"))
+    with pytest.raises(SettingsError, match="/pods"):
+        read_proxy({"PROXY_PATHS": "/metrics,/pods"})
 
 
 PIECES = st.sampled_from(

@@ -12,7 +12,7 @@ import aiohttp
 from k8s_consul_registrar.commands.check.report import Finding, fail, ok, skipped, warn
 from k8s_consul_registrar.model import Node
 from k8s_consul_registrar.proxy.nodes import is_dialable, usable_addresses
-from k8s_consul_registrar.proxy.route import UNKNOWN_PATH
+from k8s_consul_registrar.proxy.routes import UNKNOWN_PATH
 from k8s_consul_registrar.targets.scrape_config import node_address, parse_ip, url_host
 from k8s_consul_registrar.tls import KUBELET, Cause, Explanation, Trust, explain
 

@@ -1,13 +1,51 @@
-"""What a kubelet did wrong, in words an operator can act on; one place turns errors into answers."""
+"""Answers of the proxy's own: why a request was denied or its upstream failed, in words an operator can act on."""
 
 import os
 import ssl
+from enum import StrEnum
 from http import HTTPStatus
+from typing import NamedTuple
 
 from k8s_consul_registrar import tls
 from k8s_consul_registrar.proxy.nodes import KUBELET
-from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
-from k8s_consul_registrar.proxy.response import Malformed
+
+
+class Outcome(StrEnum):
+    """Result of a request to the proxy; a fixed set, fit for a metric's label."""
+
+    OK = "ok"
+    BAD_REQUEST = "bad_request"
+    UNAUTHORIZED = "unauthorized"
+    HANDSHAKE = "tls_handshake_failed"
+    METHOD = "method_not_allowed"
+    UNKNOWN_PATH = "unknown_path"
+    UNKNOWN_NODE = "unknown_node"
+    UNKNOWN_POD = "unknown_pod"
+    NODES_UNKNOWN = "nodes_not_yet_known"
+    PODS_UNKNOWN = "pods_not_yet_known"
+    BUSY = "too_many_scrapes"
+    NO_CREDENTIALS = "no_credentials"
+    UNREACHABLE = "kubelet_unreachable"
+    UNVERIFIED = "kubelet_unverified"
+    FORBIDDEN = "kubelet_forbids"
+    ANSWERED = "kubelet_other_status"
+    MALFORMED = "kubelet_malformed"
+    POD_UNREACHABLE = "pod_unreachable"
+    POD_UNVERIFIED = "pod_unverified"
+    POD_ANSWERED = "pod_other_status"
+    POD_MALFORMED = "pod_malformed"
+    TIMEOUT = "timeout"
+    CUT = "cut"
+    CALLER_LEFT = "caller_left"
+
+
+class Refusal(NamedTuple):
+    """An answer in place of an upstream's; `reason` is for people and echoes nothing that a client sent."""
+
+    status: int
+    outcome: Outcome
+    reason: str
+
 
 TIMED_OUT = Refusal(504, Outcome.TIMEOUT, "the kubelet did not answer within the scrape's timeout")
 WAITED_OUT = Refusal(503, Outcome.BUSY, "no place for this scrape came free within its timeout")
@@ -15,15 +53,25 @@ QUEUE_FULL = Refusal(503, Outcome.BUSY, "too many scrapes wait already")
 NO_CREDENTIALS = Refusal(503, Outcome.NO_CREDENTIALS, "the credentials for kubelets cannot be read")
 CLOSED_EARLY = Refusal(502, Outcome.UNREACHABLE, "the kubelet closed the connection without an answer")
 UNSOUND_NAME = Refusal(502, Outcome.UNVERIFIED, "the Node's name cannot be the name in a certificate")
+UNAUTHORIZED = Refusal(401, Outcome.UNAUTHORIZED, "a bearer token is needed, or another one")
+
+FORBIDDEN_POD = "the Pod answered 401 or 403: the proxy has no credentials for Pods"
+
+# Statuses of refusals that are an upstream's fault.
+UPSTREAM_FAILED = (HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT)
+
+
+class Malformed(Exception):
+    """An upstream's answer that is no HTTP/1.1 and cannot be relayed; the text quotes none of it."""
 
 
 def connect_timeout(seconds: float) -> Refusal:
-    """Return the answer where no connection came about in time."""
+    """Return the refusal for a connection that did not come about in time."""
     return Refusal(504, Outcome.TIMEOUT, f"no connection to the kubelet within {seconds:g} s")
 
 
 def connection_failure(error: OSError, peer: str, context: ssl.SSLContext | None) -> Refusal:
-    """Return the answer to an error of a connection to a peer (`Endpoint.peer`), TLS included."""
+    """Return the refusal for an error of a connection to a peer (`Endpoint.peer`), TLS included."""
     explanation = tls.explain(error, tls.KUBELET if peer == KUBELET else tls.POD, context)
     if explanation is not None:
         outcome = Outcome.UNVERIFIED if explanation.is_unverified else Outcome.UNREACHABLE
@@ -33,12 +81,12 @@ def connection_failure(error: OSError, peer: str, context: ssl.SSLContext | None
 
 
 def malformed(error: Malformed) -> Refusal:
-    """Return the answer to something that is no HTTP/1.1 response."""
+    """Return the refusal for an answer that cannot be relayed."""
     return Refusal(502, Outcome.MALFORMED, f"the kubelet's answer cannot be relayed: {error}")
 
 
 def other_status(status: int) -> Refusal:
-    """Return the answer to a kubelet's answer that is not 200 and so carries no metrics."""
+    """Return the refusal for an answer that is not 200 and so carries no metrics."""
     match status:
         case 401:
             return Refusal(
@@ -69,11 +117,10 @@ _OF_PODS = {
     Outcome.ANSWERED: Outcome.POD_ANSWERED,
     Outcome.MALFORMED: Outcome.POD_MALFORMED,
 }
-FORBIDDEN_POD = "the Pod answered 401 or 403: the proxy has no credentials for Pods"
 
 
 def of_pod(refusal: Refusal) -> Refusal:
-    """Return the same about a Pod: what would help with a kubelet is no help there."""
+    """Return the refusal reworded for a Pod: a kubelet's remedy does not help there."""
     is_forbidden = refusal.outcome is Outcome.FORBIDDEN
     reason = FORBIDDEN_POD if is_forbidden else refusal.reason.replace("the kubelet", "the Pod")
     return Refusal(refusal.status, _OF_PODS.get(refusal.outcome, refusal.outcome), reason)

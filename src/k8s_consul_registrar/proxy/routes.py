@@ -1,4 +1,4 @@
-"""Which Pods may be scraped through the proxy, and where a request target about one leads."""
+"""Routes of requests: the kubelet or Pod that a raw request target names, and whether it may be scraped."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -7,20 +7,91 @@ from urllib.parse import quote, urlencode
 
 from k8s_consul_registrar.model import Pod
 from k8s_consul_registrar.proxy.nodes import POD, POD_TLS, Endpoint, NodeTable, dialable_spelling
-from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
-from k8s_consul_registrar.proxy.route import UNKNOWN_PATH, Route
+from k8s_consul_registrar.proxy.refusals import Outcome, Refusal
 from k8s_consul_registrar.targets.reasons import Rejected
-from k8s_consul_registrar.targets.scrape_config import ScrapeConfig, is_scraped, pod_scrape, require_declared
+from k8s_consul_registrar.targets.scrape_config import (
+    ScrapeConfig,
+    is_scraped,
+    parse_ip,
+    pod_scrape,
+    require_declared,
+)
+
+# Paths that a kubelet's `nodes/metrics` permission covers (pkg/kubelet/server/auth.go); no other is ever relayed.
+PERMITTED_PATHS = ("/metrics/cadvisor", "/metrics", "/metrics/resource", "/metrics/probes")
+
+# Our own form names a Node by address and port, the API server's form by name: a Node may be named like
+# another's address, so neither is looked up as the other.
+_NODE_TARGET = re.compile(
+    rb"/api/v1/nodes/"
+    rb"(?:"
+    rb"(?:(?P<v4>[0-9]{1,3}(?:\.[0-9]{1,3}){3})"
+    rb"|\[(?P<v6>[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]{1,40})\]"
+    rb"|%5[Bb](?P<escaped>[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:.]{1,40})%5[Dd])"
+    rb":(?P<port>[1-9][0-9]{0,4})"
+    rb"|(?P<name>[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?)/proxy"
+    rb")"
+    rb"(?P<path>(?:/[a-z]+){1,2})"
+    rb"(?:\?[\x21\x22\x24-\x7e]*)?"
+)
+
+NOT_A_PATH = Refusal(400, Outcome.BAD_REQUEST, "the request target must be an absolute path")
+UNKNOWN_PATH = Refusal(
+    404,
+    Outcome.UNKNOWN_PATH,
+    "no such path; ask for /api/v1/nodes/<node ip>:<kubelet port>/metrics/cadvisor "
+    "or /api/v1/nodes/<node name>/proxy/metrics/cadvisor",
+)
+UNKNOWN_NODE = Refusal(
+    404, Outcome.UNKNOWN_NODE, "no current Node of the cluster has this name, or this address and port"
+)
+NODES_UNKNOWN = Refusal(503, Outcome.NODES_UNKNOWN, "the Nodes of the cluster are not known yet")
+
+
+class Route(NamedTuple):
+    """An allowed scrape: one path of one kubelet or Pod."""
+
+    endpoint: Endpoint
+    path: str
+
+
+def find_route(
+    target: bytes, table: NodeTable, paths: frozenset[str], *, known: bool = True
+) -> Route | Refusal:
+    """Return the kubelet that a request target names, or why there is none.
+
+    The whole target must match one of two shapes byte for byte; only the brackets of an IPv6 literal may be
+    escaped, as Prometheus does. A query is dropped. `known` is False until there is a table.
+    """
+    if not target.startswith(b"/"):
+        return NOT_A_PATH
+    match = _NODE_TARGET.fullmatch(target)
+    if match is None or (path := match["path"].decode()) not in paths:
+        return UNKNOWN_PATH
+    if not known:
+        return NODES_UNKNOWN
+    endpoint: Endpoint | None
+    if match["name"] is not None:
+        endpoint = table.by_name.get(match["name"].decode())
+    else:
+        endpoint = _by_address(match["v4"] or match["v6"] or match["escaped"], int(match["port"]), table)
+    return Route(endpoint, path) if endpoint is not None else UNKNOWN_NODE
+
+
+def _by_address(literal: bytes, port: int, table: NodeTable) -> Endpoint | None:
+    address = parse_ip(literal.decode())
+    return None if address is None else table.by_address.get((str(address), port))
+
 
 POD_PREFIX = b"/api/v1/namespaces/"
-# What Go's net/url leaves as it is in a path, so that a Pod is asked by us what Prometheus would ask it.
+# Characters that Go's net/url leaves unescaped in a path: a Pod is asked the same as by Prometheus itself.
 _UNESCAPED = "$&+,/:;=@"
-# A Pod's author writes the path; beyond this nothing is relayed.
+# A Pod's author writes the path; a longer one is not relayed.
 LONGEST_PATH = 2048
 
 # Names as the API server takes them (Kubernetes, "Object Names and IDs"). They are looked up and never become
 # part of a request, so one that looks like an address or holds two dots leads to the Pod of that name or nowhere.
-_TARGET = re.compile(
+_POD_TARGET = re.compile(
     rb"/api/v1/namespaces/(?P<namespace>[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)"
     rb"/pods/(?P<name>[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?)"
     rb"(?::(?P<port>[1-9][0-9]{0,4}))?"
@@ -35,16 +106,17 @@ PODS_UNKNOWN = Refusal(503, Outcome.PODS_UNKNOWN, "the Pods of the cluster are n
 
 
 class ProxiedPod(NamedTuple):
-    """A Pod that may be scraped, a route for each of its ports in the order of its annotation."""
+    """A Pod that may be scraped, with a route for each port in the order of its annotation."""
 
     routes: tuple[Route, ...]
     has_host_network: bool
 
 
 def proxied_pod(pod: Pod, prefix: str, *, allow_loopback: bool = False) -> ProxiedPod | None:
-    """Return how a Pod is scraped, None where it does not ask for it or may not be.
+    """Return the routes of a Pod, None if it does not ask to be scraped or may not be.
 
-    `prefix` begins its annotations. Its addresses are bound as a Node's are: a kubelet writes them.
+    `prefix` begins its annotations. The rules for a Node's addresses hold for a Pod's too: a kubelet
+    writes both.
     """
     if not is_scraped(pod, prefix):
         return None
@@ -63,7 +135,7 @@ def proxied_pod(pod: Pod, prefix: str, *, allow_loopback: bool = False) -> Proxi
 
 
 def _asked_path(scrape: ScrapeConfig) -> str:
-    """Return path and query as Prometheus would write them; a parameter without a value says nothing."""
+    """Return path and query as Prometheus would write them; a parameter without a value is left out."""
     path = quote(scrape.path, safe=_UNESCAPED, errors="replace")
     query = urlencode(
         sorted((name, value) for name, value in scrape.params.items() if value), errors="replace"
@@ -72,10 +144,10 @@ def _asked_path(scrape: ScrapeConfig) -> str:
 
 
 class Pods:
-    """The Pods of this moment, replaced one at a time; nothing of all of them is ever copied.
+    """The current Pods, replaced one at a time and never copied.
 
-    `on_gone` hears of each endpoint that may no longer be asked, so that connections to it are closed;
-    `on_put` of every Pod that is put.
+    `on_gone` is called with each endpoint that may no longer be asked, so that connections to it are closed;
+    `on_put` with every Pod that is put.
     """
 
     def __init__(self) -> None:
@@ -89,7 +161,7 @@ class Pods:
         return len(self._pods)
 
     def put(self, namespace: str, name: str, pod: ProxiedPod | None) -> None:
-        """Take in a Pod as it is now, None where it may not be scraped or is gone."""
+        """Replace a Pod, None if it may not be scraped or is gone."""
         key = (namespace, name)
         before = self._pods.pop(key, None)
         if pod is not None:
@@ -103,11 +175,11 @@ class Pods:
         self.on_put(namespace, name, pod)
 
     def items(self) -> Iterator[tuple[tuple[str, str], ProxiedPod]]:
-        """Yield each with its namespace and name."""
+        """Yield each Pod with its namespace and name."""
         return iter(self._pods.items())
 
     def is_current(self, endpoint: Endpoint) -> bool:
-        """Say whether an endpoint may still be asked: its Pod may have gone while a scrape of it waited."""
+        """Return True if an endpoint may still be asked: its Pod may have gone while a scrape waited."""
         return self.known and endpoint in self._endpoints
 
     def get(self, namespace: str, name: str) -> ProxiedPod | None:
@@ -115,24 +187,24 @@ class Pods:
         return self._pods.get((namespace, name))
 
     def forget(self) -> None:
-        """Serve none until `known` is set again: what was known is too old to be trusted."""
+        """Serve no Pod until `known` is set again: what was known is too old."""
         self.known = False
         for endpoint in self._endpoints:
             self.on_gone(endpoint)
 
     def names(self) -> Iterator[tuple[str, str]]:
-        """Yield the UID and `namespace/name` of each."""
+        """Yield the UID and `namespace/name` of each Pod."""
         for (namespace, name), pod in self._pods.items():
             yield pod.routes[0].endpoint.uid, f"{namespace}/{name}"
 
 
 def find_pod(target: bytes, pods: Pods, nodes: NodeTable) -> Route | Refusal:
-    """Return where a request target about a Pod leads, or why it leads nowhere.
+    """Return the route to the Pod that a request target names, or why there is none.
 
-    The whole target must match one shape byte for byte, without any escape; a query is dropped, the Pod's
+    The whole target must match one shape byte for byte, without any escape. A query is dropped: the Pod's
     annotations say what is asked. Without a port the first one counts.
     """
-    match = _TARGET.fullmatch(target)
+    match = _POD_TARGET.fullmatch(target)
     if match is None:
         return UNKNOWN_PATH
     if not pods.known:

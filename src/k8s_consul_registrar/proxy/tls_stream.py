@@ -1,21 +1,45 @@
-"""The TLS step of a connection: bytes in, bytes out, no socket."""
+"""The TLS step of a connection (bytes in, bytes out, no socket), and the memory that it uses."""
 
 import contextlib
 import ssl
 from collections.abc import Callable
 
-# The most plain text one record holds (RFC 8446, 5.1), so the most one read returns.
+# The most that is read off a socket at once.
+RECEIVE_SIZE = 64 * 1024
+# The plain text of 64 KB of TLS records, and of a record that began before.
+PLAIN_SIZE = RECEIVE_SIZE + 17 * 1024
+
+# The most plain text that one record holds (RFC 8446, 5.1), and so the most that one read returns.
 RECORD = 16 * 1024
-# How much ciphertext OpenSSL is handed at a time, where records are smaller than that.
+# Ciphertext that OpenSSL gets at a time, where records are smaller than that.
 PIECE = 16 * 1024
-# What a record begins with: its type, a version, and in two bytes the length of the rest (RFC 8446, 5.1).
+# A record's header: its type, a version, and in two bytes the length of the rest (RFC 8446, 5.1).
 RECORD_HEADER = 5
-# The most a length may say (RFC 5246, 6.2.3); OpenSSL is shown more at once and refuses it.
+# The longest record allowed (RFC 5246, 6.2.3); OpenSSL gets a longer one at once and fails.
 LONGEST_RECORD = RECORD + 2048
 
 
+class Buffers:
+    """Memory that every connection of a process reads into: one buffer for all, since reads never overlap.
+
+    The event loop asks for a buffer, reads and reports in one go, so the data must be taken out before the
+    report returns. A buffer for each of 5,000 kept connections would be 320 MB. `received` is data off a
+    socket, `plain` its plain text. `incoming`, which OpenSSL reads from, is empty between two reports: one
+    for each connection would hold on to the 22 KB of the largest record it ever saw.
+    """
+
+    __slots__ = ("incoming", "plain", "plain_bytes", "received", "received_bytes")
+
+    def __init__(self) -> None:
+        self.received_bytes = bytearray(RECEIVE_SIZE)
+        self.received = memoryview(self.received_bytes)
+        self.plain_bytes = bytearray(PLAIN_SIZE)
+        self.plain = memoryview(self.plain_bytes)
+        self.incoming = ssl.MemoryBIO()
+
+
 class PlainStep:
-    """What a connection without TLS has in a `TlsStep`'s place: bytes go through as they are."""
+    """The step of a connection without TLS: bytes pass unchanged."""
 
     __slots__ = ("has_ended", "has_output")
 
@@ -24,31 +48,30 @@ class PlainStep:
         self.has_output = False
 
     def advance_handshake(self, received: memoryview | bytes = b"") -> bool:  # noqa: ARG002 - of a `TlsStep`
-        """Say that there is nothing to agree on."""
+        """Return True: there is nothing to agree on."""
         return True
 
     def encrypt(self, plain: bytes) -> bytes:
-        """Return it."""
+        """Return `plain` itself."""
         return plain
 
     def output(self) -> bytes:
-        """Return nothing: everything to send is returned by `encrypt`."""
+        """Return nothing: `encrypt` returns everything to send."""
         return b""
 
     def decrypt(self, received: memoryview, plain: memoryview) -> int:
-        """Copy `received` into `plain` and return how many bytes there are."""
+        """Copy `received` into `plain` and return its length."""
         count = len(received)
         plain[:count] = received
         return count
 
 
 class TlsStep:
-    """One connection's TLS between ciphertext off a plain transport and plain text.
+    """TLS of one connection, between ciphertext off a plain transport and plain text.
 
-    OpenSSL is handed whole records and asked as often as they hold data: asked for one of which a part is
-    missing it raises, which costs as much as decrypting it. The parts are kept here until then, so that one
-    `incoming`, the memory OpenSSL reads from, does for all connections of a process: it holds nothing between
-    two calls, and an idle connection has none of its own.
+    OpenSSL gets only whole records: asked for a record of which a part is missing it raises, which costs as
+    much as decrypting it. The parts are kept here until then, so one `incoming`, the memory that OpenSSL reads
+    from, serves all connections of a process.
     """
 
     __slots__ = ("_begun", "_incoming", "_object", "_outgoing", "_read", "_rest", "has_ended")
@@ -64,13 +87,13 @@ class TlsStep:
         )
         # typeshed knows only the form that returns bytes; with a buffer it returns their number.
         self._read: Callable[[int, memoryview], int] = self._object.read  # type: ignore[assignment]
-        # What came of the record at hand; and what came along with the end of the handshake.
+        # The beginning of an incomplete record; and data that arrived with the end of the handshake.
         self._begun = b""
         self._rest = b""
         self.has_ended = False
 
     def advance_handshake(self, received: memoryview | bytes = b"") -> bool:
-        """Take the peer's bytes and say whether the handshake is complete; raises ssl.SSLError."""
+        """Process the peer's bytes and return True once the handshake is complete; raises ssl.SSLError."""
         self._hand_over(received)
         try:
             self._object.do_handshake()
@@ -80,7 +103,7 @@ class TlsStep:
         return True
 
     def _hand_over(self, piece: memoryview | bytes) -> None:
-        """Let OpenSSL read this and nothing else: no byte of another connection, however that one failed."""
+        """Give OpenSSL only this to read: no byte of another connection, however that one failed."""
         incoming = self._incoming
         if incoming.pending:
             incoming.read()
@@ -88,39 +111,39 @@ class TlsStep:
             incoming.write(piece)
 
     def encrypt(self, plain: bytes) -> bytes:
-        """Return what to send for `plain`."""
+        """Return the ciphertext of `plain`."""
         self._object.write(plain)
         return self._outgoing.read()
 
     def encrypt_all(self, *parts: bytes | memoryview) -> bytes:
-        """Return what to send for parts of any size."""
+        """Return the ciphertext of parts of any size."""
         for part in parts:
             self._object.write(part)
         return self._outgoing.read()
 
-    def farewell(self) -> bytes:
-        """Return what tells the peer that the stream ends here on purpose (RFC 8446, 6.1)."""
+    def close_notify(self) -> bytes:
+        """Return the alert that ends the stream on purpose (RFC 8446, 6.1)."""
         with contextlib.suppress(ssl.SSLError):
             self._object.unwrap()
         return self._outgoing.read()
 
     @property
     def has_output(self) -> bool:
-        """Whether there is something to send that no `encrypt` returned: handshake, alerts, key updates."""
+        """True if there is data to send that no `encrypt` returned: handshake, alerts, key updates."""
         return self._outgoing.pending > 0
 
     def output(self) -> bytes:
-        """Return it."""
+        """Return that data."""
         return self._outgoing.read()
 
     def decrypt_rest(self, plain: memoryview) -> int:
-        """Decrypt into `plain` what came along with the end of the handshake; returns how many bytes there are."""
+        """Decrypt data that arrived with the end of the handshake into `plain`, and return its length."""
         return self.decrypt(memoryview(b""), plain) if self._rest else 0
 
     def decrypt(self, received: memoryview, plain: memoryview) -> int:
-        """Decrypt all of `received` into `plain` and return how many bytes there are.
+        """Decrypt all of `received` into `plain` and return the length of the plain text.
 
-        `has_ended` turns true where the peer closes the stream. Raises ssl.SSLError.
+        `has_ended` turns true once the peer closes the stream. Raises ssl.SSLError.
         """
         if self._rest:
             received, self._rest = memoryview(self._rest + received.tobytes()), b""
@@ -146,7 +169,7 @@ class TlsStep:
         return filled
 
     def _complete(self, received: memoryview, plain: memoryview) -> tuple[int, int]:
-        """Decrypt what began before `received`; returns where that ends in it, and how many bytes there are."""
+        """Decrypt the record that began before `received`; return where it ends there, and its length."""
         begun, start = self._begun, 0
         if len(begun) < RECORD_HEADER:
             start = min(RECORD_HEADER - len(begun), len(received))
@@ -165,7 +188,7 @@ class TlsStep:
         return len(received), 0
 
     def _take(self, plain: memoryview, filled: int) -> int:
-        """Read all there is into `plain` from `filled` on, and return up to where it is filled then."""
+        """Read everything decrypted into `plain` from `filled` on, and return how far it is filled then."""
         incoming, read = self._incoming, self._read
         roomy = len(plain) - RECORD
         while True:

@@ -1,41 +1,29 @@
-"""What the processes of one proxy tell each other over a socket that only the two of them have.
+"""Messages between the processes of one proxy, over a socket that only the two of them have.
 
-A frame is its length in four bytes and a message in msgpack. Credentials go this way alone: never by an
-argument, the environment or a file on a disk.
+A frame is its length in four bytes and a message in msgpack. Credentials travel only this way: never as an
+argument, in the environment or in a file on a disk.
 """
 
 import asyncio
 
 import msgspec
 
-from k8s_consul_registrar.proxy.failing import Failure
+from k8s_consul_registrar.proxy.config import ProxyConfig
 from k8s_consul_registrar.proxy.nodes import NodeTable
-from k8s_consul_registrar.proxy.outcomes import ProxyStats
-from k8s_consul_registrar.proxy.pod_route import ProxiedPod
+from k8s_consul_registrar.proxy.routes import ProxiedPod
+from k8s_consul_registrar.proxy.stats import Failure, ProxyStats
 from k8s_consul_registrar.rotating import BearerTokens
 from k8s_consul_registrar.tls import ServerCertificate, Trust
 
-# Five thousand Nodes are about a megabyte; a length beyond this is no frame of ours.
-LONGEST = 1 << 28
-
-
-class Limits(msgspec.Struct, frozen=True):
-    """One worker's share of what may run at once and be open."""
-
-    per_node: int
-    overall: int
-    max_callers: int
-    kept_connections: int
+# Five thousand Nodes are about a megabyte; a greater length is no frame.
+MAX_LENGTH = 1 << 28
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
-    """To a worker, the first of all: what never changes. `has_pods` is whether Pods are relayed."""
+    """To a worker, the first message: everything that never changes."""
 
     port: int
-    paths: frozenset[str]
-    limits: Limits
-    longest_scrape: float
-    has_pods: bool
+    config: ProxyConfig
     log_level: str
     log_format: str
 
@@ -43,8 +31,7 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
 class Credentials(msgspec.Struct, frozen=True, tag=True):
     """To a worker: everything secret, as it is now; nothing in it is unusable.
 
-    `problem` says why there is no token. `bearer` and `tls` are what callers are checked by, None for what is not
-    asked of them.
+    `problem` says why there is no token. Clients are checked by `bearer` and `tls`, unless None.
     """
 
     token: str
@@ -59,14 +46,14 @@ class Credentials(msgspec.Struct, frozen=True, tag=True):
 
 
 class Table(msgspec.Struct, frozen=True, tag=True):
-    """To a worker: the kubelets of this moment."""
+    """To a worker: the current kubelets."""
 
     table: NodeTable
     known: bool
 
 
 class PodPut(msgspec.Struct, frozen=True, tag=True):
-    """To a worker: one Pod as it is now, None where it may not be scraped or is gone."""
+    """To a worker: one Pod as it is now, None if it may not be scraped or is gone."""
 
     namespace: str
     name: str
@@ -74,23 +61,23 @@ class PodPut(msgspec.Struct, frozen=True, tag=True):
 
 
 class PodsKnown(msgspec.Struct, frozen=True, tag=True):
-    """To a worker: whether the Pods told so far may be served."""
+    """To a worker: True if the Pods sent so far may be served."""
 
     known: bool
 
 
 class Drain(msgspec.Struct, frozen=True, tag=True):
-    """To a worker: accept no more, and end once what is under way is done or `grace` seconds have passed."""
+    """To a worker: accept no more, and end once the scrapes under way are done or `grace` seconds have passed."""
 
     grace: float
 
 
 class Serving(msgspec.Struct, frozen=True, tag=True):
-    """From a worker, once: it accepts callers."""
+    """From a worker, once: it accepts clients."""
 
 
 class Figures(msgspec.Struct, frozen=True, tag=True):
-    """From a worker, every second and at its end: its counts since it began, and what failed since the last."""
+    """From a worker, every second and at its end: its counts since it began, and failures since the last message."""
 
     stats: ProxyStats
     failures: list[Failure]
@@ -111,13 +98,13 @@ def frame(message: ToWorker | FromWorker) -> bytes:
 
 
 async def read_to_worker(reader: asyncio.StreamReader) -> ToWorker | None:
-    """Return the next message to a worker, None where the proxy is gone."""
+    """Return the next message to a worker, None if the proxy is gone."""
     body = await _body(reader)
     return None if body is None else _to_worker.decode(body)
 
 
 async def read_from_worker(reader: asyncio.StreamReader) -> FromWorker | None:
-    """Return the next message of a worker, None where it is gone."""
+    """Return the next message of a worker, None if it is gone."""
     body = await _body(reader)
     return None if body is None else _from_worker.decode(body)
 
@@ -125,7 +112,7 @@ async def read_from_worker(reader: asyncio.StreamReader) -> FromWorker | None:
 async def _body(reader: asyncio.StreamReader) -> bytes | None:
     try:
         length = int.from_bytes(await reader.readexactly(4), "big")
-        if length > LONGEST:
+        if length > MAX_LENGTH:
             return None
         return await reader.readexactly(length)
     except (asyncio.IncompleteReadError, OSError):

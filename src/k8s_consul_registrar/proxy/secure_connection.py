@@ -1,28 +1,28 @@
-"""One caller's connection over TLS: the plain one, with a step of encryption between it and the socket."""
+"""One client's connection over TLS: the plain one, with encryption between it and the socket."""
 
 import os
 import ssl
 from collections.abc import Callable
 
-from k8s_consul_registrar.proxy.downstream import Downstream
+from k8s_consul_registrar.proxy.client_connection import CLOSED, LINGERING, ClientConnection
 from k8s_consul_registrar.proxy.headers import refusal_bytes
-from k8s_consul_registrar.proxy.outcomes import Outcome, Refusal
+from k8s_consul_registrar.proxy.refusals import Outcome, Refusal
 from k8s_consul_registrar.proxy.relay import Relay
 from k8s_consul_registrar.proxy.request import Request
-from k8s_consul_registrar.proxy.tls import TlsStep
+from k8s_consul_registrar.proxy.tls_stream import TlsStep
 from k8s_consul_registrar.rotating import BearerTokens, Rotating
 from k8s_consul_registrar.tls import ServerTls
 
-# What OpenSSL calls a first line of HTTP where a handshake should begin.
+# OpenSSL's reason for a first line of HTTP where a handshake should begin.
 _SPEAKS_HTTP = "HTTP_REQUEST"
 SPEAK_TLS = Refusal(400, Outcome.HANDSHAKE, "this port speaks https")
 
 
-class SecureDownstream(Downstream):
-    """A connection to the proxy whose bytes are encrypted by us, so that it costs no buffers while it is idle.
+class SecureClientConnection(ClientConnection):
+    """A connection to the proxy that encrypts in memory, so that it costs no buffers while it is idle.
 
-    A new certificate counts for new connections. A new authority of clients' certificates counts for all:
-    what was begun under another one ends after the answer under way.
+    A new certificate counts for new connections. A new authority of clients' certificates counts for all: a
+    connection made under another one ends after the answer under way.
     """
 
     __slots__ = ("_files", "_is_secure", "_tls", "_trust")
@@ -31,7 +31,7 @@ class SecureDownstream(Downstream):
         self,
         relay: Relay,
         inbound: Rotating[BearerTokens] | None,
-        on_lost: Callable[[Downstream], None],
+        on_lost: Callable[[ClientConnection], None],
         files: ServerTls,
     ) -> None:
         super().__init__(relay, inbound, on_lost)
@@ -41,8 +41,8 @@ class SecureDownstream(Downstream):
         self._is_secure = False
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Decrypt what came and take it as the plain connection would."""
-        if self._is_lingering or self._fd < 0:
+        """Decrypt received data and read it as the plain connection would."""
+        if self._state is LINGERING or self._state is CLOSED:
             return
         tls, buffers = self._tls, self._relay.buffers
         received = buffers.received[:nbytes]
@@ -53,21 +53,20 @@ class SecureDownstream(Downstream):
                 self._is_secure = tls.advance_handshake(received)
                 count = tls.decrypt_rest(buffers.plain) if self._is_secure else 0
         except ssl.SSLError as error:
-            self._turn_away(error)
+            self._end_insecure(error)
             return
         if tls.has_output:
             self._put(tls.output())
         if count:
-            # A request is small; of what is longer than its limit a part tells as much as the whole.
+            # A request is small; a part of one that is too long shows as much as the whole.
             count = min(count, len(buffers.received))
             buffers.received[:count] = buffers.plain[:count]
             super().buffer_updated(count)
         if tls.has_ended:
-            self._leave()
             self.abort()
 
-    def _turn_away(self, error: ssl.SSLError) -> None:
-        """End a connection that is not secure, after telling the other side why."""
+    def _end_insecure(self, error: ssl.SSLError) -> None:
+        """End a connection after an error of TLS, and tell the client why."""
         if not self._is_secure:
             self._relay.counts.ended(Outcome.HANDSHAKE)
         self._leave()
@@ -79,11 +78,11 @@ class SecureDownstream(Downstream):
             self._transport.write(refusal_bytes(SPEAK_TLS, close=True))
         self._linger()
 
-    def _serve(self, asked: Request) -> None:
+    def _serve(self, request: Request) -> None:
         if self._is_stale:
             self.close()
         else:
-            super()._serve(asked)
+            super()._serve(request)
 
     @property
     def _is_stale(self) -> bool:
@@ -92,30 +91,30 @@ class SecureDownstream(Downstream):
     def _closes_after(self) -> bool:
         return super()._closes_after() or self._is_stale
 
-    def doubt(self) -> None:
-        """Close an idle connection where whom to believe has changed; one that is not goes after its answer."""
-        if self._is_stale and self.is_idle and self._fd >= 0:
+    def recheck(self) -> None:
+        """Close an idle connection of a replaced authority; another one ends after its answer."""
+        if self._is_stale and self.is_idle:
             self.close()
 
     # Writing
 
     def respond(self, head: bytes, body: memoryview) -> None:
-        """Send the head, but for its last empty line, and the first bytes of the body."""
-        if self._fd < 0:
+        """Send the head, without its last empty line, and the first bytes of the body."""
+        if self._state is CLOSED:
             return
         head += b"Connection: close\r\n\r\n" if self._closes_after() else b"\r\n"
         self._put(self._tls.encrypt_all(head, body))
 
     def send(self, body: memoryview) -> None:
         """Send more of the body."""
-        if self._fd >= 0:
+        if self._state is not CLOSED:
             self._put(self._tls.encrypt_all(body))
 
-    def _say(self, answer: bytes) -> None:
+    def _send_answer(self, answer: bytes) -> None:
         self._put(self._tls.encrypt_all(answer))
 
     def _put(self, encrypted: bytes) -> None:
-        """Write to the socket at once, in the order of encryption; what it does not take is kept."""
+        """Write to the socket at once, in the order of encryption; keep the part that it does not accept."""
         try:
             sent = 0 if self._is_blocked else os.write(self._fd, encrypted)
         except BlockingIOError:
@@ -127,14 +126,14 @@ class SecureDownstream(Downstream):
             self._queue(encrypted[sent:])
 
     def _linger(self) -> None:
-        self._part()
+        self._send_close_notify()
         super()._linger()
 
     def close(self) -> None:
-        """Close once everything is sent, and say that this is the end."""
-        self._part()
+        """Close once everything is sent, after a close_notify."""
+        self._send_close_notify()
         super().close()
 
-    def _part(self) -> None:
-        if self._is_secure and self._fd >= 0 and not self._is_lingering:
-            self._put(self._tls.farewell())
+    def _send_close_notify(self) -> None:
+        if self._is_secure and self._state is not CLOSED and self._state is not LINGERING:
+            self._put(self._tls.close_notify())

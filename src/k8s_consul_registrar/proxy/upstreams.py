@@ -1,0 +1,109 @@
+"""Kinds of upstream (kubelets, Pods); each has its own TLS context, token, limits and pool."""
+
+import ssl
+from collections.abc import Callable
+from typing import Protocol
+
+from k8s_consul_registrar.proxy.config import ProxyConfig
+from k8s_consul_registrar.proxy.limits import Limits
+from k8s_consul_registrar.proxy.nodes import Endpoint, Nodes
+from k8s_consul_registrar.proxy.pool import Pool
+from k8s_consul_registrar.proxy.refusals import Refusal, of_pod
+from k8s_consul_registrar.proxy.response import HeadCache
+from k8s_consul_registrar.proxy.routes import UNKNOWN_NODE, UNKNOWN_POD, Pods
+
+
+class CredentialSource(Protocol):
+    """The proxy's credentials for kubelets; asked at every scrape, so they must not block."""
+
+    def context(self) -> ssl.SSLContext:
+        """Return the current context; the same one while nothing changed."""
+
+    def token(self) -> str:
+        """Return the current token, empty for none; raises OperationalError where none is available."""
+
+
+class Upstream(Protocol):
+    """One kind of upstream; scrapes of one kind never use the places or connections of another."""
+
+    limits: Limits
+    pool: Pool
+    heads: HeadCache
+    unknown: Refusal  # the answer where an endpoint may no longer be asked
+
+    def token(self) -> str:
+        """Return the token to send, empty for none; raises OperationalError where none is available."""
+
+    def context(self) -> ssl.SSLContext | None:
+        """Return the current TLS context, None for plain connections."""
+
+    def is_current(self, endpoint: Endpoint) -> bool:
+        """Return True if an endpoint may still be asked."""
+
+    def describe(self, refusal: Refusal) -> Refusal:
+        """Return a refusal in the words for this kind."""
+
+
+class KubeletUpstream:
+    """The kubelets of the cluster's Nodes."""
+
+    unknown = UNKNOWN_NODE
+
+    def __init__(self, nodes: Nodes, credentials: CredentialSource, config: ProxyConfig) -> None:
+        self.limits = Limits(config.concurrency)
+        self.pool = Pool(overall=config.kept_connections, idle_limit=config.timing.upstream_idle)
+        self.heads = HeadCache()
+        self._nodes = nodes
+        self._credentials = credentials
+
+    def token(self) -> str:
+        """Return the proxy's token for kubelets."""
+        return self._credentials.token()
+
+    def context(self) -> ssl.SSLContext:
+        """Return the context for kubelets."""
+        return self._credentials.context()
+
+    def is_current(self, endpoint: Endpoint) -> bool:
+        """Return True if a Node still claims the endpoint."""
+        return endpoint in self._nodes.current.endpoints
+
+    def describe(self, refusal: Refusal) -> Refusal:
+        """Return the refusal as it is: its words are about kubelets."""
+        return refusal
+
+
+class PodUpstream:
+    """The Pods that are scraped over http, or those over https where there is a `context`; never shown a token."""
+
+    unknown = UNKNOWN_POD
+
+    def __init__(
+        self,
+        pods: Pods,
+        context: Callable[[], ssl.SSLContext] | None,
+        limits: Limits,
+        pool: Pool,
+        heads: HeadCache,
+    ) -> None:
+        self.limits = limits
+        self.pool = pool
+        self.heads = heads
+        self._pods = pods
+        self._context = context
+
+    def token(self) -> str:
+        """Return none: a Pod never sees the proxy's credentials."""
+        return ""
+
+    def context(self) -> ssl.SSLContext | None:
+        """Return the context for Pods over https, None for plain ones."""
+        return None if self._context is None else self._context()
+
+    def is_current(self, endpoint: Endpoint) -> bool:
+        """Return True if a Pod that may be scraped still has the endpoint."""
+        return self._pods.is_current(endpoint)
+
+    def describe(self, refusal: Refusal) -> Refusal:
+        """Return the refusal reworded for a Pod."""
+        return of_pod(refusal)
