@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup check fix unit test test-long soak bench-registrar bench-proxy demo lock real-servers clean
+.PHONY: help setup check fix docs unit test test-long soak bench-registrar bench-proxy demo lock real-servers clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,6 +26,9 @@ check: $(STAMP) ## format, lint, types, import contracts: what CI runs before th
 fix: $(STAMP) ## repair what can be repaired
 	$(BIN)/ruff check --fix . scripts/fetch-real-servers
 	$(BIN)/ruff format . scripts/fetch-real-servers
+
+docs: $(STAMP) ## write the tables of the settings into the READMEs
+	$(BIN)/python scripts/update_docs.py
 
 real-servers: ## fetch Consul and Prometheus into .cache (no system install)
 	scripts/fetch-real-servers

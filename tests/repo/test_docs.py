@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from k8s_consul_registrar.registrar.orphans import Stays
 from k8s_consul_registrar.settings.reading import PROXY, REGISTRAR, SETTINGS, modes_of
 from k8s_consul_registrar.targets.reasons import Reason
 from support.files import ROOT
+from support.waiting import PATIENCE
 
 PACKAGE = ROOT / "src" / "k8s_consul_registrar"
 README, README_ZH, ARCHITECTURE = (
@@ -94,14 +97,20 @@ def default_cell(default: str) -> str:
 
 @each_readme
 def test_every_setting_is_documented_with_its_default(readme: Path) -> None:
-    """The configuration tables hold every option with its default, under its mode, and nothing else."""
-    index = next(i for i, part in enumerate(sections(readme)) if "| `MODE` |" in part)
+    """The configuration tables hold every setting with its default, under its mode, and nothing else."""
+    index = next(i for i, part in enumerate(sections(readme)) if "<!-- settings: Both modes -->" in part)
     both, registrar, proxy = sections(readme)[index : index + 3]
     for table, modes in ((both, {REGISTRAR, PROXY}), (registrar, {REGISTRAR}), (proxy, {PROXY})):
         expected = {one.env: default_cell(one.default) for one in SETTINGS if set(modes_of(one)) == modes}
-        if table is both:
-            expected["MODE"] = default_cell(REGISTRAR)
         assert rows(table) == expected
+    assert "`MODE`" in both
+
+
+def test_the_tables_of_the_settings_are_up_to_date() -> None:
+    """Both READMEs have the texts of the declarations and of their translation; `make docs` repairs it."""
+    command = (sys.executable, ROOT / "scripts" / "update_docs.py", "--check")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    assert (done.returncode, done.stdout + done.stderr) == (0, ""), "run make docs"
 
 
 @each_readme

@@ -14,6 +14,7 @@ from k8s_consul_registrar.settings.common import CommonSettings
 from k8s_consul_registrar.settings.consul import NONE
 from k8s_consul_registrar.settings.field import Setting
 from k8s_consul_registrar.settings.reading import MODES, PROXY, REGISTRAR, SETTINGS, modes_of, read_registrar
+from k8s_consul_registrar.settings.reference import MARKDOWN, OUTPUTS
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.telemetry import configure_logging
 
@@ -131,6 +132,12 @@ COMMANDS = (
         "removed too, and a catalog's node of our making once nothing is left on it. Exit codes: 0 done, 1 not "
         "agreed to or failed, 2 wrong settings.",
         settings_of=frozenset({REGISTRAR}),
+    ),
+    Command(
+        "settings",
+        "print every setting with its default and meaning",
+        (Argument("--output", "how to print them", OUTPUTS, MARKDOWN),),
+        "markdown: tables; json-schema: of the file that --config names; env: a template of a file of variables.",
     ),
     Command(
         "demo",

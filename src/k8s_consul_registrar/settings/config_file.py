@@ -17,6 +17,16 @@ class _Unusable(Exception):
     """The file or a value in it cannot be used; the text says why and quotes no value."""
 
 
+_EXPECTED = {
+    "array": "a list",
+    "boolean": "true or false",
+    "integer": "a whole number",
+    "number": "a number",
+    "object": "a mapping",
+    "string": "a text",
+}
+
+
 def read_config(path: str, settings: Mapping[str, Setting], given: Given) -> None:
     """Add the texts of a file to `given` where the environment has none, and its mistakes."""
     shown = path if is_path(path) or _FILE_NAME.fullmatch(path) else ""
@@ -97,7 +107,8 @@ def _setting_of(key: object, settings: Mapping[str, Setting]) -> Setting:
     if key not in settings:
         from difflib import get_close_matches  # noqa: PLC0415 - only a mistake needs it
 
-        near = get_close_matches(key.upper().replace("-", "_"), settings, n=2, cutoff=0.7)
+        name = key.upper().replace("-", "_")
+        near = [name] if name in settings else get_close_matches(name, settings, n=2, cutoff=0.7)
         raise _Unusable("is not a setting" + (f": {' or '.join(near)} is meant?" if near else ""))
     setting = settings[key]
     if setting.is_secret:
@@ -121,8 +132,7 @@ def _text(setting: Setting, value: object) -> str:
         return f"{value}"
     if isinstance(value, str):
         return _printable(value)
-    expected = {"array": "a list", "object": "a mapping", "boolean": "true or false"}.get(kind, f"a {kind}")
-    raise _Unusable(f"must be {expected}{_quoting(value) if kind == 'string' else ''}")
+    raise _Unusable(f"must be {_EXPECTED[kind]}{_quoting(value) if kind == 'string' else ''}")
 
 
 def _quoting(value: object) -> str:

@@ -89,18 +89,12 @@ def setting(
     return field(default=parser.parse(default), repr=not secret, metadata={_SETTING: declaration})
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    section: type[Section]
-    when: str
-
-
 def section(kind: type[S], *, when: str = "") -> S:
     """Declare a field of a `Section` as another section.
 
     With `when` the field is None unless that setting is given and not false; mistakes in it count anyway.
     """
-    metadata = {_SECTION: _Part(kind, when)}
+    metadata = {_SECTION: (kind, when)}
     if when:
         return field(default=cast("S", None), metadata=metadata)
     return field(default_factory=kind, metadata=metadata)
@@ -113,7 +107,7 @@ def declared(kind: type[Section]) -> Iterator[Setting]:
             found: Setting = one.metadata[_SETTING]
             yield found if found.group else replace(found, group=kind.GROUP)
         elif _SECTION in one.metadata:
-            yield from declared(one.metadata[_SECTION].section)
+            yield from declared(one.metadata[_SECTION][0])
 
 
 class Given(dict[str, str]):
@@ -165,13 +159,13 @@ class Reader:
                 complete = declaration.complete
                 values[one.name] = complete(value, self) if complete else value
             elif _SECTION in one.metadata:
-                part: _Part = one.metadata[_SECTION]
-                inner = self.section(part.section)
-                is_wanted = not part.when or (self.is_set(part.when) and self.value(part.when) is not False)
-                values[one.name] = inner if is_wanted else None
-        made = kind(**values)
-        made.check(self)
-        return made
+                inner, when = one.metadata[_SECTION]
+                made = self.section(inner)
+                is_wanted = not when or (self.is_set(when) and self.value(when) is not False)
+                values[one.name] = made if is_wanted else None
+        whole = kind(**values)
+        whole.check(self)
+        return whole
 
     def finish(self) -> None:
         """Raise a `SettingsError` with every mistake, if there are any."""

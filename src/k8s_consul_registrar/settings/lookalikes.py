@@ -7,9 +7,10 @@ begin with the same word, the share of letters in words that both have.
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-# Kubernetes sets these for each Service, whatever it is called; the value of `<SERVICE>_PORT` is a URL.
+from k8s_consul_registrar.settings.field import SERVICE_LINK
+
+# Kubernetes sets these for each Service, whatever it is called; the value of `<SERVICE>_PORT` is a SERVICE_LINK.
 _SERVICE_NAME = re.compile(r".+_SERVICE_(HOST|PORT(_.+)?)|.+_PORT_[0-9]+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?")
-_SERVICE_URL = re.compile(r"(tcp|udp|sctp)://.*")
 # Variables of Kubernetes manifests, of Consul and of other programs that are close to a setting.
 _OTHERS = frozenset(
     {
@@ -36,7 +37,7 @@ def lookalikes(environment: Mapping[str, str], known: Collection[str]) -> dict[s
     """Return the variables that resemble a `known` name and are none, each with the nearest names."""
     found = {}
     for name, value in environment.items():
-        is_of_a_service = _SERVICE_NAME.fullmatch(name) or _SERVICE_URL.match(value)
+        is_of_a_service = _SERVICE_NAME.fullmatch(name) or SERVICE_LINK.fullmatch(value)
         if (
             name not in known
             and name not in _OTHERS

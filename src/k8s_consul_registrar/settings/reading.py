@@ -45,7 +45,9 @@ def gather(
     given = Given(environment)
     if config is not None:
         read_config(config, {one.env: one for one in SETTINGS}, given)
-    given.update(flags or {})
+    for name, text in (flags or {}).items():
+        given[name] = text
+        given.origins.pop(name, None)
     return given
 
 

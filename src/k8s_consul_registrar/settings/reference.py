@@ -14,8 +14,6 @@ JSON_SCHEMA = "json-schema"
 ENV = "env"
 OUTPUTS = (MARKDOWN, JSON_SCHEMA, ENV)
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
-_WIDTH = 100
-_INDENT = "      "
 _UNSET = "–"  # noqa: RUF001 - a dash in a table
 
 
@@ -55,16 +53,8 @@ def help_on_variables() -> str:
     for group, settings in _groups(SETTINGS).items():
         lines += ["", f"{group}:"]
         for one in settings:
-            lines.append(f"  {one.env} {''.join(f'[{mode[0]}]' for mode in modes_of(one))}")
-            lines.append(
-                fill(
-                    _sentence(one),
-                    _WIDTH,
-                    initial_indent=_INDENT,
-                    subsequent_indent=_INDENT,
-                    break_on_hyphens=False,
-                )
-            )
+            marks = "".join(f"[{mode[0]}]" for mode in modes_of(one))
+            lines += [f"  {one.env} {marks}", _wrapped(one, "      ")]
     return "\n".join(lines)
 
 
@@ -89,8 +79,7 @@ def env() -> str:
     for group, settings in _groups(SETTINGS).items():
         lines += [f"## {group}", ""]
         for one in settings:
-            lines += [fill(_sentence(one), _WIDTH, initial_indent="# ", subsequent_indent="# ")]
-            lines += [f"#{one.env}={one.default}", ""]
+            lines += [_wrapped(one, "# "), f"#{one.env}={one.default}", ""]
     return "\n".join(lines)
 
 
@@ -118,6 +107,10 @@ def _groups(settings: Iterable[Setting]) -> dict[str, list[Setting]]:
 
 def _sentence(one: Setting) -> str:
     return f"{one.plain_help}.{f' Default: {one.default}.' if one.default else ''}"
+
+
+def _wrapped(one: Setting, indent: str) -> str:
+    return fill(_sentence(one), 100, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _table(settings: Iterable[Setting], helps: Mapping[str, str], header: str) -> str:
