@@ -168,12 +168,25 @@ class Wiring:
 
     def elector(self, kube: KubeClient) -> Elector | None:
         """Build what takes part in the election, None without one; raises an `AccessError`."""
-        settings, election = self.settings, self.settings.election
+        election = self.settings.election
         if election is None:
             return None
-        name = election.lease_name or default_lease_name(settings.cluster_name, settings.instance)
-        leases = LeaseClient(kube, election.lease_namespace or pod_namespace(), name)
+        leases = LeaseClient(kube, self.lease_namespace, self.lease_name)
         return Elector(leases, new_identity(socket.gethostname()), election.timing)
+
+    @property
+    def lease_namespace(self) -> str:
+        """The namespace of the Lease; raises an `AccessError` if it is not set and this is not a Pod."""
+        election = self.settings.election
+        return (election and election.lease_namespace) or pod_namespace()
+
+    @property
+    def lease_name(self) -> str:
+        """The name of the Lease."""
+        settings, election = self.settings, self.settings.election
+        return (election and election.lease_name) or default_lease_name(
+            settings.cluster_name, settings.instance
+        )
 
     def consul(self, elector: Elector | None = None) -> ConsulClient:
         """Build the client of Consul, which writes only while we lead; raises an `AccessError`."""

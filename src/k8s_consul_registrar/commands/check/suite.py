@@ -5,7 +5,7 @@ import asyncio
 import os
 import shutil
 import sys
-from collections.abc import Awaitable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -53,7 +53,6 @@ from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.errors import AccessError, ConsulError, SettingsError
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.lease import default_lease_name, pod_namespace
 from k8s_consul_registrar.model import Kind, Node
 from k8s_consul_registrar.runner import EXIT_FAILURE, EXIT_OK
 from k8s_consul_registrar.runner import run as run_loop
@@ -137,41 +136,38 @@ def read_subject(modes: Collection[str], environment: Mapping[str, str]) -> Chec
 
 async def check(subject: CheckedModes, timing: Timing = TIMING) -> list[Finding]:
     """Look at everything at once, as far as one thing does not need another, within LONGEST seconds."""
-    cluster = asyncio.ensure_future(_within("cluster", _check_cluster(subject, timing)))
+    cluster = asyncio.ensure_future(_within("cluster", _check_cluster(subject, timing), _late_view))
     parts: list[Awaitable[list[Finding]]] = []
+
+    def add(name: str, work: Awaitable[list[Finding]]) -> None:
+        parts.append(_within(name, work, lambda late: [late]))
+
     if subject.registrar:
-        parts.append(_listed("consul", _check_consul(subject.registrar, cluster, timing)))
+        wiring = Wiring(subject.registrar, timing)
+        add("consul", _check_consul(wiring, cluster))
         if subject.registrar.http_sd:
-            parts.append(_listed("http_sd", check_http_sd(subject.registrar.http_sd, timing.read_timeout)))
+            add("http_sd", check_http_sd(subject.registrar.http_sd, timing.read_timeout))
         if subject.registrar.state_file:
-            parts.append(
-                _listed(
-                    "http_sd",
-                    check_state_file(Path(subject.registrar.state_file), Wiring(subject.registrar).origin),
-                )
-            )
-        parts.append(_listed("node port", _check_node_port(subject.registrar, cluster, timing)))
+            add("http_sd", check_state_file(Path(subject.registrar.state_file), wiring.origin))
+        add("node port", _check_node_port(wiring, cluster))
     if subject.proxy:
-        parts.append(_listed("kubelets", _check_kubelets(subject.proxy, cluster, timing)))
+        add("kubelets", _check_kubelets(subject.proxy, cluster, timing))
     found = await asyncio.gather(*parts)
-    view = await cluster
-    of_cluster = [view] if isinstance(view, Finding) else list(view.findings)
+    of_cluster = (await cluster).findings
     return [*_settings(subject), *of_cluster, *(finding for part in found for finding in part)]
 
 
-async def _within(name: str, work: Awaitable[T]) -> T | Finding:
+async def _within(name: str, work: Awaitable[T], if_late: Callable[[Finding], T]) -> T:
     try:
         async with asyncio.timeout(LONGEST):
             return await work
     except TimeoutError:
-        return fail(
-            name, f"not done within {LONGEST:g} s", "something accepts connections and does not answer"
-        )
+        hint = "something accepts connections and does not answer"
+        return if_late(fail(name, f"not done within {LONGEST:g} s", hint))
 
 
-async def _listed(name: str, work: Awaitable[list[Finding]]) -> list[Finding]:
-    found = await _within(name, work)
-    return [found] if isinstance(found, Finding) else found
+def _late_view(late: Finding) -> ClusterView:
+    return ClusterView((late,))
 
 
 def _settings(subject: CheckedModes) -> list[Finding]:
@@ -185,15 +181,14 @@ def _settings(subject: CheckedModes) -> list[Finding]:
 
 def _registrar_permissions(settings: RegistrarSettings) -> tuple[Permission, ...]:
     followed = source_permissions(settings.selection.sources)
-    election = settings.election
-    if election is None:
+    if settings.election is None:
         return followed
+    wiring = Wiring(settings)
     try:
-        namespace = election.lease_namespace or pod_namespace()
-    except AccessError:  # outside of a Pod; where the Lease would be is not known
+        namespace = wiring.lease_namespace
+    except AccessError:  # outside of a Pod the place of the Lease is not known
         namespace = "default"
-    name = election.lease_name or default_lease_name(settings.cluster_name, settings.instance)
-    return (*followed, *lease_permissions(namespace, name))
+    return (*followed, *lease_permissions(namespace, wiring.lease_name))
 
 
 def _proxy_permissions(settings: ProxySettings) -> tuple[Permission, ...]:
@@ -224,21 +219,15 @@ async def _check_cluster(subject: CheckedModes, timing: Timing) -> ClusterView:
     return ClusterView((credentials, server, *permissions, *of_identity), access, uid, tuple(nodes))
 
 
-async def _view(cluster: Awaitable[ClusterView | Finding]) -> ClusterView:
-    view = await cluster
-    return ClusterView(()) if isinstance(view, Finding) else view
-
-
-async def _check_consul(
-    settings: RegistrarSettings, cluster: Awaitable[ClusterView | Finding], timing: Timing
-) -> list[Finding]:
+async def _check_consul(wiring: Wiring, cluster: Awaitable[ClusterView]) -> list[Finding]:
+    settings = wiring.settings
     if settings.backend.backend == NONE:
         return [ok("consul", "not used (CONSUL_BACKEND=none)")]
     try:
         access = consul_access(settings.consul)
     except AccessError as error:
         return [fail("consul", str(error))]
-    async with ConsulClient(access, timing) as client:
+    async with ConsulClient(access, wiring.timing) as client:
         is_catalog = settings.backend.backend == CATALOG
         found, node = await check_consul(client, str(access.address), is_catalog=is_catalog)
         if any(finding.outcome is Result.FAIL for finding in found):
@@ -246,8 +235,7 @@ async def _check_consul(
         has_token = bool(access.token or access.token_file)
         of_token = await check_token(client, _needs(settings, node), has_token=has_token)
         sees_all = all(one.outcome is Result.OK for one in of_token)
-        view = await _view(cluster)
-        of_services = await _check_services(client, settings, view.uid, sees_all=sees_all)
+        of_services = await _check_services(client, wiring, (await cluster).uid, sees_all=sees_all)
         return [*found, *of_token, *of_services]
 
 
@@ -266,10 +254,7 @@ def _needs(settings: RegistrarSettings, agent_node: str) -> list[NeededRight]:
     return [*needs, need_of_agent(agent_node), need_of_lost_agents()] if agent_node else needs
 
 
-async def _check_services(
-    client: ConsulClient, settings: RegistrarSettings, uid: str, *, sees_all: bool
-) -> list[Finding]:
-    wiring = Wiring(settings)
+async def _check_services(client: ConsulClient, wiring: Wiring, uid: str, *, sees_all: bool) -> list[Finding]:
     who = wiring.identity
     try:
         services = [service async for service in wiring.registry(client).services()]
@@ -277,24 +262,22 @@ async def _check_services(
     except ConsulError as error:
         return [skipped("services", str(error))]
     found = holdings(services, who, uid)
-    prefixes = tuple(naming.prefix for naming in _namings(settings))
+    prefixes = tuple(naming.prefix for naming in _namings(wiring.settings))
     elsewhere = judge_catalog(names, [service.name for service in services], prefixes)
     return [*judge_holdings(found, who, sees_all=sees_all), *elsewhere]
 
 
-async def _check_node_port(
-    settings: RegistrarSettings, cluster: Awaitable[ClusterView | Finding], timing: Timing
-) -> list[Finding]:
+async def _check_node_port(wiring: Wiring, cluster: Awaitable[ClusterView]) -> list[Finding]:
+    settings, nodes = wiring.settings, (await cluster).nodes
     if Kind.NODE not in settings.selection.kinds:
         return []
-    view = await _view(cluster)
-    return [await check_node_port(view.nodes, settings.proxy_node_port, timing.connect_timeout)]
+    return [await check_node_port(nodes, settings.proxy_node_port, wiring.timing.connect_timeout)]
 
 
 async def _check_kubelets(
-    settings: ProxySettings, cluster: Awaitable[ClusterView | Finding], timing: Timing
+    settings: ProxySettings, cluster: Awaitable[ClusterView], timing: Timing
 ) -> list[Finding]:
-    view = await _view(cluster)
+    view = await cluster
     if view.access is None:
         return [skipped("kubelets", "no credentials to show them")]
     try:
