@@ -22,8 +22,8 @@ from k8s_consul_registrar.proxy.nodes import POD, Endpoint, Nodes, NodeTable
 from k8s_consul_registrar.proxy.refusals import Outcome
 from k8s_consul_registrar.proxy.routes import Pods, ProxiedPod, Route
 from k8s_consul_registrar.proxy.server import listen
-from k8s_consul_registrar.proxy.stats import NO_STATS, Failures, added
-from k8s_consul_registrar.proxy.worker_protocol import Begin, Credentials
+from k8s_consul_registrar.proxy.stats import NO_STATS, RecentFailures, added
+from k8s_consul_registrar.proxy.worker_protocol import Begin, WorkerCredentials
 from k8s_consul_registrar.proxy.workers import Workers, WorkerTiming
 from k8s_consul_registrar.rotating import BearerTokens
 from k8s_consul_registrar.tls import KeyPair, ServerCertificate, Trust
@@ -43,7 +43,7 @@ from support.waiting import PATIENCE, until
 
 COMMAND = (sys.executable, "-m", "k8s_consul_registrar.proxy.worker")
 QUICK = WorkerTiming(tick=0.05, retry_first=0.05, retry_cap=0.1, last_words=1.0)
-HELD = Credentials(TOKEN, "", Trust(authority_pem()))
+HELD = WorkerCredentials(TOKEN, "", Trust(authority_pem()))
 
 
 async def serve_who_shows(
@@ -61,7 +61,7 @@ class Parent:
 
     nodes: Nodes
     pods: Pods
-    held: Credentials = HELD
+    held: WorkerCredentials = HELD
     port: int = 0
 
     def begin(self, port: int) -> Begin:
@@ -141,9 +141,9 @@ async def test_a_rotated_token_is_used_by_all_workers() -> None:
         parent = parent_of(kubelet)
         async with working(parent, parent.make()):
             assert await parent.statuses(cadvisor(kubelet)) == {502}
-            parent.held = Credentials("new", "", HELD.kubelets)
+            parent.held = WorkerCredentials("new", "", HELD.kubelets)
             await parent.until(200, cadvisor(kubelet))
-            parent.held = Credentials("", "the file is gone", HELD.kubelets)
+            parent.held = WorkerCredentials("", "the file is gone", HELD.kubelets)
             await parent.until(503, cadvisor(kubelet))
 
 
@@ -154,7 +154,7 @@ async def test_another_authority_of_kubelets() -> None:
         async with working(parent, parent.make()):
             assert await parent.statuses(cadvisor(kubelet)) == {200}
             other = trustme.CA().cert_pem.bytes().decode()
-            parent.held = Credentials(TOKEN, "", Trust(other))
+            parent.held = WorkerCredentials(TOKEN, "", Trust(other))
             await parent.until(502, cadvisor(kubelet))
 
 
@@ -222,13 +222,13 @@ async def test_callers_over_tls_with_a_token() -> None:
     context = ssl.create_default_context(cadata=leaf.cert_pem.bytes().decode())
     async with Kubelet().serving() as kubelet:
         parent = parent_of(kubelet)
-        parent.held = Credentials(TOKEN, "", HELD.kubelets, bearer=BearerTokens((b"first",)), tls=tls)
+        parent.held = WorkerCredentials(TOKEN, "", HELD.kubelets, bearer=BearerTokens((b"first",)), tls=tls)
         async with working(parent, parent.make(count=1)) as workers:
             got = await parent.get(cadvisor(kubelet), "Authorization: Bearer first", context=context)
             assert (got.status, got.body) == (200, METRICS)
             (pid,) = workers.pids
             assert [name for name in opened_by(pid) if not name.startswith("/memfd")] == []
-            parent.held = Credentials(
+            parent.held = WorkerCredentials(
                 TOKEN, "", HELD.kubelets, bearer=BearerTokens((b"second-and-longer",)), tls=tls
             )
 
@@ -294,7 +294,7 @@ async def test_a_program_that_does_not_exist() -> None:
 def test_secrets_are_in_no_repr() -> None:
     """A message that is logged or shown in an error tells nothing of what it carries."""
     trust = Trust("ca", pair=KeyPair(b"certificate", b"secret-key"))
-    held = Credentials("secret-token", "", trust, trust, BearerTokens((b"secret-bearer",)))
+    held = WorkerCredentials("secret-token", "", trust, trust, BearerTokens((b"secret-bearer",)))
     assert "secret" not in repr(held) + repr(trust) + str([held])
 
 
@@ -311,19 +311,19 @@ def test_frames_bring_everything_across() -> None:
     ):  # fmt: skip
         body = frames.frame(message)[4:]
         assert msgspec.msgpack.decode(body, type=frames.ToWorker) == message
-    failures = Failures()
+    failures = RecentFailures()
     failures.note(table.by_name["node-1"], Outcome.TIMEOUT, "too late")
     stats = added(NO_STATS, NO_STATS)
-    told = frames.Figures(stats, failures.since(0))
+    told = frames.WorkerFigures(stats, failures.since(0))
     back = msgspec.msgpack.decode(frames.frame(told)[4:], type=frames.FromWorker)
     assert back == told
-    assert isinstance(back, frames.Figures)
+    assert isinstance(back, frames.WorkerFigures)
     assert back.failures[0].endpoint == table.by_name["node-1"]
 
 
 def test_failures_since() -> None:
     """Each is told once, and those forgotten meanwhile are not."""
-    failures = Failures()
+    failures = RecentFailures()
     endpoint = Endpoint("10.0.0.1", 10250, "", "")
     for number in range(3):
         failures.note(endpoint, Outcome.TIMEOUT, str(number))

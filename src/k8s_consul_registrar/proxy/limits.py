@@ -27,7 +27,7 @@ class Waiter(Protocol):
         """Begin: a place came free."""
 
 
-class Entry(Enum):
+class Admission(Enum):
     """Result of asking for a place."""
 
     RUN = "run"
@@ -51,26 +51,26 @@ class Limits:
         self.running = 0
         self.waiting = 0
 
-    def enter(self, node: Hashable, waiter: Waiter) -> Entry:
+    def enter(self, node: Hashable, waiter: Waiter) -> Admission:
         """Ask for a place; after RUN or a later `admitted()` it is held until `leave`."""
         allowed, claimed = self._allowed, self._claimed.get(node, 0)
         has_claim = claimed < allowed.per_node
         if has_claim and self.running < allowed.overall:
             self._claimed[node] = claimed + 1
             self.running += 1
-            return Entry.RUN
+            return Admission.RUN
         if self.waiting >= allowed.patience * allowed.overall:
-            return Entry.FULL
+            return Admission.FULL
         if has_claim:
             self._claimed[node] = claimed + 1
             self._ready.append((node, waiter))
         else:
             queue = self._queues.setdefault(node, deque())
             if len(queue) >= allowed.patience * allowed.per_node:
-                return Entry.FULL
+                return Admission.FULL
             queue.append(waiter)
         self.waiting += 1
-        return Entry.WAIT
+        return Admission.WAIT
 
     def leave(self, node: Hashable) -> None:
         """Give a place back, and admit the next scrape."""

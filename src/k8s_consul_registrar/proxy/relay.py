@@ -15,7 +15,7 @@ from k8s_consul_registrar.proxy.refusals import Refusal
 from k8s_consul_registrar.proxy.request import RequestCache
 from k8s_consul_registrar.proxy.response import HeadCache
 from k8s_consul_registrar.proxy.routes import POD_PREFIX, Pods, Route, find_pod, find_route
-from k8s_consul_registrar.proxy.stats import Counts, Failures
+from k8s_consul_registrar.proxy.stats import RecentFailures, ScrapeCounts
 from k8s_consul_registrar.proxy.tls_stream import Buffers
 from k8s_consul_registrar.proxy.upstreams import (
     CredentialSource,
@@ -55,8 +55,8 @@ class Relay:
         self.timing = config.timing
         self.buffers = Buffers()
         self.requests = RequestCache()
-        self.counts = Counts()
-        self.failures = Failures()
+        self.counts = ScrapeCounts()
+        self.failures = RecentFailures()
         self.deadlines = Deadlines(self.loop)
         self.is_draining = False
         self.nodes = nodes

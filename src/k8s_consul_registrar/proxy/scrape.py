@@ -7,7 +7,7 @@ from typing import Protocol
 from k8s_consul_registrar.errors import OperationalError
 from k8s_consul_registrar.proxy import refusals
 from k8s_consul_registrar.proxy.headers import Fields, request_rest
-from k8s_consul_registrar.proxy.limits import Entry, scrape_deadline
+from k8s_consul_registrar.proxy.limits import Admission, scrape_deadline
 from k8s_consul_registrar.proxy.refusals import UPSTREAM_FAILED, Outcome, Refusal
 from k8s_consul_registrar.proxy.relay import Relay, Routed
 from k8s_consul_registrar.proxy.upstream import UpstreamConnection
@@ -82,13 +82,13 @@ class Scrape:
         """Take a place or wait for one."""
         relay = self._relay
         entry = self._routed.upstream.limits.enter(self._routed.route.endpoint, self)
-        if entry is Entry.FULL:
+        if entry is Admission.FULL:
             self._refuse(refusals.QUEUE_FULL)
             return
         announced = self._fields.get(b"x-prometheus-scrape-timeout-seconds")
         self._seconds = seconds = scrape_deadline(announced, relay.timing.longest_scrape)
         relay.deadlines.start(self, seconds)
-        if entry is Entry.RUN:
+        if entry is Admission.RUN:
             self._state = CONNECTING
             self._run()
 

@@ -104,7 +104,7 @@ def added(one: ProxyStats, other: ProxyStats, *, with_gauges: bool = True) -> Pr
     )
 
 
-class Counts:
+class ScrapeCounts:
     """Counters of a relay, a few increments for each scrape."""
 
     __slots__ = ("body_bytes", "dials", "durations", "outcomes", "retries", "reuses", "upstream_times")
@@ -132,7 +132,7 @@ class Failure(NamedTuple):
     reason: str
 
 
-class Failures:
+class RecentFailures:
     """The latest failures; `noted` counts all there ever were."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:

@@ -20,13 +20,13 @@ from k8s_consul_registrar.proxy.routes import Pods
 from k8s_consul_registrar.proxy.server import ProxyServer, listen
 from k8s_consul_registrar.proxy.worker_protocol import (
     Begin,
-    Credentials,
     Drain,
-    Figures,
     PodPut,
     PodsKnown,
     Serving,
     Table,
+    WorkerCredentials,
+    WorkerFigures,
     frame,
     read_to_worker,
 )
@@ -39,10 +39,10 @@ FIGURES_EVERY = 1.0  # seconds
 log = get_logger("worker")
 
 
-class Held:
+class HeldCredentials:
     """The credentials that the parent told last, in the forms the relay asks for."""
 
-    def __init__(self, told: Credentials) -> None:
+    def __init__(self, told: WorkerCredentials) -> None:
         self._told = told
         self.bearer = (
             None if told.bearer is None else Rotating("", (), lambda: cast("BearerTokens", self._told.bearer))
@@ -53,7 +53,7 @@ class Held:
             else Derived(lambda tls: tls, Rotating("", (), lambda: cast("ServerCertificate", self._told.tls)))
         )
 
-    def take(self, told: Credentials) -> None:
+    def take(self, told: WorkerCredentials) -> None:
         """Use others from now on; what did not change stays the very same, with its context."""
         before = self._told
         self._told = replace(
@@ -84,10 +84,10 @@ class Held:
 class Worker:
     """A `ProxyServer`, and the state its parent keeps up to date."""
 
-    def __init__(self, begin: Begin, credentials: Credentials) -> None:
+    def __init__(self, begin: Begin, credentials: WorkerCredentials) -> None:
         has_pods = begin.config.has_pods
         self._port = begin.port
-        self._held = Held(credentials)
+        self._held = HeldCredentials(credentials)
         self._nodes, self._pods = Nodes(), Pods()
         self._noted = 0
         self._server = ProxyServer(
@@ -113,7 +113,7 @@ class Worker:
                             await self._server.start(listen(self._port, reuse_port=True))
                             writer.write(frame(Serving()))
                             reporting = asyncio.create_task(self._report(writer))
-                    case Credentials():
+                    case WorkerCredentials():
                         self._held.take(told)
                     case PodPut():
                         self._pods.put(told.namespace, told.name, told.pod)
@@ -147,15 +147,15 @@ class Worker:
             writer.write(frame(self._figures()))
             await asyncio.sleep(FIGURES_EVERY)
 
-    def _figures(self) -> Figures:
+    def _figures(self) -> WorkerFigures:
         failures, self._noted = self._server.failures_since(self._noted)
-        return Figures(self._server.stats(), failures)
+        return WorkerFigures(self._server.stats(), failures)
 
 
 async def _main(parent: socket.socket) -> None:
     reader, writer = await asyncio.open_unix_connection(sock=parent)
     begin, credentials = await read_to_worker(reader), await read_to_worker(reader)
-    if not isinstance(begin, Begin) or not isinstance(credentials, Credentials):
+    if not isinstance(begin, Begin) or not isinstance(credentials, WorkerCredentials):
         return
     configure_logging(begin.log_level, begin.log_format)
     await Worker(begin, credentials).work(reader, writer)

@@ -28,7 +28,7 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
     log_format: str
 
 
-class Credentials(msgspec.Struct, frozen=True, tag=True):
+class WorkerCredentials(msgspec.Struct, frozen=True, tag=True):
     """To a worker: everything secret, as it is now; nothing in it is unusable.
 
     `problem` says why there is no token. Clients are checked by `bearer` and `tls`, unless None.
@@ -76,15 +76,15 @@ class Serving(msgspec.Struct, frozen=True, tag=True):
     """From a worker, once: it accepts clients."""
 
 
-class Figures(msgspec.Struct, frozen=True, tag=True):
+class WorkerFigures(msgspec.Struct, frozen=True, tag=True):
     """From a worker, every second and at its end: its counts since it began, and failures since the last message."""
 
     stats: ProxyStats
     failures: list[Failure]
 
 
-ToWorker = Begin | Credentials | Table | PodPut | PodsKnown | Drain
-FromWorker = Serving | Figures
+ToWorker = Begin | WorkerCredentials | Table | PodPut | PodsKnown | Drain
+FromWorker = Serving | WorkerFigures
 
 _encode = msgspec.msgpack.Encoder().encode
 _to_worker = msgspec.msgpack.Decoder(ToWorker)

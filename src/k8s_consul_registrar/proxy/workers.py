@@ -15,17 +15,17 @@ from k8s_consul_registrar.backoff import delays
 from k8s_consul_registrar.errors import OperationalError
 from k8s_consul_registrar.proxy.nodes import Nodes
 from k8s_consul_registrar.proxy.routes import Pods, ProxiedPod
-from k8s_consul_registrar.proxy.stats import NO_STATS, Failure, Failures, ProxyStats, added
+from k8s_consul_registrar.proxy.stats import NO_STATS, Failure, ProxyStats, RecentFailures, added
 from k8s_consul_registrar.proxy.worker_protocol import (
     Begin,
-    Credentials,
     Drain,
-    Figures,
     PodPut,
     PodsKnown,
     Serving,
     Table,
     ToWorker,
+    WorkerCredentials,
+    WorkerFigures,
     frame,
     read_from_worker,
 )
@@ -118,7 +118,7 @@ class WorkerProcess:
                         break
                     case Serving():
                         self.serving.set()
-                    case Figures():
+                    case WorkerFigures():
                         self.stats = message.stats
                         self._on_failures(message.failures)
             with contextlib.suppress(TimeoutError):
@@ -151,7 +151,7 @@ class Workers:
         count: int,
         command: Sequence[str],
         begin: Callable[[int], Begin],
-        credentials: Callable[[], Credentials],
+        credentials: Callable[[], WorkerCredentials],
         nodes: Nodes,
         pods: Pods | None,
         timing: WorkerTiming | None = None,
@@ -168,9 +168,9 @@ class Workers:
         self._running: dict[int, WorkerProcess] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._following: asyncio.Task[None] | None = None
-        self._sent: Credentials | None = None
+        self._sent: WorkerCredentials | None = None
         self._sent_pods_known = False
-        self._failures = Failures()
+        self._failures = RecentFailures()
         # Counts of workers that are gone: a counter never goes back.
         self._past = NO_STATS
         self._deaths = 0

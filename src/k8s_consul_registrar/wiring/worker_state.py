@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from k8s_consul_registrar.proxy.worker_protocol import Credentials
+from k8s_consul_registrar.proxy.worker_protocol import WorkerCredentials
 from k8s_consul_registrar.rotating import BearerTokens, Derived, Rotating, bearer_tokens
 from k8s_consul_registrar.settings.proxy import InboundSettings
 from k8s_consul_registrar.tls import ServerTls, Trust, server_tls
@@ -29,12 +29,14 @@ class Inbound(NamedTuple):
         )
 
 
-def credentials(kubelets: KubeletIdentity, pods: Derived[Trust] | None, inbound: Inbound) -> Credentials:
+def credentials(
+    kubelets: KubeletIdentity, pods: Derived[Trust] | None, inbound: Inbound
+) -> WorkerCredentials:
     """Return everything secret that a worker needs, as it could last be used: nothing unusable reaches a worker."""
     problem, (bearer, tls) = kubelets.problem, inbound
     if tls is not None:
         tls.refresh()
-    return Credentials(
+    return WorkerCredentials(
         token="" if problem else kubelets.token(),
         problem=problem,
         kubelets=kubelets.trust,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from k8s_consul_registrar.proxy.limits import Concurrency, Entry, Limits, scrape_deadline
+from k8s_consul_registrar.proxy.limits import Admission, Concurrency, Limits, scrape_deadline
 
 
 class Scrape:
@@ -26,10 +26,10 @@ class Scrape:
         self._on_admitted(self)
 
 
-def enter(limits: Limits, scrape: Scrape) -> Entry:
+def enter(limits: Limits, scrape: Scrape) -> Admission:
     """Ask for a place and note a place had at once."""
     entry = limits.enter(scrape.node, scrape)
-    if entry is Entry.RUN:
+    if entry is Admission.RUN:
         scrape.runs = True
     return entry
 
@@ -38,8 +38,8 @@ def test_a_node_that_hangs_fills_its_own_queue_only() -> None:
     """Lets another node's scrapes run while one node's places and queue are full."""
     limits = Limits(Concurrency(per_node=2, overall=5, patience=2))
     entries = [enter(limits, Scrape("slow")) for _ in range(8)]
-    assert entries == [Entry.RUN] * 2 + [Entry.WAIT] * 4 + [Entry.FULL] * 2
-    assert [enter(limits, Scrape("other")) for _ in range(2)] == [Entry.RUN] * 2
+    assert entries == [Admission.RUN] * 2 + [Admission.WAIT] * 4 + [Admission.FULL] * 2
+    assert [enter(limits, Scrape("other")) for _ in range(2)] == [Admission.RUN] * 2
 
 
 def test_first_come_first_served() -> None:
@@ -48,8 +48,8 @@ def test_first_come_first_served() -> None:
     limits = Limits(Concurrency(per_node=1, overall=2, patience=4))
     first, second = Scrape("a"), Scrape("b")
     waiting = [Scrape(node, order.append) for node in ("c", "a", "d", "a")]
-    assert [enter(limits, scrape) for scrape in (first, second)] == [Entry.RUN] * 2
-    assert [enter(limits, scrape) for scrape in waiting] == [Entry.WAIT] * 4
+    assert [enter(limits, scrape) for scrape in (first, second)] == [Admission.RUN] * 2
+    assert [enter(limits, scrape) for scrape in waiting] == [Admission.WAIT] * 4
     limits.leave("a")
     limits.leave("b")
     assert order == [waiting[0], waiting[2]]
@@ -65,7 +65,7 @@ def test_full_over_all() -> None:
     """Refuses at once where four times the overall limit wait already."""
     limits = Limits(Concurrency(per_node=100, overall=2))
     entries = [enter(limits, Scrape(f"node-{number}")) for number in range(12)]
-    assert entries == [Entry.RUN] * 2 + [Entry.WAIT] * 8 + [Entry.FULL] * 2
+    assert entries == [Admission.RUN] * 2 + [Admission.WAIT] * 8 + [Admission.FULL] * 2
 
 
 @given(st.integers(0, 2**32), st.integers(1, 3), st.integers(1, 5))
@@ -83,7 +83,7 @@ def test_never_beyond_the_limits_and_never_stuck(seed: int, per_node: int, overa
                 limits.withdraw(scrape.node, scrape)
         else:
             scrape = Scrape(pick.choice("abcd"))
-            if enter(limits, scrape) is not Entry.FULL:
+            if enter(limits, scrape) is not Admission.FULL:
                 present.append(scrape)
         running = [scrape.node for scrape in present if scrape.runs]
         assert len(running) == limits.running <= overall
