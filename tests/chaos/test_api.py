@@ -121,7 +121,7 @@ async def test_hung_in_the_middle_of_a_watch(consul: RealConsul, name: str) -> N
 
 @pytest.mark.skipif(not IS_SOAK, reason="a watch is given up only after three silent minutes")
 @pytest.mark.timeout(400)
-async def test_a_watch_that_hangs_for_good(consul: RealConsul, name: str) -> None:
+async def test_watch_that_hangs_for_good(consul: RealConsul, name: str) -> None:
     """A connection that swallows everything and never ends is given up for its silence."""
     async with chaos_lab(consul, name=name) as lab, await lab.chaotic() as daemon:
         before = await _settled(lab, daemon)
@@ -154,7 +154,7 @@ async def test_answers_that_ask_for_patience(consul: RealConsul, name: str) -> N
         await _unharmed(lab, before)
 
 
-async def test_a_list_cut_in_the_middle(consul: RealConsul, name: str) -> None:
+async def test_list_cut_in_the_middle(consul: RealConsul, name: str) -> None:
     """However often it breaks off, half a list removes nothing."""
     async with (
         chaos_lab(consul, name=name) as lab,
@@ -176,7 +176,7 @@ async def test_a_list_cut_in_the_middle(consul: RealConsul, name: str) -> None:
 
 
 @pytest.mark.parametrize("plural", ["pods", "nodes"])
-async def test_an_empty_list(consul: RealConsul, name: str, plural: str) -> None:
+async def test_empty_list(consul: RealConsul, name: str, plural: str) -> None:
     """The brake holds what an empty list would remove, shows it, and a later full list ends it."""
     async with (
         chaos_lab(consul, name=name) as lab,
@@ -201,9 +201,7 @@ async def _holds(daemon: Daemon, count: int) -> bool:
 
 
 @pytest.mark.parametrize("plurals", [("pods",), ("nodes",), ("pods", "nodes")], ids="+".join)
-async def test_an_empty_list_on_the_first_pass(
-    consul: RealConsul, name: str, plurals: tuple[str, ...]
-) -> None:
+async def test_empty_list_on_the_first_pass(consul: RealConsul, name: str, plurals: tuple[str, ...]) -> None:
     """A start that sees nothing removes nothing, and goes right once it sees."""
     async with chaos_lab(consul, name=name) as lab:
         async with await lab.chaotic() as daemon:
@@ -219,7 +217,7 @@ async def test_an_empty_list_on_the_first_pass(
 
 
 @pytest.mark.parametrize("plural", ["pods", "nodes"])
-async def test_a_right_withdrawn(consul: RealConsul, name: str, plural: str) -> None:
+async def test_right_withdrawn(consul: RealConsul, name: str, plural: str) -> None:
     """From one moment on a 403 blocks its kind alone; the other is followed on."""
     async with chaos_lab(consul, name=name) as lab, await lab.chaotic() as daemon:
         before = await _settled(lab, daemon)
@@ -251,7 +249,7 @@ async def test_a_right_withdrawn(consul: RealConsul, name: str, plural: str) -> 
         await _unharmed(lab, before)
 
 
-async def test_a_right_withdrawn_in_one_namespace(consul: RealConsul, name: str) -> None:
+async def test_right_withdrawn_in_one_namespace(consul: RealConsul, name: str) -> None:
     """With NAMESPACES a 403 in one of them blocks that one alone."""
     async with chaos_lab(consul, name=name) as lab, await lab.chaotic(NAMESPACES="shop,bank") as daemon:
         lab.put_pods(20, "shop")
@@ -277,7 +275,7 @@ async def test_a_right_withdrawn_in_one_namespace(consul: RealConsul, name: str)
         await _unharmed(lab, before)
 
 
-async def test_an_expired_token(consul: RealConsul, name: str) -> None:
+async def test_expired_token(consul: RealConsul, name: str) -> None:
     """A token that is accepted no more blinds; the file's next one mends it."""
     async with chaos_lab(consul, name=name) as lab, await lab.chaotic() as daemon:
         before = await _settled(lab, daemon)

@@ -75,7 +75,7 @@ async def test_down_and_up_again(data: str) -> None:
 @pytest.mark.parametrize(
     "fault", ["refused", "stalled", "slow", "narrow", "500", "429", "cut again and again"]
 )
-async def test_a_bad_road_to_it(fault: str) -> None:
+async def test_bad_road_to_it(fault: str) -> None:
     """Whatever becomes of requests, everything is right soon after they get through again."""
     async with real_consul() as consul, chaos_lab(consul) as lab, await lab.chaotic(**SHARDS) as daemon:
         shards = await _settled(lab, daemon)
@@ -180,7 +180,7 @@ async def test_no_leader() -> None:
 RULES = 'node_prefix "" { policy = "write" } service_prefix "" { policy = "write" } agent_prefix "" { policy = "read" }'
 
 
-async def test_a_token_revoked_and_restored() -> None:
+async def test_token_revoked_and_restored() -> None:
     """Without its rights nothing is touched; with them back all comes right."""
     async with real_consul(acl=True) as consul, chaos_lab(consul) as lab:
         token = await make_token(consul, "registrar", RULES)
@@ -202,7 +202,7 @@ async def test_a_token_revoked_and_restored() -> None:
             assert token.secret not in daemon.output
 
 
-async def test_a_token_that_sees_less_and_less() -> None:
+async def test_token_that_sees_less_and_less() -> None:
     """Reads that ACLs empty, whole or in part, remove nothing and end when the rights are back."""
     async with real_consul(acl=True) as consul, chaos_lab(consul) as lab:
         token = await make_token(consul, "registrar", RULES)

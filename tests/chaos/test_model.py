@@ -384,7 +384,7 @@ class World(RuleBasedStateMachine):
 @pytest.mark.soak
 # By a thread: a daemon that does not end would hold up the end of the test that a signal brings about.
 @pytest.mark.timeout(scaled(300, 900), method="thread")
-def test_whatever_happens() -> None:
+def test_consul_equals_the_model_after_any_sequence_of_events() -> None:
     """Events, faults, hand edits and restarts at random: after each quiet Consul equals the model."""
     World.ends_at = time.monotonic() + SEARCH
     rules = settings(

@@ -28,7 +28,7 @@ async def _has_conflicts(daemon: Daemon, count: int) -> bool:
 
 
 @pytest.mark.parametrize("backend", ["catalog", "agent"])
-async def test_a_wrong_kubeconfig(consul: RealConsul, backend: str) -> None:
+async def test_wrong_kubeconfig(consul: RealConsul, backend: str) -> None:
     """Under the right name another cluster answers: a conflict by its UID, and nothing is removed."""
     node = {"agent": consul.node}.get(backend, "")
     settings = {"CONSUL_BACKEND": backend, "ALLOW_MASS_DEREGISTER": "true"}
@@ -52,7 +52,7 @@ async def test_a_wrong_kubeconfig(consul: RealConsul, backend: str) -> None:
         assert after.keys() - before.keys() == {"pod--shop--only-there"}
 
 
-async def test_the_cluster_changes_under_a_running_registrar(consul: RealConsul) -> None:
+async def test_cluster_changes_under_a_running_registrar(consul: RealConsul) -> None:
     """An address that leads to another cluster from one moment on takes nothing of the first away."""
     async with chaos_lab(consul) as right, chaos_lab(consul) as wrong:
         right.put_pods(50)
@@ -190,7 +190,7 @@ async def test_two_clusters_on_one_consul(consul: RealConsul, backend: str) -> N
 
 
 @pytest.mark.parametrize("backend", ["catalog", *(["agent"] if IS_SOAK else [])])
-async def test_a_namespace_of_a_thousand_pods_deleted(consul: RealConsul, backend: str) -> None:
+async def test_namespace_of_a_thousand_pods_deleted(consul: RealConsul, backend: str) -> None:
     """Deletions that were seen are facts: all are done at once, whatever the brake."""
     node = {"agent": consul.node}.get(backend, "")
     async with chaos_lab(consul) as lab:
@@ -205,7 +205,7 @@ async def test_a_namespace_of_a_thousand_pods_deleted(consul: RealConsul, backen
             lab.assert_nothing_wrongful()
 
 
-async def test_a_true_mass_deletion_seen_by_a_list_alone(consul: RealConsul) -> None:
+async def test_true_mass_deletion_seen_only_by_a_list(consul: RealConsul) -> None:
     """Nine tenths gone while nobody looked: held first, done once a later list agrees."""
     async with chaos_lab(consul) as lab, await lab.chaotic(BRAKE_CONFIRM="4") as daemon:
         lab.put_pods(1000)

@@ -66,7 +66,7 @@ async def _holds_all(lab: ChaosLab, agent: RealConsul, node: str) -> bool:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: str(size.targets))
-async def test_an_empty_agent_is_filled_again(size: Size) -> None:
+async def test_empty_agent_is_filled_again(size: Size) -> None:
     """Killed and started without its data, a client agent holds everything again in time.
 
     In time is also what takes little longer than the first filling did: nearly all of either is the agent's own

@@ -172,7 +172,7 @@ async def pair(consul: RealConsul, *, is_restless: bool = True) -> AsyncIterator
 
 
 @pytest.mark.parametrize("end", ["killed", "terminated"])
-async def test_the_leader_ends(consul: RealConsul, end: str) -> None:
+async def test_leader_ends(consul: RealConsul, end: str) -> None:
     """By kill -9 the other leads when the lease has run out; by SIGTERM at once, since it is given back."""
     async with pair(consul) as two:
         await two.old.excuse()
@@ -182,7 +182,7 @@ async def test_the_leader_ends(consul: RealConsul, end: str) -> None:
         assert await two.old.daemon.ended() == (-signal.SIGKILL if end == "killed" else 0)
 
 
-async def test_the_leader_is_stopped(consul: RealConsul) -> None:
+async def test_leader_is_stopped(consul: RealConsul) -> None:
     """SIGSTOP past the lease: continued, it writes nothing, follows on and stands by."""
     async with pair(consul) as two:
         await two.old.excuse()
@@ -198,7 +198,7 @@ async def test_the_leader_is_stopped(consul: RealConsul) -> None:
 
 
 @pytest.mark.parametrize("what", ["refused", *(["stalled"] if IS_SOAK else []), "the lease alone"])
-async def test_the_leader_loses_the_api_server(consul: RealConsul, what: str) -> None:
+async def test_leader_loses_the_api_server(consul: RealConsul, what: str) -> None:
     """Cut off from it, though not from Consul, it repairs until its deadline and not beyond."""
     async with pair(consul) as two:
         api, wire = two.old.lab.api, two.old.lab.api_wire
@@ -245,7 +245,7 @@ async def _has_a_write_stuck(two: Pair) -> None:
 
 
 @pytest.mark.parametrize("fault", ["stopped", *(["cut off"] if IS_SOAK else [])])
-async def test_a_write_that_does_not_get_through(consul: RealConsul, fault: str) -> None:
+async def test_write_that_does_not_get_through(consul: RealConsul, fault: str) -> None:
     """What the old leader's system still holds of it at the deadline never leaves, though the road is free again."""
     async with pair(consul, is_restless=False) as two:
         await two.old.excuse()

@@ -118,7 +118,7 @@ async def _has_complained(daemon: Daemon, what: str, lines: int) -> None:
     assert len(daemon.said(CANNOT_LIST, of_api)) == 2 * lines
 
 
-async def test_nobody_is_asked_who_cannot_show_who_he_is(consul: RealConsul) -> None:
+async def test_server_with_a_wrong_certificate_gets_no_request(consul: RealConsul) -> None:
     """Not one request, and so no token, reaches a server with a wrong certificate, at the start or later."""
     async with chaos_lab(consul, name="over-tls") as lab, servers(lab) as both:
         lab.put_pods(20)

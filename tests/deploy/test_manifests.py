@@ -62,7 +62,7 @@ def test_every_manifest_fits_the_schemas() -> None:
         kubernetes_validate.validate(wrong, version, strict=True)
 
 
-def test_the_original_s_objects_keep_their_names(objects: Objects) -> None:
+def test_original_s_objects_keep_their_names(objects: Objects) -> None:
     """Every object of the original program is there by its name, in its namespace."""
     originals = {
         ("ServiceAccount", "k8s-consul-registrar-sa"),
@@ -86,7 +86,7 @@ def test_selectors_and_container_names_are_the_original_s(objects: Objects, name
     assert name in [each["name"] for each in pod_of(deployment)["containers"]]
 
 
-def test_the_role_bound_is_the_original_s(objects: Objects) -> None:
+def test_role_bound_is_the_original_s(objects: Objects) -> None:
     """A binding's role cannot change; the registrar's account is the original's."""
     binding = objects["ClusterRoleBinding", "k8s-consul-registrar-crb"]
     assert binding["roleRef"] == {
@@ -101,7 +101,7 @@ def test_the_role_bound_is_the_original_s(objects: Objects) -> None:
     assert registrar["serviceAccountName"] == "k8s-consul-registrar-sa"
 
 
-def test_the_proxy_has_an_account_of_its_own(objects: Objects) -> None:
+def test_proxy_has_an_account_of_its_own(objects: Objects) -> None:
     """The proxy's Pod, its account, its binding and its role belong together, apart from the registrar's."""
     proxy = pod_of(objects["Deployment", "k8s-consul-registrar-svc"])
     assert proxy["serviceAccountName"] == "k8s-consul-registrar-proxy-sa"
@@ -123,7 +123,7 @@ def test_each_role_allows_what_its_mode_uses_and_no_more(objects: Objects) -> No
     ]
 
 
-def test_the_node_port_leads_to_the_proxy_s_port_alone(objects: Objects) -> None:
+def test_node_port_leads_only_to_the_proxy_s_port(objects: Objects) -> None:
     """NodePort 31112 reaches 8080; the admin port is in no Service."""
     service = objects["Service", "k8s-consul-registrar-proxy-service"]["spec"]
     assert (service["type"], service["selector"]) == ("NodePort", {"app": "k8s-consul-registrar-svc"})
@@ -189,7 +189,7 @@ def test_only_the_registrar_s_container_holds_its_token(objects: Objects) -> Non
     }
 
 
-def test_the_proxy_gets_time_to_drain(objects: Objects) -> None:
+def test_proxy_gets_time_to_drain(objects: Objects) -> None:
     """The kubelet waits longer than the proxy's defaults of DRAIN_DELAY and SHUTDOWN_GRACE together."""
     defaults = {option.env: option.default for option in settings_of("proxy")}
     needed = float(defaults["DRAIN_DELAY"]) + float(defaults["SHUTDOWN_GRACE"])
@@ -206,7 +206,7 @@ def test_prometheus_keeps_what_the_registrar_marks() -> None:
     }
 
 
-def test_the_agent_stays_itself_wherever_it_runs(objects: Objects, agent: dict[str, Any]) -> None:
+def test_agent_stays_itself_wherever_it_runs(objects: Objects, agent: dict[str, Any]) -> None:
     """Name, ID and data outlive the Pod, only one agent runs at a time, and stopping is not leaving."""
     flags = agent["args"]
     assert "-hcl=leave_on_terminate = false" in flags
@@ -224,7 +224,7 @@ def test_the_agent_stays_itself_wherever_it_runs(objects: Objects, agent: dict[s
     assert deployment["spec"]["strategy"] == {"type": "Recreate", "rollingUpdate": None}
 
 
-def test_the_agent_serves_its_own_pod_alone(objects: Objects, agent: dict[str, Any]) -> None:
+def test_agent_serves_only_its_own_pod(objects: Objects, agent: dict[str, Any]) -> None:
     """Its API is on the Pod's loopback, where the registrar looks for it, and no probe needs it elsewhere."""
     assert "-client=127.0.0.1" in agent["args"]
     registrar = containers(objects)["k8s-consul-registrar"]
@@ -233,7 +233,7 @@ def test_the_agent_serves_its_own_pod_alone(objects: Objects, agent: dict[str, A
     assert {*agent["readinessProbe"], *agent["livenessProbe"]}.isdisjoint({"tcpSocket", "httpGet", "grpc"})
 
 
-def test_what_must_be_changed_is_marked() -> None:
+def test_placeholder_is_marked_change() -> None:
     """Every placeholder's line says CHANGE."""
     placeholder = re.compile(r"^(?!\s*#).*(your-|example|-node-id=)", re.MULTILINE)
     for name in MANIFESTS:
@@ -242,7 +242,7 @@ def test_what_must_be_changed_is_marked() -> None:
             assert "# CHANGE" in line, f"{name}: {line}"
 
 
-def test_the_kustomization_names_every_manifest() -> None:
+def test_kustomization_names_every_manifest() -> None:
     """`kubectl apply -k` brings what applying the files one by one brings."""
     assert documents("kustomization.yaml")[0]["resources"] == list(MANIFESTS)
 
@@ -258,7 +258,7 @@ def test_kustomize_builds_the_same_objects(objects: Objects) -> None:
     assert built == objects
 
 
-def test_the_dockerfile_is_clean() -> None:
+def test_dockerfile_is_clean() -> None:
     """Hadolint finds nothing, and the image runs as a numbered user that is not root."""
     hadolint = Path(sys.executable).with_name("hadolint")
     done = subprocess.run(
@@ -269,7 +269,7 @@ def test_the_dockerfile_is_clean() -> None:
     assert int(user) > 0
 
 
-def test_the_image_is_built_from_locked_dependencies_alone() -> None:
+def test_image_is_built_only_from_locked_dependencies() -> None:
     """Every requirements file the image installs is installed by hash and locks every line by one."""
     text = (ROOT / "Dockerfile").read_text()
     installs = re.findall(r"install (.*)-r (\S+)", text)
@@ -282,7 +282,7 @@ def test_the_image_is_built_from_locked_dependencies_alone() -> None:
         )
 
 
-def test_the_build_context_holds_what_the_dockerfile_copies() -> None:
+def test_build_context_holds_what_the_dockerfile_copies() -> None:
     """The ignore file lets through exactly what COPY names, and all of it exists or is to be written."""
     copied = {
         source

@@ -83,7 +83,7 @@ def dashboard_expressions() -> list[str]:
     return [target["expr"] for panel in panels for target in panel.get("targets", ())]
 
 
-def test_a_kind_that_is_not_looked_at_is_not_shown_as_lost() -> None:
+def test_kind_that_is_not_looked_at_is_not_shown_as_lost() -> None:
     """With Pods alone there is no figure about Nodes being followed, so that no alert takes it for a fault."""
     registry = CollectorRegistry()
     metrics = RegistrarMetrics(registry)
@@ -96,7 +96,7 @@ def test_a_kind_that_is_not_looked_at_is_not_shown_as_lost() -> None:
     assert registry.get_sample_value("k8s_consul_registrar_source_followed", {"kind": "node"}) == 0
 
 
-def test_the_page_lists_every_metric_as_it_is() -> None:
+def test_page_lists_every_metric_as_it_is() -> None:
     """Name, type and labels of each row are the code's, every metric has one row, and each says what to do."""
     rows = re.findall(
         r"^\| `(k8s_\w+)` \| (\w+) \| ([^|]*) \| ([^|]*) \| ([^|]*) \|$", PAGE.read_text(), re.MULTILINE
@@ -110,7 +110,7 @@ def test_the_page_lists_every_metric_as_it_is() -> None:
     assert all(meaning.strip() and remedy.strip() for _, _, _, meaning, remedy in rows)
 
 
-def test_the_page_lists_every_value_of_a_label() -> None:
+def test_page_lists_every_value_of_a_label() -> None:
     """Outcomes, states, reasons and causes are listed with their meaning."""
     listed = set(re.findall(r"^\| `(\w+)` \| [^|]+ \|$", PAGE.read_text(), re.MULTILINE))
     kinds = (Outcome, Reason, Kept, Stays, TargetState)
@@ -131,13 +131,13 @@ def test_alerts_and_dashboard_use_metrics_that_exist() -> None:
             assert labels <= family.labels, expression
 
 
-def test_the_dashboard_shows_every_metric() -> None:
+def test_dashboard_shows_every_metric() -> None:
     """No metric of ours is left out of the dashboard."""
     shown = {name for expression in dashboard_expressions() for name in OURS.findall(expression)}
     assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in shown} == families().keys()
 
 
-def test_the_dashboard_s_panels_do_not_overlap() -> None:
+def test_dashboard_s_panels_do_not_overlap() -> None:
     """Each panel has an ID and a place of its own on a grid of 24 columns."""
     board = json.loads(DASHBOARD.read_text())
     taken: set[tuple[int, int]] = set()
@@ -174,7 +174,7 @@ def test_every_alert_is_tried_both_ways() -> None:
     assert fires == quiet == sorted(rules())
 
 
-def test_the_operator_s_rules_are_the_same() -> None:
+def test_operator_s_rules_are_the_same() -> None:
     """The PrometheusRule of the overlay holds the groups of `alerts.yaml`; copy them over after a change."""
     rule = yaml.safe_load((DEPLOY / "overlays" / "prometheus-rule" / "prometheus-rule.yaml").read_text())
     assert rule["spec"] == yaml.safe_load(ALERTS.read_text())
@@ -201,7 +201,7 @@ class TestRealPromtool:
         self.run(promtool, "test", "rules", RULE_TESTS)
 
     @pytest.mark.long
-    def test_a_rule_changed_on_purpose_is_caught(self, promtool: Path, tmp_path: Path) -> None:
+    def test_rule_changed_on_purpose_is_caught(self, promtool: Path, tmp_path: Path) -> None:
         """The rule tests can fail: with one threshold turned round they do."""
         (tmp_path / "deploy").mkdir()
         (tmp_path / "tests" / "data").mkdir(parents=True)
@@ -213,7 +213,7 @@ class TestRealPromtool:
         with pytest.raises(AssertionError, match="RegistrarConsulUnusable"):
             self.run(promtool, "test", "rules", copy)
 
-    def test_the_dashboard_s_queries_parse(self, promtool: Path, tmp_path: Path) -> None:
+    def test_dashboard_s_queries_parse(self, promtool: Path, tmp_path: Path) -> None:
         """Each query is PromQL once Grafana's variables are filled in."""
         rules = []
         for number, expression in enumerate(dashboard_expressions()):

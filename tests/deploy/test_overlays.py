@@ -171,7 +171,7 @@ def test_namespaced_asks_for_no_right_on_the_cluster(tmp_path: Path) -> None:
 
 
 @needs_kubectl
-def test_the_network_policies_let_through_every_declared_port(tmp_path: Path) -> None:
+def test_network_policies_let_through_every_declared_port(tmp_path: Path) -> None:
     """Each container port of ours is let in, and kubelets and API server are let out to."""
     objects = build(tmp_path, "network-policy")
     for name, needed in (
@@ -192,7 +192,7 @@ def test_the_network_policies_let_through_every_declared_port(tmp_path: Path) ->
 
 
 @needs_kubectl
-def test_the_budget_never_blocks_a_drain(tmp_path: Path) -> None:
+def test_budget_never_blocks_a_drain(tmp_path: Path) -> None:
     """One proxy may go at a time, and there are two."""
     objects = build(tmp_path, "pod-disruption-budget")
     budget = objects["PodDisruptionBudget", "default", "k8s-consul-registrar-svc"]["spec"]
@@ -202,7 +202,7 @@ def test_the_budget_never_blocks_a_drain(tmp_path: Path) -> None:
 
 
 @needs_kubectl
-def test_the_monitor_finds_both_modes(tmp_path: Path) -> None:
+def test_monitor_finds_both_modes(tmp_path: Path) -> None:
     """Its selector matches both Pods, and its port is one they declare."""
     objects = build(tmp_path, "pod-monitor")
     monitor = objects["PodMonitor", "default", "k8s-consul-registrar"]["spec"]
@@ -218,7 +218,7 @@ def test_the_monitor_finds_both_modes(tmp_path: Path) -> None:
 
 
 @needs_kubectl
-def test_the_sd_port_is_one_number(tmp_path: Path) -> None:
+def test_sd_port_is_one_number(tmp_path: Path) -> None:
     """Service, container and setting agree on it, and it is not the proxy's NodePort."""
     objects = build(tmp_path, "http-sd")
     (port,) = objects["Service", "default", "k8s-consul-registrar-http-sd"]["spec"]["ports"]
@@ -231,7 +231,7 @@ def test_the_sd_port_is_one_number(tmp_path: Path) -> None:
     assert "CONSUL_ADDRESS" not in given
 
 
-def test_what_must_be_changed_is_marked() -> None:
+def test_placeholder_is_marked_change() -> None:
     """Every placeholder of an overlay says CHANGE on its line."""
     placeholder = re.compile(
         r"^(?!\s*#).*(your-|example\.|cidr: |namespace: (?!default|kube-system))", re.MULTILINE

@@ -40,7 +40,7 @@ def test_both_modes_read_what_is_set(built: Objects) -> None:
     assert read_registrar(variables(built, "k8s-consul-registrar")).pods_through_proxy
 
 
-def test_the_token_is_where_the_setting_says(built: Objects) -> None:
+def test_token_is_where_the_setting_says(built: Objects) -> None:
     """The Secret's volume is mounted, read-only, at the folder of PROXY_BEARER_TOKEN_FILE, readable by our user."""
     spec = built["Deployment", "default", PROXY]["spec"]["template"]["spec"]
     (volume,) = spec["volumes"]
@@ -50,7 +50,7 @@ def test_the_token_is_where_the_setting_says(built: Objects) -> None:
     assert Path(variables(built, PROXY)["PROXY_BEARER_TOKEN_FILE"]).parent == Path(mount["mountPath"])
 
 
-def test_the_proxy_may_see_pods_and_no_more(built: Objects) -> None:
+def test_proxy_may_see_pods_and_no_more(built: Objects) -> None:
     """List and watch of pods, for the proxy's own account; no secrets, no exec, no proxy subresource."""
     role = built["ClusterRole", "", "k8s-consul-registrar-proxy-pods"]
     assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]}]

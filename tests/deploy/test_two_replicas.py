@@ -61,14 +61,14 @@ def environment(deployment: dict[str, Any]) -> dict[str, str]:
     return {each["name"]: each["value"] for each in container["env"]}
 
 
-def test_what_is_built_fits_the_schemas(built: Objects) -> None:
+def test_built_objects_fit_the_schemas(built: Objects) -> None:
     """Each object passes the API's schemas, strictly."""
     version = kubernetes_validate.latest_version()
     for each in built.values():
         kubernetes_validate.validate(each, version, strict=True)
 
 
-def test_what_is_added_fits_the_schemas(added: Objects) -> None:
+def test_added_objects_fit_the_schemas(added: Objects) -> None:
     """The same for the overlay's own objects, with or without kubectl."""
     version = kubernetes_validate.latest_version()
     assert {kind for kind, _ in added} == {"Role", "RoleBinding", "PodDisruptionBudget"}
@@ -76,7 +76,7 @@ def test_what_is_added_fits_the_schemas(added: Objects) -> None:
         kubernetes_validate.validate(each, version, strict=True)
 
 
-def test_the_role_allows_one_lease_and_no_more(added: Objects) -> None:
+def test_role_allows_one_lease_and_no_more(added: Objects) -> None:
     """Get and update of the one Lease by name; creating cannot be restricted to a name."""
     lease = {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"]}
     assert added["Role", "k8s-consul-registrar-election"]["rules"] == [
@@ -85,7 +85,7 @@ def test_the_role_allows_one_lease_and_no_more(added: Objects) -> None:
     ]
 
 
-def test_the_role_is_the_registrar_s_where_it_runs(added: Objects, built: Objects) -> None:
+def test_role_is_the_registrar_s_where_it_runs(added: Objects, built: Objects) -> None:
     """Role, binding and Lease are in the Pods' own namespace, which is where the Lease is looked for."""
     binding = added["RoleBinding", "k8s-consul-registrar-election"]
     account = built["Deployment", REGISTRAR]["spec"]["template"]["spec"]["serviceAccountName"]
@@ -137,13 +137,13 @@ def test_one_is_always_there(deployment: dict[str, Any], added: Objects) -> None
     }
 
 
-def test_the_proxy_is_as_it_was(built: Objects) -> None:
+def test_proxy_is_as_it_was(built: Objects) -> None:
     """The overlay changes the registrar alone."""
     base = by_name((DEPLOY / "deployment-svc.yaml").read_text())
     assert built["Deployment", "k8s-consul-registrar-svc"] == base["Deployment", "k8s-consul-registrar-svc"]
 
 
-def test_what_must_be_changed_is_marked() -> None:
+def test_placeholder_is_marked_change() -> None:
     """Every placeholder's line says CHANGE."""
     lines = (OVERLAY / "registrar.yaml").read_text().splitlines()
     assert [line for line in lines if "example" in line and "# CHANGE" not in line] == []

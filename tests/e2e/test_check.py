@@ -82,7 +82,7 @@ async def test_everything_in_place_passes(lab: Lab) -> None:
         ("list nodes", "list watch", "pods"),
     ],
 )
-async def test_a_missing_permission_is_named(lab: Lab, missing: str, verbs: str, resources: str) -> None:
+async def test_missing_permission_is_named(lab: Lab, missing: str, verbs: str, resources: str) -> None:
     """A broken role fails by the permission that is missing, and the hint is the line to add."""
     lab.token_file.write_text(await lab.cluster.token([rule(verbs, resources)]))
     found = await findings(lab)
@@ -93,7 +93,7 @@ async def test_a_missing_permission_is_named(lab: Lab, missing: str, verbs: str,
     assert "kube-system" in found["cluster uid"].hint
 
 
-async def test_the_proxy_needs_nodes_metrics_and_never_nodes_proxy(lab: Lab) -> None:
+async def test_proxy_needs_nodes_metrics_and_never_nodes_proxy(lab: Lab) -> None:
     """Without `nodes/metrics` both the review and the kubelet's 403 say so; `nodes/proxy` is warned of."""
     await lab.cluster.add_kubelet("n1", "127.0.0.2")
     lab.token_file.write_text(
@@ -107,7 +107,7 @@ async def test_the_proxy_needs_nodes_metrics_and_never_nodes_proxy(lab: Lab) -> 
     assert found["nodes/proxy"].outcome is Result.WARN
 
 
-async def test_a_bad_token_of_the_api_server_is_found(lab: Lab) -> None:
+async def test_bad_token_of_the_api_server_is_found(lab: Lab) -> None:
     """A token nobody knows is one failure, by the credentials' origin; what hangs on it is skipped."""
     lab.token_file.write_text("made-up")
     found = await findings(lab)
@@ -118,7 +118,7 @@ async def test_a_bad_token_of_the_api_server_is_found(lab: Lab) -> None:
     assert not any("made-up" in str(one) for one in found.values())
 
 
-async def test_a_kubeconfig_that_cannot_be_read_is_found(lab: Lab) -> None:
+async def test_kubeconfig_that_cannot_be_read_is_found(lab: Lab) -> None:
     """It fails by the file's name, and Consul is checked all the same."""
     found = await findings(lab, KUBECONFIG="/nonexistent")
     assert "/nonexistent" in found["credentials"].detail
@@ -135,7 +135,7 @@ async def test_a_kubeconfig_that_cannot_be_read_is_found(lab: Lab) -> None:
     assert str(lab.token_file) in found["credentials"].detail
 
 
-async def test_an_api_server_of_another_ca_is_found(lab: Lab) -> None:
+async def test_api_server_of_another_ca_is_found(lab: Lab) -> None:
     """A certificate that the kubeconfig's CA did not sign is told, with the field that holds the CA."""
     async with running_lab() as elsewhere:
         strange = kubeconfig(lab.api_door.address, elsewhere.cluster.endpoint.authority, {"token": "t"})
@@ -160,7 +160,7 @@ async def test_unreachable_servers_are_found_in_time(lab: Lab) -> None:
     ("token", "failing"),
     [("made-up", "does not know the token"), ("", "no token is set"), ("blind", "service_prefix")],
 )
-async def test_a_bad_consul_token_is_found(token: str, failing: str) -> None:
+async def test_bad_consul_token_is_found(token: str, failing: str) -> None:
     """An unknown token, none, and one without rights each fail with what repairs them."""
     options = ConsulOptions(token=TOKEN, blind_tokens=frozenset({"blind"}))
     async with running_lab(consul=options) as lab:
@@ -172,7 +172,7 @@ async def test_a_bad_consul_token_is_found(token: str, failing: str) -> None:
     assert lab.consul.writes == []
 
 
-async def test_what_consul_holds_already_is_told_by_whose_it_is(lab: Lab) -> None:
+async def test_services_consul_already_holds_are_listed_by_owner(lab: Lab) -> None:
     """The original's services, look-alikes, other registrars and meta keys in use each have their line."""
     mine = {"managed_by": "k8s-consul-registrar", "cluster": "lab", "cluster_uid": await lab.cluster.uid()}
     await lab.seed("pod--a--old", {"cluster": "lab", "namespace": "a"})
@@ -239,7 +239,7 @@ async def test_another_cluster_under_our_name_fails(lab: Lab) -> None:
         (KubeletCertificate.NAME_ONLY, "KUBELET_TLS_SERVER_NAME=node", {"KUBELET_TLS_SERVER_NAME": "node"}),
     ],
 )
-async def test_an_unverifiable_kubelet_names_the_setting_that_cures_it(
+async def test_unverifiable_kubelet_names_the_setting_that_cures_it(
     lab: Lab, certificate: KubeletCertificate, cure: str, setting: dict[str, str]
 ) -> None:
     """The hint names a setting, the token stays here, and with the setting the check passes."""
@@ -273,7 +273,7 @@ async def test_kubelets_that_are_not_there_or_not_dialled(lab: Lab) -> None:
     assert "PROXY_ALLOW_LOOPBACK" in found["kubelets"].hint
 
 
-async def test_a_client_certificate_alone_is_told(lab: Lab) -> None:
+async def test_client_certificate_without_key_is_reported(lab: Lab) -> None:
     """Kubelets are shown a token, so a kubeconfig without one is a warning beside their 401."""
     kubelet = await lab.cluster.start_kubelet("n1", "127.0.0.2")
     await lab.cluster.add_node("n1", ("InternalIP", "127.0.0.2"), kubelet_port=kubelet.port)
@@ -292,7 +292,7 @@ async def test_a_client_certificate_alone_is_told(lab: Lab) -> None:
     assert "401" in found["kubelet n1"].detail
 
 
-async def test_a_node_port_nobody_answers_fails(lab: Lab) -> None:
+async def test_node_port_without_answer_fails(lab: Lab) -> None:
     """Silence and a stranger on the port both fail; one Node of two that answers is a warning."""
     (port,) = reserve_ports(1)
     await lab.cluster.add_kubelet("n1", "127.0.0.1")
@@ -335,7 +335,7 @@ class Command:
             await self.program.stop(signal.SIGKILL)
 
 
-async def test_the_command_shows_a_table_and_says_by_its_code(lab: Lab) -> None:
+async def test_command_shows_a_table_and_says_by_its_code(lab: Lab) -> None:
     """Exit 1 with every failure and its hint, aligned, without colours in a file; MODE chooses the mode."""
     lab.token_file.write_text(await lab.cluster.token([]))
     environment = {"CONSUL_ADDRESS": lab.consul.address, "CLUSTER_NAME": "lab", "MODE": "registrar"}
@@ -351,7 +351,7 @@ async def test_the_command_shows_a_table_and_says_by_its_code(lab: Lab) -> None:
     assert "get nodes/metrics" not in shown
 
 
-async def test_the_command_speaks_json(lab: Lab) -> None:
+async def test_command_speaks_json(lab: Lab) -> None:
     """`--output json` is one object, and 0 is the code where nothing fails."""
     lab.token_file.write_text(await lab.cluster.token())
     environment = {"CONSUL_ADDRESS": lab.consul.address, "CLUSTER_NAME": "lab"}

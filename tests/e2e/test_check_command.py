@@ -57,7 +57,7 @@ async def said_by_check(lab: Lab, mode: str, **environment: str) -> Said:
     return Said(code, text, failed)
 
 
-async def test_a_broken_permission() -> None:
+async def test_broken_permission() -> None:
     """The verb and the resource to grant, and in which role."""
     async with running_lab() as lab:
         lab.token_file.write_text(
@@ -71,7 +71,7 @@ async def test_a_broken_permission() -> None:
     }
 
 
-async def test_a_bad_token_of_the_api_server() -> None:
+async def test_bad_token_of_the_api_server() -> None:
     """The credentials it came from, and what may be wrong with it; the token itself is not shown."""
     async with running_lab() as lab:
         lab.token_file.write_text("s3cret-of-yesterday")
@@ -88,7 +88,7 @@ class TestRealConsul:
 
     pytestmark = REAL
 
-    async def test_a_bad_token(self, backend: str) -> None:
+    async def test_bad_token(self, backend: str) -> None:
         """The settings that hold it, and the command that makes another; the token itself is not shown."""
         token = "5d7c6d0e-8f5b-4a52-9d3c-0b7a52a1c9e4"
         async with real_consul(acl=True) as consul, running_lab_with(consul.address) as lab:
@@ -105,7 +105,7 @@ class TestRealConsul:
         assert (repaired.code, repaired.failed) == (0, {})
 
 
-async def test_a_kubelet_of_a_foreign_authority(tmp_path: Path) -> None:
+async def test_kubelet_of_a_foreign_authority(tmp_path: Path) -> None:
     """The setting that names the authority; with it the same kubelet passes."""
     authority = Authority()
     (tmp_path / "ca.crt").write_bytes(authority.pem)

@@ -247,7 +247,7 @@ HALF_IS_GOOD = ("token", "half-written")
 
 @pytest.mark.timeout(2 * PATIENCE)
 @pytest.mark.parametrize("use", USES, ids=IDS)
-def test_an_odd_file_is_named_at_the_start(tmp_path: Path, use: Use) -> None:
+def test_odd_file_is_named_at_the_start(tmp_path: Path, use: Use) -> None:
     """By its setting and its path, without a traceback, a hang, or a word of what it holds."""
     folder = Folder(tmp_path)
     file = tmp_path / use.name
@@ -266,7 +266,7 @@ def test_an_odd_file_is_named_at_the_start(tmp_path: Path, use: Use) -> None:
 
 @pytest.mark.timeout(2 * PATIENCE)
 @pytest.mark.parametrize("use", USES, ids=IDS)
-async def test_an_odd_file_is_outlived_while_we_run(
+async def test_odd_file_is_outlived_while_we_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: Use
 ) -> None:
     """The last good value stays, one line tells that it is so, another that it is over, and a metric shows it."""
@@ -296,7 +296,7 @@ def _gauge(of: str) -> float | None:
 
 @pytest.mark.timeout(2 * PATIENCE)
 @pytest.mark.parametrize("odd", [odd for odd in ODD if odd not in ("half-written", "absent")])
-def test_an_odd_kubeconfig_is_named_at_the_start(tmp_path: Path, odd: str) -> None:
+def test_odd_kubeconfig_is_named_at_the_start(tmp_path: Path, odd: str) -> None:
     """It is read once."""
     folder = Folder(tmp_path)
     ODD[odd](tmp_path / "config")
@@ -337,7 +337,7 @@ STARTS = [
 
 
 @pytest.mark.parametrize("start", STARTS, ids=[f"{one.setting.strip()}-{one.odd}" for one in STARTS])
-async def test_the_command_ends_with_one_line_that_names_the_file(tmp_path: Path, start: Start) -> None:
+async def test_command_ends_with_one_line_that_names_the_file(tmp_path: Path, start: Start) -> None:
     """Exit 2."""
     folder = Folder(tmp_path)
     ODD[start.odd](tmp_path / start.name)
@@ -350,7 +350,7 @@ async def test_the_command_ends_with_one_line_that_names_the_file(tmp_path: Path
         assert folder.file(start.name) in line
 
 
-async def test_a_cluster_s_ca_that_is_garbage_is_outlived_by_the_daemon() -> None:
+async def test_cluster_s_ca_that_is_garbage_is_outlived_by_the_daemon() -> None:
     """With a byte that is not ASCII in its block, it was a traceback and the end."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()

@@ -82,7 +82,7 @@ def gap(processes: Processes, before: str, after: str) -> float:
     return min(at for who, at in processes.writes() if who == after) - last
 
 
-async def test_a_killed_leader_is_replaced(processes: Processes) -> None:
+async def test_killed_leader_is_replaced(processes: Processes) -> None:
     """After kill -9 the other takes over when the lease has run out, and not before."""
     first = await processes.start("a")
     await processes.until("a")
@@ -94,7 +94,7 @@ async def test_a_killed_leader_is_replaced(processes: Processes) -> None:
     assert gap(processes, "a", "b") <= TIMING.lease_duration + RETRY + SLACK
 
 
-async def test_a_stopped_leader_wakes_up_and_writes_nothing(processes: Processes) -> None:
+async def test_stopped_leader_wakes_up_and_writes_nothing(processes: Processes) -> None:
     """SIGSTOP past the lease: not one write comes from the old leader after it is continued."""
     first = await processes.start("a")
     await processes.until("a")
@@ -108,7 +108,7 @@ async def test_a_stopped_leader_wakes_up_and_writes_nothing(processes: Processes
     assert first.is_running
 
 
-async def test_a_leader_stopped_shortly_goes_on(processes: Processes) -> None:
+async def test_leader_stopped_shortly_goes_on(processes: Processes) -> None:
     """SIGSTOP for less than the deadline hands nothing over."""
     first = await processes.start("a")
     await processes.until("a")
@@ -121,7 +121,7 @@ async def test_a_leader_stopped_shortly_goes_on(processes: Processes) -> None:
     assert processes.writers() == ["a"]
 
 
-async def test_a_terminated_leader_hands_over(processes: Processes) -> None:
+async def test_terminated_leader_hands_over(processes: Processes) -> None:
     """SIGTERM gives the lease back before the process ends."""
     first = await processes.start("a")
     await processes.until("a")

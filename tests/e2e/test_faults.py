@@ -55,7 +55,7 @@ async def test_pods_that_may_not_be_listed() -> None:
             assert await daemon.metric('source_followed{kind="node"}') == 1
 
 
-async def test_the_clusters_uid_may_be_out_of_sight() -> None:
+async def test_clusters_uid_may_be_out_of_sight() -> None:
     """Without the right to read kube-system the daemon works, and services carry no UID."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()
@@ -95,7 +95,7 @@ async def refusing_consul(lab: SandboxLab, refused: dict[str, int]) -> AsyncIter
 
 
 @pytest.mark.parametrize("status", [400, 403, 500])
-async def test_a_target_consul_refuses_does_not_hold_up_the_rest(status: int) -> None:
+async def test_target_consul_refuses_does_not_hold_up_the_rest(status: int) -> None:
     """Every other service is written in the same pass; the refusal is told once, counted and retried."""
     refused = {WEB: status}
     async with running_lab() as lab, refusing_consul(lab, refused) as address:
@@ -181,7 +181,7 @@ async def test_five_hundred_odd_pods() -> None:
 
 
 @pytest.mark.parametrize("server", ["api", "consul"])
-async def test_a_stall_is_outlived(server: str) -> None:
+async def test_stall_is_outlived(server: str) -> None:
     """What hangs for a while goes on where it stopped; health is answered meanwhile."""
     async with running_lab() as lab, await lab.registrar() as daemon:
         await lab.cluster.add_pod()

@@ -41,7 +41,7 @@ async def test_to_another_node_of_the_catalog() -> None:
             await daemon.until(lambda: at_node(lab, "second") == {WEB} and not at_node(lab, "first"))
 
 
-async def test_what_the_new_place_refuses_stays_at_the_old_one() -> None:
+async def test_service_refused_at_the_new_place_stays_at_the_old_one() -> None:
     """A service that is not at the new place is not taken from the old one."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()

@@ -73,7 +73,7 @@ async def test_two_instances_with_their_own_namespaces() -> None:
             assert lab.meta("pod--b--web-1")["instance"] == "two"
 
 
-async def test_a_name_of_others_and_an_id_of_others_are_reported() -> None:
+async def test_name_of_others_and_an_id_of_others_are_reported() -> None:
     """Neither is taken: the name is a counted rejection, the ID a conflict, each by name."""
     async with running_lab() as lab:
         await lab.seed("hand-made", {"team": "x"}, Name="taken")

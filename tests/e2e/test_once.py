@@ -122,7 +122,7 @@ async def test_plan_and_sync_confirm_many_absences_by_a_new_list() -> None:
         assert lab.services == {}
 
 
-async def test_what_cannot_be_read_is_a_failure() -> None:
+async def test_unreachable_server_is_exit_1_and_writes_nothing() -> None:
     """An API server or a Consul that does not answer is exit 1 with the reason, and nothing is written."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()

@@ -36,7 +36,7 @@ def at(lab: SandboxLab, node: str = "old") -> set[str]:
     return {one.id.rpartition("--")[2] for one in lab.consul.catalog.services_of(node)}
 
 
-async def test_a_lost_agents_node_is_cleared_of_ours() -> None:
+async def test_lost_agents_node_is_cleared_of_ours() -> None:
     """What our agent has and what is gone goes; others' services, and the node itself, stay."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()
@@ -57,7 +57,7 @@ async def test_a_lost_agents_node_is_cleared_of_ours() -> None:
         assert lab.has("pod--shop--web-1")
 
 
-async def test_a_lost_agent_asks_for_a_full_pass() -> None:
+async def test_lost_agent_asks_for_a_full_pass() -> None:
     """However long the period is, its node is cleared when its time has come."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()
@@ -84,7 +84,7 @@ async def test_only_an_agent_that_is_lost_loses_anything() -> None:
             assert "web-1" in at(lab, node), node
 
 
-async def test_an_agent_that_is_back_in_time_keeps_everything() -> None:
+async def test_agent_that_is_back_in_time_keeps_everything() -> None:
     """A loss that is over before its time is nothing, and the next one starts anew."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()
@@ -98,7 +98,7 @@ async def test_an_agent_that_is_back_in_time_keeps_everything() -> None:
             assert daemon.said(REMOVED) == []
 
 
-async def test_what_our_agent_lacks_stays_until_it_has_it() -> None:
+async def test_service_our_agent_lacks_stays_at_the_lost_one() -> None:
     """A wanted service that somebody else holds at our agent stays at the lost one's."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()
@@ -136,7 +136,7 @@ async def test_nothing_goes_that_a_blind_source_would_have_to_prove() -> None:
             assert at(lab) == {"gone"}
 
 
-async def test_the_catalog_backend_leaves_lost_agents_alone() -> None:
+async def test_catalog_backend_leaves_lost_agents_alone() -> None:
     """There, services belong to no agent that could be lost."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()

@@ -57,7 +57,7 @@ async def test_every_wrong_setting_of_the_proxy_is_told_at_once(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("period", ["0", "-1", "often", "nan"])
-async def test_a_wrong_period_is_no_reason_to_stop(period: str) -> None:
+async def test_wrong_period_is_no_reason_to_stop(period: str) -> None:
     """SYNC_PERIOD falls back to its default with a warning, as the original does."""
     async with running_lab() as lab, await lab.registrar(SYNC_PERIOD=period) as daemon:
         await lab.cluster.add_pod()
@@ -66,7 +66,7 @@ async def test_a_wrong_period_is_no_reason_to_stop(period: str) -> None:
 
 
 @pytest.mark.parametrize("given", [("relay", {}), ("", {"MODE": "relay"})])
-async def test_an_unknown_mode_names_the_choices(tmp_path: Path, given: tuple[str, dict[str, str]]) -> None:
+async def test_unknown_mode_names_the_choices(tmp_path: Path, given: tuple[str, dict[str, str]]) -> None:
     """Exit 2, by command or by variable."""
     command, environment = given
     async with run(tmp_path, *([command] if command else []), **environment) as daemon:
@@ -74,7 +74,7 @@ async def test_an_unknown_mode_names_the_choices(tmp_path: Path, given: tuple[st
         assert "'relay' is not one of: registrar, proxy" in daemon.output
 
 
-async def test_the_help_documents_every_variable(tmp_path: Path) -> None:
+async def test_help_documents_every_variable(tmp_path: Path) -> None:
     """`--help` names each setting and exits 0."""
     async with run(tmp_path, "--help") as daemon:
         assert await daemon.ended() == 0
@@ -100,7 +100,7 @@ BROKEN_KUBECONFIGS = {
 
 @pytest.mark.parametrize("mode", ["registrar", "proxy"])
 @pytest.mark.parametrize("case", BROKEN_KUBECONFIGS)
-async def test_a_broken_kubeconfig_is_told_in_a_line(tmp_path: Path, case: str, mode: str) -> None:
+async def test_broken_kubeconfig_is_told_in_a_line(tmp_path: Path, case: str, mode: str) -> None:
     """Exit 2 with the file and what is wrong with it, and never a token out of it."""
     text, said = BROKEN_KUBECONFIGS[case]
     path = tmp_path / "the-kubeconfig"
@@ -210,7 +210,7 @@ async def test_every_log_line_is_json() -> None:
             assert {"event", "level", "timestamp"} <= json.loads(line).keys()
 
 
-async def test_the_console_format_is_for_people() -> None:
+async def test_console_format_is_for_people() -> None:
     """LOG_FORMAT=console writes lines of text; without a terminal they are not coloured."""
     async with running_lab() as lab, await lab.registrar(LOG_FORMAT="console") as daemon:
         await daemon.until(lambda: "registrar starts" in daemon.output)

@@ -14,7 +14,7 @@ from support.processes import LOOPBACK, has_ipv6
 from support.waiting import SLACK
 
 
-async def test_a_scrape_is_the_kubelets_own_answer() -> None:
+async def test_scrape_is_the_kubelets_own_answer() -> None:
     """The text arrives byte for byte with its type; the kubelet sees the proxy's token, never the caller's."""
     async with running_lab() as lab:
         kubelet = await lab.cluster.add_kubelet("node-a")
@@ -46,7 +46,7 @@ async def test_gzip_is_passed_through_untouched() -> None:
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
-async def test_an_ipv6_node_and_an_ipv6_caller() -> None:
+async def test_ipv6_node_and_an_ipv6_caller() -> None:
     """A Node at ::1 is scraped with the brackets escaped, as Prometheus sends them, over IPv6 and IPv4."""
     async with running_lab() as lab:
         kubelet = await lab.cluster.add_kubelet("node-six", "::1")
@@ -57,7 +57,7 @@ async def test_an_ipv6_node_and_an_ipv6_caller() -> None:
                     assert (await scrape(daemon, path, host=host)).body == recorded_metrics()
 
 
-async def test_what_is_not_a_scrape_of_a_known_node_is_refused() -> None:
+async def test_request_other_than_a_scrape_of_a_known_node_is_refused() -> None:
     """Unknown Nodes, ports and paths are 404 and other methods 405, and no kubelet hears of any."""
     async with running_lab() as lab:
         kubelet = await lab.cluster.add_kubelet("node-a")
@@ -106,7 +106,7 @@ async def test_losing_the_api_server_does_not_blind_the_monitoring() -> None:
             assert await daemon.is_ready()
 
 
-async def test_a_loopback_node_is_not_dialled_unless_allowed() -> None:
+async def test_loopback_node_is_not_dialled_unless_allowed() -> None:
     """Without PROXY_ALLOW_LOOPBACK a Node that claims 127.0.0.1 is as good as none."""
     async with running_lab() as lab:
         kubelet = await lab.cluster.add_kubelet("node-a")
@@ -116,7 +116,7 @@ async def test_a_loopback_node_is_not_dialled_unless_allowed() -> None:
             assert kubelet.request_count == 0
 
 
-async def test_a_kubelet_that_cannot_be_reached() -> None:
+async def test_kubelet_that_cannot_be_reached() -> None:
     """502 with the reason in words, then 200 when it is back."""
     async with running_lab() as lab, await kubelet_door(lab) as door, await lab.proxy() as daemon:
         await daemon.ready()
@@ -127,7 +127,7 @@ async def test_a_kubelet_that_cannot_be_reached() -> None:
         assert (await scrape(daemon, kubelet_path(door.port))).status == 200
 
 
-async def test_a_kubelet_that_refuses_us() -> None:
+async def test_kubelet_that_refuses_us() -> None:
     """502 that names the permission to grant, when the account lacks nodes/metrics."""
     async with running_lab() as lab:
         kubelet = await lab.cluster.add_kubelet("node-a")
@@ -140,7 +140,7 @@ async def test_a_kubelet_that_refuses_us() -> None:
             assert (await scrape(daemon, kubelet_path(kubelet.port))).status == 502
 
 
-async def test_a_certificate_that_cannot_be_verified() -> None:
+async def test_certificate_that_cannot_be_verified() -> None:
     """502 naming both settings; skipping the verification is the operator's explicit choice."""
     async with running_lab() as lab:
         kubelet = await lab.cluster.start_kubelet("node-a", certificate=KubeletCertificate.SELF_SIGNED)
@@ -157,7 +157,7 @@ async def test_a_certificate_that_cannot_be_verified() -> None:
             assert (await scrape(daemon, kubelet_path(kubelet.port))).status == 200
 
 
-async def test_a_certificate_for_the_nodes_name_alone() -> None:
+async def test_certificate_for_only_the_nodes_name_is_explained() -> None:
     """KUBELET_TLS_SERVER_NAME=node verifies the name instead of the address."""
     async with running_lab() as lab:
         kubelet = await lab.cluster.start_kubelet("node-a", certificate=KubeletCertificate.NAME_ONLY)
@@ -168,7 +168,7 @@ async def test_a_certificate_for_the_nodes_name_alone() -> None:
                 assert (await scrape(daemon, kubelet_path(kubelet.port))).status == status
 
 
-async def test_a_kubelet_that_does_not_answer_in_time() -> None:
+async def test_kubelet_that_does_not_answer_in_time() -> None:
     """504 slightly before the caller would give up, by the time the caller announces."""
     async with running_lab() as lab, await kubelet_door(lab) as door, await lab.proxy() as daemon:
         await daemon.ready()
@@ -180,7 +180,7 @@ async def test_a_kubelet_that_does_not_answer_in_time() -> None:
         assert 2.0 < time.monotonic() - started < 3.0 + SLACK
 
 
-async def test_a_scrape_that_breaks_off_looks_broken() -> None:
+async def test_scrape_that_breaks_off_looks_broken() -> None:
     """When the kubelet's connection dies within the text, the caller gets a reset and never a clean end."""
     long = b"# a long text\n" * 300_000
     async with running_lab() as lab, await kubelet_door(lab, long) as door, await lab.proxy() as daemon:

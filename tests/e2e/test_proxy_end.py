@@ -40,7 +40,7 @@ def is_listening(port: int) -> bool:
         return probe.connect_ex((LOOPBACK, port)) == 0
 
 
-async def test_an_idle_proxy_ends_at_once() -> None:
+async def test_idle_proxy_ends_at_once() -> None:
     """A connection that Prometheus keeps open between scrapes does not hold up the end."""
     async with running_lab() as lab:
         kubelet = await lab.cluster.add_kubelet("node-a")
@@ -83,7 +83,7 @@ async def test_sigint_cuts_a_drain_short() -> None:
             await under_way
 
 
-async def test_a_scrape_that_outlasts_the_grace_is_reset() -> None:
+async def test_scrape_that_outlasts_the_grace_is_reset() -> None:
     """SHUTDOWN_GRACE bounds the wait; what is not done by then is cut and looks cut, and the exit code is 0."""
     async with (
         running_lab() as lab,
@@ -100,7 +100,7 @@ async def test_a_scrape_that_outlasts_the_grace_is_reset() -> None:
 
 
 @pytest.mark.parametrize("name", ["PORT", "ADMIN_PORT"])
-async def test_a_port_that_is_taken_is_told_in_a_line(name: str) -> None:
+async def test_port_that_is_taken_is_told_in_a_line(name: str) -> None:
     """Exit 1, with the setting's name and the port."""
     async with running_lab() as lab:
         with socket.create_server(("", reserve_ports(1)[0])) as taken:

@@ -107,7 +107,7 @@ async def test_without_the_permission_it_says_so() -> None:
             assert (await scrape(daemon, pod_path())).status == 503
 
 
-async def test_a_new_node_is_known_at_once() -> None:
+async def test_new_node_is_known_at_once() -> None:
     """Nodes are watched: one that joins is relayed within a moment, one that leaves is not."""
     async with running_lab() as lab, await lab.proxy() as daemon:
         await daemon.ready()
@@ -121,7 +121,7 @@ async def test_a_new_node_is_known_at_once() -> None:
         await daemon.until(lambda: answers(404))
 
 
-async def test_what_is_too_old_is_not_served() -> None:
+async def test_stale_nodes_are_not_served() -> None:
     """After STALE_NODES_MAX without the API server 503, told by a metric before; 200 when it is back."""
     async with running_lab() as lab:
         kubelet = await lab.cluster.add_kubelet("node-a")
@@ -145,7 +145,7 @@ async def test_what_is_too_old_is_not_served() -> None:
             await daemon.until(lambda: answers(200))
 
 
-async def test_who_fails_lately() -> None:
+async def test_recent_failures_are_named_on_the_admin_port_only() -> None:
     """The admin port names the Node and the Pod that fail, and why; the metrics name neither."""
     async with running_lab() as lab, await kubelet_door(lab) as door:
         await lab.cluster.add_pod(ips=[POD_HOST], annotations=annotations(1))
@@ -219,7 +219,7 @@ async def test_tls_and_client_certificates_as_files_change(tmp_path: Path) -> No
             assert (number, text) == (200, "ok\n"), "the admin port stays as it was"
 
 
-async def test_a_load_of_scrapes_through_sigterm() -> None:
+async def test_load_of_scrapes_through_sigterm() -> None:
     """Nothing fails while it still accepts, and of those under way when it no longer does each one finishes."""
     async with (
         running_lab() as lab,

@@ -60,7 +60,7 @@ async def test_one_port_and_one_set_of_figures() -> None:
             assert workers_of(daemon) == []
 
 
-async def test_a_worker_that_is_killed_takes_nobody_along() -> None:
+async def test_killed_worker_leaves_the_others_running() -> None:
     """Under load: the others go on, it is counted and started again, and no counter goes back."""
     async with running_lab() as lab:
         kubelet = await lab.cluster.add_kubelet("node-a")
@@ -104,7 +104,7 @@ async def test_a_worker_that_is_killed_takes_nobody_along() -> None:
             await daemon.ready()
 
 
-async def test_a_rotated_token_reaches_the_workers() -> None:
+async def test_rotated_token_reaches_the_workers() -> None:
     """What kubelets accept changes, and scrapes go on; nothing of either token is on a command line."""
     async with running_lab() as lab:
         kubelet = await lab.cluster.add_kubelet("node-a")

@@ -36,7 +36,7 @@ async def test_two_clusters_of_one_name_are_told_apart_or_refused() -> None:
         assert "pod--shop--here" not in output
 
 
-async def test_the_cluster_at_hand_says_which_is_meant() -> None:
+async def test_cluster_at_hand_says_which_is_meant() -> None:
     """With its API server in reach, what carries another cluster's UID is neither shown nor removed."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()
@@ -72,7 +72,7 @@ async def test_nodes_of_lost_agents_are_cleared_too() -> None:
         assert at(lab, "live") == {"web-1"}
 
 
-async def test_the_catalogs_node_goes_once_it_is_empty() -> None:
+async def test_catalogs_node_goes_once_it_is_empty() -> None:
     """A node of our making goes with the last service; it is shown before, and goes alone too."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()
@@ -91,7 +91,7 @@ async def test_the_catalogs_node_goes_once_it_is_empty() -> None:
         assert (code, lab.consul.catalog.node("k8s-lab")) == (0, None), output
 
 
-async def test_a_node_with_anything_of_others_stays() -> None:
+async def test_node_with_anything_of_others_stays() -> None:
     """Others' services and other nodes than ours are left as they are."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()

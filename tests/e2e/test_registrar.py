@@ -13,7 +13,7 @@ WEB = "pod--shop--web-1"
 SHARDS = "shard-a,shard-b,shard-c"
 
 
-async def test_a_pod_is_registered_with_all_it_asks_for() -> None:
+async def test_pod_is_registered_with_all_it_asks_for() -> None:
     """Address, port, path, parameters, scheme and whose it is are what its annotations and status say."""
     annotations = {
         "prometheus.io/scrape": "true",
@@ -56,7 +56,7 @@ async def _delete(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("end", [_take_annotation_away, _say_false, _succeed, _fail, _delete])
-async def test_a_pod_that_no_longer_asks_is_deregistered(
+async def test_pod_that_no_longer_asks_is_deregistered(
     end: Callable[[Cluster], Awaitable[None]],
 ) -> None:
     """Each way to stop asking takes the service away, and nothing else."""
@@ -71,7 +71,7 @@ async def test_a_pod_that_no_longer_asks_is_deregistered(
         assert lab.has("pod--shop--web-2"), "what is registered stays when the daemon ends"
 
 
-async def test_a_pod_being_deleted_stays_until_it_is_gone() -> None:
+async def test_pod_being_deleted_stays_until_it_is_gone() -> None:
     """A graceful end leaves the service in place; the Pod's own end takes it away."""
     async with running_lab() as lab, await lab.registrar() as daemon:
         await lab.cluster.add_pod()
@@ -83,7 +83,7 @@ async def test_a_pod_being_deleted_stays_until_it_is_gone() -> None:
         await daemon.until(lab.holds_nothing)
 
 
-async def test_a_pod_waits_for_its_address_and_its_phase() -> None:
+async def test_pod_waits_for_its_address_and_its_phase() -> None:
     """A Pending Pod asks for nothing; a Running one without an IP is rejected until it has one."""
     async with running_lab() as lab, await lab.registrar() as daemon:
         await lab.cluster.add_pod(phase="Pending", ips=[])
@@ -96,7 +96,7 @@ async def test_a_pod_waits_for_its_address_and_its_phase() -> None:
         await daemon.until(lambda: lab.has(WEB))
 
 
-async def test_a_new_address_is_updated_in_place_and_keeps_its_shard() -> None:
+async def test_new_address_is_updated_in_place_and_keeps_its_shard() -> None:
     """Pods that move are registered over, never taken out in between, and stay with their Prometheus."""
     async with running_lab() as lab, await lab.registrar(SHARD_PATHS=SHARDS) as daemon:
         names = [f"web-{number}" for number in range(8)]
@@ -113,7 +113,7 @@ async def test_a_new_address_is_updated_in_place_and_keeps_its_shard() -> None:
         assert sorted(lab.writes[8:]) == [f"register {each}" for each in ids]
 
 
-async def test_a_shard_outlives_the_daemon_and_goes_with_its_setting() -> None:
+async def test_shard_outlives_the_daemon_and_goes_with_its_setting() -> None:
     """A new run keeps each service's shard while it is still offered, and replaces one that is not."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()
@@ -126,7 +126,7 @@ async def test_a_shard_outlives_the_daemon_and_goes_with_its_setting() -> None:
             assert lab.meta(WEB)["shard_path"] == lab.meta("pod--shop--web-2")["shard_path"] == "old-2"
 
 
-async def test_the_life_of_a_node() -> None:
+async def test_life_of_a_node() -> None:
     """A Node is registered at its InternalIP with the proxy's port and the kubelet's own, and goes with it."""
     async with running_lab() as lab, await lab.registrar() as daemon:
         addresses = (("Hostname", "node-a"), ("ExternalIP", "203.0.113.7"), ("InternalIP", "192.0.2.10"))
@@ -176,7 +176,7 @@ async def test_two_pods_with_one_id_never_overwrite_each_other() -> None:
         assert "deregister pod--a--b--c" not in lab.writes
 
 
-async def test_the_holder_of_an_id_keeps_it_before_an_older_pod() -> None:
+async def test_holder_of_an_id_keeps_it_before_an_older_pod() -> None:
     """What Consul says of an ID outweighs age: after a restart the ID does not change hands."""
     async with running_lab() as lab:
         pods = []
@@ -210,7 +210,7 @@ async def test_ipv6_and_dual_stack() -> None:
         await daemon.until(lambda: lab.has("pod--shop--both", "node--192.0.2.1"))
 
 
-async def test_an_equal_service_is_not_written_again_and_a_hand_edit_is_mended() -> None:
+async def test_equal_service_is_not_written_again_and_a_hand_edit_is_mended() -> None:
     """Further passes write nothing while all is equal; what someone changed is put right in place."""
     async with running_lab() as lab, await lab.registrar(SHARD_PATHS=SHARDS) as daemon:
         await asyncio.gather(*(lab.cluster.add_pod(f"web-{number}") for number in range(5)))
@@ -228,7 +228,7 @@ async def test_an_equal_service_is_not_written_again_and_a_hand_edit_is_mended()
         assert lab.writes == [f"register {WEB}"]
 
 
-async def test_the_shortest_way_to_start_it() -> None:
+async def test_shortest_way_to_start_it() -> None:
     """`MODE=registrar KUBECONFIG=… CONSUL_ADDRESS=… CLUSTER_NAME=… python -m k8s_consul_registrar` is enough."""
     async with running_lab() as lab:
         await lab.cluster.add_pod(annotations=SCRAPED)
@@ -241,7 +241,7 @@ async def test_the_shortest_way_to_start_it() -> None:
 
 
 @pytest.mark.long
-async def test_a_long_first_sync_is_told_as_it_goes() -> None:
+async def test_long_first_sync_is_told_as_it_goes() -> None:
     """A slow Consul: some lines say how far it is and how long it will take, and none once it is done."""
     names = [f"web-{number}" for number in range(600)]
     async with running_lab() as lab:

@@ -11,7 +11,7 @@ WEB = "pod--shop--web-1"
 FOREVER = "600"
 
 
-async def test_what_is_not_ours_is_never_touched() -> None:
+async def test_foreign_service_is_never_touched() -> None:
     """A hand-made service, another cluster's, another instance's and another program's stay as they are."""
     async with running_lab() as lab:
         await lab.seed("db", {"owner": "dba"})
@@ -29,7 +29,7 @@ async def test_what_is_not_ours_is_never_touched() -> None:
         assert {key: value for key, value in lab.services.items() if key != WEB} == before
 
 
-async def test_an_id_somebody_else_holds_is_a_conflict() -> None:
+async def test_id_of_another_owner_is_a_conflict() -> None:
     """It is reported, never overwritten; when its holder goes the Pod gets its ID."""
     async with running_lab() as lab, await lab.registrar() as daemon:
         held = await lab.seed_pod("web-1", cluster="other-cluster")
@@ -76,7 +76,7 @@ async def test_services_of_the_original_program_are_adopted() -> None:
             ]  # fmt: skip
 
 
-async def test_an_instance_leaves_the_originals_it_does_not_want() -> None:
+async def test_instance_leaves_the_originals_it_does_not_want() -> None:
     """A registrar of a part of the cluster adopts what it wants and removes nothing of the original's."""
     async with running_lab() as lab:
         await _seed_originals(lab)
@@ -87,7 +87,7 @@ async def test_an_instance_leaves_the_originals_it_does_not_want() -> None:
             assert await daemon.metric('kept_services{why="unproven"}') == 2
 
 
-async def test_a_default_cluster_name_removes_nothing_unproven() -> None:
+async def test_default_cluster_name_removes_nothing_unproven() -> None:
     """It warns, registers, and deregisters only what carries the UID of this very cluster."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()
@@ -101,7 +101,7 @@ async def test_a_default_cluster_name_removes_nothing_unproven() -> None:
             assert await daemon.metric('kept_services{why="unproven"}') == 1
 
 
-async def test_the_services_of_an_earlier_setting_are_ours() -> None:
+async def test_services_of_an_earlier_setting_are_ours() -> None:
     """PREVIOUS_CLUSTER_NAMES and PREVIOUS_INSTANCES take over what was written under them."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()
@@ -126,7 +126,7 @@ async def _seed_six_and_keep(lab: SandboxLab, kept: int) -> None:
 
 
 @pytest.mark.parametrize(("kept", "period"), [(0, "1"), (3, "1"), (3, FOREVER)])
-async def test_a_mass_removal_seen_by_lists_alone_is_held_and_then_done(kept: int, period: str) -> None:
+async def test_mass_removal_seen_only_by_lists_is_held_and_then_done(kept: int, period: str) -> None:
     """What the first lists miss goes once they agreed for BRAKE_CONFIRM_START, however long the period is."""
     async with running_lab() as lab:
         await _seed_six_and_keep(lab, kept)
@@ -146,7 +146,7 @@ async def is_released(daemon: Daemon) -> bool:
     return await daemon.metric("brake_held_services") == 0
 
 
-async def test_a_held_removal_stays_held_while_its_time_is_not_over() -> None:
+async def test_held_removal_stays_held_while_its_time_is_not_over() -> None:
     """Passes go by and nothing is removed; new Pods are registered all the same."""
     async with running_lab() as lab:
         await _seed_six_and_keep(lab, 0)
@@ -159,7 +159,7 @@ async def test_a_held_removal_stays_held_while_its_time_is_not_over() -> None:
             assert len(daemon.said("brake: a mass removal is held")) <= 2, "said once, not at every pass"
 
 
-async def test_a_mass_removal_may_be_allowed() -> None:
+async def test_mass_removal_may_be_allowed() -> None:
     """ALLOW_MASS_DEREGISTER lets the first list remove all at once."""
     async with running_lab() as lab:
         await _seed_six_and_keep(lab, 0)
@@ -168,7 +168,7 @@ async def test_a_mass_removal_may_be_allowed() -> None:
             await daemon.until(lab.holds_nothing)
 
 
-async def test_a_change_that_was_seen_is_no_matter_for_the_brake() -> None:
+async def test_change_that_was_seen_is_no_matter_for_the_brake() -> None:
     """Annotations taken away are facts: all six services go at once."""
     async with running_lab() as lab:
         await _seed_six_and_keep(lab, 6)
@@ -179,7 +179,7 @@ async def test_a_change_that_was_seen_is_no_matter_for_the_brake() -> None:
             await daemon.until(lab.holds_nothing)
 
 
-async def test_an_api_server_that_is_away_at_the_start() -> None:
+async def test_api_server_that_is_away_at_the_start() -> None:
     """The daemon waits, says why, holds everything in place, and begins when it comes."""
     async with running_lab() as lab:
         await lab.seed_pod("gone")
@@ -198,7 +198,7 @@ async def test_an_api_server_that_is_away_at_the_start() -> None:
             await daemon.ready()
 
 
-async def test_a_consul_that_is_away_at_the_start() -> None:
+async def test_consul_that_is_away_at_the_start() -> None:
     """The daemon waits, says why, and begins when it comes."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()
@@ -249,7 +249,7 @@ async def test_losing_consul_loses_no_change() -> None:
         await daemon.until(lambda: lab.has("pod--shop--web-2"))
 
 
-async def test_a_list_that_breaks_off_removes_nothing() -> None:
+async def test_list_that_breaks_off_removes_nothing() -> None:
     """Connections cut again and again in the middle of lists never make a Pod look gone."""
     async with running_lab() as lab, await lab.registrar(SYNC_PERIOD="1") as daemon:
         for number in range(4):

@@ -60,7 +60,7 @@ async def _serves(daemon: Daemon, *ids: str) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-async def test_a_restart_while_the_api_server_is_away_serves_what_was_saved(number: int) -> None:
+async def test_restart_while_the_api_server_is_away_serves_what_was_saved(number: int) -> None:
     """The same document, marked as stale, until the cluster was listed; then the cluster's own."""
     async with running_lab() as lab:
         text = await saved_by_a_first_run(lab, number)
@@ -82,7 +82,7 @@ async def test_a_restart_while_the_api_server_is_away_serves_what_was_saved(numb
             assert "Age" not in headers
 
 
-async def test_a_standby_saves_and_serves_too() -> None:
+async def test_standby_saves_and_serves_too() -> None:
     """A replica that never led begins with what it saved."""
     election = {
         "LEADER_ELECTION": "true",
@@ -114,7 +114,7 @@ async def test_a_standby_saves_and_serves_too() -> None:
     "changes",
     [{"INSTANCE": "blue"}, {"CLUSTER_NAME": "other"}, {"SERVICE_TAGS": "a"}, {"NAMESPACES": "shop"}],
 )
-async def test_what_other_settings_saved_is_not_served(changes: dict[str, str]) -> None:
+async def test_targets_saved_under_other_settings_are_not_served(changes: dict[str, str]) -> None:
     """503 until the cluster was listed, as without a file."""
     async with running_lab() as lab:
         await saved_by_a_first_run(lab)
@@ -126,7 +126,7 @@ async def test_what_other_settings_saved_is_not_served(changes: dict[str, str]) 
             assert (await ask(daemon))[0] == 503
 
 
-async def test_what_was_saved_of_another_cluster_is_never_served() -> None:
+async def test_targets_saved_of_another_cluster_are_never_served() -> None:
     """As soon as the API server says which cluster it is, and Pods cannot be listed, the answer is 503."""
     async with running_lab() as lab:
         await saved_by_a_first_run(lab)
@@ -163,7 +163,7 @@ async def _answers(daemon: Daemon, query: str, status: int) -> bool:
     return (await ask(daemon, query))[0] == status
 
 
-async def test_a_folder_that_cannot_be_written_is_exit_2() -> None:
+async def test_folder_that_cannot_be_written_is_exit_2() -> None:
     """By the setting's name, before anything else begins."""
     async with running_lab() as lab:
         settings = settings_of(lab, HTTP_SD_STATE_FILE=str(lab.folder / "missing" / "state.json"))
@@ -264,7 +264,7 @@ def names(folder: Path) -> list[str]:
     return [one.name for one in folder.iterdir()]
 
 
-async def test_the_file_is_private_and_whole(tmp_path: Path) -> None:
+async def test_file_is_private_and_whole(tmp_path: Path) -> None:
     """Its mode lets its owner alone read it, and nothing else is left in the folder."""
     async with running_lab() as lab:
         path = tmp_path / "state.json"

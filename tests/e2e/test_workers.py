@@ -135,7 +135,7 @@ def parent_of(*kubelets: Kubelet) -> Parent:
     return Parent(nodes, Pods())
 
 
-async def test_a_rotated_token_is_used_by_all_workers() -> None:
+async def test_rotated_token_is_used_by_all_workers() -> None:
     """Scrapes fail with the old one once kubelets have the new, and go on as soon as it is told."""
     async with Kubelet(lambda *args: serve_who_shows("new", *args)).serving() as kubelet:
         parent = parent_of(kubelet)
@@ -261,7 +261,7 @@ async def test_failures_and_counts_of_all_workers() -> None:
             assert len(workers.failures()) == 12
 
 
-async def test_a_worker_that_hangs_is_replaced() -> None:
+async def test_worker_that_hangs_is_replaced() -> None:
     """One that is stopped and tells nothing any more is ended and started again."""
     parent = parent_of()
     async with working(parent, parent.make(count=2, timing=replace(QUICK, silence=2.5))) as workers:
@@ -282,7 +282,7 @@ async def test_workers_that_cannot_start() -> None:
     await workers.stop()
 
 
-async def test_a_program_that_does_not_exist() -> None:
+async def test_program_that_does_not_exist() -> None:
     """Is a failure to start like any other."""
     parent = parent_of()
     workers = parent.make(count=1, command=("/nowhere/python",), timing=replace(QUICK, starts_within=0.5))

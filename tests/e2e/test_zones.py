@@ -19,7 +19,7 @@ async def _populate(lab: SandboxLab) -> None:
     await lab.cluster.add_pod()
 
 
-async def test_a_pod_is_written_once_with_its_zone_and_follows_its_node() -> None:
+async def test_pod_is_written_once_with_its_zone_and_follows_its_node() -> None:
     """The first write has the zone; another zone of the Node is an update, under the key it was given."""
     async with running_lab() as lab:
         await _populate(lab)
@@ -32,7 +32,7 @@ async def test_a_pod_is_written_once_with_its_zone_and_follows_its_node() -> Non
             assert lab.writes.count(f"register {WEB}") == 2
 
 
-async def test_a_zone_is_kept_while_nodes_are_denied() -> None:
+async def test_zone_is_kept_while_nodes_are_denied() -> None:
     """A restart without the right to Nodes writes nothing; what a hand changes is repaired, zone and all."""
     async with running_lab() as lab:
         await _populate(lab)

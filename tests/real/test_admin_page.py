@@ -91,7 +91,7 @@ async def test_search_filters_and_pages_are_kept_in_the_address() -> None:
         assert page.problems == []
 
 
-async def test_a_refresh_keeps_scroll_focus_and_what_is_unfolded() -> None:
+async def test_refresh_keeps_scroll_focus_and_what_is_unfolded() -> None:
     """New data comes in by itself, in place: nothing moves under the reader."""
     registrar = busy_registrar()
     async with shown(registrar) as (page, _):
@@ -112,7 +112,7 @@ async def test_a_refresh_keeps_scroll_focus_and_what_is_unfolded() -> None:
         assert page.problems == []
 
 
-async def test_a_registrar_that_goes_silent_is_told_and_what_was_known_stays() -> None:
+async def test_registrar_that_goes_silent_is_told_and_what_was_known_stays() -> None:
     """The last data stay, with a banner that says from when they are."""
     async with shown(busy_registrar(500)) as (page, server):
         await page.wait(f"{ROWS} === 100")
@@ -121,7 +121,7 @@ async def test_a_registrar_that_goes_silent_is_told_and_what_was_known_stays() -
         assert await page.evaluate(ROWS) == 100
 
 
-async def test_it_is_used_by_keyboard_alone() -> None:
+async def test_page_works_by_keyboard_only() -> None:
     """Tabs are reached by arrow keys, rows unfold by Enter, the search by its key."""
     async with shown(busy_registrar(500)) as (page, _):
         await page.wait(f"{ROWS} === 100")
@@ -151,7 +151,7 @@ async def test_rejections_say_what_to_do() -> None:
         assert "Consul still holds pod--billing--import-29471" in text
 
 
-async def test_it_speaks_chinese_to_a_chinese_browser() -> None:
+async def test_page_is_chinese_in_a_chinese_browser() -> None:
     """The browser's language chooses the words; the button changes and keeps the choice."""
     async with shown(busy_registrar(500), "--accept-lang=zh-CN") as (page, _):
         await page.wait(f"{ROWS} === 100")
@@ -203,7 +203,7 @@ def hostile_registrar() -> Registrar:
     return registrar
 
 
-async def test_nobodys_text_becomes_part_of_the_page() -> None:
+async def test_hostile_text_is_shown_as_text() -> None:
     """Hostile names, annotations and errors are shown as text on every tab, in both languages."""
     async with shown(hostile_registrar()) as (page, server):
         await page.evaluate(
@@ -231,7 +231,7 @@ async def test_nobodys_text_becomes_part_of_the_page() -> None:
         assert page.problems == []
 
 
-async def test_the_policy_refuses_what_a_mistake_of_ours_would_let_in() -> None:
+async def test_policy_refuses_what_a_mistake_of_ours_would_let_in() -> None:
     """Inline handlers, inline scripts, HTML out of text and other hosts are refused by the browser itself."""
     async with shown(busy_registrar(100)) as (page, _):
         await page.wait(f"{ROWS} > 0")

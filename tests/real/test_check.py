@@ -93,7 +93,7 @@ async def test_each_line_of_the_policy_is_asked_for(through: str) -> None:
         assert (finding.outcome, finding.hint) == (outcome, f"add to the token's policy: {line}")
 
 
-async def test_the_catalog_needs_its_node() -> None:
+async def test_catalog_needs_its_node() -> None:
     """Without write on the synthetic node the catalog backend fails, with the line that grants it."""
     needs = (*SERVICES, need_of_catalog("k8s-lab"))
     async with real_consul(acl=True) as consul:
@@ -133,7 +133,7 @@ async def test_consul_without_acls() -> None:
     assert (alone, node) == (reached, consul.node)
 
 
-async def test_an_agent_that_has_joined_nobody() -> None:
+async def test_agent_that_joined_no_server_is_explained() -> None:
     """A client agent alone answers and knows no leader, which is a failure with the likely cause."""
     async with real_consul(node="server") as server:
         serf = server.serf

@@ -159,7 +159,7 @@ PODS = [
 
 @pytest.mark.parametrize("pod", PODS)
 @pytest.mark.parametrize("name", COLLECTORS)
-async def test_a_pod_found_by_http_sd_is_up_through_the_proxy(
+async def test_pod_found_by_http_sd_is_up_through_the_proxy(
     name: str, pod: Callable[[list[str]], AbstractAsyncContextManager[Serving]]
 ) -> None:
     """The target has the example's labels, `up` is 1, and the Pod's samples are there with their values."""

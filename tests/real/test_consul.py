@@ -47,7 +47,7 @@ async def holds(consul: RealConsul, *service_ids: str) -> bool:
     return set(await services(consul)) == set(await catalog(consul)) == set(service_ids)
 
 
-async def test_the_whole_life_on_a_real_consul() -> None:
+async def test_whole_life_on_a_real_consul() -> None:
     """Registered once, never written again while equal, moved in place, removed; what is not ours stays."""
     async with real_consul() as consul, running_lab_with(consul.address) as lab:
         await register(consul, "db", {"owner": "dba"})
@@ -93,7 +93,7 @@ async def has_moved(consul: RealConsul, service_id: str, address: str) -> bool:
     return (await catalog(consul))[service_id][0] == address
 
 
-async def test_what_we_take_a_real_consul_takes() -> None:
+async def test_odd_pods_are_rejected_by_us_or_taken_by_consul() -> None:
     """Odd Pods and meta over Consul's limits: each is registered or rejected by us, none refused by Consul."""
     pods: list[OddPod] = []
 
@@ -149,7 +149,7 @@ async def _world(lab: Lab) -> None:
     await lab.cluster.add_node("node-a", ("InternalIP", "192.0.2.10"))
 
 
-async def test_a_token_with_a_part_of_the_rights() -> None:
+async def test_token_with_a_part_of_the_rights() -> None:
     """What it may write is written; what it may not is told once by service, and nothing else is held up."""
     async with real_consul(acl=True) as consul, running_lab_with(consul.address) as lab:
         await _world(lab)
@@ -165,7 +165,7 @@ async def test_a_token_with_a_part_of_the_rights() -> None:
             assert secret not in daemon.output
 
 
-async def test_a_token_consul_does_not_know() -> None:
+async def test_token_consul_does_not_know() -> None:
     """It is told, nothing is written, and the right token in its file mends it without a restart."""
     async with real_consul(acl=True) as consul, running_lab_with(consul.address) as lab:
         await _world(lab)
@@ -181,7 +181,7 @@ async def test_a_token_consul_does_not_know() -> None:
             assert right not in daemon.output
 
 
-async def test_a_token_that_sees_nothing_makes_nothing_vanish() -> None:
+async def test_token_that_sees_nothing_makes_nothing_vanish() -> None:
     """A read that ACLs filter shows an empty agent; services are never taken for gone, nor rewritten for ever."""
     async with real_consul(acl=True) as consul, running_lab_with(consul.address) as lab:
         await _world(lab)
@@ -195,7 +195,7 @@ async def test_a_token_that_sees_nothing_makes_nothing_vanish() -> None:
             assert {key: value for key, value in (await catalog(consul)).items() if key != "db"} == before
 
 
-async def test_a_consul_that_dies_and_comes_back() -> None:
+async def test_consul_that_dies_and_comes_back() -> None:
     """While it is away nothing is lost; when it is back what changed meanwhile is done."""
     async with real_consul() as consul, running_lab_with(consul.address) as lab:
         await _world(lab)

@@ -91,7 +91,7 @@ async def test_ids_that_no_path_leads_to() -> None:
         assert set(await held(registry)) == set(UNNAMEABLE)
 
 
-async def test_a_service_the_catalog_lacks_is_unsynced_until_registered_again() -> None:
+async def test_service_the_catalog_lacks_is_unsynced_until_registered_again() -> None:
     """An agent whose token for a service was revoked holds it for ever and calls it synced; we do not."""
     async with real_consul(acl=True) as consul:
         old, new = await make_token(consul, "old", FULL), await make_token(consul, "new", FULL)
@@ -131,7 +131,7 @@ async def test_a_service_the_catalog_lacks_is_unsynced_until_registered_again() 
             assert {one.index for one in (await held(registry)).values()} == {0}
 
 
-async def test_a_catalog_that_shows_something_else_counts_as_lacking() -> None:
+async def test_catalog_that_shows_something_else_counts_as_lacking() -> None:
     """A record that differs in the catalog, twice in a row, is to be registered again."""
     async with real_consul() as consul, connected(consul) as client:
         await AgentRegistry(client).register([our_pod_service("a")])
@@ -154,7 +154,7 @@ async def test_a_catalog_that_shows_something_else_counts_as_lacking() -> None:
         await until(counts_as_lacking_the_second_time)
 
 
-async def test_a_changed_token_makes_everything_unsynced_once(tmp_path: Path) -> None:
+async def test_changed_token_makes_everything_unsynced_once(tmp_path: Path) -> None:
     """An agent keeps the token of each registration, so a new one is brought to every service, once."""
     file = tmp_path / "token"
     async with real_consul(acl=True) as consul:
@@ -186,7 +186,7 @@ async def test_a_changed_token_makes_everything_unsynced_once(tmp_path: Path) ->
             await until(is_shown)
 
 
-async def test_an_agent_that_restarted_empty_is_noticed() -> None:
+async def test_agent_that_restarted_empty_is_noticed() -> None:
     """With its data an agent comes back whole; without, the first look shows it."""
     async with real_consul() as consul, connected(consul) as client:
         registry = AgentRegistry(client)
@@ -203,7 +203,7 @@ async def test_an_agent_that_restarted_empty_is_noticed() -> None:
         assert await held(registry) == {}
 
 
-async def test_a_service_lost_among_many_is_noticed_by_its_node() -> None:
+async def test_service_lost_among_many_is_noticed_by_its_node() -> None:
     """One service that somebody deregisters moves the catalog's record of the node; our own writes do not count."""
     async with real_consul() as consul, connected(consul) as client:
         registry = AgentRegistry(client)

@@ -78,7 +78,7 @@ async def test_register_read_look_up_update_and_deregister() -> None:
         assert (node["Address"], node["Meta"]) == ("127.0.0.1", META)
 
 
-async def test_a_racing_writer_is_seen_not_overwritten() -> None:
+async def test_racing_writer_is_seen_not_overwritten() -> None:
     """A record that is not the one we know is stale, to create, to update and to remove; others go through."""
     services = [our_pod_service(f"p{number}") for number in range(10)]
     async with real_consul() as consul, connected(consul) as client:
@@ -98,7 +98,7 @@ async def test_a_racing_writer_is_seen_not_overwritten() -> None:
         assert (absent.done, absent.stale) == (0, ("pod--shop--never",))
 
 
-async def test_what_consul_refuses_is_told_and_holds_up_nothing() -> None:
+async def test_refused_record_is_named_and_holds_up_no_other() -> None:
     """Records with illegal meta are named with Consul's reason; the rest of their transactions is written."""
     services = [our_pod_service(f"p{number}") for number in range(150)]
     services[10] = make_service("bad-key", {"a/b": "x"})
@@ -140,7 +140,7 @@ async def test_large_records_are_packed_by_size() -> None:
         assert await held(registry) == {service.id: service for service in services}
 
 
-async def test_a_node_that_vanishes_is_made_again() -> None:
+async def test_node_that_vanishes_is_made_again() -> None:
     """Whoever removes the node, the next writes bring it back; removals from it are stale."""
     async with real_consul() as consul, connected(consul) as client:
         registry = registry_of(client)
@@ -154,7 +154,7 @@ async def test_a_node_that_vanishes_is_made_again() -> None:
         assert (await node_record(consul))["Meta"] == META
 
 
-async def test_a_node_that_is_there_is_left_as_it_is() -> None:
+async def test_node_that_is_there_is_left_as_it_is() -> None:
     """A synthetic node is neither touched by a new registrar nor by its writes, whatever else its meta says."""
     async with real_consul() as consul, connected(consul) as client:
         meta = {"external-node": "true", "team": "x"}
@@ -170,7 +170,7 @@ async def test_a_node_that_is_there_is_left_as_it_is() -> None:
     ("meta", "reason"),
     [(None, "somebody else"), ({"external-node": "true", "external-probe": "true"}, "consul-esm")],
 )
-async def test_somebody_elses_node_is_refused(meta: dict[str, str] | None, reason: str) -> None:
+async def test_node_of_another_owner_is_refused(meta: dict[str, str] | None, reason: str) -> None:
     """An agent's node, or one that consul-esm will remove, is an error by name, and nothing is written."""
     async with real_consul(node="agent-1") as consul, connected(consul) as client:
         node = "agent-1"
@@ -187,7 +187,7 @@ async def test_somebody_elses_node_is_refused(meta: dict[str, str] | None, reaso
         assert "pod--shop--a" not in found["Services"]
 
 
-async def test_an_agents_node_that_claims_to_be_external_is_refused() -> None:
+async def test_agents_node_that_claims_to_be_external_is_refused() -> None:
     """The health check of an agent shows that one keeps the node, whatever its meta says."""
     async with (
         real_consul("-node-meta=external-node:true", node="agent-1") as consul,
@@ -320,7 +320,7 @@ async def test_foreign_changes_are_noticed_and_others_are_not() -> None:
             await asyncio.sleep(0.05)
 
 
-async def test_a_foreign_change_just_before_our_own_is_noticed() -> None:
+async def test_foreign_change_just_before_our_own_is_noticed() -> None:
     """Our own write after it does not hide somebody else's."""
     async with real_consul() as consul, connected(consul) as client:
         registry = registry_of(client)
@@ -394,7 +394,7 @@ async def test_through_a_client_agent() -> None:
         assert not await registry.drift()
 
 
-async def test_a_name_is_looked_up_in_the_whole_catalog() -> None:
+async def test_name_is_looked_up_in_the_whole_catalog() -> None:
     """On any node, in any case of letters, with or without meta; what registrars wrote is left out."""
 
     async def put(node: str, service_id: str, name: str, meta: dict[str, str] | None) -> None:
@@ -420,7 +420,7 @@ async def test_a_name_is_looked_up_in_the_whole_catalog() -> None:
             assert not await CatalogRegistry(blind, NODE).is_name_taken("ours")
 
 
-async def test_a_probe_needs_no_right_and_no_node() -> None:
+async def test_probe_needs_no_right_and_no_node() -> None:
     """Its transaction of reads is answered to a token without any."""
     async with real_consul(acl=True) as consul:
         denied = await make_token(consul, "nothing", 'key "none" { policy = "read" }')
@@ -436,7 +436,7 @@ async def test_a_probe_needs_no_right_and_no_node() -> None:
             assert not unknown.health.is_up
 
 
-async def test_a_consul_that_comes_back_empty_is_drift() -> None:
+async def test_consul_that_comes_back_empty_is_drift() -> None:
     """Its history begins anew, which shows at once and ends with the next full read."""
     async with real_consul() as consul, connected(consul) as client:
         registry = registry_of(client)

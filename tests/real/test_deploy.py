@@ -85,7 +85,7 @@ NODE_META = {
 }  # fmt: skip
 
 
-async def test_the_example_makes_the_targets_the_meta_describes() -> None:
+async def test_example_makes_the_targets_the_meta_describes() -> None:
     """Path, scheme, parameters, labels and IPv6 addresses come out right; what is not ours is dropped."""
     async with real_consul() as consul:
         pod = {"ID": "pod--shop--cart-0", "Name": "pod--shop--cart-0", "Address": "192.0.2.7", "Port": 9102}

@@ -70,7 +70,7 @@ async def removed_through(consul: RealConsul, text: bytes, act: Callable[[], Awa
             return await removal_of(client).remove()
 
 
-async def test_an_empty_node_of_ours_goes() -> None:
+async def test_empty_node_of_ours_goes() -> None:
     """And with it all its record; a second removal says that it is not there."""
     async with real_consul() as consul, connected(consul) as client:
         await make_node(client)
@@ -80,7 +80,7 @@ async def test_an_empty_node_of_ours_goes() -> None:
 
 
 @pytest.mark.parametrize("what", ["service", "check"])
-async def test_a_node_that_is_used_stays(what: str) -> None:
+async def test_node_that_is_used_stays(what: str) -> None:
     """A service or a check is enough, and the record stays as it was."""
     async with real_consul() as consul, connected(consul) as client:
         await make_node(client)
@@ -105,7 +105,7 @@ async def test_a_node_that_is_used_stays(what: str) -> None:
     ],
     ids=["an agent's", "not external", "an address", "their own meta", "another tool's"],
 )
-async def test_a_node_that_others_made_stays(node: dict[str, object]) -> None:
+async def test_node_that_others_made_stays(node: dict[str, object]) -> None:
     """Our name for it is not enough."""
     async with real_consul() as consul, connected(consul) as client:
         assert (await consul.request("PUT", "/v1/catalog/register", {"Node": NODE, **node}))[0] == 200
@@ -113,7 +113,7 @@ async def test_a_node_that_others_made_stays(node: dict[str, object]) -> None:
         assert await record(consul) is not None
 
 
-async def test_a_node_from_before_it_said_whose_it_is_needs_our_name() -> None:
+async def test_node_from_before_it_said_whose_it_is_needs_our_name() -> None:
     """With a name that somebody chose it may be anybody's."""
     async with real_consul() as consul, connected(consul) as client:
         assert (await consul.request("PUT", "/v1/catalog/register", {"Node": NODE, **WITH_NODE}))[0] == 200
@@ -122,7 +122,7 @@ async def test_a_node_from_before_it_said_whose_it_is_needs_our_name() -> None:
         assert await record(consul) is None
 
 
-async def test_a_service_that_comes_before_the_second_look_saves_the_node() -> None:
+async def test_service_that_comes_before_the_second_look_saves_the_node() -> None:
     """However it is written; the mark is taken off again."""
     async with real_consul() as consul:
         async with connected(consul) as client:
@@ -137,7 +137,7 @@ async def test_a_service_that_comes_before_the_second_look_saves_the_node() -> N
         assert node["Meta"] == {"external-node": "true", "managed_by": "k8s-consul-registrar"}
 
 
-async def test_a_service_that_comes_with_its_node_after_the_last_look_saves_it() -> None:
+async def test_service_that_comes_with_its_node_after_the_last_look_saves_it() -> None:
     """The registration changes the marked record back, which the removal notices."""
     async with real_consul() as consul:
         async with connected(consul) as client:
@@ -151,7 +151,7 @@ async def test_a_service_that_comes_with_its_node_after_the_last_look_saves_it()
         assert set(found["Services"]) == {"db"}
 
 
-async def test_a_token_that_may_not_see_others_removes_no_node() -> None:
+async def test_token_that_may_not_see_others_removes_no_node() -> None:
     """What it does not see would go with the node; with the right to read it goes."""
     ours = f'node "{NODE}" {{ policy = "write" }} service_prefix "pod--" {{ policy = "write" }} '
     async with real_consul(acl=True) as consul:

@@ -111,7 +111,7 @@ async def _are_at(server: RealConsul, node: str, ids: set[str]) -> bool:
     return await names_at(server, node) == ids
 
 
-async def test_an_agent_that_is_back_before_its_time_keeps_everything() -> None:
+async def test_agent_that_is_back_before_its_time_keeps_everything() -> None:
     """Its services stay at its node, the very records, though the new agent has them too."""
     async with (
         real_consul(QUICK_GOSSIP, node="server") as server,
@@ -142,7 +142,7 @@ async def _failing(agents: LostAgents) -> list[AgentHealth]:
     return [one for one in await agents.failing() if one.node == "old"]
 
 
-async def test_a_node_is_cleared_only_while_its_agent_is_lost() -> None:
+async def test_node_is_cleared_only_while_its_agent_is_lost() -> None:
     """Rights on our services and to read nodes do; an agent that is back keeps all; a standby removes nothing."""
     rules = (
         'service_prefix "pod--" { policy = "write" } service_prefix "" { policy = "read" } '
@@ -182,7 +182,7 @@ async def test_a_node_is_cleared_only_while_its_agent_is_lost() -> None:
             assert await names_at(server, "old") == {"pod--shop--p7", "other-1"}
 
 
-async def test_what_the_catalog_does_not_show_is_not_here() -> None:
+async def test_service_missing_from_the_catalog_is_not_here() -> None:
     """A service that our agent holds counts only while the catalog has it too, and has it just so."""
     async with real_consul() as consul, connected(consul) as client:
         names = ("shown", "edited", "lacking")

@@ -130,7 +130,7 @@ async def _found(names: int, environment: Mapping[str, str], *discovery: str) ->
             return await _look(prometheus, consul)
 
 
-async def test_a_name_for_each_target_and_names_that_are_shared() -> None:
+async def test_name_for_each_target_and_names_that_are_shared() -> None:
     """Grouped, all 2,000 targets are found by a few connections; with a name each, that takes hundreds."""
     grouped = await _found(2, GROUPED)
     listed = await _found(2, GROUPED, SERVICES)
@@ -143,7 +143,7 @@ async def test_a_name_for_each_target_and_names_that_are_shared() -> None:
     assert each.connections > 10 * FEW
 
 
-async def test_a_server_takes_its_shard_by_tag() -> None:
+async def test_server_takes_its_shard_by_tag() -> None:
     """Each of two servers finds just the targets that carry its tag, and Consul sends it no others."""
     settings = {**GROUPED, "SHARD_PATHS": "shard-1,shard-2", "SERVICE_TAGS": "shard_path={shard_path}"}
     async with real_consul() as consul, chaos_lab(consul) as lab:

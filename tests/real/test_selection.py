@@ -27,7 +27,7 @@ async def node_of(consul: RealConsul) -> tuple[dict[str, str], int]:
     return found["Node"]["Meta"], found["Node"]["ModifyIndex"]
 
 
-async def test_the_selection_is_recorded_once_and_read_by_the_next_start() -> None:
+async def test_selection_is_recorded_once_and_read_by_the_next_start() -> None:
     """Over what version 0 wrote that takes one write; the next start with the same one takes none."""
     async with real_consul() as consul, connected(consul) as client:
         await registry_of(client).register([our_pod_service("p1")])
@@ -60,7 +60,7 @@ async def test_the_selection_is_recorded_once_and_read_by_the_next_start() -> No
         assert again.recorded_selection == "two", "another writer came after us"
 
 
-async def test_a_node_that_is_made_says_the_selection_at_once() -> None:
+async def test_node_that_is_made_says_the_selection_at_once() -> None:
     """The first start needs no second write of the node, and knows of nothing before it."""
     async with real_consul() as consul, connected(consul) as client:
         registry = registry_of(client, "one")
@@ -95,7 +95,7 @@ async def test_version_0_runs_over_a_recorded_node() -> None:
         {"external-node": "true", "selection": "one"},
     ],
 )
-async def test_a_node_that_no_registrar_made_is_left_as_it_is(meta: dict[str, str]) -> None:
+async def test_node_that_no_registrar_made_is_left_as_it_is(meta: dict[str, str]) -> None:
     """Its services may be ours; its record is not, and what it says is no record of ours."""
     async with real_consul() as consul, connected(consul) as client:
         await consul.request(
@@ -123,7 +123,7 @@ async def test_other_meta_of_our_node_stays() -> None:
         assert (await node_of(consul))[0] == {**FORMER, "team": "shop", "selection": "one"}
 
 
-async def test_a_recorded_node_is_removed_as_ours() -> None:
+async def test_recorded_node_is_removed_as_ours() -> None:
     """A purge takes it for a registrar's, as before."""
     async with real_consul() as consul, connected(consul) as client:
         registry = registry_of(client, "one")
@@ -136,7 +136,7 @@ async def test_a_recorded_node_is_removed_as_ours() -> None:
         assert (await consul.request("GET", f"/v1/catalog/node/{NODE}"))[1] is None
 
 
-async def test_a_token_without_the_right_to_write_the_node_changes_nothing() -> None:
+async def test_token_without_the_right_to_write_the_node_changes_nothing() -> None:
     """The record stays as it is, and nothing raises."""
     async with real_consul(acl=True) as consul:
         async with connected(consul) as client:

@@ -121,7 +121,7 @@ async def cluster_of_pods() -> AsyncIterator[Lab]:
         yield lab
 
 
-async def test_a_copy_of_the_original_bridges_the_upgrade() -> None:
+async def test_copy_of_the_original_bridges_the_upgrade() -> None:
     """Copy beside, replace, remove the copy: no look ever misses a service, and no target is doubled."""
     name, flags = agent_flags()
     async with cluster_of_pods() as lab, real_consul(node="server") as server:
@@ -171,7 +171,7 @@ async def test_without_the_copy_there_is_a_gap() -> None:
         assert watch.missing == {name_of(pod) for pod in PODS}
 
 
-def test_the_documented_copy_is_what_it_says() -> None:
+def test_documented_copy_is_what_it_says() -> None:
     """The documented filter changes name, selector and labels, drops what the server added, and nothing else."""
     jq = shutil.which("jq")
     if jq is None:

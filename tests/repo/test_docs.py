@@ -106,7 +106,7 @@ def test_every_setting_is_documented_with_its_default(readme: Path) -> None:
     assert "`MODE`" in both
 
 
-def test_the_tables_of_the_settings_are_up_to_date() -> None:
+def test_tables_of_the_settings_are_up_to_date() -> None:
     """Both READMEs have the texts of the declarations and of their translation; `make docs` repairs it."""
     command = (sys.executable, ROOT / "scripts" / "update_docs.py", "--check")
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
@@ -144,7 +144,7 @@ def test_exit_codes_are_documented(readme: Path) -> None:
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", last_table, re.MULTILINE)} == codes
 
 
-def test_the_readmes_are_level() -> None:
+def test_readmes_are_level() -> None:
     """Both READMEs have headings of the same levels, the same blocks, tables and list entries."""
     assert [level for level, _ in headings(README)] == [level for level, _ in headings(README_ZH)]
     assert FENCE.findall(text_of(README)) == FENCE.findall(text_of(README_ZH))
@@ -187,7 +187,7 @@ def test_manifests_named_exist() -> None:
         assert changed <= named
 
 
-def test_the_demo_tells_what_the_readme_shows() -> None:
+def test_demo_tells_what_the_readme_shows() -> None:
     """Every step of the demo that the READMEs show is one the demo takes."""
     steps = re.findall(r"^== ([^:\n]+)", text_of(README), re.MULTILINE)
     told = text_of(PACKAGE / "commands" / "demo.py")
@@ -195,7 +195,7 @@ def test_the_demo_tells_what_the_readme_shows() -> None:
     assert [step for step in steps if step not in told] == []
 
 
-def test_the_architecture_s_layers_are_the_contract_s() -> None:
+def test_architecture_s_layers_are_the_contract_s() -> None:
     """The layers drawn are those that import-linter holds."""
     config = tomllib.loads(text_of(ROOT / "pyproject.toml"))
     contracts = {one["name"]: one for one in config["tool"]["importlinter"]["contracts"]}
@@ -248,7 +248,7 @@ def test_variables_named_are_settings(document: Path) -> None:
     assert sorted(set(named) - known) == []
 
 
-def test_the_texts_that_troubleshooting_quotes_are_said() -> None:
+def test_texts_that_troubleshooting_quotes_are_in_the_code() -> None:
     """Each text quoted as a symptom is one that the code says."""
     quoted = re.findall(
         r"^\| `([^`]+)` \| [^|]* \| [^|]* \|$",

@@ -61,7 +61,7 @@ def test_sources_of_both_forms_are_read(fetcher: ModuleType, tmp_path: Path) -> 
     assert found == [("http://a.test/debian", "/keys/debian.gpg"), ("http://b.test/debian", "/keys/old.gpg")]
 
 
-def test_a_key_inside_a_source_is_kept_whole(fetcher: ModuleType, tmp_path: Path) -> None:
+def test_key_inside_a_source_is_kept_whole(fetcher: ModuleType, tmp_path: Path) -> None:
     """An embedded key's lines reach our own sources file as they were written."""
     parts = tmp_path / "sources.list.d"
     parts.mkdir()
@@ -92,14 +92,14 @@ def _script(tmp_path: Path, path: str, required: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def test_the_script_says_why_it_cannot_fetch(tmp_path: Path) -> None:
+def test_script_says_why_it_cannot_fetch(tmp_path: Path) -> None:
     """Without apt it names the reason; that is a failure only where real servers are required."""
     code, said = _script(tmp_path, str(tmp_path), "")
     assert (code, "apt-get is not on this machine" in said) == (0, True)
     assert _script(tmp_path, str(tmp_path), "1")[0] == 1
 
 
-def test_the_script_waits_for_another_run_and_fetches_nothing_twice(tmp_path: Path) -> None:
+def test_script_waits_for_another_run_and_fetches_nothing_twice(tmp_path: Path) -> None:
     """A run beside another waits for its end, and leaves what that one has fetched as it is."""
     copy, cache = _copied_script(tmp_path), tmp_path / ".cache" / "real"
     cache.mkdir(parents=True)
@@ -132,7 +132,7 @@ def test_without_a_server_a_test_is_skipped_or_fails(monkeypatch: pytest.MonkeyP
         real_servers.prometheus_tools("http_sd")
 
 
-def test_a_binary_on_path_counts_only_if_it_can_do_the_job(
+def test_binary_on_path_counts_only_if_it_can_do_the_job(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A promtool that refuses the mechanism and a consul that is something else are passed over."""
@@ -145,7 +145,7 @@ def test_a_binary_on_path_counts_only_if_it_can_do_the_job(
     assert real_servers.consul_binary().parent != tmp_path
 
 
-async def test_a_program_is_ended_with_its_children(tmp_path: Path) -> None:
+async def test_program_is_ended_with_its_children(tmp_path: Path) -> None:
     """Stopping takes the whole process group, a child that ignores the signal included."""
     pids = tmp_path / "pids"
     body = f"(trap '' TERM; sleep 60) & echo $$ $! > {pids}; wait"
@@ -173,7 +173,7 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-async def test_a_program_that_fails_shows_its_log(tmp_path: Path) -> None:
+async def test_program_that_fails_shows_its_log(tmp_path: Path) -> None:
     """An early end and a port in use are told apart, with what the program said."""
 
     async def never() -> bool:
@@ -213,7 +213,7 @@ class TestRealServers:
             program = consul.program
         assert not program.is_running
 
-    async def test_a_client_agent_joins_and_acls_deny(self) -> None:
+    async def test_client_agent_joins_and_acls_deny(self) -> None:
         """A client agent of a server with ACLs works with the token and shows nothing without it."""
         async with (
             real_consul(acl=True, node="server") as server,
@@ -223,7 +223,7 @@ class TestRealServers:
             client.token = ""
             assert (await client.request("GET", "/v1/catalog/nodes"))[1] == []
 
-    async def test_a_refused_flag_fails_with_consul_s_words(self) -> None:
+    async def test_refused_flag_fails_with_consul_s_words(self) -> None:
         """A server that cannot start raises what it printed, and nothing stays behind."""
         with pytest.raises(StartFailedError, match="no-such-flag"):
             async with real_consul("-no-such-flag"):

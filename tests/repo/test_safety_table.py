@@ -136,7 +136,7 @@ def test_entry_without_a_test_that_exists_is_a_problem(tests: list[str], problem
     assert problems_of({"x": tests}) == [problem]
 
 
-def test_rules_are_read_off_the_table_alone() -> None:
+def test_rules_are_read_only_from_the_table() -> None:
     """Other tables of the page, its head and its prose are no rules."""
     page = f"| a | b |\n\n{RULES_HEADING}\n\n| rule | where |\n|---|---|\n| one `x` | `y` |\n\n## Errors\n\n| c | d |\n"
     assert rules_of(page) == ["one `x`"]

@@ -60,7 +60,7 @@ async def test_refusing_is_a_refused_connection_and_an_end_to_open_ones() -> Non
         writer.close()
 
 
-async def test_a_cut_is_a_reset() -> None:
+async def test_cut_is_a_reset() -> None:
     """A connection that is cut never looks like a clean end; new ones are welcome."""
     async with an_echo_behind_a_door() as door:
         reader, writer = await asyncio.open_connection(LOOPBACK, door.port)
@@ -73,7 +73,7 @@ async def test_a_cut_is_a_reset() -> None:
         writer.close()
 
 
-async def test_a_stall_holds_back_until_it_is_healed() -> None:
+async def test_stall_holds_back_until_it_is_healed() -> None:
     """Connections are accepted, nothing is carried, and nothing is lost."""
     async with an_echo_behind_a_door() as door:
         door.stall()
@@ -84,14 +84,14 @@ async def test_a_stall_holds_back_until_it_is_healed() -> None:
         assert await answer == b"hello"
 
 
-async def test_a_server_that_is_not_there_is_an_end() -> None:
+async def test_server_that_is_not_there_is_an_end() -> None:
     """Where nothing listens behind the door, the connection ends without an answer."""
     async with TcpProxy(LOOPBACK, 1) as door:
         with contextlib.suppress(ConnectionResetError):
             assert await say(door, b"hello") == b""
 
 
-async def test_a_black_hole_swallows_for_good() -> None:
+async def test_black_hole_swallows_for_good() -> None:
     """An open connection hears nothing more, healed or not; a new one works once it is healed."""
     async with an_echo_behind_a_door() as door:
         reader, writer = await asyncio.open_connection(LOOPBACK, door.port)
@@ -108,7 +108,7 @@ async def test_a_black_hole_swallows_for_good() -> None:
         writer.close()
 
 
-async def test_a_rate_bounds_what_is_carried() -> None:
+async def test_rate_bounds_what_is_carried() -> None:
     """A thousand bytes at ten thousand a second take a tenth of a second each way."""
     async with an_echo_behind_a_door() as door:
         door.rate = 10_000

@@ -83,7 +83,7 @@ def contents(catalog: Catalog) -> list[Any]:
     return [*everything, catalog.index, catalog.service_tags(), catalog.index_of(SERVICES)]
 
 
-def test_a_write_that_changes_nothing_moves_no_index() -> None:
+def test_write_that_changes_nothing_moves_no_index() -> None:
     """Writing an equal record leaves its ModifyIndex and the readers' indexes alone."""
     catalog = catalog_of(Service("a", "a", "10.0.0.1"))
     before, index = catalog.service("n", "a"), catalog.index_of(("service", "a"))
@@ -135,7 +135,7 @@ def test_removals_are_seen_and_take_what_hangs_on_them() -> None:
     assert catalog.index_of(("node", "n")) == catalog.index
 
 
-def test_the_catalog_is_written_inside_apply_alone() -> None:
+def test_catalog_is_written_only_inside_apply() -> None:
     """A write outside an entry, which could not be undone, is a mistake of the caller."""
     with pytest.raises(RuntimeError):
         Catalog().put_node(Node("n", "127.0.0.1"))
@@ -153,7 +153,7 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-def test_a_failed_transaction_leaves_no_trace(steps: list[tuple[str, str, int]]) -> None:
+def test_failed_transaction_leaves_no_trace(steps: list[tuple[str, str, int]]) -> None:
     """Whatever the operations, a transaction with one that fails changes nothing at all."""
     catalog = catalog_of(Service("a", "a"), Service("b", "b"))
     before = contents(catalog)
@@ -238,7 +238,7 @@ async def test_newer_versions_take_larger_transactions(client: Client) -> None:
     assert (await client("PUT", "/v1/txn", [operation("set", f"s{i}") for i in range(129)]))[0] == 413
 
 
-async def test_a_blocking_query_waits_for_its_own_service(client: Client) -> None:
+async def test_blocking_query_waits_for_its_own_service(client: Client) -> None:
     """A query with the last index returns when that service changes, and not for another."""
     await client("PUT", "/v1/agent/service/register", {"Name": "a"})
     _, _, headers = await client("GET", "/v1/health/service/a")
@@ -253,7 +253,7 @@ async def test_a_blocking_query_waits_for_its_own_service(client: Client) -> Non
     assert int(headers["X-Consul-Index"]) > int(index)
 
 
-async def test_a_blocking_query_ends_at_its_time(client: Client) -> None:
+async def test_blocking_query_ends_at_its_time(client: Client) -> None:
     """A query nothing happens for answers the same index after its wait."""
     _, _, headers = await client("GET", "/v1/catalog/services")
     began = time.monotonic()
@@ -264,7 +264,7 @@ async def test_a_blocking_query_ends_at_its_time(client: Client) -> None:
     assert (await client("GET", "/v1/catalog/services?index=1&wait=soon"))[0] == 400
 
 
-async def test_an_agents_service_is_awaited_by_hash(client: Client) -> None:
+async def test_agents_service_is_awaited_by_hash(client: Client) -> None:
     """A read with the known hash returns when the service changes, or as 404 when it goes."""
     await client("PUT", "/v1/agent/service/register", {"Name": "a"})
     _, record, headers = await client("GET", "/v1/agent/service/a")
@@ -286,7 +286,7 @@ async def test_ids_are_percent_decoded(client: Client, consul: Consul) -> None:
     assert consul.catalog.service_tags() == {"consul": []}
 
 
-async def test_an_agent_wipes_what_others_wrote_on_its_node(client: Client, consul: Consul) -> None:
+async def test_agent_wipes_what_others_wrote_on_its_node(client: Client, consul: Consul) -> None:
     """Anti-entropy removes foreign services from the agent's node and restores its own."""
     await client("PUT", "/v1/agent/service/register", {"Name": "own", "Port": 1})
     foreign = {"ID": "foreign", "Service": "foreign"}
@@ -298,7 +298,7 @@ async def test_an_agent_wipes_what_others_wrote_on_its_node(client: Client, cons
     assert set(consul.catalog.service_tags()) == {"consul", "own"}
 
 
-async def test_a_deregister_without_an_id_removes_the_node(client: Client) -> None:
+async def test_deregister_without_an_id_removes_the_node(client: Client) -> None:
     """A catalog deregister that names neither service nor check takes the whole node."""
     service = {"ID": "a", "Service": "a", "Meta": {"k": "v"}, "Tags": ["t"]}
     check = {"CheckID": "c", "Name": "c", "Status": "passing", "ServiceID": "a"}
@@ -342,7 +342,7 @@ async def test_catalog_registrations_that_are_refused(
     assert len((await client("GET", "/v1/catalog/nodes"))[1]) == 1
 
 
-async def test_a_node_without_services_has_null_for_a_list(client: Client) -> None:
+async def test_node_without_services_has_null_for_a_list(client: Client) -> None:
     """As Consul 1.8.7 encodes it: null without services, an empty list where a filter leaves none."""
     await client("PUT", "/v1/catalog/register", {"Node": "n", "Address": "127.0.0.1"})
     assert (await client("GET", "/v1/catalog/node-services/n"))[1]["Services"] is None
@@ -373,7 +373,7 @@ async def test_writes_are_recorded_and_reads_are_not(client: Client, consul: Con
     assert consul.writes[0].json() == {"Name": "a"}
 
 
-async def test_what_a_server_tells_of_itself(client: Client) -> None:
+async def test_server_describes_itself(client: Client) -> None:
     """Version, members, leader and peers are there; other methods and paths are refused."""
     _, itself, _ = await client("GET", "/v1/agent/self")
     assert (itself["Config"]["Version"], itself["Config"]["NodeName"]) == ("1.8.7", "agent-1")

@@ -57,7 +57,7 @@ async def consul_with(options: ConsulOptions) -> AsyncIterator[Client]:
 
 
 @pytest.mark.parametrize("release", RELEASES.values(), ids=list(RELEASES))
-async def test_a_login_gives_a_token_until_the_logout(release: Any) -> None:
+async def test_login_gives_a_token_until_the_logout(release: Any) -> None:
     """The token has the rights of its role; after the logout Consul does not know it, nor a second logout."""
     async with consul_with(replace(OPTIONS, release=release)) as client:
         token = await client.login()
@@ -81,7 +81,7 @@ async def test_each_login_gives_another_token() -> None:
         assert (await client("GET", READ, token=second))[0] == 200
 
 
-async def test_a_token_expires_at_the_time_that_the_login_names() -> None:
+async def test_token_expires_at_the_time_that_the_login_names() -> None:
     """`MaxTokenTTL` after the login Consul answers 403 "ACL not found"; a new login helps."""
     method = replace(METHOD, max_token_ttl=0.3)
     async with consul_with(replace(OPTIONS, auth_methods=(method,))) as client:
@@ -146,7 +146,7 @@ async def test_logins_that_are_refused(body: Any, query: str, status: int, text:
         assert "good" not in told[1]
 
 
-async def test_the_texts_of_1_8() -> None:
+async def test_texts_of_1_8() -> None:
     """It names neither the auth method nor the reason of a logout's refusal, and says "Bad request"."""
     async with consul_with(replace(OPTIONS, release=CONSUL_1_8)) as client:
         unknown = {"AuthMethod": "other", "BearerToken": "good"}
@@ -155,7 +155,7 @@ async def test_the_texts_of_1_8() -> None:
         assert (await client("POST", "/v1/acl/login?ns=x", GOOD))[1].startswith("Bad request: Invalid query")
 
 
-async def test_a_logout_needs_a_token_of_a_login() -> None:
+async def test_logout_needs_a_token_of_a_login() -> None:
     """Without a token, with an unknown one and with one made otherwise it is refused."""
     async with consul_with(OPTIONS) as client:
         assert await client("POST", "/v1/acl/logout") == (403, "ACL not found")
@@ -172,7 +172,7 @@ async def test_without_acls_there_is_no_login() -> None:
             assert await client("POST", path, GOOD) == (401, "ACL support disabled")
 
 
-async def test_a_login_at_one_server_is_known_at_all() -> None:
+async def test_login_at_one_server_is_known_at_all() -> None:
     """The tokens are the cluster's."""
     async with (
         Consul(OPTIONS) as first,

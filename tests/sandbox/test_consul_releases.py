@@ -196,7 +196,7 @@ async def test_requests_that_releases_answer_differently(row: Row, release: str)
         assert (answer.status, text in answer.text) == (status, True), answer.text[:500]
 
 
-async def test_a_rename_in_two_transactions_is_done_by_every_release() -> None:
+async def test_rename_in_two_transactions_is_done_by_every_release() -> None:
     """`delete-cas` of the record that was read, then a create at index 0 (the other half of #23560)."""
     for release in RELEASES.values():
         async with running(ConsulOptions(release)) as consul:
@@ -234,7 +234,7 @@ WITH_ACLS = ConsulOptions(token=TOKEN, blind_tokens=frozenset(("blind",)))
     [("blind", ("1.15", "1.22", "2.1")), ("anonymous", ("1.15",)), ("", ())],
 )
 @pytest.mark.parametrize("release", ALL)
-async def test_a_filtered_read_is_marked(release: str, token: str, marked_by: tuple[str, ...]) -> None:
+async def test_filtered_read_is_marked(release: str, token: str, marked_by: tuple[str, ...]) -> None:
     """The header since 1.11, for a token only; from 1.21.5 on not for the anonymous one.
 
     Sources: CHANGELOG of 1.11.0, agent/http.go, setResultsFilteredByACLs; CHANGELOG of 1.21.5.
@@ -246,7 +246,7 @@ async def test_a_filtered_read_is_marked(release: str, token: str, marked_by: tu
 
 
 @pytest.mark.parametrize("release", ALL)
-async def test_a_transaction_hides_records_from_a_token_without_rights(release: str) -> None:
+async def test_transaction_hides_records_from_a_token_without_rights(release: str) -> None:
     """Reads leave them out; of a mixed transaction only the writes are named as denied.
 
     Sources: agent/consul/txn_endpoint.go, Read and preCheck, seen on 1.8.7; `ResultsFilteredByACLs` since 1.11.
@@ -269,7 +269,7 @@ async def test_a_transaction_hides_records_from_a_token_without_rights(release: 
     ],
 )
 @pytest.mark.parametrize("release", ALL)
-async def test_a_denial_names_the_missing_right_since_1_12(release: str, token: str, told: str) -> None:
+async def test_denial_names_the_missing_right_since_1_12(release: str, token: str, told: str) -> None:
     """Source: acl/errors.go, PermissionDeniedError; 1.8.7 says "Permission denied" only."""
     async with running(replace(WITH_ACLS, release=RELEASES[release])) as consul:
         answer = await ask(consul, Request("GET", "/v1/agent/self", token=token))
@@ -287,7 +287,7 @@ async def _touch_other_node(consul: Consul) -> None:
 
 
 @pytest.mark.parametrize("release", ALL)
-async def test_the_index_of_a_nodes_services(release: str) -> None:
+async def test_index_of_a_nodes_services(release: str) -> None:
     """Before 1.13 it is the tables' index, but a held query wakes for its own node only; then the node's own.
 
     Sources: agent/consul/state/catalog.go, NodeServices, and hashicorp/consul#12399; 1.8.7 as seen.
@@ -307,7 +307,7 @@ async def test_the_index_of_a_nodes_services(release: str) -> None:
 
 
 @pytest.mark.parametrize("release", ALL)
-async def test_the_index_of_a_node_that_does_not_exist(release: str) -> None:
+async def test_index_of_a_node_that_does_not_exist(release: str) -> None:
     """It moves when any node goes, not when one comes, since 1.13 (#12399); before it is the tables' index."""
     request = Request("GET", "/v1/catalog/node-services/none")
     async with running(ConsulOptions(RELEASES[release])) as consul:
@@ -320,7 +320,7 @@ async def test_the_index_of_a_node_that_does_not_exist(release: str) -> None:
         assert third == consul.catalog.index > second
 
 
-async def test_an_answer_after_the_write_timeout_is_lost() -> None:
+async def test_answer_after_the_write_timeout_is_lost() -> None:
     """1.22 drops answers after 30 s (#22739), 2.1 after 15 minutes (#23267), the others never."""
     expected = {"1.8": 0.0, "1.15": 0.0, "1.22": 30.0, "2.1": 900.0}
     assert {name: release.longest_answer for name, release in RELEASES.items()} == expected
@@ -336,7 +336,7 @@ async def test_an_answer_after_the_write_timeout_is_lost() -> None:
 
 
 @pytest.mark.parametrize("release", ALL)
-async def test_a_connection_too_many(release: str) -> None:
+async def test_connection_too_many(release: str) -> None:
     """1.8 closes it, later releases answer 429 first (#8221: agent/http.go since 1.9), without Retry-After."""
     limited = ConsulOptions(RELEASES[release], most_connections=2)
     connector = aiohttp.TCPConnector(limit=2)
@@ -383,7 +383,7 @@ async def test_request_limits(release: str) -> None:
 
 
 @pytest.mark.parametrize("release", ALL)
-async def test_a_body_is_taken_without_a_content_type(release: str) -> None:
+async def test_body_is_taken_without_a_content_type(release: str) -> None:
     """No release refuses a request for its Content-Type; read for 2025-11 in agent/http.go."""
     async with Consul(ConsulOptions(RELEASES[release])) as consul, aiohttp.ClientSession() as session:
         url = f"{consul.url}/v1/agent/service/register"
@@ -424,7 +424,7 @@ def _ghosts(consul: Consul) -> set[str]:
 
 
 @pytest.mark.parametrize("release", ALL)
-async def test_a_wiped_agent_leaves_its_services_in_the_catalog(release: str) -> None:
+async def test_wiped_agent_leaves_its_services_in_the_catalog(release: str) -> None:
     """Without `services/` and without rights on its node it can neither know nor remove them."""
     async with Consul(ConsulOptions(RELEASES[release])) as consul:
         assert (await ask(consul, Request("PUT", "/v1/agent/service/register", {"Name": "x"}))).status == 200
@@ -459,7 +459,7 @@ async def test_servers_share_the_catalog_and_not_their_services() -> None:
 
 
 @pytest.mark.parametrize("release", RELEASES.values(), ids=ALL)
-async def test_a_held_query_of_one_server_wakes_for_a_write_at_another(release: ConsulRelease) -> None:
+async def test_held_query_of_one_server_wakes_for_a_write_at_another(release: ConsulRelease) -> None:
     """The catalog is the same wherever it is read or written."""
     async with Consul(ConsulOptions(release)) as first, first.peer("server-1") as second:
         await _touch_other_node(first)

@@ -85,7 +85,7 @@ async def test_metrics_count_requests_by_verb_and_resource(sandbox: Sandbox, cli
     }
 
 
-async def test_a_minimal_manifest_becomes_a_pending_pod(client: Client) -> None:
+async def test_minimal_manifest_becomes_a_pending_pod(client: Client) -> None:
     """POST fills in identity, defaults and status, whatever status the manifest claims."""
     status, pod = await client("POST", PODS, {**MANIFEST, "status": {"phase": "Running"}})
     assert status == 201
@@ -230,7 +230,7 @@ async def test_watch_ends_when_the_store_is_restored(client: Client, sandbox: Sa
     assert (status, refusal["details"]["causes"][0]["reason"]) == (504, "ResourceVersionTooLarge")
 
 
-async def test_a_watch_ends_when_its_client_leaves(client: Client, sandbox: Sandbox) -> None:
+async def test_watch_ends_when_its_client_leaves(client: Client, sandbox: Sandbox) -> None:
     """Nobody listens to the store any more once the client has closed its connection."""
     async for event in client.events("/api/v1/namespaces?watch=1"):
         assert event["type"] == "ADDED"

@@ -20,7 +20,7 @@ from k8s_consul_registrar.sandbox.workloads import BLOCKS, Workloads
 from support.waiting import PATIENCE, SLACK
 
 
-async def test_it_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
+async def test_sandbox_serves_until_it_is_terminated(tmp_path: Path) -> None:
     """It tells its addresses on stdout and in the file, serves what was asked for and ends with 0."""
     port_file, kubeconfig = tmp_path / "ports.json", tmp_path / "config"
     command = [sys.executable, "-W", "error", "-m", "k8s_consul_registrar.sandbox"]
@@ -95,7 +95,7 @@ async def test_workloads_beside_another_sandbox_take_another_block() -> None:
                 assert "\napp_scrapes_total 1\n" in await response.text()
 
 
-async def test_without_streamed_lists_a_list_comes_in_pages_alone() -> None:
+async def test_without_streamed_lists_a_list_comes_only_in_pages() -> None:
     """With --no-streamed-lists initial events are 422; the other Pods that were asked for are there."""
     switches = ["--no-streamed-lists", "--small-pods", "3", "--rejected-pods", "2"]
     command = [sys.executable, "-W", "error", "-m", "k8s_consul_registrar.sandbox", *switches]
@@ -135,7 +135,7 @@ async def test_consul_answers_as_the_release_that_was_asked_for() -> None:
         assert (config["Version"], config["Server"]) == (version, False)
 
 
-async def test_a_terminal_is_shown_addresses_and_no_secret(tmp_path: Path) -> None:
+async def test_terminal_is_shown_addresses_and_no_secret(tmp_path: Path) -> None:
     """Who starts it by hand reads where everything is; the token stays in the kubeconfig."""
     kubeconfig = tmp_path / "config"
     command = [sys.executable, "-m", "k8s_consul_registrar.sandbox", "--kubelets", "1"]

@@ -145,7 +145,7 @@ def conversation() -> Iterator[tuple[str, str, Any]]:
         yield "POST", path, {"AuthMethod": "jwt", "BearerToken": "x"}
 
 
-async def test_the_sandbox_answers_as_a_real_consul() -> None:
+async def test_sandbox_answers_as_a_real_consul() -> None:
     """Status, type and every JSON value agree over the whole conversation; indexes agree in type."""
     unlike: list[str] = []
     async with (
@@ -163,7 +163,7 @@ async def test_the_sandbox_answers_as_a_real_consul() -> None:
     assert unlike == []
 
 
-async def test_the_index_of_a_nodes_services_is_that_of_the_tables() -> None:
+async def test_index_of_a_nodes_services_is_that_of_the_tables() -> None:
     """A change of another node moves it, and does not wake a query that is held on this node."""
     path = "/v1/catalog/node-services/n"
     async with (
@@ -207,7 +207,7 @@ def logins(bearers: Mapping[Bearer, str]) -> Iterator[tuple[str, Any]]:
     yield "", {"AuthMethod": 5}
 
 
-async def test_the_sandbox_logs_in_and_out_as_a_real_consul() -> None:
+async def test_sandbox_logs_in_and_out_as_a_real_consul() -> None:
     """Logins, their tokens, logouts and the reads afterwards agree with those of a real auth method."""
     unlike: list[str] = []
     signer = Signer()

@@ -61,7 +61,7 @@ def test_past_revisions_are_seen_as_they_were(steps: list[tuple[str, str]]) -> N
         assert [replayed[key] for key in sorted(replayed)] == store.select(PODS)
 
 
-def test_an_equal_write_changes_nothing() -> None:
+def test_equal_write_changes_nothing() -> None:
     """Writing what is there already moves no revision and makes no event."""
     store = Store()
     put(store, "a", ip="10.0.0.1")
@@ -136,7 +136,7 @@ def test_pages_hold_every_object_once() -> None:
         assert found == everything
 
 
-def test_a_page_after_compaction_is_expired_but_can_go_on() -> None:
+def test_page_after_compaction_is_expired_but_can_go_on() -> None:
     """An old continue token gets 410 with one that continues on the list as it is now."""
     store = Store()
     for name in "abc":

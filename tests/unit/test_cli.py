@@ -39,7 +39,7 @@ def test_each_command_documents_its_flags(mode: str, capsys: pytest.CaptureFixtu
         assert option.env in shown or mode not in modes_of(option)
 
 
-def test_a_boolean_flag_alone_means_true(capsys: pytest.CaptureFixture[str]) -> None:
+def test_boolean_flag_alone_means_true(capsys: pytest.CaptureFixture[str]) -> None:
     """`--allow-mass-deregister` needs no value, and takes one."""
     home = {"HOME": "/nonexistent", "CLUSTER_NAME": "lab"}
     assert main(["registrar", "--allow-mass-deregister"], home) == 2
@@ -59,7 +59,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "environment"),
     [([], {"MODE": "server"}), (["server"], {}), (["server", "--port", "1"], {})],
 )
-def test_an_unknown_mode_names_the_choices(
+def test_unknown_mode_names_the_choices(
     arguments: list[str], environment: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Anything but the known modes is exit 2."""

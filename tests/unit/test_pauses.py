@@ -11,9 +11,7 @@ from k8s_consul_registrar.runner import LONG_PAUSE, Pauses
     ("generation", "took", "is_set_aside"),
     [(2, 1.1 * LONG_PAUSE, True), (2, 0.9 * LONG_PAUSE, False), (1, 2 * LONG_PAUSE, False)],
 )
-def test_what_a_long_collection_visited_is_set_aside(
-    generation: int, took: float, is_set_aside: bool
-) -> None:
+def test_long_collection_sets_its_objects_aside(generation: int, took: float, is_set_aside: bool) -> None:
     """Only a full collection that took too long is the last one to visit what it found."""
     times = iter((100.0, 100.0 + took))
     pauses = Pauses(clock=lambda: next(times, 0.0))

@@ -67,7 +67,7 @@ def gauge(of: str) -> float | None:
     return new_registry("registrar").get_sample_value("k8s_consul_registrar_rotating_file_ok", {"of": of})
 
 
-def test_a_value_is_loaded_again_when_a_file_changed(tmp_path: Path) -> None:
+def test_value_is_loaded_again_when_a_file_changed(tmp_path: Path) -> None:
     """Unchanged files are not read; unusable ones are retried, and change nothing."""
     pair = Pair(tmp_path)
     rotating = pair.rotating()
@@ -87,7 +87,7 @@ def test_a_value_is_loaded_again_when_a_file_changed(tmp_path: Path) -> None:
     assert (rotating.refresh(), rotating.problem) == (False, "")
 
 
-def test_a_load_that_failed_is_repeated_though_no_file_changed(tmp_path: Path) -> None:
+def test_load_that_failed_is_repeated_though_no_file_changed(tmp_path: Path) -> None:
     """A right that was given late, or no free descriptor: neither shows in the files."""
     pair = Pair(tmp_path)
     hindrance: Exception | None = None
@@ -159,7 +159,7 @@ def test_memory_that_ran_out_is_not_contained(tmp_path: Path) -> None:
         Pair(tmp_path).rotating(load)
 
 
-def test_a_problem_is_logged_when_it_begins_changes_and_ends_and_shown_as_a_metric(tmp_path: Path) -> None:
+def test_problem_is_logged_when_it_begins_changes_and_ends_and_shown_as_a_metric(tmp_path: Path) -> None:
     """One line each, however often the value is asked for."""
     pair = Pair(tmp_path)
     rotating = pair.rotating()
@@ -212,7 +212,7 @@ def test_current_looks_at_the_files_after_some_seconds(tmp_path: Path) -> None:
     assert rotating.current() == "2"
 
 
-def test_a_lazy_value_is_loaded_by_the_first_who_asks_until_it_loads(tmp_path: Path) -> None:
+def test_lazy_value_is_loaded_by_the_first_who_asks_until_it_loads(tmp_path: Path) -> None:
     """Until then each ask raises."""
     pair = Pair(tmp_path)
     pair.paths[0].unlink()
@@ -227,7 +227,7 @@ def test_a_lazy_value_is_loaded_by_the_first_who_asks_until_it_loads(tmp_path: P
     assert gauge(pair.of) == 1
 
 
-def test_a_value_with_an_age_is_loaded_again_though_no_file_changed(tmp_path: Path) -> None:
+def test_value_with_an_age_is_loaded_again_though_no_file_changed(tmp_path: Path) -> None:
     """And one that expired is loaded by the next ask."""
     pair = Pair(tmp_path)
     rotating = pair.rotating(max_age=60.0)
@@ -243,7 +243,7 @@ def test_a_value_with_an_age_is_loaded_again_though_no_file_changed(tmp_path: Pa
     assert pair.loads == 3
 
 
-def test_a_fixed_value_stays() -> None:
+def test_fixed_value_stays() -> None:
     """It comes from no file and shows in no metric."""
     one = object()
     rotating = fixed(one)
@@ -278,7 +278,7 @@ def unreadable(folder: Path) -> dict[str, tuple[Path, str]]:
 
 
 @pytest.mark.timeout(PATIENCE)
-def test_a_file_that_cannot_be_read_is_named_at_once(tmp_path: Path) -> None:
+def test_file_that_cannot_be_read_is_named_at_once(tmp_path: Path) -> None:
     """A pipe without a writer, an endless device and a huge file hold nothing up."""
     for path, why in unreadable(tmp_path).values():
         with pytest.raises(AccessError) as caught:
@@ -287,7 +287,7 @@ def test_a_file_that_cannot_be_read_is_named_at_once(tmp_path: Path) -> None:
         assert str(caught.value).endswith(why)
 
 
-def test_a_file_of_the_longest_size_and_one_in_memory_are_read(tmp_path: Path) -> None:
+def test_file_of_the_longest_size_and_one_in_memory_are_read(tmp_path: Path) -> None:
     """A worker's files are nowhere but in memory."""
     (tmp_path / "large").write_bytes(b"x" * SIZE_LIMIT)
     assert len(read_file(tmp_path / "large", "S")) == SIZE_LIMIT
@@ -303,18 +303,18 @@ def test_a_file_of_the_longest_size_and_one_in_memory_are_read(tmp_path: Path) -
     "content",
     [b"", b" \n\t", b"a b", b"a\nb", b"a\x00b", b"a\x7f", b"\xff\xfea\x00", "tök".encode(), b"a\x85b"],
 )
-def test_a_token_that_is_none_is_refused(content: bytes) -> None:
+def test_token_that_is_none_is_refused(content: bytes) -> None:
     """Empty ones, and whatever no header carries."""
     with pytest.raises(AccessError, match=r"^S: the token "):
         clean_token(content, "S")
 
 
-def test_a_token_s_surroundings_are_left_out() -> None:
+def test_token_s_surroundings_are_left_out() -> None:
     """A line's end is no part of it."""
     assert clean_token(b" secret-token\r\n", "S") == "secret-token"
 
 
-def test_the_beginning_of_the_token_before_is_refused_while_the_file_is_fresh(tmp_path: Path) -> None:
+def test_beginning_of_the_token_before_is_refused_while_the_file_is_fresh(tmp_path: Path) -> None:
     """A file that is written in place is short for a moment; other tokens are taken at once."""
     path = tmp_path / "token"
     path.touch()

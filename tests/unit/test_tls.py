@@ -122,7 +122,7 @@ USERS = {
 
 @pytest.mark.parametrize("user", USERS.values(), ids=USERS)
 @pytest.mark.parametrize("bundle", GOOD.values(), ids=GOOD)
-def test_a_bundle_is_used_whatever_stands_around_its_certificates(
+def test_bundle_is_used_whatever_stands_around_its_certificates(
     tmp_path: Path, bundle: bytes, user: Callable[[Path], ssl.SSLContext]
 ) -> None:
     """A comment with an é was a TypeError of OpenSSL's, and ended the daemon."""
@@ -134,7 +134,7 @@ def test_a_bundle_is_used_whatever_stands_around_its_certificates(
 
 @pytest.mark.parametrize(("setting", "user"), USERS.items(), ids=USERS)
 @pytest.mark.parametrize(("bundle", "why"), BAD.values(), ids=BAD)
-def test_a_bundle_that_cannot_be_used_is_named(
+def test_bundle_that_cannot_be_used_is_named(
     tmp_path: Path, bundle: bytes, why: str, setting: str, user: Callable[[Path], ssl.SSLContext]
 ) -> None:
     """By its setting and its file, whoever uses it; a part of it never passes for the whole."""
@@ -146,7 +146,7 @@ def test_a_bundle_that_cannot_be_used_is_named(
     assert "the-ca" in str(caught.value)
 
 
-def test_a_folder_in_the_place_of_a_bundle_is_named(tmp_path: Path) -> None:
+def test_folder_in_the_place_of_a_bundle_is_named(tmp_path: Path) -> None:
     """OpenSSL would say "system lib"."""
     for setting, user in USERS.items():
         if user is not api_server:
@@ -180,7 +180,7 @@ def key_as(how: PrivateFormat, *, password: bytes = b"") -> bytes:
         key_as(PrivateFormat.TraditionalOpenSSL),
     ],
 )
-def test_a_key_is_used_in_every_form(key: bytes) -> None:
+def test_key_is_used_in_every_form(key: bytes) -> None:
     """Its file may hold the certificate as well, or comments."""
     checked(KeyPair(COMMENT.encode() + CERTIFICATE, key, "PAIR"))
 
@@ -201,7 +201,7 @@ def test_a_key_is_used_in_every_form(key: bytes) -> None:
         (b"", KEY, "holds no PEM certificate"),
     ],
 )
-def test_a_pair_that_cannot_be_used_is_named(certificate: bytes, key: bytes, why: str) -> None:
+def test_pair_that_cannot_be_used_is_named(certificate: bytes, key: bytes, why: str) -> None:
     """Without asking for a password on the terminal, and without a word of the key."""
     with pytest.raises(AccessError, match=why) as caught:
         checked(KeyPair(certificate, key, "PAIR"))

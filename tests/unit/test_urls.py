@@ -65,13 +65,13 @@ BAD = [
 
 
 @pytest.mark.parametrize("url", GOOD)
-def test_a_url_of_a_host_is_good(url: str) -> None:
+def test_url_of_a_host_is_good(url: str) -> None:
     """Names of containers with underscores among them."""
     assert check_url(url) == ""
 
 
 @pytest.mark.parametrize("url", BAD, ids=ascii)
-def test_a_url_that_no_request_can_be_sent_to_is_refused(url: str) -> None:
+def test_url_that_no_request_can_be_sent_to_is_refused(url: str) -> None:
     """With words, and without a word of it."""
     problem = check_url(url)
     assert problem
@@ -92,7 +92,7 @@ class Nowhere(AbstractResolver):
 
 
 @pytest.mark.parametrize("url", [url for url in GOOD if "fd00" not in url], ids=ascii)
-async def test_a_good_url_raises_nothing_but_a_connection_s_errors(url: str) -> None:
+async def test_good_url_raises_nothing_but_a_connection_s_errors(url: str) -> None:
     """Whatever the client makes of it: a check that is too lax would end the daemon."""
     connector = aiohttp.TCPConnector(resolver=Nowhere())
     async with aiohttp.ClientSession(connector=connector) as session:
@@ -105,7 +105,7 @@ async def test_a_good_url_raises_nothing_but_a_connection_s_errors(url: str) -> 
 @pytest.mark.parametrize(
     "host", ["api.example", "10.0.0.1", "::1", "server.dc1.consul", "_x", "bücher.example"]
 )
-def test_a_name_in_a_certificate_is_good(host: str) -> None:
+def test_name_in_a_certificate_is_good(host: str) -> None:
     """Names and addresses."""
     assert check_host(host) == ""
 
@@ -113,6 +113,6 @@ def test_a_name_in_a_certificate_is_good(host: str) -> None:
 @pytest.mark.parametrize(
     "host", ["", ".", "..", "a..b", ".a", "a b", "a" * 64, "::g", "fe80::1%eth0", "a\n", "a\u2028b"]
 )
-def test_a_name_that_openssl_cannot_encode_is_refused(host: str) -> None:
+def test_name_that_openssl_cannot_encode_is_refused(host: str) -> None:
     """It was a UnicodeError at each connection."""
     assert check_host(host)

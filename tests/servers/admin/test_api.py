@@ -73,7 +73,7 @@ async def served() -> AsyncIterator[Served]:
         yield Served(registrar, f"http://127.0.0.1:{server.port}", session)
 
 
-async def test_a_target_is_shown_with_everything_known_of_it(served: Served) -> None:
+async def test_target_is_shown_with_everything_known_of_it(served: Served) -> None:
     """Object, address, how it is scraped, shard, tags, meta and where it stands."""
     meta = {"param_module": "http_2xx", "scheme": "https"}
     target = pod_target(
@@ -142,14 +142,14 @@ async def test_pages_follow_one_another_in_order(served: Served) -> None:
     ["limit=0", "limit=1001", "limit=x", "offset=-1", "offset=", "kind=service", "state=lost", "sort=id",
      f"q={'x' * 201}"],
 )  # fmt: skip
-async def test_a_senseless_query_is_refused_in_words(served: Served, query: str) -> None:
+async def test_senseless_query_is_refused_in_words(served: Served, query: str) -> None:
     """400 with one error in JSON."""
     status, text, _ = await served.get(f"/api/v1/targets?{query}")
     assert status == 400
     assert list(json.loads(text)) == ["error"]
 
 
-async def test_a_change_is_seen_within_a_second_or_so(served: Served) -> None:
+async def test_change_is_seen_within_a_second_or_so(served: Served) -> None:
     """The index is kept while nothing changes and follows what does."""
     served.registrar.held = many_targets(50)
     assert (await served.json("/api/v1/status"))["counts"]["targets"] == 50
@@ -163,7 +163,7 @@ async def test_a_change_is_seen_within_a_second_or_so(served: Served) -> None:
     await until(is_seen)
 
 
-async def test_an_index_nobody_asks_for_is_dropped() -> None:
+async def test_unused_index_is_dropped() -> None:
     """Memory goes back when the page is closed."""
     registrar = Registrar(many_targets(50))
     index = target_index(registrar)
@@ -201,7 +201,7 @@ async def test_rejections_are_counted_by_reason_and_found(served: Served) -> Non
         assert len((await served.json(f"/api/v1/rejections?{query}"))["rejections"]) == count
 
 
-async def test_the_status_counts_and_bounds_what_it_lists(served: Served) -> None:
+async def test_status_counts_and_bounds_what_it_lists(served: Served) -> None:
     """Every state is counted, zero included; of ten thousand conflicts the first are listed, all are counted."""
     served.registrar.put(pod_target("a", state=TargetState.CONFLICT), node_target(1))
     served.registrar.status.conflicts = {
@@ -237,7 +237,7 @@ async def test_hostile_text_stays_inside_its_value(served: Served, text: str) ->
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_the_api_is_no_page_and_is_kept_nowhere(served: Served, path: str) -> None:
+async def test_api_is_no_page_and_is_kept_nowhere(served: Served, path: str) -> None:
     """The type is JSON and stays JSON, no other origin may read it, and no cache keeps it."""
     for query, status in (("", 200), ("?nonsense=1", 400)):
         given, _, headers = await served.get(path + query, Origin="https://attacker.example")
@@ -250,7 +250,7 @@ async def test_the_api_is_no_page_and_is_kept_nowhere(served: Served, path: str)
         assert not any(name.lower().startswith("access-control") for name in headers)
 
 
-async def test_the_page_has_the_strictest_policy(served: Served) -> None:
+async def test_page_has_the_strictest_policy(served: Served) -> None:
     """The exact policy on every file; nothing inline, nothing from elsewhere, in no frame."""
     assert POLICY == (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -285,7 +285,7 @@ async def test_unknown_paths_and_methods_get_nothing(served: Served) -> None:
                 assert response.status == 405
 
 
-async def test_a_hostile_host_is_not_echoed(served: Served) -> None:
+async def test_hostile_host_is_not_echoed(served: Served) -> None:
     """No address is made of the Host header: there is nothing to poison, and every link is relative."""
     for path in (*PATHS, "/", "/nowhere", "/api/v1/"):
         _, text, headers = await served.get(

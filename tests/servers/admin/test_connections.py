@@ -68,7 +68,7 @@ async def status_of(url: str, session: aiohttp.ClientSession) -> int:
 
 
 @either
-async def test_a_head_that_never_ends_is_cut(kind: str) -> None:
+async def test_head_that_never_ends_is_cut(kind: str) -> None:
     """A slow-loris, who sends a byte now and then, is ended after the time that a head may take."""
     async with server(kind, Bounds(request=0.5)) as served, connected(served.port) as raw:
         began = asyncio.get_running_loop().time()
@@ -86,7 +86,7 @@ async def test_a_head_that_never_ends_is_cut(kind: str) -> None:
 
 
 @either
-async def test_a_kept_connection_that_asks_no_more_is_ended(kind: str) -> None:
+async def test_kept_connection_that_asks_no_more_is_ended(kind: str) -> None:
     """After an answer the next request has its own time; one that comes within it is answered."""
     request = f"GET {path(kind)} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
     async with server(kind, Bounds(request=1.0, idle=4.0)) as served, connected(served.port) as raw:
@@ -99,7 +99,7 @@ async def test_a_kept_connection_that_asks_no_more_is_ended(kind: str) -> None:
 
 
 @either
-async def test_five_hundred_that_only_connect_keep_nobody_out(kind: str) -> None:
+async def test_five_hundred_idle_connections_keep_no_caller_out(kind: str) -> None:
     """Each newcomer takes the place of the one waited for longest, so whoever asks at once is answered."""
     async with (
         server(kind, Bounds(connections=32, request=120)) as served,
@@ -117,7 +117,7 @@ async def test_five_hundred_that_only_connect_keep_nobody_out(kind: str) -> None
         assert set(ended) == {b""}
 
 
-async def test_whoever_takes_no_answer_is_cut_and_nobody_else() -> None:
+async def test_caller_that_reads_no_answer_is_cut_off() -> None:
     """An answer of megabytes that is not read ends in its time; a reader beside it gets it whole."""
     request = f"GET {SD_PATH} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode()
     view = Registrar(many_targets(6_000))
@@ -136,7 +136,7 @@ async def test_whoever_takes_no_answer_is_cut_and_nobody_else() -> None:
     assert 0 < len(part) < len(whole)
 
 
-async def test_an_answer_under_way_is_not_ended_for_a_newcomer() -> None:
+async def test_answer_under_way_is_not_ended_for_a_newcomer() -> None:
     """While all places are taken by answers a newcomer is turned away, and the answers come whole."""
     request = f"GET {SD_PATH} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode()
     view = Registrar(many_targets(6_000))
@@ -191,7 +191,7 @@ async def test_heads_beyond_measure_are_refused(kind: str) -> None:
             assert await status_of(f"http://{HOST}:{served.port}{path(kind)}", session) == 200
 
 
-async def test_what_callers_do_wrong_is_no_error_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+async def test_fault_of_a_caller_is_not_logged_as_our_error(caplog: pytest.LogCaptureFixture) -> None:
     """Neither a request that is none nor a caller who leaves fills the log with tracebacks."""
     view = Registrar(many_targets(6_000))
     async with HttpSdServer(port=0, view=view) as served:
@@ -206,7 +206,7 @@ async def test_what_callers_do_wrong_is_no_error_of_ours(caplog: pytest.LogCaptu
     assert caplog.records == []
 
 
-async def test_whoever_leaves_is_counted_no_more() -> None:
+async def test_caller_that_left_is_not_counted() -> None:
     """Places come free with every kind of end, before and after a request."""
     async with (
         server("admin", Bounds(connections=4)) as served,

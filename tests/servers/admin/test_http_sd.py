@@ -45,7 +45,7 @@ def group_of(target: TargetRow, encoder: GroupEncoder | None = None) -> dict[str
     return found
 
 
-def test_a_target_has_the_labels_of_consul_sd_and_those_prometheus_heeds() -> None:
+def test_target_has_the_labels_of_consul_sd_and_those_prometheus_heeds() -> None:
     """Meta, tags, ID and address under consul_sd's names; path, scheme and parameters ready to use."""
     target = pod_target("web-1", tags=("a", "b"), meta={"param_module": "http_2xx", "scheme": "https"})
     assert group_of(target) == {
@@ -90,7 +90,7 @@ def test_hostile_text_stays_inside_its_value(text: str) -> None:
     )
 
 
-def test_a_query_that_asks_for_nothing_known_is_refused() -> None:
+def test_query_that_asks_for_nothing_known_is_refused() -> None:
     """A slip in a filter must not hand out every target."""
     for pair in (("shard", "a"), ("kind", "service"), ("", "")):
         with pytest.raises(BadQuery):
@@ -207,7 +207,7 @@ async def test_only_the_one_path_by_get_is_served() -> None:
                 assert response.headers["X-Content-Type-Options"] == "nosniff"
 
 
-async def test_it_is_rendered_once_until_targets_change() -> None:
+async def test_answer_is_rendered_once_until_targets_change() -> None:
     """Many collectors at once cost one walk over the targets; a change costs another and is seen."""
     registrar = Registrar(many_targets(500))
     async with serving(registrar) as server:
@@ -288,7 +288,7 @@ async def _read_all(server: HttpSdServer, query: str) -> int:
     return size
 
 
-async def test_a_caller_without_the_token_gets_nothing(tmp_path: Path) -> None:
+async def test_caller_without_the_token_gets_nothing(tmp_path: Path) -> None:
     """401 for every path without the token or with another; a new file's token counts from then on."""
     path = tmp_path / "token"
     path.write_text("first\n")
@@ -348,7 +348,7 @@ class Certificates:
         return context
 
 
-async def test_a_client_needs_a_certificate_of_the_authority(tmp_path: Path) -> None:
+async def test_client_needs_a_certificate_of_the_authority(tmp_path: Path) -> None:
     """Without one, or with a stranger's, there is no answer."""
     made = Certificates(tmp_path)
     async with serving(Registrar(), tls=made.tls()) as server:
@@ -415,7 +415,7 @@ def test_unusable_tls_files_are_told_by_their_setting(tmp_path: Path) -> None:
         made.tls()
 
 
-async def test_a_taken_port_is_told_by_its_setting() -> None:
+async def test_taken_port_is_told_by_its_setting() -> None:
     """A second server fails with the setting's name."""
     async with serving(Registrar()) as server:
         with pytest.raises(OperationalError, match=f"HTTP_SD_PORT {server.port} .*: Address already in use"):

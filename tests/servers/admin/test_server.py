@@ -119,7 +119,7 @@ async def test_only_what_is_named_is_served(served: Served) -> None:
         assert response.status == 405
 
 
-async def test_a_taken_port_is_told_by_its_setting(served: Served) -> None:
+async def test_taken_port_is_told_by_its_setting(served: Served) -> None:
     """A second server on the port fails with the setting's name, the port and why."""
     second = AdminServer(port=served.port, health=Daemon(), registry=CollectorRegistry())
     with pytest.raises(OperationalError, match=f"ADMIN_PORT {served.port} .*: Address already in use"):

@@ -98,7 +98,7 @@ async def test_targets_are_counted_by_kind_and_state() -> None:
         assert census.figures().targets["pod", "pending"] == 1
 
 
-def test_the_following_is_counted_by_kind() -> None:
+def test_following_is_counted_by_kind() -> None:
     """Restarts of a kind's namespaces are added up, and the one that was silent longest counts."""
     now = time.monotonic()
     one = WatchStats(lists=2, restarts={**WatchStats().restarts, "expired": 3}, heard_at=now - 5)
@@ -119,7 +119,7 @@ def test_the_following_is_counted_by_kind() -> None:
     assert figures.heard_at["node"] == 0
 
 
-async def test_the_generation_moves_with_what_is_seen() -> None:
+async def test_generation_moves_with_what_is_seen() -> None:
     """It stays while nothing changes, and moves when a target is added, written or refused."""
     seen = Seen()
     lab = seen.lab
@@ -137,7 +137,7 @@ async def test_the_generation_moves_with_what_is_seen() -> None:
         assert seen.view.generation not in (before, asked)
 
 
-async def test_the_brake_is_seen() -> None:
+async def test_brake_is_seen() -> None:
     """What is held is counted and named, with when it would be let go."""
     seen = Seen(brake=BrakeRules(confirm=60, confirm_start=600))
     for number in range(40):
@@ -150,7 +150,7 @@ async def test_the_brake_is_seen() -> None:
     assert brake["until"] - brake["since"] == pytest.approx(600)
 
 
-async def test_what_the_brake_holds_is_still_served() -> None:
+async def test_targets_held_by_the_brake_are_still_served() -> None:
     """Targets that a list suddenly lacks stay with collectors until they are let go."""
     seen = Seen(brake=BrakeRules(confirm=0.5, confirm_start=0.5))
     lab = seen.lab
@@ -168,7 +168,7 @@ async def test_what_the_brake_holds_is_still_served() -> None:
         assert list(seen.targets()) == ["p0"]
 
 
-async def test_what_is_kept_from_before_the_start_is_served() -> None:
+async def test_targets_kept_from_before_the_start_are_served() -> None:
     """A target that only Consul knows of stays with collectors under its record."""
     seen = Seen(brake=HELD)
     for name in ("a", "b", "c", "d"):

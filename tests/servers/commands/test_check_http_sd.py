@@ -69,7 +69,7 @@ async def test_all_is_well(files: Files) -> None:
     assert "t0ken" not in str(findings)
 
 
-async def test_an_open_port_is_told_and_a_token_in_the_clear_is_warned_of(files: Files) -> None:
+async def test_open_port_is_told_and_a_token_in_the_clear_is_warned_of(files: Files) -> None:
     """Neither is a failure, and both are said."""
     open_port = await found(HttpSdSettings(0, "", "", "", ""))
     assert set(open_port) == {"http_sd port"}
@@ -105,7 +105,7 @@ async def test_each_file_that_cannot_be_used_is_named_by_its_setting(
     assert setting in findings[name].hint
 
 
-async def test_a_port_that_somebody_else_has_fails(files: Files) -> None:
+async def test_port_of_another_process_fails(files: Files) -> None:
     """The hint names HTTP_SD_PORT, whether the other speaks HTTP or not."""
     settings = HttpSdSettings(0, str(files.token), "", "", "")
     (port,) = reserve_ports(1)
@@ -127,7 +127,7 @@ async def test_beside_a_running_registrar_the_port_is_its_own(files: Files, is_t
     assert "registrar answers" in findings["http_sd port"].detail
 
 
-async def test_whom_a_port_belongs_to_that_wants_a_certificate_is_not_known(files: Files) -> None:
+async def test_port_that_wants_a_client_certificate_is_a_warning(files: Files) -> None:
     """It is warned of: we have no client's certificate to ask with."""
     tls = server_tls(files.cert, files.key, files.ca, setting="HTTP_SD_TLS")
     async with HttpSdServer(port=0, view=Registrar(), tls=tls) as server:
@@ -156,7 +156,7 @@ def names(folder: Path) -> set[str]:
         ("folder", None, Result.FAIL, "Is a directory"),
     ],
 )
-async def test_the_file_of_saved_targets_is_looked_at(
+async def test_file_of_saved_targets_is_looked_at(
     name: str, content: bytes | None, outcome: Result, text: str, tmp_path: Path
 ) -> None:
     """The folder must be one to write in; what is there already need not be good, unless it is no file."""

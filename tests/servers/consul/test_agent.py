@@ -45,7 +45,7 @@ async def test_refused_service_does_not_hold_up_the_rest() -> None:
         assert "Key contains invalid characters" in failure.problem
 
 
-async def test_a_missing_right_is_the_services_own_failure() -> None:
+async def test_missing_right_is_the_services_own_failure() -> None:
     """Rights are given by service name, so a 403 is told for each service and is no outage."""
 
     async def deny(_: web.Request) -> web.Response:
@@ -58,7 +58,7 @@ async def test_a_missing_right_is_the_services_own_failure() -> None:
     assert "403" in written.failures[0].problem
 
 
-async def test_a_service_that_the_token_may_not_see_concerns_its_id_alone() -> None:
+async def test_service_hidden_from_the_token_concerns_only_its_id() -> None:
     """Consul denies the look at it by 403: that is no outage, and no sign that it is gone."""
 
     async def hide(request: web.Request) -> web.Response:
@@ -77,7 +77,7 @@ async def test_a_service_that_the_token_may_not_see_concerns_its_id_alone() -> N
         assert client.health.reads is not RequestOutcome.FAILURE
 
 
-async def test_an_unknown_token_ends_the_call() -> None:
+async def test_unknown_token_ends_the_call() -> None:
     """A token that Consul does not know is not the failure of a single service."""
     async with (
         Consul(ConsulOptions(token="right")) as consul,
@@ -108,7 +108,7 @@ async def test_one_service_at_fault_blocks_no_other() -> None:
             assert client.health.open_at < 0
 
 
-async def test_a_second_service_that_fails_shows_the_outage_again() -> None:
+async def test_second_service_that_fails_shows_the_outage_again() -> None:
     """A service that was blamed does not hide that Consul writes nothing."""
     fails = {"bad"}
 
@@ -131,7 +131,7 @@ async def test_a_second_service_that_fails_shows_the_outage_again() -> None:
         assert not client.health.is_up
 
 
-async def test_a_dead_consul_ends_the_batch() -> None:
+async def test_dead_consul_ends_the_batch() -> None:
     """When Consul cannot be reached the batch ends in that error, quickly."""
     async with client_of("http://127.0.0.1:9") as client:
         with pytest.raises(ConsulUnreachable):
@@ -195,7 +195,7 @@ async def test_concurrency_is_bounded() -> None:
     assert most == 5
 
 
-async def test_a_history_that_goes_back_is_drift_of_an_agents_node() -> None:
+async def test_history_that_goes_back_is_drift_of_an_agents_node() -> None:
     """A snapshot was restored under an agent that kept running, and everything is as it was but the index."""
     index, changed = 100, asyncio.Event()
 

@@ -134,7 +134,7 @@ async def test_too_many_requests_are_sent_again() -> None:
 
 
 @pytest.mark.parametrize(("status", "requests"), [(429, ATTEMPTS), (500, 1), (503, 1)])
-async def test_a_busy_consul_ends_the_call(status: int, requests: int) -> None:
+async def test_busy_consul_ends_the_call(status: int, requests: int) -> None:
     """A 429 is answered by a few attempts, a 5xx by none: the gate decides when to come again."""
     count = 0
 
@@ -190,7 +190,7 @@ async def test_one_service_at_fault_is_found_and_blocks_no_other(position: int) 
         assert client.health.is_up
 
 
-async def test_a_connection_that_breaks_leaves_the_outcome_unknown() -> None:
+async def test_connection_that_breaks_leaves_the_outcome_unknown() -> None:
     """A write that may have been made ends the batch; the next full read shows what became of it."""
     requests = 0
 
@@ -220,7 +220,7 @@ async def test_a_connection_that_breaks_leaves_the_outcome_unknown() -> None:
         (404, b"no such path"),
     ],
 )
-async def test_an_answer_that_makes_no_sense_ends_the_batch(status: int, body: bytes) -> None:
+async def test_answer_that_makes_no_sense_ends_the_batch(status: int, body: bytes) -> None:
     """Something between us and Consul, or another Consul, is not asked for ever."""
 
     async def write(*_: object) -> web.Response:
@@ -231,7 +231,7 @@ async def test_an_answer_that_makes_no_sense_ends_the_batch(status: int, body: b
             await registry_of(client).register(SERVICES[:10])
 
 
-async def test_a_body_nobody_can_read_is_halved_down_to_the_one_at_fault() -> None:
+async def test_unreadable_body_is_halved_down_to_the_one_at_fault() -> None:
     """A 400 or 413 names no operation: halves find it."""
 
     async def write(_: web.Request, operations: list[dict[str, dict[str, str]]]) -> web.Response:
@@ -244,7 +244,7 @@ async def test_a_body_nobody_can_read_is_halved_down_to_the_one_at_fault() -> No
     assert (written.done, [failure.id for failure in written.failures]) == (149, ["pod--shop--p17"])
 
 
-async def test_a_node_that_keeps_vanishing_ends_the_batch() -> None:
+async def test_node_that_keeps_vanishing_ends_the_batch() -> None:
     """The node is made again once; a Consul that then still lacks it is at odds with itself."""
 
     async def write(*_: object) -> web.Response:
@@ -256,7 +256,7 @@ async def test_a_node_that_keeps_vanishing_ends_the_batch() -> None:
             await registry_of(client).register(SERVICES[:3])
 
 
-async def test_an_unknown_token_ends_the_batch() -> None:
+async def test_unknown_token_ends_the_batch() -> None:
     """A token that Consul does not know is nobody's single failure."""
 
     async def write(*_: object) -> web.Response:
@@ -281,7 +281,7 @@ def listing(body: bytes, **headers: str) -> Callable[[web.Request], Awaitable[we
 NODE_TEXT = b'"Node":{"Node":"k8s-lab","Meta":{"external-node":"true"}}'
 
 
-async def test_an_unreadable_record_holds_its_id() -> None:
+async def test_unreadable_record_holds_its_id() -> None:
     """A record with a port of text is somebody's; one without an ID fails the read."""
     body = b'{%s,"Services":[{"ID":"x","Port":"y"},{"ID":"z","Service":"z"}]}' % NODE_TEXT
     async with serving(listing(body)) as url, client_of(url) as client:
@@ -295,7 +295,7 @@ async def test_an_unreadable_record_holds_its_id() -> None:
             await held(registry_of(client))
 
 
-async def test_an_empty_list_that_acls_filtered_proves_nothing() -> None:
+async def test_empty_list_that_acls_filtered_proves_nothing() -> None:
     """Consul's own word that something was left out is heeded where nothing is left."""
     header = {"X-Consul-Results-Filtered-By-ACLs": "true"}
     empty = b'{%s,"Services":[]}' % NODE_TEXT
@@ -308,7 +308,7 @@ async def test_an_empty_list_that_acls_filtered_proves_nothing() -> None:
 
 
 @pytest.mark.parametrize("made_after", [0, 1, math.inf])
-async def test_a_node_made_while_it_is_listed_is_listed_again(made_after: float) -> None:
+async def test_node_made_while_it_is_listed_is_listed_again(made_after: float) -> None:
     """Missing from the list and there when it is asked for by name: made in between, or hidden if that repeats."""
     lists = 0
 
@@ -340,7 +340,7 @@ async def unexpected(_request: web.Request, _operations: object) -> web.Response
 
 
 @pytest.mark.parametrize("missing", [1, 30, 100])
-async def test_a_list_that_breaks_off_is_no_list(missing: int) -> None:
+async def test_list_that_breaks_off_is_no_list(missing: int) -> None:
     """Whatever was yielded, the end is an error: here of the body, there of the connection."""
     record = json.dumps({"ID": "x", "Service": "x", "Meta": {"k": "v" * 50}}).encode()
     body = b'{%s,"Services":[%s]}' % (NODE_TEXT, b",".join([record] * 50))
@@ -366,7 +366,7 @@ async def test_a_list_that_breaks_off_is_no_list(missing: int) -> None:
 
 
 @pytest.mark.parametrize("status", [403, 500])
-async def test_a_refused_read_is_an_error(status: int) -> None:
+async def test_refused_read_is_an_error(status: int) -> None:
     """No list is never an empty list."""
 
     async def refuse(_: web.Request) -> web.Response:
@@ -377,7 +377,7 @@ async def test_a_refused_read_is_an_error(status: int) -> None:
             await held(registry_of(client))
 
 
-async def test_a_reader_that_stops_leaves_no_connection_in_use() -> None:
+async def test_reader_that_stops_leaves_no_connection_in_use() -> None:
     """A list that nobody reads to its end is given up."""
     async with Consul() as consul, client_of(consul.url, timing=Timing()) as client:
         registry = registry_of(client)
@@ -388,7 +388,7 @@ async def test_a_reader_that_stops_leaves_no_connection_in_use() -> None:
         assert len(await held(registry)) == 150
 
 
-async def test_a_long_list_is_never_held_whole() -> None:
+async def test_long_list_is_never_held_whole() -> None:
     """Twenty thousand services cost the reader less memory than a quarter of their text."""
     record = json.dumps({"ID": "x", "Service": "x", "Meta": {f"k{n}": "v" * 50 for n in range(10)}}).encode()
     piece = b",".join([record] * 100)

@@ -93,7 +93,7 @@ async def test_unreachable() -> None:
                 await client.request("GET", "/v1/x")
 
 
-async def test_what_is_sent() -> None:
+async def test_request_carries_token_namespace_and_partition() -> None:
     """The token, namespace and partition go with every request; a redirect is not followed."""
     seen: list[web.Request] = []
 
@@ -112,7 +112,7 @@ async def test_what_is_sent() -> None:
     assert request.raw_path == "/prefix/v1/agent/service/deregister/a%2Fb?ns=n&partition=p&x=1"
 
 
-async def test_a_blocking_query_is_waited_for() -> None:
+async def test_blocking_query_is_waited_for() -> None:
     """What Consul was asked to wait, and its sixteenth more, is not taken for a hang; a stream's pause is."""
 
     async def late(_: web.Request) -> web.Response:
@@ -128,7 +128,7 @@ async def test_a_blocking_query_is_waited_for() -> None:
                 pass
 
 
-async def test_what_is_held_ends_with_the_client() -> None:
+async def test_blocking_query_ends_with_the_client() -> None:
     """A query that still waits neither outlives the client nor holds it up."""
 
     async def hang(_: web.Request) -> web.Response:
@@ -142,7 +142,7 @@ async def test_what_is_held_ends_with_the_client() -> None:
         assert task.cancelled()
 
 
-async def test_a_fence_is_asked_for_each_write_and_for_no_read() -> None:
+async def test_fence_is_asked_for_each_write_and_for_no_read() -> None:
     """A replica that does not lead sends no write; one that loses its lead breaks off what is under way."""
     seen: list[str] = []
 
@@ -170,7 +170,7 @@ async def test_a_fence_is_asked_for_each_write_and_for_no_read() -> None:
             assert client.health.writes is RequestOutcome.SUCCESS
 
 
-async def test_a_write_that_hangs_while_we_lead_is_an_outage() -> None:
+async def test_write_that_hangs_while_we_lead_is_an_outage() -> None:
     """The lead is renewed while the write hangs, so Consul is at fault, and that shows."""
 
     async def hang(request: web.Request) -> web.Response:
@@ -338,7 +338,7 @@ BROKEN_TOKENS = [
 
 
 @pytest.mark.parametrize("content", BROKEN_TOKENS, ids=range(len(BROKEN_TOKENS)))
-def test_a_token_file_that_holds_no_token_leaves_the_last_one(tmp_path: Path, content: bytes) -> None:
+def test_token_file_that_holds_no_token_leaves_the_last_one(tmp_path: Path, content: bytes) -> None:
     """Truncated for a moment it was the anonymous token, and two changes of the token."""
     now = [0.0]
     file = tmp_path / "token"

@@ -60,7 +60,7 @@ async def test_at_rest_nothing_is_asked() -> None:
         assert indexes.looks == 1
 
 
-async def test_a_change_that_nobody_of_us_made() -> None:
+async def test_change_of_another_writer_makes_a_full_read_due() -> None:
     """It is noticed, and stays so until the next full read."""
     indexes = Indexes()
     async with serving(indexes.answer) as url, client_of(url) as client:
@@ -94,7 +94,7 @@ async def test_our_own_writes_are_explained_by_their_indexes() -> None:
 
 
 @pytest.mark.parametrize(("foreign", "ours"), [(101, 102), (102, 101)])
-async def test_a_foreign_change_beside_our_own(foreign: int, ours: int) -> None:
+async def test_foreign_change_beside_our_own(foreign: int, ours: int) -> None:
     """Before our write the blocking query woke too low; after it the index goes beyond ours."""
     indexes = Indexes()
     async with serving(indexes.answer) as url, client_of(url) as client:
@@ -107,7 +107,7 @@ async def test_a_foreign_change_beside_our_own(foreign: int, ours: int) -> None:
         assert await watch.has_drifted()
 
 
-async def test_a_write_without_an_index_explains_what_follows_soon() -> None:
+async def test_write_without_an_index_explains_what_follows_soon() -> None:
     """A delete tells no index; once it must have shown, a further change is foreign."""
     indexes = Indexes()
     async with serving(indexes.answer) as url, client_of(url) as client:
@@ -124,7 +124,7 @@ async def test_a_write_without_an_index_explains_what_follows_soon() -> None:
         assert await watch.has_drifted()
 
 
-async def test_a_history_that_goes_backwards_is_drift() -> None:
+async def test_history_that_goes_backwards_is_drift() -> None:
     """Consul was restored, or begins anew."""
     indexes = Indexes()
     async with serving(indexes.answer) as url, client_of(url) as client:
@@ -135,7 +135,7 @@ async def test_a_history_that_goes_backwards_is_drift() -> None:
         assert await watch.has_drifted()
 
 
-async def test_a_history_that_goes_back_is_drift_at_once_and_until_a_full_read() -> None:
+async def test_history_that_goes_back_is_drift_at_once_and_until_a_full_read() -> None:
     """No wait for a look, and writes under way do not hide it; a full read that began afterwards ends it."""
     indexes = Indexes()
     async with serving(indexes.answer) as url, client_of(url) as client:
@@ -152,7 +152,7 @@ async def test_a_history_that_goes_back_is_drift_at_once_and_until_a_full_read()
         assert not await watch.has_drifted()
 
 
-async def test_a_full_read_that_shows_an_older_history_is_drift() -> None:
+async def test_full_read_that_shows_an_older_history_is_drift() -> None:
     """Part of it may be from before; one more full read, and no more."""
     indexes = Indexes()
     async with serving(indexes.answer) as url, client_of(url) as client:
@@ -165,7 +165,7 @@ async def test_a_full_read_that_shows_an_older_history_is_drift() -> None:
         assert not await watch.has_drifted()
 
 
-async def test_a_full_read_older_than_a_wake_up_is_no_older_history() -> None:
+async def test_full_read_older_than_a_wake_up_is_no_older_history() -> None:
     """The list was sent before the change that the blocking query woke for."""
     indexes = Indexes()
     async with serving(indexes.answer) as url, client_of(url) as client:
@@ -179,7 +179,7 @@ async def test_a_full_read_older_than_a_wake_up_is_no_older_history() -> None:
         assert not await watch.has_drifted()
 
 
-async def test_a_history_that_goes_back_in_an_outage_is_drift() -> None:
+async def test_history_that_goes_back_in_an_outage_is_drift() -> None:
     """The blocking query broke off; the first look afterwards tells."""
     indexes = Indexes()
     async with serving(indexes.answer) as url, client_of(url) as client:
@@ -194,7 +194,7 @@ async def test_a_history_that_goes_back_in_an_outage_is_drift() -> None:
         assert await watch.has_drifted()
 
 
-async def test_a_history_that_went_backwards_and_caught_up_is_drift() -> None:
+async def test_history_that_went_backwards_and_caught_up_is_drift() -> None:
     """The blocking query woke too low, though the index is what it was by now."""
     indexes = Indexes()
     async with serving(indexes.answer) as url, client_of(url) as client:
@@ -206,7 +206,7 @@ async def test_a_history_that_went_backwards_and_caught_up_is_drift() -> None:
         assert await watch.has_drifted()
 
 
-async def test_a_write_without_an_index_explains_no_lower_one() -> None:
+async def test_write_without_an_index_explains_no_lower_one() -> None:
     """When the blocking query broke off, the index alone tells that history went backwards."""
     indexes = Indexes()
     async with serving(indexes.answer) as url, client_of(url) as client:
@@ -220,7 +220,7 @@ async def test_a_write_without_an_index_explains_no_lower_one() -> None:
         assert await watch.has_drifted()
 
 
-async def test_what_cannot_block_is_not_asked_in_a_loop() -> None:
+async def test_server_that_cannot_block_is_not_polled_in_a_loop() -> None:
     """A server that answers a blocking query at once costs a look now and then, and no more."""
     indexes = Indexes()
     indexes.blocks = False
@@ -254,7 +254,7 @@ async def test_looking_takes_a_small_share_of_the_time() -> None:
         assert await watch.has_drifted()
 
 
-async def test_a_consul_that_does_not_answer_is_an_error() -> None:
+async def test_consul_that_does_not_answer_is_an_error() -> None:
     """When the blocking query ends and a look fails, that is told, and later it is tried again."""
     indexes = Indexes()
     async with serving(indexes.answer) as url, client_of(url) as client:
@@ -276,7 +276,7 @@ async def test_before_the_first_full_read_nothing_is_known() -> None:
 
 
 @pytest.mark.parametrize(("writes", "is_hidden"), [((101,), False), ((101, 103), True), ((0,), True)])
-async def test_what_may_hide_behind_our_own_writes(writes: tuple[int, ...], is_hidden: bool) -> None:
+async def test_gap_between_our_writes_makes_a_full_read_due(writes: tuple[int, ...], is_hidden: bool) -> None:
     """Between two of our writes, or beside one without an index, others may have written: a full read is due.
 
     Not at once, and not after a single write whose index is the node's: that one is accounted for.
@@ -335,7 +335,7 @@ async def test_our_writes_during_a_full_read(writes: tuple[int, ...]) -> None:
         assert await watch.has_drifted() is (writes != (101,))
 
 
-async def test_a_foreign_change_after_our_write_during_a_full_read() -> None:
+async def test_foreign_change_after_our_write_during_a_full_read() -> None:
     """Our write explains no index beyond its own."""
     indexes = Indexes()
     async with serving(indexes.answer) as url, client_of(url) as client:

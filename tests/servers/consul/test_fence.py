@@ -39,7 +39,7 @@ def _read_until_reset(listening: socket.socket) -> int:
     return size
 
 
-async def test_a_write_that_is_broken_off_is_not_sent_on() -> None:
+async def test_write_that_is_broken_off_is_not_sent_on() -> None:
     """What Consul's side did not take before the deadline never arrives, though the way is free again."""
     with _deaf_server() as (url, listening):
         ends = time.monotonic() + 0.3
@@ -51,7 +51,7 @@ async def test_a_write_that_is_broken_off_is_not_sent_on() -> None:
             assert _read_until_reset(listening) < len(BODY)
 
 
-async def test_a_write_of_a_process_that_is_stopped_is_not_sent_on() -> None:
+async def test_write_of_a_process_that_is_stopped_is_not_sent_on() -> None:
     """Nobody is awake to break it off; the system gives it up by itself when its time is over."""
     with _deaf_server() as (url, listening):
         async with ConsulClient(

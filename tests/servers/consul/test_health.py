@@ -85,7 +85,7 @@ def test_before_the_first_answer_consul_is_not_up() -> None:
 
 @pytest.mark.parametrize("access", list(RequestKind))
 @pytest.mark.parametrize("error", OUTAGES, ids=repr)
-def test_an_outage_shows_and_closes_the_gate(access: RequestKind, error: ConsulError) -> None:
+def test_outage_shows_and_closes_the_gate(access: RequestKind, error: ConsulError) -> None:
     """Each kind of outage, for reads and writes."""
     world = World()
     world.succeed(READ)
@@ -99,7 +99,7 @@ def test_an_outage_shows_and_closes_the_gate(access: RequestKind, error: ConsulE
 
 @pytest.mark.parametrize("access", list(RequestKind))
 @pytest.mark.parametrize("error", [*REFUSALS, ConsulFenced("not leading")], ids=repr)
-def test_a_refusal_or_our_fence_is_no_outage(access: RequestKind, error: ConsulError) -> None:
+def test_refusal_or_our_fence_is_no_outage(access: RequestKind, error: ConsulError) -> None:
     """What concerns one request, or our own lead, changes nothing."""
     world = World()
     world.succeed(READ)
@@ -108,7 +108,7 @@ def test_a_refusal_or_our_fence_is_no_outage(access: RequestKind, error: ConsulE
     assert world.wait() == 0
 
 
-def test_a_refusal_alone_does_not_make_consul_up() -> None:
+def test_refusal_alone_does_not_make_consul_up() -> None:
     """A token without any right never had a request that succeeded."""
     world = World()
     world.fail(READ, REFUSALS[1])
@@ -116,7 +116,7 @@ def test_a_refusal_alone_does_not_make_consul_up() -> None:
 
 
 @pytest.mark.parametrize("error", REFUSALS, ids=repr)
-def test_a_refused_read_ends_an_outage_of_reads_only(error: ConsulError) -> None:
+def test_refused_read_ends_an_outage_of_reads_only(error: ConsulError) -> None:
     """Consul answers again; a refused write proves nothing, since Raft may not have seen it."""
     world = World()
     world.succeed(READ)
@@ -128,7 +128,7 @@ def test_a_refused_read_ends_an_outage_of_reads_only(error: ConsulError) -> None
     assert not world.health.is_up
 
 
-def test_a_failed_write_is_cleared_by_a_write_only() -> None:
+def test_failed_write_is_cleared_by_a_write_only() -> None:
     """Neither a small read nor a blocking query that ends; a consistent read where nothing is owed."""
     world = World()
     world.succeed(WRITE)
@@ -146,7 +146,7 @@ def test_a_failed_write_is_cleared_by_a_write_only() -> None:
     assert world.health.writes is RequestOutcome.FAILURE, "the read failed"
 
 
-def test_the_gate_closes_for_longer_each_time() -> None:
+def test_gate_closes_for_longer_each_time() -> None:
     """It doubles up to the cap, whatever reads succeed in between, and starts again after a recovery."""
     world = World()
     waits = []
@@ -201,7 +201,7 @@ def test_concurrency_grows_from_one_after_an_outage() -> None:
     assert seen == [1, 2, 4, 8, 16, 32, 32]
 
 
-def test_a_429_halves_what_is_in_flight() -> None:
+def test_429_halves_what_is_in_flight() -> None:
     """Once for all requests of one moment; then it grows by one a round, not at once."""
     world = World()
     attempts = [world.health.begin(WRITE) for _ in range(16)]
@@ -264,7 +264,7 @@ FAILURE, NONE = RequestOutcome.FAILURE, RequestOutcome.NONE
         pytest.param(_answering(301), NONE, id="301"),
     ],
 )
-async def test_the_client_records_each_outcome(method: str, server: Server, outcome: RequestOutcome) -> None:
+async def test_client_records_each_outcome(method: str, server: Server, outcome: RequestOutcome) -> None:
     """Reads and writes apart; the other kind is left alone."""
     async with serving(server) as url, client_of(url, token="s3cret-token") as client:
         with pytest.raises(ConsulError):
@@ -276,7 +276,7 @@ async def test_the_client_records_each_outcome(method: str, server: Server, outc
         assert "s3cret-token" not in health.problem
 
 
-async def test_the_client_records_a_refused_connection_and_a_bad_url() -> None:
+async def test_client_records_a_refused_connection_and_a_bad_url() -> None:
     """An address at which nothing listens, and one that is none, are outages."""
     for url in ("http://127.0.0.1:9", "http://a..b:8500"):
         async with client_of(url) as client:
@@ -289,7 +289,7 @@ async def test_the_client_records_a_refused_connection_and_a_bad_url() -> None:
             assert client.health.reads is RequestOutcome.FAILURE
 
 
-async def test_the_client_records_a_failure_of_tls(tmp_path: Path) -> None:
+async def test_client_records_a_failure_of_tls(tmp_path: Path) -> None:
     """A certificate that cannot be verified is an outage."""
     authority = trustme.CA()
     server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -307,7 +307,7 @@ async def test_the_client_records_a_failure_of_tls(tmp_path: Path) -> None:
     await runner.cleanup()
 
 
-async def test_a_cancelled_request_records_nothing() -> None:
+async def test_cancelled_request_records_nothing() -> None:
     """It was given up by us."""
     async with serving(_hang) as url, client_of(url) as client:
         task = asyncio.create_task(client.request("PUT", "/v1/x"))
@@ -327,7 +327,7 @@ async def test_a_cancelled_request_records_nothing() -> None:
         (_hang, FAILURE),
     ],
 )
-async def test_a_stream_counts_at_its_end(server: Server, outcome: RequestOutcome) -> None:
+async def test_stream_counts_at_its_end(server: Server, outcome: RequestOutcome) -> None:
     """Its head alone is no success, and breaking off in the middle is a failure."""
 
     async def read(client: ConsulClient) -> None:
@@ -345,7 +345,7 @@ async def test_a_stream_counts_at_its_end(server: Server, outcome: RequestOutcom
         assert client.health.reads is outcome
 
 
-async def test_a_stream_that_we_leave_records_nothing() -> None:
+async def test_stream_that_we_leave_records_nothing() -> None:
     """A reader that has seen enough proves neither."""
 
     async def long(request: web.Request) -> web.StreamResponse:
@@ -361,7 +361,7 @@ async def test_a_stream_that_we_leave_records_nothing() -> None:
         assert client.health.reads is RequestOutcome.NONE
 
 
-async def test_a_probe_clears_a_failed_write_when_nothing_is_owed() -> None:
+async def test_probe_clears_a_failed_write_when_nothing_is_owed() -> None:
     """It is a consistent transaction of reads, made by a standby too, and needs no right."""
     seen: list[tuple[str, str]] = []
 
@@ -391,7 +391,7 @@ async def test_transactions_of_reads_are_reads() -> None:
         assert (client.health.reads, client.health.writes) == (RequestOutcome.FAILURE, RequestOutcome.NONE)
 
 
-async def test_an_unknown_service_is_no_outage_whatever_the_status() -> None:
+async def test_unknown_service_is_no_outage_whatever_the_status() -> None:
     """Consul 1.8 with ACLs answers 500 to the deregistration of a service that is not there."""
     async with serving(_answering(500, 'Unknown service "x"')) as url, client_of(url) as client:
         assert (await AgentRegistry(client).deregister([our_pod_service("a")])).done == 1
@@ -399,7 +399,7 @@ async def test_an_unknown_service_is_no_outage_whatever_the_status() -> None:
 
 
 @pytest.mark.parametrize("retry_after", ["", "0", "99999999999999999999", "-1", "\u0663", "x"])
-async def test_a_storm_of_429_is_answered_with_few_requests(retry_after: str) -> None:
+async def test_storm_of_429_is_answered_with_few_requests(retry_after: str) -> None:
     """A limiter that refuses everything sees a handful of attempts per write, jittered, and then none."""
     count = 0
 
@@ -418,7 +418,7 @@ async def test_a_storm_of_429_is_answered_with_few_requests(retry_after: str) ->
         assert not client.health.is_up
 
 
-async def test_a_limiter_that_lets_some_through_is_survived() -> None:
+async def test_limiter_that_lets_some_through_is_survived() -> None:
     """Everything is written in the end, without an outage, at a pace that the limiter takes."""
     count = 0
 

@@ -60,7 +60,7 @@ def test_records_of_any_setting_are_ours_and_equal_only_under_the_same(
 
 
 @pytest.mark.parametrize("value", ["a", "z"])
-def test_a_key_that_was_renamed_away_is_not_taken_for_ours(value: str) -> None:
+def test_key_that_was_renamed_away_is_not_taken_for_ours(value: str) -> None:
     """Beside the renamed key our own name means nothing, and is cleared away."""
     written = RENAMED.encode(OURS)
     edited = make_service(OURS.id, {**dict(written.meta), "cluster": value})
@@ -70,7 +70,7 @@ def test_a_key_that_was_renamed_away_is_not_taken_for_ours(value: str) -> None:
     assert "cluster" not in dict(RENAMED.encode(read).meta)
 
 
-def test_a_key_that_is_not_renamed_now_is_no_key_of_ours() -> None:
+def test_key_that_is_not_renamed_now_is_no_key_of_ours() -> None:
     """A hand-made service with the new names is as foreign as before."""
     foreign = make_service("web", {"cluster_name": "lab", "path": "/x"})
     assert LAB.claim(RENAMED.decode(foreign), "") is Claim.FOREIGN
@@ -79,7 +79,7 @@ def test_a_key_that_is_not_renamed_now_is_no_key_of_ours() -> None:
     assert PLAIN.decode(liar).value("cluster") == "lab"
 
 
-def test_the_original_programs_service_is_known() -> None:
+def test_original_programs_service_is_known() -> None:
     """What the original wrote has our own names, whatever they are renamed to."""
     legacy = make_service("pod--shop--a", {"cluster": "lab", "namespace": "shop", "shard_path": "s2"})
     read = RENAMED.decode(legacy)

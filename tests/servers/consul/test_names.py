@@ -54,7 +54,7 @@ def _instance(service_id: str, **meta: str) -> dict[str, object]:
         ([_instance("pod--a", cluster="old"), _instance("theirs", managed_by="terraform")], True),
     ],
 )
-async def test_a_name_is_taken_by_an_instance_that_no_registrar_wrote(
+async def test_name_is_taken_by_an_instance_that_no_registrar_wrote(
     make: Make, instances: list[dict[str, object]], is_taken: bool
 ) -> None:
     """Consul leaves out those with our mark; the original program's have none and are told by their meta."""
@@ -69,7 +69,7 @@ async def test_a_name_is_taken_by_an_instance_that_no_registrar_wrote(
 
 
 @both_backends
-async def test_an_answer_that_acls_filtered_proves_nothing(make: Make) -> None:
+async def test_answer_that_acls_filtered_proves_nothing(make: Make) -> None:
     """Unless it shows a foreign instance all the same."""
     async with serving(_showing(is_filtered=True)) as url, client_of(url) as client:
         with pytest.raises(ConsulFiltered):
@@ -94,7 +94,7 @@ async def test_an_answer_that_acls_filtered_proves_nothing(make: Make) -> None:
         (200, "<html>", ConsulRefused),
     ],
 )
-async def test_an_answer_that_makes_no_sense_is_an_error(
+async def test_answer_that_makes_no_sense_is_an_error(
     make: Make, status: int, body: str, error: type[ConsulError]
 ) -> None:
     """No answer is never a free name."""

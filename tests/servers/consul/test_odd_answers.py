@@ -51,7 +51,7 @@ BODIES = {
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-async def test_an_odd_answer_raises_nothing_but_consuls_errors(
+async def test_odd_answer_raises_nothing_but_consuls_errors(
     call: Callable[[ConsulClient], Awaitable[object]], body: bytes
 ) -> None:
     """Deep JSON, absurd indexes and wrong types; some are readable as far as anything is read of them."""
@@ -66,7 +66,7 @@ async def test_an_odd_answer_raises_nothing_but_consuls_errors(
 
 @pytest.mark.parametrize("body", [b"{}", b'{"a":1}', b"null", b"[]", DEEP])
 @pytest.mark.parametrize("call", ["catalog register", "catalog deregister", "catalog lookup"])
-async def test_an_odd_answer_to_a_transaction_is_no_success(call: str, body: bytes) -> None:
+async def test_odd_answer_to_a_transaction_is_no_success(call: str, body: bytes) -> None:
     """A 200 of something that is not Consul writes and removes nothing."""
 
     async def answer(_: web.Request) -> web.Response:
@@ -93,20 +93,20 @@ async def test_an_odd_answer_to_a_transaction_is_no_success(call: str, body: byt
         ("9" * 5000, 0),
     ],
 )
-def test_an_absurd_index_is_none(text: str, index: int) -> None:
+def test_absurd_index_is_none(text: str, index: int) -> None:
     """Only what Raft could count is an index."""
     assert index_of({"X-Consul-Index": text}) == index
 
 
 @pytest.mark.parametrize("index", ["-1", "99999999999999999999", "1.5", '"7"'])
-def test_a_record_with_an_absurd_index_is_not_ours(index: str) -> None:
+def test_record_with_an_absurd_index_is_not_ours(index: str) -> None:
     """-1 would otherwise mean that the catalog lacks it."""
     body = f'{{"ID":"a","Service":"a","Meta":{{"managed_by":"x"}},"ModifyIndex":{index}}}'
     service = decode_service("a", body.encode())
     assert (service.name, service.meta, service.index) == ("", (), 0)
 
 
-def test_a_deep_record_is_not_ours() -> None:
+def test_deep_record_is_not_ours() -> None:
     """It holds its ID, and nothing else is read of it."""
     assert decode_service("a", b'{"Meta":' + DEEP + b"}").name == ""
     with pytest.raises(ConsulRefused):

@@ -45,7 +45,7 @@ async def a_while() -> None:
     await asyncio.sleep(10 * QUICK.retry_first)
 
 
-async def test_a_location_keeps_everything_until_all_is_at_the_new_one() -> None:
+async def test_location_keeps_everything_until_all_is_at_the_new_one() -> None:
     """The first comparison, every write that Consul refused, and the lead are waited for."""
     lab, location = ControllerLab(), Location()
     is_leader = False
@@ -75,7 +75,7 @@ async def test_a_location_keeps_everything_until_all_is_at_the_new_one() -> None
     assert location.clearings == 1
 
 
-async def test_a_location_that_cannot_be_cleared_holds_up_no_other() -> None:
+async def test_location_that_cannot_be_cleared_holds_up_no_other() -> None:
     """While Consul cannot be used it is tried again; one that the token may not read is left as it is."""
     slow = Location("slow", ConsulUnreachable("gone"), ConsulBusy("busy"))
     denied, last = Location("denied", ConsulForbidden("no")), Location("last")
@@ -103,7 +103,7 @@ class Place:
 
 
 @pytest.mark.parametrize("version", [7, 0])
-async def test_what_a_successor_writes_to_a_previous_location_stays(version: int) -> None:
+async def test_service_a_successor_writes_to_a_previous_location_stays(version: int) -> None:
     """In a rollout the old registrar's previous location is the new one's place: what came later is not old."""
     place = Place()
     old, kept = our_pod_service("old"), our_pod_service("kept")

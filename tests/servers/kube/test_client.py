@@ -137,7 +137,7 @@ async def test_recorded_pages_make_one_list() -> None:
     assert all(isinstance(item, Pod) for page in pages for item in page.items)
 
 
-async def test_a_namespace_and_a_server_prefix_are_part_of_the_path() -> None:
+async def test_namespace_and_a_server_prefix_are_part_of_the_path() -> None:
     """A Role in one namespace is enough for its Pods, also behind a gateway's path."""
     paths: list[str] = []
 
@@ -150,14 +150,14 @@ async def test_a_namespace_and_a_server_prefix_are_part_of_the_path() -> None:
     assert paths == ["/k8s/c-1/api/v1/namespaces/a%2Fb/pods?limit=500"]
 
 
-async def test_a_page_that_repeats_ends_the_list() -> None:
+async def test_page_that_repeats_ends_the_list() -> None:
     """A server that names the same next page again would be asked for ever."""
     error = await failure(answering(200, recorded("k8s-pods-list-page1").body))
     assert isinstance(error, ClusterRefused)
     assert "repeats" in str(error)
 
 
-async def test_a_snapshot_that_expires_midway_is_expired() -> None:
+async def test_snapshot_that_expires_midway_is_expired() -> None:
     """A 410 on a later page ends the list by its own error."""
 
     async def handle(request: web.Request) -> web.Response:
@@ -177,7 +177,7 @@ async def test_a_snapshot_that_expires_midway_is_expired() -> None:
             await anext(pages)
 
 
-async def test_a_missing_permission_is_named() -> None:
+async def test_missing_permission_is_named() -> None:
     """The recorded 403 becomes words an operator can act on."""
     error = await failure(answering(403, recorded_refusal("k8s-403-pods-list")))
     assert isinstance(error, ClusterForbidden)
@@ -188,7 +188,7 @@ async def test_a_missing_permission_is_named() -> None:
     assert str(error) == "cannot list pods in namespace web: grant list on pods"
 
 
-async def test_a_refusal_is_told_in_bounded_printable_text() -> None:
+async def test_refusal_is_told_in_bounded_printable_text() -> None:
     """A message of a megabyte with control characters makes one short line."""
     message = "no\n\x1b[31m\x00" + "x" * 1_000_000
     status = {"kind": "Status", "message": message, "code": 422}
@@ -211,14 +211,14 @@ async def test_a_refusal_is_told_in_bounded_printable_text() -> None:
         (504, {"Retry-After": "-1"}, None),
     ],
 )
-async def test_a_busy_server_names_the_wait(status: int, headers: dict[str, str], wait: float | None) -> None:
+async def test_busy_server_names_the_wait(status: int, headers: dict[str, str], wait: float | None) -> None:
     """Retry-After is believed where it is a number of seconds, up to an hour."""
     error = await failure(answering(status, b"{}", **headers))
     assert isinstance(error, ClusterBusy)
     assert error.retry_after == wait
 
 
-async def test_a_wait_may_stand_in_the_body() -> None:
+async def test_wait_may_stand_in_the_body() -> None:
     """API servers put the seconds in the details as well."""
     body = b'{"kind":"Status","message":"slow down","details":{"retryAfterSeconds":3}}'
     error = await failure(answering(429, body))
@@ -227,7 +227,7 @@ async def test_a_wait_may_stand_in_the_body() -> None:
     assert str(error).endswith("the server said: slow down")
 
 
-async def test_a_version_from_the_future_is_ahead() -> None:
+async def test_version_from_the_future_is_ahead() -> None:
     """The recorded 504 is told apart from a busy server."""
     error = await failure(answering(504, recorded("k8s-pods-list-future").body))
     assert isinstance(error, ClusterAhead)
@@ -252,7 +252,7 @@ async def test_other_answers_are_refusals_and_redirects_are_not_followed(status:
 @pytest.mark.parametrize(
     "body", [b"<html>sign in</html>", b"", b"{}", b"\x1f\x8b junk", b'{"kind":"PodList"}']
 )
-async def test_a_success_that_is_no_list_is_refused(body: bytes) -> None:
+async def test_success_that_is_no_list_is_refused(body: bytes) -> None:
     """A gateway's sign-in page is not an empty cluster."""
     error = await failure(answering(200, body))
     assert isinstance(error, ClusterRefused)
@@ -279,7 +279,7 @@ class Rotating:
         """Do nothing."""
 
 
-async def test_a_401_is_tried_once_more_with_fresh_credentials() -> None:
+async def test_401_is_tried_once_more_with_fresh_credentials() -> None:
     """A token that just rotated costs nothing but a request."""
     seen: list[str] = []
 
@@ -339,7 +339,7 @@ async def unreachable(port: int, **options: Any) -> str:
     return str(caught.value)
 
 
-async def test_a_refused_connection_and_an_unknown_name_are_unreachable() -> None:
+async def test_refused_connection_and_an_unknown_name_are_unreachable() -> None:
     """Nobody listens, or nobody has the name."""
     (port,) = reserve_ports(1)
     assert f"no connection to http://127.0.0.1:{port}: " in await unreachable(port)
@@ -355,7 +355,7 @@ async def test_a_refused_connection_and_an_unknown_name_are_unreachable() -> Non
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n", "broke off its answer"),
     ],
 )
-async def test_an_answer_that_breaks_off_is_unreachable(sent: bytes, text: str) -> None:
+async def test_answer_that_breaks_off_is_unreachable(sent: bytes, text: str) -> None:
     """A cut body is never decoded, whatever framed it."""
 
     async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -366,14 +366,14 @@ async def test_an_answer_that_breaks_off_is_unreachable(sent: bytes, text: str) 
         assert text in await unreachable(port)
 
 
-async def test_a_cut_that_keeps_the_framing_is_no_list_either() -> None:
+async def test_cut_that_keeps_the_framing_is_no_list_either() -> None:
     """Half a gzip body under its own Content-Length does not pass for a list."""
     body = gzip.compress(recorded("k8s-pods-list").body)[:-200]
     error = await failure(answering(200, body, **{"Content-Encoding": "gzip"}))
     assert isinstance(error, ClusterRefused | ClusterUnreachable)
 
 
-async def test_what_is_not_http_is_refused() -> None:
+async def test_answer_that_is_not_http_is_refused() -> None:
     """Another protocol on the port is told as such."""
 
     async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -385,7 +385,7 @@ async def test_what_is_not_http_is_refused() -> None:
             await list_all(Access(f"http://127.0.0.1:{port}", ANONYMOUS))
 
 
-async def test_a_silent_server_and_one_that_trickles_run_out_of_time() -> None:
+async def test_silent_server_and_one_that_trickles_run_out_of_time() -> None:
     """The read timeout bounds a pause, the total one an endless trickle."""
 
     async def silent(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
@@ -437,7 +437,7 @@ def tls_access(
 LIST = recorded("k8s-pods-list").body
 
 
-async def test_a_certificate_is_verified_and_mistakes_name_the_setting() -> None:
+async def test_certificate_is_verified_and_mistakes_name_the_setting() -> None:
     """The wrong CA points at certificate-authority, the wrong name at tls-server-name."""
     async with serve(answering(200, LIST), server_tls("127.0.0.1")) as port:
         assert await list_all(tls_access(port))
@@ -454,7 +454,7 @@ async def test_a_certificate_is_verified_and_mistakes_name_the_setting() -> None
         assert await list_all(skipped)
 
 
-async def test_an_intermediate_is_enough_to_trust() -> None:
+async def test_intermediate_is_enough_to_trust() -> None:
     """As Go does, a CA certificate that is not self-signed serves as the anchor."""
     intermediate = CA.create_child_ca()
     async with serve(answering(200, LIST), server_tls("127.0.0.1", intermediate)) as port:
@@ -474,7 +474,7 @@ async def test_old_tls_is_refused() -> None:
             await list_all(tls_access(port))
 
 
-async def test_a_client_certificate_is_shown() -> None:
+async def test_client_certificate_is_shown() -> None:
     """A server that asks for one gets it, and refuses us without."""
     leaf = CA.issue_cert("client.example")
     pair = KeyPair(leaf.cert_chain_pems[0].bytes(), leaf.private_key_pem.bytes())
@@ -499,7 +499,7 @@ async def tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, por
     await asyncio.gather(copy(reader, upstream_writer), copy(upstream_reader, writer))
 
 
-async def test_the_proxy_of_the_kubeconfig_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_proxy_of_the_kubeconfig_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """TLS goes end to end through it, its password to it alone; the environment's proxies are ignored."""
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
@@ -528,7 +528,7 @@ async def test_the_proxy_of_the_kubeconfig_is_used(monkeypatch: pytest.MonkeyPat
     assert SECRET.encode() not in asked[0]
 
 
-async def test_a_proxy_that_refuses_is_told_without_its_password() -> None:
+async def test_proxy_that_refuses_is_told_without_its_password() -> None:
     """Its status is shown, its URL is not."""
 
     async def refuse(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -572,7 +572,7 @@ async def test_lists_and_watches_ask_without_managed_fields_until_a_406() -> Non
     assert asked == [JSON, LEAN_JSON, JSON, JSON, JSON]
 
 
-async def test_a_406_to_plain_json_is_a_refusal() -> None:
+async def test_406_to_plain_json_is_a_refusal() -> None:
     """There is no third media type to try."""
     error = await failure(answering(406, b"<html>"))
     assert isinstance(error, ClusterRefused)
@@ -580,7 +580,7 @@ async def test_a_406_to_plain_json_is_a_refusal() -> None:
 
 
 @pytest.mark.parametrize("name", ["web-1", "a,b=c\\d"])
-async def test_an_object_is_read_by_its_name(name: str) -> None:
+async def test_object_is_read_by_its_name(name: str) -> None:
     """One list without label selector or version, in the Pod's namespace."""
     asked: list[tuple[str, dict[str, str]]] = []
     body = json.dumps({"kind": "PodList", "metadata": {"resourceVersion": "9"}, "items": [POD | {"metadata": {
@@ -601,7 +601,7 @@ async def test_an_object_is_read_by_its_name(name: str) -> None:
     assert asked == [("/api/v1/namespaces/shop/pods", {"fieldSelector": f"metadata.name={escaped}"})]
 
 
-async def test_an_object_that_is_not_selected_is_none_with_the_selector() -> None:
+async def test_object_that_is_not_selected_is_none_with_the_selector() -> None:
     """Both selectors go to the server, which decides."""
     asked: list[dict[str, str]] = []
 
@@ -652,7 +652,7 @@ async def test_only_an_empty_list_says_that_an_object_is_not_there() -> None:
                 await client.read_object(key)
 
 
-async def test_a_node_is_read_at_the_cluster_scope() -> None:
+async def test_node_is_read_at_the_cluster_scope() -> None:
     """It has no namespace."""
 
     async def handle(request: web.Request) -> web.Response:
@@ -712,13 +712,13 @@ async def ask_everything(client: KubeClient) -> None:
         "http://\udcff",
     ],
 )
-async def test_a_url_that_cannot_be_requested_is_a_cluster_error(server: str) -> None:
+async def test_url_that_cannot_be_requested_is_a_cluster_error(server: str) -> None:
     """yarl, aiohttp and idna each raise exceptions of their own."""
     async with KubeClient(Access(server, ANONYMOUS), TIMING) as client:
         await ask_everything(client)
 
 
-async def test_a_proxy_url_that_cannot_be_requested_does_not_show_its_password() -> None:
+async def test_proxy_url_that_cannot_be_requested_does_not_show_its_password() -> None:
     """Neither where the library's text quotes it."""
     for proxy in (f"http://me:{SECRET}@a..b:1", f"http://me:{SECRET}@[::1", f"foo://me:{SECRET}@x"):
         access = Access("http://127.0.0.1:1", ANONYMOUS, proxy=proxy)
@@ -761,7 +761,7 @@ DEEP = b'{"kind":"PodList","metadata":{"resourceVersion":"1"},"items":' + b"[" *
         b'{"kind":"PodList","metadata":{"resourceVersion":"' + b"9" * 300 + b'"},"items":[]}\n',
     ],
 )
-async def test_a_success_without_sense_is_a_cluster_error(body: bytes) -> None:
+async def test_success_without_sense_is_a_cluster_error(body: bytes) -> None:
     """In every question but a watch, whose decoder reports it."""
     async with (
         serve(answering(200, body)) as port,
@@ -784,7 +784,7 @@ async def test_a_success_without_sense_is_a_cluster_error(body: bytes) -> None:
 @pytest.mark.parametrize(
     "piece", [b"X-Filler: x\r\n", b"X", b"HTTP/1.1 103 Early Hints\r\n\r\n"], ids=["many", "long", "interim"]
 )
-async def test_a_head_without_end_is_a_cluster_error(piece: bytes) -> None:
+async def test_head_without_end_is_a_cluster_error(piece: bytes) -> None:
     """Headers that never end, one header that never ends, interim answers that never end."""
 
     async def endless(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -803,7 +803,7 @@ async def test_a_head_without_end_is_a_cluster_error(piece: bytes) -> None:
         await ask_everything(client)
 
 
-async def test_the_uid_of_a_namespace() -> None:
+async def test_uid_of_a_namespace() -> None:
     """Known, hidden, absent, garbage and broken are told apart."""
     answers: dict[str, Handler] = {
         "kube-system": answering(200, b'{"kind":"Namespace","metadata":{"uid":"u-1"}}'),

@@ -73,7 +73,7 @@ def access(folder: Path, plugin_config: dict[str, Any], **cluster: Any) -> Acces
 
 
 @pytest.mark.parametrize("version", [V1, BETA])
-async def test_a_token_is_kept_until_it_is_rejected(tmp_path: Path, version: str) -> None:
+async def test_token_is_kept_until_it_is_rejected(tmp_path: Path, version: str) -> None:
     """Without an expiry the program runs once, and again after a 401 of its newest token."""
     path = script(tmp_path, prints({"token": f"{SECRET}-{{run}}"}, version))
     source = ExecCredentials(plugin(path, version))
@@ -88,7 +88,7 @@ async def test_a_token_is_kept_until_it_is_rejected(tmp_path: Path, version: str
     assert runs(tmp_path) == 2
 
 
-async def test_a_credential_is_renewed_shortly_before_it_expires(tmp_path: Path) -> None:
+async def test_credential_is_renewed_shortly_before_it_expires(tmp_path: Path) -> None:
     """The expiry is honoured with a leeway of ten seconds."""
     expiry = datetime(2030, 1, 1, 12, 0, 0, tzinfo=UTC)
     path = script(tmp_path, prints({"token": "t-{run}", "expirationTimestamp": "2030-01-01T12:00:00Z"}))
@@ -101,7 +101,7 @@ async def test_a_credential_is_renewed_shortly_before_it_expires(tmp_path: Path)
     assert (await source.identity()).token == "t-2"
 
 
-async def test_the_program_is_told_what_kubectl_tells(tmp_path: Path) -> None:
+async def test_program_is_told_what_kubectl_tells(tmp_path: Path) -> None:
     """Arguments, environment and KUBERNETES_EXEC_INFO arrive, with the cluster when asked for."""
     dump = tmp_path / "seen.json"
     script(
@@ -146,20 +146,20 @@ async def test_the_program_is_told_what_kubectl_tells(tmp_path: Path) -> None:
     }
 
 
-async def test_a_bare_command_is_looked_up_in_the_path(tmp_path: Path) -> None:
+async def test_bare_command_is_looked_up_in_the_path(tmp_path: Path) -> None:
     """A command without a slash is never taken from the kubeconfig's folder by itself."""
     script(tmp_path, prints({"token": "t"}), "on-the-path")
     assert await access(tmp_path, {"command": "on-the-path"}).token() == "t"
 
 
-async def test_a_missing_program_shows_the_install_hint(tmp_path: Path) -> None:
+async def test_missing_program_shows_the_install_hint(tmp_path: Path) -> None:
     """The hint of the kubeconfig tells the operator what to install."""
     loaded = access(tmp_path, {"command": "no-such-plugin", "installHint": "install it\nby hand"})
     with pytest.raises(AccessError, match="'no-such-plugin'; install it by hand"):
         await loaded.token()
 
 
-async def test_a_certificate_makes_a_context_of_its_own(tmp_path: Path) -> None:
+async def test_certificate_makes_a_context_of_its_own(tmp_path: Path) -> None:
     """While the certificate stays the ssl context does; a new one brings a new context."""
     leaves = [CA.issue_cert(f"c{index}.example") for index in range(2)]
     statuses = [
@@ -204,7 +204,7 @@ async def test_a_certificate_makes_a_context_of_its_own(tmp_path: Path) -> None:
         ("print('x' * (2 << 20))", "printed more than"),
     ],
 )
-async def test_a_failing_program_is_an_error_without_its_output(tmp_path: Path, code: str, text: str) -> None:
+async def test_failing_program_is_an_error_without_its_output(tmp_path: Path, code: str, text: str) -> None:
     """What it said on stderr is shown; what it printed, which may be the secret, is not."""
     with pytest.raises(AccessError) as caught:
         await ExecCredentials(plugin(script(tmp_path, code))).identity()
@@ -213,7 +213,7 @@ async def test_a_failing_program_is_an_error_without_its_output(tmp_path: Path, 
     assert SECRET not in str(caught.value)
 
 
-async def test_a_file_that_is_no_program_is_an_error(tmp_path: Path) -> None:
+async def test_file_that_is_no_program_is_an_error(tmp_path: Path) -> None:
     """A format the kernel cannot run is reported, not raised through."""
     path = tmp_path / "junk"
     path.write_bytes(b"\x00\x01")
@@ -222,7 +222,7 @@ async def test_a_file_that_is_no_program_is_an_error(tmp_path: Path) -> None:
         await ExecCredentials(plugin(path)).identity()
 
 
-async def test_a_program_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
+async def test_program_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
     """A child that holds the pipes open does not outlive the time limit."""
     pid_file = tmp_path / "child"
     code = (
@@ -252,7 +252,7 @@ async def test_closing_ends_the_program(tmp_path: Path) -> None:
     await source.aclose()
 
 
-async def test_the_end_of_the_loop_ends_the_program(tmp_path: Path) -> None:
+async def test_end_of_the_loop_ends_the_program(tmp_path: Path) -> None:
     """A command that ends while a plugin runs does not leave it behind."""
     pid_file = tmp_path / "pid"
     path = script(tmp_path, f"pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\ntime.sleep(60)")
@@ -342,7 +342,7 @@ async def test_garbage_leaves_the_last_credential_in_use_until_it_expires(tmp_pa
     assert [line["event"] for line in logs] == ["the exec plugin gives credentials again"]
 
 
-async def test_a_credential_that_is_rejected_is_used_while_no_other_comes(tmp_path: Path) -> None:
+async def test_credential_that_is_rejected_is_used_while_no_other_comes(tmp_path: Path) -> None:
     """One 401 may be the server's fault; a server that always answers it does not make the plugin run in a loop."""
     path = script(tmp_path, prints({"token": "t-{run}"}))
     clock = 0.0
@@ -371,7 +371,7 @@ async def test_a_credential_that_is_rejected_is_used_while_no_other_comes(tmp_pa
         "0001-01-01T00:00:00+14:00",
     ],
 )
-async def test_a_credential_that_has_expired_already_is_used_without_a_loop(
+async def test_credential_that_has_expired_already_is_used_without_a_loop(
     tmp_path: Path, expiry: str
 ) -> None:
     """A clock that is wrong, or a plugin's own cache: the server may still take it."""
@@ -385,7 +385,7 @@ async def test_a_credential_that_has_expired_already_is_used_without_a_loop(
     assert runs(tmp_path) == 2
 
 
-async def test_a_failing_program_is_not_run_in_a_loop(tmp_path: Path) -> None:
+async def test_failing_program_is_not_run_in_a_loop(tmp_path: Path) -> None:
     """Callers without any credential get the error of the last run for some seconds."""
     path = script(tmp_path, "print('no', run, file=sys.stderr); sys.exit(1)")
     clock = 0.0

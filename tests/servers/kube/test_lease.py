@@ -72,7 +72,7 @@ async def answering(
         await runner.cleanup()
 
 
-async def test_a_recorded_lease_is_read() -> None:
+async def test_recorded_lease_is_read() -> None:
     """Every field of the record and the version that an update has to name."""
     async with answering("k8s-lease-update") as (client, server):
         lease = await client.get()
@@ -88,7 +88,7 @@ async def test_no_lease_is_no_error() -> None:
         assert await client.get() is None
 
 
-async def test_a_create_is_what_the_recorded_one_was() -> None:
+async def test_create_is_what_the_recorded_one_was() -> None:
     """The same request, and the version of what was created."""
     recorded = exchange("k8s-lease-create")
     async with answering("k8s-lease-create") as (client, server):
@@ -98,7 +98,7 @@ async def test_a_create_is_what_the_recorded_one_was() -> None:
     assert (created, created.version) == (HELD, "372")
 
 
-async def test_an_update_is_what_the_recorded_one_was() -> None:
+async def test_update_is_what_the_recorded_one_was() -> None:
     """The object as it was read with a new record in it, by the version read: nothing else is lost."""
     recorded = exchange("k8s-lease-update")
     before = decode_lease(json.dumps(recorded.body).encode())
@@ -109,7 +109,7 @@ async def test_an_update_is_what_the_recorded_one_was() -> None:
 
 
 @pytest.mark.parametrize("verb", ["create", "update"])
-async def test_a_recorded_conflict_is_told_apart(verb: str) -> None:
+async def test_recorded_conflict_is_told_apart(verb: str) -> None:
     """Both 409s mean that somebody else was first, and so does an update of a Lease that is gone."""
     async with answering(f"k8s-lease-{verb}-409") as (client, _):
         with pytest.raises(
@@ -124,7 +124,7 @@ async def test_a_recorded_conflict_is_told_apart(verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", ["get", "create", "update"])
-async def test_a_missing_permission_is_named(verb: str) -> None:
+async def test_missing_permission_is_named(verb: str) -> None:
     """A 403 says which verb is missing, and what an election needs in all."""
     async with answering(status=403, text='{"kind":"Status","message":"no","code":403}') as (client, _):
         with pytest.raises(ClusterForbidden) as raised:
@@ -133,7 +133,7 @@ async def test_a_missing_permission_is_named(verb: str) -> None:
     assert "needs get, create and update on leases.coordination.k8s.io in shop" in str(raised.value)
 
 
-async def test_a_busy_server_is_no_conflict() -> None:
+async def test_busy_server_is_no_conflict() -> None:
     """A 503 is what it is everywhere."""
     async with answering(status=503) as (client, _):
         with pytest.raises(ClusterBusy):
@@ -153,7 +153,7 @@ async def test_a_busy_server_is_no_conflict() -> None:
         '{"metadata":{"resourceVersion":"1"},"spec":' + "[" * 5000,
     ],
 )
-async def test_an_answer_that_is_no_lease_is_refused(text: str) -> None:
+async def test_answer_that_is_no_lease_is_refused(text: str) -> None:
     """Whatever a confused server sends is an error by name, not a crash."""
     async with answering(text=text) as (client, _):
         with pytest.raises(ClusterRefused, match="is no Lease"):
@@ -166,7 +166,7 @@ def test_absent_fields_are_empty(spec: str) -> None:
     assert decode_lease(f'{{"metadata":{{"resourceVersion":"5"}}{spec}}}'.encode()) == Lease("", 0)
 
 
-def test_what_others_put_into_the_object_stays() -> None:
+def test_fields_of_others_in_the_lease_stay() -> None:
     """Labels, owners and fields of a newer API are written back as they were read."""
     origin = {
         "metadata": {"resourceVersion": "5", "labels": {"team": "x"}, "ownerReferences": [{"uid": "u"}]},
@@ -179,7 +179,7 @@ def test_what_others_put_into_the_object_stays() -> None:
     assert sent["spec"]["strategy"] == "OldestEmulationVersion"
 
 
-def test_a_release_is_written_as_an_empty_holder() -> None:
+def test_release_is_written_as_an_empty_holder() -> None:
     """client-go releases so, and the API server takes it."""
     sent = json.loads(encode_lease(Lease("", 1, STAMP, STAMP, 4, "9"), "shop", "registrar"))
     assert sent["spec"] == {
@@ -220,7 +220,7 @@ def test_every_run_has_an_identity_of_its_own() -> None:
     assert all(name.startswith("pod-1_") for name in names)
 
 
-def test_the_pod_s_namespace_is_read(tmp_path: Path) -> None:
+def test_pod_s_namespace_is_read(tmp_path: Path) -> None:
     """As the kubelet mounts it; without it the setting to give is named."""
     with pytest.raises(AccessError, match="LEASE_NAMESPACE is not set: cannot read"):
         pod_namespace(tmp_path)

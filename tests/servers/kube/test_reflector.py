@@ -168,7 +168,7 @@ async def following(
                 await task
 
 
-async def test_a_list_then_events_from_its_version() -> None:
+async def test_list_then_events_from_its_version() -> None:
     """A watch begins where the list ended, and its events are what changes."""
     api = ScriptedApi(pods=[pod_object("a"), pod_object("b")])
     api.watches.append(
@@ -190,7 +190,7 @@ async def test_a_list_then_events_from_its_version() -> None:
     assert (api.count("list"), api.count("probe"), followed.stats.lists) == (1, 0, 1)
 
 
-async def test_a_drop_is_probed_and_resumed_from_the_last_event() -> None:
+async def test_drop_is_probed_and_resumed_from_the_last_event() -> None:
     """No second list; in between absence proves nothing."""
     states: list[bool] = []
     api = ScriptedApi(pods=[pod_object("a")])
@@ -215,7 +215,7 @@ async def test_a_drop_is_probed_and_resumed_from_the_last_event() -> None:
     assert followed.restarts == {"unreachable": 1, "busy": 1}
 
 
-async def test_a_watch_the_server_ends_in_time_stays_followed() -> None:
+async def test_watch_the_server_ends_in_time_stays_followed() -> None:
     """The regular end of a watch is no failure."""
     api = ScriptedApi(pods=[pod_object("a")])
     api.watches.extend([ends(("BOOKMARK", bookmark_object(105)))] * 3)
@@ -229,7 +229,7 @@ async def test_a_watch_the_server_ends_in_time_stays_followed() -> None:
 
 
 @pytest.mark.parametrize("form", ["status", "event"])
-async def test_an_expired_version_leads_to_a_list_in_either_form(form: str) -> None:
+async def test_expired_version_leads_to_a_list_in_either_form(form: str) -> None:
     """410 as an HTTP status and as an ERROR event mean the same."""
     api = ScriptedApi(pods=[pod_object("a")])
     gone: ApiAnswer | Watch = ApiAnswer(410, EXPIRED) if form == "status" else ends(("ERROR", EXPIRED))
@@ -251,7 +251,7 @@ async def test_versions_that_expire_again_and_again_are_not_listed_in_a_rush() -
     assert 2 <= api.count("list") <= 6
 
 
-async def test_a_history_restored_lower_is_noticed_before_resuming() -> None:
+async def test_history_restored_lower_is_noticed_before_resuming() -> None:
     """A watch from the future would be silent; the server's own version tells, and the list is the truth."""
     api = ScriptedApi(pods=[pod_object("a"), pod_object("b")], version=5000)
     api.watches.append(cuts(("ADDED", pod_object("c", 5001))))
@@ -264,7 +264,7 @@ async def test_a_history_restored_lower_is_noticed_before_resuming() -> None:
     assert followed.restarts == {"unreachable": 1, "ahead": 1}
 
 
-async def test_a_silent_watch_is_ended_and_resumed() -> None:
+async def test_silent_watch_is_ended_and_resumed() -> None:
     """Neither event nor bookmark for too long: the connection may be dead; blank lines are no sign of life."""
 
     async def blank(stream: Stream) -> None:
@@ -309,7 +309,7 @@ async def test_bookmarks_keep_a_quiet_watch_alive() -> None:
         (ApiAnswer(504, status_object(504)), "busy", "504"),
     ],
 )
-async def test_a_refused_watch_fails_its_source_by_name_and_is_tried_again(
+async def test_refused_watch_fails_its_source_by_name_and_is_tried_again(
     answer: ApiAnswer, cause: str, words: str
 ) -> None:
     """What is known stays; the version stays good."""
@@ -324,7 +324,7 @@ async def test_a_refused_watch_fails_its_source_by_name_and_is_tried_again(
     assert api.count("list") == 1
 
 
-async def test_a_denied_list_is_retried_until_granted() -> None:
+async def test_denied_list_is_retried_until_granted() -> None:
     """403 on the list names the permission; nothing else is touched."""
     api = ScriptedApi(pods=[pod_object("a")])
     api.lists.extend([ApiAnswer(403, status_object(403))] * 3)
@@ -335,7 +335,7 @@ async def test_a_denied_list_is_retried_until_granted() -> None:
     assert api.count("list") == 4
 
 
-async def test_an_error_event_of_another_kind_is_a_failure() -> None:
+async def test_error_event_of_another_kind_is_a_failure() -> None:
     """An ERROR of 500 in the stream is a failure; what came before it counts, and the watch resumes there."""
     api = ScriptedApi(pods=[pod_object("a")])
     api.watches.append(ends(("ADDED", pod_object("b", 101)), ("ERROR", status_object(500))))
@@ -346,7 +346,7 @@ async def test_an_error_event_of_another_kind_is_a_failure() -> None:
     assert api.queries("watch")[1]["resourceVersion"] == "101"
 
 
-async def test_a_stream_that_makes_no_sense_leads_to_a_list() -> None:
+async def test_stream_that_makes_no_sense_leads_to_a_list() -> None:
     """Garbage would come again from the same version."""
 
     async def garbage(stream: Stream) -> None:
@@ -401,7 +401,7 @@ async def test_watches_that_bring_one_event_each_are_not_begun_in_a_rush() -> No
     assert 3 <= api.count("watch") <= 20
 
 
-async def test_a_repeated_history_changes_nothing() -> None:
+async def test_repeated_history_changes_nothing() -> None:
     """Events told twice, in a batch, leave what they left the first time."""
     history = (
         ("ADDED", pod_object("b", 101)),
@@ -421,7 +421,7 @@ async def test_a_repeated_history_changes_nothing() -> None:
         assert dict(followed.store.items()) == before
 
 
-async def test_an_object_recreated_under_its_name_is_the_new_one() -> None:
+async def test_object_recreated_under_its_name_is_the_new_one() -> None:
     """Another UID and address under one name: the old departure is taken back."""
     api = ScriptedApi(pods=[pod_object("a", uid="old")])
     api.watches.append(
@@ -471,7 +471,7 @@ async def test_another_cluster_behind_the_address_is_listed_afresh() -> None:
 
 
 @pytest.mark.parametrize("status", [403, 404])
-async def test_a_hidden_identity_blocks_nothing(status: int) -> None:
+async def test_hidden_identity_blocks_nothing(status: int) -> None:
     """A registrar that may not read kube-system works without its UID."""
     api = ScriptedApi(pods=[pod_object("a")])
     api.namespaces.extend([ApiAnswer(status, status_object(status))] * 9)
@@ -480,7 +480,7 @@ async def test_a_hidden_identity_blocks_nothing(status: int) -> None:
         assert followed.cluster_uid.uid == ""
 
 
-async def test_the_identity_is_asked_before_the_list_and_after_a_loss_alone() -> None:
+async def test_identity_is_asked_before_the_list_and_after_a_loss_alone() -> None:
     """Not by a timer, and not when a watch ends in time."""
     api = ScriptedApi(pods=[pod_object("a")])
     api.namespaces.append(ApiAnswer(500, status_object(500)))
@@ -493,7 +493,7 @@ async def test_the_identity_is_asked_before_the_list_and_after_a_loss_alone() ->
     assert whats == ["namespace", "namespace", "list", "watch", "probe", "watch"]
 
 
-async def test_a_nameless_item_makes_the_source_opaque_until_the_next_list() -> None:
+async def test_nameless_item_makes_the_source_opaque_until_the_next_list() -> None:
     """An event without a name may be about anything; a list follows by itself."""
     api = ScriptedApi(pods=[pod_object("a")])
     api.watches.append(holds(("MODIFIED", {"metadata": {"name": 7, "resourceVersion": "101"}})))
@@ -504,7 +504,7 @@ async def test_a_nameless_item_makes_the_source_opaque_until_the_next_list() -> 
     assert api.count("list") == 2
 
 
-async def test_an_undecodable_event_protects_what_it_names() -> None:
+async def test_undecodable_event_protects_what_it_names() -> None:
     """Its value is what `resolve` makes of it; its deletion takes that away as well."""
     odd = pod_object("a", 101)
     odd["spec"]["containers"] = 7
@@ -820,7 +820,7 @@ async def test_polling_waits_shortly_again_after_a_list() -> None:
         assert loop.time() - began < 1.5
 
 
-async def test_waits_grow_to_their_cap_and_begin_anew() -> None:
+async def test_waits_grow_to_their_cap_and_restart() -> None:
     """The wait doubles, is capped, and is small again after a reset."""
     loop = asyncio.get_running_loop()
     backoff = Backoff(Timing(retry_first=0.02, retry_cap=0.1))

@@ -125,7 +125,7 @@ async def followed(
 
 
 @pytest.mark.parametrize("watches", [True, False])
-async def test_a_cluster_is_followed(tmp_path: Path, watches: bool) -> None:
+async def test_cluster_is_followed(tmp_path: Path, watches: bool) -> None:
     """Whatever the operator chose: lists, changes, departures, identity."""
     async with Sandbox() as sandbox:
         kube = sandbox.kube
@@ -148,7 +148,7 @@ async def test_a_cluster_is_followed(tmp_path: Path, watches: bool) -> None:
             assert stats.internal_errors == 0
 
 
-async def test_a_compacted_history_is_listed_again(tmp_path: Path) -> None:
+async def test_compacted_history_is_listed_again(tmp_path: Path) -> None:
     """A version that is gone when the watch resumes costs a list, and nothing is missed."""
     async with Sandbox() as sandbox:
         kube = sandbox.kube
@@ -165,7 +165,7 @@ async def test_a_compacted_history_is_listed_again(tmp_path: Path) -> None:
             await until(lambda: cluster.names() == {"a", "c"} and cluster.is_settled())
 
 
-async def test_a_restored_history_is_noticed(tmp_path: Path) -> None:
+async def test_restored_history_is_noticed(tmp_path: Path) -> None:
     """Etcd went back to a backup: what was created since is absent from a list, not deleted by an event."""
     async with Sandbox() as sandbox:
         kube = sandbox.kube
@@ -185,7 +185,7 @@ async def test_a_restored_history_is_noticed(tmp_path: Path) -> None:
             assert cluster.reflectors.stats()[PODS].restarts["ahead"] == 1
 
 
-async def test_namespaces_are_sources_each_failing_alone(tmp_path: Path) -> None:
+async def test_namespace_that_fails_leaves_the_others_working(tmp_path: Path) -> None:
     """A Role in one namespace is enough for it; the denied one is named and blocks only itself."""
     async with Sandbox() as sandbox:
         sandbox.kube.create(pod("a", "shop"))

@@ -88,7 +88,7 @@ def _told(event: WatchEvent) -> object:
     return str(event.error) if isinstance(event, Broken) else event
 
 
-async def test_a_compressed_watch_is_read_as_it_comes() -> None:
+async def test_compressed_watch_is_read_as_it_comes() -> None:
     """What was flushed is decoded at once, not when the stream ends."""
     decoded = asyncio.Event()
 
@@ -112,7 +112,7 @@ async def test_a_compressed_watch_is_read_as_it_comes() -> None:
         assert count == 1
 
 
-async def test_the_first_batch_says_that_the_watch_was_taken() -> None:
+async def test_first_batch_says_that_the_watch_was_taken() -> None:
     """It is empty and comes before any event does."""
     api = ScriptedApi()
     async with serving_api(api), client_of(api.url) as client:
@@ -131,7 +131,7 @@ async def test_the_first_batch_says_that_the_watch_was_taken() -> None:
         (ApiAnswer(400, status_object(400)), "ClusterRefused"),
     ],
 )
-async def test_a_refused_watch_is_the_error_it_would_be_elsewhere(answer: ApiAnswer, expected: str) -> None:
+async def test_refused_watch_is_the_error_it_would_be_elsewhere(answer: ApiAnswer, expected: str) -> None:
     """Before the first batch, by name."""
     api = ScriptedApi()
     api.watches.extend([answer, answer])
@@ -141,7 +141,7 @@ async def test_a_refused_watch_is_the_error_it_would_be_elsewhere(answer: ApiAns
     assert type(caught.value).__name__ == expected
 
 
-async def test_a_watch_ends_by_its_server_or_breaks() -> None:
+async def test_watch_ends_by_its_server_or_breaks() -> None:
     """A clean end is an end; a cut is unreachable, and what came before it was given."""
     api = ScriptedApi()
     api.watches.extend([ends(("ADDED", pod_object("a"))), cuts(("DELETED", pod_object("a")))])
@@ -175,7 +175,7 @@ async def test_silence_ends_a_watch_and_blank_lines_are_silence() -> None:
     assert 0.65 <= loop.time() - began < 1.5
 
 
-async def test_a_server_that_never_answers_a_watch_is_unreachable() -> None:
+async def test_server_that_never_answers_a_watch_is_unreachable() -> None:
     """The read timeout bounds the wait for the response's head."""
 
     async def mute(_: web.Request) -> web.StreamResponse:
@@ -192,7 +192,7 @@ async def test_a_server_that_never_answers_a_watch_is_unreachable() -> None:
             await watched(client)
 
 
-async def test_a_page_is_given_while_the_next_is_on_its_way() -> None:
+async def test_page_is_given_while_the_next_is_on_its_way() -> None:
     """The second request is at the server before the first page was used."""
     second_asked = asyncio.Event()
 
@@ -212,7 +212,7 @@ async def test_a_page_is_given_while_the_next_is_on_its_way() -> None:
 
 
 @pytest.mark.parametrize("is_failing", [False, True])
-async def test_a_list_given_up_leaves_no_request_behind(is_failing: bool) -> None:
+async def test_list_given_up_leaves_no_request_behind(is_failing: bool) -> None:
     """Nor a failure that nobody hears of."""
     given_up = asyncio.Event()
 
@@ -236,7 +236,7 @@ async def test_a_list_given_up_leaves_no_request_behind(is_failing: bool) -> Non
         assert not any("_send" in repr(task) for task in asyncio.all_tasks())
 
 
-async def test_the_present_version_is_that_of_a_list_of_one() -> None:
+async def test_present_version_is_that_of_a_list_of_one() -> None:
     """The most recent one, whatever the namespace holds; refusals have their own errors."""
     api = ScriptedApi()
     api.probes.extend(
@@ -251,7 +251,7 @@ async def test_the_present_version_is_that_of_a_list_of_one() -> None:
     assert api.queries("probe")[0] == {"limit": "1"}
 
 
-async def test_a_list_is_given_in_parts_that_leave_the_loop_its_turn() -> None:
+async def test_list_is_given_in_parts_that_leave_the_loop_its_turn() -> None:
     """A whole list of thousands comes as many parts of one version."""
     api = ScriptedApi(pods=[pod_object(f"p{number}") for number in range(2 * SLICE + 1)])
     async with serving_api(api), client_of(api.url) as client:
@@ -279,7 +279,7 @@ async def test_many_watches_leave_room_for_requests() -> None:
                 await batches.aclose()
 
 
-def test_a_bookmark_with_null_containers_only_moves_the_version() -> None:
+def test_bookmark_with_null_containers_only_moves_the_version() -> None:
     """As the real server sends it."""
     (only,) = WatchDecoder(Kind.POD).feed(
         json.dumps({"type": "BOOKMARK", "object": bookmark_object(354)}).encode() + b"\n"

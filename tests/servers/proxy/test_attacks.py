@@ -184,7 +184,7 @@ async def test_attacks_byte_by_byte() -> None:
         ground.unharmed()
 
 
-async def test_one_answer_to_what_is_cut_off_midway() -> None:
+async def test_request_cut_off_midway_gets_one_answer() -> None:
     """Answers a request that turns bad in its second piece once, and closes."""
     async with standing() as ground:
         reader, writer = await ground.proxy.connect()

@@ -251,7 +251,7 @@ async def test_caller_that_asks_on_after_the_end() -> None:
 @pytest.mark.parametrize(
     ("size", "is_tiny"), [(12_000, True), (40_000, True), (4_000_000, True), (16_000_000, False)]
 )
-async def test_what_waits_is_not_overwritten(size: int, is_tiny: bool) -> None:
+async def test_waiting_output_of_a_slow_caller_is_not_overwritten(size: int, is_tiny: bool) -> None:
     """Keeps what a slow caller has not taken apart from what is read for others meanwhile."""
 
     async def its_own(

@@ -36,7 +36,7 @@ async def test_each_is_told_once_and_in_time() -> None:
         assert each.seconds - 0.005 <= told <= each.seconds + GRAIN + SLACK
 
 
-async def test_who_has_gone_is_told_nothing_and_kept_nowhere() -> None:
+async def test_deadline_of_an_ended_scrape_is_forgotten() -> None:
     """Forgets those who stop, whatever lengths they had, and stops looking at the clock."""
     deadlines = Deadlines(asyncio.get_running_loop())
     bounded = [Bounded(deadlines, seconds) for seconds in (0.05, SHORT, *(SHORT + n / 7 for n in range(20)))]
@@ -47,7 +47,7 @@ async def test_who_has_gone_is_told_nothing_and_kept_nowhere() -> None:
     assert (deadlines._lanes, deadlines._timers, deadlines._ticking) == ({}, {}, None)
 
 
-async def test_a_later_one_is_told_after_a_pause() -> None:
+async def test_later_one_is_told_after_a_pause() -> None:
     """Looks at the clock again where somebody comes after all had gone."""
     deadlines = Deadlines(asyncio.get_running_loop())
     first = Bounded(deadlines, SHORT)
@@ -58,7 +58,7 @@ async def test_a_later_one_is_told_after_a_pause() -> None:
     assert (len(first.told), len(second.told)) == (0, 1)
 
 
-async def test_closing_tells_nobody() -> None:
+async def test_closing_reports_nothing() -> None:
     """Leaves no timer behind."""
     deadlines = Deadlines(asyncio.get_running_loop())
     bounded = [Bounded(deadlines, seconds) for seconds in (0.05, SHORT)]

@@ -49,7 +49,7 @@ pytestmark = pytest.mark.both_loops
 NOBODY = NodeTable()
 
 
-async def test_a_pod_is_asked_what_it_is_annotated_with() -> None:
+async def test_pod_is_asked_what_it_is_annotated_with() -> None:
     """The Pod sees its own path and query, whatever the caller's query, and no credentials or cookies of anybody."""
     pod = PodServer()
     async with pod.serving():
@@ -67,7 +67,7 @@ async def test_a_pod_is_asked_what_it_is_annotated_with() -> None:
     assert f"Host: {POD_HOST}:{pod.port}" in fields
 
 
-async def test_a_pod_never_sees_what_kubelets_are_shown() -> None:
+async def test_pod_never_sees_what_kubelets_are_shown() -> None:
     """The kubelet gets the token and the Pods none of it, over http and https; no connection serves both kinds."""
     kubelet, plain, secure = Kubelet(), PodServer(), PodServer(is_secure=True)
     async with kubelet.serving(), plain.serving(), secure.serving():
@@ -98,7 +98,7 @@ async def test_several_ports() -> None:
     assert (len(one.requests), len(two.requests), other.connections) == (2, 1, 0)
 
 
-async def test_a_pod_that_goes_is_gone_at_once() -> None:
+async def test_pod_that_goes_is_gone_at_once() -> None:
     """404 with its kept connection closed; a Pod of its name comes back with a connection of its own."""
     pod = PodServer()
     async with pod.serving():
@@ -126,7 +126,7 @@ async def test_another_uid_closes_the_connection() -> None:
             assert pod.connections == 2
 
 
-async def test_a_change_of_no_concern_keeps_the_connection() -> None:
+async def test_change_of_no_concern_keeps_the_connection() -> None:
     """A label or the readiness of a Pod closes nothing."""
     pod = PodServer()
     async with pod.serving():
@@ -138,7 +138,7 @@ async def test_a_change_of_no_concern_keeps_the_connection() -> None:
     assert pod.connections == 1
 
 
-async def test_a_scrape_under_way_of_a_pod_that_goes() -> None:
+async def test_scrape_under_way_of_a_pod_that_goes() -> None:
     """What has begun ends, and its connection is not kept."""
     release = asyncio.Event()
 
@@ -161,7 +161,7 @@ async def test_a_scrape_under_way_of_a_pod_that_goes() -> None:
             assert proxy.server.stats().kept == 0
 
 
-async def test_a_scrape_that_waits_for_a_pod_that_goes() -> None:
+async def test_scrape_that_waits_for_a_pod_that_goes() -> None:
     """404, with no connection to an address that may be another Pod's by now."""
     pod = PodServer(hang)
     async with pod.serving():
@@ -178,7 +178,7 @@ async def test_a_scrape_that_waits_for_a_pod_that_goes() -> None:
     assert pod.connections == 1
 
 
-async def test_a_pod_that_goes_while_it_is_dialled() -> None:
+async def test_pod_that_goes_while_it_is_dialled() -> None:
     """404 once the connection is up, and not a byte of a request over it."""
     pod = PodServer(is_secure=True)
     async with pod.serving(), TcpProxy(POD_HOST, pod.port, listen_on=POD_HOST) as door:
@@ -248,7 +248,7 @@ async def test_pods_that_answer_badly(raw: bytes, status: int, outcome: Outcome)
         assert (failure.outcome, failure.endpoint.port) == (outcome, pod.port)
 
 
-async def test_a_pod_that_is_not_there() -> None:
+async def test_pod_that_is_not_there() -> None:
     """502 with the reason where nothing listens."""
     server = PodServer()
     async with server.serving():
@@ -305,7 +305,7 @@ def route_of(pods: Pods, target: str, nodes: NodeTable = NOBODY) -> Route | Refu
     return find_pod(target.encode("latin-1"), pods, nodes)
 
 
-async def test_a_pod_with_its_nodes_network() -> None:
+async def test_pod_with_its_nodes_network() -> None:
     """Only a declared port is reached, and never the kubelet's, declared or not."""
     kubelet, pod = Kubelet(), PodServer(host="127.0.0.1")
     async with kubelet.serving(), pod.serving():
@@ -327,7 +327,7 @@ async def test_a_pod_with_its_nodes_network() -> None:
 
 
 @pytest.mark.parametrize(("port", "status"), [(6443, 404), (8443, None)])
-def test_a_pod_at_the_api_server_is_reached_at_other_ports_only(port: int, status: int | None) -> None:
+def test_pod_at_the_api_server_is_reached_at_other_ports_only(port: int, status: int | None) -> None:
     """Its own address and port are not a Pod's, with the node's network or without."""
     table = NodeTable(api_server=frozenset({("192.0.2.9", 6443)}))
     for host_network in (False, True):
@@ -371,7 +371,7 @@ def test_addresses_never_dialled(ip: str) -> None:
         ({"scrape": "no"}, None),
     ],
 )
-def test_what_is_asked(annotations: dict[str, str], path: str | None) -> None:
+def test_pod_is_asked_for_the_path_as_go_writes_it(annotations: dict[str, str], path: str | None) -> None:
     """Path and query are written as Go's net/url writes them, and nothing can break out of the request line."""
     made = proxied_pod(PodServer(port=80).pod(ip="192.0.2.9", annotations=annotations), PREFIX)
     assert (made.routes[0].path if made else None) == path

@@ -245,7 +245,7 @@ async def test_bad_chunk_after_the_first_byte() -> None:
             await proxy.exchange(get_request(cadvisor(kubelet)))
 
 
-async def test_nobody_listens() -> None:
+async def test_refused_connection_is_502_with_the_reason() -> None:
     """Answers 502 with the reason where the connection is refused."""
     kubelet = Kubelet(port=reserve_ports(1)[0])
     async with proxying(kubelet.node()) as proxy:
@@ -281,7 +281,7 @@ async def test_kubelet_identity_by_choice() -> None:
         assert (await proxy.get(cadvisor(stranger))).status == 200
 
 
-def test_what_a_kubelets_certificate_must_be() -> None:
+def test_kubelet_certificate_is_verified_as_go_does() -> None:
     """Verifies as Go does on every Python: by subject alternative names, without the strictness of RFC 5280."""
     context = Trust(authority_pem()).context
     assert context.verify_mode is ssl.CERT_REQUIRED

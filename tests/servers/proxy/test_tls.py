@@ -80,7 +80,7 @@ async def test_bodies_of_any_size(tmp_path: Path, size: int) -> None:
         assert (await get(proxy, caller_context(AUTHORITY), cadvisor(kubelet))).body == body
 
 
-async def test_a_slow_caller_holds_the_kubelet_back(tmp_path: Path) -> None:
+async def test_slow_caller_holds_the_kubelet_back(tmp_path: Path) -> None:
     """What the socket does not take is kept and the kubelet read no further, and in the end all of it arrives."""
     body = os.urandom(1_000_000) * 30  # more than the sockets of loopback hold
     kubelet = Kubelet(always(answer(body)))
@@ -99,7 +99,7 @@ async def test_a_slow_caller_holds_the_kubelet_back(tmp_path: Path) -> None:
         assert await caller.reader.readexactly(len(body)) == body
 
 
-async def test_a_cut_answer_looks_cut(tmp_path: Path) -> None:
+async def test_cut_answer_looks_cut(tmp_path: Path) -> None:
     """Where the kubelet breaks off the caller gets a reset, not the end that TLS announces."""
     kubelet = Kubelet(always(PLAIN + b"Content-Length: 100\r\n\r\nhalf", then_close=True))
     async with secured(Files(tmp_path, AUTHORITY), kubelet) as proxy:
@@ -109,7 +109,7 @@ async def test_a_cut_answer_looks_cut(tmp_path: Path) -> None:
             await caller.reader.read(-1)
 
 
-async def test_the_end_is_announced(tmp_path: Path) -> None:
+async def test_end_is_announced(tmp_path: Path) -> None:
     """A connection that is closed on purpose ends with TLS's own farewell."""
     kubelet = Kubelet()
     async with secured(Files(tmp_path, AUTHORITY), kubelet) as proxy:
@@ -169,7 +169,7 @@ async def test_byte_by_byte(tmp_path: Path) -> None:
         assert tls.read(20).startswith(b"HTTP/1.1 200 OK")
 
 
-async def test_a_certificate_is_asked_for(tmp_path: Path) -> None:
+async def test_certificate_is_asked_for(tmp_path: Path) -> None:
     """With an authority for clients only who shows a certificate of it is served, by a bearer token as well."""
     kubelet = Kubelet()
     files = Files(tmp_path, AUTHORITY, CLIENTS)
@@ -186,7 +186,7 @@ async def test_a_certificate_is_asked_for(tmp_path: Path) -> None:
         assert len(kubelet.requests) == 1
 
 
-async def test_a_client_of_the_old_authority_is_refused(tmp_path: Path) -> None:
+async def test_client_of_the_old_authority_is_refused(tmp_path: Path) -> None:
     """After a change the new one's client is served and the old one's is not, on no new and on no kept connection."""
     kubelet = Kubelet()
     files = Files(tmp_path, AUTHORITY, CLIENTS)
@@ -202,7 +202,7 @@ async def test_a_client_of_the_old_authority_is_refused(tmp_path: Path) -> None:
         assert len(kubelet.requests) == 2
 
 
-async def test_a_scrape_under_way_outlives_its_authority(tmp_path: Path) -> None:
+async def test_scrape_under_way_outlives_its_authority(tmp_path: Path) -> None:
     """The answer under way comes whole, with the word that the connection ends, and no request follows it."""
     release = asyncio.Event()
 
@@ -359,7 +359,7 @@ def test_files_that_cannot_be_used_at_the_start(tmp_path: Path) -> None:
         files.tls()
 
 
-async def test_what_is_no_handshake(tmp_path: Path) -> None:
+async def test_bytes_that_are_no_handshake_end_the_connection(tmp_path: Path) -> None:
     """Plain HTTP is told so in plain, other bytes end the connection, and nothing reaches the kubelet."""
     kubelet = Kubelet()
     timing = ProxyTiming(tick=0.02, request_head=0.3, linger=0.1)
@@ -375,7 +375,7 @@ async def test_what_is_no_handshake(tmp_path: Path) -> None:
         assert (await get(proxy, caller_context(AUTHORITY), cadvisor(kubelet))).status == 200
 
 
-async def test_a_handshake_that_does_not_come(tmp_path: Path) -> None:
+async def test_handshake_that_does_not_come(tmp_path: Path) -> None:
     """A caller that says nothing, or half of a hello, is dropped in the time for a request's head."""
     kubelet = Kubelet()
     timing = ProxyTiming(tick=0.02, request_head=0.2, linger=0.1)
@@ -388,7 +388,7 @@ async def test_a_handshake_that_does_not_come(tmp_path: Path) -> None:
         await until(lambda: proxy.server.stats().callers == 0)
 
 
-async def test_a_caller_that_leaves(tmp_path: Path) -> None:
+async def test_caller_that_leaves(tmp_path: Path) -> None:
     """The call to the kubelet ends at once, whether the caller says farewell or resets."""
 
     async def hang(
@@ -408,7 +408,7 @@ async def test_a_caller_that_leaves(tmp_path: Path) -> None:
         await until(lambda: proxy.server.stats().running == 0)
 
 
-async def test_a_second_request_at_once(tmp_path: Path) -> None:
+async def test_second_request_at_once(tmp_path: Path) -> None:
     """The rules for requests are the plain connection's: two in one record are refused."""
     kubelet = Kubelet()
     async with secured(Files(tmp_path, AUTHORITY), kubelet) as proxy:

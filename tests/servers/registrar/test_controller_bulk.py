@@ -22,7 +22,7 @@ PROBES = 40
 
 
 @pytest.mark.parametrize("work", ["removals", "renames"])
-async def test_a_new_pod_during_bulk_work_on_an_agent_waits_for_one_batch(work: str) -> None:
+async def test_new_pod_during_bulk_work_on_an_agent_waits_for_one_batch(work: str) -> None:
     """4,000 removals or 3,000 renames take seconds; a Pod that comes meanwhile is there long before their end."""
     lab = ControllerLab(checks_versions=False, brake=BrakeRules(allow_mass=True))
     names = [f"p{number}" for number in range(4000 if work == "removals" else 3000)]

@@ -159,7 +159,7 @@ async def test_removals_of_an_object_follow_its_registrations(checks_versions: b
 
 
 @on_both
-async def test_an_object_that_flaps_does_not_starve_others(checks_versions: bool) -> None:
+async def test_object_that_flaps_does_not_starve_others(checks_versions: bool) -> None:
     """One Pod that changes 50 times a second is written now and then, and a new Pod is written at once."""
     lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
@@ -187,7 +187,7 @@ async def test_an_object_that_flaps_does_not_starve_others(checks_versions: bool
     assert lab.queue.in_flight == 0
 
 
-async def test_a_flapping_object_is_written_at_most_once_an_interval() -> None:
+async def test_flapping_object_is_written_at_most_once_an_interval() -> None:
     """Two writes of one ID are at least the interval apart, and the last state is written in the end."""
     lab = ControllerLab(timing=dataclasses.replace(QUICK, write_interval=0.3))
     async with lab.running():
@@ -203,7 +203,7 @@ async def test_a_flapping_object_is_written_at_most_once_an_interval() -> None:
 
 
 @on_both
-async def test_the_lag_of_events_is_counted_once_written(checks_versions: bool) -> None:
+async def test_lag_of_events_is_counted_once_written(checks_versions: bool) -> None:
     """Each service that an event led to counts once, from the event to the write; a list does not count."""
     lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
@@ -223,7 +223,7 @@ async def test_the_lag_of_events_is_counted_once_written(checks_versions: bool) 
         assert lab.value("event_lag_seconds_sum") >= 0.2
 
 
-async def test_the_lag_counts_from_the_first_of_several_events() -> None:
+async def test_lag_counts_from_the_first_of_several_events() -> None:
     """A service that changed again before it was written waits since its first change."""
     lab = ControllerLab()
     async with lab.running():
@@ -239,7 +239,7 @@ async def test_the_lag_counts_from_the_first_of_several_events() -> None:
 
 
 @on_both
-async def test_an_id_that_another_took_is_not_removed_with_its_pod(checks_versions: bool) -> None:
+async def test_id_that_another_took_is_not_removed_with_its_pod(checks_versions: bool) -> None:
     """A Pod goes whose service another cluster overwrote: that service stays."""
     lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
@@ -253,7 +253,7 @@ async def test_an_id_that_another_took_is_not_removed_with_its_pod(checks_versio
 
 
 @on_both
-async def test_a_service_edited_before_its_pod_changes_is_still_updated(checks_versions: bool) -> None:
+async def test_service_edited_before_its_pod_changes_is_still_updated(checks_versions: bool) -> None:
     """What a hand edited without notice is looked up, and written over, by the next change."""
     lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():

@@ -37,7 +37,7 @@ def internal_errors(lines: Sequence[EventDict]) -> list[EventDict]:
 
 @pytest.mark.forces_internal_error
 @on_both
-async def test_an_exception_in_a_decision_fails_that_id_only(checks_versions: bool) -> None:
+async def test_exception_in_a_decision_fails_that_id_only(checks_versions: bool) -> None:
     """It is counted and logged once with its traceback, others of its batch go on, and it is tried again."""
     shards = BrokenShards()
     lab = ControllerLab(checks_versions=checks_versions, shards=shards, backoff_cap=0.05)
@@ -77,7 +77,7 @@ async def test_one_exception_is_counted_once(checks_versions: bool) -> None:
 
 @pytest.mark.forces_internal_error
 @on_both
-async def test_an_exception_in_encoding_one_service_fails_that_service_only(checks_versions: bool) -> None:
+async def test_exception_in_encoding_one_service_fails_that_service_only(checks_versions: bool) -> None:
     """The registry raises for one service of a batch: the others are written one by one."""
     lab = ControllerLab(checks_versions=checks_versions, backoff_cap=0.05)
     register = lab.consul.register
@@ -105,7 +105,7 @@ async def test_an_exception_in_encoding_one_service_fails_that_service_only(chec
 
 @pytest.mark.forces_internal_error
 @on_both
-async def test_an_exception_in_a_resync_does_not_end_the_controller(checks_versions: bool) -> None:
+async def test_exception_in_a_resync_does_not_end_the_controller(checks_versions: bool) -> None:
     """It is counted, the resync is made again after a wait, and batches go on meanwhile."""
     lab = ControllerLab(checks_versions=checks_versions)
     services = lab.consul.services
@@ -131,7 +131,7 @@ async def test_an_exception_in_a_resync_does_not_end_the_controller(checks_versi
 
 
 @on_both
-async def test_a_run_without_mistakes_counts_no_internal_error(checks_versions: bool) -> None:
+async def test_run_without_mistakes_counts_no_internal_error(checks_versions: bool) -> None:
     """Refusals, outages and conflicts are none of this program's errors."""
     lab = ControllerLab(checks_versions=checks_versions)
     lab.consul.put_by_hand(our_pod_service("taken", cluster="other"))

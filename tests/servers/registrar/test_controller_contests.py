@@ -51,7 +51,7 @@ async def test_conflicts_come_and_go(checks_versions: bool) -> None:
 
 
 @on_both
-async def test_what_is_registered_between_the_read_and_the_write_is_not_overwritten(
+async def test_service_registered_between_read_and_write_is_not_overwritten(
     checks_versions: bool,
 ) -> None:
     """The catalog compares versions; an agent is looked at immediately before the write."""
@@ -71,7 +71,7 @@ async def test_what_is_registered_between_the_read_and_the_write_is_not_overwrit
 
 
 @on_both
-async def test_a_repair_does_not_overwrite_what_came_after_the_read(checks_versions: bool) -> None:
+async def test_repair_does_not_overwrite_what_came_after_the_read(checks_versions: bool) -> None:
     """A resync finds a difference; before the write another cluster takes the ID."""
     lab = ControllerLab(checks_versions=checks_versions)
     lookup, is_due = lab.consul.lookup, False
@@ -133,7 +133,7 @@ async def test_two_writers_of_one_identity_are_reported_and_not_fought(checks_ve
 
 
 @on_both
-async def test_a_hand_that_edits_now_and_then_is_always_repaired(checks_versions: bool) -> None:
+async def test_hand_that_edits_now_and_then_is_always_repaired(checks_versions: bool) -> None:
     """Changes a quiet period apart are accidents, not a writer."""
     schedule = ScheduleRules(period=50, probe=QUICK.probe, gap=0)
     lab = ControllerLab(checks_versions=checks_versions, schedule=schedule)
@@ -148,7 +148,7 @@ async def test_a_hand_that_edits_now_and_then_is_always_repaired(checks_versions
 
 
 @on_both
-async def test_the_loser_of_an_id_is_reported_and_gets_it_when_the_winner_goes(checks_versions: bool) -> None:
+async def test_loser_of_an_id_is_reported_and_gets_it_when_the_winner_goes(checks_versions: bool) -> None:
     """Two Nodes with one address: the older has the ID, the other is rejected until then."""
     lab = ControllerLab(checks_versions=checks_versions, sources=(NODES,))
     first = make_node("first", created="2026-11-22T10:00:00Z")
@@ -166,7 +166,7 @@ async def test_the_loser_of_an_id_is_reported_and_gets_it_when_the_winner_goes(c
 
 
 @on_both
-async def test_a_pod_whose_id_another_pod_holds_is_reported(checks_versions: bool) -> None:
+async def test_pod_whose_id_another_pod_holds_is_reported(checks_versions: bool) -> None:
     """Two Pods that ask for one ID: the one that holds it keeps it, and the other is named."""
     lab = ControllerLab(checks_versions=checks_versions)
     # The service of the second port of Pod `a` has the ID of a Pod named `a--2`.
@@ -183,7 +183,7 @@ async def test_a_pod_whose_id_another_pod_holds_is_reported(checks_versions: boo
 
 
 @on_both
-async def test_a_name_from_a_label_is_checked_in_the_whole_catalog(checks_versions: bool) -> None:
+async def test_name_from_a_label_is_checked_in_the_whole_catalog(checks_versions: bool) -> None:
     """A Pod does not join a service that no registrar wrote, wherever in the catalog that is."""
     rules = TargetRules(pod_name=parse_name("lab-{label:app}", Kind.POD))
     lab = ControllerLab(checks_versions=checks_versions, checked_names=True, target_rules=rules)
@@ -220,7 +220,7 @@ async def test_default_names_are_not_looked_up(checks_versions: bool) -> None:
 
 
 @on_both
-async def test_a_foreign_service_that_takes_a_new_name_at_our_node_keeps_it(checks_versions: bool) -> None:
+async def test_foreign_service_that_takes_a_new_name_at_our_node_keeps_it(checks_versions: bool) -> None:
     """The resync's view refuses the name though it is a default one; case does not count."""
     lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
@@ -235,7 +235,7 @@ async def test_a_foreign_service_that_takes_a_new_name_at_our_node_keeps_it(chec
 
 
 @on_both
-async def test_an_outage_while_a_name_is_checked_delays_the_write(checks_versions: bool) -> None:
+async def test_outage_while_a_name_is_checked_delays_the_write(checks_versions: bool) -> None:
     """No new name is given without the look at the catalog."""
     rules = TargetRules(pod_name=parse_name("lab-{label:app}", Kind.POD))
     lab = ControllerLab(checks_versions=checks_versions, checked_names=True, target_rules=rules)

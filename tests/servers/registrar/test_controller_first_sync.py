@@ -55,7 +55,7 @@ async def test_pods_are_registered_while_the_first_list_still_arrives(checks_ver
 
 
 @on_both
-async def test_a_first_fill_reads_consul_once(checks_versions: bool) -> None:
+async def test_first_fill_reads_consul_once(checks_versions: bool) -> None:
     """In the catalog an unseen ID is created at index 0 without a lookup; at an agent each write is preceded by one."""
     lab = ControllerLab(checks_versions=checks_versions)
     sent: list[Service] = []
@@ -82,7 +82,7 @@ async def test_a_first_fill_reads_consul_once(checks_versions: bool) -> None:
 
 
 @on_both
-async def test_an_agent_is_looked_at_before_every_write(checks_versions: bool) -> None:
+async def test_agent_is_looked_at_before_every_write(checks_versions: bool) -> None:
     """Updates and removals alike; the catalog compares versions instead."""
     lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
@@ -97,7 +97,7 @@ async def test_an_agent_is_looked_at_before_every_write(checks_versions: bool) -
 
 
 @on_both
-async def test_what_changes_while_it_is_written_is_written_again(checks_versions: bool) -> None:
+async def test_service_that_changes_while_written_is_written_again(checks_versions: bool) -> None:
     """It goes over what is in Consul by then, at the first attempt."""
     lab = ControllerLab(checks_versions=checks_versions)
     lab.consul.write_seconds = 0.05
@@ -113,7 +113,7 @@ async def test_what_changes_while_it_is_written_is_written_again(checks_versions
 
 
 @on_both
-async def test_a_pod_that_vanishes_while_it_is_written_goes(checks_versions: bool) -> None:
+async def test_pod_that_vanishes_while_it_is_written_goes(checks_versions: bool) -> None:
     """Its departure is newer than the write under way."""
     lab = ControllerLab(checks_versions=checks_versions)
     lab.consul.write_seconds = 0.05
@@ -127,7 +127,7 @@ async def test_a_pod_that_vanishes_while_it_is_written_goes(checks_versions: boo
 
 
 @on_both
-async def test_a_consul_that_fails_in_the_middle_of_a_first_sync_loses_nothing(checks_versions: bool) -> None:
+async def test_consul_that_fails_in_the_middle_of_a_first_sync_loses_nothing(checks_versions: bool) -> None:
     """What was not written is written later; what may have been is looked up."""
     lab = ControllerLab(checks_versions=checks_versions)
     lab.consul.failing_writes = 3
@@ -182,7 +182,7 @@ async def test_removals_of_a_start_follow_its_registrations(checks_versions: boo
 
 
 @on_both
-async def test_the_end_of_the_first_list_is_judged_without_another_read(checks_versions: bool) -> None:
+async def test_end_of_the_first_list_is_judged_without_another_read(checks_versions: bool) -> None:
     """What the list lacks goes or is held, however late it is; Consul is not read a second time for that."""
     lab = ControllerLab(checks_versions=checks_versions)
     for name in NAMES:
@@ -197,7 +197,7 @@ async def test_the_end_of_the_first_list_is_judged_without_another_read(checks_v
     assert lab.consul.reads == 1
 
 
-async def test_a_start_is_over_with_the_first_list() -> None:
+async def test_start_is_over_with_the_first_list() -> None:
     """The brake's long wait is for what an earlier process wrote, not for the rest of this one's life."""
     lab = ControllerLab(brake=BrakeRules(confirm=0.1, confirm_start=600))
     async with lab.running():
@@ -243,7 +243,7 @@ async def test_readiness_waits_for_every_source_and_for_consul() -> None:
         await lab.until_so(lambda: lab.controller.is_complete)
 
 
-async def test_a_long_first_fill_shows_that_the_loop_turns() -> None:
+async def test_long_first_fill_shows_that_the_loop_turns() -> None:
     """Filling a slow agent takes longer than a loop may stand still."""
     lab = ControllerLab(checks_versions=False)
     lab.consul.write_seconds = 0.05

@@ -24,7 +24,7 @@ async def stood_by(lab: ControllerLab) -> None:
 
 
 @on_both
-async def test_a_standby_writes_nothing_and_takes_over(checks_versions: bool) -> None:
+async def test_standby_writes_nothing_and_takes_over(checks_versions: bool) -> None:
     """It is ready once it knows the cluster, serves what the leader wrote, and writes when it wins."""
     vote = Vote(is_leader=False)
     lab = ControllerLab(checks_versions=checks_versions, leadership=vote)
@@ -42,7 +42,7 @@ async def test_a_standby_writes_nothing_and_takes_over(checks_versions: bool) ->
 
 
 @on_both
-async def test_a_leader_that_lost_compares_everything_when_it_wins_again(checks_versions: bool) -> None:
+async def test_leader_that_lost_compares_everything_when_it_wins_again(checks_versions: bool) -> None:
     """What another replica wrote meanwhile is compared, not overwritten from memory."""
     vote = Vote(is_leader=True)
     lab = ControllerLab(checks_versions=checks_versions, leadership=vote)
@@ -63,7 +63,7 @@ async def test_a_leader_that_lost_compares_everything_when_it_wins_again(checks_
 
 
 @on_both
-async def test_a_leader_that_wins_again_writes_nothing_before_everything_was_read(
+async def test_leader_that_wins_again_writes_nothing_before_everything_was_read(
     checks_versions: bool,
 ) -> None:
     """What it knew is of another time, so even a fresh event waits for the read."""
@@ -120,7 +120,7 @@ async def test_removals_seen_while_standing_by_are_made_by_the_next_leader(check
 
 
 @on_both
-async def test_a_blind_new_leader_keeps_a_living_pods_service(checks_versions: bool) -> None:
+async def test_blind_new_leader_keeps_a_living_pods_service(checks_versions: bool) -> None:
     """While its source has failed or is catching up, what the old leader wrote is not taken for gone."""
     vote = Vote(is_leader=False)
     lab = ControllerLab(checks_versions=checks_versions, leadership=vote)
@@ -146,7 +146,7 @@ async def test_a_blind_new_leader_keeps_a_living_pods_service(checks_versions: b
 
 
 @on_both
-async def test_a_pod_that_is_gone_when_a_blind_leader_sees_again_is_removed(checks_versions: bool) -> None:
+async def test_pod_that_is_gone_when_a_blind_leader_sees_again_is_removed(checks_versions: bool) -> None:
     """Once the source has caught up, and the object is confirmed absent by name, its service goes."""
     vote = Vote(is_leader=False)
     lab = ControllerLab(checks_versions=checks_versions, leadership=vote)
@@ -166,7 +166,7 @@ async def test_a_pod_that_is_gone_when_a_blind_leader_sees_again_is_removed(chec
     assert lab.cluster.reads[-1] == make_pod("x").key
 
 
-async def test_a_departure_seen_while_another_led_is_not_trusted_by_a_blind_leader() -> None:
+async def test_departure_seen_while_another_led_is_not_trusted_by_a_blind_leader() -> None:
     """The Pod may have come back since, and the old leader may have registered it again."""
     vote = Vote(is_leader=False)
     lab = ControllerLab(leadership=vote)
@@ -252,7 +252,7 @@ async def test_lost_agents_are_shown_by_the_leader_only() -> None:
         await lab.until_so(lambda: lab.status.lost_agents == ())
 
 
-async def test_what_a_leader_reported_is_not_shown_by_a_standby() -> None:
+async def test_standby_does_not_show_what_it_reported_as_leader() -> None:
     """Refusals, conflicts and held removals are the new leader's to show."""
     vote = Vote(is_leader=True)
     lab = ControllerLab(leadership=vote)

@@ -134,7 +134,7 @@ async def test_changes_during_an_outage_are_written_after_it(checks_versions: bo
 
 
 @on_both
-async def test_a_first_sync_survives_an_outage(checks_versions: bool) -> None:
+async def test_first_sync_survives_an_outage(checks_versions: bool) -> None:
     """Once Consul is back the sync is made, without the help of a change."""
     lab = ControllerLab(checks_versions=checks_versions)
     lab.consul.is_down = True
@@ -149,7 +149,7 @@ async def test_a_first_sync_survives_an_outage(checks_versions: bool) -> None:
 
 
 @on_both
-async def test_a_failed_write_is_looked_up_before_the_next(checks_versions: bool) -> None:
+async def test_failed_write_is_looked_up_before_the_next(checks_versions: bool) -> None:
     """It may have been made though no answer came, so what is under the ID is read first."""
     lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
@@ -165,7 +165,7 @@ async def test_a_failed_write_is_looked_up_before_the_next(checks_versions: bool
 
 
 @on_both
-async def test_an_outage_during_a_resync_keeps_what_was_written_meanwhile(checks_versions: bool) -> None:
+async def test_outage_during_a_resync_keeps_what_was_written_meanwhile(checks_versions: bool) -> None:
     """A read that fails proves nothing: known records stay, and the next resync is complete."""
     lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
@@ -232,7 +232,7 @@ async def test_one_service_that_consul_never_takes_blocks_no_other(checks_versio
 
 
 @on_both
-async def test_a_service_that_consul_refuses_delays_no_retry_of_another(checks_versions: bool) -> None:
+async def test_service_that_consul_refuses_delays_no_retry_of_another(checks_versions: bool) -> None:
     """Backoff belongs to one ID: a second refused service starts with the shortest wait."""
     lab = ControllerLab(checks_versions=checks_versions, timing=dataclasses.replace(QUICK, retry_first=0.01))
     async with lab.running():
@@ -253,7 +253,7 @@ async def test_a_service_that_consul_refuses_delays_no_retry_of_another(checks_v
 
 
 @on_both
-async def test_a_refused_service_is_written_by_a_change_of_its_own(checks_versions: bool) -> None:
+async def test_refused_service_is_written_by_a_change_of_its_own(checks_versions: bool) -> None:
     """A new state is tried at once, whatever the backoff, and nothing is owed afterwards."""
     lab = ControllerLab(checks_versions=checks_versions, timing=dataclasses.replace(QUICK, retry_first=30.0))
     async with lab.running():

@@ -91,7 +91,7 @@ async def test_nothing_inferred_goes_until_every_source_of_the_kind_was_listed(c
 
 
 @on_both
-async def test_a_held_mass_removal_goes_once_later_reads_agree(checks_versions: bool) -> None:
+async def test_held_mass_removal_goes_once_later_reads_agree(checks_versions: bool) -> None:
     """The brake has what is absent confirmed again when its wait is over, by itself."""
     lab = ControllerLab(checks_versions=checks_versions, brake=HELD)
     for name in NAMES:
@@ -107,7 +107,7 @@ async def test_a_held_mass_removal_goes_once_later_reads_agree(checks_versions: 
 
 
 @on_both
-async def test_a_pod_that_comes_back_while_it_is_held_stays(checks_versions: bool) -> None:
+async def test_pod_that_comes_back_while_it_is_held_stays(checks_versions: bool) -> None:
     """It is desired again; the others go when their wait is over."""
     lab = ControllerLab(checks_versions=checks_versions, brake=HELD)
     for name in NAMES:
@@ -122,7 +122,7 @@ async def test_a_pod_that_comes_back_while_it_is_held_stays(checks_versions: boo
 
 
 @on_both
-async def test_an_absence_is_confirmed_by_name_before_it_counts(checks_versions: bool) -> None:
+async def test_absence_is_confirmed_by_name_before_it_counts(checks_versions: bool) -> None:
     """The list lacked a Pod that the API server shows: its service stays until it is really gone."""
     lab = ControllerLab(checks_versions=checks_versions, brake=HELD)
     async with lab.running():
@@ -139,7 +139,7 @@ async def test_an_absence_is_confirmed_by_name_before_it_counts(checks_versions:
 
 
 @on_both
-async def test_an_absence_that_cannot_be_confirmed_removes_nothing(checks_versions: bool) -> None:
+async def test_absence_that_cannot_be_confirmed_removes_nothing(checks_versions: bool) -> None:
     """While the API server does not answer reads by name, absence stays an inference."""
     lab = ControllerLab(checks_versions=checks_versions, brake=HELD)
     async with lab.running():
@@ -170,7 +170,7 @@ async def test_more_absences_than_are_asked_by_name_wait_for_a_new_list(checks_v
 
 
 @on_both
-async def test_a_held_mass_of_many_goes_by_a_list_after_its_wait(checks_versions: bool) -> None:
+async def test_held_mass_of_many_goes_by_a_list_after_its_wait(checks_versions: bool) -> None:
     """The brake asks for a list when its wait is over, and its end is a reason to judge again."""
     lab = ControllerLab(checks_versions=checks_versions, brake=HELD)
     names = [f"p{number}" for number in range(150)]
@@ -187,7 +187,7 @@ async def test_a_held_mass_of_many_goes_by_a_list_after_its_wait(checks_versions
 
 
 @on_both
-async def test_a_source_with_a_nameless_object_removes_nothing_it_infers(checks_versions: bool) -> None:
+async def test_source_with_a_nameless_object_removes_nothing_it_infers(checks_versions: bool) -> None:
     """What the list lacks may be the nameless one; departures seen in events go once a list is whole."""
     lab = ControllerLab(checks_versions=checks_versions, brake=STRICT)
     async with lab.running():
@@ -225,7 +225,7 @@ async def test_departures_seen_beside_a_failing_service_do_not_pile_up(checks_ve
 
 
 @on_both
-async def test_a_pod_gone_back_and_gone_during_a_resync_loses_its_service(checks_versions: bool) -> None:
+async def test_pod_gone_back_and_gone_during_a_resync_loses_its_service(checks_versions: bool) -> None:
     """The second departure is of another generation than the one that the resync saw."""
     lab = ControllerLab(checks_versions=checks_versions, brake=STRICT)
     async with lab.running():
@@ -248,7 +248,7 @@ async def test_a_pod_gone_back_and_gone_during_a_resync_loses_its_service(checks
     assert lab.names_held == {*"bcde"}
 
 
-async def test_a_pod_that_comes_back_behind_writes_of_its_batch_stays() -> None:
+async def test_pod_that_comes_back_behind_writes_of_its_batch_stays() -> None:
     """A removal is decided again right before it is sent: registrations of the same batch go first."""
     lab = ControllerLab(brake=STRICT)
     async with lab.running():
@@ -266,7 +266,7 @@ async def test_a_pod_that_comes_back_behind_writes_of_its_batch_stays() -> None:
 
 
 @on_both
-async def test_a_removal_that_consul_refuses_is_owed_until_it_is_made(checks_versions: bool) -> None:
+async def test_removal_that_consul_refuses_is_owed_until_it_is_made(checks_versions: bool) -> None:
     """It stays a fact: no second list and no brake, however many there are."""
     lab = ControllerLab(checks_versions=checks_versions, brake=STRICT)
     async with lab.running():
@@ -302,7 +302,7 @@ async def test_deletions_before_the_first_sync_count_as_facts(checks_versions: b
 
 
 @on_both
-async def test_what_consul_holds_of_a_rejected_pod_stays(checks_versions: bool) -> None:
+async def test_service_of_a_rejected_pod_stays(checks_versions: bool) -> None:
     """The object is there; only what it asks for cannot be. It goes when the object goes."""
     lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
@@ -316,7 +316,7 @@ async def test_what_consul_holds_of_a_rejected_pod_stays(checks_versions: bool) 
 
 
 @on_both
-async def test_a_source_that_fails_keeps_its_services(checks_versions: bool) -> None:
+async def test_source_that_fails_keeps_its_services(checks_versions: bool) -> None:
     """A failing source changes nothing that is registered, and shows in the metrics."""
     lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
@@ -333,7 +333,7 @@ async def test_a_source_that_fails_keeps_its_services(checks_versions: bool) -> 
 
 
 @on_both
-async def test_a_conflict_ends_when_a_list_lacks_its_object(checks_versions: bool) -> None:
+async def test_conflict_ends_when_a_list_lacks_its_object(checks_versions: bool) -> None:
     """Nothing asks for the ID any more; the service stays as it is."""
     lab = ControllerLab(checks_versions=checks_versions)
     lab.consul.put_by_hand(our_pod_service("a", cluster="other"))

@@ -41,7 +41,7 @@ async def test_drift_is_repaired(checks_versions: bool) -> None:
 
 @on_both
 @pytest.mark.parametrize("drift", [Drift.CHANGED, Drift.EMPTIED])
-async def test_a_consul_that_lost_its_history_is_filled_again(checks_versions: bool, drift: Drift) -> None:
+async def test_consul_that_lost_its_history_is_filled_again(checks_versions: bool, drift: Drift) -> None:
     """Its indexes start again, so that they may repeat: every service is written, with its shard."""
     lab = ControllerLab(checks_versions=checks_versions, shards=AnyShard())
     names = [f"p{number}" for number in range(20)]
@@ -64,7 +64,7 @@ async def test_a_consul_that_lost_its_history_is_filled_again(checks_versions: b
 
 
 @on_both
-async def test_an_older_snapshot_of_consul_is_repaired(checks_versions: bool) -> None:
+async def test_older_snapshot_of_consul_is_repaired(checks_versions: bool) -> None:
     """It lacks new services, and has old ones and old states; each is as desired in the end."""
     lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
@@ -107,7 +107,7 @@ async def test_resyncs_at_rest_write_nothing() -> None:
 
 
 @on_both
-async def test_a_suspended_process_compares_everything(checks_versions: bool) -> None:
+async def test_suspended_process_compares_everything(checks_versions: bool) -> None:
     """After 60 s without a turn others may have written, though no drift was reported."""
     lab = ControllerLab(checks_versions=checks_versions, schedule=RARE_READS)
     async with lab.running():
@@ -134,7 +134,7 @@ async def test_resyncs_are_budgeted() -> None:
     assert lab.consul.reads <= 3
 
 
-async def test_an_emptied_consul_does_not_wait_for_the_budget() -> None:
+async def test_emptied_consul_does_not_wait_for_the_budget() -> None:
     """A single change waits until Consul may be read again; a Consul that holds nothing is filled at once."""
     lab = ControllerLab(schedule=RARE_READS)
     async with lab.running():
@@ -149,7 +149,7 @@ async def test_an_emptied_consul_does_not_wait_for_the_budget() -> None:
 
 @on_both
 @pytest.mark.parametrize("texts", [["cut off"], ["cut off", "took too long"], ["a", "b", "c"]])
-async def test_a_failing_source_with_changing_texts_causes_no_resync(
+async def test_failing_source_with_changing_texts_causes_no_resync(
     checks_versions: bool, texts: list[str]
 ) -> None:
     """However its problem is worded, a source that goes on failing is no reason to read Consul."""
@@ -199,7 +199,7 @@ async def test_changes_do_not_wait_for_a_resync(checks_versions: bool, read_firs
     assert not lab.status.refused
 
 
-async def test_what_was_written_during_a_resync_is_looked_at_once_more() -> None:
+async def test_service_written_during_a_resync_is_compared_again() -> None:
     """Another writer may have come after us while the rest was read; an agent shows it when it is asked."""
     lab = ControllerLab(checks_versions=False, schedule=RARE_READS)
     async with lab.running():
@@ -216,7 +216,7 @@ async def test_what_was_written_during_a_resync_is_looked_at_once_more() -> None
     assert lab.consul.held["pod--shop--b"].address == "10.1.1.1"
 
 
-async def test_a_stopped_controller_leaves_nothing_running() -> None:
+async def test_stopped_controller_leaves_nothing_running() -> None:
     """Batches, a resync under way and the watch of the leadership end with it."""
     lab = ControllerLab()
     before = asyncio.all_tasks()

@@ -42,7 +42,7 @@ async def test_of_two_one_leads(polls: Polls) -> None:
     assert record["leaseTransitions"] == 0
 
 
-async def test_an_orderly_end_hands_over_at_once(polls: Polls) -> None:
+async def test_orderly_end_hands_over_at_once(polls: Polls) -> None:
     """Cancelling gives the lease back, and the other leads within a retry, not after the lease's duration."""
     async with polls.leader("a") as a, polls.replica("b") as b:
         await b.sees("a")
@@ -55,7 +55,7 @@ async def test_an_orderly_end_hands_over_at_once(polls: Polls) -> None:
 
 
 @pytest.mark.parametrize("fault", ["refuse", "stall"])
-async def test_a_leader_cut_off_stops_before_another_starts(polls: Polls, fault: str) -> None:
+async def test_leader_cut_off_stops_before_another_starts(polls: Polls, fault: str) -> None:
     """Without an API server, or with one that is silent, a leader stops at its deadline by itself."""
     async with (
         polls.door() as door,
@@ -77,7 +77,7 @@ async def test_a_leader_cut_off_stops_before_another_starts(polls: Polls, fault:
         assert a.elector.holder == "b"
 
 
-async def test_a_short_outage_costs_no_leadership(polls: Polls) -> None:
+async def test_short_outage_costs_no_leadership(polls: Polls) -> None:
     """Errors before the deadline are tried again, and the leader never stops."""
     async with polls.door() as door, polls.leader("a", address=door.address) as a:
         door.refuse()
@@ -108,7 +108,7 @@ class HangingOnce:
         return await self._leases.update(lease)
 
 
-async def test_a_renewal_that_hangs_leaves_time_for_another(polls: Polls) -> None:
+async def test_renewal_that_hangs_leaves_time_for_another(polls: Polls) -> None:
     """A request gets half the renew deadline, so one dead connection costs no leadership."""
     async with polls.client() as client:
         leases = HangingOnce(client)
@@ -124,7 +124,7 @@ async def test_a_renewal_that_hangs_leaves_time_for_another(polls: Polls) -> Non
             await a.end()
 
 
-async def test_a_suspended_machine_wakes_up_without_leadership(polls: Polls) -> None:
+async def test_suspended_machine_wakes_up_without_leadership(polls: Polls) -> None:
     """Leadership is judged by the clock at the moment it is asked for, before any timer has run."""
     asleep = 0.0
     async with polls.leader("a", clock=lambda: clock() + asleep) as a:
@@ -148,7 +148,7 @@ async def test_changes_are_announced(polls: Polls) -> None:
         assert not a.elector.is_leader
 
 
-async def test_an_end_without_an_api_server_is_bounded(polls: Polls) -> None:
+async def test_end_without_an_api_server_is_bounded(polls: Polls) -> None:
     """Giving back is tried for a retry period and no longer; the lease then expires."""
     async with polls.door() as door, polls.leader("a", address=door.address) as a, polls.replica("b") as b:
         await b.sees("a")
@@ -160,7 +160,7 @@ async def test_an_end_without_an_api_server_is_bounded(polls: Polls) -> None:
         assert await b.leads() <= TIMING.lease_duration + RETRY + SLACK
 
 
-async def test_a_lease_that_is_deleted_is_made_anew(polls: Polls) -> None:
+async def test_deleted_lease_is_created_again(polls: Polls) -> None:
     """Somebody's `kubectl delete` costs at most a moment, and one leads afterwards."""
     async with polls.leader("a") as a, polls.replica("b") as b:
         await b.sees("a")
@@ -171,7 +171,7 @@ async def test_a_lease_that_is_deleted_is_made_anew(polls: Polls) -> None:
         assert (await polls.record())["holderIdentity"] == ("a" if leaders[0] else "b")
 
 
-async def test_a_lease_taken_by_hand_is_lost(polls: Polls) -> None:
+async def test_lease_taken_by_hand_is_lost(polls: Polls) -> None:
     """A holder written over our name ends our leadership at the next renewal."""
     async with polls.leader("a") as a:
         patch = {"spec": {"holderIdentity": "somebody", "leaseDurationSeconds": 3}}
@@ -180,7 +180,7 @@ async def test_a_lease_taken_by_hand_is_lost(polls: Polls) -> None:
         assert await a.leads() >= 2.5
 
 
-async def test_a_label_on_the_lease_stays(polls: Polls) -> None:
+async def test_label_on_the_lease_stays(polls: Polls) -> None:
     """Renewals write over the version they read, and keep what others put into the object."""
     async with polls.leader("a") as a:
         patch = {"metadata": {"labels": {"team": "x"}}}
@@ -193,7 +193,7 @@ async def test_a_label_on_the_lease_stays(polls: Polls) -> None:
     assert lease["spec"]["renewTime"] > before
 
 
-async def test_a_missing_right_is_logged_once(polls: Polls) -> None:
+async def test_missing_right_is_logged_once(polls: Polls) -> None:
     """A replica without rights never leads, goes on trying, and says what to grant."""
     rules: Rules = [{"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get"]}]
     with structlog.testing.capture_logs() as logs:

@@ -89,7 +89,7 @@ class AskingKubelet(Kubelet):
         server.close()
 
 
-async def test_a_certificate_stands_in_place_of_the_token(tmp_path: Path, ca: Path) -> None:
+async def test_certificate_stands_in_place_of_the_token(tmp_path: Path, ca: Path) -> None:
     """The certificate of the files is shown and no token; a replaced one counts for the next scrape."""
     pair = Pair(tmp_path)
     identity = KubeletIdentity(pair.settings(ca), access_of(tmp_path, {"token": "the-kubeconfigs"}))
@@ -108,7 +108,7 @@ async def test_a_certificate_stands_in_place_of_the_token(tmp_path: Path, ca: Pa
         assert not [one for one in kubelet.requests if b"uthorization" in one]
 
 
-async def test_a_pair_caught_half_way(tmp_path: Path, ca: Path) -> None:
+async def test_pair_caught_half_way(tmp_path: Path, ca: Path) -> None:
     """A certificate whose key has not come yet leaves the old pair in use, under load without a failed scrape."""
     pair = Pair(tmp_path)
     identity = KubeletIdentity(pair.settings(ca), access_of(tmp_path, {}))
@@ -141,7 +141,7 @@ async def test_a_pair_caught_half_way(tmp_path: Path, ca: Path) -> None:
         loading.cancel()
 
 
-async def test_the_kubeconfigs_certificate_where_there_is_no_token(tmp_path: Path, ca: Path) -> None:
+async def test_kubeconfigs_certificate_where_there_is_no_token(tmp_path: Path, ca: Path) -> None:
     """Without a token the certificate the kubeconfig names is shown; with one it is not."""
     pair = Pair(tmp_path)
     files = {"client-certificate": str(pair.certificate), "client-key": str(pair.key)}
@@ -155,7 +155,7 @@ async def test_the_kubeconfigs_certificate_where_there_is_no_token(tmp_path: Pat
     assert kubelet.shown == ["proxy.example"]
 
 
-async def test_a_new_authority_of_kubelets(tmp_path: Path, ca: Path) -> None:
+async def test_new_authority_of_kubelets(tmp_path: Path, ca: Path) -> None:
     """A replaced KUBELET_CA_FILE makes a new context, so that the old authority's kubelet is no longer believed."""
     identity = KubeletIdentity(replace(PLAIN, ca_file=str(ca)), access_of(tmp_path, {"token": "t"}))
     await identity.refresh()
@@ -170,7 +170,7 @@ async def test_a_new_authority_of_kubelets(tmp_path: Path, ca: Path) -> None:
         assert (await proxy.get(cadvisor(kubelet))).status == 502
 
 
-async def test_a_new_authority_of_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_new_authority_of_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where kubelets are verified by the cluster's CA, a new one counts for them, too."""
     monkeypatch.setattr("k8s_consul_registrar.rotating.LOOK_EVERY", 0.0)
     ca = tmp_path / "ca.crt"
@@ -193,7 +193,7 @@ async def test_a_new_authority_of_the_cluster(tmp_path: Path, monkeypatch: pytes
         assert (await proxy.get(cadvisor(kubelet))).status == 502
 
 
-def test_what_cannot_be_used_is_named(tmp_path: Path, ca: Path) -> None:
+def test_unusable_file_is_named_by_its_setting(tmp_path: Path, ca: Path) -> None:
     """Every file is named by its setting at the start."""
     access = access_of(tmp_path, {})
     pair = Pair(tmp_path)
@@ -208,7 +208,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, ca: Path) -> None:
         client_tls(POD, str(pair.key))
 
 
-async def test_a_token_that_cannot_be_had(tmp_path: Path) -> None:
+async def test_token_that_cannot_be_had(tmp_path: Path) -> None:
     """Without any the scrape is told so; one that was had stays; the log says it once."""
     file = tmp_path / "token"
     plugin = {"apiVersion": "client.authentication.k8s.io/v1", "command": str(tmp_path / "plugin")}

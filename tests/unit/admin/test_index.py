@@ -13,7 +13,7 @@ from support.seen import Registrar, pod_rejection
 
 @pytest.mark.parametrize("count", [0, 1, SLICE - 1, SLICE, SLICE + 1, 10 * SLICE + 7])
 @pytest.mark.parametrize("spread", [1, 5, 10**9], ids=["all alike", "much alike", "hardly alike"])
-async def test_the_order_is_that_of_sorting_at_once(count: int, spread: int) -> None:
+async def test_order_is_that_of_sorting_at_once(count: int, spread: int) -> None:
     """Whatever there is of it, in whichever order it comes, equal ones stay as they were."""
     pick = random.Random(count)
     for items in (

@@ -59,12 +59,12 @@ def test_targets_are_read_back_as_they_were() -> None:
     assert len(saved.packed) < len(encoded(targets)) / 5
 
 
-def test_a_file_without_targets_is_a_complete_state() -> None:
+def test_file_without_targets_is_a_complete_state() -> None:
     """Nothing to scrape is something to know, too."""
     assert list(decode_state(encoded([]), ORIGIN, NOW).targets()) == []
 
 
-def test_the_file_is_one_json_document() -> None:
+def test_file_is_one_json_document() -> None:
     """Any tool can read it."""
     read = json.loads(encoded([pod_target("a"), pod_target("b")]))
     assert [one["object"] for one in read["targets"]] == ["a", "b"]
@@ -74,7 +74,7 @@ def test_the_file_is_one_json_document() -> None:
 @pytest.mark.parametrize(
     ("age", "is_used"), [(0, True), (MAX_AGE - 1, True), (MAX_AGE + 1, False), (-3, True), (-60, False)]
 )
-def test_what_is_too_old_or_from_the_future_is_refused(age: float, is_used: bool) -> None:
+def test_targets_too_old_or_from_the_future_are_refused(age: float, is_used: bool) -> None:
     """Past 15 minutes targets have moved; a clock that was corrected by a little is no future."""
     content = encoded([pod_target("a")], at=NOW - age)
     if is_used:
@@ -87,7 +87,7 @@ def test_what_is_too_old_or_from_the_future_is_refused(age: float, is_used: bool
 @pytest.mark.parametrize(
     "origin", [Origin("other", "blue", "abc123"), Origin("lab", "", "abc123"), Origin("lab", "blue", "else")]
 )
-def test_what_another_registrar_wrote_is_refused(origin: Origin) -> None:
+def test_targets_of_another_registrar_are_refused(origin: Origin) -> None:
     """Cluster, instance and selection are those of the reader."""
     with pytest.raises(UnusableState, match="written under another"):
         decode_state(encoded([pod_target("a")], origin=origin), ORIGIN, NOW)

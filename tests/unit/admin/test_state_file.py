@@ -86,7 +86,7 @@ async def test_complete_targets_are_saved_and_again_as_they_change(tmp_path: Pat
     assert {one.key.name for one in saved.targets()} == {"a", "b"}
 
 
-async def test_what_stays_the_same_is_not_written_again(tmp_path: Path) -> None:
+async def test_unchanged_targets_are_not_written_again(tmp_path: Path) -> None:
     """Neither looking again nor a change that no target shows replaces the file, until it becomes old."""
     seen, path, clock = Seen(), tmp_path / "state.json", Clock(follows=time.time)
     keeper = keeper_of(seen, path, clock)
@@ -103,7 +103,7 @@ async def test_what_stays_the_same_is_not_written_again(tmp_path: Path) -> None:
     assert content_of(path)["written_at"] > time.time() + 299
 
 
-async def test_the_last_save_is_of_the_end(tmp_path: Path) -> None:
+async def test_last_save_is_of_the_end(tmp_path: Path) -> None:
     """A process that ends in order saves once more, and nothing where it never knew everything."""
     seen, path = Seen(), tmp_path / "state.json"
     await keeper_of(seen, path).save_at_end()
@@ -116,7 +116,7 @@ async def test_the_last_save_is_of_the_end(tmp_path: Path) -> None:
     assert content_of(path)["written_at"] > before
 
 
-async def test_a_file_is_as_old_as_what_is_known(tmp_path: Path) -> None:
+async def test_file_is_as_old_as_what_is_known(tmp_path: Path) -> None:
     """While the API server is away, saved targets do not become younger; then they are not saved at all."""
     seen, path, clock = Seen(), tmp_path / "state.json", Clock(follows=time.time)
     keeper = StateKeeper(
@@ -145,7 +145,7 @@ PUTS: tuple[Callable[[Path], None], ...] = (
 )
 
 
-async def test_a_failed_save_leaves_the_file_and_is_logged(
+async def test_failed_save_leaves_the_file_and_is_logged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A folder that went away, and whatever is no file in the file's place, end nothing and are never replaced."""
@@ -170,7 +170,7 @@ async def test_a_failed_save_leaves_the_file_and_is_logged(
     assert "targets are saved again" in capsys.readouterr().out
 
 
-async def test_a_save_that_is_cancelled_leaves_nothing_behind(tmp_path: Path) -> None:
+async def test_save_that_is_cancelled_leaves_nothing_behind(tmp_path: Path) -> None:
     """The temporary file goes, and the file stays whole."""
     seen, path = Seen(), tmp_path / "state.json"
     seen.lab.cluster.put_list(
@@ -211,7 +211,7 @@ def _gigabyte(path: Path) -> None:
         pytest.param(lambda path: path.write_bytes(b""), id="empty"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_ignored_with_a_line(
+def test_file_that_cannot_be_used_is_ignored_with_a_line(
     put: Callable[[Path], object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It neither ends the start nor holds it up."""
@@ -225,7 +225,7 @@ def test_a_file_that_cannot_be_used_is_ignored_with_a_line(
     assert "HTTP_SD_STATE_FILE" in shown
 
 
-def test_a_folder_that_cannot_be_written_is_told_by_its_setting(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_written_is_told_by_its_setting(tmp_path: Path) -> None:
     """Nothing could ever be saved, so the start fails."""
     (tmp_path / "file").write_text("x")
     for folder in (tmp_path / "missing", tmp_path / "file", Path("/proc/self")):
@@ -276,7 +276,7 @@ async def test_saved_targets_are_served_for_their_cluster(
     assert (gate.current() is not None) is is_served
 
 
-async def test_an_api_server_that_never_answers_cannot_be_asked() -> None:
+async def test_api_server_that_never_answers_cannot_be_asked() -> None:
     """After a while saved targets are served without its word."""
     seen, now = Seen(), 100.0
     gate = SavedTargetsGate(saved_state(), seen.view, seen.cluster_uid, clock=lambda: now)

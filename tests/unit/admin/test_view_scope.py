@@ -31,7 +31,7 @@ A, B = Source(Kind.POD, "a"), Source(Kind.POD, "b")
         ("kind=pod&namespace=a&shard_path=s1", set()),
     ],
 )
-def test_a_request_concerns_the_sources_that_can_show_what_it_asks_for(
+def test_request_concerns_the_sources_that_can_show_what_it_asks_for(
     query: str, missing: set[Source]
 ) -> None:
     """Sources that were never listed are named where the request includes them, and nowhere else."""
@@ -44,7 +44,7 @@ def test_a_request_concerns_the_sources_that_can_show_what_it_asks_for(
     assert ("403" in text) is (B in missing)
 
 
-def test_a_source_that_shows_every_namespace_concerns_each() -> None:
+def test_source_that_shows_every_namespace_concerns_each() -> None:
     """With Pods of all namespaces in one source, any namespace needs it, and Nodes do not."""
     seen = Seen(sources=(NODES, Source(Kind.POD)))
     seen.lab.cluster.put_list([], NODES)
@@ -52,7 +52,7 @@ def test_a_source_that_shows_every_namespace_concerns_each() -> None:
     assert seen.view.unlisted(parse_sd_query([("kind", "node")]).scope) == ""
 
 
-def test_a_source_that_was_listed_once_stays_known() -> None:
+def test_source_that_was_listed_once_stays_known() -> None:
     """Neither a failure, nor catching up, nor another list that has begun makes it unlisted again."""
     seen = Seen()
     store = seen.lab.cluster.store
@@ -68,7 +68,7 @@ def test_a_source_that_was_listed_once_stays_known() -> None:
         assert list(seen.targets()) == ["web-1"]
 
 
-async def test_what_the_brake_holds_after_a_restart_is_shown_with_its_meta() -> None:
+async def test_services_held_by_the_brake_after_a_restart_are_kept_targets() -> None:
     """Services of an earlier run that a mass removal would take are kept targets, as Consul holds them."""
     seen = Seen()
     for number in range(10):

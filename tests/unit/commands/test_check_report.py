@@ -25,7 +25,7 @@ FINDINGS = [
 ]
 
 
-def test_the_table_is_aligned_and_plain() -> None:
+def test_table_is_aligned_and_plain() -> None:
     """Outcome, name and detail stand in columns; a hint is below its detail; the last line counts."""
     lines = as_table(FINDINGS).splitlines()
     assert lines[0] == "ok       consul       answers"
@@ -60,7 +60,7 @@ def test_json_holds_everything() -> None:
 
 
 @given(st.lists(st.sampled_from(["10.0.0.1", "fd00::1"]), max_size=30), st.integers(1, 8))
-def test_a_sample_has_each_address_family(addresses: list[str], size: int) -> None:
+def test_sample_has_each_address_family(addresses: list[str], size: int) -> None:
     """As many as asked for, and both families where both are there and the sample has room for two."""
     chosen = sample([Place("n", address, 1) for address in addresses], size)
     assert len(chosen) == min(size, len(addresses))

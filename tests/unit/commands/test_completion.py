@@ -64,7 +64,7 @@ class TestBash:
         assert bash_completions("completion", "") == list(SHELLS)
         assert bash_completions("registrar", "") == []
 
-    def test_a_real_completion_request(self) -> None:
+    def test_real_completion_request(self) -> None:
         """The script registers itself for the command's name."""
         assert PROG in run("bash", f"{script('bash')}\ncomplete -p {PROG}")
 
@@ -113,7 +113,7 @@ def test_description_in_a_script_is_one_phrase() -> None:
     assert [text for text in descriptions if ". " in text or "%" in text] == []
 
 
-def test_an_unknown_shell_is_exit_2() -> None:
+def test_unknown_shell_is_exit_2() -> None:
     """The shells there are, are named by the parser."""
     with pytest.raises(SystemExit) as raised:
         main(["completion", "tcsh"], {})

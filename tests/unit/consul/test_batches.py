@@ -51,7 +51,7 @@ class Failing:
                 await self.may_end.wait()
 
 
-async def test_the_first_fault_ends_it() -> None:
+async def test_first_fault_ends_it() -> None:
     """What is under way is broken off, the rest not begun, and the task is none that somebody cancelled."""
     work = Failing()
     work.may_end.set()
@@ -63,7 +63,7 @@ async def test_the_first_fault_ends_it() -> None:
     assert this.cancelling() == 0
 
 
-async def test_a_fault_does_not_hide_a_cancellation() -> None:
+async def test_fault_does_not_hide_a_cancellation() -> None:
     """Who is told to end while a fault is being dealt with ends, and does not try again for ever."""
     work = Failing()
     task = asyncio.create_task(for_each(range(20), work, 4))

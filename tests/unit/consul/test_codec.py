@@ -46,7 +46,7 @@ def test_unreadable_record_still_holds_its_id(raw: bytes) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"<html>", b"\xff\xfe", b"null"])
-def test_what_is_no_map_of_services_is_refused(body: bytes) -> None:
+def test_answer_that_is_no_map_of_services_is_refused(body: bytes) -> None:
     """An answer of another shape is an error, never an empty Consul."""
     with pytest.raises(ConsulRefused, match="not what Consul sends"):
         list(decode_agent_services(body))
@@ -66,7 +66,7 @@ def test_registration_round_trip() -> None:
     assert decode_service(written["ID"], msgspec.json.encode(shown)) == service
 
 
-def test_a_service_without_an_id_cannot_be_made() -> None:
+def test_service_without_an_id_cannot_be_made() -> None:
     """An empty ID is unrepresentable: a catalog deregister without one removes the whole node."""
     with pytest.raises(ValueError, match="needs an ID"):
         Service("", "n", "a", 1)

@@ -71,7 +71,7 @@ def test_null_is_an_empty_list(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 50, 1000])
-def test_a_list_cut_short_is_an_error(size: int) -> None:
+def test_list_cut_short_is_an_error(size: int) -> None:
     """No beginning of a list passes for the list."""
     body = node_services([{"ID": "a", "Meta": {"x": "}"}}, {"ID": "b"}], None).rstrip()
     for end in range(len(body)):
@@ -88,7 +88,7 @@ def test_something_else_is_an_error(body: bytes) -> None:
         cut(body, 10, Records(NODE_SERVICES, b"}"))
 
 
-def test_what_never_becomes_a_list_is_not_gathered_for_ever() -> None:
+def test_body_without_a_list_is_given_up_early() -> None:
     """A body without a list is given up before it is large."""
     records = Records(NODE_SERVICES, b"}")
     assert list(records.feed(b"x" * LONGEST_HEAD)) == []
@@ -101,7 +101,7 @@ HOSTILE = ("},{", "}", "{", '"', "\\", '\\"', '"},{"', "}]}", "\n", '},{"ID":"x"
 
 @pytest.mark.parametrize("unit", HOSTILE)
 @pytest.mark.parametrize("size", [997, 65536])
-def test_a_hostile_tag_is_read_in_linear_time(unit: str, size: int) -> None:
+def test_hostile_tag_is_read_in_linear_time(unit: str, size: int) -> None:
     """A long tag full of what looks like JSON costs no more than its bytes, and is read as it was sent."""
     tag = unit * (2_000_000 // len(unit)) if size > 1000 else unit * (300_000 // len(unit))
     services: list[dict[str, object]] = [{"ID": "a", "Tags": [tag]}, {"ID": "b"}, {"ID": "c", "Tags": [tag]}]
@@ -142,7 +142,7 @@ def test_tricky_records_come_out_whole_however_they_are_cut(tags: list[list[str]
 
 @pytest.mark.parametrize("filler", ["x" * LONG_RECORD, "},{" * 10])
 @pytest.mark.parametrize("size", [1000, 65536])
-def test_a_list_of_hostile_records_cut_short_is_an_error(filler: str, size: int) -> None:
+def test_list_of_hostile_records_cut_short_is_an_error(filler: str, size: int) -> None:
     """Wherever it ends, and whatever stands in place of the comma."""
     body = node_services([{"ID": "a", "T": filler}, {"ID": "b", "T": filler}], None).rstrip()
     middle = body.index(b'},{"ID":"b"') + 1
@@ -169,7 +169,7 @@ def test_deep_nesting_is_an_error(brackets: str, depth: int) -> None:
 
 
 @pytest.mark.parametrize("start", [b"[", b'[{"a":"', b"[{}", b"[{},", b"null", b"[1"])
-def test_a_record_without_end_is_given_up(start: bytes) -> None:
+def test_record_without_end_is_given_up(start: bytes) -> None:
     """What is gathered of one record, or after the list, has a bound."""
     with pytest.raises(ConsulRefused):
         cut(start + b" " * (LONGEST_RECORD + 65536), 65536, Records(ARRAY))

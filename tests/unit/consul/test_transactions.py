@@ -28,7 +28,7 @@ def answer(sample: str) -> bytes:
     return body.encode()
 
 
-def test_a_write_names_the_record_it_replaces() -> None:
+def test_write_names_the_record_it_replaces() -> None:
     """A service is written by compare-and-set; without an index, or with that of an agent's, it creates."""
     service = our_pod_service("a")
     for index, sent in ((0, None), (7, 7), (UNSYNCED, None)):
@@ -39,7 +39,7 @@ def test_a_write_names_the_record_it_replaces() -> None:
         assert body["Service"]["Meta"] == dict(service.meta)
 
 
-def test_a_delete_names_id_name_and_index() -> None:
+def test_delete_names_id_name_and_index() -> None:
     """Nothing is removed by an ID alone, and no service without one can be made."""
     (operation,) = ON_NODE.remove(replace(our_pod_service("a"), name="n", index=7)).operations
     body = json.loads(operation)["Service"]
@@ -110,7 +110,7 @@ def test_another_answer_is_refused(body: bytes) -> None:
         decode_written(body)
 
 
-def test_a_read_takes_each_kind_apart() -> None:
+def test_read_takes_each_kind_apart() -> None:
     """Services stay as they were sent; checks and nodes are read."""
     body = (
         b'{"Results":[{"Service":{"ID":"a","X":[1]}},{"Node":{"Node":"n","Meta":null}},'

@@ -109,7 +109,7 @@ def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("looks_at_once")
-def test_a_new_ca_of_the_cluster_is_followed(tmp_path: Path) -> None:
+def test_new_ca_of_the_cluster_is_followed(tmp_path: Path) -> None:
     """A replaced `ca.crt` makes another context; one that is empty for a moment changes nothing."""
     folder = service_account(tmp_path / "sa")
     access = load_access(IN_CLUSTER, home=tmp_path, service_account=folder)
@@ -128,7 +128,7 @@ def test_a_new_ca_of_the_cluster_is_followed(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("looks_at_once")
 @pytest.mark.parametrize("beside", [{}, {"token": SECRET}, {"tokenFile": "token"}])
-async def test_a_certificate_in_files_is_followed(tmp_path: Path, beside: dict[str, str]) -> None:
+async def test_certificate_in_files_is_followed(tmp_path: Path, beside: dict[str, str]) -> None:
     """A kubeconfig's replaced certificate counts once its key came as well, whatever stands beside it."""
     files = {"client-certificate": "own.crt", "client-key": "own.key"}
     (tmp_path / "token").write_text(SECRET)
@@ -150,14 +150,14 @@ async def test_a_certificate_in_files_is_followed(tmp_path: Path, beside: dict[s
     assert access.ssl_context(second) is not context
 
 
-def test_an_ipv6_service_host_is_bracketed(tmp_path: Path) -> None:
+def test_ipv6_service_host_is_bracketed(tmp_path: Path) -> None:
     """An IPv6 cluster announces a bare address."""
     env = {**IN_CLUSTER, "KUBERNETES_SERVICE_HOST": "fd00:10:96::1"}
     access = load_access(env, home=tmp_path, service_account=service_account(tmp_path / "sa"))
     assert access.server == "https://[fd00:10:96::1]:443"
 
 
-def test_the_order_is_kubeconfig_then_cluster_then_home(tmp_path: Path) -> None:
+def test_order_is_kubeconfig_then_cluster_then_home(tmp_path: Path) -> None:
     """KUBECONFIG wins over the service account, which wins over ~/.kube/config."""
     account = service_account(tmp_path / "sa")
     (tmp_path / ".kube").mkdir()
@@ -179,7 +179,7 @@ def test_nothing_to_go_by_says_what_was_looked_for(tmp_path: Path) -> None:
         load_access(IN_CLUSTER, home=tmp_path, service_account=tmp_path / "sa")
 
 
-def test_a_service_account_without_a_ca_is_an_error(tmp_path: Path) -> None:
+def test_service_account_without_a_ca_is_an_error(tmp_path: Path) -> None:
     """A missing or empty ca.crt is named, and never means unverified."""
     account = service_account(tmp_path / "sa")
     (account / "ca.crt").write_text("")
@@ -190,7 +190,7 @@ def test_a_service_account_without_a_ca_is_an_error(tmp_path: Path) -> None:
         load_access(IN_CLUSTER, home=tmp_path, service_account=account)
 
 
-async def test_a_rotating_token_is_read_again_each_minute_and_after_a_401(tmp_path: Path) -> None:
+async def test_rotating_token_is_read_again_each_minute_and_after_a_401(tmp_path: Path) -> None:
     """Between, and while the file is gone, the last token stays in use."""
     path = tmp_path / "token"
     path.write_text("first")
@@ -217,14 +217,14 @@ async def test_a_rotating_token_is_read_again_each_minute_and_after_a_401(tmp_pa
     assert (await source.identity()).token == "fourth"
 
 
-async def test_a_token_file_that_never_was_is_an_error(tmp_path: Path) -> None:
+async def test_token_file_that_never_was_is_an_error(tmp_path: Path) -> None:
     """There is nothing to fall back on before the first read."""
     with pytest.raises(AccessError, match=r"cannot read .*none: No such file"):
         await TokenFile(tmp_path / "none", "user 'x'").identity()
 
 
 @pytest.mark.parametrize("token", [" \n", f"{SECRET}\r\nX-Evil: 1", f"{SECRET} x", f"{SECRET}é"])
-def test_a_token_that_is_none_is_refused_without_showing_it(tmp_path: Path, token: str) -> None:
+def test_token_that_is_none_is_refused_without_showing_it(tmp_path: Path, token: str) -> None:
     """A header cannot be smuggled in, nor a token leaked, by a broken one."""
     assert "user 'main': token: the token" in mistake(write(tmp_path, config(user={"token": token})))
 
@@ -265,7 +265,7 @@ async def test_merging_takes_the_first_of_each_name_whole(tmp_path: Path) -> Non
     assert (await load(paths[1], paths[2]).token()) == "other"
 
 
-def test_a_missing_file_matters_only_when_none_is_there(tmp_path: Path) -> None:
+def test_missing_file_matters_only_when_none_is_there(tmp_path: Path) -> None:
     """The only file missing is an error by its path."""
     assert "there is no" in mistake(tmp_path / "a")
     assert str(tmp_path / "b") in mistake(tmp_path / "a", tmp_path / "b")
@@ -309,7 +309,7 @@ async def test_passwords_are_sent_as_basic(tmp_path: Path) -> None:
     assert SECRET not in repr(await access.credentials.identity())
 
 
-async def test_a_context_without_a_user_is_anonymous(tmp_path: Path) -> None:
+async def test_context_without_a_user_is_anonymous(tmp_path: Path) -> None:
     """As in kubectl, no user means no credentials."""
     content = config()
     del content["contexts"][0]["context"]["user"]
@@ -347,7 +347,7 @@ def test_plain_http_has_no_tls(tmp_path: Path) -> None:
     assert access.ssl_context(ClientIdentity()) is None
 
 
-def test_a_ca_bundle_may_hold_comments(tmp_path: Path) -> None:
+def test_ca_bundle_may_hold_comments(tmp_path: Path) -> None:
     """Text between certificates, in any language, is skipped."""
     bundle = "# CA von Zürich\n".encode() + CA_PEM + b"\n# next\n" + OTHER_CA.cert_pem.bytes()
     access = load(write(tmp_path, config(cluster={"certificate-authority-data": b64(bundle)})))
@@ -475,12 +475,12 @@ def test_mistakes_of_a_file_are_named(tmp_path: Path, content: object, text: str
     assert text in mistake(write(tmp_path, content))
 
 
-def test_an_unreadable_file_is_an_error_even_in_a_list(tmp_path: Path) -> None:
+def test_unreadable_file_is_an_error_even_in_a_list(tmp_path: Path) -> None:
     """Only a file that is not there is skipped: a folder in its place is a mistake."""
     assert "Is a directory" in mistake(tmp_path, write(tmp_path, config()))
 
 
-def test_an_encrypted_key_is_refused_without_asking_for_its_password(tmp_path: Path) -> None:
+def test_encrypted_key_is_refused_without_asking_for_its_password(tmp_path: Path) -> None:
     """OpenSSL would ask on the terminal and hang a daemon."""
     key = load_pem_private_key(KEY_PEM, None).private_bytes(
         Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(SECRET.encode())
@@ -514,7 +514,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_a_name_is_text_whatever_yaml_takes_it_for(tmp_path: Path, name: str) -> None:
+async def test_name_is_text_whatever_yaml_takes_it_for(tmp_path: Path, name: str) -> None:
     """As it is written: to kubectl a date is text, and a number in quotes or without names the same."""
     text = (
         f"current-context: {name}\n"
@@ -528,7 +528,7 @@ async def test_a_name_is_text_whatever_yaml_takes_it_for(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("name", ["null", "Null", "~", ""])
-def test_a_name_that_is_null_is_none(tmp_path: Path, name: str) -> None:
+def test_name_that_is_null_is_none(tmp_path: Path, name: str) -> None:
     """To kubectl a null field is an absent one."""
     text = write(tmp_path, config()).read_text().replace("current-context: main", f"current-context: {name}")
     assert "names no current-context" in mistake(write(tmp_path, text))
@@ -564,7 +564,7 @@ def test_urls_and_names_that_no_client_can_use_are_refused(
     assert text in mistake(write(tmp_path, config(cluster=cluster)))
 
 
-def test_an_address_of_the_service_that_no_client_can_use_is_refused(tmp_path: Path) -> None:
+def test_address_of_the_service_that_no_client_can_use_is_refused(tmp_path: Path) -> None:
     """The kubelet sets these, and a Pod's author may."""
     account = service_account(tmp_path / "sa")
     for wrong in ({"KUBERNETES_SERVICE_HOST": "a..b"}, {"KUBERNETES_SERVICE_PORT": "http"}):

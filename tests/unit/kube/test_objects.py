@@ -46,7 +46,7 @@ def read(value: object) -> Pod:
     return decoded
 
 
-def test_a_recorded_pod_has_every_field_we_use() -> None:
+def test_recorded_pod_has_every_field_we_use() -> None:
     """A Pod as a real API server sends it comes out whole."""
     items = {item.key: item for item in decode_page(recorded("k8s-pods-list").body, Kind.POD).items}
     cart = items[ObjectKey(Kind.POD, "shop", "cart-7d9f8c6b5-abcde")]
@@ -130,7 +130,7 @@ def test_ports_are_those_of_containers_and_native_sidecars() -> None:
     )
 
 
-def test_a_kubelet_port_of_its_own_is_kept_and_zero_is_the_default() -> None:
+def test_kubelet_port_of_its_own_is_kept_and_zero_is_the_default() -> None:
     """Go sends an unset port as 0."""
     for sent, expected in ((10260, 10260), (0, 10250)):
         body = {"metadata": {"name": "n"}, "status": {"daemonEndpoints": {"kubeletEndpoint": {"Port": sent}}}}
@@ -163,7 +163,7 @@ def test_nulls_of_go_are_absences(value: dict[str, Any]) -> None:
     assert read(value).name in {"a", "cart-1"}
 
 
-def test_a_node_without_status_decodes() -> None:
+def test_node_without_status_decodes() -> None:
     """A Node that no kubelet has written to yet is still a Node."""
     for status in (
         {},
@@ -185,7 +185,7 @@ def test_a_node_without_status_decodes() -> None:
         pod(metadata={"name": "cart-1", "namespace": "shop", "labels": []}),
     ],
 )
-def test_an_unreadable_item_keeps_its_place_and_name(value: dict[str, Any]) -> None:
+def test_unreadable_item_keeps_its_place_and_name(value: dict[str, Any]) -> None:
     """One odd item is reported by key and the rest of the page stays."""
     first, odd, last = decode_page(page([pod(), value, pod()]), Kind.POD).items
     assert isinstance(first, Pod)
@@ -209,14 +209,14 @@ def test_an_unreadable_item_keeps_its_place_and_name(value: dict[str, Any]) -> N
         {"metadata": {"name": "a"}},
     ],
 )
-def test_an_item_without_a_name_has_no_key(value: object) -> None:
+def test_item_without_a_name_has_no_key(value: object) -> None:
     """Whatever cannot even be named is reported without a key."""
     (odd,) = decode_page(page([value]), Kind.POD).items
     assert isinstance(odd, Undecodable)
     assert odd.key is None
 
 
-def test_an_unreadable_node_is_known_by_name() -> None:
+def test_unreadable_node_is_known_by_name() -> None:
     """A Node's key has no namespace."""
     body = {"metadata": {"name": "n", "labels": 5}}
     odd = decode_object(json.dumps(body).encode(), Kind.NODE)
@@ -242,7 +242,7 @@ def test_an_unreadable_node_is_known_by_name() -> None:
         b'{"kind":"\xff"}',
     ],
 )
-def test_a_body_that_is_no_list_of_the_kind_is_refused(body: bytes) -> None:
+def test_body_that_is_no_list_of_the_kind_is_refused(body: bytes) -> None:
     """Above all a body without items is never taken for an empty cluster."""
     with pytest.raises(ClusterRefused):
         decode_page(body, Kind.POD)
@@ -264,7 +264,7 @@ def test_bad_utf8_in_one_item_does_not_end_the_page() -> None:
     assert odd.key == ObjectKey(Kind.POD, "shop", "cart-2")
 
 
-def test_a_huge_annotation_and_control_characters_are_only_text() -> None:
+def test_huge_annotation_and_control_characters_are_only_text() -> None:
     """What a Pod's author writes is kept as it is; judging it is not done here."""
     notes = {"prometheus.io/path": "/x\n\x00\u202e", "big": "y" * 1_000_000}
     decoded = read(pod(metadata={"name": "cart-1", "namespace": "shop", "annotations": notes}))

@@ -37,7 +37,7 @@ def test_versions_compare_only_as_plain_numbers(one: str, other: str, order: int
     assert compare_versions(one, other) == order
 
 
-def test_a_version_is_reached_only_where_the_order_is_known() -> None:
+def test_version_is_reached_only_where_the_order_is_known() -> None:
     """An empty version reaches nothing, and nothing reaches an empty one."""
     assert is_reached("10", "9")
     assert is_reached("x", "x")

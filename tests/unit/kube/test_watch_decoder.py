@@ -50,7 +50,7 @@ def event(kind: str, value: object) -> bytes:
     return json.dumps({"type": kind, "object": value}).encode() + b"\n"
 
 
-def test_a_life_of_a_pod_is_told_in_order() -> None:
+def test_life_of_a_pod_is_told_in_order() -> None:
     """Create, changes, graceful delete, and bookmarks that only move the version."""
     events = decode(recorded("k8s-pods-watch").body)
     assert [type(e) for e in events] == [Changed] * 5 + [Deleted] + [Bookmark] * 3
@@ -65,7 +65,7 @@ def test_a_life_of_a_pod_is_told_in_order() -> None:
     assert Bookmark("354") in events
 
 
-def test_an_annotated_bookmark_is_a_bookmark() -> None:
+def test_annotated_bookmark_is_a_bookmark() -> None:
     """The one that ends a streamed list moves the version like any other."""
     events = decode(recorded("k8s-pods-watch-initial-events").body)
     assert [type(e) for e in events] == [Changed] * 11 + [Bookmark]
@@ -73,14 +73,14 @@ def test_an_annotated_bookmark_is_a_bookmark() -> None:
 
 
 @pytest.mark.parametrize("version", ["", 7, None, "9" * 300])
-def test_a_bookmark_without_a_usable_version_breaks_the_watch(version: object) -> None:
+def test_bookmark_without_a_usable_version_breaks_the_watch(version: object) -> None:
     """Nothing can be resumed from it."""
     (only,) = decode(event("BOOKMARK", {"metadata": {"resourceVersion": version}}))
     assert isinstance(only, Broken)
     assert isinstance(only.error, ClusterRefused)
 
 
-def test_an_event_with_an_absurd_version_keeps_the_version_before() -> None:
+def test_event_with_an_absurd_version_keeps_the_version_before() -> None:
     """Its object counts, its version does not."""
     pod = {"metadata": {"name": "a", "namespace": "n", "resourceVersion": "9" * 300}}
     first, second = decode(event("ADDED", pod) + event("DELETED", pod))
@@ -102,14 +102,14 @@ def test_an_event_with_an_absurd_version_keeps_the_version_before() -> None:
         ({}, ClusterRefused),
     ],
 )
-def test_an_error_event_in_each_form_has_its_meaning(status: dict[str, object], expected: type) -> None:
+def test_error_event_in_each_form_has_its_meaning(status: dict[str, object], expected: type) -> None:
     """Codes, reasons, causes and messages: servers do not always send all of them."""
     (only,) = decode(event("ERROR", {"kind": "Status", **status}))
     assert isinstance(only, Broken)
     assert type(only.error) is expected
 
 
-def test_an_expired_version_is_an_event_under_a_200() -> None:
+def test_expired_version_is_an_event_under_a_200() -> None:
     """The recorded ERROR event becomes the same error as an HTTP 410."""
     (only,) = decode(recorded("k8s-pods-watch-expired").body)
     assert isinstance(only, Broken)
@@ -136,7 +136,7 @@ def test_any_cuts_make_no_difference(cuts: list[int]) -> None:
     assert events == decode(body)
 
 
-def test_a_line_cut_by_the_end_is_no_event() -> None:
+def test_line_cut_by_the_end_is_no_event() -> None:
     """Half an event is dropped with its stream."""
     body = recorded("k8s-pods-watch").body
     assert decode(body[:-1]) == decode(body)[:-1]
@@ -179,14 +179,14 @@ def test_errors_are_values_and_the_last_event(status: object, expected: type[Exc
         b'{"type":"ADDED","object":' + b"[" * 100_000 + b"\n",
     ],
 )
-def test_a_line_that_is_no_event_breaks_the_watch(line: bytes) -> None:
+def test_line_that_is_no_event_breaks_the_watch(line: bytes) -> None:
     """A stream that stops making sense is ended, not skipped through."""
     (only,) = decode(line)
     assert isinstance(only, Broken)
     assert isinstance(only.error, ClusterRefused)
 
 
-def test_an_odd_object_is_one_event_among_others() -> None:
+def test_odd_object_is_one_event_among_others() -> None:
     """An undecodable Pod keeps its key and version, and the watch goes on."""
     odd = {"metadata": {"name": "a", "namespace": "b", "resourceVersion": "5", "labels": 7}}
     first, second = decode(
@@ -199,7 +199,7 @@ def test_an_odd_object_is_one_event_among_others() -> None:
     assert second == Bookmark("6")
 
 
-def test_a_line_without_an_end_is_bounded() -> None:
+def test_line_without_an_end_is_bounded() -> None:
     """A server that never ends its line does not fill our memory."""
     decoder = WatchDecoder(Kind.POD, line_limit=1000)
     assert decoder.feed(b"x" * 1000) == []
@@ -209,7 +209,7 @@ def test_a_line_without_an_end_is_bounded() -> None:
     assert decoder.feed(b"x" * 1000) == []
 
 
-def test_a_long_line_is_searched_once() -> None:
+def test_long_line_is_searched_once() -> None:
     """Eight megabytes in small pieces cost time in proportion, not its square."""
     notes = {"metadata": {"name": "a", "namespace": "b", "annotations": {"big": "y" * (8 << 20)}}}
     started = time.process_time()

@@ -34,7 +34,7 @@ def enter(limits: Limits, scrape: Scrape) -> Admission:
     return entry
 
 
-def test_a_node_that_hangs_fills_its_own_queue_only() -> None:
+def test_node_that_hangs_fills_its_own_queue_only() -> None:
     """Lets another node's scrapes run while one node's places and queue are full."""
     limits = Limits(Concurrency(per_node=2, overall=5, patience=2))
     entries = [enter(limits, Scrape("slow")) for _ in range(8)]

@@ -118,7 +118,7 @@ VICTIM = a_node("victim", "192.0.2.1", created="2026-02-02T00:00:00Z")
 
 @pytest.mark.parametrize("verify_node_name", [False, True])
 @pytest.mark.parametrize("port", [10250, 4433])
-def test_an_older_node_that_claims_anothers_first_address_does_not_erase_it(
+def test_older_node_that_claims_anothers_first_address_does_not_erase_it(
     port: int, *, verify_node_name: bool
 ) -> None:
     """A first address wins over a further one at any port, by address and by name; the claim is contested."""
@@ -132,7 +132,7 @@ def test_an_older_node_that_claims_anothers_first_address_does_not_erase_it(
     assert table.contests == (Contest("192.0.2.1", "victim", ("older",)),)
 
 
-def test_a_node_whose_first_address_another_has_is_reached_by_its_name() -> None:
+def test_node_whose_first_address_another_has_is_reached_by_its_name() -> None:
     """Of two first claims at one port the Ready Node, else the older, has the address; each keeps its name."""
     old = a_node("old", "192.0.2.1", ready=False, created="2025-01-01T00:00:00Z")
     table = NodeTable.of([old, VICTIM, a_node("young", "192.0.2.1", created="2026-03-03T00:00:00Z")])
@@ -154,7 +154,7 @@ def test_two_kubelets_at_one_address_and_different_ports_are_both_reached() -> N
     assert not table.contests
 
 
-def test_the_api_server_is_not_dialled_and_a_kubelet_beside_it_is() -> None:
+def test_api_server_is_not_dialled_and_a_kubelet_beside_it_is() -> None:
     """Only its own address and port are taken out, for a Node's first and further addresses."""
     control_plane = a_node("control-plane", "192.0.2.1")
     table = NodeTable.of(
@@ -169,7 +169,7 @@ def test_the_api_server_is_not_dialled_and_a_kubelet_beside_it_is() -> None:
     assert set(table.by_name) == {"control-plane", "other"}
 
 
-def test_a_node_is_reached_at_a_bounded_number_of_addresses() -> None:
+def test_node_is_reached_at_a_bounded_number_of_addresses() -> None:
     """A Node may write thousands into its own status."""
     many = a_node("many", *(f"198.18.{number // 250}.{number % 250 + 1}" for number in range(3000)))
     assert len(NodeTable.of([many]).by_address) == MAX_ADDRESSES

@@ -100,7 +100,7 @@ def test_any_records_in_any_pieces(version: ssl.TLSVersion, seed: int) -> None:
     assert not pair.step.has_ended
 
 
-def test_openssl_is_asked_for_whole_records_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openssl_is_asked_only_for_whole_records(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asks as often as there are records, and never in vain, where they come in pieces of another size."""
     pair = Pair()
     pair.decrypt(pair.encrypt(b"first"))  # the session tickets are out of the way after it
@@ -158,7 +158,7 @@ def test_connections_that_share_their_memory(seed: int) -> None:
         assert not pair.step.has_ended
 
 
-def test_the_end_of_the_stream() -> None:
+def test_end_of_the_stream() -> None:
     """Tells the data before it, then that it has ended."""
     pair = Pair()
     wire = pair.encrypt(b"data")

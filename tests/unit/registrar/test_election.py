@@ -49,13 +49,13 @@ def test_times_under_which_two_could_lead_are_refused(duration: int, deadline: f
         ElectionTiming(duration, deadline, retry)
 
 
-def test_the_defaults_are_client_go_s() -> None:
+def test_defaults_are_client_go_s() -> None:
     """15, 10 and 2 seconds."""
     assert (TIMING.lease_duration, TIMING.renew_deadline, TIMING.retry_period) == (15, 10, 2)
     assert (TIMING.stretched(0), TIMING.stretched(1)) == (2, 2.4)
 
 
-def test_the_first_thing_is_to_read() -> None:
+def test_first_thing_is_to_read() -> None:
     """Nothing is written over what was not read."""
     assert next_action(NEW, 0, WALL) == ReadLease()
     assert not NEW.is_leading(0)
@@ -67,7 +67,7 @@ def test_without_a_record_one_is_created() -> None:
     assert next_action(found, 100, WALL) == CreateLease(Lease("me", 15, STAMP, STAMP, 0))
 
 
-def test_a_record_someone_holds_is_waited_for() -> None:
+def test_record_someone_holds_is_waited_for() -> None:
     """The next look comes after a stretched retry period, and not after the moment the record expires."""
     found = on_read(NEW, OTHERS, 100, 0.5)
     assert next_action(found, 100, WALL) == Wait(102.2)
@@ -86,14 +86,14 @@ def test_expiry_is_judged_by_when_we_saw_the_record_change() -> None:
     assert isinstance(next_action(on_read(almost, ancient, 115, 0), 115, WALL), UpdateLease)
 
 
-def test_every_renewal_begins_the_wait_anew() -> None:
+def test_every_renewal_restarts_the_wait() -> None:
     """A record that changed is held for its whole duration from when that was seen."""
     found = on_read(NEW, OTHERS, 100, 0)
     renewed = on_read(found, replace(OTHERS, renewed="2026-11-22T10:00:02.000000Z"), 114, 0)
     assert renewed.free_at == 129
 
 
-def test_a_label_is_no_renewal() -> None:
+def test_label_is_no_renewal() -> None:
     """A new version with the same record does not keep a dead leader's lease alive."""
     found = on_read(NEW, OTHERS, 100, 0)
     labelled = on_read(found, replace(OTHERS, version="8", origin=b"labelled"), 114, 0)
@@ -104,12 +104,12 @@ def test_a_label_is_no_renewal() -> None:
 
 
 @pytest.mark.parametrize(("duration", "held"), [(30, 30), (1, 1), (0, 15), (-5, 15)])
-def test_the_holder_s_own_duration_counts(duration: int, held: float) -> None:
+def test_holder_s_own_duration_counts(duration: int, held: float) -> None:
     """Replicas whose settings differ agree on the record's duration; without a sensible one ours is used."""
     assert on_read(NEW, replace(OTHERS, duration=duration), 100, 0).free_at == 100 + held
 
 
-def test_a_takeover_counts_a_transition() -> None:
+def test_takeover_counts_a_transition() -> None:
     """Holder, duration and both times are ours, the version and the rest are those read."""
     expired = on_read(on_read(NEW, OTHERS, 100, 0), OTHERS, 115, 0)
     action = next_action(expired, 115, WALL + timedelta(seconds=20))
@@ -119,7 +119,7 @@ def test_a_takeover_counts_a_transition() -> None:
     assert (action.lease.version, action.lease.origin) == ("7", b"{}")
 
 
-def test_a_released_record_is_taken_at_once() -> None:
+def test_released_record_is_taken_at_once() -> None:
     """An empty holder means free, whatever the record says else."""
     released = on_read(NEW, replace(OTHERS, holder="", duration=1), 100, 1)
     action = next_action(released, 100, WALL)
@@ -127,7 +127,7 @@ def test_a_released_record_is_taken_at_once() -> None:
     assert (action.lease.holder, action.lease.transitions) == ("me", 4)
 
 
-def test_a_renewal_keeps_acquisition_and_transitions() -> None:
+def test_renewal_keeps_acquisition_and_transitions() -> None:
     """Only the time of renewal moves; it is asked for one retry period after the last began."""
     election = leading(100)
     assert next_action(election, 100.5, WALL) == Wait(102)
@@ -136,7 +136,7 @@ def test_a_renewal_keeps_acquisition_and_transitions() -> None:
 
 
 @pytest.mark.parametrize("back", [0, 1, 3600])
-def test_a_renewal_differs_from_the_last_though_the_clock_was_set_back(back: float) -> None:
+def test_renewal_differs_from_the_last_though_the_clock_was_set_back(back: float) -> None:
     """Others see a renewal by its text alone, so no text comes twice."""
     action = next_action(leading(100), 102, WALL - timedelta(seconds=back))
     assert isinstance(action, UpdateLease)
@@ -144,7 +144,7 @@ def test_a_renewal_differs_from_the_last_though_the_clock_was_set_back(back: flo
 
 
 @pytest.mark.parametrize("text", ["", "yesterday", "9999-12-31T23:59:59.999999Z"])
-def test_a_renewal_time_nobody_can_follow_is_replaced(text: str) -> None:
+def test_impossible_renewal_time_is_replaced(text: str) -> None:
     """A record edited by hand does not stop its holder."""
     election = on_written(NEW, replace(OURS, renewed=text), 100)
     action = next_action(election, 102, WALL)
@@ -152,7 +152,7 @@ def test_a_renewal_time_nobody_can_follow_is_replaced(text: str) -> None:
     assert action.lease.renewed == STAMP
 
 
-def test_the_deadline_counts_from_the_start_of_the_request() -> None:
+def test_deadline_counts_from_the_start_of_the_request() -> None:
     """An answer read late prolongs nothing, and one read after the deadline gives no leadership at all."""
     election = leading(started=100)
     assert election.is_leading(109.999)
@@ -160,14 +160,14 @@ def test_the_deadline_counts_from_the_start_of_the_request() -> None:
     assert election.writes_until == 110
 
 
-def test_a_leader_looks_up_at_its_deadline() -> None:
+def test_leader_looks_up_at_its_deadline() -> None:
     """While the next try lies behind the deadline, the wait ends at it."""
     failing = on_failure(asked(leading(100), UpdateLease(OURS)), 109, 0.5)
     assert next_action(failing, 109, WALL) == Wait(110)
     assert next_action(failing, 110, WALL) == Wait(111)
 
 
-def test_an_error_ends_no_leadership_before_the_deadline() -> None:
+def test_error_ends_no_leadership_before_the_deadline() -> None:
     """The leader tries again a plain retry period after the request began, and reads first."""
     action = next_action(leading(100), 102, WALL)
     failing = on_failure(asked(leading(100), action), 102, 1.0)
@@ -176,12 +176,12 @@ def test_an_error_ends_no_leadership_before_the_deadline() -> None:
     assert next_action(failing, 104, WALL) == ReadLease()
 
 
-def test_a_contender_s_retries_are_stretched() -> None:
+def test_contender_s_retries_are_stretched() -> None:
     """Who waits for the lease does not ask in step with the others."""
     assert next_action(on_failure(NEW, 100, 1.0), 100, WALL) == Wait(102.4)
 
 
-def test_a_renewal_whose_answer_was_lost_is_found_out_by_reading() -> None:
+def test_renewal_whose_answer_was_lost_is_found_out_by_reading() -> None:
     """The write may have been done: reading finds our own record, and the renewal goes over that version."""
     failing = on_failure(asked(leading(100), UpdateLease(OURS)), 102, 0)
     written = replace(OURS, renewed="2026-11-22T10:00:02.000000Z", version="8")
@@ -192,7 +192,7 @@ def test_a_renewal_whose_answer_was_lost_is_found_out_by_reading() -> None:
     assert action.lease.version == "8"
 
 
-def test_a_conflict_ends_leadership_at_once() -> None:
+def test_conflict_ends_leadership_at_once() -> None:
     """Somebody wrote over us; only a record read since then can say that we may go on."""
     election = on_conflict(leading(100), 102, 0)
     assert not election.is_leading(102)
@@ -216,14 +216,14 @@ def test_conflicts_in_a_row_do_not_spin() -> None:
 
 
 @pytest.mark.parametrize("found", [None, OTHERS, replace(OTHERS, holder="")])
-def test_a_leader_that_reads_that_it_is_none_stops(found: Lease | None) -> None:
+def test_leader_that_reads_that_it_is_none_stops(found: Lease | None) -> None:
     """A record that is gone, released or somebody else's ends leadership before the deadline."""
     failing = on_failure(asked(leading(100), UpdateLease(OURS)), 102, 0)
     assert failing.is_leading(104)
     assert not on_read(failing, found, 104, 0).is_leading(104)
 
 
-def test_a_holder_past_its_deadline_renews_what_is_still_its_own() -> None:
+def test_holder_past_its_deadline_renews_what_is_still_its_own() -> None:
     """A process that was stopped comes back to leadership by a write, not by reading its name."""
     found = on_read(on_failure(asked(leading(100), UpdateLease(OURS)), 102, 0), OURS, 130, 0)
     assert not found.is_leading(130)
@@ -233,7 +233,7 @@ def test_a_holder_past_its_deadline_renews_what_is_still_its_own() -> None:
     assert on_written(found, action.lease, 130).is_leading(139)
 
 
-def test_a_release_empties_the_record() -> None:
+def test_release_empties_the_record() -> None:
     """Holder empty, duration 1, transitions kept, as in client-go; leadership ended before."""
     election = resigned(leading(100))
     assert not election.is_leading(100)
@@ -260,7 +260,7 @@ def test_nothing_is_released_that_is_not_held(election: Election) -> None:
     assert next_action(resigned(election), 100, WALL) == Done()
 
 
-def test_a_write_under_way_is_found_out_before_the_release() -> None:
+def test_write_under_way_is_found_out_before_the_release() -> None:
     """It may have given us the lease after all, or a new version of it."""
     election = resigned(asked(leading(100), UpdateLease(OURS)))
     assert next_action(election, 100, WALL) == ReadLease()
@@ -271,7 +271,7 @@ def test_a_write_under_way_is_found_out_before_the_release() -> None:
     assert next_action(on_read(election, OTHERS, 100, 0), 100, WALL) == Done()
 
 
-def test_a_release_that_conflicts_is_tried_once_more() -> None:
+def test_release_that_conflicts_is_tried_once_more() -> None:
     """The second conflict ends it: the lease will expire."""
     once = on_conflict(resigned(leading(100)), 100, 0)
     assert next_action(once, 100, WALL) == ReadLease()
@@ -287,7 +287,7 @@ def test_conflicts_of_a_leader_do_not_forget_that_the_record_may_be_ours() -> No
     assert isinstance(next_action(on_read(election, OURS, 106, 0), 106, WALL), UpdateLease)
 
 
-def test_who_never_held_it_has_nothing_to_give_back() -> None:
+def test_replica_that_never_held_the_lease_ends_without_asking() -> None:
     """A read, one that fails, or a conflict makes no holder of a standby, so it ends without asking."""
     reading = asked(NEW, ReadLease())
     assert reading == NEW
@@ -296,7 +296,7 @@ def test_who_never_held_it_has_nothing_to_give_back() -> None:
 
 
 @pytest.mark.parametrize("jitter", [0.9, float("nan")])
-def test_a_jitter_that_shortens_is_refused(jitter: float) -> None:
+def test_jitter_that_shortens_is_refused(jitter: float) -> None:
     """It stretches; exactly 1 is none."""
     with pytest.raises(ValueError, match="must be"):
         ElectionTiming(jitter=jitter)

@@ -64,7 +64,7 @@ def test_writes_follow_one_another_by_the_rules(seed: int) -> None:
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32), count=st.integers(1, 4), is_orderly=st.booleans())
-def test_a_takeover_takes_no_longer_than_promised(seed: int, count: int, is_orderly: bool) -> None:
+def test_takeover_takes_no_longer_than_promised(seed: int, count: int, is_orderly: bool) -> None:
     """Within lease duration and a stretched retry of a leader's death, and within the latter of a release."""
     world = World(random.Random(seed))
     contenders = [Contender(world, f"c{number}", TIMING) for number in range(count + 1)]
@@ -85,7 +85,7 @@ def test_a_takeover_takes_no_longer_than_promised(seed: int, count: int, is_orde
 
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32))
-def test_a_healthy_leader_keeps_leading(seed: int) -> None:
+def test_healthy_leader_keeps_leading(seed: int) -> None:
     """Without faults one leads from first to last, at a request every retry period."""
     world = World(random.Random(seed))
     contenders = [Contender(world, f"c{number}", TIMING) for number in range(3)]

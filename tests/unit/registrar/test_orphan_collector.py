@@ -122,7 +122,7 @@ def lab() -> Lab:
     return lab
 
 
-async def test_a_node_is_cleared_when_its_time_has_come(lab: Lab) -> None:
+async def test_node_is_cleared_when_its_time_has_come(lab: Lab) -> None:
     """Nothing is read before, one resync is asked for then, and the collection after it removes."""
     assert await lab.look_for(AFTER) == 0
     await lab.collector.collect()
@@ -132,7 +132,7 @@ async def test_a_node_is_cleared_when_its_time_has_come(lab: Lab) -> None:
     assert lab.left() == set()
 
 
-async def test_the_time_starts_again_after_it_was_seen_back(lab: Lab) -> None:
+async def test_time_starts_again_after_it_was_seen_back(lab: Lab) -> None:
     """One look that does not show it as lost is enough."""
     await lab.look_for(AFTER)
     lab.agents.seen = []
@@ -143,7 +143,7 @@ async def test_the_time_starts_again_after_it_was_seen_back(lab: Lab) -> None:
     assert lab.left() == {"a"}
 
 
-async def test_a_collection_looks_again_before_it_removes(lab: Lab) -> None:
+async def test_collection_looks_again_before_it_removes(lab: Lab) -> None:
     """An agent that is back since the look that asked for the resync keeps everything."""
     assert await lab.look_for(AFTER + EVERY) == 1
     lab.agents.seen = []
@@ -151,7 +151,7 @@ async def test_a_collection_looks_again_before_it_removes(lab: Lab) -> None:
     assert lab.left() == {"a"}
 
 
-async def test_what_was_not_looked_at_counts_for_nothing(lab: Lab) -> None:
+async def test_time_without_looking_does_not_count_as_lost(lab: Lab) -> None:
     """After an outage of Consul the time starts again, though the check says what it said before."""
     await lab.look_for(EVERY)
     lab.agents.problem = ConsulUnreachable("no leader")
@@ -163,7 +163,7 @@ async def test_what_was_not_looked_at_counts_for_nothing(lab: Lab) -> None:
     assert await lab.look_for(EVERY * 2) == 1
 
 
-async def test_an_agent_that_brings_its_services_back_is_given_time(lab: Lab) -> None:
+async def test_agent_that_brings_its_services_back_is_given_time(lab: Lab) -> None:
     """It lives, and is only out of reach: no removal follows the other at once."""
     await lab.look_for(AFTER + EVERY)
     await lab.collector.collect()
@@ -176,7 +176,7 @@ async def test_an_agent_that_brings_its_services_back_is_given_time(lab: Lab) ->
     assert lab.left() == set()
 
 
-async def test_a_node_without_anything_of_ours_is_read_once(lab: Lab) -> None:
+async def test_node_without_anything_of_ours_is_read_once(lab: Lab) -> None:
     """However long its agent is lost; only when that is another loss is it read again."""
     lab.agents.nodes["old"] = [our_pod_service("a", cluster="other")]
     await lab.look_for(AFTER + EVERY)
@@ -190,7 +190,7 @@ async def test_a_node_without_anything_of_ours_is_read_once(lab: Lab) -> None:
     assert lab.agents.reads == ["old", "old"]
 
 
-async def test_a_node_that_cannot_be_read_does_not_hold_up_another(lab: Lab) -> None:
+async def test_node_that_cannot_be_read_does_not_hold_up_another(lab: Lab) -> None:
     """Each is by itself."""
     lab.agents.seen = [LOST, LOST._replace(node="other")]
     lab.agents.nodes["other"] = [our_pod_service("a")]
@@ -200,7 +200,7 @@ async def test_a_node_that_cannot_be_read_does_not_hold_up_another(lab: Lab) -> 
     assert (lab.left(), lab.left("other")) == ({"a"}, set())
 
 
-async def test_what_stays_is_shown_until_the_node_is_gone(lab: Lab) -> None:
+async def test_services_that_stay_are_shown_until_the_node_is_gone(lab: Lab) -> None:
     """And the brake asks for the list that it waits for."""
     lab.agents.here = []
     lab.agents.nodes["old"] += [our_pod_service(f"gone-{number}") for number in range(3)]
@@ -230,7 +230,7 @@ async def test_lost_agents_are_shown_until_nothing_of_ours_is_there(lab: Lab) ->
     assert not lab.collector.lost
 
 
-async def test_a_standby_forgets_what_it_saw(lab: Lab) -> None:
+async def test_standby_forgets_what_it_saw(lab: Lab) -> None:
     """Nothing is shown of it, and the time starts again when it leads again."""
     lab.agents.here = []
     await lab.look_for(AFTER + EVERY)

@@ -50,7 +50,7 @@ def names(judgement: OrphanJudgement) -> set[str]:
     return {service_id.rpartition("--")[2] for service_id in judgement.may_go}
 
 
-def test_an_agent_is_lost_from_the_first_look_that_shows_it() -> None:
+def test_agent_is_lost_from_the_first_look_that_shows_it() -> None:
     """The time runs from the first look that showed it, while each later look shows the same."""
     first = observe_agents({}, [LOST], OWN, 100.0)
     later = observe_agents(first, [LOST], OWN, 160.0)
@@ -59,7 +59,7 @@ def test_an_agent_is_lost_from_the_first_look_that_shows_it() -> None:
     assert due(later, 60.0, 160.0) == [Watched(LOST, 100.0)]
 
 
-def test_a_lost_agent_that_a_look_misses_starts_again() -> None:
+def test_lost_agent_that_a_look_misses_starts_again() -> None:
     """Passing again or hidden, it is a new case when it is seen next."""
     seen = observe_agents({}, [LOST], OWN, 100.0)
     missed = observe_agents(seen, [], OWN, 130.0)
@@ -67,7 +67,7 @@ def test_a_lost_agent_that_a_look_misses_starts_again() -> None:
     assert again == {"agent-1": Watched(LOST, 160.0)}
 
 
-def test_a_lost_agent_that_came_back_between_two_looks_starts_again() -> None:
+def test_lost_agent_that_came_back_between_two_looks_starts_again() -> None:
     """The check's version says that it was another state in between."""
     seen = observe_agents({}, [LOST], OWN, 100.0)
     again = observe_agents(seen, [LOST._replace(version=9)], OWN, 160.0)
@@ -90,12 +90,12 @@ def test_other_checks_and_our_own_agent_are_never_lost(seen: AgentHealth) -> Non
     assert observe_agents({}, [seen], OWN, 100.0) == {}
 
 
-def test_a_service_that_our_own_agent_holds_goes() -> None:
+def test_service_that_our_own_agent_holds_goes() -> None:
     """A service that our own agent holds too is not needed at the lost one."""
     assert names(judged(cluster_of("a"), [our_pod_service("a")], here=["a"])) == {"a"}
 
 
-def test_a_desired_service_that_our_own_agent_lacks_stays() -> None:
+def test_desired_service_that_our_own_agent_lacks_stays() -> None:
     """Until our own agent has it, the lost one's is the only one there is."""
     judgement = judged(cluster_of("a"), [our_pod_service("a")])
     assert (names(judgement), judgement.stays) == (set(), {Stays.NOT_HERE: 1})
@@ -114,7 +114,7 @@ def test_a_desired_service_that_our_own_agent_lacks_stays() -> None:
     ],
     ids=["another tool", "another cluster", "another instance", "another uid", "the original's", "bare"],
 )
-def test_a_service_that_is_not_proven_ours_stays(service: Service, is_here: bool) -> None:
+def test_service_that_is_not_proven_ours_stays(service: Service, is_here: bool) -> None:
     """It counts for nothing, whatever our own agent holds under its ID, and though no object asks for it."""
     here = ["a"] if is_here else []
     judgement = judged(cluster_of(uid="uid-1"), [service], here=here)
@@ -122,7 +122,7 @@ def test_a_service_that_is_not_proven_ours_stays(service: Service, is_here: bool
 
 
 @pytest.mark.parametrize("here", [["a"], []])
-def test_the_default_cluster_name_proves_nothing(here: list[str]) -> None:
+def test_default_cluster_name_proves_nothing(here: list[str]) -> None:
     """Without a name of its own a cluster removes only what its UID proves."""
     unnamed = Identity("lab", has_default_name=True)
     bare, proven = our_pod_service("a"), our_pod_service("a", cluster_uid="uid-1")
@@ -131,7 +131,7 @@ def test_the_default_cluster_name_proves_nothing(here: list[str]) -> None:
     assert names(judged(cluster_of(uid="uid-1"), [proven], here=here, who=unnamed)) == {"a"}
 
 
-def test_a_service_of_an_absent_object_goes() -> None:
+def test_service_of_an_absent_object_goes() -> None:
     """Its source is synced, and no object asks for it."""
     assert names(judged(cluster_of("b"), [our_pod_service("a")])) == {"a"}
 
@@ -157,7 +157,7 @@ def nameless(cluster: MemoryCluster) -> None:
 
 
 @pytest.mark.parametrize("spoil", [failed, listing, catching_up, nameless])
-def test_a_source_that_proves_nothing_removes_nothing(spoil: Callable[[MemoryCluster], None]) -> None:
+def test_source_that_proves_nothing_removes_nothing(spoil: Callable[[MemoryCluster], None]) -> None:
     """What it does not show may exist; what our own agent holds may go all the same."""
     cluster = cluster_of()
     spoil(cluster)
@@ -165,7 +165,7 @@ def test_a_source_that_proves_nothing_removes_nothing(spoil: Callable[[MemoryClu
     assert (names(judgement), judgement.stays) == ({"b"}, {Stays.BLIND: 1})
 
 
-def test_a_service_that_no_source_would_list_stays() -> None:
+def test_service_that_no_source_would_list_stays() -> None:
     """A kind or namespace that is not watched proves nothing of its objects."""
     cluster = MemoryCluster([NODES])
     cluster.put_list([make_node()], NODES)
@@ -173,7 +173,7 @@ def test_a_service_that_no_source_would_list_stays() -> None:
     assert (names(judgement), judgement.stays) == (set(), {Stays.UNFOLLOWED: 1})
 
 
-def test_a_service_of_a_rejected_object_stays() -> None:
+def test_service_of_a_rejected_object_stays() -> None:
     """The object is there; only what it asks for cannot be."""
     cluster = cluster_of()
     cluster.put(make_pod("a", ip=""))
@@ -181,7 +181,7 @@ def test_a_service_of_a_rejected_object_stays() -> None:
     assert (names(judgement), judgement.stays) == (set(), {Stays.REJECTED: 1})
 
 
-def test_a_mass_of_absences_waits_for_lists_that_agree() -> None:
+def test_mass_of_absences_waits_for_lists_that_agree() -> None:
     """The brake holds it as any other removal that is only inferred, and lets go when lists agree."""
     rules = BrakeRules(confirm=60, confirm_start=600)
     services = [our_pod_service(f"p{number}") for number in range(5)]
@@ -200,7 +200,7 @@ def test_a_mass_of_absences_waits_for_lists_that_agree() -> None:
     assert len(last.may_go) == 5
 
 
-def test_a_few_absences_among_many_services_are_no_mass() -> None:
+def test_few_absences_among_many_services_are_no_mass() -> None:
     """The brake counts what is desired, whether our own agent holds it, and it goes as well, or not."""
     services = [our_pod_service(f"p{number}") for number in range(20)]
     kept = [f"p{number}" for number in range(3, 20)]

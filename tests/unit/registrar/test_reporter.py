@@ -154,7 +154,7 @@ def test_many_events_in_one_second_are_named_in_part(desk: Desk) -> None:
     assert len(desk.lines) == MOST_NAMED + 1
 
 
-def test_a_condition_of_one_id_is_logged_once_while_it_stands(desk: Desk) -> None:
+def test_condition_of_one_id_is_logged_once_while_it_stands(desk: Desk) -> None:
     """It is forgotten when the ID is settled, and logged again when it comes back."""
     conflict = Conflict(ObjectKey(Kind.POD, "shop", "a"), "cluster=other")
     for _ in range(3):
@@ -178,7 +178,7 @@ def test_losers_of_an_id_are_rejected_until_it_is_settled(desk: Desk) -> None:
     assert [one.key.name for one in desk.status.lost_rejections()] == ["a"]
 
 
-def test_an_outage_is_logged_at_its_beginning_and_its_end(desk: Desk) -> None:
+def test_outage_is_logged_at_its_beginning_and_its_end(desk: Desk) -> None:
     """The metric follows; a problem that stays is one line."""
     desk.reporter.consul("", is_up=False)
     assert (desk.lines, desk.value("consul_up")) == ([], 0)
@@ -192,7 +192,7 @@ def test_an_outage_is_logged_at_its_beginning_and_its_end(desk: Desk) -> None:
     assert desk.status.consul_problem == ""
 
 
-def test_a_source_that_fails_is_logged_once_and_shown(desk: Desk) -> None:
+def test_source_that_fails_is_logged_once_and_shown(desk: Desk) -> None:
     """Its kind counts as not followed while any of its sources is not."""
     other = Source(Kind.POD, "other")
     good = SourceStatus(Synced(), listed_at=1.0, list_began_at=0.0)
@@ -238,7 +238,7 @@ def test_internal_errors_are_counted_each_and_logged_once(desk: Desk) -> None:
     assert all(isinstance(one["exc_info"], ValueError) for one in desk.lines)
 
 
-def test_a_standby_shows_nothing_of_what_it_wrote(desk: Desk) -> None:
+def test_standby_shows_nothing_of_what_it_wrote(desk: Desk) -> None:
     """Conflicts, refusals and held removals are the leader's to show."""
     desk.reporter.leads()
     desk.reporter.conflict("a", Conflict(ObjectKey(Kind.POD, "shop", "a"), "x"))
@@ -268,7 +268,7 @@ def test_recent_activity_is_bounded(desk: Desk) -> None:
     assert desk.status.recent[0].counts.unchanged == 3 * RECENT - 1
 
 
-async def test_a_burst_of_changes_through_the_controller_is_two_lines() -> None:
+async def test_burst_of_changes_through_the_controller_is_two_lines() -> None:
     """One at once, and one with the rest when its second is over, though nothing else happens then."""
     names = [f"p{number}" for number in range(10)]
     lab = ControllerLab()

@@ -91,7 +91,7 @@ def test_flags_precede_variables_and_those_the_file(tmp_path: Path) -> None:
     assert (settings.cluster_name, settings.instance, settings.sync_period) == ("flag", "variable", 30)
 
 
-def test_a_mistake_in_a_flag_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+def test_mistake_in_a_flag_is_not_blamed_on_the_file(tmp_path: Path) -> None:
     """The line names the file only where its value is the one that counts."""
     with pytest.raises(SettingsError) as raised:
         read(tmp_path, "CLUSTER_NAME: a b\nINSTANCE: c d\n", {"CLUSTER_NAME": "e f"})
@@ -135,14 +135,14 @@ def test_values_of_the_file_are_shown_like_variables(tmp_path: Path) -> None:
         ("A: " + "x" * (1 << 20), "is larger than 1 MiB"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_one_line(tmp_path: Path, text: str | bytes, problem: str) -> None:
+def test_file_that_cannot_be_used_is_one_line(tmp_path: Path, text: str | bytes, problem: str) -> None:
     """The line names the file and what is wrong with it."""
     (line,) = problems(tmp_path, text)
     assert line.startswith(f"--config {tmp_path}/settings.yaml: {problem}")
     assert "\n" not in line
 
 
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+def test_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     """Missing, a directory, and a name that is none."""
     for path, problem in (
         (str(tmp_path / "absent.yaml"), "there is no such file"),
@@ -155,7 +155,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="there are no Unix sockets here")
-def test_a_special_file_is_one_line(tmp_path: Path) -> None:
+def test_special_file_is_one_line(tmp_path: Path) -> None:
     """A socket cannot be opened, and an endless file is not read to its end."""
     with socket.socket(socket.AF_UNIX) as server:
         name = os.path.relpath(tmp_path / "s.yaml")
@@ -200,7 +200,7 @@ def test_a_special_file_is_one_line(tmp_path: Path) -> None:
         ("ADMIN_PORT: 1.5", "ADMIN_PORT: '1.5' is not a whole number"),
     ],
 )
-def test_a_value_that_cannot_be_used_is_one_line(tmp_path: Path, text: str, problem: str) -> None:
+def test_value_that_cannot_be_used_is_one_line(tmp_path: Path, text: str, problem: str) -> None:
     """The line names the setting, what is wrong, and the file."""
     (line,) = problems(tmp_path, text)
     assert line.startswith(problem)
@@ -217,7 +217,7 @@ def test_every_mistake_of_every_source_at_once(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("command", ["registrar", "proxy", "check", "plan", "sync", "purge"])
-def test_a_missing_file_ends_every_command_with_2(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_file_ends_every_command_with_2(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever else the environment holds."""
     assert main([command, "--config", "/absent.yaml"], {"HOME": "/nonexistent", "CLUSTER_NAME": "lab"}) == 2
     assert capsys.readouterr().err.count("--config /absent.yaml: there is no such file") == 1
@@ -242,7 +242,7 @@ def test_a_missing_file_ends_every_command_with_2(command: str, capsys: pytest.C
         f'CONSUL_CLIENT_KEY: "-----BEGIN PRIVATE KEY-----\\n{SECRET}"',
     ],
 )
-def test_a_secret_in_the_file_is_refused_and_not_shown(
+def test_secret_in_the_file_is_refused_and_not_shown(
     tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A configuration file is no place for a secret, and no message quotes one."""
@@ -251,7 +251,7 @@ def test_a_secret_in_the_file_is_refused_and_not_shown(
     assert SECRET not in said.out + said.err
 
 
-def test_a_secret_in_the_file_is_told_where_it_belongs(tmp_path: Path) -> None:
+def test_secret_in_the_file_is_told_where_it_belongs(tmp_path: Path) -> None:
     """The message names the variable's file, which may be given anywhere."""
     (line,) = problems(tmp_path, f"CONSUL_HTTP_TOKEN: {SECRET}")
     assert line.startswith("CONSUL_HTTP_TOKEN: is a secret and must not be in a configuration file")
@@ -262,7 +262,7 @@ def test_a_secret_in_the_file_is_told_where_it_belongs(tmp_path: Path) -> None:
     "name",
     ["CONSUL_HTTP_TOKEN_FILE", "CONSUL_CLIENT_KEY", "HTTP_SD_BEARER_TOKEN_FILE", "HTTP_SD_TLS_KEY_FILE"],
 )
-def test_a_secret_given_as_a_file_name_is_not_shown(name: str) -> None:
+def test_secret_given_as_a_file_name_is_not_shown(name: str) -> None:
     """A text that is neither an absolute path nor a file may be the secret itself."""
     with pytest.raises(SettingsError) as raised:
         read_registrar({"CLUSTER_NAME": "lab", name: SECRET})
@@ -270,7 +270,7 @@ def test_a_secret_given_as_a_file_name_is_not_shown(name: str) -> None:
     assert SECRET not in str(raised.value)
 
 
-def test_a_relative_path_of_a_file_with_a_secret_is_taken(
+def test_relative_path_of_a_file_with_a_secret_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the file is there."""
@@ -280,7 +280,7 @@ def test_a_relative_path_of_a_file_with_a_secret_is_taken(
     assert settings.consul.token_file == "token"
 
 
-def test_a_secret_as_the_name_of_the_configuration_file_is_not_shown() -> None:
+def test_secret_as_the_name_of_the_configuration_file_is_not_shown() -> None:
     """Only what is a path, or ends like a YAML file, is quoted."""
     (line,) = gather({}, {}, SECRET).problems
     assert line == "--config: there is no such file"
@@ -289,7 +289,7 @@ def test_a_secret_as_the_name_of_the_configuration_file_is_not_shown() -> None:
 
 
 @pytest.mark.parametrize("form", [[f"--consul-http-token={SECRET}"], ["--consul-http-token", SECRET]])
-def test_a_secret_as_a_flag_is_refused_and_not_shown(
+def test_secret_as_a_flag_is_refused_and_not_shown(
     form: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A command line can be read by every process, and an error must not repeat it."""

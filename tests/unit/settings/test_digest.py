@@ -42,7 +42,7 @@ def digest(**changes: str) -> str:
         ("POD_ADDRESS", "proxy"),
     ],
 )
-def test_a_setting_that_selects_or_shapes_objects_changes_it(name: str, value: str) -> None:
+def test_setting_that_selects_or_shapes_objects_changes_it(name: str, value: str) -> None:
     """Each by itself."""
     assert digest(**{name: value}) != digest()
 
@@ -67,7 +67,7 @@ def test_other_settings_and_spellings_of_the_same_leave_it(name: str, value: str
     assert digest(**{name: value}) == digest()
 
 
-def test_it_is_the_same_in_every_process() -> None:
+def test_digest_is_the_same_in_every_process() -> None:
     """Nothing of one interpreter's hashing is in it, and Consul takes it as a value of meta."""
     program = (
         "from k8s_consul_registrar.settings.reading import read_registrar as r;"

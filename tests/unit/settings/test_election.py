@@ -23,12 +23,12 @@ def problems(**environment: str) -> tuple[str, ...]:
     return raised.value.problems
 
 
-def test_one_replica_elects_nobody() -> None:
+def test_single_replica_holds_no_election() -> None:
     """Without being asked for there is no election."""
     assert read_registrar({"CLUSTER_NAME": "lab"}).election is None
 
 
-def test_the_defaults_are_client_go_s() -> None:
+def test_defaults_are_client_go_s() -> None:
     """15, 10 and 2 seconds; name and namespace are found out where they are used."""
     assert election() == ElectionSettings("", "", 15, 10, 2, is_agent_shared=False)
     assert election().timing == ElectionTiming(15, 10, 2)
@@ -85,13 +85,13 @@ def test_times_that_do_not_fit_together(duration: str, deadline: str, retry: str
 
 
 @pytest.mark.parametrize("name", ["-a", "a-", "a..b", ".a", "A", "a_b", "a/b", "x" * 254])
-def test_a_name_kubernetes_would_refuse(name: str) -> None:
+def test_name_kubernetes_would_refuse(name: str) -> None:
     """A Lease's name is a DNS subdomain; nothing else gets near a URL."""
     (problem,) = problems(LEASE_NAME=name)
     assert problem.startswith("LEASE_NAME: ")
 
 
-def test_an_agent_of_each_replica_s_own_takes_no_election() -> None:
+def test_agent_of_each_replica_s_own_takes_no_election() -> None:
     """A stalled leader's own agent would keep a second whole set of services alive."""
     assert election_problem("agent", None) == ""
     assert election_problem("catalog", election()) == ""

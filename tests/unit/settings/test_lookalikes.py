@@ -176,14 +176,14 @@ EVERYDAY = [
 
 
 @pytest.mark.parametrize(("name", "meant"), MISTAKES.items())
-def test_a_mistaken_name_leads_to_the_setting_first(name: str, meant: str) -> None:
+def test_mistaken_name_leads_to_the_setting_first(name: str, meant: str) -> None:
     """In whatever way it is mistaken."""
     assert nearest(name, NAMES)[0] == meant
     assert lookalikes({name: "x"}, NAMES)[name][0] == meant
 
 
 @pytest.mark.parametrize("name", EVERYDAY)
-def test_an_everyday_variable_resembles_no_setting(name: str) -> None:
+def test_everyday_variable_resembles_no_setting(name: str) -> None:
     """Of systems, languages, Kubernetes manifests, and Consul itself."""
     assert lookalikes({name: "x"}, NAMES) == {}
 
@@ -230,7 +230,7 @@ def test_no_setting_resembles_another() -> None:
     assert read_proxy({"CLUSTER_NAME": "lab", "CONSUL_ADDRESS": "c:1"}).common.warnings == ()
 
 
-def test_a_lookalike_is_a_warning_that_names_the_setting_and_no_value() -> None:
+def test_lookalike_is_a_warning_that_names_the_setting_and_no_value() -> None:
     """In both modes, and beside the other warnings."""
     environment = {"CLUSTER_NAME": "lab", "KUBELET_INSECURE_SKIP_VERIFY": "s3cr3t", "CONSUL_TOKEN": "s3cr3t"}
     for settings in (read_registrar(environment), read_proxy(environment)):
@@ -243,7 +243,7 @@ def test_a_lookalike_is_a_warning_that_names_the_setting_and_no_value() -> None:
         assert "s3cr3t" not in first + second
 
 
-def test_a_variable_that_a_service_sets_is_explained() -> None:
+def test_variable_that_a_service_sets_is_explained() -> None:
     """A Service named `admin` sets ADMIN_PORT to a URL unless service links are disabled."""
     with pytest.raises(SettingsError) as raised:
         read_proxy({"ADMIN_PORT": "tcp://192.0.2.1:80"})

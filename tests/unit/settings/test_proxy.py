@@ -15,7 +15,7 @@ def problems(**environment: str) -> dict[str, str]:
     return dict(text.split(": ", 1) for text in raised.value.problems)
 
 
-def test_an_open_port_by_default() -> None:
+def test_open_port_by_default() -> None:
     """Nobody need prove anything, and no Pod is relayed."""
     settings = read_proxy({})
     assert (settings.inbound.is_authenticated, settings.inbound.cert_file, settings.pods) == (False, "", None)
@@ -30,7 +30,7 @@ def test_an_open_port_by_default() -> None:
         ("KUBELET_CLIENT_KEY_FILE", "KUBELET_CLIENT_CERT_FILE"),
     ],
 )
-def test_a_certificate_and_its_key(given: str, missing: str) -> None:
+def test_certificate_and_its_key(given: str, missing: str) -> None:
     """One without the other is a mistake."""
     assert set(problems(**{given: "/file"})) == {missing}
 
@@ -54,7 +54,7 @@ def test_pods_need_callers_that_show_who_they_are(proof: dict[str, str]) -> None
     assert read_proxy({"PROXY_PODS": "true", **proof}).pods is not None
 
 
-def test_pods_for_everybody_by_choice() -> None:
+def test_pods_without_bearer_are_served_by_choice() -> None:
     """The operator may open them, and is told what that means."""
     settings = read_proxy({"PROXY_PODS": "true", "PROXY_PODS_ANONYMOUS": "true"})
     assert settings.pods is not None
@@ -77,14 +77,14 @@ def test_which_pods() -> None:
     assert "NAMESPACES" in problems(**{**environment, "NAMESPACES": "a_b"})
 
 
-def test_what_has_no_effect_is_said() -> None:
+def test_setting_without_effect_is_a_warning() -> None:
     """Settings for Pods without PROXY_PODS are warned of."""
     settings = read_proxy({"POD_CA_FILE": "/ca", "PROXY_PODS_ANONYMOUS": "true"})
     assert settings.pods is None
     assert {text.split()[0] for text in settings.common.warnings} == {"POD_CA_FILE", "PROXY_PODS_ANONYMOUS"}
 
 
-def test_the_registrars_side() -> None:
+def test_registrars_side() -> None:
     """POD_ADDRESS and PROXY_SCHEME become rules of targets; other words are refused."""
     settings = read_registrar({"CLUSTER_NAME": "lab", "POD_ADDRESS": "proxy", "PROXY_SCHEME": "https"})
     rules = Wiring(settings).targets

@@ -29,26 +29,26 @@ def test_every_output_names_every_setting(output: str, capsys: pytest.CaptureFix
     assert "by-choice" not in shown
 
 
-def test_the_default_output_is_markdown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_default_output_is_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     """Tables in groups."""
     assert main(["settings"], {}) == 0
     assert capsys.readouterr().out == markdown()
     assert "| `SYNC_PERIOD` | `600` |" in markdown()
 
 
-def test_an_unknown_output_is_exit_2() -> None:
+def test_unknown_output_is_exit_2() -> None:
     """The outputs there are, are named by the parser."""
     with pytest.raises(SystemExit) as raised:
         main(["settings", "--output", "toml"], {})
     assert raised.value.code == 2
 
 
-def test_the_template_of_variables_sets_nothing() -> None:
+def test_template_of_variables_sets_nothing() -> None:
     """A name set to its default is not one that was not set: CLUSTER_NAME would count as chosen."""
     assert [line for line in env().splitlines() if line and not line.startswith("#")] == []
 
 
-def test_the_template_with_every_default_is_accepted() -> None:
+def test_template_with_every_default_is_accepted() -> None:
     """Each commented line is a variable that its setting takes."""
     given = dict(line[1:].split("=", 1) for line in env().splitlines() if re.match(r"#[A-Z_]+=", line))
     assert given.keys() == {one.env for one in SETTINGS}
@@ -142,7 +142,7 @@ json.dump({
 """
 
 
-def test_a_new_setting_is_one_line_and_appears_everywhere(tmp_path: Path) -> None:
+def test_new_setting_is_one_line_and_appears_everywhere(tmp_path: Path) -> None:
     """Value, flag, help, completion, tables, schema, template, status page and configuration file follow from it."""
     copy = tmp_path / "k8s_consul_registrar"
     for path in PACKAGE.rglob("*.py"):
@@ -200,7 +200,7 @@ def test_secrets_are_masked_wherever_settings_are_shown() -> None:
 
 
 @pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
-def test_the_configuration_file_that_the_readme_shows_is_accepted(readme: str, tmp_path: Path) -> None:
+def test_configuration_file_that_the_readme_shows_is_accepted(readme: str, tmp_path: Path) -> None:
     """By the command, and by its schema."""
     (text,) = README_YAML.findall((ROOT / readme).read_text(encoding="utf-8"))
     (tmp_path / "settings.yaml").write_text(text)

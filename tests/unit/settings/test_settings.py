@@ -42,7 +42,7 @@ def test_proxy_defaults() -> None:
     assert (settings.kubelets.skip_verify, settings.allow_loopback) == (False, False)
 
 
-def test_a_name_that_is_set_to_the_default_is_a_name() -> None:
+def test_name_that_is_set_to_the_default_is_a_name() -> None:
     """Only a name that was not given is the default one; set to nothing counts as not given."""
     assert not read_registrar({"CLUSTER_NAME": "default-cluster"}).has_default_name
     assert read_registrar({"CLUSTER_NAME": " "}).has_default_name
@@ -65,7 +65,7 @@ def test_valid_sync_period() -> None:
 @pytest.mark.parametrize(
     ("value", "period"), [("1e-9", 1.0), ("0.3", 1.0), ("1e300", 366 * 86400.0), ("99999999", 366 * 86400.0)]
 )
-def test_a_sync_period_out_of_bounds_becomes_the_bound_with_a_warning(value: str, period: float) -> None:
+def test_sync_period_out_of_bounds_becomes_the_bound_with_a_warning(value: str, period: float) -> None:
     """A tiny one would compare without pause, and no timer holds an absurd one."""
     settings = registrar(CLUSTER_NAME="lab", SYNC_PERIOD=value)
     assert settings.sync_period == period
@@ -145,14 +145,14 @@ def test_bad_consul_address(address: str) -> None:
     assert problem.startswith("CONSUL_ADDRESS: ")
 
 
-def test_a_server_name_that_openssl_cannot_encode_is_refused() -> None:
+def test_server_name_that_openssl_cannot_encode_is_refused() -> None:
     """It was an exception at each connection."""
     (problem,) = problems(registrar, CLUSTER_NAME="lab", CONSUL_TLS_SERVER_NAME="a..b")
     assert problem.startswith("CONSUL_TLS_SERVER_NAME: ")
 
 
 @pytest.mark.parametrize("token", ["a b", "a\x7f", "t\u00f6k", "a\nb"])
-def test_a_token_that_is_none_is_refused_and_not_shown(token: str) -> None:
+def test_token_that_is_none_is_refused_and_not_shown(token: str) -> None:
     """It would be an exception, or another header, at each request."""
     (problem,) = problems(registrar, CLUSTER_NAME="lab", CONSUL_HTTP_TOKEN=token)
     assert problem.startswith("CONSUL_HTTP_TOKEN: ")

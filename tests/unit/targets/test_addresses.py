@@ -30,6 +30,6 @@ def test_short_cut_for_plain_addresses_says_what_the_whole_way_says(text: str) -
 @pytest.mark.parametrize(
     "address", [IPv4Address("0.0.0.0"), IPv4Address("224.0.0.1"), IPv6Address("ff02::1")]
 )
-def test_what_is_no_single_host_is_not_scraped(address: IPv4Address | IPv6Address) -> None:
+def test_address_of_no_single_host_is_not_scraped(address: IPv4Address | IPv6Address) -> None:
     """The unspecified address and groups are no targets."""
     assert scraped_address(str(address)) is None

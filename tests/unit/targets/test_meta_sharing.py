@@ -15,7 +15,7 @@ def test_equal_pairs_are_one_object() -> None:
     assert first[0] is second[0]
 
 
-def test_what_is_kept_is_bounded() -> None:
+def test_shared_meta_is_bounded() -> None:
     """Pairs that never come again do not pile up, and none is longer than Consul takes."""
     most = shared_pair.cache_info().maxsize
     assert most is not None

@@ -47,7 +47,7 @@ def test_tags_of_either_kind() -> None:
     assert targets(make_node(), GROUPED)[0].tags == ("kind=node",)
 
 
-def test_a_pods_own_node_is_in_reach_of_its_name() -> None:
+def test_pods_own_node_is_in_reach_of_its_name() -> None:
     """A Pod's node_ip is that of the Node it runs on, as the API server spells it canonically."""
     rules = TargetRules(pod_name=parse_name("x-{node}-{node_ip}", Kind.POD))
     assert targets(make_pod(host_ip="2001:DB8::0:5"), rules)[0].name == "x-node-a-2001:db8::5"
@@ -100,7 +100,7 @@ def test_labels_as_meta() -> None:
     }
 
 
-def test_a_label_cannot_forge_what_is_ours() -> None:
+def test_label_cannot_forge_what_is_ours() -> None:
     """Labels named like our keys end beside them, never in their place."""
     rules = TargetRules(labels=parse_labels(sorted(OWN_KEYS)))
     forged = dict.fromkeys(OWN_KEYS, "forged")

@@ -19,7 +19,7 @@ def targets(pod: Pod, rules: TargetRules = RULES) -> tuple[Target, ...]:
     return resolved
 
 
-def test_a_pod_is_the_proxy_at_its_node() -> None:
+def test_pod_is_the_proxy_at_its_node() -> None:
     """Address and port are the proxy's, the ID is the Pod's own, and nothing of its path or parameters is told."""
     annotations = annotated(port="9102", path="/stats?a=b", scheme="https", param__c="d")
     (target,) = targets(make_pod(host_ip="192.0.2.10", annotations=annotations))
@@ -52,7 +52,7 @@ def test_pod_behind_the_proxy_has_no_address_of_its_own() -> None:
     assert [one.has_own_address for one in (*targets(pod), *targets(pod, TargetRules()))] == [False, True]
 
 
-def test_the_proxys_scheme_is_for_nodes_and_pods() -> None:
+def test_proxys_scheme_is_for_nodes_and_pods() -> None:
     """Both are scraped by https where the proxy speaks it; Pods at their own address are not concerned."""
     rules = TargetRules(pods_through_proxy=True, proxy_scheme="https")
     (pod,) = targets(make_pod(host_ip="192.0.2.10"), rules)
@@ -64,7 +64,7 @@ def test_the_proxys_scheme_is_for_nodes_and_pods() -> None:
 
 
 @pytest.mark.parametrize("host_ip", ["", "node-a", "0.0.0.0", "ff02::1"])
-def test_a_node_without_an_address(host_ip: str) -> None:
+def test_node_without_an_address(host_ip: str) -> None:
     """A Pod whose status names no address of its node is rejected."""
     resolved = resolve(make_pod(host_ip=host_ip), RULES)
     assert isinstance(resolved, Rejection)
@@ -75,7 +75,7 @@ def test_a_node_without_an_address(host_ip: str) -> None:
     ("ports", "is_refused"),
     [((), True), ((tcp(9102),), False), ((tcp(9103),), True), ((tcp(9102, "u", "UDP"),), True)],
 )
-def test_a_pod_with_its_nodes_network(ports: tuple[object, ...], is_refused: bool) -> None:
+def test_pod_with_its_nodes_network(ports: tuple[object, ...], is_refused: bool) -> None:
     """An undeclared port is rejected where it goes through the proxy, and only there."""
     pod = make_pod(host_ip="192.0.2.10", host_network=True, ports=ports)
     resolved = resolve(pod, RULES)
@@ -85,7 +85,7 @@ def test_a_pod_with_its_nodes_network(ports: tuple[object, ...], is_refused: boo
     assert isinstance(resolve(pod, TargetRules()), tuple)
 
 
-def test_a_pod_is_rejected_for_what_it_would_be_without_the_proxy() -> None:
+def test_pod_is_rejected_for_what_it_would_be_without_the_proxy() -> None:
     """The same annotations are honoured either way."""
     pod = make_pod(host_ip="192.0.2.10", ip="", annotations=annotated(port="9102"))
     resolved = resolve(pod, RULES)
@@ -94,7 +94,7 @@ def test_a_pod_is_rejected_for_what_it_would_be_without_the_proxy() -> None:
 
 
 @pytest.mark.parametrize("port", ["9102", "9102,9103", "9103, 9102"])
-def test_the_proxy_knows_every_path_that_is_registered(port: str) -> None:
+def test_proxy_knows_every_path_that_is_registered(port: str) -> None:
     """What the registrar writes down leads, in the proxy, to that very port of the Pod."""
     pod = make_pod(host_ip="192.0.2.10", annotations=annotated(port=port))
     pods = Pods()

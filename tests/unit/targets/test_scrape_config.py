@@ -39,7 +39,7 @@ PORTS = st.lists(
 
 
 @given(TEXTS, PORTS.map(tuple))
-def test_what_is_remembered_changes_nothing(
+def test_remembered_annotations_change_no_result(
     annotations: Mapping[str, str], ports: tuple[ContainerPort, ...]
 ) -> None:
     """A Pod is read the same way whatever was read before it."""
@@ -57,14 +57,14 @@ def test_what_is_remembered_changes_nothing(
     ],
     ids=["path", "parameter", "ports"],
 )
-def test_what_is_large_is_not_remembered(annotations: Mapping[str, str], ports: int) -> None:
+def test_large_annotations_are_not_remembered(annotations: Mapping[str, str], ports: int) -> None:
     """Whoever may create Pods must not fill our memory."""
     _read.cache_clear()
     pod_scrape(make_pod(annotations=annotations, ports=tuple(map(tcp, range(1, ports + 1)))), PREFIX)
     assert _read.cache_info().currsize == 0
 
 
-def test_what_is_remembered_is_bounded() -> None:
+def test_remembered_annotations_are_bounded() -> None:
     """Templates that never come again do not pile up."""
     for number in range(TEMPLATES + 10):
         pod_scrape(make_pod(annotations={f"{PREFIX}port": "80", f"{PREFIX}path": f"/{number}"}), PREFIX)

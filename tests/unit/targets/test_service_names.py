@@ -94,7 +94,7 @@ def test_wrong_name_templates(text: str, problem: str) -> None:
         parse_name(text, Kind.POD)
 
 
-def test_a_nodes_name_has_no_pod() -> None:
+def test_nodes_name_has_no_pod() -> None:
     """What a Node never has is no field of its name; in a tag, which both share, it is one."""
     for text in ("node-{pod}", "node-{namespace}"):
         with pytest.raises(ValueError, match="is none of"):
@@ -126,7 +126,7 @@ def test_refused_names(values: dict[str, str], text: str, reason: Reason) -> Non
     assert raised.value.detail.isprintable()
 
 
-def test_the_longest_name_there_is() -> None:
+def test_longest_name_there_is() -> None:
     """The longest Pod in the longest namespace has its default name, and a name may be just long enough."""
     subject = Subject({"namespace": "n" * 63, "pod": "p" * 253})
     assert len(service_name(POD_NAME, subject, 0)) == 323

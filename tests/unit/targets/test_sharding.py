@@ -25,7 +25,7 @@ def test_new_services_are_spread() -> None:
     assert given == {service_id: shards.choose(service_id, "gone") for service_id in IDS}
 
 
-def test_a_shard_on_offer_is_kept_and_a_retired_one_is_not() -> None:
+def test_shard_on_offer_is_kept_and_a_retired_one_is_not() -> None:
     """A service keeps its shard while it is on offer."""
     shards = RandomShards(("a", "b"))
     assert {shards.choose("x", "b") for _ in range(50)} == {"b"}
@@ -63,7 +63,7 @@ def test_hash_heeds_no_shard_but_its_own() -> None:
 
 
 @given(st.sets(st.text(min_size=1, max_size=5), min_size=2, max_size=6), st.data())
-def test_a_shard_that_goes_moves_only_its_own(paths: set[str], data: st.DataObject) -> None:
+def test_shard_that_goes_moves_only_its_own(paths: set[str], data: st.DataObject) -> None:
     """What was on the others stays where it was."""
     gone = data.draw(st.sampled_from(sorted(paths)))
     service_id = data.draw(st.text(min_size=1))
