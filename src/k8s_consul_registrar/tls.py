@@ -272,7 +272,7 @@ class Peer:
 
 
 _ONLY_LEAVES = "holds no CA certificate, only one of a server or client"
-_RENEW = "renew it, or the CA's own, unless the clock here is wrong"
+_RENEW = "it or its authority's is to be renewed, unless the clock here is wrong"
 CONSUL = Peer(
     {
         Cause.UNKNOWN_CA: "CONSUL_CACERT must name a file with the CA that signed it",
