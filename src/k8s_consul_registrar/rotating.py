@@ -28,7 +28,7 @@ MOST_TOKENS = 16
 SIZE_LIMIT = 4 << 20  # bytes
 PIECE = 1 << 20  # bytes read at once
 # A part of a path that may be a token: long and without a dot, or as long as a JWT.
-_TOKEN_LIKE = re.compile(r"[^.]{20,}|.{64,}", re.DOTALL)
+_TOKEN_LIKE = re.compile(r"^(?:[^.]{20,}|.{64,})$", re.DOTALL)
 
 T = TypeVar("T")
 
@@ -293,11 +293,10 @@ def read_file(path: Path, setting: str, *, size_limit: int = SIZE_LIMIT, follows
 
 def _shown(path: Path) -> str:
     """Return a path for an error text, without what may be a secret that was given in place of a file's name."""
-    if os.path.exists(path):  # noqa: PTH110 - Path's raises for what is no path
-        return str(path)
-    if not path.is_absolute():
+    there = next((one for one in (path, *path.parents) if os.path.exists(one)), None)  # noqa: PTH110 - Path's may raise
+    if there is None or (there != path and not path.is_absolute()):
         return "the file (its name is not shown, it may be the secret itself)"
-    return str(Path(*("…" if _TOKEN_LIKE.fullmatch(part) else part for part in path.parts)))
+    return str(there.joinpath(*(_TOKEN_LIKE.sub("…", part) for part in path.relative_to(there).parts)))
 
 
 def clean_token(content: bytes | str, setting: str) -> str:

@@ -1,5 +1,6 @@
 """Each file we are given, odd in each way: named at the start, outlived while we run."""
 
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import trustme
 from structlog.testing import capture_logs
 
 from k8s_consul_registrar.admin.metrics import new_registry
+from k8s_consul_registrar.cli import main
 from k8s_consul_registrar.consul.access import ConsulToken
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.access import Access, load_access
@@ -290,6 +292,45 @@ async def test_odd_file_is_outlived_while_we_run(
         first = await held()
 
 
+def refuse(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    """Have the system refuse to open a file; as root a mode would not."""
+    system = os.open
+
+    def open_(path: Path, flags: int) -> int:
+        if path == file:
+            raise PermissionError(13, "Permission denied")
+        return system(path, flags)
+
+    monkeypatch.setattr(os, "open", open_)
+
+
+@pytest.mark.parametrize("use", USES, ids=IDS)
+async def test_file_that_is_unreadable_for_a_moment_is_read_as_soon_as_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: Use
+) -> None:
+    """Its new content counts, though the file looks the same as when it could not be read."""
+    monkeypatch.setattr("k8s_consul_registrar.rotating.LOOK_EVERY", 0.0)
+    monkeypatch.setattr("k8s_consul_registrar.rotating.RETRY_EVERY", 0.0)
+    folder = Folder(tmp_path)
+    file = tmp_path / use.name
+    with monkeypatch.context() as refused:
+        refuse(refused, file)
+        with pytest.raises(AccessError, match=f"{use.setting}.*cannot read .*Permission denied"):
+            use.make(folder)
+    held = use.make(folder)
+    first = await held()
+    restore(file, folder.good[use.name] + b"\n")
+    with capture_logs() as logs:
+        with monkeypatch.context() as refused:
+            refuse(refused, file)
+            for _ in range(3):
+                assert await held() == first
+            assert _gauge(use.of) == 0
+        await held()
+        assert _gauge(use.of) == 1
+    assert [(line["event"], line["of"]) for line in logs] == [(BEGINS, use.of), (ENDS, use.of)]
+
+
 def _gauge(of: str) -> float | None:
     return new_registry("proxy").get_sample_value("k8s_consul_registrar_rotating_file_ok", {"of": of})
 
@@ -348,6 +389,48 @@ async def test_command_ends_with_one_line_that_names_the_file(tmp_path: Path, st
         (line,) = [line for line in daemon.output.splitlines() if line.startswith("  - ")]
         assert start.setting in line
         assert folder.file(start.name) in line
+
+
+KINDS = [
+    ("registrar", "ca", "CONSUL_CACERT", HTTPS),
+    ("registrar", "token", "CONSUL_HTTP_TOKEN_FILE", REGISTRAR),
+    ("registrar", "crt", "CONSUL_CLIENT_CERT", HTTPS),
+    ("registrar", "key", "CONSUL_CLIENT_KEY", HTTPS),
+    ("proxy", "token", "PROXY_BEARER_TOKEN_FILE", PROXY),
+    ("proxy", "crt", "TLS_CERT_FILE", PROXY),
+    ("proxy", "ca", "TLS_CLIENT_CA_FILE", PROXY),
+    ("proxy", "crt", "KUBELET_CLIENT_CERT_FILE", PROXY),
+]
+TOGETHER = {
+    "CONSUL_CLIENT_CERT": {"CONSUL_CLIENT_KEY": "key"},
+    "CONSUL_CLIENT_KEY": {"CONSUL_CLIENT_CERT": "crt"},
+    "TLS_CERT_FILE": {"TLS_KEY_FILE": "key"},
+    "TLS_CLIENT_CA_FILE": PAIR,
+    "KUBELET_CLIENT_CERT_FILE": {"KUBELET_CLIENT_KEY_FILE": "key"},
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", KINDS, ids=[setting for _, _, setting, _ in KINDS])
+def test_odd_file_of_every_kind_is_exit_2_and_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: tuple[str, str, str, dict[str, str]]
+) -> None:
+    """The line names the setting and the file, and quotes nothing of it."""
+    mode, name, setting, fixed = kind
+    folder = Folder(tmp_path)
+    files = {"KUBECONFIG": "config", setting: name, **TOGETHER.get(setting, {})}
+    environment = {**fixed, "ADMIN_PORT": "0", **{one: folder.file(file) for one, file in files.items()}}
+    secret = folder.good["key"].splitlines()[1].decode()
+    for odd, put in ODD.items():
+        put(tmp_path / name)
+        if (name, odd) != HALF_IS_GOOD:
+            assert main([mode], environment) == 2, odd
+            (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  - ")]
+            assert setting in line, odd
+            assert folder.file(name) in line, odd
+            assert SECRET[:12] not in line, odd
+            assert secret not in line, odd
+        restore(tmp_path / name, folder.good[name])
 
 
 async def test_cluster_s_ca_that_is_garbage_is_outlived_by_the_daemon() -> None:

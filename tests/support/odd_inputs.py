@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from base64 import b64decode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,12 +55,33 @@ def _half(path: Path) -> None:
     path.write_bytes(content[: len(content) // 2])
 
 
+def _not_ascii(path: Path) -> None:
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + b"\xc3" + content[middle + 1 :])
+
+
+def _der(path: Path) -> None:
+    lines = [line for line in path.read_bytes().splitlines() if not line.startswith(b"-----")]
+    try:
+        path.write_bytes(b64decode(b"".join(lines), validate=True))
+    except ValueError:  # it was no PEM
+        path.write_bytes(b"\x30\x82" + path.read_bytes())
+
+
+def _swapped(path: Path) -> None:
+    path.write_bytes((path.parent / ("crt" if path.name == "key" else "key")).read_bytes())
+
+
 ODD: dict[str, Callable[[Path], None]] = {
     "absent": _clear,
     "empty": _content(b""),
     "blank": _content(b" \n\n"),
     "binary": _content(bytes(range(256)) * 4),
     "half-written": _half,
+    "not ASCII": _not_ascii,
+    "DER": _der,
+    "swapped": _swapped,
     "a directory": _directory,
     "a dangling link": lambda path: _link(path, "/nowhere/at/all"),
     "a link to itself": lambda path: _link(path, path.name),

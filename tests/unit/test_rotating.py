@@ -300,6 +300,20 @@ def test_file_of_the_longest_size_and_one_in_memory_are_read(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
+    "given", ["s3cr3t", "some/s3cr3t", "{folder}/s3cr3t-0123456789abcdef", "s3cr3t" * 999]
+)
+def test_secret_in_the_place_of_a_file_s_name_is_not_shown(tmp_path: Path, given: str) -> None:
+    """A relative name that is not there, and a long one in a folder that is; other names are shown."""
+    with pytest.raises(AccessError, match=r"^S: cannot read ") as caught:
+        read_file(Path(given.format(folder=tmp_path)), "S")
+    assert "s3cr3t" not in str(caught.value)
+    with pytest.raises(
+        AccessError, match=rf"^S: cannot read {tmp_path}/tls\.crt: No such file or directory$"
+    ):
+        read_file(tmp_path / "tls.crt", "S")
+
+
+@pytest.mark.parametrize(
     "content",
     [b"", b" \n\t", b"a b", b"a\nb", b"a\x00b", b"a\x7f", b"\xff\xfea\x00", "tök".encode(), b"a\x85b"],
 )

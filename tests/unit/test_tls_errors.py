@@ -96,7 +96,7 @@ def written(folder: Path, name: str, content: bytes) -> Path:
 
 
 @pytest.mark.usefixtures("strict")
-def test_a_strict_context_refuses_a_ca_without_key_identifiers() -> None:
+def test_strict_context_refuses_a_ca_without_key_identifiers() -> None:
     """The fault that the next tests are about exists: Python 3.13's default refuses such a CA."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.load_verify_locations(cadata=CA.pem.decode())
@@ -106,7 +106,7 @@ def test_a_strict_context_refuses_a_ca_without_key_identifiers() -> None:
 
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("client", CLIENTS.values(), ids=CLIENTS)
-def test_a_ca_without_key_identifiers_is_trusted_and_chain_name_and_dates_count(
+def test_ca_without_key_identifiers_is_trusted_and_chain_name_and_dates_count(
     tmp_path: Path, client: Callable[[Path], ssl.SSLContext]
 ) -> None:
     """Whatever Python's default is, and for each kind of server that we connect to."""
@@ -139,13 +139,13 @@ def test_clients_of_a_ca_without_key_identifiers_are_let_in(tmp_path: Path) -> N
             shake_hands(client(issued), server, NAME)
 
 
-def test_a_common_name_is_no_name() -> None:
+def test_common_name_is_no_name() -> None:
     """As for Go: only alternative names count, also where there are none."""
     with pytest.raises(ssl.SSLCertVerificationError):
         shake_hands(Trust(CA.pem.decode()).context, server_of(CA.issue()), "leaf")
 
 
-def test_a_server_s_own_certificate_may_be_pinned() -> None:
+def test_server_s_own_certificate_may_be_pinned() -> None:
     """A file may hold the certificate that is shown in the place of its CA's, as for Go."""
     issued = CA.issue(NAME)
     shake_hands(Trust(issued.certificate.decode()).context, server_of(issued), NAME)
@@ -169,7 +169,7 @@ def failure(client: ssl.SSLContext, server: ssl.SSLContext) -> Exception:
     ],
     ids=["signed by another CA", "for another name", "expired", "not yet valid"],
 )
-def test_an_unverified_certificate_is_explained_with_its_remedy(
+def test_unverified_certificate_is_explained_with_its_remedy(
     peer: Peer, issued: Issued, cause: Cause, words: str
 ) -> None:
     """The same problem for each kind of server, and the remedy in the words of its settings."""
@@ -182,7 +182,7 @@ def test_an_unverified_certificate_is_explained_with_its_remedy(
     assert str(explanation) == f"{explanation.problem}; {explanation.remedy}"
 
 
-def test_a_leaf_in_the_place_of_a_ca_is_told() -> None:
+def test_leaf_in_the_place_of_a_ca_is_told() -> None:
     """A certificate that signed nothing is no use for any other server."""
     context = Trust(CA.issue("elsewhere.example").certificate.decode()).context
     explanation = explain(
@@ -212,7 +212,7 @@ def alert(reason: str) -> ssl.SSLError:
         ("UNEXPECTED_EOF_WHILE_READING", Cause.OTHER, "TLS failed: unexpected eof while reading"),
     ],
 )
-def test_a_tls_alert_is_told_from_others(reason: str, cause: Cause, problem: str) -> None:
+def test_tls_alert_is_told_from_others(reason: str, cause: Cause, problem: str) -> None:
     """Without a place in Python's source, and with its remedy if there is one."""
     for peer in PEERS:
         explanation = explain(alert(reason), peer)
@@ -223,7 +223,7 @@ def test_a_tls_alert_is_told_from_others(reason: str, cause: Cause, problem: str
         assert explanation.remedy == peer.remedies.get(cause, "")
 
 
-def test_an_error_of_another_kind_is_not_explained() -> None:
+def test_error_of_another_kind_is_not_explained() -> None:
     """Refused connections and the like are for those who dialled."""
     assert explain(ConnectionRefusedError(111, "Connection refused"), CONSUL) is None
 
@@ -251,7 +251,7 @@ OWN = CA.issue(NAME)
         (OWN.certificate, CA.issue(NAME).key, "key values mismatch: the key is another certificate's"),
     ],
 )
-def test_a_pair_is_refused_with_what_its_files_hold(certificate: bytes, key: bytes, words: str) -> None:
+def test_pair_is_refused_with_what_its_files_hold(certificate: bytes, key: bytes, words: str) -> None:
     """Not only with what they lack."""
     with pytest.raises(AccessError) as caught:
         checked(KeyPair(certificate, key, "CERT a with KEY b"))
@@ -259,7 +259,7 @@ def test_a_pair_is_refused_with_what_its_files_hold(certificate: bytes, key: byt
     assert words in str(caught.value)
 
 
-def test_a_leaf_as_the_only_client_ca_is_refused(tmp_path: Path) -> None:
+def test_leaf_as_the_only_client_ca_is_refused(tmp_path: Path) -> None:
     """Nobody could connect; a client's own self-signed certificate stays possible."""
     pair = written(tmp_path, "crt", OWN.certificate), written(tmp_path, "key", OWN.key)
     leaf = written(tmp_path, "leaf", CA.issue("client.example").certificate)
@@ -276,7 +276,7 @@ def test_a_leaf_as_the_only_client_ca_is_refused(tmp_path: Path) -> None:
     ("begins", "ends", "words"),
     [(-2 * DAY, -DAY, "the certificate expired on"), (DAY, 2 * DAY, "the certificate is not valid before")],
 )
-def test_a_certificate_of_our_own_that_is_out_of_date_is_warned_of(
+def test_certificate_of_our_own_that_is_out_of_date_is_warned_of(
     begins: timedelta, ends: timedelta, words: str
 ) -> None:
     """It is shown nevertheless: not every client checks, and the clock here may be wrong."""
