@@ -1,4 +1,4 @@
-"""Helpers for one event loop: long work in slices, waits with a bound, tasks that end together."""
+"""Helpers for one event loop: long work in slices, tasks that end together."""
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Iterable
@@ -13,19 +13,6 @@ async def in_slices(items: Iterable[T], size: int) -> AsyncIterator[T]:
         yield item
         if count % size == 0:
             await asyncio.sleep(0)
-
-
-async def wait_until_set(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for an event for at most `seconds`; return whether it was set."""
-    if seconds <= 0:
-        await asyncio.sleep(0)
-        return event.is_set()
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True
 
 
 async def end_tasks(tasks: Collection[asyncio.Task[Any]]) -> None:

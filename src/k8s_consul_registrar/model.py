@@ -121,7 +121,7 @@ class Target(msgspec.Struct, frozen=True, gc=False):
     gets are added when a service is made of it. `rank` orders targets that ask for the same `id`: the
     least one comes first. Where `name` and `tags` depend on the shard its place is still held open
     (`targets.service_names`). `ready` is None where readiness is nobody's concern. While a Pod's Node is not known
-    (`targets.zones`) nothing is said of its zone. `has_own_address` is True for a Pod that is scraped at an IP
+    (`targets.resolve`) nothing is said of its zone. `has_own_address` is True for a Pod that is scraped at an IP
     of its own: no other Pod can rightly be at the same address and port, as can happen on a Node's network or
     behind the proxy. `is_terminating` is True while the Pod is being deleted.
     """

@@ -116,7 +116,7 @@ class ControllerLab:
         self.queue = WorkQueue(first=timing.retry_first, cap=backoff_cap, min_interval=timing.write_interval)
         checked = frozenset(source.kind for source in sources) if checked_names else frozenset()
         self.names = NameGuard(self.consul.is_name_taken, checked=checked)
-        self.rules = Rules(identity, shards or RandomShards(), self.names.status)
+        self.rules = Rules(identity, shards or RandomShards(), self.names.names)
         self.contests = Contests(schedule.period)
         self.absences = Absences(self.desired, self.cluster, brake, clock=self.clock)
         self.reconciler = Reconciler(

@@ -244,7 +244,7 @@ class View:
         shard = self.observed.shard(service_id)
         if shard or isinstance(self.rules.shards, HashShards):
             shard = self.rules.shards.choose(service_id, shard)
-        return self.rules.identity.service(target, shard, self.desired.cluster_uid)
+        return AsDesired(target, shard, self.desired.cluster_uid).service(self.rules.identity)
 
 
 class Census:

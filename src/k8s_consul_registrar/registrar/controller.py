@@ -4,26 +4,26 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from enum import Enum
 from typing import TypeVar
 
 import msgspec
 
-from k8s_consul_registrar.asyncio_tools import end_tasks, wait_until_set
+from k8s_consul_registrar.asyncio_tools import end_tasks
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.errors import ConsulError, ConsulFenced
 from k8s_consul_registrar.kube.source_state import SourceStatus, Synced
 from k8s_consul_registrar.model import Drift, Source
 from k8s_consul_registrar.registrar.decide import Kept
 from k8s_consul_registrar.registrar.desired import Change, DesiredState
-from k8s_consul_registrar.registrar.gate import Gate
 from k8s_consul_registrar.registrar.interfaces import Health, Leadership, NoElection, Orphans, Registry
 from k8s_consul_registrar.registrar.observed import ObservedState
 from k8s_consul_registrar.registrar.queue import Batch, Priority, WorkQueue
 from k8s_consul_registrar.registrar.reconciler import Reconciler
 from k8s_consul_registrar.registrar.reporter import Reporter
 from k8s_consul_registrar.registrar.resync import Resync
-from k8s_consul_registrar.registrar.schedule import Need, Schedule, ScheduleRules, Step, StepKind
+from k8s_consul_registrar.registrar.schedule import Gate, Need, Schedule, ScheduleRules, Step, StepKind
 from k8s_consul_registrar.registrar.status import RegistrarStatus
 from k8s_consul_registrar.telemetry import get_logger
 
@@ -180,9 +180,10 @@ class Controller:
         self._check_synced()
         self._parts.reporter.shared_endpoints(self._parts.desired.endpoints)
         self._parts.reporter.flush_due()
-        until = min(self._due(now), self._parts.reporter.due, now + self._timing.tick)
-        self._expected_at = until
-        await wait_until_set(self._wake, until - now)
+        self._expected_at = min(self._due(now), self._parts.reporter.due, now + self._timing.tick)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._expected_at - now):
+                await self._wake.wait()
         self._wake.clear()
         if self._has_changes:
             self._has_changes = False
@@ -211,7 +212,7 @@ class Controller:
             log.warning("the process was suspended", seconds=round(now - self._expected_at, 1))
             self._want(Need.URGENT)
 
-    async def _change_role(self, role: "Role") -> None:
+    async def _change_role(self, role: Role) -> None:
         parts = self._parts
         if self._step is not None:
             await end_tasks([self._step])
@@ -288,9 +289,8 @@ class Controller:
     # Resyncs, probes and orphans
 
     def _next_step(self, now: float) -> Step:
-        has_orphans = self._orphans is not None and self._parts.status.has_synced
-        orphans_due = self._orphans.look_due if self._orphans is not None and has_orphans else math.inf
-        return self._schedule.next(now, orphans_due)
+        looks = self._orphans is not None and self._parts.status.has_synced
+        return self._schedule.next(now, self._orphans.look_due if self._orphans and looks else math.inf)
 
     def _start_step(self, now: float) -> None:
         """Start the step that is due; one at a time, beside the batches."""

@@ -1,18 +1,18 @@
 """The decision about one service ID: desired state and observed state in, an action out. Pure."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from enum import Enum, StrEnum
 from typing import TypeAlias
 
 import msgspec
 
 from k8s_consul_registrar.model import MANAGED_BY, Kind, ObjectKey, Rejection, Target
-from k8s_consul_registrar.registrar.names import NameStatus, comparable_name
 from k8s_consul_registrar.registrar.observed import AsDesired, Foreign, Observed, Other, Unknown, zone_of
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
 from k8s_consul_registrar.targets.reasons import Reason
+from k8s_consul_registrar.targets.resolve import keep_zone
 from k8s_consul_registrar.targets.service_names import Shards
-from k8s_consul_registrar.targets.zones import keep_zone
 
 CONTESTED = "another writer with this registrar's identity, which keeps changing it"
 
@@ -53,12 +53,51 @@ class Desired(msgspec.Struct, frozen=True, gc=False):
     is_contested: bool = False
 
 
+class NameStatus(Enum):
+    """Answer to "may a service be given this name?"."""
+
+    FREE = "free"
+    TAKEN = "taken"
+    UNCHECKED = "unchecked"
+
+
+def comparable_name(name: str) -> str:
+    """Return a name as Consul looks it up: case does not count.
+
+    Source: agent/consul/state/catalog.go, the index `service` of the services, `Lowercase: true`.
+    """
+    return name.lower()
+
+
+class Names(msgspec.Struct):
+    """What is known of the names in the catalog, each as Consul compares them.
+
+    `taken` belong to others at this registrar's own node. New names of the `checked` kinds are looked up in
+    the whole catalog first: `looked_up` says which of them are taken.
+    """
+
+    checked: AbstractSet[Kind] = frozenset()
+    taken: AbstractSet[str] = frozenset()
+    looked_up: dict[str, bool] = {}
+
+    def status(self, kind: Kind, name: str) -> NameStatus:
+        """Return whether a service may be given a name."""
+        compared = comparable_name(name)
+        if compared in self.taken or self.looked_up.get(compared, False):
+            return NameStatus.TAKEN
+        return (
+            NameStatus.UNCHECKED
+            if kind in self.checked and compared not in self.looked_up
+            else NameStatus.FREE
+        )
+
+
 class Rules(msgspec.Struct, frozen=True):
     """The settings that decisions depend on besides the two states."""
 
     identity: Identity
     shards: Shards
-    name_status: Callable[[Kind, str], NameStatus] = lambda _kind, _name: NameStatus.FREE
+    names: Names = msgspec.field(default_factory=Names)
 
 
 class Register(msgspec.Struct, frozen=True, gc=False):
@@ -244,7 +283,7 @@ def _if_name_is_free(write: Register | Update, held_name: str, rules: Rules) -> 
     name = entry.name
     if comparable_name(name) == comparable_name(held_name):
         return write
-    match rules.name_status(entry.target.key.kind, name):
+    match rules.names.status(entry.target.key.kind, name):
         case NameStatus.UNCHECKED:
             return CheckName(name)
         case NameStatus.TAKEN:

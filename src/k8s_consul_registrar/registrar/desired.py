@@ -10,9 +10,8 @@ from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.source_state import Listing, SourceStatus
 from k8s_consul_registrar.kube.store import Evidence, Store
 from k8s_consul_registrar.model import Kind, Node, ObjectKey, Rejection, Source, Target
+from k8s_consul_registrar.registrar.claims import Claims, Departures, Endpoints
 from k8s_consul_registrar.registrar.decide import Desired, Standing
-from k8s_consul_registrar.registrar.departures import Departures
-from k8s_consul_registrar.registrar.endpoints import Endpoints
 from k8s_consul_registrar.registrar.observed import (
     AsDesired,
     Foreign,
@@ -22,8 +21,7 @@ from k8s_consul_registrar.registrar.observed import (
     Unknown,
     object_behind,
 )
-from k8s_consul_registrar.targets.resolve import Resolved
-from k8s_consul_registrar.targets.zones import Zones
+from k8s_consul_registrar.targets.resolve import Resolved, Zones
 
 
 class Change(msgspec.Struct, frozen=True, gc=False):
@@ -61,8 +59,7 @@ class DesiredState:
         self._source_changed: Callable[[Source, SourceStatus], None] = _ignore
         self._clock = clock
         self._zones = Zones() if Source(Kind.NODE) in sources else None
-        self._claims: dict[str, tuple[Target, ...]] = {}
-        self._endpoints = Endpoints()
+        self._claims = Claims()
         self._rejections: dict[ObjectKey, Rejection] = {}
         self._rejected_ids: Counter[str] = Counter()
         self._rejected_without_id: Counter[Kind] = Counter()
@@ -87,7 +84,7 @@ class DesiredState:
     @property
     def claims(self) -> Mapping[str, tuple[Target, ...]]:
         """The targets by the service ID they ask for; changes under the reader."""
-        return self._claims
+        return self._claims.by_id
 
     @property
     def rejections(self) -> Mapping[ObjectKey, Rejection]:
@@ -102,7 +99,7 @@ class DesiredState:
     @property
     def endpoints(self) -> Endpoints:
         """The addresses and ports of Pods, and which of them are shared."""
-        return self._endpoints
+        return self._claims.endpoints
 
     @property
     def departures(self) -> int:
@@ -116,7 +113,7 @@ class DesiredState:
 
     def ask(self, service_id: str, observed: Observed, *, is_contested: bool = False) -> Desired:
         """Return everything a decision about one service ID needs."""
-        claims = self._claims.get(service_id, ())
+        claims = self._claims.by_id.get(service_id, ())
         holder: ObjectKey | None = None
         kind: Kind | None = None
         standing = None
@@ -195,12 +192,12 @@ class DesiredState:
             self._zones.moved(key, before or (), after or ())
         self._replace(key, before, after)
         self._share_endpoints(before, after, heard_at)
-        asked = self._endpoints.without_yielded(key, _ids(after))
+        asked = self._claims.endpoints.without_yielded(key, _ids(after))
         if evidence is Evidence.ABSENT:
             # Only a resync judges what a list does not show; an ID with another claim changes hands.
             self.has_absences = True
             self._remember_ids(key, _ids(before))
-            self._tell(tuple(one for one in _ids(before) if one in self._claims), (), None)
+            self._tell(tuple(one for one in _ids(before) if one in self._claims.by_id), (), None)
             return
         if isinstance(after, Rejection):
             self._remember_ids(key, _ids(before))
@@ -301,7 +298,7 @@ class DesiredState:
             else:
                 self._rejected_without_id[key.kind] -= 1
         elif before is not None:
-            self._unclaim(before)
+            self._claims.remove(before)
         if isinstance(after, Rejection):
             self._rejections[key] = after
             if after.id:
@@ -309,48 +306,22 @@ class DesiredState:
             else:
                 self._rejected_without_id[key.kind] += 1
         elif after is not None:
-            self._claim(after)
+            self._claims.add(after)
 
     def _share_endpoints(
         self, before: Resolved | None, after: Resolved | None, heard_at: float | None
     ) -> None:
         """Let targets of Pods that are being deleted give way to others at their endpoint, or come back."""
-        if self._endpoints.is_settled:
+        if self._claims.endpoints.is_settled:
             return
-        given_way, back = self._endpoints.settle(
+        given_way, back = self._claims.settle(
             target for resolved in (before, after) if isinstance(resolved, tuple) for target in resolved
         )
         for target in given_way:
-            self._take_claim(target)
             self._depart(target.key, (target.id,), heard_at)
         for target in back:
-            self._claim_one(target)
             self._departures.end(target.id, target.key)
             self._tell((target.id,), (), heard_at)
-
-    def _unclaim(self, targets: tuple[Target, ...]) -> None:
-        for target in targets:
-            if target.has_own_address and self._endpoints.remove(target):
-                continue
-            self._take_claim(target)
-
-    def _take_claim(self, target: Target) -> None:
-        rest = tuple(one for one in self._claims[target.id] if one.key != target.key)
-        if rest:
-            self._claims[target.id] = rest
-        else:
-            del self._claims[target.id]
-
-    def _claim(self, targets: tuple[Target, ...]) -> None:
-        for target in targets:
-            if target.has_own_address:
-                self._endpoints.add(target)
-            # The usual case of one target and one claim shares one tuple, for its memory.
-            self._claim_one(target, targets if len(targets) == 1 else None)
-
-    def _claim_one(self, target: Target, alone: tuple[Target, ...] | None = None) -> None:
-        others = self._claims.get(target.id, ())
-        self._claims[target.id] = (*others, target) if others else alone or (target,)
 
     def _learn_zone(self, node: Node) -> None:
         """Move the Pods of a Node, and no others, if its zone is another one than was known."""
@@ -365,8 +336,8 @@ class DesiredState:
             if after != before:
                 self.generation += 1
                 self.store.revise(key, after)
-                self._unclaim(before)
-                self._claim(after)
+                self._claims.remove(before)
+                self._claims.add(after)
                 self._share_endpoints(before, after, heard_at)
                 self._tell(_ids(after), (), heard_at)
 

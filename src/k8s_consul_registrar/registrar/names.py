@@ -2,30 +2,14 @@
 
 from collections.abc import Awaitable, Callable
 from collections.abc import Set as AbstractSet
-from enum import Enum
 
 from k8s_consul_registrar.errors import ConsulFiltered, ConsulForbidden, ConsulRefused
 from k8s_consul_registrar.model import MANAGED_BY, Kind, Service
+from k8s_consul_registrar.registrar.decide import Names, comparable_name
 from k8s_consul_registrar.targets.service_names import kind_of_id
 from k8s_consul_registrar.telemetry import get_logger
 
 log = get_logger("names")
-
-
-class NameStatus(Enum):
-    """Answer to "may a service be given this name?"."""
-
-    FREE = "free"
-    TAKEN = "taken"
-    UNCHECKED = "unchecked"
-
-
-def comparable_name(name: str) -> str:
-    """Return a name as Consul looks it up: case does not count.
-
-    Source: agent/consul/state/catalog.go, the index `service` of the services, `Lowercase: true`.
-    """
-    return name.lower()
 
 
 def is_of_a_registrar(service: Service) -> bool:
@@ -45,7 +29,7 @@ class NameGuard:
     A resync reports every foreign name at this registrar's own node. A new name of the `checked` kinds (those
     whose template is not the default, which contains the object's own name) is looked up once in the whole
     catalog, and the answer holds until the next resync. Where that look is denied or filtered, the resync's
-    view decides.
+    view decides. `names` has what is known.
     """
 
     def __init__(
@@ -55,30 +39,19 @@ class NameGuard:
         checked: AbstractSet[Kind] = frozenset(),
     ) -> None:
         self._look = look
-        self._checked = checked
-        self._taken: set[str] = set()
+        self.names = Names(checked if look is not None else frozenset())
         self._reading: set[str] = set()
-        self._looked_up: dict[str, bool] = {}
         self._has_warned = False
-
-    def status(self, kind: Kind, name: str) -> NameStatus:
-        """Return whether a service may be given a name."""
-        compared = comparable_name(name)
-        if compared in self._taken or self._looked_up.get(compared, False):
-            return NameStatus.TAKEN
-        if self._look is None or compared in self._looked_up or kind not in self._checked:
-            return NameStatus.FREE
-        return NameStatus.UNCHECKED
 
     async def check(self, name: str) -> None:
         """Look a name up in the whole catalog; raises a `ConsulError` when Consul is unavailable."""
         compared = comparable_name(name)
-        if self._look is None or compared in self._looked_up:
+        if self._look is None or compared in self.names.looked_up:
             return
         try:
-            self._looked_up[compared] = await self._look(name)
+            self.names.looked_up[compared] = await self._look(name)
         except (ConsulForbidden, ConsulFiltered, ConsulRefused) as error:
-            self._looked_up[compared] = False
+            self.names.looked_up[compared] = False
             if not self._has_warned:
                 self._has_warned = True
                 log.warning(
@@ -99,5 +72,4 @@ class NameGuard:
 
     def finish(self) -> None:
         """Replace what the last read showed, and check names again when they are next given."""
-        self._taken = self._reading
-        self._looked_up = {}
+        self.names.taken, self.names.looked_up = self._reading, {}

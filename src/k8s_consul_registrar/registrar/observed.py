@@ -1,14 +1,15 @@
 """Observed state: what Consul is known to hold under each service ID, and who else changes it. Pure."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import TypeAlias
 
 import msgspec
 
-from k8s_consul_registrar.model import UNSYNCED, Kind, ObjectKey, Service, Target
+from k8s_consul_registrar.model import MANAGED_BY, UNSYNCED, Kind, ObjectKey, Service, Target
 from k8s_consul_registrar.registrar.ownership import Claim, Identity, kind_of, object_of
-from k8s_consul_registrar.targets.service_names import sharded_name
-from k8s_consul_registrar.targets.zones import NODE, ZONE
+from k8s_consul_registrar.targets.resolve import NODE, ZONE
+from k8s_consul_registrar.targets.service_names import sharded_name, sharded_tags
 
 # Repairs of a record that another writer changed: the first change may be an accident, the second shows a
 # writer at work.
@@ -38,8 +39,31 @@ class AsDesired(msgspec.Struct, frozen=True, gc=False):
         return sharded_name(self.target.name, self.shard)
 
     def service(self, identity: Identity) -> Service:
-        """Build the record."""
-        return identity.service(self.target, self.shard, self.cluster_uid, self.version)
+        """Build the record: the owner's meta is added to the target's, and the shard filled in."""
+        target, shard = self.target, self.shard
+        added = _added_meta(identity.cluster, self.cluster_uid, identity.instance, shard)
+        return Service(
+            id=target.id,
+            name=sharded_name(target.name, shard),
+            address=target.address,
+            port=target.port,
+            meta=tuple(sorted((*target.meta, *added))),
+            tags=sharded_tags(target.tags, shard),
+            index=self.version,
+            ready=target.ready,
+        )
+
+
+@lru_cache(maxsize=256)
+def _added_meta(cluster: str, cluster_uid: str, instance: str, shard: str) -> tuple[tuple[str, str], ...]:
+    added = {
+        "cluster": cluster,
+        "cluster_uid": cluster_uid,
+        "instance": instance,
+        "managed_by": MANAGED_BY,
+        "shard_path": shard,
+    }
+    return tuple((key, value) for key, value in added.items() if value)
 
 
 class Other(msgspec.Struct, frozen=True, gc=False):

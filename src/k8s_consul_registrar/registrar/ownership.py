@@ -1,12 +1,11 @@
 """Ownership: which of Consul's services belong to this registrar, and which of those it may remove. Pure."""
 
 from enum import Enum
-from functools import lru_cache
 
 import msgspec
 
-from k8s_consul_registrar.model import MANAGED_BY, Kind, ObjectKey, Service, Target
-from k8s_consul_registrar.targets.service_names import kind_of_id, pod_of_id, sharded_name, sharded_tags
+from k8s_consul_registrar.model import MANAGED_BY, Kind, ObjectKey, Service
+from k8s_consul_registrar.targets.service_names import kind_of_id, pod_of_id
 
 
 class Claim(Enum):
@@ -61,35 +60,6 @@ class Identity(msgspec.Struct, frozen=True):
         if self.has_default_name and not (cluster_uid and recorded_uid == cluster_uid):
             return False
         return claim is Claim.OURS or self.covers_cluster
-
-    def service(self, target: Target, shard: str, cluster_uid: str, index: int = 0) -> Service:
-        """Build the record of a target: add the owner's meta and fill in the shard.
-
-        `index` is the version of the record that it replaces.
-        """
-        added = _added_meta(self.cluster, cluster_uid, self.instance, shard)
-        return Service(
-            id=target.id,
-            name=sharded_name(target.name, shard),
-            address=target.address,
-            port=target.port,
-            meta=tuple(sorted((*target.meta, *added))),
-            tags=sharded_tags(target.tags, shard),
-            index=index,
-            ready=target.ready,
-        )
-
-
-@lru_cache(maxsize=256)
-def _added_meta(cluster: str, cluster_uid: str, instance: str, shard: str) -> tuple[tuple[str, str], ...]:
-    added = {
-        "cluster": cluster,
-        "cluster_uid": cluster_uid,
-        "instance": instance,
-        "managed_by": MANAGED_BY,
-        "shard_path": shard,
-    }
-    return tuple((key, value) for key, value in added.items() if value)
 
 
 def kind_of(service: Service) -> Kind | None:

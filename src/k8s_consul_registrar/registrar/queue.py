@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     priority: Priority = Priority.CHANGE
 
 
-class _Item(msgspec.Struct):
+class _Item(msgspec.Struct, gc=False):
     """One ID that waits or is in flight.
 
     `failures` counts refusals in a row; `heard_at` is when an event first told of the change.

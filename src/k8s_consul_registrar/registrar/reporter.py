@@ -12,8 +12,8 @@ from msgspec.structs import replace
 from k8s_consul_registrar.kube.source_state import SourceStatus
 from k8s_consul_registrar.model import Kind, Rejection, Source, Target, Written
 from k8s_consul_registrar.registrar.brake import Held
+from k8s_consul_registrar.registrar.claims import Endpoints
 from k8s_consul_registrar.registrar.decide import Conflict, Kept
-from k8s_consul_registrar.registrar.endpoints import Endpoints
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.status import Activity, Counts, RegistrarStatus
 from k8s_consul_registrar.telemetry import Failures, get_logger

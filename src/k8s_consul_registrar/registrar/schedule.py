@@ -1,20 +1,27 @@
-"""Schedule of everything but batches: resyncs, drift probes, the orphan collector. Pure.
+"""Schedule of the controller: when resyncs, drift probes and the orphan collector are due, and the gate. Pure.
 
 Reading everything Consul holds is dear: at 8,200 services under load a read cost Consul a core for seconds. So
 requests for a resync coalesce under a budget.
 """
 
 import math
+from collections.abc import Callable
 from enum import Enum, IntEnum
 from typing import NamedTuple
 
 import msgspec
 from msgspec.structs import replace
 
+from k8s_consul_registrar.backoff import Timing, delays
+from k8s_consul_registrar.registrar.interfaces import Health
+
 # Seconds between reads of everything, beyond the first few.
 FULL_READ_GAP = 30.0
 # Seconds between two judgements at least.
 JUDGE_GAP = 0.2
+
+# Kinds of work whose failure closes the gate.
+RESYNC, BATCH, PROBE = "resync", "batch", "probe"
 
 
 class Need(IntEnum):
@@ -156,3 +163,56 @@ class Schedule(msgspec.Struct, frozen=True):
         if self.gap <= 0:
             return float(self.rules.burst)
         return min(self.budget + (now - self.budget_at) / self.gap, float(self.rules.burst))
+
+
+class Gate:
+    """The gate before Consul: closed after a failure, for all work alike, and for longer each time.
+
+    It joins the client's health with failures that are not Consul's own, such as a right that is missing.
+
+    Only a success of what failed ends the backoff: reads that work say nothing of writes, nor the reverse.
+    """
+
+    def __init__(self, health: Health, timing: Timing, clock: Callable[[], float]) -> None:
+        self._health = health
+        self._timing = timing
+        self._clock = clock
+        self._problem, self._failed = "", ""
+        self._closed_until = clock()
+        self._delays = delays(timing.retry_first, timing.retry_cap)
+
+    @property
+    def is_up(self) -> bool:
+        """True if Consul does what it is asked for."""
+        return self._health.is_up and not self._problem
+
+    @property
+    def problem(self) -> str:
+        """The reason why not, empty if it does."""
+        return self._health.problem or self._problem
+
+    @property
+    def opens_at(self) -> float:
+        """Moment before which no work may start, in seconds of the clock."""
+        return max(self._closed_until, self._health.open_at)
+
+    def close(self, what: str, problem: str) -> None:
+        """Close the gate because a resync, batch or probe failed."""
+        if self._failed != RESYNC or not self._problem:
+            self._failed = what
+        self._problem = problem
+        self._closed_until = self._clock() + next(self._delays)
+
+    def wait_a_moment(self) -> None:
+        """Close the gate for the shortest time, without a failure."""
+        self._closed_until = self._clock() + self._timing.retry_first
+
+    def open(self, what: str, *, is_drained: bool) -> None:
+        """Note a success; `is_drained` is True if nothing is left to write."""
+        if self._failed == BATCH and what != BATCH and not is_drained:
+            return
+        if self._failed == RESYNC and what != RESYNC:
+            return
+        if self._problem:
+            self._problem = ""
+            self._delays = delays(self._timing.retry_first, self._timing.retry_cap)

@@ -1,13 +1,14 @@
-"""Resolution of a Pod or Node into its targets, with their meta, or a rejection."""
+"""Resolution of a Pod or Node into its targets, with their meta and zone, or a rejection."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
-from k8s_consul_registrar.model import Kind, Node, Pod, Rejection, Target, Undecodable
+from k8s_consul_registrar.model import Kind, Node, ObjectKey, Pod, Rejection, Target, Undecodable
 from k8s_consul_registrar.targets.reasons import Reason, Rejected, has_control
 from k8s_consul_registrar.targets.scrape_config import (
     NODE_ADDRESS_TYPES,
@@ -41,7 +42,7 @@ LONGEST_META_VALUE = 512
 
 # Every key the registrar writes, except those that begin with one of the two prefixes below.
 OWN_KEYS = frozenset(
-    {
+    [
         "cluster",
         "cluster_uid",
         "instance",
@@ -54,11 +55,13 @@ OWN_KEYS = frozenset(
         "scheme",
         "shard_path",
         "zone",
-    }
+    ]
 )
 PARAM_PREFIX = "param_"
 LABEL_PREFIX = "label_"
 
+# Meta keys that tell where a Pod runs.
+ZONE, NODE = "zone", "node"
 # Kubernetes, "Well-Known Labels, Annotations and Taints".
 ZONE_LABEL = "topology.kubernetes.io/zone"
 
@@ -73,10 +76,7 @@ class LabelMeta(NamedTuple):
 
 
 def parse_labels(labels: Iterable[str]) -> tuple[LabelMeta, ...]:
-    """Return each label with its meta key, which begins with `label_` and so never equals one of `OWN_KEYS`.
-
-    Raises ValueError, worded for an operator, for an invalid label and for two labels with the same key.
-    """
+    """Return each label with its meta key, which is none of `OWN_KEYS`; raises ValueError for an operator."""
     chosen: dict[str, str] = {}
     for label in dict.fromkeys(labels):
         if not is_label_key(label):
@@ -88,11 +88,6 @@ def parse_labels(labels: Iterable[str]) -> tuple[LabelMeta, ...]:
             raise ValueError(f"{chosen[key]!r} and {label!r} would both be {key}")
         chosen[key] = label
     return tuple(LabelMeta(label, key) for key, label in chosen.items())
-
-
-def label_meta(labels: Mapping[str, str], chosen: Iterable[LabelMeta]) -> dict[str, str]:
-    """Return the meta of the chosen labels; a label that the object lacks is empty."""
-    return {one.key: labels.get(one.label, "") for one in chosen}
 
 
 def checked_meta(meta: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
@@ -130,11 +125,9 @@ Resolved = tuple[Target, ...] | Rejection
 class TargetRules(msgspec.Struct, frozen=True):
     """The operator's settings for targets.
 
-    `cluster` fills the field of that name in names and tags. `node_address_types` are the types of address
-    at which Prometheus reaches a Node, the preferred one first. `longest_shard` is the length of the
-    longest shard path in bytes. With `has_readiness` a target carries its object's readiness, so each
-    change of it is a change of the target. With `pods_through_proxy` the target of a Pod is the proxy on
-    the Pod's Node, which Prometheus scrapes with `proxy_scheme`.
+    `node_address_types` are those at which Prometheus reaches a Node, the preferred one first.
+    `longest_shard` is in bytes. With `has_readiness` a target carries its object's readiness. With
+    `pods_through_proxy` a Pod's target is the proxy on its Node, scraped with `proxy_scheme`.
     """
 
     annotation_prefix: str = "prometheus.io/"
@@ -159,11 +152,10 @@ def resolve(item: Pod | Node | Undecodable, rules: TargetRules) -> Resolved | No
             return resolve_pod(item, rules)
         case Node():
             return resolve_node(item, rules)
-    if item.key is None:
+    if (key := item.key) is None:
         return None
-    is_pod = item.kind is Kind.POD
-    own_id = pod_service_id(item.key.namespace, item.key.name, rules.id_prefix) if is_pod else ""
-    return Rejection(item.key, Reason.UNDECODABLE, item.problem, own_id)
+    own_id = pod_service_id(key.namespace, key.name, rules.id_prefix) if item.kind is Kind.POD else ""
+    return Rejection(key, Reason.UNDECODABLE, item.problem, own_id)
 
 
 def resolve_pod(pod: Pod, rules: TargetRules) -> Resolved:
@@ -173,11 +165,8 @@ def resolve_pod(pod: Pod, rules: TargetRules) -> Resolved:
     service_id = pod_service_id(pod.namespace, pod.name, rules.id_prefix)
     try:
         scrape = pod_scrape(pod, rules.annotation_prefix)
-        endpoints = (
-            _proxy_endpoints(pod, scrape, rules)
-            if rules.pods_through_proxy
-            else _endpoints(pod, scrape, rules)
-        )
+        find_endpoints = _proxy_endpoints if rules.pods_through_proxy else _endpoints
+        endpoints = find_endpoints(pod, scrape, rules)
         subject = _pod_subject(pod, rules)
         name = service_name(rules.pod_name, subject, rules.longest_shard)
         tags = service_tags(rules.tags, subject, rules.longest_shard)
@@ -208,8 +197,8 @@ def resolve_pod(pod: Pod, rules: TargetRules) -> Resolved:
 def resolve_node(node: Node, rules: TargetRules) -> Resolved:
     """Return the target of a Node: the proxy's NodePort at an address that Prometheus reaches.
 
-    Its ID and path contain the address at which the proxy, inside the cluster, reaches the kubelet. After a
-    Node was replaced, two Nodes can claim the same address: `rank` prefers the Ready one, then the older.
+    Its ID and path contain the address at which the proxy reaches the kubelet. A Node and its replacement
+    can claim the same one: `rank` prefers the Ready one, then the older.
     """
     node_ip = node_address(node)
     if node_ip is None:
@@ -245,9 +234,8 @@ class _Endpoint(msgspec.Struct, frozen=True, gc=False):
 
 def _endpoints(pod: Pod, scrape: ScrapeConfig, rules: TargetRules) -> list[_Endpoint]:
     named = {f"{PARAM_PREFIX}{name}": value for name, value in scrape.params.items()}
-    meta = checked_meta(
-        _pod_meta(pod, rules) | named | {"metrics_path": scrape.path, "scheme": scrape.scheme}
-    )
+    named |= {"metrics_path": scrape.path, "scheme": scrape.scheme}
+    meta = checked_meta(_pod_meta(pod, rules) | named)
     return [_Endpoint(scrape.address, port, meta) for port in scrape.ports]
 
 
@@ -268,7 +256,7 @@ def _proxy_endpoints(pod: Pod, scrape: ScrapeConfig, rules: TargetRules) -> list
 
 def _pod_meta(pod: Pod, rules: TargetRules) -> dict[str, str]:
     meta = {"kind": "pod", "namespace": pod.namespace, "node": pod.node, "pod": pod.name}
-    return meta | label_meta(pod.labels, rules.labels) if rules.labels else meta
+    return meta | {one.key: pod.labels.get(one.label, "") for one in rules.labels} if rules.labels else meta
 
 
 def _node_meta(node: Node, node_ip: str, scheme: str) -> Mapping[str, str]:
@@ -310,3 +298,102 @@ def _reached_address(node: Node, types: tuple[str, ...]) -> str:
     if address is None:
         raise Rejected(Reason.NO_ADDRESS, f"the Node's status has no {' or '.join(types)} that is an IP")
     return address
+
+
+class Zones:
+    """The zone of each Node, and the Pods with targets on it.
+
+    A Node's zone is kept while Pods run on it, even after the Node is deleted or its source fails: dropping
+    it would rewrite every service twice.
+    """
+
+    def __init__(self) -> None:
+        self._zones: dict[str, str] = {}
+        self._pods: dict[str, set[ObjectKey]] = {}
+        self._gone: set[str] = set()
+
+    def learn(self, node: Node) -> Sequence[ObjectKey]:
+        """Record a Node's zone; return the Pods on it if the zone is new or has changed."""
+        zone = zone_of(node)
+        self._gone.discard(node.name)
+        if self._zones.get(node.name) == zone:
+            return ()
+        self._zones[node.name] = zone
+        return tuple(self._pods.get(node.name, ()))
+
+    def place(self, targets: tuple[Target, ...]) -> tuple[Target, ...]:
+        """Return the targets of one Pod with their Node's zone; unchanged if that is unknown."""
+        if not targets or targets[0].key.kind is not Kind.POD:
+            return targets
+        zone = self._zones.get(_value(targets[0], NODE))
+        return targets if zone is None else tuple(in_zone(target, zone) for target in targets)
+
+    def moved(self, key: ObjectKey, before: Resolved, after: Resolved) -> None:
+        """Record a change of an object: where a Pod's targets are, or that a Node was deleted."""
+        if key.kind is Kind.NODE:
+            if after == () and key.name in self._zones:
+                self._gone.add(key.name)
+                self._tidy(key.name)
+            return
+        was, now = _node(before), _node(after)
+        if was == now:
+            return
+        if was:
+            self._pods[was].discard(key)
+            self._tidy(was)
+        if now:
+            self._pods.setdefault(now, set()).add(key)
+
+    def _tidy(self, name: str) -> None:
+        """Drop the zone of a deleted Node with the last Pod on it."""
+        if self._pods.get(name):
+            return
+        self._pods.pop(name, None)
+        if name in self._gone:
+            self._gone.discard(name)
+            self._zones.pop(name, None)
+
+
+def zone_of(node: Node) -> str:
+    """Return a Node's zone, empty if it has none or one that exceeds Consul's limits."""
+    try:
+        pairs = checked_meta({ZONE: node.labels.get(ZONE_LABEL, "")})
+    except Rejected:
+        return ""
+    return pairs[0][1] if pairs else ""
+
+
+def in_zone(target: Target, zone: str) -> Target:
+    """Return a Pod's target with the known zone of its Node, empty if the Node has none."""
+    if target.is_zone_known and _value(target, ZONE) == zone:
+        return target
+    return replace(target, meta=_with_zone(target, zone), is_zone_known=True)
+
+
+def keep_zone(target: Target, zone: str, node: str) -> Target:
+    """Return a target with the zone of its record in Consul, as long as its Node's zone is unknown.
+
+    A Node that is not listed yet must not remove a zone; a record of another `node` tells nothing of it.
+    """
+    if target.is_zone_known or not zone or node != _value(target, NODE):
+        return target
+    return replace(target, meta=_with_zone(target, zone))
+
+
+def _value(target: Target, key: str) -> str:
+    for name, value in target.meta:
+        if name == key:
+            return value
+    return ""
+
+
+def _with_zone(target: Target, zone: str) -> tuple[tuple[str, str], ...]:
+    # `zone` sorts after every other key, and MOST_META_PAIRS leaves room for it.
+    meta = target.meta
+    if meta and meta[-1][0] == ZONE:
+        meta = meta[:-1]
+    return (*meta, shared_pair((ZONE, zone))) if zone else meta
+
+
+def _node(resolved: Resolved) -> str:
+    return "" if isinstance(resolved, Rejection) or not resolved else _value(resolved[0], NODE)

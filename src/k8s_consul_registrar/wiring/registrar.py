@@ -229,7 +229,7 @@ class Wiring:
             first=timing.retry_first, cap=settings.sync_period, min_interval=timing.write_interval
         )
         names = NameGuard(registry.is_name_taken, checked=self._kinds_with_template())
-        rules = Rules(self.identity, self.shards, names.status)
+        rules = Rules(self.identity, self.shards, names.names)
         contests = Contests(settings.sync_period)
         selection = SelectionRecord(
             self.digest,

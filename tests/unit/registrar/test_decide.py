@@ -20,22 +20,23 @@ from k8s_consul_registrar.registrar.decide import (
     Keep,
     Kept,
     LookUp,
+    Names,
+    NameStatus,
     Nothing,
     Register,
     Reject,
     Rules,
     Standing,
     Update,
+    comparable_name,
     decide,
     settle,
 )
-from k8s_consul_registrar.registrar.names import NameStatus
 from k8s_consul_registrar.registrar.observed import AsDesired, Foreign, Observed, Other, Unknown, observe
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
 from k8s_consul_registrar.targets.reasons import Reason
-from k8s_consul_registrar.targets.resolve import TargetRules, resolve
+from k8s_consul_registrar.targets.resolve import TargetRules, in_zone, resolve
 from k8s_consul_registrar.targets.service_names import HashShards, RandomShards, parse_name, parse_tag
-from k8s_consul_registrar.targets.zones import in_zone
 from support.builders import annotated, make_node, make_pod, make_service, our_pod_service
 from support.memory import NODES, PODS, MemoryCluster
 
@@ -370,7 +371,7 @@ def test_decide_address_goes_to_the_node_that_has_it() -> None:
         assert isinstance(decide(desired, AsDesired(old, "", ""), RULES), Update)
 
 
-SECOND_SERVICE = LAB.service(SECOND, "", "")
+SECOND_SERVICE = AsDesired(SECOND, "", "").service(LAB)
 
 
 # Shards
@@ -452,13 +453,12 @@ def test_decide_zone_of_another_node_is_not_kept() -> None:
 # Names
 
 
-def naming(status: NameStatus, *taken: str) -> Rules:
-    """Return rules that answer so for these names, and free for others; for all names if there are none."""
-
-    def answer(_kind: Kind, name: str) -> NameStatus:
-        return status if not taken or name in taken else NameStatus.FREE
-
-    return Rules(LAB, RandomShards(), answer)
+def naming(status: NameStatus) -> Rules:
+    """Return rules under which every name that these tests give is so."""
+    compared = frozenset(comparable_name(name) for name in ("lab-pods", POD.name, FIRST.name))
+    taken = compared if status is NameStatus.TAKEN else frozenset()
+    checked = frozenset(Kind) if status is NameStatus.UNCHECKED else frozenset[Kind]()
+    return Rules(LAB, RandomShards(), Names(checked, taken))
 
 
 def test_decide_name_of_others_is_refused() -> None:

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from k8s_consul_registrar.kube.store import SLICE, Evidence
 from k8s_consul_registrar.model import Kind, Node, ObjectKey, Pod, Rejection, Source, Target, Undecodable
-from k8s_consul_registrar.registrar import departures
+from k8s_consul_registrar.registrar import claims
 from k8s_consul_registrar.registrar.decide import Standing
 from k8s_consul_registrar.registrar.desired import Change
 from k8s_consul_registrar.registrar.observed import AsDesired, Observed, Unknown, observe
@@ -483,7 +483,7 @@ def test_desired_departures_beyond_the_most_become_inferences() -> None:
     """Before the first read of Consul none can be told from another; the oldest are forgotten, which is safe."""
     world = World(PODS)
     world.lists()
-    most = departures.MOST_DEPARTURES
+    most = claims.MOST_DEPARTURES
     for number in range(most + 10):
         world.desired.depart(f"id-{number}", make_pod("a").key)
     assert world.desired.departures == most

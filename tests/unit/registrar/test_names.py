@@ -13,7 +13,8 @@ from k8s_consul_registrar.errors import (
     ConsulUnreachable,
 )
 from k8s_consul_registrar.model import Kind, Service
-from k8s_consul_registrar.registrar.names import NameGuard, NameStatus, comparable_name, is_of_a_registrar
+from k8s_consul_registrar.registrar.decide import NameStatus, comparable_name
+from k8s_consul_registrar.registrar.names import NameGuard, is_of_a_registrar
 from support.builders import make_service, our_pod_service
 
 PODS_CHECKED = frozenset({Kind.POD})
@@ -50,7 +51,7 @@ def foreign(name: str) -> Service:
 
 def statuses(guard: NameGuard, *names: str) -> list[NameStatus]:
     """Return what may become of names of Pods."""
-    return [guard.status(Kind.POD, name) for name in names]
+    return [guard.names.status(Kind.POD, name) for name in names]
 
 
 def test_name_of_a_foreign_service_at_our_node_is_taken() -> None:
@@ -58,7 +59,7 @@ def test_name_of_a_foreign_service_at_our_node_is_taken() -> None:
     guard = NameGuard()
     resync(guard, foreign("Web"))
     assert statuses(guard, "web", "WEB", "other") == [NameStatus.TAKEN, NameStatus.TAKEN, NameStatus.FREE]
-    assert guard.status(Kind.NODE, "web") is NameStatus.TAKEN
+    assert guard.names.status(Kind.NODE, "web") is NameStatus.TAKEN
     resync(guard)
     assert statuses(guard, "web") == [NameStatus.FREE]
 
@@ -108,7 +109,7 @@ async def test_name_is_looked_up_once_in_the_whole_catalog() -> None:
     catalog = Catalog("taken")
     guard = NameGuard(catalog.is_name_taken, checked=PODS_CHECKED)
     assert statuses(guard, "taken", "free") == [NameStatus.UNCHECKED] * 2
-    assert guard.status(Kind.NODE, "taken") is NameStatus.FREE
+    assert guard.names.status(Kind.NODE, "taken") is NameStatus.FREE
     for name in ("taken", "free", "free", "FREE"):
         await guard.check(name)
     assert (statuses(guard, "taken", "free"), catalog.asked) == (

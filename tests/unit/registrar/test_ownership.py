@@ -3,6 +3,7 @@
 import pytest
 
 from k8s_consul_registrar.model import MANAGED_BY, Kind, ObjectKey, Service
+from k8s_consul_registrar.registrar.observed import AsDesired
 from k8s_consul_registrar.registrar.ownership import Claim, Identity, kind_of, object_of
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve_pod
 from support.builders import make_pod, make_service, our_pod_service
@@ -78,10 +79,10 @@ def test_identity_makes_services_that_say_whose_they_are() -> None:
     """The service carries cluster, manager, UID and shard beside the target's own meta, sorted."""
     resolved = resolve_pod(make_pod("a"), TargetRules())
     assert isinstance(resolved, tuple)
-    service = Identity("lab", "blue").service(resolved[0], "s1", "uid")
+    service = AsDesired(resolved[0], "s1", "uid").service(Identity("lab", "blue"))
     assert [key for key, _ in service.meta] == sorted(key for key, _ in service.meta)
     assert service == our_pod_service("a", instance="blue", shard_path="s1", cluster_uid="uid")
-    assert LAB.service(resolved[0], "", "") == our_pod_service("a")
+    assert AsDesired(resolved[0], "", "").service(LAB) == our_pod_service("a")
 
 
 @pytest.mark.parametrize(

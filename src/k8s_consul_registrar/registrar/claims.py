@@ -1,14 +1,58 @@
-"""Endpoints that several Pods claim: an address and port that was given to another Pod too early. Pure."""
+"""Claims on service IDs: who asks for one, who gave way at a shared endpoint, and who departed. Pure."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 from k8s_consul_registrar.model import ObjectKey, Target
 
+# Departures that are remembered at most. One that is forgotten becomes an inference, which is safe.
+MOST_DEPARTURES = 50_000
 # An endpoint that more targets claim is none that moves from one Pod to the next: no Pod gives way there.
 MOST_CLAIMS = 100
 
 _Place: TypeAlias = tuple[str, ObjectKey]
+
+
+class Claims:
+    """The targets by the service ID that they ask for, without those that gave way to another Pod's."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[str, tuple[Target, ...]] = {}
+        self.endpoints = Endpoints()
+
+    def add(self, targets: tuple[Target, ...]) -> None:
+        """Note the targets of one object."""
+        for target in targets:
+            if target.has_own_address:
+                self.endpoints.add(target)
+            # The usual case of one target and one claim shares one tuple, for its memory.
+            self._add(target, targets if len(targets) == 1 else (target,))
+
+    def remove(self, targets: tuple[Target, ...]) -> None:
+        """Forget the targets of one object."""
+        for target in targets:
+            if not (target.has_own_address and self.endpoints.remove(target)):
+                self._remove(target)
+
+    def settle(self, changed: Iterable[Target]) -> tuple[list[Target], list[Target]]:
+        """Return the targets that give way now, and those that come back, at the endpoints of some targets."""
+        given_way, back = self.endpoints.settle(changed)
+        for target in given_way:
+            self._remove(target)
+        for target in back:
+            self._add(target, (target,))
+        return given_way, back
+
+    def _add(self, target: Target, alone: tuple[Target, ...]) -> None:
+        others = self.by_id.get(target.id)
+        self.by_id[target.id] = (*others, target) if others else alone
+
+    def _remove(self, target: Target) -> None:
+        rest = tuple(one for one in self.by_id[target.id] if one.key != target.key)
+        if rest:
+            self.by_id[target.id] = rest
+        else:
+            del self.by_id[target.id]
 
 
 class Endpoints:
@@ -116,3 +160,62 @@ def _key(target: Target) -> int:
 
 def _place(target: Target) -> _Place:
     return target.id, target.key
+
+
+class Departures:
+    """Departures by service ID and object, each with its generation.
+
+    An object of None is a Node of the original program, which its service does not name.
+    """
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, dict[ObjectKey | None, int]] = {}
+        self._by_key: dict[ObjectKey | None, set[str]] = {}
+        self.generation = 0
+        # Departures up to this generation were seen while another replica led.
+        self.stale_until = 0
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def ids(self) -> tuple[str, ...]:
+        """Return every service ID with a departure."""
+        return tuple(self._by_id)
+
+    def record(self, service_id: str, key: ObjectKey | None) -> None:
+        """Record a departure, as a new generation."""
+        self.generation += 1
+        self._by_id.setdefault(service_id, {})[key] = self.generation
+        self._by_key.setdefault(key, set()).add(service_id)
+        while len(self._by_id) > MOST_DEPARTURES:
+            self.end_all(next(iter(self._by_id)))
+
+    def get(self, service_id: str, key: ObjectKey | None) -> int | None:
+        """Return the generation of an object's departure from an ID, None if there is none."""
+        found = self._by_id.get(service_id)
+        return None if found is None else found.get(key)
+
+    def keys(self, service_id: str) -> Mapping[ObjectKey | None, int]:
+        """Return the objects that departed from an ID, with their generations."""
+        return self._by_id.get(service_id, {})
+
+    def of(self, key: ObjectKey) -> tuple[str, ...]:
+        """Return the IDs that an object departed from."""
+        return tuple(self._by_key.get(key, ()))
+
+    def end(self, service_id: str, key: ObjectKey | None) -> None:
+        """Forget one departure."""
+        found = self._by_id.get(service_id, {})
+        if found.pop(key, None) is None:
+            return
+        if not found:
+            del self._by_id[service_id]
+        ids = self._by_key[key]
+        ids.discard(service_id)
+        if not ids:
+            del self._by_key[key]
+
+    def end_all(self, service_id: str) -> None:
+        """Forget every departure from an ID."""
+        for key in tuple(self.keys(service_id)):
+            self.end(service_id, key)
