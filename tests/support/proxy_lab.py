@@ -89,6 +89,7 @@ class Kubelet:
     names: tuple[str, ...] = ("127.0.0.1", "::1")
     signed_by: trustme.CA = field(default_factory=authority)
     is_secure: bool = True
+    tickets: int = 2
     port: int = 0
     connections: int = 0
     open_now: int = 0
@@ -103,6 +104,7 @@ class Kubelet:
         context = None
         if self.is_secure:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.num_tickets = self.tickets
             self.signed_by.issue_cert(*self.names).configure_cert(context)
         server = await asyncio.start_server(self._converse, self.host, self.port, ssl=context)
         self.port = server.sockets[0].getsockname()[1]

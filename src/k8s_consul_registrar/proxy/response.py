@@ -13,6 +13,7 @@ from k8s_consul_registrar.proxy.headers import RESPONSE_FIELDS, Fields, response
 from k8s_consul_registrar.proxy.refusals import Malformed
 
 HEAD_LIMIT = 16 * 1024
+VERSION = b"HTTP/1."
 END_OF_HEAD = b"\r\n\r\n"
 _ANY_CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -46,7 +47,7 @@ class _HeadReader:
 
 def read_head(head: memoryview) -> Head:
     """Parse a whole head, its empty line included; raises Malformed."""
-    if not head.tobytes().startswith(b"HTTP/1."):
+    if head[: len(VERSION)] != VERSION:
         raise Malformed("it does not speak HTTP/1.1")
     reader = _HeadReader()
     parser = HttpResponseParser(reader)
@@ -58,7 +59,10 @@ def read_head(head: memoryview) -> Head:
         raise Malformed(f"its head does not parse: {error}") from None
     if not reader.is_complete:
         raise Malformed("its head does not end where it should")
-    return Head(parser.get_status_code(), head[7] == ord("1"), reader.fields)
+    status = parser.get_status_code()
+    if status < HTTPStatus.CONTINUE:
+        raise Malformed("its status is below 100")
+    return Head(status, head[len(VERSION)] == ord("1"), reader.fields)
 
 
 class Counted:

@@ -9,7 +9,7 @@ from k8s_consul_registrar.proxy.headers import refusal_bytes
 from k8s_consul_registrar.proxy.refusals import Outcome, Refusal
 from k8s_consul_registrar.proxy.relay import Relay
 from k8s_consul_registrar.proxy.request import Request
-from k8s_consul_registrar.proxy.tls_stream import TlsStep
+from k8s_consul_registrar.proxy.tls_stream import EmptyRecordsError, TlsStep
 from k8s_consul_registrar.rotating import BearerTokens, Rotating
 from k8s_consul_registrar.tls import ServerTls
 
@@ -52,6 +52,9 @@ class SecureClientConnection(ClientConnection):
             else:
                 self._is_secure = tls.advance_handshake(received)
                 count = tls.decrypt_rest(buffers.plain) if self._is_secure else 0
+        except EmptyRecordsError:
+            self.abort()
+            return
         except ssl.SSLError as error:
             self._end_insecure(error)
             return

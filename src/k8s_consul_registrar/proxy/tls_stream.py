@@ -15,6 +15,8 @@ RECORD = 16 * 1024
 PIECE = 16 * 1024
 # A record's header: its type, a version, and in two bytes the length of the rest (RFC 8446, 5.1).
 RECORD_HEADER = 5
+# Records without data that are accepted in a row: session tickets and key updates of an honest peer are fewer.
+MAX_EMPTY_RECORDS = 16
 # The longest record allowed (RFC 5246, 6.2.3); OpenSSL gets a longer one at once and fails.
 LONGEST_RECORD = RECORD + 2048
 
@@ -36,6 +38,12 @@ class Buffers:
         self.plain_bytes = bytearray(PLAIN_SIZE)
         self.plain = memoryview(self.plain_bytes)
         self.incoming = ssl.MemoryBIO()
+
+
+class EmptyRecordsError(ssl.SSLError):
+    """An error of a peer that sends one TLS record after another without data, each of which costs us as much."""
+
+    reason = "TOO_MANY_RECORDS_WITHOUT_DATA"
 
 
 class PlainStep:
@@ -74,7 +82,16 @@ class TlsStep:
     from, serves all connections of a process.
     """
 
-    __slots__ = ("_begun", "_incoming", "_object", "_outgoing", "_read", "_rest", "has_ended")
+    __slots__ = (
+        "_begun",
+        "_empty_records",
+        "_incoming",
+        "_object",
+        "_outgoing",
+        "_read",
+        "_rest",
+        "has_ended",
+    )
 
     def __init__(
         self, context: ssl.SSLContext, server_name: str | None, incoming: ssl.MemoryBIO | None = None
@@ -90,6 +107,7 @@ class TlsStep:
         # The beginning of an incomplete record; and data that arrived with the end of the handshake.
         self._begun = b""
         self._rest = b""
+        self._empty_records = 0
         self.has_ended = False
 
     def advance_handshake(self, received: memoryview | bytes = b"") -> bool:
@@ -153,6 +171,7 @@ class TlsStep:
             start, filled = self._complete(received, plain)
         while start < size and not self.has_ended:
             end = start
+            records = 0
             # Small records together, up to a piece.
             while end - start < PIECE // 2 and end + RECORD_HEADER <= size:
                 length = received[end + 3] << 8 | received[end + 4]
@@ -160,11 +179,12 @@ class TlsStep:
                 if further > size or (further - start > LONGEST_RECORD and end > start):
                     break
                 end = further
+                records += 1
             if end == start:
                 self._begun = received[start:].tobytes()
                 break
             self._hand_over(received[start:end])
-            filled = self._take(plain, filled)
+            filled = self._take(plain, filled, records)
             start = end
         return filled
 
@@ -182,26 +202,37 @@ class TlsStep:
                 self._begun = b""
                 self._hand_over(begun)
                 self._incoming.write(received[start:end])
-                filled = self._take(plain, 0)
+                filled = self._take(plain, 0, 1)
                 return end, filled
         self._begun = begun + received[start:].tobytes()
         return len(received), 0
 
-    def _take(self, plain: memoryview, filled: int) -> int:
-        """Read everything decrypted into `plain` from `filled` on, and return how far it is filled then."""
+    def _take(self, plain: memoryview, filled: int, records: int) -> int:
+        """Read the data of `records` into `plain` from `filled` on, and return how far it is filled then.
+
+        Raises EmptyRecordsError after too many records without data.
+        """
         incoming, read = self._incoming, self._read
         roomy = len(plain) - RECORD
         while True:
             try:
                 count = read(RECORD, plain[filled:])
             except ssl.SSLWantReadError:
-                return filled  # the rest held no data of ours: a session ticket, a key update
+                break  # the rest held no data: a session ticket, a key update
             except ssl.SSLZeroReturnError:
                 count = 0
             if not count:
                 self.has_ended = True
                 return filled
             filled += count
+            records -= 1
             # A record that had room is read whole, and nothing of it is left inside.
             if not incoming.pending and (filled <= roomy or not self._object.pending()):
-                return filled
+                break
+        if records > 0:
+            self._empty_records += records
+            if self._empty_records > MAX_EMPTY_RECORDS:
+                raise EmptyRecordsError
+        elif self._empty_records:
+            self._empty_records = 0
+        return filled

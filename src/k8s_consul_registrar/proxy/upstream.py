@@ -9,10 +9,21 @@ from typing import Protocol, cast
 from k8s_consul_registrar.proxy import refusals
 from k8s_consul_registrar.proxy.nodes import Endpoint
 from k8s_consul_registrar.proxy.refusals import Malformed, Refusal
-from k8s_consul_registrar.proxy.response import END_OF_HEAD, HEAD_LIMIT, Answer, Chunked, Counted, HeadCache
-from k8s_consul_registrar.proxy.tls_stream import Buffers, PlainStep, TlsStep
+from k8s_consul_registrar.proxy.response import (
+    END_OF_HEAD,
+    HEAD_LIMIT,
+    VERSION,
+    Answer,
+    Chunked,
+    Counted,
+    HeadCache,
+)
+from k8s_consul_registrar.proxy.tls_stream import RECEIVE_SIZE, Buffers, PlainStep, TlsStep
 
 SWITCHING_PROTOCOLS = 101
+# Interim answers (1xx) accepted before the final one, and their size in all: each costs as much to read.
+MAX_INTERIM = 5
+MAX_INTERIM_SIZE = 16 * 1024
 # The framing of a body that arrived whole with its head.
 WHOLE = Counted(0)
 
@@ -29,6 +40,9 @@ class ConnectionState(Enum):
 
 # On the path of every read: a global is found faster than the member of an enum.
 CONNECTING, IDLE, HEAD, BODY, CLOSED = ConnectionState
+
+# Reasons not to read, as bits: the client is slower, the upstream takes nothing from us, others have their turn.
+CLIENT_SLOWER, UNSENT, TURN = 1, 2, 4
 
 
 class Exchange(Protocol):
@@ -70,7 +84,9 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         "_framing",
         "_has_answered",
         "_heads",
-        "_is_paused",
+        "_holds",
+        "_interim",
+        "_interim_size",
         "_keeps",
         "_loop",
         "_partial",
@@ -96,7 +112,8 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self._exchange: Exchange | None = None
         self._framing: Counted | Chunked = WHOLE
         self._has_answered = False
-        self._is_paused = False
+        self._holds = 0
+        self._interim = self._interim_size = 0
         self._keeps = True
         self._partial = b""
         self._connecting: asyncio.Task[None] | None = None
@@ -171,15 +188,31 @@ class UpstreamConnection(asyncio.BufferedProtocol):
 
     def pause(self) -> None:
         """Stop reading until `resume`: the client is slower than the upstream."""
-        if self._transport is not None and self._state is not CLOSED:
-            self._is_paused = True
-            self._transport.pause_reading()
+        self._hold(CLIENT_SLOWER)
 
     def resume(self) -> None:
         """Read on."""
-        if self._is_paused and self._transport is not None and self._state is not CLOSED:
-            self._is_paused = False
-            self._transport.resume_reading()
+        self._release(CLIENT_SLOWER)
+
+    def pause_writing(self) -> None:
+        """Stop reading: an upstream that makes us answer without reading would fill our memory."""
+        self._hold(UNSENT)
+
+    def resume_writing(self) -> None:
+        """Read on."""
+        self._release(UNSENT)
+
+    def _hold(self, reason: int) -> None:
+        if self._transport is not None and self._state is not CLOSED:
+            if not self._holds:
+                self._transport.pause_reading()
+            self._holds |= reason
+
+    def _release(self, reason: int) -> None:
+        if self._holds & reason and self._transport is not None and self._state is not CLOSED:
+            self._holds &= ~reason
+            if not self._holds:
+                self._transport.resume_reading()
 
     # Reading
 
@@ -208,6 +241,10 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             self._follow(count)
         if tls.has_ended:
             self._fail(refusals.CLOSED_EARLY)
+        elif nbytes == RECEIVE_SIZE and self._state is not CLOSED:
+            # There is more to read: uvloop would go on with this connection for up to 32 buffers.
+            self._hold(TURN)
+            self._loop.call_soon(self._release, TURN)
 
     def _follow(self, count: int) -> None:
         exchange = self._exchange
@@ -236,22 +273,26 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             view, count = memoryview(data), len(data)
             self._partial = b""
         start = 0
-        while True:
+        while start < count:
             end = data.find(END_OF_HEAD, start, count) + len(END_OF_HEAD)
-            if end < len(END_OF_HEAD):
-                self._partial = view[start:count].tobytes()
-                end = count + 1
-            if end - start > HEAD_LIMIT:
+            is_complete = end >= len(END_OF_HEAD)
+            if (end if is_complete else count + 1) - start > HEAD_LIMIT:
                 raise Malformed("its head is too long")
-            if self._partial:
+            if not is_complete:
+                self._partial = view[start:count].tobytes()
+                if self._partial[: len(VERSION)] != VERSION[: len(self._partial)]:
+                    raise Malformed("it does not speak HTTP/1.1")
                 return
             answer = self._heads.read(view[start:end].tobytes())
             if answer.status >= 200 or answer.status == SWITCHING_PROTOCOLS:
-                break
-            start = end
-            if start == count:
+                self._interim = self._interim_size = 0
+                self._begin(exchange, answer, view[end:count])
                 return
-        self._begin(exchange, answer, view[end:count])
+            self._interim += 1
+            self._interim_size += end - start
+            if self._interim > MAX_INTERIM or self._interim_size > MAX_INTERIM_SIZE:
+                raise Malformed("it sends interim answers without end")
+            start = end
 
     def _begin(self, exchange: Exchange, answer: Answer, body: memoryview) -> None:
         if answer.status != 200:
