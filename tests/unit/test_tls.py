@@ -20,7 +20,7 @@ from k8s_consul_registrar.kube.access import load_access
 from k8s_consul_registrar.pem import certificates
 from k8s_consul_registrar.settings.proxy import KubeletSettings
 from k8s_consul_registrar.tls import CONSUL, POD, KeyPair, checked, client_tls, server_tls, trust_in
-from k8s_consul_registrar.wiring.upstream_trust import KubeletIdentity
+from k8s_consul_registrar.wiring.proxy import KubeletIdentity
 from support.waiting import PATIENCE
 
 CA = trustme.CA()

@@ -27,7 +27,7 @@ from k8s_consul_registrar.tls import (
     out_of_date,
     server_tls,
 )
-from k8s_consul_registrar.wiring.upstream_trust import KubeletIdentity
+from k8s_consul_registrar.wiring.proxy import KubeletIdentity
 from support.certificates import DAY, Issued, PlainCA, SelfSigned, shake_hands
 
 CA, OTHER = PlainCA(), PlainCA("another CA")

@@ -62,8 +62,8 @@ from k8s_consul_registrar.settings.reading import MODES, PROXY, REGISTRAR, read_
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.telemetry import configure_logging
 from k8s_consul_registrar.wiring.consul import consul_access
+from k8s_consul_registrar.wiring.proxy import KubeletIdentity
 from k8s_consul_registrar.wiring.registrar import Wiring
-from k8s_consul_registrar.wiring.upstream_trust import KubeletIdentity
 
 # A person waits for the answer, so timeouts are shorter than the daemon's; in seconds.
 TIMING = Timing(connect_timeout=3, read_timeout=6)

@@ -17,7 +17,7 @@ from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.sandbox.certificates import Authority
 from k8s_consul_registrar.settings.proxy import KubeletSettings
 from k8s_consul_registrar.tls import POD, client_tls
-from k8s_consul_registrar.wiring.upstream_trust import KubeletIdentity
+from k8s_consul_registrar.wiring.proxy import KubeletIdentity
 from support.cluster import kubeconfig
 from support.proxy_lab import Kubelet, answer, authority, authority_pem, cadvisor, proxying
 from support.waiting import until
