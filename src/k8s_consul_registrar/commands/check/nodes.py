@@ -113,7 +113,7 @@ async def _check(place: Place, kubelets: Kubelets) -> Finding:
         explanation = explain(error, KUBELET, kubelets.trust.context, trusted=kubelets.trust.source)
         if explanation is not None:
             remedy = await _other_name(place, kubelets, explanation) or explanation.remedy
-            return fail(name, f"{place}: {explanation.problem}", remedy or UNREACHABLE)
+            return fail(name, f"{place}: {explanation.problem}", remedy or NO_AGREEMENT)
         if isinstance(error, aiohttp.ClientConnectorError):
             return fail(name, f"{place} cannot be reached: {os_reason(error)}", UNREACHABLE)
         return fail(name, f"{place}: {type(error).__name__}: {str(error)[:200]}", UNREACHABLE)
@@ -126,6 +126,10 @@ def os_reason(error: aiohttp.ClientConnectorError) -> str:
     return os.strerror(number).lower() if number else str(error.os_error)[:200]
 
 
+NO_AGREEMENT = (
+    "the port is reached: the kubelet's log says why it ended the handshake; its tlsMinVersion and tlsCipherSuites "
+    "must allow TLS 1.2 or 1.3"
+)
 UNREACHABLE = "may this machine reach the kubelets' port (NetworkPolicy, firewall, security groups)?"
 
 
