@@ -269,13 +269,12 @@ async def test_nothing_sticks_out_on_any_screen(width: int, height: int, scheme:
 
 
 def test_every_word_is_there_in_both_languages() -> None:
-    """No word and no hint of one language lacks in the other."""
-    text = (resources.files("k8s_consul_registrar.admin") / "static" / "words.js").read_text()
-    words, hints = text.split("export const HINTS")
-    hints = hints.split("let language")[0]
-    for part in (words, hints):
-        english, chinese = part.split("zh: {")
-        names = [set(re.findall(r'(\w+): "', half)) for half in (english, chinese)]
-        assert names[0] == names[1]
-        assert len(names[0]) > 10
-    assert all(f'stays_{why.value}: "' in words for why in Stays)
+    """No word and no hint of one language lacks in the other, on either page and in what they share."""
+    static = resources.files("k8s_consul_registrar.admin") / "static"
+    for file in ("language.js", "words.js", "proxy_words.js"):
+        for part in (static / file).read_text().split("let language")[0].split("export const HINTS"):
+            english, chinese = part.split("zh: {")
+            names = [re.findall(r'(\w+): "', half) for half in (english, chinese)]
+            assert names[0] == names[1]
+            assert len(names[0]) == len(set(names[0])) > 10
+    assert all(f'stays_{why.value}: "' in (static / "words.js").read_text() for why in Stays)

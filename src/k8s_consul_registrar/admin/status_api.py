@@ -52,7 +52,7 @@ _API_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
-FILES = ("page.html", "page.css", "page.js", "parts.js", "views.js", "words.js", "icon.svg")
+FILES = ("page.html", "page.css", "page.js", "parts.js", "language.js", "views.js", "words.js", "icon.svg")
 
 
 def page_routes() -> list[web.RouteDef]:

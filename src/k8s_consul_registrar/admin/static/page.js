@@ -1,18 +1,19 @@
-// The status page: asks the API every few seconds and shows what it answers.
-import { element, Keyed, number, place, table, timeOf, visible } from "./parts.js";
+// The status page: asks the API every few seconds and shows what it answers. What it shows is up to views.js.
+import { getLanguage, setLanguage, word } from "./language.js";
+import { chips, element, Keyed, number, place, table, timeOf, tone, visible } from "./parts.js";
 import * as views from "./views.js";
-import { getLanguage, setLanguage, word } from "./words.js";
 
 const EVERY = 5000; // ms between two refreshes
 const PATIENCE = 20000; // ms one answer may take
 const TYPING = 250; // ms after the last key until a search starts
 const LIMIT = 100;
-const TABS = ["targets", "rejections", "conflicts", "health", "configuration"];
-const FILTERED = { targets: "state", rejections: "reason" };
+const { TABS, FILTERED } = views; // FILTERED: the facet of each tab that the API searches
+const FILTERS = ["q", "kind", "namespace", ...new Set(Object.values(FILTERED))];
+const NO_FILTERS = Object.fromEntries(FILTERS.map((name) => [name, ""]));
 
 const $ = (id) => document.getElementById(id);
 const state = {
-  tab: "targets", q: "", kind: "", namespace: "", state: "", reason: "", offset: 0,
+  tab: TABS[0], ...NO_FILTERS, offset: 0,
   open: new Set(), status: null, answers: {}, failure: null, isPaused: false,
 };
 let timer = 0;
@@ -22,8 +23,8 @@ let shown = null; // which kind of view the panel holds, so that tables are kept
 function readAddress() {
   const [tab, query] = location.hash.slice(1).split("?");
   const given = new URLSearchParams(query);
-  state.tab = TABS.includes(tab) ? tab : "targets";
-  for (const name of ["q", "kind", "namespace", "state", "reason"]) state[name] = given.get(name) ?? "";
+  state.tab = TABS.includes(tab) ? tab : TABS[0];
+  for (const name of FILTERS) state[name] = given.get(name) ?? "";
   state.offset = Math.max(0, Number.parseInt(given.get("offset") ?? "0", 10) || 0);
 }
 
@@ -110,13 +111,14 @@ function show() {
     place($("view"), [element("p", { class: "none" }, state.failure ? "" : word("loading"))]);
     return;
   }
-  $("cluster").textContent = visible([status.cluster, status.instance].filter(Boolean).join(" / "));
-  $("role").textContent = visible(word(status.leader.role));
-  $("role").className = `badge ${views.tone(status.leader.role)}`;
-  $("role").title = visible(status.leader.holder);
-  $("role").hidden = status.leader.role === "single";
+  const { name, role, detail } = views.header(status);
+  $("name").textContent = visible(name);
+  $("role").textContent = visible(word(role));
+  $("role").className = `badge ${tone(role)}`;
+  $("role").title = visible(detail);
+  $("role").hidden = !role;
   $("version").textContent = visible(`v${status.version}`);
-  document.title = visible(`${status.cluster} – k8s-consul-registrar`);
+  document.title = visible(`${name} – k8s-consul-registrar`);
   place($("banners"), asText(banners, views.banners(status, state.failure)));
   place($("cards"), asText(cards, views.cards(status)));
   showFilter();
@@ -131,12 +133,7 @@ function showFrame() {
   $("language").lang = getLanguage() === "zh" ? "en" : "zh";
   $("live").className = `dot ${state.failure ? "bad" : state.isPaused ? "wait" : "good"}`;
   $("updated").textContent = state.isPaused ? word("paused") : state.status ? timeOf(state.status.now) : "";
-  const counts = state.status?.counts;
-  const figures = counts && {
-    targets: counts.targets,
-    rejections: Object.values(counts.rejections).reduce((sum, count) => sum + count, 0),
-    conflicts: counts.conflicts,
-  };
+  const figures = state.status && views.figures(state.status);
   const list = TABS.map((name) => ({ name, figure: figures?.[name], isChosen: name === state.tab }));
   place($("tabs"), tabs.of(list, (tab) => tab.name, makeTab));
   if ($("panel").getAttribute("aria-labelledby") === `tab-${state.tab}`) return;
@@ -149,7 +146,7 @@ function showFrame() {
 function makeTab({ name, figure, isChosen }) {
   const properties = {
     type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "panel", "aria-selected": String(isChosen),
-    tabindex: isChosen ? 0 : -1, onclick: () => go({ tab: name, q: "", kind: "", namespace: "", state: "", reason: "" }),
+    tabindex: isChosen ? 0 : -1, onclick: () => go({ tab: name, ...NO_FILTERS }),
   };
   return element("button", properties, word(name), figure === undefined ? null : element("span", {}, number(figure)));
 }
@@ -177,10 +174,10 @@ function showFilter() {
   fill($("namespace"), [["", word("any_namespace")], ...names.map((name) => [name, name])], state.namespace);
   $("namespace").setAttribute("aria-label", word("any_namespace"));
   const by = FILTERED[tab];
-  const counts = tab === "targets" ? status.counts.states : status.counts.rejections;
+  const counts = views.facets(status)[tab];
   const total = Object.values(counts).reduce((sum, count) => sum + count, 0);
   const some = Object.entries(counts).filter(([name, count]) => count || name === state[by]);
-  place($("chips"), asText(chipKeys, views.chips(by, [["", total], ...some], state[by], (name) => go({ [by]: name }))));
+  place($("chips"), asText(chipKeys, chips(by, [["", total], ...some], state[by], (name) => go({ [by]: name }))));
 }
 
 function showPanel() {
@@ -188,13 +185,7 @@ function showPanel() {
   const answer = state.answers[tab];
   showPager(answer);
   if (FILTERED[tab] && !answer) return place($("view"), [element("p", { class: "none" }, word("loading"))]);
-  const made = {
-    targets: () => views.targetsView(answer, { open: state.open, toggle }),
-    rejections: () => views.rejectionsView(answer),
-    conflicts: () => views.conflictsView(status),
-    health: () => views.healthView(status),
-    configuration: () => views.configurationView(status),
-  }[tab]();
+  const made = views.show[tab]({ status, answer, open: state.open, toggle });
   if (Array.isArray(made)) {
     shown = null;
     const text = made.map(outer).join("");

@@ -1,5 +1,5 @@
-// How things are written into the page: only as text, never as HTML.
-import { getLanguage, word } from "./words.js";
+// The parts that pages are made of. Everything is written as text, never as HTML.
+import { getLanguage, word } from "./language.js";
 
 // What a terminal or a browser would act on and not show: controls, and marks that turn the reading direction.
 const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
@@ -97,3 +97,47 @@ export const cell = (column, properties, ...children) =>
 
 export const objectName = (object) =>
   object.namespace ? `${object.namespace}/${object.name}` : object.name;
+
+const TONES = {
+  registered: "good", standby: "good", pending: "wait", kept: "wait", refused: "bad", conflict: "bad",
+  success: "good", partial: "wait", failure: "bad", leader: "good", single: "good",
+  answers: "good", fails: "bad", idle: "plain", ready: "good", "not ready": "bad",
+};
+export const tone = (name) => TONES[name] ?? "plain";
+
+export const pairs = (entries) =>
+  element("dl", { class: "pairs" }, entries.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
+
+export const dim = (...children) => element("span", { class: "dim" }, ...children);
+export const code = (text) => element("code", {}, text);
+export const notice = (text) => element("p", { class: "notice" }, text);
+export const none = (text) => element("p", { class: "none" }, text);
+export const heading = (name) => element("h2", {}, word(name));
+
+export const banner = (kind, title, text, names) =>
+  element(
+    "div", { class: `banner ${kind}` }, element("b", {}, title),
+    text ? element("p", {}, text) : null, names ? element("p", { class: "names" }, names) : null,
+  );
+
+/** A figure at the top, which leads to the tab that explains it. */
+export const card = (tab, name, kind, figure, ...text) =>
+  element("a", { class: `card ${kind}`, href: `#${tab}` }, element("span", { class: "name" }, word(name)), element("b", {}, figure), dim(...text));
+
+/** A row of buttons that choose one value of the filter `by`; `counts` in the order given. */
+export const chips = (by, counts, chosen, choose) =>
+  counts.map(([name, count]) =>
+    element(
+      "button",
+      { type: "button", class: `chip ${tone(name)}`, "aria-pressed": String(name === chosen), "data-by": by, "data-chip": name, onclick: () => choose(name) },
+      name ? word(name) : word("all"), " ", element("b", {}, number(count)),
+    ),
+  );
+
+/** The settings of a mode, below some facts about it. */
+export const configuration = (status, about) => {
+  const rows = status.settings.map((one) =>
+    element("tr", {}, cell("setting", { class: "main" }, code(one.name)), cell("value", {}, one.value ? code(one.value) : dim("–"))),
+  );
+  return [pairs([...about, [word("started"), moment(status.started_at, status.now)]]), table(["setting", "value"], rows)];
+};

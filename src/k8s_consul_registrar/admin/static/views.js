@@ -1,20 +1,24 @@
-// What each tab shows, made of what the API answered.
-import { ago, badge, cell, clock, element, Keyed, moment, number, objectName, span, table, took } from "./parts.js";
-import { hint, word } from "./words.js";
+// The views of the registrar: each tab, made of what the API answered.
+import { hint, word } from "./language.js";
+import {
+  ago, badge, banner, card, cell, clock, code, configuration, dim, element, heading, Keyed, moment, none, notice, number, objectName, pairs,
+  span, table, took, tone,
+} from "./parts.js";
 
-const TONES = {
-  registered: "good", standby: "good", pending: "wait", kept: "wait", refused: "bad", conflict: "bad",
-  success: "good", partial: "wait", failure: "bad", leader: "good", single: "good",
-};
-export const tone = (name) => TONES[name] ?? "plain";
+export const TABS = ["targets", "rejections", "conflicts", "health", "configuration"];
+export const FILTERED = { targets: "state", rejections: "reason" };
 
-const pairs = (entries) =>
-  element("dl", { class: "pairs" }, entries.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
+const sum = (counts) => Object.values(counts).reduce((total, count) => total + count, 0);
 
-const dim = (...children) => element("span", { class: "dim" }, ...children);
-const code = (text) => element("code", {}, text);
-const notice = (text) => element("p", { class: "notice" }, text);
-const none = (text) => element("p", { class: "none" }, text);
+export const header = (status) => ({
+  name: [status.cluster, status.instance].filter(Boolean).join(" / "),
+  role: status.leader.role === "single" ? "" : status.leader.role,
+  detail: status.leader.holder,
+});
+
+export const facets = ({ counts }) => ({ targets: counts.states, rejections: counts.rejections });
+
+export const figures = ({ counts }) => ({ targets: counts.targets, rejections: sum(counts.rejections), conflicts: counts.conflicts });
 
 function scrapeText(target) {
   const query = Object.entries(target.params).map(([name, value]) => `${name}=${value}`).join("&");
@@ -55,7 +59,7 @@ function targetRow(target, isOpen, toggle) {
 
 const targetRows = new Keyed();
 
-export function targetsView(answer, { open, toggle }) {
+function targetsView({ answer, open, toggle }) {
   if (!answer.targets.length) return [none(word("nothing"))];
   const groups = targetRows.of(
     answer.targets,
@@ -71,7 +75,7 @@ export function targetsView(answer, { open, toggle }) {
 
 const rejectionRows = new Keyed();
 
-export function rejectionsView(answer) {
+function rejectionsView({ answer }) {
   if (!answer.total) return [none(word("no_rejections"))];
   if (!answer.found) return [none(word("nothing"))];
   const rows = rejectionRows.of(
@@ -88,7 +92,7 @@ export function rejectionsView(answer) {
   return { notice: word("rejections_why"), columns: ["object", "reason", "fix"], rows };
 }
 
-export function conflictsView(status) {
+function conflictsView({ status }) {
   if (!status.conflicts.length) return [none(word("no_conflicts"))];
   const rows = status.conflicts.map((one) =>
     element(
@@ -130,10 +134,10 @@ function lostAgents({ lost_agents: lost, now }) {
       cell("stays", {}, stays.join(" · ") || dim("–")),
     );
   });
-  return [element("h2", {}, word("lost_agents")), notice(word("lost_agents_why")), table(["on_node", "lost", "cleared", "stays"], rows)];
+  return [heading("lost_agents"), notice(word("lost_agents_why")), table(["on_node", "lost", "cleared", "stays"], rows)];
 }
 
-export function healthView(status) {
+function healthView({ status }) {
   const { consul, now } = status;
   const sources = status.sources.map((one) =>
     element(
@@ -146,7 +150,7 @@ export function healthView(status) {
     ),
   );
   return [
-    element("h2", {}, word("consul")),
+    heading("consul"),
     pairs([
       [word("state"), badge(consul.is_up ? "up" : "down", consul.is_up ? "good" : "bad")],
       [word("backend"), consul.backend],
@@ -154,38 +158,31 @@ export function healthView(status) {
       ...(consul.problem ? [[word("problem"), consul.problem]] : []),
     ]),
     ...lostAgents(status),
-    element("h2", {}, word("sources")),
+    heading("sources"),
     table(["source", "is_followed", "listed", "objects", "problem"], sources),
-    element("h2", {}, word("passes")),
+    heading("passes"),
     status.passes.length
       ? table(["when", "kind", "outcome", "took", "counts"], status.passes.map((pass) => passRow(pass, now)))
       : none(word("no_passes")),
   ];
 }
 
-export function configurationView(status) {
-  const about = [
+function configurationView({ status }) {
+  return configuration(status, [
     [word("version"), status.version],
     [word("cluster"), status.cluster],
     ...(status.instance ? [[word("instance"), status.instance]] : []),
-    [word("started"), moment(status.started_at, status.now)],
-  ];
-  const rows = status.settings.map((one) =>
-    element("tr", {}, cell("setting", { class: "main" }, code(one.name)), cell("value", {}, one.value ? code(one.value) : dim("–"))),
-  );
-  return [pairs(about), table(["setting", "value"], rows)];
+  ]);
 }
+
+export const show = {
+  targets: targetsView, rejections: rejectionsView, conflicts: conflictsView, health: healthView, configuration: configurationView,
+};
 
 /** What an operator has to know whatever tab is open, the worst first. */
 export function banners(status, failure) {
   const list = [];
-  const add = (kind, title, text, names) =>
-    list.push(
-      element(
-        "div", { class: `banner ${kind}` }, element("b", {}, title),
-        text ? element("p", {}, text) : null, names ? element("p", { class: "names" }, names) : null,
-      ),
-    );
+  const add = (...given) => list.push(banner(...given));
   if (failure) add("bad", word("unreachable", { problem: failure.problem, ago: ago(status.now, failure.now) }));
   if (status.unready) add("wait", word("unready", { problem: status.unready }));
   if (!status.consul.is_up) add("bad", word("consul_down", { problem: status.consul.problem }));
@@ -202,12 +199,10 @@ export function banners(status, failure) {
 /** The figures at the top: each leads to the tab that explains it. */
 export function cards(status) {
   const { counts, now } = status;
-  const rejected = Object.values(counts.rejections).reduce((sum, count) => sum + count, 0);
-  const held = status.brakes.reduce((sum, one) => sum + one.count, 0);
+  const rejected = sum(counts.rejections);
+  const held = status.brakes.reduce((total, one) => total + one.count, 0);
   const followed = status.sources.filter((one) => one.is_followed).length;
   const pass = status.passes[0];
-  const card = (tab, name, kind, figure, ...text) =>
-    element("a", { class: `card ${kind}`, href: `#${tab}` }, element("span", { class: "name" }, word(name)), element("b", {}, figure), dim(...text));
   const unwell = ["refused", "conflict", "pending"].filter((name) => counts.states[name]);
   const passText = pass ? `${pass.problem || took(pass.seconds)} · ${ago(pass.at, now)}` : "";
   return [
@@ -226,13 +221,3 @@ export function cards(status) {
     card("health", "last_pass", pass ? tone(pass.outcome) : "plain", pass ? word(pass.outcome) : "–", passText),
   ];
 }
-
-/** A row of buttons that choose one value of the filter `by`; `counts` in the order given. */
-export const chips = (by, counts, chosen, choose) =>
-  counts.map(([name, count]) =>
-    element(
-      "button",
-      { type: "button", class: `chip ${tone(name)}`, "aria-pressed": String(name === chosen), "data-by": by, "data-chip": name, onclick: () => choose(name) },
-      name ? word(name) : word("all"), " ", element("b", {}, number(count)),
-    ),
-  );

@@ -1,81 +1,49 @@
-// Every text of the page in both languages, and the remedy for each reason of a rejection.
+// The texts of the registrar's page in both languages, and the remedy for each reason of a rejection.
 
 export const WORDS = {
   en: {
-    title: "k8s-consul-registrar", skip: "Skip to content", pause: "Pause", resume: "Resume",
-    targets: "Targets", rejections: "Rejections", conflicts: "Conflicts", health: "Health",
-    configuration: "Configuration", brake: "Brake", consul: "Consul", sources: "Sources",
-    last_pass: "Last activity", passes: "Latest resyncs and changes", held: "held", followed: "followed", is_followed: "Followed",
-    registered: "registered", pending: "pending", refused: "refused", conflict: "conflict",
-    standby: "standby", kept: "kept", leader: "leader", single: "single", all: "all",
-    pod: "Pod", node: "Node", any_kind: "every kind", any_namespace: "every namespace",
-    state: "State", object: "Object", address: "Address", path: "Scrape", on_node: "Node", shard: "Shard",
-    service: "Service", name: "Name", tags: "Tags", labels: "Meta in Consul", detail: "Detail",
-    reason: "Reason", fix: "What to do", kept_id: "Consul still holds", id: "Service ID",
-    holder: "Held by", wanted_by: "Claimed by", source: "Source", listed: "Last complete list",
-    objects: "Objects", problem: "Problem", when: "When", kind: "Kind", outcome: "Outcome",
-    counts: "Done", took: "Took", setting: "Setting", value: "Value", version: "Version",
-    cluster: "Cluster", instance: "Instance", started: "Started", backend: "Backend",
-    up: "up", down: "not usable", never: "never", yes: "yes", no: "no", more: "Details",
-    full: "resync", changes: "changes", success: "success", partial: "partial", failure: "failure",
+    title: "k8s-consul-registrar", targets: "Targets", rejections: "Rejections", conflicts: "Conflicts", brake: "Brake",
+    consul: "Consul", last_pass: "Last activity", passes: "Latest resyncs and changes", held: "held",
+    registered: "registered", pending: "pending", refused: "refused", conflict: "conflict", standby: "standby",
+    kept: "kept", leader: "leader", single: "single", path: "Scrape", shard: "Shard", service: "Service", tags: "Tags",
+    labels: "Meta in Consul", kept_id: "Consul still holds", id: "Service ID", holder: "Held by",
+    wanted_by: "Claimed by", counts: "Done", cluster: "Cluster", instance: "Instance", backend: "Backend",
+    more: "Details", full: "resync", changes: "changes", success: "success", partial: "partial", failure: "failure",
     search_targets: "Search: name, address, node, label value …   ( / )",
-    search_rejections: "Search: object, reason …   ( / )",
-    previous: "Previous", next: "Next", range: "{from}–{to} of {found}", nothing: "Nothing found",
-    no_rejections: "No object is rejected.", no_conflicts: "No service ID is in conflict.",
-    no_passes: "Nothing was compared or written yet.", updated: "updated", deregistered: "deregistered", unchanged: "unchanged", paused: "paused", loading: "loading …",
-    ago: "{span} ago", in: "in {span}", now: "just now",
+    search_rejections: "Search: object, reason …   ( / )", no_rejections: "No object is rejected.",
+    no_conflicts: "No service ID is in conflict.", no_passes: "Nothing was compared or written yet.",
+    updated: "updated", deregistered: "deregistered", unchanged: "unchanged",
     unreachable: "The registrar does not answer ({problem}). The page shows its state of {ago}.",
-    unready: "Not ready: {problem}",
     brake_on: "The brake holds {count} removals of {source}",
     brake_why: "They are missing from the last list. They are removed if every list until {until} agrees; ALLOW_MASS_DEREGISTER=true removes them at once.",
-    consul_down: "Consul cannot be used: {problem}",
-    source_down: "{source} cannot be followed: {problem}",
+    consul_down: "Consul cannot be used: {problem}", source_down: "{source} cannot be followed: {problem}",
     source_why: "Nothing is deregistered because it is missing there.",
     conflicts_why: "A service that is not ours has the ID. It is never overwritten: remove it from Consul, or name the cluster or instance that wrote it in PREVIOUS_CLUSTER_NAMES or PREVIOUS_INSTANCES.",
     rejections_why: "These objects ask to be scraped and cannot be. What Consul holds of them stays as it is.",
-    shown_first: "Only the first {shown} are shown.",
-    lost_agents: "Lost agents", lost: "Watched since", cleared: "To be cleared", stays: "Services that stay", with_next_pass: "with the next resync",
+    lost_agents: "Lost agents", lost: "Watched since", cleared: "To be cleared", stays: "Services that stay",
+    with_next_pass: "with the next resync",
     lost_agents_why: "Consul keeps the services of an agent that ended without leaving for 72 hours. When an agent has been lost for ORPHAN_AFTER seconds, our services leave its node: those that our own agent has by then, and those that nothing asks for.",
     stays_not_here: "not at our agent yet", stays_held: "held by the brake", stays_rejected: "of rejected objects",
-    stays_blind: "of a source that is not synced", stays_unfollowed: "of a source that is not followed", stays_unproven: "not proven ours",
+    stays_blind: "of a source that is not synced", stays_unfollowed: "of a source that is not followed",
+    stays_unproven: "not proven ours",
   },
   zh: {
-    title: "k8s-consul-registrar", skip: "跳到内容", pause: "暂停", resume: "继续",
-    targets: "采集目标", rejections: "拒绝", conflicts: "冲突", health: "健康",
-    configuration: "配置", brake: "刹车", consul: "Consul", sources: "来源",
-    last_pass: "最近活动", passes: "最近的全量比对与变更", held: "暂缓", followed: "跟踪中", is_followed: "跟踪",
-    registered: "已注册", pending: "待写入", refused: "被 Consul 拒绝", conflict: "冲突",
-    standby: "备用", kept: "保留", leader: "主", single: "单实例", all: "全部",
-    pod: "Pod", node: "节点", any_kind: "所有类型", any_namespace: "所有命名空间",
-    state: "状态", object: "对象", address: "地址", path: "采集", on_node: "节点", shard: "分片",
-    service: "服务", name: "名称", tags: "标签", labels: "Consul 中的 meta", detail: "说明",
-    reason: "原因", fix: "处理办法", kept_id: "Consul 中仍保留", id: "服务 ID",
-    holder: "占用者", wanted_by: "申请者", source: "来源", listed: "最近一次完整列表",
-    objects: "对象数", problem: "问题", when: "时间", kind: "类型", outcome: "结果",
-    counts: "内容", took: "耗时", setting: "配置项", value: "值", version: "版本",
-    cluster: "集群", instance: "实例", started: "启动", backend: "后端",
-    up: "可用", down: "不可用", never: "尚无", yes: "是", no: "否", more: "详情",
-    full: "全量比对", changes: "变更", success: "成功", partial: "部分成功", failure: "失败",
-    search_targets: "搜索：名称、地址、节点、标签值……（按 / ）",
-    search_rejections: "搜索：对象、原因……（按 / ）",
-    previous: "上一页", next: "下一页", range: "第 {from}–{to} 条，共 {found} 条", nothing: "没有找到",
-    no_rejections: "没有被拒绝的对象。", no_conflicts: "没有服务 ID 冲突。",
-    no_passes: "尚未比对或写入。", updated: "已更新", deregistered: "已注销", unchanged: "未变", paused: "已暂停", loading: "加载中……",
-    ago: "{span}前", in: "{span}后", now: "刚刚",
-    unreachable: "registrar 没有应答（{problem}）。页面显示的是{ago}的状态。",
-    unready: "尚未就绪：{problem}",
-    brake_on: "刹车暂缓了 {source} 的 {count} 个注销",
+    title: "k8s-consul-registrar", targets: "采集目标", rejections: "拒绝", conflicts: "冲突", brake: "刹车", consul: "Consul",
+    last_pass: "最近活动", passes: "最近的全量比对与变更", held: "暂缓", registered: "已注册", pending: "待写入", refused: "被 Consul 拒绝",
+    conflict: "冲突", standby: "备用", kept: "保留", leader: "主", single: "单实例", path: "采集", shard: "分片", service: "服务",
+    tags: "标签", labels: "Consul 中的 meta", kept_id: "Consul 中仍保留", id: "服务 ID", holder: "占用者", wanted_by: "申请者",
+    counts: "内容", cluster: "集群", instance: "实例", backend: "后端", more: "详情", full: "全量比对", changes: "变更", success: "成功",
+    partial: "部分成功", failure: "失败", search_targets: "搜索：名称、地址、节点、标签值……（按 / ）", search_rejections: "搜索：对象、原因……（按 / ）",
+    no_rejections: "没有被拒绝的对象。", no_conflicts: "没有服务 ID 冲突。", no_passes: "尚未比对或写入。", updated: "已更新", deregistered: "已注销",
+    unchanged: "未变", unreachable: "registrar 没有应答（{problem}）。页面显示的是{ago}的状态。", brake_on: "刹车暂缓了 {source} 的 {count} 个注销",
     brake_why: "它们不在最近的列表里。如果到 {until} 为止的每次列表都一致，才会注销；ALLOW_MASS_DEREGISTER=true 可立即注销。",
-    consul_down: "Consul 不可用：{problem}",
-    source_down: "无法跟踪 {source}：{problem}",
-    source_why: "在此期间，不会因为其中缺少对象而注销任何服务。",
+    consul_down: "Consul 不可用：{problem}", source_down: "无法跟踪 {source}：{problem}", source_why: "在此期间，不会因为其中缺少对象而注销任何服务。",
     conflicts_why: "该 ID 被不属于我们的服务占用，绝不会被覆盖：请在 Consul 中删除它，或在 PREVIOUS_CLUSTER_NAMES、PREVIOUS_INSTANCES 中写明它注册时的集群名或实例名。",
-    rejections_why: "这些对象要求被采集但无法采集。Consul 中已有的记录保持不变。",
-    shown_first: "只显示前 {shown} 条。",
-    lost_agents: "失联的 agent", lost: "观察自", cleared: "清理时间", stays: "仍保留的服务", with_next_pass: "下一次全量比对时",
+    rejections_why: "这些对象要求被采集但无法采集。Consul 中已有的记录保持不变。", lost_agents: "失联的 agent", lost: "观察自", cleared: "清理时间",
+    stays: "仍保留的服务", with_next_pass: "下一次全量比对时",
     lost_agents_why: "agent 未正常离开就消失时，Consul 会把它的服务保留 72 小时。失联满 ORPHAN_AFTER 秒后，我们会移除其节点上属于我们的服务：我们自己的 agent 已有的，以及不再有对象需要的。",
-    stays_not_here: "个在我们的 agent 上还没有", stays_held: "个被刹车暂缓", stays_rejected: "个属于被拒绝的对象",
-    stays_blind: "个的来源尚未同步", stays_unfollowed: "个的来源未被跟踪", stays_unproven: "个无法证明属于我们",
+    stays_not_here: "个在我们的 agent 上还没有", stays_held: "个被刹车暂缓", stays_rejected: "个属于被拒绝的对象", stays_blind: "个的来源尚未同步",
+    stays_unfollowed: "个的来源未被跟踪", stays_unproven: "个无法证明属于我们",
   },
 };
 
@@ -134,20 +102,3 @@ export const HINTS = {
     invalid_tag: "请更正用来生成标签（tag）的标签或注解：Consul 不接受它。",
   },
 };
-
-let language = "en";
-
-export function setLanguage(name) {
-  language = name in WORDS ? name : "en";
-  document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
-}
-
-export const getLanguage = () => language;
-
-/** The word in the language chosen, with `{name}` replaced by what is given. */
-export function word(name, given = {}) {
-  const text = Object.hasOwn(WORDS[language], name) ? WORDS[language][name] : name;
-  return text.replace(/\{(\w+)\}/g, (whole, key) => (key in given ? String(given[key]) : whole));
-}
-
-export const hint = (reason) => (Object.hasOwn(HINTS[language], reason) ? HINTS[language][reason] : "");

@@ -1,0 +1,68 @@
+// The texts of the proxy's page in both languages, and the remedy for each way in which a scrape fails.
+
+export const WORDS = {
+  en: {
+    upstreams: "Nodes and Pods", failing: "Failing", scrapes: "Scrapes", connections: "Connections", workers: "Workers",
+    certificates: "Certificates", answers: "answers", fails: "fails", idle: "idle", ready: "ready",
+    last_scrape: "Last scrape", failures: "Failures", since: "Since", expires: "Expires", of: "Of",
+    clients: "of clients", kept: "kept to kubelets and Pods", running: "Scrapes under way", waiting: "Scrapes waiting",
+    running_workers: "Accept clients", deaths: "Ended and started again", count: "Number", port: "Port", tls: "TLS",
+    authentication: "Authentication", api_server: "API server", no_certificates: "No certificate is used.",
+    contested: "Contested addresses", winner: "Belongs to", losers: "Claimed by too",
+    contested_why: "Several Nodes claim one address. Delete the Node object whose machine is gone, or look at the Node that claims another's address.",
+    search_upstreams: "Search: name, address, reason …   ( / )", behind: "behind for {span}",
+    unreachable: "The proxy does not answer ({problem}). The page shows its state of {ago}.",
+    source_down: "{source} cannot be followed: {problem}",
+    source_why: "The proxy serves what it knew last, until that is too old (STALE_NODES_MAX).",
+    expires_soon: "The certificate of {of} expires {ago}",
+    failing_why: "Scrapes that failed in the last 15 minutes, the latest 1,024 of them.",
+    none_failing: "No scrape failed in the last 15 minutes.",
+  },
+  zh: {
+    upstreams: "Node 与 Pod", failing: "失败", scrapes: "采集", connections: "连接", workers: "工作进程",
+    certificates: "证书", answers: "正常", fails: "失败", idle: "未采集", ready: "就绪",
+    last_scrape: "最近采集", failures: "失败次数", since: "自", expires: "到期", of: "用途",
+    clients: "客户端", kept: "保持到 kubelet 和 Pod", running: "进行中的采集", waiting: "等待中的采集",
+    running_workers: "接受客户端", deaths: "结束后重新启动", count: "数量", port: "端口", tls: "TLS",
+    authentication: "身份验证", api_server: "API server", no_certificates: "没有使用证书。",
+    contested: "有争议的地址", winner: "归属", losers: "也被声称",
+    contested_why: "多个 Node 声称同一个地址。请删除机器已不存在的 Node 对象，或检查声称他人地址的 Node。",
+    search_upstreams: "搜索：名称、地址、原因……（按 / ）", behind: "落后 {span}",
+    unreachable: "proxy 没有应答（{problem}）。页面显示的是{ago}的状态。",
+    source_down: "无法跟踪 {source}：{problem}",
+    source_why: "proxy 继续使用最后已知的内容，直到过旧为止（STALE_NODES_MAX）。",
+    expires_soon: "{of} 的证书将于{ago}到期",
+    failing_why: "最近 15 分钟内失败的采集，只保留最近 1,024 次。",
+    none_failing: "最近 15 分钟内没有失败的采集。",
+  },
+};
+
+// Keyed by the outcomes of `proxy/refusals.py` that are an upstream's fault; a test compares them.
+export const HINTS = {
+  en: {
+    kubelet_unreachable: "Is the kubelet running, and may this machine reach its port (NetworkPolicy, firewall)?",
+    kubelet_unverified: "Set KUBELET_CA_FILE to the CA that signed the certificate, or have kubelets request one (serverTLSBootstrap).",
+    kubelet_forbids: "The account of the proxy needs get on nodes/metrics (deploy/rbac.yaml).",
+    kubelet_other_status: "Ask the kubelet itself for this path, and look at its log.",
+    kubelet_malformed: "Something else than a kubelet answers on this port.",
+    pod_unreachable: "Is the Pod running, and may this machine reach its port (NetworkPolicy)?",
+    pod_unverified: "Set POD_CA_FILE to the CA that signed the certificate for the Pod's address.",
+    pod_other_status: "Correct prometheus.io/path or prometheus.io/port: the Pod does not serve metrics there.",
+    pod_malformed: "Correct prometheus.io/port or prometheus.io/scheme: the port does not speak HTTP.",
+    timeout: "Raise scrape_timeout in Prometheus, or look at what makes the kubelet or Pod slow.",
+    cut: "The answer was cut off: look at the kubelet's or Pod's log.",
+  },
+  zh: {
+    kubelet_unreachable: "kubelet 是否在运行？本机能否访问它的端口（NetworkPolicy、防火墙）？",
+    kubelet_unverified: "请把 KUBELET_CA_FILE 设为签发该证书的 CA，或让 kubelet 申请证书（serverTLSBootstrap）。",
+    kubelet_forbids: "proxy 的账号需要 nodes/metrics 的 get 权限（deploy/rbac.yaml）。",
+    kubelet_other_status: "请直接向 kubelet 请求该路径，并查看它的日志。",
+    kubelet_malformed: "在该端口应答的不是 kubelet。",
+    pod_unreachable: "Pod 是否在运行？本机能否访问它的端口（NetworkPolicy）？",
+    pod_unverified: "请把 POD_CA_FILE 设为给该 Pod 地址签发证书的 CA。",
+    pod_other_status: "请更正 prometheus.io/path 或 prometheus.io/port：Pod 在那里不提供指标。",
+    pod_malformed: "请更正 prometheus.io/port 或 prometheus.io/scheme：该端口不是 HTTP。",
+    timeout: "请调大 Prometheus 的 scrape_timeout，或查看 kubelet 或 Pod 变慢的原因。",
+    cut: "应答被中断：请查看 kubelet 或 Pod 的日志。",
+  },
+};
