@@ -189,3 +189,15 @@ async def test_workers_end_with_their_parent() -> None:
             assert len(pids) == 2
             os.kill(daemon._program.pid, signal.SIGKILL)
             await daemon.until(lambda: not any(map(is_running, pids)), "the workers' end")
+
+
+async def test_a_second_proxy_does_not_share_the_port() -> None:
+    """It would take half of the scrapes without a word: it ends with exit code 2 and names the setting."""
+    async with running_lab() as lab, await lab.proxy(PROXY_WORKERS="2") as first:
+        await first.ready()
+        port = str(await first.port("port"))
+        for workers in ("1", "2"):
+            async with await lab.proxy(PORT=port, PROXY_WORKERS=workers) as second:
+                assert await second.ended() == 2
+                assert f"PORT {port}: another proxy" in second.output
+        assert (await scrape(first, "/nothing")).status == 404

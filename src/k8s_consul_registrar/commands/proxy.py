@@ -2,8 +2,11 @@
 
 import argparse
 import asyncio
+import contextlib
+import errno
+import re
 import socket
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +15,15 @@ from k8s_consul_registrar.admin.metrics import new_registry
 from k8s_consul_registrar.admin.server import AdminServer, failing_routes
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.commands import configure_logs
-from k8s_consul_registrar.errors import OperationalError
+from k8s_consul_registrar.errors import OperationalError, SettingsError
 from k8s_consul_registrar.kube.access import load_access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.proxy.feed import NodeFeed, PodFeed
 from k8s_consul_registrar.proxy.metrics import ProxyCollector
 from k8s_consul_registrar.proxy.nodes import Nodes
+from k8s_consul_registrar.proxy.refusals import Outcome
 from k8s_consul_registrar.proxy.server import ProxyServer, listen
-from k8s_consul_registrar.proxy.stats import failing_report
+from k8s_consul_registrar.proxy.stats import Failure, failing_report
 from k8s_consul_registrar.proxy.workers import Workers
 from k8s_consul_registrar.runner import Stop, run_mode, run_until_stopped
 from k8s_consul_registrar.settings.proxy import ProxySettings
@@ -32,6 +36,11 @@ from k8s_consul_registrar.wiring.proxy import (
     build_pod_side,
     build_server,
 )
+
+# Seconds between two looks at the failures, and causes logged of one outcome before the others are left out.
+LOOK_EVERY = 1.0
+MAX_CAUSES = 10
+_QUOTED = re.compile("'[^']*'")
 
 log = get_logger("app")
 
@@ -94,7 +103,7 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
             settings, kube, nodes, server, pod_side=pod_side, timing=timing, api_server=access.server
         )
         health = _Health(feeds, server)
-        sockets = _listen(settings.port, reuse_port=settings.workers > 1)
+        sockets = _listen(settings.port)
         try:
             await server.start(sockets)
         except BaseException:
@@ -126,7 +135,7 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
                     workers=settings.workers,
                 )
                 services: list[Coroutine[Any, Any, None]] = [feed.run() for feed in feeds]
-                services.append(identity.keep_fresh())
+                services += [identity.keep_fresh(), _log_failures(server, nodes, pod_side)]
                 if isinstance(server, Workers):
                     services.append(server.run())
                 await run_until_stopped(stop, *services, ending=lambda: _end(settings, server, health, stop))
@@ -135,11 +144,55 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
     log.info("proxy ends")
 
 
-def _listen(port: int, *, reuse_port: bool) -> list[socket.socket]:
+def _listen(port: int) -> list[socket.socket]:
+    """Bind the port for this process only; workers share it later.
+
+    Raises SettingsError where the port could only be shared with another proxy that has workers.
+    """
     try:
-        return listen(port, reuse_port=reuse_port)
+        return listen(port)
     except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            _refuse_to_share(port)
         raise OperationalError(f"cannot listen on port {port} (PORT): {error.strerror or error}") from None
+
+
+def _refuse_to_share(port: int) -> None:
+    with contextlib.suppress(OSError):
+        for bound in listen(port, reuse_port=True):
+            bound.close()
+        raise SettingsError([f"PORT {port}: another proxy with PROXY_WORKERS has this port; choose another"])
+
+
+async def _log_failures(server: ProxyServer | Workers, nodes: Nodes, pod_side: PodSide | None) -> None:
+    failures = FailureLog()
+    while True:
+        await asyncio.sleep(LOOK_EVERY)
+        failures.update(server.failures(), lambda: _names(nodes, pod_side))
+
+
+class FailureLog:
+    """The causes of failing scrapes: each is logged once, until no scrape has failed that way for a while."""
+
+    def __init__(self) -> None:
+        self._logged: dict[Outcome, set[str]] = {}
+
+    def update(self, failures: Sequence[Failure], names: Callable[[], Mapping[str, str]]) -> None:
+        """Log the causes that are new among the failures of the last minutes; `names` are those of upstreams by UID."""
+        standing = {one.outcome for one in failures}
+        self._logged = {outcome: texts for outcome, texts in self._logged.items() if outcome in standing}
+        for one in failures:
+            texts = self._logged.setdefault(one.outcome, set())
+            # Texts of TLS quote the address that a certificate does not name.
+            text = _QUOTED.sub("", one.reason)
+            if text not in texts and len(texts) < MAX_CAUSES:
+                texts.add(text)
+                log.warning(
+                    "scrapes fail",
+                    outcome=one.outcome.value,
+                    example=f"{names().get(one.endpoint.uid, '')} at {one.endpoint}",
+                    problem=one.reason,
+                )
 
 
 def _names(nodes: Nodes, pod_side: PodSide | None) -> dict[str, str]:

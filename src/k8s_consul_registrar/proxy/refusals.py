@@ -48,6 +48,9 @@ class Refusal(NamedTuple):
 
 
 TIMED_OUT = Refusal(504, Outcome.TIMEOUT, "the kubelet did not answer within the scrape's timeout")
+TOO_SHORT = Refusal(
+    504, Outcome.CALLER_LEFT, "the timeout that the client announces is too short to judge the kubelet by"
+)
 WAITED_OUT = Refusal(503, Outcome.BUSY, "no place for this scrape came free within its timeout")
 QUEUE_FULL = Refusal(503, Outcome.BUSY, "too many scrapes wait already")
 NO_CREDENTIALS = Refusal(503, Outcome.NO_CREDENTIALS, "the credentials for kubelets cannot be read")

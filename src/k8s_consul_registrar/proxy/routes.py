@@ -35,12 +35,22 @@ _NODE_TARGET = re.compile(
     rb"(?:\?[\x21\x22\x24-\x7e]*)?"
 )
 
+POD_PREFIX = b"/api/v1/namespaces/"
+
 NOT_A_PATH = Refusal(400, Outcome.BAD_REQUEST, "the request target must be an absolute path")
 UNKNOWN_PATH = Refusal(
     404,
     Outcome.UNKNOWN_PATH,
     "no such path; ask for /api/v1/nodes/<node ip>:<kubelet port>/metrics/cadvisor "
     "or /api/v1/nodes/<node name>/proxy/metrics/cadvisor",
+)
+CLOSED_PATH = Refusal(
+    404,
+    Outcome.UNKNOWN_PATH,
+    "PROXY_PATHS does not allow this path; it can name /metrics, /metrics/resource and /metrics/probes",
+)
+NO_PODS = Refusal(
+    404, Outcome.UNKNOWN_PATH, "this proxy relays no Pods; PROXY_PODS=true lets it (and needs authentication)"
 )
 UNKNOWN_NODE = Refusal(
     404, Outcome.UNKNOWN_NODE, "no current Node of the cluster has this name, or this address and port"
@@ -66,8 +76,11 @@ def find_route(
     if not target.startswith(b"/"):
         return NOT_A_PATH
     match = _NODE_TARGET.fullmatch(target)
-    if match is None or (path := match["path"].decode()) not in paths:
-        return UNKNOWN_PATH
+    if match is None:
+        return NO_PODS if target.startswith(POD_PREFIX) else UNKNOWN_PATH
+    path = match["path"].decode()
+    if path not in paths:
+        return CLOSED_PATH if path in PERMITTED_PATHS else UNKNOWN_PATH
     if not known:
         return NODES_UNKNOWN
     endpoint: Endpoint | None
@@ -83,7 +96,6 @@ def _by_address(literal: bytes, port: int, table: NodeTable) -> Endpoint | None:
     return None if address is None else table.by_address.get((str(address), port))
 
 
-POD_PREFIX = b"/api/v1/namespaces/"
 # Characters that Go's net/url leaves unescaped in a path: a Pod is asked the same as by Prometheus itself.
 _UNESCAPED = "$&+,/:;=@"
 # A Pod's author writes the path; a longer one is not relayed.
@@ -100,7 +112,9 @@ _POD_TARGET = re.compile(
 )
 
 UNKNOWN_POD = Refusal(
-    404, Outcome.UNKNOWN_POD, "no Pod of this name is annotated to be scraped, or not at this port"
+    404,
+    Outcome.UNKNOWN_POD,
+    "no Pod of this name is annotated to be scraped at this port, or NAMESPACES or POD_LABEL_SELECTOR leaves it out",
 )
 PODS_UNKNOWN = Refusal(503, Outcome.PODS_UNKNOWN, "the Pods of the cluster are not known yet")
 

@@ -12,6 +12,9 @@ from k8s_consul_registrar.proxy.refusals import UPSTREAM_FAILED, Outcome, Refusa
 from k8s_consul_registrar.proxy.relay import Relay, Routed
 from k8s_consul_registrar.proxy.upstream import UpstreamConnection
 
+# A client may announce any timeout. One of fewer seconds says nothing about the upstream.
+FAIR_TIMEOUT = 0.9
+
 
 class ScrapeState(Enum):
     """State of a scrape: without a place, connecting, waiting for an answer, passing it on, ended."""
@@ -204,14 +207,17 @@ class Scrape:
 
     def expire(self) -> None:
         """End in a 504, a 503 or a cut: the time is up."""
+        is_fair = self._seconds >= FAIR_TIMEOUT
         if self._state is RELAYING:
-            self._cut(refusals.TIMED_OUT.reason)
+            self._cut(refusals.TIMED_OUT.reason, Outcome.CUT if is_fair else Outcome.CALLER_LEFT)
+        elif self._state is QUEUED:
+            self._refuse(refusals.WAITED_OUT)
         else:
-            self._refuse(refusals.WAITED_OUT if self._state is QUEUED else refusals.TIMED_OUT)
+            self._refuse(refusals.TIMED_OUT if is_fair else refusals.TOO_SHORT)
 
-    def _cut(self, reason: str) -> None:
-        refusal = Refusal(refusals.CLOSED_EARLY.status, Outcome.CUT, reason)
-        if self._end(Outcome.CUT):
+    def _cut(self, reason: str, outcome: Outcome = Outcome.CUT) -> None:
+        refusal = Refusal(refusals.CLOSED_EARLY.status, outcome, reason)
+        if self._end(outcome):
             self._note(self._routed.upstream.describe(refusal))
             self._client.reset()
 
@@ -222,7 +228,7 @@ class Scrape:
             self._client.refuse(refusal)
 
     def _note(self, refusal: Refusal) -> None:
-        if refusal.status in UPSTREAM_FAILED:
+        if refusal.status in UPSTREAM_FAILED and refusal.outcome is not Outcome.CALLER_LEFT:
             self._relay.failures.note(self._routed.route.endpoint, refusal.outcome, refusal.reason)
 
     def _end(self, outcome: Outcome) -> bool:

@@ -181,9 +181,12 @@ class Workers:
     async def start(self, sockets: Sequence[socket.socket]) -> None:
         """Start the workers on the port of these sockets, which stay bound and idle to keep it ours.
 
+        The sockets were bound without SO_REUSEPORT, which fails where another proxy has the port, and get it now.
         Raises OperationalError if not all of them serve in time.
         """
         self._sockets = sockets
+        for bound in sockets:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self._port = sockets[0].getsockname()[1]
         self._sent = self._credentials()
         serving = [asyncio.Event() for _ in range(self._count)]

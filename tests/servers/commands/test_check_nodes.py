@@ -8,7 +8,7 @@ import pytest
 import trustme
 
 from k8s_consul_registrar.commands.check.nodes import Kubelets, check_kubelets
-from k8s_consul_registrar.commands.check.report import Outcome
+from k8s_consul_registrar.commands.check.report import Result
 from k8s_consul_registrar.model import Node, NodeAddress
 from k8s_consul_registrar.tls import trust_in
 from support.waiting import PATIENCE
@@ -50,7 +50,7 @@ async def finding_of(node: Node) -> tuple[str, str]:
     authority = trustme.CA().cert_pem.bytes()
     kubelets = Kubelets(trust_in(authority, "KUBELET_CA_FILE"), False, "token", PATIENCE)
     (finding,) = await check_kubelets([node], kubelets, allow_loopback=True)
-    assert finding.outcome is Outcome.FAIL
+    assert finding.outcome is Result.FAIL
     assert "not permitted" not in finding.detail
     return finding.detail, finding.hint
 

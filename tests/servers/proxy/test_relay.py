@@ -26,6 +26,7 @@ from support.proxy_lab import (
     authority_pem,
     cadvisor,
     get_request,
+    hang,
     proxying,
 )
 from support.waiting import until
@@ -523,3 +524,32 @@ async def test_environment_proxies_are_ignored(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     async with relaying() as (kubelet, proxy):
         assert (await proxy.get(cadvisor(kubelet))).status == 200
+
+
+@pytest.mark.parametrize("seconds", ["0.00001", "0.5"])
+async def test_a_timeout_that_is_too_short_is_no_failure_of_the_kubelet(seconds: str) -> None:
+    """A client that announces one gets a 504, and neither the list of failures nor the alert's outcomes grow."""
+    kubelet = Kubelet(hang)
+    async with kubelet.serving(), proxying(kubelet.node()) as proxy:
+        got = await proxy.get(cadvisor(kubelet), f"X-Prometheus-Scrape-Timeout-Seconds: {seconds}")
+        assert got.status == 504
+        assert proxy.server.failures() == []
+        outcomes = proxy.server.stats().outcomes
+        assert (outcomes[Outcome.CALLER_LEFT], outcomes[Outcome.TIMEOUT]) == (1, 0)
+        await proxy.get(cadvisor(kubelet), "X-Prometheus-Scrape-Timeout-Seconds: 1")
+        assert [one.outcome for one in proxy.server.failures()] == [Outcome.TIMEOUT]
+
+
+@pytest.mark.parametrize(
+    "banner", [b"J\x00\x00\x00\n8.0.36\x00", b"SSH-2.0-OpenSSH_9.2\r\n", b"H", b"HTTP/2"]
+)
+async def test_an_answer_that_is_no_http_is_refused_at_its_first_bytes(banner: bytes) -> None:
+    """A port that greets and then waits holds no place until the deadline."""
+    kubelet = Kubelet(always(banner))
+    async with kubelet.serving(), proxying(kubelet.node()) as proxy:
+        asking = asyncio.create_task(proxy.get(cadvisor(kubelet), "X-Prometheus-Scrape-Timeout-Seconds: 2"))
+        got = await asking
+        # A prefix of HTTP may still become an answer.
+        assert got.status == (504 if banner == b"H" else 502)
+        expected = Outcome.TIMEOUT if banner == b"H" else Outcome.MALFORMED
+        assert [one.outcome for one in proxy.server.failures()] == [expected]

@@ -207,3 +207,22 @@ def test_only_allowed_pairs(target: str) -> None:
         assert bare.endswith("/metrics/cadvisor")
     else:
         assert route.status in (400, 404)
+
+
+@pytest.mark.parametrize(
+    ("target", "setting"),
+    [
+        ("/api/v1/nodes/192.0.2.1:10250/metrics", "PROXY_PATHS"),
+        ("/api/v1/nodes/worker-2/proxy/metrics/resource", "PROXY_PATHS"),
+        ("/api/v1/namespaces/shop/pods/web-1/metrics", "PROXY_PODS"),
+    ],
+)
+def test_a_path_that_a_setting_would_allow_names_the_setting(target: str, setting: str) -> None:
+    """The 404 says what to set; one for a path that is never relayed does not."""
+    refusal = find(target)
+    assert isinstance(refusal, Refusal)
+    assert (refusal.status, refusal.outcome) == (404, Outcome.UNKNOWN_PATH)
+    assert setting in refusal.reason
+    never = find("/api/v1/nodes/192.0.2.1:10250/pods")
+    assert isinstance(never, Refusal)
+    assert "PROXY" not in never.reason
