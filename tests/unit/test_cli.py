@@ -132,3 +132,16 @@ async def test_ctrl_c_is_quiet_while_modules_load(tmp_path: Path) -> None:
             process.kill()
             await process.wait()
     assert (process.returncode, *said) == (130, b"", b"")
+
+
+def test_help_loads_neither_a_command_nor_an_http_client() -> None:
+    """The parser is built from declarations, so help and completion are quick and a mode loads only its own parts."""
+    program = (
+        "import sys\nfrom k8s_consul_registrar.cli import build_parser\nbuild_parser().format_help()\n"
+        "print(*sorted(name for name in sys.modules if name.startswith('k8s_consul_registrar.commands.')"
+        " or name in ('aiohttp', 'prometheus_client', 'shtab', 'yaml')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
