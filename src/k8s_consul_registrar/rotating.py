@@ -8,7 +8,7 @@ import stat
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -200,17 +200,21 @@ class Derived(Generic[T]):
     def __init__(self, make: Callable[..., T], *parts: Rotating[Any]) -> None:
         self._make = make
         self._parts = parts
-        self._values: tuple[Any, ...] | None = None
+        self._remake()
+
+    def _remake(self) -> None:
+        values = [(part, part.value) for part in self._parts]
+        self._made = self._make(*(value for _, value in values))
+        self._values = values
 
     @property
     def value(self) -> T:
-        """The value, without a look at the files."""
-        values = self._values
-        if values is None or any(
-            part.value is not value for part, value in zip(self._parts, values, strict=True)
-        ):
-            self._values = tuple(part.value for part in self._parts)
-            self._made = self._make(*self._values)
+        """The value, without a look at the files; the last one while another cannot be made."""
+        for part, value in self._values:
+            if part.value is not value:
+                with suppress(AccessError):
+                    self._remake()
+                break
         return self._made
 
     def current(self) -> T:
@@ -354,11 +358,7 @@ def token_file(
 
 @dataclass(frozen=True, slots=True)
 class BearerTokens:
-    """Tokens of which clients must send one.
-
-    With two, a token can be replaced without a moment in which clients that still send the old one, or
-    send the new one already, are denied.
-    """
+    """Tokens of which clients must send one; with two, one can be replaced while clients send either."""
 
     accepted: tuple[bytes, ...] = field(repr=False)
 

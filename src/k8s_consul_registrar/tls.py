@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.pem import certificates, private_file, private_key
 from k8s_consul_registrar.rotating import Derived, Rotating, fixed, read_file, reason
 from k8s_consul_registrar.telemetry import get_logger
+
+C = TypeVar("C", "Trust", "ServerCertificate")
 
 log = get_logger("tls")
 
@@ -109,9 +111,6 @@ def _context(protocol: int) -> ssl.SSLContext:
     return context
 
 
-# Files
-
-
 def key_pair_files(
     certificate: str | Path, key: str | Path, certificate_setting: str, key_setting: str
 ) -> Rotating[KeyPair]:
@@ -137,7 +136,7 @@ def client_tls(
         # A certificate's file may hold its key as well.
         pair = key_pair_files(certificate, key or certificate, peer.certificate, peer.key)
     return Derived(
-        lambda ca_pem, shown: Trust(ca_pem, is_verified, f"{peer.ca} {ca}" if ca else "", shown),
+        lambda ca_pem, shown: _ready(Trust(ca_pem, is_verified, f"{peer.ca} {ca}" if ca else "", shown)),
         _ca_file(Path(ca), peer.ca) if ca else fixed(""),
         pair,
     )
@@ -152,7 +151,7 @@ def server_tls(
     """
     ca_setting = f"{setting}_CLIENT_CA_FILE"
     return Derived(
-        lambda pair, ca: ServerCertificate(pair, ca, f"{ca_setting} {client_ca}"),
+        lambda pair, ca: _ready(ServerCertificate(pair, ca, f"{ca_setting} {client_ca}")),
         key_pair_files(certificate, key, f"{setting}_CERT_FILE", f"{setting}_KEY_FILE"),
         _ca_file(Path(client_ca), ca_setting, _refuse_leaf) if client_ca else fixed(""),
     )
@@ -172,9 +171,13 @@ def trust_in(ca: bytes | None, setting: str) -> Trust:
 
     Raises AccessError, naming the setting, if they cannot be used.
     """
-    trust = Trust("" if ca is None else certificates(ca, setting), ca_setting=setting)
-    _ = trust.context
-    return trust
+    return _ready(Trust("" if ca is None else certificates(ca, setting), ca_setting=setting))
+
+
+def _ready(value: C) -> C:
+    """Build the context now, so that no connection waits for it."""
+    _ = value.context
+    return value
 
 
 def checked(pair: KeyPair) -> KeyPair:
@@ -203,10 +206,9 @@ def _show(context: ssl.SSLContext, pair: KeyPair) -> None:
         raise AccessError(f"{pair.origin}: the certificate and key cannot be used: {_words(error)}") from None
 
 
-def out_of_date(certificate: bytes, now: float | None = None) -> str:
-    """Say why a certificate is not valid now (Unix time), empty if it is, or if its dates cannot be read."""
-    now = time.time() if now is None else now
-    facts = _facts(certificate)
+def out_of_date(certificate: bytes) -> str:
+    """Say why a certificate is not valid now, empty if it is, or if its dates cannot be read."""
+    now, facts = time.time(), _facts(certificate)
     if facts and now > ssl.cert_time_to_seconds(facts["notAfter"]):
         return f"the certificate expired on {facts['notAfter']}"
     if facts and now < ssl.cert_time_to_seconds(facts["notBefore"]):
@@ -228,9 +230,6 @@ def _facts(certificate: bytes) -> Any:
             return _test_decode_cert(path)
     except (OSError, ValueError):
         return {}
-
-
-# Explanations
 
 
 class Cause(Enum):

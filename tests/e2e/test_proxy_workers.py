@@ -3,16 +3,19 @@
 import asyncio
 import os
 import signal
+import ssl
 import time
 from pathlib import Path
 
 import aiohttp
 import pytest
+import trustme
 
 from k8s_consul_registrar.sandbox.kubelet import recorded_metrics
 from support.daemon import STOP_WITHIN, Daemon
 from support.lab import LIMIT, kubelet_door, kubelet_path, running_lab, scrape
 from support.processes import LOOPBACK, is_running
+from support.proxy_lab import Files
 from support.waiting import SLACK
 
 WORKERS = 3
@@ -130,6 +133,66 @@ async def test_rotated_token_reaches_the_workers() -> None:
             for pid in workers_of(daemon):
                 assert b"shown" not in shown_of(pid)
                 assert lab.token_file.read_bytes() not in shown_of(pid)
+
+
+async def test_unusable_token_file_and_a_renewal_leave_the_workers_serving(tmp_path: Path) -> None:
+    """Workers that die meanwhile come back with the last good tokens; a removed token is refused by all of them."""
+    ca = trustme.CA()
+    files = Files(tmp_path, ca)
+    tokens = tmp_path / "tokens"
+    tokens.write_text("old-token\nnew-token\n")
+    context = ssl.create_default_context(cadata=ca.cert_pem.bytes().decode())
+    async with running_lab() as lab:
+        kubelet = await lab.cluster.add_kubelet("node-a")
+        daemon = await lab.proxy(
+            PROXY_WORKERS="2",
+            PROXY_BEARER_TOKEN_FILE=str(tokens),
+            TLS_CERT_FILE=str(files.certificate),
+            TLS_KEY_FILE=str(files.key),
+        )
+        async with daemon:
+            await daemon.ready()
+            url = f"https://{LOOPBACK}:{await daemon.port('port')}{kubelet_path(kubelet.port)}"
+
+            async def ask(token: str) -> int:
+                async with (
+                    aiohttp.ClientSession(timeout=LIMIT) as session,
+                    session.get(url, ssl=context, headers={"Authorization": f"Bearer {token}"}) as answer,
+                ):
+                    return answer.status
+
+            async def statuses(token: str) -> set[int]:
+                return {await ask(token) for _ in range(12)}
+
+            async def is_old_refused() -> bool:
+                return await statuses("old-token") == {401}
+
+            assert await statuses("old-token") == {200}
+            tokens.write_text("new-token\n")
+            await daemon.until(is_old_refused, "the removed token refused by every worker")
+            tokens.write_text("new-token # a comment\n")
+            await daemon.until_said("changed files cannot be used; those before stay in use")
+            files.issue(ca)
+            address = LOOPBACK, await daemon.port("port")
+
+            async def is_renewed() -> bool:
+                shown = {await asyncio.to_thread(ssl.get_server_certificate, address) for _ in range(12)}
+                return len(shown) == 1 and files.certificate.read_text().startswith(shown.pop())
+
+            await daemon.until(is_renewed, "the renewed certificate shown by every worker")
+            for pid in workers_of(daemon):
+                os.kill(pid, signal.SIGKILL)
+
+            async def are_back() -> bool:
+                deaths = await daemon.metric("proxy_worker_deaths_total")
+                return deaths == 2 and await daemon.metric("proxy_workers") == 2
+
+            await daemon.until(are_back, "both workers started again")
+            assert await statuses("new-token") == {200}
+            assert await is_old_refused()
+            assert await is_renewed()
+            assert await daemon.metric('rotating_file_ok{of="PROXY_BEARER_TOKEN_FILE"}') == 0
+            assert await daemon.metric('rotating_file_ok{of="TLS_CERT_FILE"}') == 1
 
 
 async def test_sigterm_drains_every_worker() -> None:

@@ -186,6 +186,68 @@ async def test_certificate_is_asked_for(tmp_path: Path) -> None:
         assert len(kubelet.requests) == 1
 
 
+async def test_removed_token_and_authority_count_from_the_next_request_on(tmp_path: Path) -> None:
+    """Without waiting for the proxy to look at its files now and then, which it does once an hour here."""
+    kubelet = Kubelet()
+    files = Files(tmp_path, AUTHORITY, CLIENTS)
+    token = tmp_path / "token"
+    token.write_text("old-token\nnew-token\n")
+    inbound = bearer_tokens(token, "PROXY_BEARER_TOKEN_FILE")
+    async with secured(files, kubelet, ProxyTiming(tick=3600.0), inbound) as proxy:
+        caller = await connect(proxy, caller_context(AUTHORITY, CLIENTS))
+        for sent in ("old-token", "new-token"):
+            assert (await caller.get(cadvisor(kubelet), f"Authorization: Bearer {sent}")).status == 200
+        token.write_text("new-token\n")
+        for sent, status in (("old-token", 401), ("new-token", 200)):
+            assert (await caller.get(cadvisor(kubelet), f"Authorization: Bearer {sent}")).status == status
+        files.trust(OTHER_CLIENTS)
+        with pytest.raises(OSError):  # noqa: PT011 - which one depends on the moment of the alert
+            await get(
+                proxy,
+                caller_context(AUTHORITY, CLIENTS),
+                cadvisor(kubelet),
+                "Authorization: Bearer new-token",
+            )
+        assert await caller.ends()
+        got = await get(
+            proxy,
+            caller_context(AUTHORITY, OTHER_CLIENTS),
+            cadvisor(kubelet),
+            "Authorization: Bearer new-token",
+        )
+        assert got.status == 200
+
+
+async def test_certificate_that_cannot_be_used_does_not_keep_a_removed_authority(tmp_path: Path) -> None:
+    """Each file has its own last good value: clients are judged by the new authority, the old certificate is shown."""
+    kubelet = Kubelet()
+    files = Files(tmp_path, AUTHORITY, CLIENTS)
+    async with secured(files, kubelet) as proxy:
+        files.certificate.write_text("half-way")
+        files.trust(OTHER_CLIENTS)
+        assert (await get(proxy, caller_context(AUTHORITY, OTHER_CLIENTS), cadvisor(kubelet))).status == 200
+        with pytest.raises(OSError):  # noqa: PT011 - which one depends on the moment of the alert
+            await get(proxy, caller_context(AUTHORITY, CLIENTS), cadvisor(kubelet))
+
+
+async def test_no_context_is_made_for_a_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for a client's nor for one to a kubelet: loading certificates takes longer than a handshake."""
+    kubelet = Kubelet()
+    calling = caller_context(AUTHORITY, CLIENTS)
+    async with secured(Files(tmp_path, AUTHORITY, CLIENTS), kubelet) as proxy:
+        made: list[object] = []
+        make = ssl.SSLContext.__new__
+
+        def count(kind: type[ssl.SSLContext], protocol: int) -> ssl.SSLContext:
+            made.append(protocol)
+            return make(kind, protocol)
+
+        monkeypatch.setattr(ssl.SSLContext, "__new__", count)
+        for _ in range(5):
+            assert (await get(proxy, calling, cadvisor(kubelet))).status == 200
+        assert made == []
+
+
 async def test_client_of_the_old_authority_is_refused(tmp_path: Path) -> None:
     """After a change the new one's client is served and the old one's is not, on no new and on no kept connection."""
     kubelet = Kubelet()
