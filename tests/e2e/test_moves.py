@@ -1,6 +1,7 @@
 """Moving between an agent and the catalog, and between nodes, without a gap."""
 
-from support.lab import SandboxLab, running_lab
+from k8s_consul_registrar.sandbox.consul_release import ConsulOptions, ConsulRelease
+from support.lab import SandboxLab, each_release, running_lab
 
 WEB = "pod--shop--web-1"
 
@@ -10,9 +11,10 @@ def at_node(lab: SandboxLab, node: str) -> set[str]:
     return {service.id for service in lab.consul.catalog.services_of(node)}
 
 
-async def test_from_the_agent_to_the_catalog_and_back() -> None:
+@each_release()
+async def test_from_the_agent_to_the_catalog_and_back(release: ConsulRelease) -> None:
     """At each move the old place is cleared only when everything is at the new one; others' stay."""
-    async with running_lab() as lab:
+    async with running_lab(ConsulOptions(release)) as lab:
         await lab.cluster.add_pod()
         await lab.cluster.add_pod("web-2")
         async with await lab.registrar() as daemon:
@@ -30,9 +32,10 @@ async def test_from_the_agent_to_the_catalog_and_back() -> None:
             assert set(lab.services) == others | {WEB, "pod--shop--web-2"}
 
 
-async def test_to_another_node_of_the_catalog() -> None:
+@each_release()
+async def test_to_another_node_of_the_catalog(release: ConsulRelease) -> None:
     """The default node of this cluster is cleared by itself, another where it is named."""
-    async with running_lab() as lab:
+    async with running_lab(ConsulOptions(release)) as lab:
         await lab.cluster.add_pod()
         async with await lab.registrar(CONSUL_BACKEND="catalog", CONSUL_NODE_NAME="first") as daemon:
             await daemon.until(lambda: at_node(lab, "first") == {WEB})

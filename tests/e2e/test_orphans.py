@@ -5,8 +5,9 @@ from typing import Any
 import aiohttp
 
 from k8s_consul_registrar.model import Service
+from k8s_consul_registrar.sandbox.consul_release import ConsulOptions, ConsulRelease
 from support.builders import our_pod_service
-from support.lab import SandboxLab, running_lab
+from support.lab import SandboxLab, each_release, running_lab
 
 QUICK_LOSS = {"ORPHAN_AFTER": "1"}
 REMOVED = "services of a lost agent are removed"
@@ -36,9 +37,10 @@ def at(lab: SandboxLab, node: str = "old") -> set[str]:
     return {one.id.rpartition("--")[2] for one in lab.consul.catalog.services_of(node)}
 
 
-async def test_lost_agents_node_is_cleared_of_ours() -> None:
+@each_release()
+async def test_lost_agents_node_is_cleared_of_ours(release: ConsulRelease) -> None:
     """What our agent has and what is gone goes; others' services, and the node itself, stay."""
-    async with running_lab() as lab:
+    async with running_lab(ConsulOptions(release)) as lab:
         await lab.cluster.add_pod()
         others = [
             our_pod_service("theirs", cluster="other"),

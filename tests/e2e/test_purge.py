@@ -3,8 +3,9 @@
 from e2e.test_once import WEB, run
 from e2e.test_orphans import agent_at, at, put
 from k8s_consul_registrar.model import Service
+from k8s_consul_registrar.sandbox.consul_release import ConsulOptions, ConsulRelease
 from support.builders import our_pod_service
-from support.lab import SandboxLab, running_lab
+from support.lab import SandboxLab, each_release, running_lab
 
 NOWHERE = {"KUBECONFIG": "/nonexistent/kubeconfig"}
 HERE, THERE = "uid-of-here", "uid-of-there"
@@ -72,9 +73,10 @@ async def test_nodes_of_lost_agents_are_cleared_too() -> None:
         assert at(lab, "live") == {"web-1"}
 
 
-async def test_catalogs_node_goes_once_it_is_empty() -> None:
+@each_release()
+async def test_catalogs_node_goes_once_it_is_empty(release: ConsulRelease) -> None:
     """A node of our making goes with the last service; it is shown before, and goes alone too."""
-    async with running_lab() as lab:
+    async with running_lab(ConsulOptions(release)) as lab:
         await lab.cluster.add_pod()
         assert (await run(lab, "sync", CONSUL_BACKEND="catalog"))[0] == 0
         code, output = await run(lab, "purge", CONSUL_BACKEND="catalog")

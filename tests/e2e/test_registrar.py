@@ -5,8 +5,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from k8s_consul_registrar.sandbox.consul_release import ConsulOptions, ConsulRelease
 from support.cluster import SCRAPED, Cluster
-from support.lab import running_lab
+from support.lab import each_release, running_lab
 from support.waiting import PATIENCE
 
 WEB = "pod--shop--web-1"
@@ -96,9 +97,10 @@ async def test_pod_waits_for_its_address_and_its_phase() -> None:
         await daemon.until(lambda: lab.has(WEB))
 
 
-async def test_new_address_is_updated_in_place_and_keeps_its_shard() -> None:
+@each_release()
+async def test_new_address_is_updated_in_place_and_keeps_its_shard(release: ConsulRelease) -> None:
     """Pods that move are registered over, never taken out in between, and stay with their Prometheus."""
-    async with running_lab() as lab, await lab.registrar(SHARD_PATHS=SHARDS) as daemon:
+    async with running_lab(ConsulOptions(release)) as lab, await lab.registrar(SHARD_PATHS=SHARDS) as daemon:
         names = [f"web-{number}" for number in range(8)]
         ids = [f"pod--shop--{name}" for name in names]
         for number, name in enumerate(names):
@@ -113,9 +115,10 @@ async def test_new_address_is_updated_in_place_and_keeps_its_shard() -> None:
         assert sorted(lab.writes[8:]) == [f"register {each}" for each in ids]
 
 
-async def test_shard_outlives_the_daemon_and_goes_with_its_setting() -> None:
+@each_release()
+async def test_shard_outlives_the_daemon_and_goes_with_its_setting(release: ConsulRelease) -> None:
     """A new run keeps each service's shard while it is still offered, and replaces one that is not."""
-    async with running_lab() as lab:
+    async with running_lab(ConsulOptions(release)) as lab:
         await lab.cluster.add_pod()
         await lab.cluster.add_pod("web-2", ips=["198.51.100.11"])
         uid = await lab.cluster.uid()
@@ -210,9 +213,10 @@ async def test_ipv6_and_dual_stack() -> None:
         await daemon.until(lambda: lab.has("pod--shop--both", "node--192.0.2.1"))
 
 
-async def test_equal_service_is_not_written_again_and_a_hand_edit_is_mended() -> None:
+@each_release()
+async def test_equal_service_is_not_written_again_and_a_hand_edit_is_mended(release: ConsulRelease) -> None:
     """Further passes write nothing while all is equal; what someone changed is put right in place."""
-    async with running_lab() as lab, await lab.registrar(SHARD_PATHS=SHARDS) as daemon:
+    async with running_lab(ConsulOptions(release)) as lab, await lab.registrar(SHARD_PATHS=SHARDS) as daemon:
         await asyncio.gather(*(lab.cluster.add_pod(f"web-{number}") for number in range(5)))
         await lab.cluster.add_node("node-a", ("InternalIP", "192.0.2.10"))
         await daemon.until(lambda: len(lab.services) == 6)

@@ -6,6 +6,7 @@ what is written.
 
 import asyncio
 import contextlib
+import itertools
 import socket
 import ssl
 import struct
@@ -28,17 +29,18 @@ _NARROW = 2048  # bytes of a receive buffer that hardly takes more than a head
 
 
 class TcpProxy:
-    """Carries bytes to and from `host:port`, whatever they mean; an asynchronous context manager.
+    """Carries bytes to and from a port of a host, whatever they mean; an asynchronous context manager.
 
+    With several ports the connections go to each in turn, as a Kubernetes Service sends them to its Pods.
     Its own port stays the same while it refuses. `delay` (seconds) holds each piece back for so long;
     `rate` (bytes a second, 0 for no bound) is the most that each direction of a connection carries.
     """
 
-    def __init__(self, host: str, port: int, *, listen_on: str = LOOPBACK) -> None:
+    def __init__(self, host: str, *ports: int, listen_on: str = LOOPBACK) -> None:
         self.delay = 0.0
         self.rate = 0.0
         self._is_hole = False
-        self._upstream = (host, port)
+        self._upstreams = itertools.cycle([(host, port) for port in ports])
         self._host = listen_on
         (self.port,) = reserve_ports(1)  # it is bound again after each refusal
         self._bound = self._bind(self.port)
@@ -142,7 +144,7 @@ class TcpProxy:
             await self._hearing.wait()
             requests, back = await asyncio.open_connection(sock=caller)
             writers.append(back)
-            answers, forth = await asyncio.open_connection(*self._upstream)
+            answers, forth = await asyncio.open_connection(*next(self._upstreams))
             writers.append(forth)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._carry(requests, forth))

@@ -165,6 +165,28 @@ class SandboxLab(Lab):
         )
 
 
+def each_release(*failing: str, reason: str = "") -> pytest.MarkDecorator:
+    """Run a test on the oldest and the newest release of the sandbox's Consul, and on all in a long run.
+
+    On `failing` ones it is known to fail, for this reason.
+    """
+    known = pytest.mark.xfail(strict=True, raises=(AssertionError, TimeoutError), reason=reason)
+    return pytest.mark.parametrize(
+        "release",
+        [
+            pytest.param(
+                value,
+                id=name,
+                marks=[
+                    *([] if name in ("1.8", NEWEST_RELEASE) else [pytest.mark.long]),
+                    *([known] if name in failing else []),
+                ],
+            )
+            for name, value in RELEASES.items()
+        ],
+    )
+
+
 @contextlib.asynccontextmanager
 async def running_lab(consul: ConsulOptions | None = None) -> AsyncIterator[SandboxLab]:
     """Run an empty cluster and an empty Consul of the sandbox."""
