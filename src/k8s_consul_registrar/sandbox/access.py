@@ -1,4 +1,4 @@
-"""Who may do what: tokens and certificate names stand for users, users have rules, as RBAC has."""
+"""Authentication and authorization: users by token or certificate name, and their RBAC-like rules."""
 
 import secrets
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from k8s_consul_registrar.sandbox.resources import Resource
 
 
 class Rule(NamedTuple):
-    """Allows a verb on a resource (`pods`, `pods/status`, `nodes/metrics`); `*` stands for any."""
+    """The right to a verb on a resource (`pods`, `pods/status`, `nodes/metrics`); `*` stands for any."""
 
     verb: str
     resource: str
@@ -17,7 +17,7 @@ class Rule(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """What someone wants to do; `name` is empty for a whole collection."""
+    """A request to authorize; `name` is empty for a whole collection."""
 
     verb: str
     resource: Resource
@@ -30,14 +30,14 @@ ADMIN = (Rule("*", "*"),)
 
 
 class Access:
-    """The users of a sandbox cluster, shared by its API server and its kubelets."""
+    """The users of a sandbox cluster, for its API server and its kubelets."""
 
     def __init__(self) -> None:
         self._tokens: dict[str, str] = {}
         self._rules: dict[str, tuple[Rule, ...]] = {}
 
     def grant(self, user: str, rules: Iterable[Rule | tuple[str, ...]] = ADMIN, token: str = "") -> str:
-        """Give a user these rules instead of the ones before, and return a token that stands for them."""
+        """Replace a user's rules, and return a token of the user."""
         self._rules[user] = tuple(Rule(*rule) for rule in rules)
         token = token or secrets.token_urlsafe(24)
         self._tokens[token] = user
@@ -48,7 +48,7 @@ class Access:
         self._tokens.pop(token, None)
 
     def user(self, authorization: str, certificate_name: str = "") -> str:
-        """Return who sends an Authorization header, or else shows a certificate; ApiError 401 if nobody."""
+        """Return the user of an Authorization header, else of a certificate; ApiError 401 without either."""
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() == "bearer" and (user := self._tokens.get(token.strip())):
             return user
@@ -57,7 +57,7 @@ class Access:
         raise unauthorized()
 
     def allows(self, user: str, verb: str, resource: str, namespace: str = "") -> bool:
-        """Return whether the user has a rule for this; an empty namespace means the whole cluster."""
+        """Return True if the user has a rule for this; an empty namespace means the whole cluster."""
         return any(
             rule.verb in ("*", verb)
             and rule.resource in ("*", resource)
@@ -66,7 +66,7 @@ class Access:
         )
 
     def require(self, user: str, attempt: Attempt) -> None:
-        """Raise ApiError 403 with the API server's own words unless the user may do this."""
+        """Raise ApiError 403 with the API server's text unless the user has the right."""
         resource = attempt.resource
         full = f"{resource.plural}/{attempt.subresource}" if attempt.subresource else resource.plural
         if self.allows(user, attempt.verb, full, attempt.namespace):

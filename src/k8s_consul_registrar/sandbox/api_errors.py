@@ -10,7 +10,7 @@ from k8s_consul_registrar.sandbox.resources import Resource
 
 
 class ApiError(Exception):
-    """A refusal: an HTTP status, a reason, and a message for people."""
+    """A refusal: an HTTP status, a reason and a message."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """The response headers this refusal asks for."""
+        """The response headers of this refusal."""
         seconds = (self.details or {}).get("retryAfterSeconds")
         return {"Retry-After": str(seconds)} if seconds else {}
 
@@ -55,12 +55,12 @@ def _details(resource: Resource, name: str) -> dict[str, Any]:
 
 
 def unauthorized() -> ApiError:
-    """Return the refusal of a request without credentials, or with unknown ones."""
+    """Return the refusal of a request without known credentials."""
     return ApiError(401, "Unauthorized", "Unauthorized")
 
 
 def forbidden(resource: Resource, subresource: str, name: str, what: str) -> ApiError:
-    """Return the refusal for a missing permission; `what` is the sentence that names it."""
+    """Return the refusal for a missing right, which the sentence `what` names."""
     plural = f"{resource.plural}/{subresource}" if subresource else resource.plural
     group = f".{resource.group}" if resource.group else ""
     subject = f'{plural}{group} "{name}"' if name else f"{plural}{group}"
@@ -68,44 +68,44 @@ def forbidden(resource: Resource, subresource: str, name: str, what: str) -> Api
 
 
 def not_found(resource: Resource, name: str) -> ApiError:
-    """Return the refusal for an object that is not there."""
+    """Return the refusal for an object that does not exist."""
     message = f'{resource.qualified} "{name}" not found'
     return ApiError(404, "NotFound", message, details=_details(resource, name))
 
 
 def already_exists(resource: Resource, name: str) -> ApiError:
-    """Return the refusal to create what is there already."""
+    """Return the refusal to create an object that exists."""
     message = f'{resource.qualified} "{name}" already exists'
     return ApiError(409, "AlreadyExists", message, details=_details(resource, name))
 
 
 def conflict(resource: Resource, name: str, problem: str = "") -> ApiError:
-    """Return the refusal when an object is not in the state the request expects."""
+    """Return the refusal if an object is not in the state that the request expects."""
     stale = "the object has been modified; please apply your changes to the latest version and try again"
     message = f'Operation cannot be fulfilled on {resource.qualified} "{name}": {problem or stale}'
     return ApiError(409, "Conflict", message, details=_details(resource, name))
 
 
 def bad_request(message: str) -> ApiError:
-    """Return the refusal of a request that cannot be understood."""
+    """Return the refusal of a malformed request."""
     return ApiError(400, "BadRequest", message)
 
 
 def method_not_allowed() -> ApiError:
-    """Return the refusal of a verb the resource does not have."""
+    """Return the refusal of a verb that the resource does not have."""
     message = "the server does not allow this method on the requested resource"
     return ApiError(405, "MethodNotAllowed", message, details={})
 
 
 def unsupported_patch(given: str) -> ApiError:
-    """Return the refusal of a kind of patch that is not one we apply."""
+    """Return the refusal of a patch type that the sandbox does not apply."""
     known = "application/merge-patch+json, application/strategic-merge-patch+json"
     message = f"the body of the request was in an unknown format - accepted media types include: {known}"
     return ApiError(415, "UnsupportedMediaType", f"{message} (not {given})", details={})
 
 
 def invalid(kind: str, *, group: str = "", name: str = "", field: str, cause: str, problem: str) -> ApiError:
-    """Return the refusal of an object, or options, with a wrong field; `cause` is a FieldValue… word."""
+    """Return the refusal of an object, or of options, with an invalid field; `cause` is a FieldValue… word."""
     qualified = f"{kind}.{group}" if group else kind
     details = {
         "name": name,
@@ -130,7 +130,7 @@ def forbidden_option(field: str, problem: str) -> ApiError:
 
 
 def expired(message: str, *, continue_token: str = "") -> ApiError:
-    """Return the refusal when what is asked for is no longer in the history."""
+    """Return the refusal for a version that is no longer in the history."""
     return ApiError(
         410, "Expired", message, metadata={"continue": continue_token} if continue_token else None
     )
@@ -142,7 +142,7 @@ def too_old(asked: int, oldest: int) -> ApiError:
 
 
 def too_large(asked: int, current: int) -> ApiError:
-    """Return the refusal of a list from a version the server has not reached."""
+    """Return the refusal of a list from a version that the server has not reached."""
     cause = {"reason": "ResourceVersionTooLarge", "message": "Too large resource version"}
     return ApiError(
         504,

@@ -1,4 +1,4 @@
-"""Certificates of the sandbox: one throwaway authority for the API server, kubelets and clients."""
+"""Certificates of the sandbox, by one throwaway authority for the API server, kubelets and clients."""
 
 import ssl
 from enum import StrEnum
@@ -8,11 +8,11 @@ import trustme
 
 
 class KubeletCertificate(StrEnum):
-    """What a kubelet's serving certificate is like."""
+    """Kinds of a kubelet's serving certificate."""
 
     ADDRESS = "address"  # signed by the cluster's authority, for the node's address and name
-    NAME_ONLY = "name-only"  # signed by it, but for the node's name alone
-    SELF_SIGNED = "self-signed"  # what a kubelet makes itself when nobody signs for it
+    NAME_ONLY = "name-only"  # signed by it, for the node's name only
+    SELF_SIGNED = "self-signed"  # made by the kubelet itself, the default
 
 
 class ClientCertificate(NamedTuple):
@@ -30,11 +30,11 @@ class Authority:
 
     @property
     def pem(self) -> bytes:
-        """The authority's own certificate, to verify the others with."""
+        """The authority's certificate, which verifies the others."""
         return self._ca.cert_pem.bytes()
 
     def api_server(self, *names: str) -> ssl.SSLContext:
-        """Return the server side of the API server, which accepts client certificates of this authority."""
+        """Return the API server's TLS context, which accepts client certificates of this authority."""
         context = _server_context()
         self._ca.issue_cert(*names, key_type=trustme.KeyType.ECDSA).configure_cert(context)
         self._ca.configure_trust(context)
@@ -42,7 +42,7 @@ class Authority:
         return context
 
     def kubelet(self, name: str, address: str, kind: KubeletCertificate) -> ssl.SSLContext:
-        """Return the server side of one kubelet."""
+        """Return the TLS context of one kubelet."""
         authority = trustme.CA() if kind is KubeletCertificate.SELF_SIGNED else self._ca
         names = (name,) if kind is not KubeletCertificate.ADDRESS else (address, name)
         context = _server_context()
@@ -50,7 +50,7 @@ class Authority:
         return context
 
     def client(self, user: str) -> ClientCertificate:
-        """Return a certificate that stands for a user."""
+        """Return a user's certificate."""
         leaf = self._ca.issue_cert(common_name=user, key_type=trustme.KeyType.ECDSA)
         chain = b"".join(blob.bytes() for blob in leaf.cert_chain_pems)
         return ClientCertificate(chain, leaf.private_key_pem.bytes())

@@ -11,7 +11,6 @@ import msgspec
 from aiohttp import web
 
 from k8s_consul_registrar.sandbox import filters
-from k8s_consul_registrar.sandbox.compression import accepts_gzip, compress
 from k8s_consul_registrar.sandbox.consul_acl import ANONYMOUS, Right, Tokens
 from k8s_consul_registrar.sandbox.consul_model import Json
 from k8s_consul_registrar.sandbox.consul_release import (
@@ -22,6 +21,7 @@ from k8s_consul_registrar.sandbox.consul_release import (
 )
 from k8s_consul_registrar.sandbox.consul_rules import HttpError
 from k8s_consul_registrar.sandbox.consul_state import Catalog
+from k8s_consul_registrar.sandbox.server import accepts_gzip, compress
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

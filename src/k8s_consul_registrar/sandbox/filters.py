@@ -1,9 +1,9 @@
 """A subset of Consul's filter expressions (go-bexpr), over a record's JSON.
 
-Understood: `and`, `or`, `not`, parentheses; `Selector == "v"`, `!=`, `"v" in Selector`, `not in`,
-`Selector contains "v"`, `not contains`, `is empty`, `is not empty`, `matches`, `not matches`. A selector
-walks the JSON by dots or `["key"]`. Like bexpr's, a comparison with a key a map lacks is false, its
-negation true.
+It has `and`, `or`, `not`, parentheses; `Selector == "v"`, `!=`, `"v" in Selector`, `not in`,
+`Selector contains "v"`, `not contains`, `is empty`, `is not empty`, `matches` and `not matches`. A selector
+walks the JSON by dots or `["key"]`. As in go-bexpr, a comparison with a key that a map lacks is false, and its
+negation is true.
 """
 
 import re
@@ -19,11 +19,11 @@ _MISSING = object()
 
 
 class FilterError(ValueError):
-    """An expression that cannot be parsed, or names a field that is not there."""
+    """An expression that cannot be parsed, or names a field that does not exist."""
 
 
 def parse(expression: str, fields: frozenset[str]) -> Predicate:
-    """Return the predicate of an expression; `fields` are the first names a selector may have."""
+    """Return the predicate of an expression; `fields` are the names that a selector may begin with."""
     parser = _Parser(_tokens(expression), fields)
     predicate = parser.either()
     if parser.peek() is not None:
@@ -49,7 +49,7 @@ def _tokens(expression: str) -> list[tuple[str, str]]:
 
 
 class _Parser:
-    """Recursive descent over the tokens; each method consumes what it returns the predicate of."""
+    """A recursive descent over the tokens; each method consumes the part that its predicate is of."""
 
     def __init__(self, tokens: list[tuple[str, str]], fields: frozenset[str]) -> None:
         self._tokens = tokens

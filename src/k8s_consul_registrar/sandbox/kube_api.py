@@ -1,4 +1,4 @@
-"""The sandbox's Kubernetes API server: routes, identity, permissions, refusals."""
+"""The sandbox's Kubernetes API server: routes, authentication, permissions and refusals."""
 
 import ssl
 import uuid
@@ -26,7 +26,7 @@ _Verb = Callable[[web.Request, Attempt], Awaitable[web.StreamResponse]]
 _OPEN_PATHS = frozenset({"/version", "/livez", "/readyz", "/healthz"})
 _VERSION = {"major": "1", "minor": "36", "gitVersion": "v1.36.0", "platform": "linux/amd64"}
 _REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
-_LARGEST_BODY = 3 * 1024 * 1024  # bytes, as the API server's own limit
+_LARGEST_BODY = 3 * 1024 * 1024  # bytes, the limit of a real API server
 _INITIAL_NAMESPACES = ("default", "kube-node-lease", "kube-public", "kube-system")
 
 
@@ -71,7 +71,7 @@ class KubeApi:
 
     @property
     def url(self) -> str:
-        """Where the API server listens."""
+        """The root of the API."""
         return self._server.url
 
     async def __aenter__(self) -> Self:
@@ -83,7 +83,7 @@ class KubeApi:
         await self._server.__aexit__()
 
     def create(self, obj: Mapping[str, Any]) -> dict[str, Any]:
-        """Write an object as it is given, status included, and its namespace if that is missing."""
+        """Write an object as given, with its status, and its namespace if that is missing."""
         resource = resource_of(obj["kind"])
         namespace = obj["metadata"].get("namespace", "default")
         if resource.is_namespaced and self.store.get(NAMESPACES, namespace) is None:
@@ -93,7 +93,7 @@ class KubeApi:
     update = create
 
     def delete(self, kind: str, name: str, namespace: str = "default", *, grace: int = 0) -> None:
-        """Delete an object, at once or after `grace` seconds; ApiError 404 when there is none."""
+        """Delete an object, at once or after `grace` seconds; ApiError 404 if there is none."""
         resource = resource_of(kind)
         namespace = namespace if resource.is_namespaced else ""
         self._writer.begin_deletion(resource, namespace, name, grace=grace)
@@ -164,7 +164,7 @@ class KubeApi:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
-        """Let nobody in unknown, and turn refusals into Status objects."""
+        """Refuse unknown users, and turn refusals into Status objects."""
         try:
             if request.path not in _OPEN_PATHS or "Authorization" in request.headers:
                 self._user(request)
@@ -180,7 +180,7 @@ class KubeApi:
         return response
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        """Tell how many requests came, with as many of the real metric's labels as matter here."""
+        """Count the requests, with those labels of the real metric that matter here."""
         self._user(request)
         lines = [
             f'apiserver_request_total{{verb="{verb}",resource="{resource}"}} {count}\n'
@@ -189,7 +189,7 @@ class KubeApi:
         return web.Response(text="".join(lines))
 
     def _user(self, request: web.Request) -> str:
-        """Return who asks; ApiError 401 when that cannot be told."""
+        """Return the user of the request; ApiError 401 if it shows no known credentials."""
         return self._access.user(request.headers.get("Authorization", ""), _certificate_name(request))
 
     async def _add_headers(self, _: web.Request, response: web.StreamResponse) -> None:
@@ -208,7 +208,7 @@ async def _version(_: web.Request) -> web.Response:
 
 
 def _certificate_name(request: web.Request) -> str:
-    """Return the common name of the client's verified certificate, empty when it shows none."""
+    """Return the common name of the client's verified certificate, empty without one."""
     transport = request.transport
     certificate = transport.get_extra_info("peercert") if transport else None
     for attributes in (certificate or {}).get("subject", ()):

@@ -1,4 +1,4 @@
-"""Reading through the sandbox's Kubernetes API: get, list and watch."""
+"""The reading verbs of the sandbox's Kubernetes API: get, list and watch."""
 
 import asyncio
 import zlib
@@ -9,10 +9,10 @@ from aiohttp import web
 
 from k8s_consul_registrar.sandbox import api_errors
 from k8s_consul_registrar.sandbox.access import Attempt
-from k8s_consul_registrar.sandbox.compression import GZIP, accepts_gzip
 from k8s_consul_registrar.sandbox.listing import Page, list_page
 from k8s_consul_registrar.sandbox.resources import Resource
 from k8s_consul_registrar.sandbox.selection import Selection, parse_fields, parse_labels
+from k8s_consul_registrar.sandbox.server import GZIP, accepts_gzip
 from k8s_consul_registrar.sandbox.store import HistoryExpiredError, Store, Stored
 from k8s_consul_registrar.sandbox.watching import (
     WatchOptions,
@@ -29,7 +29,7 @@ _LONGEST_WATCH = 1800.0  # seconds; `--min-request-timeout`
 
 
 def selection_of(request: web.Request, attempt: Attempt) -> Selection:
-    """Return which objects a list or watch request is about; ApiError 400 for a bad selector."""
+    """Return the selection of a list or watch request; ApiError 400 for a bad selector."""
     return Selection(
         namespace=attempt.namespace,
         labels=parse_labels(request.query.get("labelSelector", "")),
@@ -38,7 +38,7 @@ def selection_of(request: web.Request, attempt: Attempt) -> Selection:
 
 
 def object_body(resource: Resource, stored: Stored) -> bytes:
-    """Return an object as a response to a request for it alone."""
+    """Return the response to a request for one object."""
     return resource.type_prefix + stored.body[1:] + b"\n"
 
 
@@ -54,7 +54,7 @@ class Reader:
         self._can_stream_lists = can_stream_lists
 
     def get(self, attempt: Attempt) -> bytes:
-        """Return one object; ApiError 404 when there is none."""
+        """Return one object; ApiError 404 if there is none."""
         resource = attempt.resource
         stored = self._store.get(resource, resource.key(attempt.namespace, attempt.name))
         if stored is None:
@@ -62,7 +62,7 @@ class Reader:
         return object_body(resource, stored)
 
     async def list(self, request: web.Request, attempt: Attempt) -> web.StreamResponse:
-        """Send a list from the objects' own bytes, in chunks, compressed when it is big."""
+        """Send a list from the stored bytes of its objects, in chunks, compressed if it is large."""
         page = list_page(self._store, attempt.resource, selection_of(request, attempt), request.query)
         response = _json_stream()
         chunks = _chunks(_list_parts(attempt.resource, page))
@@ -77,7 +77,7 @@ class Reader:
         return response
 
     async def watch(self, request: web.Request, attempt: Attempt) -> web.StreamResponse:
-        """Send events as they happen until the watch's time is over or its history is gone."""
+        """Send events as they happen, until the watch times out or its history is lost."""
         selection = selection_of(request, attempt)
         options = parse_options(request.query, can_stream_lists=self._can_stream_lists)
         if options.starts_with_state and options.version > self._store.revision:
@@ -107,7 +107,7 @@ class Reader:
                     yield chunk
                 if options.ends_state_with_bookmark:
                     yield bookmark(resource, position, ends_state=True)
-            while store.epoch == epoch:  # a restored server has closed its watches
+            while store.epoch == epoch:  # a restored server closes its watches
                 changed.clear()
                 try:
                     changes = store.changes(resource, since=position)
@@ -123,7 +123,7 @@ class Reader:
             unsubscribe()
 
     async def _is_quiet(self, changed: asyncio.Event) -> bool:
-        """Wait for a change and return False, or True when a bookmark is due."""
+        """Wait for a change and return False, or return True once a bookmark is due."""
         try:
             async with asyncio.timeout(self._bookmark_period):
                 await changed.wait()
@@ -149,7 +149,7 @@ def _list_parts(resource: Resource, page: Page) -> Iterator[bytes]:
 
 
 def _chunks(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """Gather small parts into chunks worth a write."""
+    """Join small parts into chunks."""
     gathered: list[bytes] = []
     size = 0
     for part in parts:

@@ -1,4 +1,4 @@
-"""Writing through the sandbox's Kubernetes API: create, update, patch and delete."""
+"""The writing verbs of the sandbox's Kubernetes API: create, update, patch and delete."""
 
 import asyncio
 from typing import Any
@@ -17,14 +17,14 @@ _MERGE_PATCHES = frozenset({"application/merge-patch+json", "application/strateg
 
 
 class Writer:
-    """The writing side of the API server: requests into the registry's terms and back."""
+    """The writing side of the API server: from requests to the registry and back."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._timers: set[asyncio.TimerHandle] = set()
 
     def close(self) -> None:
-        """Forget the Pods that are still ending."""
+        """Forget the Pods that are terminating."""
         for timer in self._timers:
             timer.cancel()
 
@@ -63,7 +63,7 @@ class Writer:
         return json_response(object_body(attempt.resource, stored))
 
     async def delete(self, request: web.Request, attempt: Attempt) -> web.Response:
-        """Delete an object with the grace the query or the body's DeleteOptions ask for."""
+        """Delete an object with the grace period of the query or of the body's DeleteOptions."""
         options = await _read_json(request) if request.can_read_body else {}
         grace = request.query.get("gracePeriodSeconds", options.get("gracePeriodSeconds"))
         wanted = options.get("preconditions") or {}
@@ -79,7 +79,7 @@ class Writer:
         return json_response(msgspec.json.encode(_success(attempt, deletion)) + b"\n")
 
     async def delete_collection(self, request: web.Request, attempt: Attempt) -> web.Response:
-        """Delete the objects that the query selects, each as `delete` does, and return them as a list."""
+        """Delete each object that the query selects like `delete`, and return them as a list."""
         options = await _read_json(request) if request.can_read_body else {}
         grace = request.query.get("gracePeriodSeconds", options.get("gracePeriodSeconds"))
         resource = attempt.resource
@@ -104,7 +104,7 @@ class Writer:
         grace: int | None = None,
         preconditions: Preconditions = Preconditions(),  # noqa: B008 - an immutable value
     ) -> Deletion:
-        """Delete an object and, where a Pod is given time to end, remove it when that is over."""
+        """Delete an object; a Pod with a grace period is removed at its end."""
         deletion = self._registry.delete(
             resource, namespace=namespace, name=name, grace=grace, preconditions=preconditions
         )
@@ -162,5 +162,5 @@ async def _read_object(request: web.Request, resource: Resource) -> Object:
 
 
 def _manager(request: web.Request) -> str:
-    """Return the name a client writes under: its User-Agent up to the first slash, as the server does."""
+    """Return the manager that a client writes as: its User-Agent up to the first slash."""
     return request.headers.get("User-Agent", "").partition("/")[0] or "unknown"

@@ -1,6 +1,6 @@
-"""A kubelet's HTTPS server: the metrics endpoints behind the checks of webhook authorization.
+"""A kubelet's HTTPS server: the metrics endpoints behind webhook authorization.
 
-Which permission a path needs: kubernetes `pkg/kubelet/server/auth.go`.
+Permissions of paths: kubernetes `pkg/kubelet/server/auth.go`.
 """
 
 import re
@@ -15,8 +15,7 @@ from aiohttp import web
 
 from k8s_consul_registrar.sandbox.access import Access
 from k8s_consul_registrar.sandbox.api_errors import ApiError
-from k8s_consul_registrar.sandbox.compression import accepts_gzip, compress
-from k8s_consul_registrar.sandbox.server import Server
+from k8s_consul_registrar.sandbox.server import Server, accepts_gzip, compress
 
 _METRICS_PATHS = ("/metrics/cadvisor", "/metrics", "/metrics/resource", "/metrics/probes")
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8; escaping=underscores"
@@ -33,12 +32,12 @@ _SUBRESOURCES = {
     "/configz": ("configz", "proxy"),
 }
 _REMEMBERED = 1000
-# A sample's time, in milliseconds, at the end of its line (Prometheus text format).
+# The timestamp of a sample, in milliseconds, at the end of its line (Prometheus text format).
 _SAMPLE_TIME = re.compile(rb" \d{13}$", re.MULTILINE)
 
 
 class SeenRequest(NamedTuple):
-    """A request a kubelet was sent."""
+    """A request that a kubelet received."""
 
     method: str
     path: str
@@ -46,14 +45,14 @@ class SeenRequest(NamedTuple):
 
 
 def recorded_metrics() -> bytes:
-    """Return the cAdvisor text a real kubelet sent."""
+    """Return the cAdvisor text of a real kubelet."""
     return (files("k8s_consul_registrar.sandbox") / "data" / "cadvisor.txt").read_bytes()
 
 
 class Kubelet:
-    """One node's kubelet; an asynchronous context manager. `requests` are the latest, the last one last.
+    """The kubelet of one node; an asynchronous context manager. `requests` are the latest, in order.
 
-    With `is_live` each answer carries the present time, as one that Prometheus stores has to.
+    With `is_live` each answer has the current time, because Prometheus drops old samples.
     """
 
     def __init__(
@@ -78,23 +77,23 @@ class Kubelet:
         self._server = Server(app, host=host, port=port, tls=tls)
 
     def serve(self, metrics: bytes) -> None:
-        """Answer scrapes with this text from now on."""
+        """Answer scrapes with this text."""
         self._metrics = metrics
         self._compressed = compress(metrics)
 
     @property
     def address(self) -> str:
-        """The IP address this kubelet listens on."""
+        """The IP address that this kubelet listens on."""
         return self._server.host
 
     @property
     def port(self) -> int:
-        """The port this kubelet listens on."""
+        """The port that this kubelet listens on."""
         return self._server.port
 
     @property
     def url(self) -> str:
-        """Where this kubelet listens."""
+        """The root of this kubelet's API."""
         return self._server.url
 
     async def __aenter__(self) -> Self:
@@ -140,7 +139,7 @@ class Kubelet:
 
 
 def subresources_of(path: str) -> tuple[str, ...]:
-    """Return the subresources of the Node of which one must be allowed for a path."""
+    """Return the Node's subresources for a path; the user needs the right to one of them."""
     for prefix, subresources in _SUBRESOURCES.items():
         if path == prefix or path.startswith(f"{prefix}/"):
             return subresources

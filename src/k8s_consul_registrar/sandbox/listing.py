@@ -1,4 +1,4 @@
-"""Which objects a list request gets: resourceVersion, resourceVersionMatch, limit and continue.
+"""Pages of a list request: resourceVersion, resourceVersionMatch, limit and continue.
 
 Rules: Kubernetes API Concepts, "Resource versions" and "Retrieving large results sets in chunks";
 continue tokens as in apiserver `pkg/storage/continue.go`.
@@ -24,7 +24,7 @@ _TOO_OLD = (
     "that were created, modified, or deleted between the time the first chunk was returned and now may show "
     "up in the list."
 )
-_INCONSISTENT = -1  # the revision in a token that continues at whatever the list has become
+_INCONSISTENT = -1  # the revision in a token that continues with the current list
 
 
 class _Continue(msgspec.Struct, frozen=True):
@@ -35,14 +35,14 @@ class _Continue(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What one list request gets: the objects and the list's own metadata."""
+    """The objects of one list response, and the metadata of the list."""
 
     items: list[Stored]
     metadata: dict[str, Any]
 
 
 def parse_version(text: str) -> int:
-    """Return a resourceVersion as a number, 0 when empty; ApiError 400 when it is none."""
+    """Return a resourceVersion as a number, 0 when empty; ApiError 400 if it is none."""
     if text and not text.isdecimal():
         raise api_errors.bad_request(
             f"Invalid value: {text!r}: strconv.ParseUint: parsing {text!r}: invalid syntax"
@@ -51,7 +51,7 @@ def parse_version(text: str) -> int:
 
 
 def list_page(store: Store, resource: Resource, selection: Selection, query: Mapping[str, str]) -> Page:
-    """Return one page; ApiError 400, 410 (expired), 422 or 504 (from the future) as the API server does."""
+    """Return one page; ApiError 400, 410 (expired), 422 or 504 (from the future) like an API server."""
     match, version_text = query.get("resourceVersionMatch", ""), query.get("resourceVersion", "")
     token = query.get("continue", "")
     _validate(match, version_text, token, query)
@@ -67,7 +67,7 @@ def list_page(store: Store, resource: Resource, selection: Selection, query: Map
             return _cut(store, resource, selection, limit, at=version)
         except HistoryExpiredError:
             raise api_errors.expired("The resourceVersion for the provided list is too old.") from None
-    if version_text == "0":  # served from the watch cache, which knows no pages
+    if version_text == "0":  # served from the watch cache, which has no pages
         limit = 0
     return _cut(store, resource, selection, limit)
 
@@ -92,8 +92,8 @@ def _cut(
     start: str = "",
     at: int | None = None,
 ) -> Page:
-    """Return the first `limit` of the selected items (0: all of them) and how to go on."""
-    if limit and selection.is_everything:  # costs what the page holds, not what the list holds
+    """Return the first `limit` of the selected items, or all for 0, with a continue token."""
+    if limit and selection.is_everything:  # costs a page, not the whole list
         items, left = store.page(resource, limit, start=start, at=at)
     else:
         items = [stored for stored in store.select(resource, start=start, at=at) if selection.matches(stored)]
@@ -103,7 +103,7 @@ def _cut(
     metadata: dict[str, Any] = {"resourceVersion": str(version)}
     if left:
         metadata["continue"] = _encode(_Continue(version, f"/{items[-1].key}\x00"))
-        if not (selection.labels or selection.fields):  # the real server cannot count what a selector leaves
+        if not (selection.labels or selection.fields):  # a real server cannot count the matches
             metadata["remainingItemCount"] = left
     return Page(items, metadata)
 

@@ -1,4 +1,4 @@
-"""Builders of Kubernetes objects, as an API server returns them."""
+"""Builders of Kubernetes objects in the form that an API server returns."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -48,7 +48,7 @@ def pod_status(
     is_ready: bool = True,
     host_ip: str = "",
 ) -> dict[str, Any]:
-    """Return a Pod's status; without an address it has no conditions, as before a Pod is scheduled."""
+    """Return a Pod's status; without an address it has no conditions, like a Pod that is not scheduled."""
     addresses = list(ips) or ([ip] if ip else [])
     status: dict[str, Any] = {"phase": phase}
     if addresses:

@@ -1,4 +1,4 @@
-"""Writing objects by the rules of an API server: defaults, identity, conflicts, graceful deletion.
+"""Writes by the rules of an API server: defaults, identity, conflicts and graceful deletion.
 
 Rules: kubernetes/apiserver `pkg/registry/generic/registry/store.go` and `pkg/registry/rest/`.
 """
@@ -10,18 +10,19 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from k8s_consul_registrar.sandbox import api_errors
-from k8s_consul_registrar.sandbox.defaults import with_consistent_status, with_defaults
 from k8s_consul_registrar.sandbox.object_rules import (
     Object,
     Preconditions,
     content,
     generated_name,
+    managed_fields,
     merged,
     own_metadata,
     require,
     validate,
+    with_consistent_status,
+    with_defaults,
 )
-from k8s_consul_registrar.sandbox.ownership import managed_fields
 from k8s_consul_registrar.sandbox.resources import NAMESPACES, PODS, RESOURCES, Resource
 from k8s_consul_registrar.sandbox.selection import Selection
 from k8s_consul_registrar.sandbox.store import Store, Stored
@@ -30,14 +31,14 @@ _IDENTITY = ("uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeri
 
 
 class Deletion(NamedTuple):
-    """What a delete did: the object's last version, and the seconds until it goes, 0 when it is gone."""
+    """The result of a delete: the object's last version, and the seconds until its removal, 0 if removed."""
 
     stored: Stored
     grace: int
 
 
 def now() -> datetime:
-    """Return the time, as an API server reads it."""
+    """Return the current time."""
     return datetime.now(UTC)
 
 
@@ -49,7 +50,7 @@ class Registry:
         self._clock = clock
 
     def seed(self, resource: Resource, obj: Mapping[str, Any]) -> Stored:
-        """Write an object as it is given, with what every object has and this one lacks."""
+        """Write an object as given, with the metadata that every object has."""
         metadata: Object = {
             "uid": str(uuid.uuid4()),
             "creationTimestamp": _stamp(self._clock()),
@@ -68,7 +69,7 @@ class Registry:
     def create(
         self, resource: Resource, obj: Object, *, namespace: str = "", manager: str = "unknown"
     ) -> Stored:
-        """Create an object; ApiError 404 without its namespace, 409 when it exists, 422 when it is wrong."""
+        """Create an object; ApiError 404 without its namespace, 409 if it exists, 422 if it is invalid."""
         metadata = own_metadata(obj)
         name = metadata.get("name") or generated_name(metadata)
         if resource.is_namespaced:
@@ -103,7 +104,7 @@ class Registry:
         subresource: str = "",
         manager: str,
     ) -> Stored:
-        """Replace an object, or its status alone; ApiError 409 when it carries a stale resourceVersion."""
+        """Replace an object, or only its status; ApiError 409 for a stale resourceVersion."""
         metadata = own_metadata(obj)
         before = self._store.get(resource, resource.key(namespace, name))
         if before is None:
@@ -116,7 +117,7 @@ class Registry:
                 f"the name of the object ({metadata['name']}) does not match the name on the URL ({name})"
             )
         version = metadata.get("resourceVersion", "")
-        if not version and resource.creates_on_update:  # such strategies allow no unconditional update
+        if not version and resource.creates_on_update:  # these resources have no unconditional update
             problem = "Invalid value: 0: must be specified for an update"
             raise api_errors.invalid(
                 resource.kind,
@@ -140,7 +141,7 @@ class Registry:
         subresource: str = "",
         manager: str,
     ) -> Stored:
-        """Apply a merge patch (RFC 7396) to an object, or to its status alone."""
+        """Apply a merge patch (RFC 7396) to an object, or only to its status."""
         before = self._store.get(resource, resource.key(namespace, name))
         if before is None:
             raise api_errors.not_found(resource, name)
@@ -158,7 +159,7 @@ class Registry:
         grace: int | None = None,
         preconditions: Preconditions = Preconditions(),  # noqa: B008 - an immutable value
     ) -> Deletion:
-        """Delete an object, or begin to: a Pod that has a node is given time to end (`grace` in seconds)."""
+        """Delete an object; a Pod that has a node gets `grace` seconds to terminate."""
         before = self._store.get(resource, resource.key(namespace, name))
         if before is None:
             raise api_errors.not_found(resource, name)
@@ -171,15 +172,15 @@ class Registry:
         return self._delete_pod(before, obj, grace)
 
     def select(self, resource: Resource, selection: Selection) -> list[Stored]:
-        """Return the objects that are selected now."""
+        """Return the selected objects."""
         namespace = selection.namespace
         first = self._store.select(resource, start=f"{namespace}/" if namespace else "")
-        if namespace:  # keys are in order, so a namespace's objects are side by side
+        if namespace:  # keys are sorted, so a namespace's objects are adjacent
             first = list(takewhile(lambda stored: stored.namespace == namespace, first))
         return [stored for stored in first if selection.matches(stored)]
 
     def finish_deletion(self, uid: str, *, namespace: str, name: str) -> None:
-        """Remove a Pod whose time to end is over, as its kubelet would; nothing if it is gone already."""
+        """Remove a Pod at the end of its grace period, like its kubelet, if it still exists."""
         before = self._store.get(PODS, PODS.key(namespace, name))
         if before is not None and (obj := before.decode())["metadata"]["uid"] == uid:
             self._delete_pod(before, obj, 0)
@@ -220,7 +221,7 @@ class Registry:
         if resource is PODS and "generation" in had:
             metadata["generation"] = had["generation"]
         metadata["managedFields"] = had.get("managedFields") or []
-        # The object's endpoint leaves the status as it is, and the status' endpoint the rest.
+        # The endpoint of the object keeps the status, and that of the status keeps the rest.
         kept = ("spec",) if subresource else ("status",) if resource.has_status else ()
         new = {**obj, "metadata": metadata, **{field: old[field] for field in kept if field in old}}
         if not metadata["managedFields"]:

@@ -1,4 +1,4 @@
-"""The resources the sandbox's API server serves."""
+"""The resources of the sandbox's API server."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,9 @@ _NODE_INFO = (
 
 @dataclass(frozen=True, slots=True)
 class Resource:
-    """A kind of object and how it is addressed.
+    """A kind of object, and its place in URLs.
 
-    `empty_body` is what follows the metadata of an object of this kind that has no content, as a
-    BOOKMARK event sends it.
+    `empty_body` follows the metadata of an object without content, which BOOKMARK events send.
     """
 
     plural: str
@@ -28,26 +27,26 @@ class Resource:
 
     @property
     def api_version(self) -> str:
-        """Group and version as objects carry them."""
+        """The group and version in the form of an object's `apiVersion`."""
         return f"{self.group}/v1" if self.group else "v1"
 
     @property
     def qualified(self) -> str:
-        """The plural with its group, as messages name it."""
+        """The plural with its group, for messages."""
         return f"{self.plural}.{self.group}" if self.group else self.plural
 
     @property
     def root(self) -> str:
-        """The start of this resource's URL path."""
+        """The beginning of this resource's URL path."""
         return f"/apis/{self.group}/v1" if self.group else "/api/v1"
 
     @property
     def type_prefix(self) -> bytes:
-        """The opening of an object that names its own kind; the rest of the object follows."""
+        """The beginning of an object with its kind and version; the rest of the object follows."""
         return f'{{"kind":"{self.kind}","apiVersion":"{self.api_version}",'.encode()
 
     def key(self, namespace: str, name: str) -> str:
-        """Return where the object stands in the store, ordered as etcd orders it."""
+        """Return the object's key in the store, in the order of etcd."""
         return f"{namespace}/{name}" if self.is_namespaced else name
 
 
@@ -71,7 +70,7 @@ RESOURCES = (PODS, NODES, NAMESPACES, LEASES)
 
 
 def resource_of(kind: str) -> Resource:
-    """Return the resource of objects of this kind; KeyError when the sandbox has none."""
+    """Return the resource of a kind; KeyError if the sandbox has none."""
     return _BY_KIND[kind]
 
 

@@ -1,4 +1,4 @@
-"""A whole sandbox: an API server, kubelets and a Consul agent, together."""
+"""A whole sandbox: an API server, kubelets and a Consul."""
 
 import base64
 import stat
@@ -61,15 +61,15 @@ class Sandbox:
 
     @property
     def ca_pem(self) -> bytes:
-        """The authority that signs the API server's and the kubelets' certificates."""
+        """The certificate of the authority that signs those of the API server and the kubelets."""
         return self.authority.pem
 
     def token(self, user: str, *rules: Rule | tuple[str, ...]) -> str:
-        """Return a new token for a user who may do just this; everything when no rule is given."""
+        """Return a new token for a user with these rules, or with all rights if there is none."""
         return self.access.grant(user, rules or ADMIN)
 
     def client_certificate(self, user: str, *rules: Rule | tuple[str, ...]) -> ClientCertificate:
-        """Return a certificate for a user who may do just this; everything when no rule is given."""
+        """Return a certificate for a user with these rules, or with all rights if there is none."""
         self.access.grant(user, rules or ADMIN)
         return self.authority.client(user)
 
@@ -84,7 +84,7 @@ class Sandbox:
         is_live: bool = False,
         has_node: bool = True,
     ) -> Kubelet:
-        """Start a kubelet on a loopback address and, as one does, create its Node."""
+        """Start a kubelet on a loopback address, and create its Node."""
         tls = self.authority.kubelet(name, host, certificate)
         kubelet = Kubelet(name, self.access, tls, host=host, port=port, metrics=metrics, is_live=is_live)
         await self._stack.enter_async_context(kubelet)
@@ -95,7 +95,7 @@ class Sandbox:
         return kubelet
 
     def write_kubeconfig(self, path: Path, token: str = "") -> Path:
-        """Write a kubeconfig for the token, the administrator's by default, readable by its owner alone."""
+        """Write a kubeconfig for the token, the administrator's by default, that only its owner can read."""
         path.touch(mode=stat.S_IRUSR | stat.S_IWUSR)
         path.write_text(yaml.safe_dump(self.kubeconfig(token)), encoding="utf-8")
         return path

@@ -1,4 +1,4 @@
-"""Label and field selectors, parsed as apimachinery `pkg/labels` and `pkg/fields` do."""
+"""Label and field selectors (apimachinery `pkg/labels` and `pkg/fields`)."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ _COMMON_FIELDS = frozenset({"metadata.name", "metadata.namespace"})
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which objects of a resource a request is about."""
+    """The objects of a resource that a request selects."""
 
     namespace: str = ""
     labels: tuple[Requirement, ...] = ()
@@ -29,11 +29,11 @@ class Selection:
 
     @property
     def is_everything(self) -> bool:
-        """Whether no object is left out."""
+        """True if it leaves out no object."""
         return not (self.namespace or self.labels or self.fields)
 
     def matches(self, stored: Stored) -> bool:
-        """Return whether the object is selected."""
+        """Return True if the object is selected."""
         if self.namespace and stored.namespace != self.namespace:
             return False
         return all(holds(stored.labels) for holds in self.labels) and all(
@@ -42,17 +42,17 @@ class Selection:
 
 
 def parse_labels(text: str) -> tuple[Requirement, ...]:
-    """Return the requirements of a label selector; ApiError 400 when it cannot be parsed."""
+    """Return the requirements of a label selector; ApiError 400 if it cannot be parsed."""
     return tuple(_label_requirement(part, text) for part in _split(text)) if text.strip() else ()
 
 
 def parse_fields(text: str, resource: Resource) -> tuple[Requirement, ...]:
-    """Return the requirements of a field selector; ApiError 400 for a field the resource cannot select."""
+    """Return the requirements of a field selector; ApiError 400 for a field that cannot be selected."""
     return tuple(_field_requirement(part, resource) for part in text.split(",") if part)
 
 
 def _split(text: str) -> list[str]:
-    """Split at the commas that are outside parentheses."""
+    """Split at the commas outside parentheses."""
     return re.split(r",(?![^(]*\))", text)
 
 

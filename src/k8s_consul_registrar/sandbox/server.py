@@ -1,9 +1,12 @@
-"""Starting and stopping an HTTP server on loopback, on a port the system hands out."""
+"""An HTTP server on loopback, and bodies in gzip where the request accepts it."""
 
 import ssl
+import zlib
 from typing import Self
 
 from aiohttp import web
+
+GZIP = 16 + zlib.MAX_WBITS  # for zlib: gzip's framing
 
 
 class Server:
@@ -20,7 +23,7 @@ class Server:
         self.host = host
         self.port = port
         self._tls = tls
-        # A watch or a blocking query must end when its client goes, not at its timeout.
+        # A watch or a blocking query must end with its client, not at its timeout.
         self._runner = web.AppRunner(
             app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1, keepalive_timeout=600
         )
@@ -45,3 +48,17 @@ class Server:
 
     async def __aexit__(self, *_: object) -> None:
         await self._runner.cleanup()
+
+
+def accepts_gzip(request: web.BaseRequest) -> bool:
+    """Return True if the request accepts gzip, with a weight above zero."""
+    for offer in request.headers.get("Accept-Encoding", "").lower().split(","):
+        name, _, weight = offer.strip().partition(";")
+        if name.strip() == "gzip" and weight.replace(" ", "") not in ("q=0", "q=0.0"):
+            return True
+    return False
+
+
+def compress(body: bytes) -> bytes:
+    """Return the body in gzip, at the level that servers use (1: speed)."""
+    return zlib.compress(body, 1, wbits=GZIP)

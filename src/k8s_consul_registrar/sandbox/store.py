@@ -1,7 +1,7 @@
-"""A versioned object store with a history of changes, as etcd is to an API server.
+"""A versioned object store with a history of changes, in the place of etcd.
 
-One revision counts for all resources. Objects are kept as the JSON bytes that are sent, so that a list
-of many costs no encoding, beside the few fields that selectors ask for.
+All resources share one revision. Objects are stored as the JSON bytes that are sent, so that a long list needs
+no encoding, beside the few fields that selectors use.
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -17,7 +17,7 @@ _TYPE_FIELDS = frozenset({"kind", "apiVersion"})
 
 
 class HistoryExpiredError(LookupError):
-    """The revision asked for is older than the history; `oldest` is the oldest that can be served."""
+    """A revision older than the history; `oldest` is the oldest that the store can serve."""
 
     def __init__(self, oldest: int) -> None:
         super().__init__(f"the history begins at {oldest}")
@@ -26,7 +26,7 @@ class HistoryExpiredError(LookupError):
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One version of one object; `body` is its JSON without kind and apiVersion, as lists hold it."""
+    """One version of one object; `body` is its JSON without kind and apiVersion, as in lists."""
 
     key: str
     namespace: str
@@ -37,12 +37,12 @@ class Stored:
     fields: Mapping[str, str]
 
     def decode(self) -> dict[str, Any]:
-        """Return the object as a fresh value."""
+        """Return the object as a new value."""
         decoded: dict[str, Any] = msgspec.json.decode(self.body)
         return decoded
 
     def at(self, revision: int) -> "Stored":
-        """Return this object carrying another resourceVersion, as DELETED events send it."""
+        """Return this object with another resourceVersion, as in DELETED events."""
         return encode(self.key, self.decode(), revision)
 
 
@@ -63,7 +63,7 @@ class Backup(NamedTuple):
 
 @dataclass(slots=True)
 class _Table:
-    """The objects of one resource, their keys in order, and what happened to them."""
+    """The objects of one resource, their keys in order, and their changes."""
 
     objects: dict[str, Stored] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
@@ -72,7 +72,7 @@ class _Table:
 
 
 def encode(key: str, obj: Mapping[str, Any], revision: int) -> Stored:
-    """Return an object as it is stored, its resourceVersion set to `revision`."""
+    """Return an object in its stored form with this resourceVersion."""
     metadata = {**obj["metadata"], "resourceVersion": str(revision)}
     body = {name: value for name, value in obj.items() if name not in _TYPE_FIELDS}
     body["metadata"] = metadata
@@ -94,10 +94,10 @@ def encode(key: str, obj: Mapping[str, Any], revision: int) -> Stored:
 
 
 class Store:
-    """Objects by resource and key, with the changes of the recent past.
+    """Objects by resource and key, with their latest changes.
 
-    `history` is how many changes of each resource are kept. `epoch` counts restores: whoever follows the
-    changes must start anew when it moves.
+    The store keeps `history` changes of each resource. `epoch` counts restores: after one, a watch must start
+    again.
     """
 
     def __init__(self, *, history: int = 10_000, revision: int = 1) -> None:
@@ -112,11 +112,11 @@ class Store:
         return self._tables[resource.plural].objects.get(key)
 
     def oldest(self, resource: Resource) -> int:
-        """Return the oldest revision whose successors are all known."""
+        """Return the oldest revision after which all changes are known."""
         return self._tables[resource.plural].floor
 
     def put(self, resource: Resource, key: str, obj: Mapping[str, Any]) -> Stored:
-        """Write an object, new or not; an equal one is left as it is, as etcd does for the API server."""
+        """Write an object; an equal one is not written again."""
         table = self._tables[resource.plural]
         before = table.objects.get(key)
         if before is not None and before.decode() == encode(key, obj, before.revision).decode():
@@ -137,9 +137,9 @@ class Store:
         return before.at(self.revision)
 
     def select(self, resource: Resource, *, start: str = "", at: int | None = None) -> list[Stored]:
-        """Return the objects from the key `start` on in order, as they were at revision `at`.
+        """Return the objects from the key `start` on, in order, as of revision `at`.
 
-        Raises HistoryExpiredError when that is no longer known.
+        Raises HistoryExpiredError for a revision before the history.
         """
         table = self._tables[resource.plural]
         changes = [] if at is None else self.changes(resource, since=at)
@@ -157,7 +157,7 @@ class Store:
     def page(
         self, resource: Resource, limit: int, *, start: str = "", at: int | None = None
     ) -> tuple[list[Stored], int]:
-        """Return the first `limit` objects that `select` would return, and how many follow them."""
+        """Return the first `limit` objects of `select`, and the number of those that follow."""
         if at is not None and self.changes(resource, since=at):
             items = self.select(resource, start=start, at=at)
             return items[:limit], max(0, len(items) - limit)
@@ -167,45 +167,45 @@ class Store:
         return [table.objects[key] for key in keys], len(table.keys) - first - len(keys)
 
     def changes(self, resource: Resource, *, since: int) -> list[Change]:
-        """Return what happened after revision `since`; HistoryExpiredError when that is forgotten."""
+        """Return the changes after revision `since`; HistoryExpiredError if some are forgotten."""
         table = self._tables[resource.plural]
         if since < table.floor:
             raise HistoryExpiredError(table.floor)
         return table.changes[bisect_right(table.changes, since, key=lambda change: change.revision) :]
 
     def compact(self) -> None:
-        """Forget all changes so far, as etcd's compaction does."""
+        """Forget all changes so far, like a compaction of etcd."""
         for table in self._tables.values():
             table.changes.clear()
             table.floor = self.revision
 
     def backup(self) -> Backup:
-        """Return the content as it is now."""
+        """Return the current content."""
         objects = {plural: dict(table.objects) for plural, table in self._tables.items()}
         return Backup(self.revision, objects)
 
     def restore(self, backup: Backup) -> None:
-        """Go back to a backup, its revision included, as restoring etcd from a snapshot does."""
+        """Go back to a backup and its revision, like a restore of etcd from a snapshot."""
         self.revision = backup.revision
         for plural, objects in backup.objects.items():
             self._tables[plural] = _Table(dict(objects), sorted(objects), floor=backup.revision)
         self.epoch += 1
-        self._tell()
+        self._notify()
 
     def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
-        """Call `listener` after every change; the returned function ends that."""
+        """Call `listener` after every change until the returned function is called."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
     def _record(self, table: _Table, before: Stored | None, after: Stored | None) -> None:
         self.revision += 1
         table.changes.append(Change(self.revision, before, after))
-        if len(table.changes) > 2 * self._history:  # trimmed seldom, since each trim moves the whole list
+        if len(table.changes) > 2 * self._history:  # rarely, because it moves the whole list
             forgotten = len(table.changes) - self._history
             table.floor = table.changes[forgotten - 1].revision
             del table.changes[:forgotten]
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         for listener in tuple(self._listeners):
             listener()

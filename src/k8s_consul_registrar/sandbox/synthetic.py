@@ -1,4 +1,4 @@
-"""Synthetic objects in numbers, for benchmarks: Pods of a real one's size, four fifths to be scraped."""
+"""Synthetic objects for benchmarks: Pods of realistic size, four fifths of them annotated."""
 
 import ipaddress
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ from k8s_consul_registrar.sandbox import objects
 NAMESPACES = 20
 ZONES = 3
 APPS = 97
-_ENVIRONMENT = 68  # variables, which bring a Pod to about 7 KB
+_ENVIRONMENT = 68  # variables, for a Pod of about 7 KB
 FIRST_POD_IP = ipaddress.IPv4Address("127.64.0.1")
 _FIRST_SMALL_POD_IP = int(ipaddress.IPv4Address("127.128.0.1"))
 _FIRST_NODE_IP = int(ipaddress.IPv4Address("127.32.0.1"))
 
 
 def synthetic_nodes(count: int) -> Iterator[dict[str, Any]]:
-    """Return Nodes named `node-00000` on, each with an address of its own, in one of `ZONES` zones."""
+    """Return Nodes from `node-00000` on, each with its own address, in `ZONES` zones."""
     for number in range(count):
         address = str(ipaddress.IPv4Address(_FIRST_NODE_IP + number))
         labels = {"topology.kubernetes.io/zone": f"eu-1{'abc'[number % ZONES]}"}
@@ -58,7 +58,7 @@ def synthetic_pod(
 
 
 def small_pods(count: int, namespace: str, *, is_rejected: bool = False) -> Iterator[dict[str, Any]]:
-    """Return Pods of less than 1 KB that ask for scrapes, of a port they lack when `is_rejected`."""
+    """Return annotated Pods of less than 1 KB; with `is_rejected` their annotated port does not exist."""
     port = "no-such-port" if is_rejected else "9102"
     for number in range(count):
         yield objects.pod(

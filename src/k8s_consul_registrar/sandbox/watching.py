@@ -1,4 +1,4 @@
-"""Which events a watch request gets, as newline-delimited JSON; pure.
+"""Events of a watch request, as newline-delimited JSON; pure.
 
 Rules: Kubernetes API Concepts, "Efficient detection of changes" and "Streaming lists"; selectors as in
 apiserver `pkg/storage/cacher`: an object that begins or ceases to match is ADDED or DELETED.
@@ -21,7 +21,7 @@ _TRUE = frozenset({"1", "true", "True", "t", "T", "TRUE"})
 
 @dataclass(frozen=True, slots=True)
 class WatchOptions:
-    """What a watch request asks for; `timeout` is in seconds, None where it names none."""
+    """The options of a watch request; `timeout` is in seconds, None without one."""
 
     version: int
     starts_with_state: bool
@@ -31,12 +31,12 @@ class WatchOptions:
 
 
 def is_true(text: str) -> bool:
-    """Return whether a query parameter is switched on, as Go's ParseBool reads it."""
+    """Return True if a query parameter is on, in the spellings of Go's ParseBool."""
     return text in _TRUE
 
 
 def parse_options(query: Mapping[str, str], *, can_stream_lists: bool) -> WatchOptions:
-    """Return the options of a watch; ApiError 422 for combinations the API server refuses."""
+    """Return the options of a watch; ApiError 422 for combinations that an API server refuses."""
     match, version = query.get("resourceVersionMatch", ""), query.get("resourceVersion", "")
     initial = query.get("sendInitialEvents")
     if initial is None and match:
@@ -66,7 +66,7 @@ def initial_events(resource: Resource, stored: Iterable[Stored]) -> Iterator[byt
 
 
 def change_events(resource: Resource, changes: Iterable[Change], selection: Selection) -> Iterator[bytes]:
-    """Return the events of these changes for a watch of this selection."""
+    """Return the events of changes for a watch of a selection."""
     for change in changes:
         before = change.before if change.before and selection.matches(change.before) else None
         after = change.after if change.after and selection.matches(change.after) else None

@@ -1,4 +1,4 @@
-"""What runs in the Pods, as far as Prometheus sees it: metrics at the Pods' own addresses."""
+"""Workloads of the Pods: metrics at the Pods' own addresses."""
 
 import contextlib
 import time
@@ -9,16 +9,16 @@ from typing import Any, Self
 
 from aiohttp import web
 
-# Each takes a socket; a few are enough to look at.
+# Each takes a socket.
 MOST = 200
-# Where the first Pod of a sandbox may be: a second sandbox on the machine takes another of these.
+# Addresses of a sandbox's first Pod; a second sandbox on the machine takes another one.
 BLOCKS = tuple(IPv4Address(f"127.{second}.0.1") for second in range(64, 128))
 
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Workloads:
-    """Answers scrapes of Pods whose address is a loopback one; an asynchronous context manager."""
+    """Answers scrapes of Pods with a loopback address; an asynchronous context manager."""
 
     def __init__(self) -> None:
         self._started = time.time()
@@ -37,7 +37,7 @@ class Workloads:
     async def claim(self, pod_at: Callable[[IPv4Address], Mapping[str, Any]]) -> IPv4Address:
         """Run the first Pod in the first block where its port is free, and return the block's address.
 
-        Raises `OSError` where it is free in none.
+        Raises OSError if it is free in none.
         """
         for first_ip in BLOCKS[:-1]:
             with contextlib.suppress(OSError):
@@ -47,9 +47,9 @@ class Workloads:
         return BLOCKS[-1]
 
     async def run(self, pod: Mapping[str, Any]) -> bool:
-        """Answer on the port a Pod's annotation names; return whether it could: its address must be loopback.
+        """Answer on a Pod's annotated port, and return True, if the Pod has a loopback address.
 
-        Raises `OSError` where the port is taken.
+        Raises OSError if the port is taken.
         """
         host = pod["status"].get("podIP", "")
         port = pod["metadata"].get("annotations", {}).get("prometheus.io/port", "")
@@ -64,10 +64,10 @@ class Workloads:
         where = f"{host}:{port}"
         self._scrapes[where] += 1
         text = (
-            "# HELP app_scrapes_total How often this Pod was scraped.\n"
+            "# HELP app_scrapes_total Scrapes of this Pod.\n"
             "# TYPE app_scrapes_total counter\n"
             f"app_scrapes_total {self._scrapes[where]}\n"
-            "# HELP process_start_time_seconds When this Pod started, in seconds since the epoch.\n"
+            "# HELP process_start_time_seconds Start time of this Pod, in seconds since the epoch.\n"
             "# TYPE process_start_time_seconds gauge\n"
             f"process_start_time_seconds {self._started:.3f}\n"
         )
