@@ -240,6 +240,7 @@ class Cluster:
         annotations: Mapping[str, str] = SCRAPED,
         ports: Mapping[str, int] | None = None,
         host_ip: str = "",
+        node: str = "node-a",
     ) -> JsonObject:
         """Create a Pod on a node, and report its status as a kubelet would."""
         container: JsonObject = {"name": "app", "image": "registry.example/app:1.0"}
@@ -249,7 +250,7 @@ class Cluster:
             "metadata": {"name": name, "annotations": dict(annotations)},
             "spec": {
                 "containers": [container],
-                "nodeName": "node-a",
+                "nodeName": node,
                 "automountServiceAccountToken": False,
             },
         }

@@ -18,7 +18,7 @@ from yarl import URL
 from k8s_consul_registrar.sandbox import objects
 from k8s_consul_registrar.sandbox.consul import Consul
 from k8s_consul_registrar.sandbox.consul_model import Service
-from k8s_consul_registrar.sandbox.consul_release import ConsulOptions
+from k8s_consul_registrar.sandbox.consul_release import NEWEST_RELEASE, RELEASES, ConsulOptions
 from k8s_consul_registrar.sandbox.kubelet import recorded_metrics
 from k8s_consul_registrar.sandbox.sandbox import Sandbox
 from support.cluster import (
