@@ -5,11 +5,16 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
 
+import hypothesis
 import pytest
 import structlog
 import uvloop
 
 from support.internal_errors import FORCED, none_counted
+
+# A busy machine takes long for an example now and then; pytest's own timeout ends a test that hangs.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 
 def pytest_asyncio_loop_factories(

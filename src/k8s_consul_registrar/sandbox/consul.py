@@ -1,5 +1,6 @@
 """The sandbox's Consul: servers and agents that share one catalog, each over HTTP."""
 
+import uuid
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -51,7 +52,7 @@ class Consul:
 
     def peer(self, node_name: str, *, is_server: bool = True) -> "Consul":
         """Return another server, or an agent, of this cluster; it is not started yet."""
-        options = replace(self._options, node_name=node_name, is_server=is_server)
+        options = replace(self._options, node_name=node_name, node_id=str(uuid.uuid4()), is_server=is_server)
         return Consul(options, host=self._server.host, cluster=self._cluster)
 
     @property

@@ -4,7 +4,6 @@ Rules: consul 1.8 `agent/local/state.go`, `agent/agent_endpoint.go`; `deleteServ
 """
 
 import hashlib
-import uuid
 
 import msgspec
 from aiohttp import web
@@ -176,7 +175,7 @@ class Agent:
         config = {
             "Datacenter": options.datacenter,
             "NodeName": options.node_name,
-            "NodeID": _node_id(options),
+            "NodeID": options.node_id,
             "Revision": "",
             "Server": options.is_server,
             "Version": self._release.version,
@@ -211,10 +210,6 @@ class Agent:
         return json_response(True)  # noqa: FBT003 - the body is the JSON value true
 
 
-def _node_id(options: ConsulOptions) -> str:
-    return str(uuid.uuid5(uuid.NAMESPACE_DNS, options.node_name))
-
-
 def _member(options: ConsulOptions) -> Json:
     role = "consul" if options.is_server else "node"
     return {
@@ -237,7 +232,7 @@ def _own_node(options: ConsulOptions) -> Node:
     return Node(
         options.node_name,
         "127.0.0.1",
-        id=_node_id(options),
+        id=options.node_id,
         datacenter=options.datacenter,
         tagged_addresses=addresses,
         meta={"consul-network-segment": ""},

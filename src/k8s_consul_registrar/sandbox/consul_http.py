@@ -176,6 +176,8 @@ class Gate:
             response = await self._handled(request, handler)
         except HttpError as error:
             response = web.Response(text=error.text, status=error.status)
+        except web.HTTPNotFound:
+            return web.Response(status=404)
         longest = self._release.longest_answer
         if longest and time.monotonic() - began > longest:
             _cut(request)
@@ -193,8 +195,6 @@ class Gate:
             raise HttpError(413, f"Request body too large, max size: {largest} bytes.")
         try:
             return await handler(request)
-        except web.HTTPNotFound:
-            return web.Response(status=404)
         except web.HTTPMethodNotAllowed as error:
             response = web.Response(text=f"method {request.method} not allowed", status=405)
             response.headers["Allow"] = ",".join(sorted(error.allowed_methods))

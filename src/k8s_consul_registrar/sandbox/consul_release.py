@@ -126,6 +126,7 @@ class ConsulOptions:
     release: ConsulRelease = CONSUL_1_8
     datacenter: str = "dc1"
     node_name: str = "agent-1"
+    node_id: str = "6558b074-796e-2f90-9691-02f0aea2791e"
     is_server: bool = True
     token: str = ""
     blind_tokens: frozenset[str] = frozenset()
