@@ -61,7 +61,7 @@ async def renamed(lab: SandboxLab, daemon: Daemon, *expected: str) -> None:
 
 
 @each_release()
-async def test_the_life_of_services_in_the_catalog(release: ConsulRelease) -> None:
+async def test_life_of_services_in_the_catalog(release: ConsulRelease) -> None:
     """First sync, change, removal, repair by a resync, and a restart that writes nothing."""
     async with running_lab(ConsulOptions(release)) as lab:
         await populate(lab)
@@ -109,7 +109,7 @@ async def test_services_are_renamed_with_a_new_set_of_shards(release: ConsulRele
 
 
 @each_release("2.1", reason=RENAMES)
-async def test_a_service_is_renamed_with_its_pods_node(release: ConsulRelease) -> None:
+async def test_service_is_renamed_with_its_pods_node(release: ConsulRelease) -> None:
     """A Pod of a StatefulSet that comes back on another Node has another name under a `{node}` template."""
     async with running_lab(ConsulOptions(release)) as lab:
         await lab.cluster.add_pod("db-0", node="node-a")
@@ -150,7 +150,7 @@ async def test_two_replicas_take_turns(release: ConsulRelease) -> None:
 
 
 @pytest.mark.xfail(strict=True, reason="services that an agent leaves in the catalog are not looked for yet")
-async def test_a_service_that_the_agent_left_in_the_catalog_is_counted() -> None:
+async def test_service_left_in_the_catalog_by_the_agent_is_counted() -> None:
     """The agent answers 200 to the deregistration and has no right to remove the record from the catalog."""
     async with running_lab(ConsulOptions(NEWEST, is_server=False)) as lab:
         lab.consul.agent.has_node_write = False
@@ -210,7 +210,7 @@ async def test_servers_behind_one_address_have_one_set_in_the_catalog() -> None:
 
 
 @pytest.mark.xfail(strict=True, reason="the agent backend does not notice yet that servers answer it")
-async def test_the_agent_backend_says_that_servers_answer_it() -> None:
+async def test_agent_backend_says_that_servers_answer_it() -> None:
     """Services spread over the servers' own agents, where nobody finds them again; that is said at once."""
     async with running_servers() as lab, await lab.registrar() as daemon:
         for number, name in enumerate(PODS):

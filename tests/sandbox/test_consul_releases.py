@@ -392,7 +392,7 @@ async def test_body_is_taken_without_a_content_type(release: str) -> None:
 
 
 @pytest.mark.parametrize("release", ALL)
-async def test_what_an_agent_may_not_remove_stays_in_the_catalog(release: str) -> None:
+async def test_service_that_an_agent_may_not_remove_stays_in_the_catalog(release: str) -> None:
     """The agent answers 200 and forgets the service; its record stays until a token may remove it.
 
     The token that counts is the service's before 1.15 and the agent's since (#16097: agent/local/state.go,
