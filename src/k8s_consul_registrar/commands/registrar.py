@@ -2,10 +2,8 @@
 
 import argparse
 import asyncio
-import time
 from collections.abc import Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -27,7 +25,6 @@ from k8s_consul_registrar.registrar.metrics import RegistrarCollector, Registrar
 from k8s_consul_registrar.registrar.observed import AsDesired
 from k8s_consul_registrar.registrar.ownership import Claim
 from k8s_consul_registrar.registrar.reporter import tell_progress
-from k8s_consul_registrar.registrar.status import RegistrarStatus
 from k8s_consul_registrar.runner import Stop, run_mode, run_until_stopped
 from k8s_consul_registrar.settings.consul import NONE
 from k8s_consul_registrar.settings.reading import read_registrar, shown_settings
@@ -40,9 +37,6 @@ from k8s_consul_registrar.wiring.registrar import (
     http_sd_server,
 )
 
-# Seconds after which a loop that has not turned hangs: no request may take a tenth of that.
-HANG = 600.0
-
 log = get_logger("app")
 
 
@@ -52,21 +46,6 @@ def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     settings = read_registrar(environment)
     configure_logs(settings.common)
     return run_mode(lambda stop: run_registrar(settings, stop))
-
-
-@dataclass(frozen=True, slots=True)
-class _Health:
-    """The registrar's status for the probes of its Pod."""
-
-    status: RegistrarStatus
-
-    def is_alive(self) -> bool:
-        """Return True if the loop has turned lately."""
-        return time.monotonic() - self.status.ticked_at < HANG
-
-    def readiness(self) -> str:
-        """Return why not ready, empty when ready."""
-        return self.status.readiness()
 
 
 async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing | None = None) -> None:
@@ -181,7 +160,7 @@ async def _serve(
     admin = await stack.enter_async_context(
         AdminServer(
             port=settings.common.admin_port,
-            health=_Health(view.status),
+            health=view.status,
             registry=registry,
             routes=[*page_routes(), *api_routes(view)],
             before_metrics=census.refresh,

@@ -1,5 +1,6 @@
 """Where the registrar stands, as values that the admin endpoints read."""
 
+import time
 from collections import deque
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from k8s_consul_registrar.registrar.decide import Conflict
 
 # Resyncs and seconds of changes that are remembered for the status page.
 RECENT = 20
+# Seconds after which a loop that has not turned hangs: no request may take a tenth of that.
+HANG = 600.0
 
 
 class Counts(msgspec.Struct, frozen=True):
@@ -86,6 +89,10 @@ class RegistrarStatus(msgspec.Struct):
     ticked_at: float = 0.0
     consul_problem: str = ""
     source_problems: dict[str, str] = msgspec.field(default_factory=dict)
+
+    def is_alive(self) -> bool:
+        """Return True if the loop has turned lately."""
+        return time.monotonic() - self.ticked_at < HANG
 
     def readiness(self) -> str:
         """Return why the registrar is not ready, empty when it is.
