@@ -109,13 +109,14 @@ def test_module_is_the_command() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, f"k8s-consul-registrar {__version__}")
 
 
-async def test_ctrl_c_is_quiet_while_modules_load(tmp_path: Path) -> None:
-    """An interrupt before the command has begun ends it with 130 and no traceback."""
+@pytest.mark.parametrize(("module", "argument"), [("structlog", "--help"), ("aiohttp", "registrar")])
+async def test_ctrl_c_is_quiet_while_modules_load(module: str, argument: str, tmp_path: Path) -> None:
+    """An interrupt ends the command with 130 and no traceback, also while the command's own module loads."""
     marker = tmp_path / "loading"
     slow = f"import pathlib, time\npathlib.Path({str(marker)!r}).touch()\ntime.sleep(30)\n"
-    (tmp_path / "structlog.py").write_text(slow)
+    (tmp_path / f"{module}.py").write_text(slow)
     pipe = asyncio.subprocess.PIPE
-    command = (sys.executable, "-m", "k8s_consul_registrar", "--help")
+    command = (sys.executable, "-m", "k8s_consul_registrar", argument)
     process = await asyncio.create_subprocess_exec(
         *command, stdout=pipe, stderr=pipe, env={**os.environ, "PYTHONPATH": str(tmp_path)}
     )
