@@ -2,23 +2,28 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import math
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from enum import Enum
+from hashlib import blake2b
 from http import HTTPStatus
 from typing import cast
 
 from k8s_consul_registrar.proxy import request
 from k8s_consul_registrar.proxy.headers import refusal_bytes
+from k8s_consul_registrar.proxy.limits import ConnectionLimit
 from k8s_consul_registrar.proxy.refusals import UNAUTHORIZED, Outcome, Refusal
 from k8s_consul_registrar.proxy.relay import Relay
 from k8s_consul_registrar.proxy.request import Fault, Request, RequestReader
 from k8s_consul_registrar.proxy.scrape import Scrape
 from k8s_consul_registrar.rotating import BearerTokens, Rotating
 
+# Statuses of requests that no upstream was asked about.
+DENIED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -44,16 +49,21 @@ class ClientConnection(asyncio.BufferedProtocol):
     """
 
     __slots__ = (
+        "_allowance",
         "_close_after",
         "_expires",
         "_fd",
+        "_has_succeeded",
         "_inbound",
         "_is_blocked",
         "_is_head",
+        "_is_trusted",
+        "_limit",
         "_on_lost",
         "_reader",
         "_relay",
         "_scrape",
+        "_seat",
         "_state",
         "_transport",
     )
@@ -62,10 +72,13 @@ class ClientConnection(asyncio.BufferedProtocol):
         self,
         relay: Relay,
         inbound: Rotating[BearerTokens] | None,
+        limit: "ConnectionLimit[ClientConnection]",
         on_lost: Callable[["ClientConnection"], None],
     ) -> None:
         self._relay = relay
         self._inbound = inbound
+        self._limit = limit
+        self._seat = limit.enter(self, None)
         self._on_lost = on_lost
         self._reader = RequestReader(relay.requests)
         self._transport: asyncio.Transport | None = None
@@ -76,6 +89,10 @@ class ClientConnection(asyncio.BufferedProtocol):
         self._close_after = False
         self._is_head = False
         self._is_blocked = False
+        # True once the client has shown credentials, or on an open port had a successful scrape.
+        self._is_trusted = False
+        self._has_succeeded = False
+        self._allowance = relay.timing.keep_alive
         self._expires = math.inf
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -85,6 +102,7 @@ class ClientConnection(asyncio.BufferedProtocol):
             self._transport.abort()
             return
         self._expire_in(self._relay.timing.request_head)
+        self._limit.move(self._seat, self._origin(), is_trusted=False)
         # Any byte that the socket does not accept at once is a reason to wait.
         self._transport.set_write_buffer_limits(high=0)
         self._fd = self._socket().fileno()
@@ -92,6 +110,14 @@ class ClientConnection(asyncio.BufferedProtocol):
     def _socket(self) -> socket.socket:
         assert self._transport is not None
         return cast("socket.socket", self._transport.get_extra_info("socket"))
+
+    def _origin(self) -> Hashable:
+        """Return the client's address, of IPv6 its network: one host has a whole network of addresses."""
+        assert self._transport is not None
+        peer = self._transport.get_extra_info("peername")
+        if peer is None:
+            return None
+        return peer[0] if len(peer) == 2 else _network(peer[0].partition("%")[0])
 
     @property
     def is_idle(self) -> bool:
@@ -136,8 +162,14 @@ class ClientConnection(asyncio.BufferedProtocol):
             request.fields.get(b"authorization")
         ):
             relay.counts.ended(UNAUTHORIZED.outcome)
+            if self._is_trusted:
+                self._trust(self._origin(), is_trusted=False)
             self.refuse(UNAUTHORIZED)
             return
+        if not self._is_trusted:
+            credentials = self._credentials(request)
+            if credentials is not None:
+                self._trust(credentials, is_trusted=True)
         routed = relay.find(request.target)
         if isinstance(routed, Refusal):
             self._close_after |= routed.status == HTTPStatus.BAD_REQUEST
@@ -146,8 +178,19 @@ class ClientConnection(asyncio.BufferedProtocol):
             return
         self._expires = math.inf  # the scrape has a deadline of its own
         self._state = SCRAPING
+        self._seat.begin()
         self._scrape = scrape = Scrape(relay, self, routed, request.fields)
         scrape.start()
+
+    def _credentials(self, request: Request) -> Hashable | None:
+        """Return what stands for the credentials that the client has shown, None if none are asked for."""
+        if self._inbound is None:
+            return None
+        return blake2b(request.fields[b"authorization"], digest_size=16).digest()
+
+    def _trust(self, identity: Hashable, *, is_trusted: bool) -> None:
+        self._is_trusted = is_trusted
+        self._limit.move(self._seat, identity, is_trusted=is_trusted)
 
     def _expire_in(self, seconds: float) -> None:
         self._expires = self._relay.loop.time() + seconds
@@ -196,6 +239,7 @@ class ClientConnection(asyncio.BufferedProtocol):
     def pause_writing(self) -> None:
         """Wait: the client takes no more for now."""
         self._is_blocked = True
+        self._expire_in(self._relay.timing.unread)
         if self._scrape is not None:
             self._scrape.pause()
 
@@ -203,9 +247,10 @@ class ClientConnection(asyncio.BufferedProtocol):
         """Go on: the client has taken everything."""
         self._is_blocked = False
         if self._scrape is not None:
+            self._expires = math.inf
             self._scrape.resume()
         elif self._state is READING:
-            self._expire_in(self._relay.timing.keep_alive)
+            self._expire_in(self._allowance)
 
     def _closes_after(self) -> bool:
         return self._close_after or self._relay.is_draining
@@ -217,12 +262,21 @@ class ClientConnection(asyncio.BufferedProtocol):
         self._scrape = None
         if self._state is CLOSED:
             return
-        self._state = READING
+        self._has_succeeded = True
+        if not self._is_trusted:
+            self._trust(self._origin(), is_trusted=True)
         if not can_go_on or self._closes_after():
             self.close()
             return
-        timing = self._relay.timing
-        self._expire_in(timing.flush if self._is_blocked else timing.keep_alive)
+        self._go_on(self._relay.timing.keep_alive)
+
+    def _go_on(self, allowance: float) -> None:
+        """Wait for the next request, for `allowance` seconds once the client has read everything."""
+        if self._state is SCRAPING:
+            self._seat.end()
+        self._state = READING
+        self._allowance = allowance
+        self._expire_in(self._relay.timing.unread if self._is_blocked else allowance)
 
     def refuse(self, refusal: Refusal) -> None:
         """Send a refusal as the answer."""
@@ -231,14 +285,18 @@ class ClientConnection(asyncio.BufferedProtocol):
             return
         closes = self._closes_after()
         self._send_answer(refusal_bytes(refusal, close=closes, with_body=not self._is_head))
+        timing = self._relay.timing
         if closes:
             self._linger()
+        elif refusal.status in DENIED and not self._has_succeeded:
+            self._go_on(timing.denied_keep_alive)
         else:
-            self.finish()
+            self._go_on(timing.keep_alive)
 
     def _linger(self) -> None:
         # Closing with unread bytes at hand would reset the connection, and the answer with it (RFC 9112, 9.6).
         assert self._transport is not None
+        self._seat.end()
         self._state = LINGERING
         with contextlib.suppress(OSError):
             self._transport.write_eof()
@@ -254,9 +312,14 @@ class ClientConnection(asyncio.BufferedProtocol):
     def close(self) -> None:
         """Close once everything is sent."""
         self._state = CLOSED
-        self._expire_in(self._relay.timing.flush)
+        self._expire_in(self._relay.timing.unread)
         if self._transport is not None:
             self._transport.close()
+
+    def give_way(self) -> None:
+        """Close at once, to make room for another connection."""
+        self._limit.leave(self._seat)
+        self.abort()
 
     def abort(self) -> None:
         """Close at once, and leave the scrape under way."""
@@ -269,7 +332,9 @@ class ClientConnection(asyncio.BufferedProtocol):
         if now < self._expires:
             return
         self._expires = math.inf
-        if self._reader.is_midway and self.is_idle:
+        if self._scrape is not None:
+            self._scrape.give_way()
+        elif self._reader.is_midway and self.is_idle:
             self._close_after = True
             self._relay.counts.ended(Outcome.BAD_REQUEST)
             self.refuse(request.TOO_SLOW)
@@ -286,6 +351,7 @@ class ClientConnection(asyncio.BufferedProtocol):
     def connection_lost(self, _exc: Exception | None) -> None:
         """Forget the connection."""
         self._leave()
+        self._limit.leave(self._seat)
         self._on_lost(self)
 
     def _leave(self) -> None:
@@ -293,3 +359,9 @@ class ClientConnection(asyncio.BufferedProtocol):
         if self._scrape is not None:
             scrape, self._scrape = self._scrape, None
             scrape.leave()
+
+
+def _network(address: str) -> Hashable:
+    """Return the network of an IPv6 address, or the IPv4 address that it stands for."""
+    parsed = ipaddress.IPv6Address(address)
+    return str(parsed.ipv4_mapped) if parsed.ipv4_mapped else int(parsed) >> 64

@@ -15,14 +15,16 @@ class ProxyTiming:
     """Every delay of the relay, in seconds; tests use shorter ones.
 
     `keep_alive` outlasts the five minutes for which Go's client keeps an idle connection, so that the client
-    closes first and no request meets a connection just closed. `upstream_idle` stays under a kubelet's 90 s.
+    closes first and no request meets a connection just closed. A client without a successful scrape
+    has `denied_keep_alive` after a denied request, and each has `unread` to read what is queued for it. `upstream_idle` stays under a kubelet's 90 s.
     """
 
     connect: float = 5.0
     longest_scrape: float = 120.0
     request_head: float = 10.0
     keep_alive: float = 330.0
-    flush: float = 30.0
+    denied_keep_alive: float = 10.0
+    unread: float = 10.0
     linger: float = 1.0
     upstream_idle: float = 75.0
     tick: float = 1.0

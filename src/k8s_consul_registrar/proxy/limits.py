@@ -1,4 +1,4 @@
-"""Limits of scrapes that run at once, for each node and over all, and the queues for a place."""
+"""Limits of scrapes that run at once, for each node and over all, and of the open connections of clients."""
 
 import math
 from collections import deque
@@ -6,9 +6,13 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 DEFAULT_SCRAPE_TIMEOUT = 30.0
+# A scrape whose client has read nothing for this long gives way to one that waits, in seconds.
+STALLED_AFTER = 1.0
+
+ConnectionT = TypeVar("ConnectionT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,9 @@ class Waiter(Protocol):
 
     def admitted(self) -> None:
         """Begin: a place came free."""
+
+    def give_way(self) -> None:
+        """End, and give the place back: the client reads nothing."""
 
 
 class Admission(Enum):
@@ -48,10 +55,12 @@ class Limits:
         self._claimed: dict[Hashable, int] = {}
         self._queues: dict[Hashable, deque[Waiter]] = {}
         self._ready: deque[tuple[Hashable, Waiter]] = deque()
+        # Running scrapes whose clients read nothing, and since when, the longest first.
+        self._stalled: dict[Waiter, tuple[Hashable, float]] = {}
         self.running = 0
         self.waiting = 0
 
-    def enter(self, node: Hashable, waiter: Waiter) -> Admission:
+    def enter(self, node: Hashable, waiter: Waiter, now: float = 0.0) -> Admission:
         """Ask for a place; after RUN or a later `admitted()` it is held until `leave`."""
         allowed, claimed = self._allowed, self._claimed.get(node, 0)
         has_claim = claimed < allowed.per_node
@@ -59,6 +68,8 @@ class Limits:
             self._claimed[node] = claimed + 1
             self.running += 1
             return Admission.RUN
+        if self._stalled and self._end_stalled(now, None if has_claim else node):
+            return self.enter(node, waiter, now)
         if self.waiting >= allowed.patience * allowed.overall:
             return Admission.FULL
         if has_claim:
@@ -92,6 +103,33 @@ class Limits:
         self._unclaim(node)
         self._admit()
 
+    def stall(self, node: Hashable, scrape: Waiter, now: float) -> None:
+        """Note that the client of a running scrape takes no more for now."""
+        self._stalled[scrape] = (node, now)
+
+    def go_on(self, scrape: Waiter) -> None:
+        """Note that its client has taken everything, or that the scrape has ended."""
+        self._stalled.pop(scrape, None)
+
+    def relieve(self, now: float) -> None:
+        """End stalled scrapes while others wait for their places."""
+        while self._ready and self._end_stalled(now, None):
+            pass
+        for node in list(self._queues):
+            while node in self._queues and self._end_stalled(now, node):
+                pass
+
+    def _end_stalled(self, now: float, node: Hashable | None) -> bool:
+        """End the scrape that is stalled longest, of one node or of any; False if none is for long enough."""
+        for scrape, (other, since) in self._stalled.items():
+            if now - since < STALLED_AFTER:
+                return False
+            if node is None or node == other:
+                del self._stalled[scrape]
+                scrape.give_way()
+                return True
+        return False
+
     def _unclaim(self, node: Hashable) -> None:
         queue = self._queues.get(node)
         if queue is not None:
@@ -111,6 +149,123 @@ class Limits:
             self.running += 1
             self.waiting -= 1
             waiter.admitted()
+
+
+class Seat(Generic[ConnectionT]):
+    """The place of one open connection."""
+
+    __slots__ = ("connection", "group")
+
+    def __init__(self, connection: ConnectionT, group: "_Group[ConnectionT]") -> None:
+        self.connection = connection
+        self.group = group
+
+    def begin(self) -> None:
+        """Keep the connection from giving way: a scrape begins."""
+        self.group.idle.pop(self, None)
+
+    def end(self) -> None:
+        """Let the connection give way again, after those that are idle for longer."""
+        self.group.idle[self] = None
+
+
+class _Group(Generic[ConnectionT]):
+    """The connections of one identity, the idle ones in the order in which they became so."""
+
+    __slots__ = ("identity", "idle", "is_trusted", "size")
+
+    def __init__(self, identity: Hashable, *, is_trusted: bool) -> None:
+        self.identity = identity
+        self.is_trusted = is_trusted
+        self.idle: dict[Seat[ConnectionT], None] = {}
+        self.size = 0
+
+
+class ConnectionLimit(Generic[ConnectionT]):
+    """The open connections, by the identity of their clients, and which one gives way to another.
+
+    Where there are too many, idle connections give way, those of untrusted clients first; among these the
+    longest idle one of the identity that has most. A connection that never asked is idle since it was opened.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._groups: dict[tuple[bool, Hashable], _Group[ConnectionT]] = {}
+        # By trust, and by size: the groups of one size in a dictionary each.
+        self._by_size: dict[bool, list[dict[_Group[ConnectionT], None]]] = {False: [{}], True: [{}]}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def is_full(self) -> bool:
+        """True if another connection needs one to give way."""
+        return self._size >= self._most
+
+    def enter(self, connection: ConnectionT, identity: Hashable) -> Seat[ConnectionT]:
+        """Add an idle connection of an untrusted client."""
+        seat = Seat(connection, self._group(identity, is_trusted=False))
+        self._join(seat, seat.group)
+        seat.end()
+        self._size += 1
+        return seat
+
+    def leave(self, seat: Seat[ConnectionT]) -> None:
+        """Remove a connection; one that was removed before is none any more."""
+        if seat.group.size:
+            self._part(seat)
+            self._size -= 1
+            seat.group = _Group(None, is_trusted=False)
+
+    def move(self, seat: Seat[ConnectionT], identity: Hashable, *, is_trusted: bool) -> None:
+        """Give a connection another identity, or another trust; it stays idle or busy."""
+        before = seat.group
+        if not before.size or (before.identity, before.is_trusted) == (identity, is_trusted):
+            return
+        is_idle = seat in before.idle
+        self._part(seat)
+        self._join(seat, self._group(identity, is_trusted=is_trusted))
+        if is_idle:
+            seat.end()
+
+    def first_to_go(self) -> Seat[ConnectionT] | None:
+        """Return the connection that gives way to another, None if all have scrapes under way."""
+        for is_trusted in (False, True):
+            for groups in reversed(self._by_size[is_trusted]):
+                for group in groups:
+                    if group.idle:
+                        return next(iter(group.idle))
+        return None
+
+    def _group(self, identity: Hashable, *, is_trusted: bool) -> _Group[ConnectionT]:
+        key = (is_trusted, identity)
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = _Group(identity, is_trusted=is_trusted)
+        return group
+
+    def _join(self, seat: Seat[ConnectionT], group: _Group[ConnectionT]) -> None:
+        seat.group = group
+        self._resize(group, group.size + 1)
+
+    def _part(self, seat: Seat[ConnectionT]) -> None:
+        group = seat.group
+        group.idle.pop(seat, None)
+        self._resize(group, group.size - 1)
+        if not group.size:
+            del self._groups[group.is_trusted, group.identity]
+
+    def _resize(self, group: _Group[ConnectionT], size: int) -> None:
+        by_size = self._by_size[group.is_trusted]
+        by_size[group.size].pop(group, None)
+        group.size = size
+        if size:
+            if size == len(by_size):
+                by_size.append({})
+            by_size[size][group] = None
+        while len(by_size) > 1 and not by_size[-1]:
+            by_size.pop()
 
 
 @lru_cache(maxsize=64)

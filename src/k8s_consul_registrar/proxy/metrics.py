@@ -37,6 +37,8 @@ class ProxyCollector(Collector):
         yield scrapes
         for name, text, value in (
             ("body_bytes", "Bytes of bodies passed on.", stats.body_bytes),
+            ("connections_evicted", "Connections of clients closed to make room for others.", stats.evicted),
+            ("connections_denied", "Connections of clients closed at once, for lack of room.", stats.denied),
             ("kubelet_dials", "Connections opened to kubelets and Pods.", stats.dials),
             ("kubelet_reuses", "Scrapes sent over a kept connection.", stats.reuses),
             ("kubelet_retries", "Scrapes sent again since a kept connection had closed.", stats.retries),

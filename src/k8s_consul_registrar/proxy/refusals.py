@@ -37,6 +37,7 @@ class Outcome(StrEnum):
     TIMEOUT = "timeout"
     CUT = "cut"
     CALLER_LEFT = "caller_left"
+    CALLER_STALLED = "caller_stalled"
 
 
 class Refusal(NamedTuple):

@@ -84,7 +84,7 @@ class Scrape:
     def start(self) -> None:
         """Take a place or wait for one."""
         relay = self._relay
-        entry = self._routed.upstream.limits.enter(self._routed.route.endpoint, self)
+        entry = self._routed.upstream.limits.enter(self._routed.route.endpoint, self, self._began_at)
         if entry is Admission.FULL:
             self._refuse(refusals.QUEUE_FULL)
             return
@@ -193,11 +193,18 @@ class Scrape:
         """Stop reading from the upstream: the client takes no more for now."""
         if self._connection is not None:
             self._connection.pause()
+            self._routed.upstream.limits.stall(self._routed.route.endpoint, self, monotonic())
 
     def resume(self) -> None:
         """Read on."""
+        self._routed.upstream.limits.go_on(self)
         if self._connection is not None:
             self._connection.resume()
+
+    def give_way(self) -> None:
+        """Reset the client, which reads nothing, and give the place back."""
+        if self._end(Outcome.CALLER_STALLED):
+            self._client.reset()
 
     def leave(self) -> None:
         """Drop the upstream's answer: the client is gone."""
@@ -237,6 +244,7 @@ class Scrape:
         if state is DONE:
             return False
         self._state = DONE
+        self._routed.upstream.limits.go_on(self)
         relay, limits, endpoint = self._relay, self._routed.upstream.limits, self._routed.route.endpoint
         counts = relay.counts
         counts.ended(outcome)

@@ -2,10 +2,11 @@
 
 import os
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from k8s_consul_registrar.proxy.client_connection import CLOSED, LINGERING, ClientConnection
 from k8s_consul_registrar.proxy.headers import refusal_bytes
+from k8s_consul_registrar.proxy.limits import ConnectionLimit
 from k8s_consul_registrar.proxy.refusals import Outcome, Refusal
 from k8s_consul_registrar.proxy.relay import Relay
 from k8s_consul_registrar.proxy.request import Request
@@ -25,18 +26,19 @@ class SecureClientConnection(ClientConnection):
     connection made under another one ends after the answer under way.
     """
 
-    __slots__ = ("_files", "_is_secure", "_tls", "_trust")
+    __slots__ = ("_client_ca", "_files", "_is_secure", "_tls")
 
     def __init__(
         self,
         relay: Relay,
         inbound: Rotating[BearerTokens] | None,
+        limit: ConnectionLimit[ClientConnection],
         on_lost: Callable[[ClientConnection], None],
         files: ServerTls,
     ) -> None:
-        super().__init__(relay, inbound, on_lost)
+        super().__init__(relay, inbound, limit, on_lost)
         self._files = files
-        self._trust = files.value.client_ca
+        self._client_ca = files.value.client_ca
         self._tls = TlsStep(files.value.context, None, relay.buffers.incoming)
         self._is_secure = False
 
@@ -87,9 +89,16 @@ class SecureClientConnection(ClientConnection):
         else:
             super()._serve(request)
 
+    def _credentials(self, request: Request) -> Hashable | None:
+        """Return what stands for the token or, without one, for the certificate that the client has shown."""
+        credentials = super()._credentials(request)
+        if credentials is None and self._client_ca:
+            return self._tls.peer_certificate()
+        return credentials
+
     @property
     def _is_stale(self) -> bool:
-        return self._files.value.client_ca != self._trust
+        return self._files.value.client_ca != self._client_ca
 
     def _closes_after(self) -> bool:
         return super()._closes_after() or self._is_stale

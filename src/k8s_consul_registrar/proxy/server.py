@@ -6,9 +6,11 @@ import errno
 import socket
 import ssl
 from collections.abc import Callable, Sequence
+from time import monotonic
 
 from k8s_consul_registrar.proxy.client_connection import ClientConnection
 from k8s_consul_registrar.proxy.config import ProxyConfig
+from k8s_consul_registrar.proxy.limits import ConnectionLimit
 from k8s_consul_registrar.proxy.nodes import Nodes
 from k8s_consul_registrar.proxy.relay import Relay
 from k8s_consul_registrar.proxy.routes import Pods
@@ -20,6 +22,7 @@ from k8s_consul_registrar.telemetry import get_logger
 from k8s_consul_registrar.tls import ServerTls
 
 BACKLOG = 1024
+REPORT_PERIOD = 60.0  # seconds between two lines about evicted connections
 # Errors of the system where IPv6 is compiled out or switched off.
 _NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 
@@ -51,6 +54,9 @@ class ProxyServer:
         self._tls = tls
         self._relay = Relay(config, nodes, credentials, pods, pod_context)
         self._clients: set[ClientConnection] = set()
+        self._limit: ConnectionLimit[ClientConnection] = ConnectionLimit(config.max_clients)
+        self._reported = (0, 0)
+        self._next_report = 0.0
         self._servers: list[asyncio.Server] = []
         self._empty = asyncio.Event()
         self._empty.set()
@@ -64,17 +70,40 @@ class ProxyServer:
         self._ticking = self._relay.loop.call_later(self._config.timing.tick, self._tick)
 
     def _accept(self) -> asyncio.BaseProtocol:
-        if len(self._clients) >= self._config.max_clients:
+        if self._limit.is_full and not self._make_room():
             return _DeniedConnection()
         self._refresh_tls()
         client = (
-            ClientConnection(self._relay, self._inbound, self._forget)
+            ClientConnection(self._relay, self._inbound, self._limit, self._forget)
             if self._tls is None
-            else SecureClientConnection(self._relay, self._inbound, self._forget, self._tls)
+            else SecureClientConnection(self._relay, self._inbound, self._limit, self._forget, self._tls)
         )
         self._clients.add(client)
         self._empty.clear()
         return client
+
+    def _make_room(self) -> bool:
+        seat = self._limit.first_to_go()
+        if seat is None:
+            self._relay.counts.denied += 1
+            return False
+        self._relay.counts.evicted += 1
+        seat.connection.give_way()
+        return True
+
+    def _report_evictions(self, now: float) -> None:
+        """Log evictions, at most once in `REPORT_PERIOD`."""
+        counts = self._relay.counts
+        evicted, denied = counts.evicted, counts.denied
+        if (evicted, denied) != self._reported and now >= self._next_report:
+            _log.warning(
+                "too many connections of clients",
+                limit=self._config.max_clients,
+                evicted=evicted - self._reported[0],
+                denied=denied - self._reported[1],
+            )
+            self._reported = (evicted, denied)
+            self._next_report = now + REPORT_PERIOD
 
     def _forget(self, client: ClientConnection) -> None:
         self._clients.discard(client)
@@ -84,11 +113,13 @@ class ProxyServer:
     def _tick(self) -> None:
         relay = self._relay
         self._ticking = relay.loop.call_later(self._config.timing.tick, self._tick)
-        now = relay.loop.time()
+        now, now_of_scrapes = relay.loop.time(), monotonic()
+        self._report_evictions(now)
         for client in list(self._clients):
             client.expire(now)
         for upstream in relay.upstreams:
             upstream.pool.expire(now)
+            upstream.limits.relieve(now_of_scrapes)
         if self._inbound is not None:
             self._inbound.refresh()
         self._refresh_tls()
@@ -152,6 +183,8 @@ class ProxyServer:
             pods_known=pods is not None and pods.known,
             durations=counts.durations.value(),
             upstream_times=counts.upstream_times.value(),
+            evicted=counts.evicted,
+            denied=counts.denied,
         )
 
     def failures(self) -> list[Failure]:

@@ -75,6 +75,8 @@ class ProxyStats:
     pods_known: bool = False
     durations: HistogramValue = NO_TIMES
     upstream_times: HistogramValue = NO_TIMES
+    evicted: int = 0
+    denied: int = 0
     workers: int | None = None
     worker_deaths: int = 0
 
@@ -101,18 +103,32 @@ def added(one: ProxyStats, other: ProxyStats, *, with_gauges: bool = True) -> Pr
         kept=one.kept + gauges[3],
         durations=one.durations.plus(other.durations),
         upstream_times=one.upstream_times.plus(other.upstream_times),
+        evicted=one.evicted + other.evicted,
+        denied=one.denied + other.denied,
     )
 
 
 class ScrapeCounts:
     """Counters of a relay, a few increments for each scrape."""
 
-    __slots__ = ("body_bytes", "dials", "durations", "outcomes", "retries", "reuses", "upstream_times")
+    __slots__ = (
+        "body_bytes",
+        "denied",
+        "dials",
+        "durations",
+        "evicted",
+        "outcomes",
+        "retries",
+        "reuses",
+        "upstream_times",
+    )
 
     def __init__(self) -> None:
         self.outcomes: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
         self.body_bytes = 0
         self.dials = 0
+        self.evicted = 0
+        self.denied = 0
         self.reuses = 0
         self.retries = 0
         self.durations = Histogram()

@@ -145,6 +145,10 @@ class TlsStep:
             self._object.unwrap()
         return self._outgoing.read()
 
+    def peer_certificate(self) -> bytes | None:
+        """Return the certificate that the peer has shown, None for none."""
+        return self._object.getpeercert(binary_form=True)
+
     @property
     def has_output(self) -> bool:
         """True if there is data to send that no `encrypt` returned: handshake, alerts, key updates."""

@@ -3,7 +3,7 @@
 import contextlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k8s_consul_registrar.proxy import headers, request, response
@@ -86,6 +86,7 @@ def test_limits_of_a_request() -> None:
     assert sent <= request.HEAD_LIMIT + 200
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=40), max_size=6), st.booleans())
 def test_any_bytes_as_requests(pieces: list[bytes], begins_well: bool) -> None:
     """Takes any bytes without an exception, and nothing but a sound GET as a request."""
@@ -114,6 +115,7 @@ def test_response_head() -> None:
     assert isinstance(framing_of(head), Counted)
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(min_size=1, max_size=30), max_size=5), st.lists(st.integers(1, 40), min_size=1))
 def test_chunks_in_any_pieces(chunks: list[bytes], cuts: list[int]) -> None:
     """Finds the end of chunks exactly, wherever the reads cut them."""
@@ -153,6 +155,7 @@ def test_endless_trailer_gathers_nothing() -> None:
     assert len(framing._tail) <= 7
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=80))
 def test_any_bytes_as_chunks(body: bytes) -> None:
     """Calls nothing but Malformed on any bytes."""
