@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The tests are compiled once, not again by each process that runs them.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: help setup check fix docs unit test test-long soak bench-registrar bench-proxy demo lock real-servers clean
 
@@ -38,7 +40,7 @@ unit: $(STAMP) ## the tests of single parts, without servers (under a minute)
 
 test: $(STAMP) ## the tests for every change, those on real servers included (at most 6 minutes)
 	-scripts/fetch-real-servers
-	$(BIN)/python -m pytest -n 4 -m "not long" $(ARGS)
+	$(BIN)/python -m pytest -n 6 -m "not long" $(ARGS)
 
 test-long: $(STAMP) ## the tests that take longer: chaos, scale, whole stories on real servers (at most 18 minutes)
 	-scripts/fetch-real-servers

@@ -24,7 +24,7 @@ from k8s_consul_registrar.registrar.orphans import Stays
 from k8s_consul_registrar.rotating import LoadStatus
 from k8s_consul_registrar.targets.reasons import Reason
 from support.files import ROOT
-from support.real_servers import prometheus_tools, real
+from support.real_servers import REAL, prometheus_tools
 
 DEPLOY = ROOT / "deploy"
 ALERTS = DEPLOY / "alerts.yaml"
@@ -33,7 +33,6 @@ DASHBOARD = DEPLOY / "grafana-dashboard.json"
 PAGE = ROOT / "docs" / "metrics.md"
 OURS = re.compile(r"\bk8s_consul_registrar_\w+")
 STATUS = LoadStatus("CONSUL_CACERT")  # a file in use, so that its metric has a sample
-PROMTOOL = [pytest.mark.real, pytest.mark.xdist_group("promtool")]
 PROCESS = {"process_cpu_seconds_total", "process_resident_memory_bytes"}
 
 
@@ -183,7 +182,7 @@ def test_operator_s_rules_are_the_same() -> None:
 class TestRealPromtool:
     """What promtool says."""
 
-    pytestmark = real("promtool")
+    pytestmark = REAL
 
     @pytest.fixture(params=["consul_sd", pytest.param("http_sd", marks=pytest.mark.long)])
     def promtool(self, request: pytest.FixtureRequest) -> Path:

@@ -151,11 +151,11 @@ async def test_garbage_annotations_are_rejected_by_reason() -> None:
             assert told == {f"pod shop/{name}": reason for name, (_, reason) in GARBAGE.items()}
             for reason in set(told.values()):
                 count = sum(each == reason for each in told.values())
-                assert await daemon.metric(f'rejections{{reason="{reason}"}}') == count
+                await daemon.measures(f'rejections{{reason="{reason}"}}', count)
             await daemon.passes(2)
             assert len(daemon.said("rejected")) == len(GARBAGE)
             assert lab.services["pod--shop--port-zero"] == held
-            assert await daemon.metric('kept_services{why="rejected"}') == 1
+            await daemon.measures('kept_services{why="rejected"}', 1)
 
 
 async def test_five_hundred_odd_pods() -> None:
@@ -174,7 +174,7 @@ async def test_five_hundred_odd_pods() -> None:
         await daemon.until(lambda: "pod--shop--the-last" in lab.services)
         line: JsonObject = await daemon.passes(2)
         assert not daemon.said("Consul refuses a service"), "what we take Consul takes"
-        assert await daemon.metric('targets{kind="pod",state="registered"}') == len(lab.services)
+        await daemon.measures('targets{kind="pod",state="registered"}', len(lab.services))
         assert line["rejected"] == len(wanted) + 1 - len(lab.services)
         assert set(lab.services) <= {*wanted, "pod--shop--the-last"}
         assert 0 < line["rejected"] < len(wanted), "both sorts are among them"

@@ -83,5 +83,5 @@ async def test_name_of_others_and_an_id_of_others_are_reported() -> None:
         async with await lab.registrar(POD_SERVICE_NAME="taken", SERVICE_ID_PREFIX="b-") as daemon:
             assert "used by a service" in str(await daemon.until_said("rejected", "name_taken"))
             await daemon.until_said("conflict: the service ID is not ours to write", "b-node--192.0.2.7")
-            assert await daemon.metric('rejections{reason="name_taken"}') == 1
+            await daemon.measures('rejections{reason="name_taken"}', 1)
             assert not lab.consul.writes

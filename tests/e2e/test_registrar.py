@@ -89,10 +89,10 @@ async def test_pod_waits_for_its_address_and_its_phase() -> None:
     async with running_lab() as lab, await lab.registrar() as daemon:
         await lab.cluster.add_pod(phase="Pending", ips=[])
         await daemon.passes(2)
-        assert await daemon.metric('rejections{reason="no_ip"}') == 0
+        await daemon.measures('rejections{reason="no_ip"}', 0)
         await lab.cluster.set_pod_status(phase="Running", ips=[])
         await daemon.until_said("rejected", "no_ip: ")
-        assert await daemon.metric('rejections{reason="no_ip"}') == 1
+        await daemon.measures('rejections{reason="no_ip"}', 1)
         await lab.cluster.set_pod_status(phase="Running", ips=["198.51.100.10"])
         await daemon.until(lambda: lab.has(WEB))
 
@@ -159,7 +159,7 @@ async def test_two_nodes_with_one_address_are_one_service() -> None:
         written = len(lab.writes)
         await daemon.passes(3)
         assert len(lab.writes) == written
-        assert await daemon.metric('rejections{reason="address_taken"}') == 1
+        await daemon.measures('rejections{reason="address_taken"}', 1)
 
 
 async def test_two_pods_with_one_id_never_overwrite_each_other() -> None:

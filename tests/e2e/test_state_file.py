@@ -253,7 +253,7 @@ async def test_absences_after_a_restart_with_another_selection_wait_the_long_tim
                 kept = [one for one in (await served(daemon)).values() if "web-0" in str(one)]
                 assert kept[0]["labels"]["__meta_consul_service_metadata_pod"] == "web-0"
                 assert kept[0]["targets"] == ["198.51.100.10:9102"]
-                assert await daemon.metric('targets{kind="pod",state="kept"}') == 6
+                await daemon.measures('targets{kind="pod",state="kept"}', 6)
                 _, page = await daemon.admin("/api/v1/targets?state=kept")
                 assert msgspec.json.decode(page)["found"] == 6
                 assert await daemon.terminate() == 0

@@ -21,11 +21,11 @@ from k8s_consul_registrar.registrar.decide import Conflict
 from k8s_consul_registrar.registrar.orphans import Stays
 from k8s_consul_registrar.registrar.status import Activity, Counts, LostAgent, RegistrarStatus
 from support.browser import Page, browser_page
-from support.real_servers import real
+from support.real_servers import REAL
 from support.seen import Healthy, Registrar, busy_registrar, pod_rejection, pod_target
 from support.waiting import SLACK
 
-pytestmark = real("browser")
+pytestmark = REAL
 
 ROWS = "document.querySelectorAll('#view tbody tr').length"
 RANGE = "document.getElementById('range')?.textContent"

@@ -32,7 +32,7 @@ from support.real_servers import (
 )
 from support.waiting import until
 
-pytestmark = [*REAL, pytest.mark.long]
+pytestmark = [REAL, pytest.mark.long]
 
 POD_HOST = "127.0.0.2"
 PROTOBUF = "application/vnd.google.protobuf"

@@ -18,7 +18,7 @@ from support.lab import running_lab_with
 from support.real_servers import REAL, RealConsul, connected, make_token, real_consul
 from support.waiting import until
 
-pytestmark = [*REAL, pytest.mark.long]
+pytestmark = [REAL, pytest.mark.long]
 
 # The servers suspect a silent member for seconds instead of the usual half minute.
 QUICK_GOSSIP = (

@@ -17,7 +17,7 @@ from support.lab import Lab, running_lab
 from support.real_servers import REAL, RealConsul, real_consul, real_prometheus
 from support.waiting import PATIENCE, until
 
-pytestmark = [*REAL, pytest.mark.long]
+pytestmark = [REAL, pytest.mark.long]
 
 OPERATIONS = ROOT / "docs" / "operations.md"
 PODS = tuple(f"web-{number}" for number in range(8))

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +30,11 @@ UNWANTED = (
     "Task exception",
     '"exception"',
 )
+
+
+def moment_of(line: Mapping[str, Any]) -> float:
+    """Return when a log line was written, in seconds of the wall clock."""
+    return datetime.fromisoformat(line["timestamp"]).timestamp()
 
 
 class Daemon:
@@ -139,6 +145,16 @@ class Daemon:
             if name == f"k8s_consul_registrar_{sample}":
                 return float(value)
         return None
+
+    async def measures(self, sample: str, value: float) -> None:
+        """Wait until a sample has this value: targets and rejections are counted a little after they change."""
+        found: list[float | None] = []
+
+        async def is_value() -> bool:
+            found.append(await self.metric(sample))
+            return found[-1] == value
+
+        await until(is_value, f"{sample} is {value:g}", context=lambda: f"it is {found[-1:]}\n{self.output}")
 
     def megabytes(self) -> float:
         """Return its resident memory."""

@@ -31,13 +31,7 @@ from support.files import ROOT
 from support.processes import LOOPBACK, PortTakenError, Program, reserve_ports
 from support.waiting import PATIENCE, until
 
-
-def real(group: str) -> list[pytest.MarkDecorator]:
-    """Return the marks of tests on real programs; those of one group never run at once."""
-    return [pytest.mark.real, pytest.mark.xdist_group(group)]
-
-
-REAL = real("real")
+REAL = pytest.mark.real
 CACHE = ROOT / ".cache" / "real"
 ROOT_TOKEN = "3f1c6d0e-8f5b-4a52-9d3c-0b7a52a1c9e4"  # the management token of a test's own Consul
 START_WITHIN = 60.0  # seconds until a server must be ready
