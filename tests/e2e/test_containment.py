@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from k8s_consul_registrar.admin.metrics import new_registry
 from k8s_consul_registrar.cli import main
-from k8s_consul_registrar.consul.access import ConsulToken
+from k8s_consul_registrar.consul.access import ConsulTokenFile
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.settings.proxy import KubeletSettings
@@ -115,7 +115,7 @@ def consul(folder: Folder) -> Holder:
 def consul_token(folder: Folder) -> Holder:
     """Hold CONSUL_HTTP_TOKEN_FILE."""
     settings = read_registrar(folder.registrar(CONSUL_HTTP_TOKEN_FILE=folder.file("token")))
-    token = ConsulToken(consul_access(settings.consul))
+    token = ConsulTokenFile(consul_access(settings.consul).token_file)
 
     async def held() -> object:
         return token.current()

@@ -166,8 +166,8 @@ async def test_changed_token_makes_everything_unsynced_once(tmp_path: Path) -> N
             await registry.register(services)
             assert {one.index for one in (await held(registry)).values()} == {0}
             file.write_text(new.secret)
-            assert client._token._file is not None
-            client._token._file.expire()  # the file is looked at again now
+            assert client._token_file is not None
+            client._token_file._file.expire()  # the file is looked at again now
             for _ in range(2):
                 there = await held(registry)
                 assert {one.index for one in there.values()} == {UNSYNCED}

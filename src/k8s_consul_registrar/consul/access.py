@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from k8s_consul_registrar.rotating import Derived, Rotating, token_file
+from k8s_consul_registrar.rotating import Derived, token_file
 from k8s_consul_registrar.tls import Trust
 
 TOKEN_FILE = "CONSUL_HTTP_TOKEN_FILE"  # noqa: S105 - the name of the setting
@@ -38,21 +38,18 @@ class ConsulAccess:
     partition: str = ""
 
 
-class ConsulToken:
-    """The ACL token: a fixed one, or the content of a file that is read again when it changes."""
+class ConsulTokenFile:
+    """An ACL token in a file, which is read again when the file changes."""
 
-    def __init__(self, access: ConsulAccess, clock: Callable[[], float] = time.monotonic) -> None:
-        self._token = "" if access.token_file else access.token
-        self._file: Rotating[str] | None = None
-        if access.token_file:
-            self._file = token_file(Path(access.token_file), TOKEN_FILE, is_lazy=True, clock=clock)
+    def __init__(self, path: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._file = token_file(Path(path), TOKEN_FILE, is_lazy=True, clock=clock)
+        self._token = ""
         self.version = 0  # how many times the token was seen to change
 
     def current(self) -> str:
-        """Return the token, empty for none; raises AccessError while its file never held one."""
-        if self._file is not None:
-            token = self._file.current()
-            if token != self._token:
-                self.version += bool(self._token)
-                self._token = token
-        return self._token
+        """Return the token; raises AccessError while the file never held one."""
+        token = self._file.current()
+        if token != self._token:
+            self.version += bool(self._token)
+            self._token = token
+        return token

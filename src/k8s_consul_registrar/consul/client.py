@@ -4,7 +4,7 @@ import asyncio
 import math
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -14,7 +14,7 @@ import msgspec
 from yarl import URL
 
 from k8s_consul_registrar.backoff import Timing, delays
-from k8s_consul_registrar.consul.access import ConsulAccess, ConsulToken
+from k8s_consul_registrar.consul.access import ConsulAccess, ConsulTokenFile
 from k8s_consul_registrar.consul.health import TOO_MANY_REQUESTS, ConsulHealth, RequestKind
 from k8s_consul_registrar.errors import (
     AccessError,
@@ -140,7 +140,7 @@ class ConsulClient:
         self._fence = fence
         self._timing = timing
         self._connections = connections
-        self._token = ConsulToken(access)
+        self._token_file = ConsulTokenFile(access.token_file) if access.token_file else None
         self._session: aiohttp.ClientSession | None = None
         self._background: set[asyncio.Task[Any]] = set()
         scope = {"ns": access.namespace, "partition": access.partition}
@@ -159,7 +159,7 @@ class ConsulClient:
     @property
     def token_version(self) -> int:
         """The number of times that the token was seen to change while requests were sent."""
-        return self._token.version
+        return 0 if self._token_file is None else self._token_file.version
 
     async def __aenter__(self) -> Self:
         """Open the pool of connections; nothing is sent yet."""
@@ -223,7 +223,7 @@ class ConsulClient:
         """
         access = RequestKind.READ if is_read or method == "GET" else RequestKind.WRITE
         asking = _Request(method, path, params, body, access)
-        waits = delays(self._timing.retry_first, self._timing.retry_cap)
+        waits: Iterator[float] | None = None
         for left in reversed(range(1 if wait else ATTEMPTS)):
             attempt = self.health.begin(access, is_blocking=bool(wait))
             try:
@@ -244,6 +244,7 @@ class ConsulClient:
                 return answer
             finally:
                 self.health.end(attempt)
+            waits = waits or delays(self._timing.retry_first, self._timing.retry_cap)
             await asyncio.sleep(max(next(waits), min(asked, self._timing.retry_cap)))
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -338,7 +339,7 @@ class ConsulClient:
 
     def _headers(self) -> dict[str, str]:
         try:
-            token = self._token.current()
+            token = self._access.token if self._token_file is None else self._token_file.current()
         except AccessError as error:
             raise ConsulTokenUnknown(str(error)) from None
         return {"X-Consul-Token": token} if token else {}

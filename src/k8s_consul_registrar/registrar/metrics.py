@@ -23,11 +23,11 @@ class RegistrarMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.passes = Counter(
-            f"{PREFIX}_passes", "Passes over Consul, by outcome.", ["outcome"], registry=registry
+            f"{PREFIX}_passes", "Resyncs, and batches that wrote something.", ["outcome"], registry=registry
         )
         self.pass_seconds = Histogram(
             f"{PREFIX}_pass_duration_seconds",
-            "Time a pass took.",
+            "Time that a resync or a batch took.",
             registry=registry,
             buckets=(0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120),
         )
@@ -41,7 +41,9 @@ class RegistrarMetrics:
             buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
         )
         self.last_success = Gauge(
-            f"{PREFIX}_last_success_timestamp_seconds", "When a pass last succeeded.", registry=registry
+            f"{PREFIX}_last_success_timestamp_seconds",
+            "When a resync or a batch last succeeded.",
+            registry=registry,
         )
         self.last_full_pass = Gauge(
             f"{PREFIX}_last_full_pass_timestamp_seconds",
@@ -73,17 +75,17 @@ class RegistrarMetrics:
         )
         self.source_up = Gauge(
             f"{PREFIX}_source_followed",
-            "Whether a kind is listed completely and followed since (the worst of its namespaces).",
+            "1 while a kind is listed completely and followed since (the worst of its namespaces).",
             ["kind"],
             registry=registry,
         )
         self.leader = Gauge(
             f"{PREFIX}_leader",
-            "Whether this replica writes; always where there is no election.",
+            "1 while this replica writes; always where there is no election.",
             registry=registry,
         )
         self.consul_up = Gauge(
-            f"{PREFIX}_consul_up", "Whether the last pass could use Consul.", registry=registry
+            f"{PREFIX}_consul_up", "1 unless Consul's latest read or write failed.", registry=registry
         )
         self.shared_endpoints = Gauge(
             f"{PREFIX}_shared_endpoints",

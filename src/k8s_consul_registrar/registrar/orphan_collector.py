@@ -88,7 +88,7 @@ class OrphanRules(msgspec.Struct, frozen=True):
 
 
 class OrphanCollector:
-    """Looks now and then which agents are lost, and clears their nodes of ours after a full pass.
+    """Looks now and then which agents are lost, and clears their nodes of ours after a resync.
 
     A look is one small read. Only when an agent was lost for long enough are services read: those of any
     registrar at its node, and our own agent's. A node on which nothing of ours is left is not read again.
@@ -158,7 +158,7 @@ class OrphanCollector:
     async def collect(self) -> None:
         """Clear the nodes of agents lost for long enough, as they are now; what fails waits for the next time.
 
-        It is for the time after a full pass: by then our own agent has what it lacked.
+        It is for the time after a resync: by then our own agent has what it lacked.
         """
         if not self._watched:
             return

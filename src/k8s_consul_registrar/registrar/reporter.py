@@ -101,6 +101,8 @@ class Reporter:
 
     def consul(self, problem: str, *, is_up: bool) -> None:
         """Show whether Consul is available; a change is logged."""
+        if is_up is self._is_up and self._status.consul_problem == ("" if is_up else problem):
+            return
         for _, text in self._consul.fresh({"consul": problem} if problem and not is_up else {}):
             log.error("Consul cannot be used; trying again", problem=text)
         if is_up and self._status.consul_problem:
@@ -228,7 +230,7 @@ class Reporter:
     # Batches and resyncs
 
     def batch(self, counts: Counts) -> None:
-        """Report a batch that was reconciled; one that wrote nothing is no pass, and no success."""
+        """Report a batch that was reconciled; one that wrote nothing does not count, nor as a success."""
         if not (counts.writes or counts.refused):
             return
         self._metrics.passes.labels(counts.outcome).inc()
@@ -263,6 +265,7 @@ class Reporter:
         self._metrics.last_success.set(now)
         if was_read:
             self._metrics.last_full_pass.set(now)
+            self._errors.clear()
         for why in Kept:
             self._metrics.kept.labels(why.value).set(kept.get(why, 0))
         self._brake(held)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress, ConsulToken
+from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress, ConsulTokenFile
 from k8s_consul_registrar.consul.agent import CONCURRENCY, AgentRegistry
 from k8s_consul_registrar.consul.catalog import CONCURRENCY as TRANSACTIONS
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
@@ -32,7 +32,8 @@ def consul_access(settings: ConsulSettings) -> ConsulAccess:
         namespace=settings.namespace,
         partition=settings.partition,
     )
-    ConsulToken(access).current()
+    if access.token_file:
+        ConsulTokenFile(access.token_file).current()  # one that cannot be read ends the start
     return access
 
 

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from k8s_consul_registrar.consul.access import (
     ConsulAccess,
     ConsulAddress,
-    ConsulToken,
+    ConsulTokenFile,
 )
 from k8s_consul_registrar.consul.client import ConsulClient, Fence
 from k8s_consul_registrar.consul.health import RequestOutcome
@@ -311,7 +311,7 @@ def test_token_file_is_read_again_as_it_changes(tmp_path: Path) -> None:
     file = tmp_path / "token"
     access = ConsulAccess(ConsulAddress("http://x"), token="given-secret", token_file=str(file))
     assert "given-secret" not in repr(access)
-    token = ConsulToken(access, clock=lambda: now[0])
+    token = ConsulTokenFile(access.token_file, clock=lambda: now[0])
     with pytest.raises(AccessError, match="CONSUL_HTTP_TOKEN_FILE"):
         token.current()
     file.write_text("one\n")
@@ -344,7 +344,7 @@ def test_token_file_that_holds_no_token_leaves_the_last_one(tmp_path: Path, cont
     file = tmp_path / "token"
     file.write_text("secret-token\n")
     access = ConsulAccess(ConsulAddress("http://x"), token_file=str(file))
-    token = ConsulToken(access, clock=lambda: now[0])
+    token = ConsulTokenFile(access.token_file, clock=lambda: now[0])
     assert (token.current(), token.version) == ("secret-token", 0)
     file.write_bytes(content)
     with capture_logs() as logs:
@@ -365,4 +365,4 @@ def test_token_file_that_holds_no_token_leaves_the_last_one(tmp_path: Path, cont
     if content != b"secret-tok":
         file.write_bytes(content)
         with pytest.raises(AccessError, match="CONSUL_HTTP_TOKEN_FILE"):
-            ConsulToken(access).current()
+            ConsulTokenFile(access.token_file).current()

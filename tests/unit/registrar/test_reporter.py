@@ -238,6 +238,16 @@ def test_internal_errors_are_counted_each_and_logged_once(desk: Desk) -> None:
     assert all(isinstance(one["exc_info"], ValueError) for one in desk.lines)
 
 
+@pytest.mark.forces_internal_error
+def test_internal_errors_are_forgotten_at_the_next_resync(desk: Desk) -> None:
+    """Each names an ID, so they would add up; one that stands is logged again."""
+    for number in range(3):
+        desk.reporter.internal_error(f"decision about p{number}", ValueError("no"))
+    desk.resynced()
+    desk.reporter.internal_error("decision about p0", ValueError("no"))
+    assert len(desk.events("internal error; please report it")) == 4
+
+
 def test_standby_shows_nothing_of_what_it_wrote(desk: Desk) -> None:
     """Conflicts, refusals and held removals are the leader's to show."""
     desk.reporter.leads()
