@@ -17,7 +17,7 @@ from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.errors import ClusterUnreachable, ConsulUnreachable
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.credentials import ClientIdentity, FixedCredentials
+from k8s_consul_registrar.kube.credentials import ClientIdentity, StoredCredentials
 from k8s_consul_registrar.rotating import Derived, fixed
 from k8s_consul_registrar.tls import (
     API_SERVER,
@@ -133,7 +133,7 @@ async def consul(port: int) -> str:
 
 async def api_server(port: int) -> str:
     """Return what is said of the API server."""
-    credentials = FixedCredentials(ClientIdentity(token="t"))
+    credentials = StoredCredentials(ClientIdentity(token="t"))
     access = Access(f"https://{HOST}:{port}", credentials, trusted=fixed(TRUST))
     async with KubeClient(access, WITHOUT_RETRIES) as client:
         with pytest.raises(ClusterUnreachable) as caught:

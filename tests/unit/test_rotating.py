@@ -16,6 +16,7 @@ from k8s_consul_registrar.rotating import (
     LOOK_EVERY,
     RETRY_EVERY,
     SIZE_LIMIT,
+    Derived,
     LoadStatus,
     Rotating,
     clean_token,
@@ -340,3 +341,38 @@ def test_beginning_of_the_token_before_is_refused_while_the_file_is_fresh(tmp_pa
     refuse_truncated("first", [""], path, "S")
     os.utime(path, (0, 0))
     refuse_truncated("secret", ["other", "secret-token"], path, "S")
+
+
+def test_derived_value_is_made_again_when_a_part_changed_and_only_then(tmp_path: Path) -> None:
+    """Each part keeps its own last good value: one that cannot be used does not hold up the other."""
+
+    def part(name: str) -> Rotating[int]:
+        path = tmp_path / name
+        path.write_text("1")
+        return Rotating(name, [path], lambda: int(path.read_text()), look_every=0)
+
+    left, right = part("left"), part("right")
+    made: list[tuple[int, int]] = []
+
+    def make(*values: int) -> tuple[int, ...]:
+        if 13 in values:
+            raise AccessError("it cannot be made")
+        made.append((values[0], values[1]))
+        return values
+
+    derived = Derived(make, left, right)
+    assert derived.value is derived.current()
+    assert not derived.refresh()
+    assert made == [(1, 1)]
+    (tmp_path / "left").write_text("one")
+    (tmp_path / "right").write_text("22")
+    assert derived.refresh()
+    assert derived.value == (1, 22)
+    assert derived.problem == "left cannot be used: ValueError"
+    (tmp_path / "right").write_text("13")
+    assert derived.current() == (1, 22)
+    (tmp_path / "right").write_text("4444")
+    assert derived.current() == (1, 4444)
+    assert made == [(1, 1), (1, 22), (1, 4444)]
+    with pytest.raises(AccessError):
+        Derived(make, left, fixed(13))

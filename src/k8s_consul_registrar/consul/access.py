@@ -1,4 +1,4 @@
-"""Access to Consul: its address, its trust, our token."""
+"""Access to Consul: its address, its TLS, and our token."""
 
 import time
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class ConsulAddress:
 class ConsulAccess:
     """Everything a connection to Consul needs; `namespace` and `partition` are Consul Enterprise's.
 
-    `tls` is for an https address, and may be None where the system's defaults do.
+    An https address needs `tls`.
     """
 
     address: ConsulAddress

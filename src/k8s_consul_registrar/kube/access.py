@@ -16,9 +16,9 @@ from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.credentials import (
     ClientIdentity,
     Credentials,
-    FixedCredentials,
-    TokenFile,
+    StoredCredentials,
     basic_credentials,
+    rotating_token,
 )
 from k8s_consul_registrar.kube.exec_plugin import API_VERSIONS, ExecCredentials, ExecPlugin
 from k8s_consul_registrar.kube.kubeconfig import Cluster, Entry, Exec, User, choose_context
@@ -132,7 +132,9 @@ def _in_cluster(host: str, port: str, folder: Path) -> Access:
         raise AccessError(f"KUBERNETES_SERVICE_HOST with KUBERNETES_SERVICE_PORT {problem}")
     return Access(
         server=server,
-        credentials=TokenFile(folder / "token", origin, of="service account token"),
+        credentials=StoredCredentials(
+            token=rotating_token(folder / "token", origin, of="service account token")
+        ),
         trusted=Rotating(
             "service account ca.crt", [ca_file], lambda: trust_in(read_file(ca_file, origin), setting)
         ),
@@ -237,7 +239,7 @@ def _ca_of(cluster: Entry[Cluster]) -> bytes | None:
 def _credentials_of(user: Entry[User] | None, cluster: Entry[Cluster], env: Mapping[str, str]) -> Credentials:
     """Return who we are; raises AccessError."""
     if user is None:
-        return FixedCredentials(ClientIdentity())
+        return StoredCredentials()
     value = user.value
     _refuse_unsupported(user)
     pair = _pair_of(user)
@@ -245,10 +247,11 @@ def _credentials_of(user: Entry[User] | None, cluster: Entry[Cluster], env: Mapp
         plugin = _plugin_of(user, value.exec, cluster, env)
         return ExecCredentials(plugin)
     if value.token_file:
-        return TokenFile(user.path(value.token_file), user.setting("tokenFile"), pair=pair)
+        stored = rotating_token(user.path(value.token_file), user.setting("tokenFile"))
+        return StoredCredentials(token=stored, pair=pair)
     token = clean_token(value.token, user.setting("token")) if value.token else ""
     basic = basic_credentials(value.username, value.password) if value.username else ""
-    return FixedCredentials(ClientIdentity(token=token, basic=basic), pair)
+    return StoredCredentials(ClientIdentity(token=token, basic=basic), pair=pair)
 
 
 def _refuse_unsupported(user: Entry[User]) -> None:

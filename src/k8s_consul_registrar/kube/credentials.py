@@ -28,10 +28,6 @@ class ClientIdentity:
             return {"Authorization": f"Bearer {self.token}"}
         return {"Authorization": f"Basic {self.basic}"} if self.basic else {}
 
-    def showing(self, pair: KeyPair) -> "ClientIdentity":
-        """Return this identity with a certificate; it is the same object where it had that one."""
-        return self if pair is self.pair else replace(self, pair=pair)
-
 
 class Credentials(Protocol):
     """Source of the identity of the next request."""
@@ -49,62 +45,47 @@ class Credentials(Protocol):
         ...
 
 
-class FixedCredentials:
-    """An identity that never changes, apart from a certificate in files that rotate."""
-
-    def __init__(self, identity: ClientIdentity, pair: Rotating[KeyPair] | None = None) -> None:
-        self._identity = identity
-        self._pair = pair
-
-    async def identity(self) -> ClientIdentity:
-        """Return the identity."""
-        if self._pair is not None:
-            self._identity = self._identity.showing(self._pair.current())
-        return self._identity
-
-    def rejected(self, identity: ClientIdentity) -> None:
-        """Do nothing: there is no other."""
-
-    async def aclose(self) -> None:
-        """Do nothing: nothing runs."""
-
-
-class TokenFile:
-    """A bearer token in a file that rotates, read again when it changes, every minute, and after a 401.
-
-    `of` names the setting in metrics, `setting` the file's origin in error texts; `clock` returns seconds.
-    """
+class StoredCredentials:
+    """An identity that is given, with a token or a certificate in files, each read again as it rotates."""
 
     def __init__(
         self,
-        path: Path,
-        setting: str,
+        identity: ClientIdentity | None = None,
         *,
-        of: str = "kubeconfig tokenFile",
+        token: Rotating[str] | None = None,
         pair: Rotating[KeyPair] | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Read the file; raises AccessError if it holds no token."""
+        self._identity = identity or ClientIdentity()
+        self._token = token
         self._pair = pair
-        self._identity = ClientIdentity()
-        self._token = token_file(path, setting, of=of, max_age=REREAD_SECONDS, clock=clock)
 
     async def identity(self) -> ClientIdentity:
-        """Return the identity with the file's token."""
-        token = self._token.current()
-        if token != self._identity.token:
-            self._identity = replace(self._identity, token=token)
-        if self._pair is not None:
-            self._identity = self._identity.showing(self._pair.current())
+        """Return the identity; it is the same object while nothing of it changed."""
+        now = self._identity
+        token = now.token if self._token is None else self._token.current()
+        pair = now.pair if self._pair is None else self._pair.current()
+        if token != now.token or pair is not now.pair:
+            self._identity = replace(now, token=token, pair=pair)
         return self._identity
 
     def rejected(self, identity: ClientIdentity) -> None:
-        """Have the file read again by the next call."""
-        if identity is self._identity:
+        """Have the token's file read again by the next call."""
+        if self._token is not None and identity is self._identity:
             self._token.expire()
 
     async def aclose(self) -> None:
         """Do nothing: nothing runs."""
+
+
+def rotating_token(
+    path: Path, setting: str, *, of: str = "kubeconfig tokenFile", clock: Callable[[], float] = time.monotonic
+) -> Rotating[str]:
+    """Return the token in a file, read again when it changes, and every minute.
+
+    `of` names the setting in metrics, `setting` the file's origin in error texts; `clock` returns seconds.
+    Raises AccessError if the file holds no token.
+    """
+    return token_file(path, setting, of=of, max_age=REREAD_SECONDS, clock=clock)
 
 
 def basic_credentials(username: str, password: str) -> str:

@@ -3,6 +3,7 @@
 import asyncio
 import ssl
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -77,7 +78,8 @@ class KubeletIdentity:
         if not self._settings.client_cert_file:
             await self._identify()
         self._files.refresh()
-        self._renew()
+        with suppress(AccessError):  # its parts can be used, so the next look will do
+            self._renew()
 
     async def keep_fresh(self) -> None:
         """Follow every change; ends only by cancellation."""

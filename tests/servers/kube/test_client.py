@@ -27,7 +27,7 @@ from k8s_consul_registrar.errors import (
 )
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.client import JSON, LEAN_JSON, KubeClient
-from k8s_consul_registrar.kube.credentials import ClientIdentity, Credentials, FixedCredentials
+from k8s_consul_registrar.kube.credentials import ClientIdentity, Credentials, StoredCredentials
 from k8s_consul_registrar.kube.objects import Page
 from k8s_consul_registrar.kube.watch_decoder import Broken
 from k8s_consul_registrar.model import Kind, ObjectKey, Pod, Undecodable
@@ -39,7 +39,7 @@ from support.waiting import PATIENCE
 
 TIMING = Timing(connect_timeout=1.0, read_timeout=0.4)
 SECRET = "s3cr3t-t0ken"
-ANONYMOUS = FixedCredentials(ClientIdentity())
+ANONYMOUS = StoredCredentials(ClientIdentity())
 CA = trustme.CA()
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -426,7 +426,7 @@ def tls_access(
     """Return access over TLS that trusts this CA."""
     return Access(
         f"https://127.0.0.1:{port}",
-        FixedCredentials(ClientIdentity(pair=pair)),
+        StoredCredentials(ClientIdentity(pair=pair)),
         trusted=fixed(
             Trust(ca=ca.cert_pem.bytes().decode(), ca_setting="cluster 'x': certificate-authority")
         ),
@@ -517,7 +517,7 @@ async def test_proxy_of_the_kubeconfig_is_used(monkeypatch: pytest.MonkeyPatch) 
             assert await list_all(direct)
             through = Access(
                 "https://api.example:6443",
-                FixedCredentials(ClientIdentity(token=SECRET)),
+                StoredCredentials(ClientIdentity(token=SECRET)),
                 trusted=direct.trusted,
                 proxy=f"http://me:pw@127.0.0.1:{proxy_port}",
             )
@@ -740,7 +740,7 @@ async def test_credentials_that_break_by_surprise_are_a_cluster_error() -> None:
         async def aclose(self) -> None:
             pass
 
-    sources: tuple[Credentials, ...] = (Raising(), FixedCredentials(ClientIdentity(token="a\r\nX: b")))
+    sources: tuple[Credentials, ...] = (Raising(), StoredCredentials(ClientIdentity(token="a\r\nX: b")))
     for credentials in sources:
         async with KubeClient(Access("http://127.0.0.1:1", credentials), TIMING) as client:
             await ask_everything(client)

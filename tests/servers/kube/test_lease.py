@@ -19,7 +19,7 @@ from k8s_consul_registrar.errors import (
 )
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.credentials import ClientIdentity, FixedCredentials
+from k8s_consul_registrar.kube.credentials import ClientIdentity, StoredCredentials
 from k8s_consul_registrar.kube.lease import (
     LeaseClient,
     decode_lease,
@@ -64,7 +64,7 @@ async def answering(
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    access = Access(f"http://127.0.0.1:{runner.addresses[0][1]}", FixedCredentials(ClientIdentity()))
+    access = Access(f"http://127.0.0.1:{runner.addresses[0][1]}", StoredCredentials(ClientIdentity()))
     try:
         async with KubeClient(access, Timing(connect_timeout=1, read_timeout=1)) as client:
             yield LeaseClient(client, "shop", "registrar"), server

@@ -14,7 +14,7 @@ from k8s_consul_registrar.errors import ClusterError, ClusterUnreachable
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.client import PAGE_SIZE, KubeClient
 from k8s_consul_registrar.kube.cluster_uid import ClusterUid
-from k8s_consul_registrar.kube.credentials import ClientIdentity, FixedCredentials
+from k8s_consul_registrar.kube.credentials import ClientIdentity, StoredCredentials
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.reflector import Reflector
 from k8s_consul_registrar.kube.source_state import (
@@ -144,7 +144,7 @@ async def following(
     """Follow the Pods of a scripted server."""
     async with (
         serving_api(api),
-        KubeClient(Access(api.url, FixedCredentials(ClientIdentity())), timing) as client,
+        KubeClient(Access(api.url, StoredCredentials(ClientIdentity())), timing) as client,
     ):
         seen = seen or Seen()
         store: Store[str] = Store((PODS,), resolve, seen)

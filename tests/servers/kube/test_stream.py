@@ -20,7 +20,7 @@ from k8s_consul_registrar.errors import (
 )
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.client import SLICE, KubeClient
-from k8s_consul_registrar.kube.credentials import ClientIdentity, FixedCredentials
+from k8s_consul_registrar.kube.credentials import ClientIdentity, StoredCredentials
 from k8s_consul_registrar.kube.watch_decoder import (
     Bookmark,
     Broken,
@@ -47,7 +47,7 @@ from support.scripted import (
 from support.waiting import PATIENCE
 
 TIMING = Timing(connect_timeout=1.0, read_timeout=0.4, watch_silence=0.4)
-ANONYMOUS = FixedCredentials(ClientIdentity())
+ANONYMOUS = StoredCredentials(ClientIdentity())
 
 
 @asynccontextmanager

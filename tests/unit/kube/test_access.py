@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.access import Access, load_access
-from k8s_consul_registrar.kube.credentials import ClientIdentity, TokenFile
+from k8s_consul_registrar.kube.credentials import ClientIdentity, StoredCredentials, rotating_token
 
 SECRET = "s3cr3t-t0ken"
 CA = trustme.CA()
@@ -195,7 +195,7 @@ async def test_rotating_token_is_read_again_each_minute_and_after_a_401(tmp_path
     path = tmp_path / "token"
     path.write_text("first")
     now = 0.0
-    source = TokenFile(path, "test", clock=lambda: now)
+    source = StoredCredentials(token=rotating_token(path, "test", clock=lambda: now))
     first = await source.identity()
     path.write_text("second")
     assert (await source.identity()).token == "first"
@@ -220,7 +220,7 @@ async def test_rotating_token_is_read_again_each_minute_and_after_a_401(tmp_path
 async def test_token_file_that_never_was_is_an_error(tmp_path: Path) -> None:
     """There is nothing to fall back on before the first read."""
     with pytest.raises(AccessError, match=r"cannot read .*none: No such file"):
-        await TokenFile(tmp_path / "none", "user 'x'").identity()
+        await StoredCredentials(token=rotating_token(tmp_path / "none", "user 'x'")).identity()
 
 
 @pytest.mark.parametrize("token", [" \n", f"{SECRET}\r\nX-Evil: 1", f"{SECRET} x", f"{SECRET}é"])

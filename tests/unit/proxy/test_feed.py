@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.credentials import ClientIdentity, FixedCredentials
+from k8s_consul_registrar.kube.credentials import ClientIdentity, StoredCredentials
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.model import Kind, Node, NodeAddress, ObjectKey, Source, Undecodable
 from k8s_consul_registrar.proxy.feed import FeedRules, NodeFeed, PodFeed
@@ -37,7 +37,7 @@ def rules(clock: Callable[[], float]) -> FeedRules:
 
 def client() -> KubeClient:
     """Return a client that is never used."""
-    return KubeClient(Access("http://127.0.0.1:1", FixedCredentials(ClientIdentity())), Timing())
+    return KubeClient(Access("http://127.0.0.1:1", StoredCredentials(ClientIdentity())), Timing())
 
 
 @pytest.fixture
