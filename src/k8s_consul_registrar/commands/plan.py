@@ -22,6 +22,8 @@ from k8s_consul_registrar.registrar.decide import (
     CheckName,
     Conflict,
     Deregister,
+    InSync,
+    Keep,
     Register,
     Reject,
     Update,
@@ -55,22 +57,15 @@ def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
 
 
 class Plan(NamedTuple):
-    """The outcome of a sync made now: a line for each change or thing left alone, and the counts."""
+    """The outcome of a sync made now: a line for each change or thing left alone, and the counts by result."""
 
     lines: list[PlanLine]
-    register: int
-    update: int
-    deregister: int
-    unchanged: int
-    conflicts: int
-    held: int
-    kept: int
-    rejected: int
+    counts: Mapping[str, int]
 
     @property
     def has_changes(self) -> bool:
         """True if a sync would write something, or would be held by the brake."""
-        return bool(self.register or self.update or self.deregister or self.held)
+        return any(self.counts[result] for result in ("to register", "to update", "to deregister", "held"))
 
 
 async def _plan(settings: RegistrarSettings, *, output: str) -> int:
@@ -143,7 +138,7 @@ async def _compared(parts: RegistrarParts, found: Comparison) -> Plan:
     before = {service.id: service async for service in parts.registry.lookup(updates)} if updates else {}
     who = parts.rules.identity
     lines: list[PlanLine] = []
-    counts: Counter[str] = Counter()
+    counts: Counter[type[Action]] = Counter()
     rejections = list(parts.desired.rejections.values())
     for service_id, action in actions.items():
         match action:
@@ -160,7 +155,7 @@ async def _compared(parts: RegistrarParts, found: Comparison) -> Plan:
             case Reject():
                 rejections.append(action.rejection)
         rejections += getattr(action, "losers", ())
-        counts[type(action).__name__] += 1
+        counts[type(action)] += 1
     held = [
         PlanLine("!", service_id, f"held by the brake: missing from {one.source}")
         for one in found.judged.held
@@ -172,14 +167,16 @@ async def _compared(parts: RegistrarParts, found: Comparison) -> Plan:
     ]
     return Plan(
         sorted(lines, key=lambda line: line.id),
-        counts["Register"],
-        counts["Update"],
-        counts["Deregister"],
-        found.unchanged + counts["InSync"],
-        counts["Conflict"],
-        len(held),
-        found.kept.total() + counts["Keep"],
-        len(rejections),
+        {
+            "to register": counts[Register],
+            "to update": counts[Update],
+            "to deregister": counts[Deregister],
+            "unchanged": found.unchanged + counts[InSync],
+            "in conflict": counts[Conflict],
+            "held": len(held),
+            "kept": found.kept.total() + counts[Keep],
+            "rejected": len(rejections),
+        },
     )
 
 
@@ -204,11 +201,7 @@ def print_changes(plan: Plan, problems: Iterable[str], *, colour: bool) -> None:
         print(f"{begin}{line.sign} {line.id}{end}  {line.what}")
     for problem in problems:
         print(f"cannot list, so nothing of it would be deregistered: {problem}", file=sys.stderr)
-    print(
-        f"{plan.register} to register, {plan.update} to update, {plan.deregister} to deregister, "
-        f"{plan.unchanged} unchanged, {plan.conflicts} in conflict, {plan.held} held, {plan.kept} kept, "
-        f"{plan.rejected} rejected"
-    )
+    print(", ".join(f"{count} {result}" for result, count in plan.counts.items()))
 
 
 def _described(service: Service) -> str:
