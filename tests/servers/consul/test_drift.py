@@ -9,7 +9,7 @@ from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.drift import HIDDEN, NodeDrift
 from k8s_consul_registrar.errors import ConsulBusy
 from support.scripted import client_of, serving
-from support.waiting import Clock
+from support.waiting import Clock, until
 
 
 class Indexes:
@@ -18,7 +18,7 @@ class Indexes:
     def __init__(self, index: int = 100) -> None:
         self.index = index
         self.changed = asyncio.Event()
-        self.looks = 0
+        self.looks = self.blocked = 0
         self.status = 200
         self.blocks = True
 
@@ -27,6 +27,7 @@ class Indexes:
         if not known:
             self.looks += 1
         elif known >= self.index and self.blocks:
+            self.blocked += 1
             await self.changed.wait()
         return web.Response(status=self.status, headers={"X-Consul-Index": str(self.index)}, text="x")
 
@@ -45,8 +46,13 @@ async def started(client: ConsulClient, indexes: Indexes) -> tuple[NodeDrift, Cl
     await watch.begin("n")
     watch.read(indexes.index)
     clock.now += 100
-    await asyncio.sleep(0.05)
+    await until(lambda: indexes.blocked or not indexes.blocks)
     return watch, clock
+
+
+async def woken(watch: NodeDrift) -> None:
+    """Wait until the blocking query, where there is one, has ended."""
+    await until(lambda: watch._querying is None or watch._querying.done())
 
 
 async def test_at_rest_nothing_is_asked() -> None:
@@ -66,7 +72,7 @@ async def test_change_of_another_writer_makes_a_full_read_due() -> None:
     async with serving(indexes.answer) as url, client_of(url) as client:
         watch, clock = await started(client, indexes)
         indexes.change(101, here=True)
-        await asyncio.sleep(0.05)
+        await woken(watch)
         assert await watch.has_drifted()
         assert await watch.has_drifted()
         await watch.begin("n")
@@ -82,13 +88,13 @@ async def test_our_own_writes_are_explained_by_their_indexes() -> None:
         watch, clock = await started(client, indexes)
         with watch.writing():
             indexes.change(101, here=True)
-            await asyncio.sleep(0.05)
+            await woken(watch)
             assert not await watch.has_drifted(), "nobody can tell while it is under way"
         watch.wrote(101)
         clock.now += 100
         assert not await watch.has_drifted()
         indexes.change(102, here=True)
-        await asyncio.sleep(0.05)
+        await woken(watch)
         clock.now += 100
         assert await watch.has_drifted()
 
@@ -101,7 +107,7 @@ async def test_foreign_change_beside_our_own(foreign: int, ours: int) -> None:
         watch, clock = await started(client, indexes)
         for index in sorted((foreign, ours)):
             indexes.change(index, here=True)
-            await asyncio.sleep(0.05)
+            await woken(watch)
         watch.wrote(ours)
         clock.now += 100
         assert await watch.has_drifted()
@@ -114,23 +120,22 @@ async def test_write_without_an_index_explains_what_follows_soon() -> None:
         watch, clock = await started(client, indexes)
         indexes.change(101, here=True)
         watch.wrote(0)
-        await asyncio.sleep(0.05)
+        await woken(watch)
         assert not await watch.has_drifted()
         clock.now += 10
-        await asyncio.sleep(0.05)
         assert not await watch.has_drifted()
         indexes.change(102, here=True)
-        await asyncio.sleep(0.05)
+        await woken(watch)
         assert await watch.has_drifted()
 
 
 async def test_history_that_goes_backwards_is_drift() -> None:
-    """Consul was restored, or begins anew."""
+    """Consul was restored, or starts with nothing."""
     indexes = Indexes()
     async with serving(indexes.answer) as url, client_of(url) as client:
         watch, clock = await started(client, indexes)
         indexes.change(7, here=True)
-        await asyncio.sleep(0.05)
+        await woken(watch)
         clock.now += 100
         assert await watch.has_drifted()
 
@@ -142,7 +147,7 @@ async def test_history_that_goes_back_is_drift_at_once_and_until_a_full_read() -
         watch, _ = await started(client, indexes)
         with watch.writing():
             indexes.change(7, here=True)
-            await asyncio.sleep(0.05)
+            await woken(watch)
             assert await watch.has_drifted()
         watch.wrote(9)
         watch.read(9)
@@ -173,7 +178,7 @@ async def test_full_read_older_than_a_wake_up_is_no_older_history() -> None:
         await watch.begin("n")
         watch.wrote(105)
         indexes.change(105, here=True)
-        await asyncio.sleep(0.05)
+        await woken(watch)
         watch.read(102)
         clock.now += 100
         assert not await watch.has_drifted()
@@ -186,7 +191,7 @@ async def test_history_that_goes_back_in_an_outage_is_drift() -> None:
         watch, clock = await started(client, indexes)
         indexes.status = 500
         indexes.change(7, here=True)
-        await asyncio.sleep(0.05)
+        await woken(watch)
         with pytest.raises(ConsulBusy):
             await watch.has_drifted()
         indexes.status = 200
@@ -200,7 +205,7 @@ async def test_history_that_went_backwards_and_caught_up_is_drift() -> None:
     async with serving(indexes.answer) as url, client_of(url) as client:
         watch, clock = await started(client, indexes)
         indexes.change(7, here=True)
-        await asyncio.sleep(0.05)
+        await woken(watch)
         indexes.change(100, here=False)
         clock.now += 100
         assert await watch.has_drifted()
@@ -213,7 +218,7 @@ async def test_write_without_an_index_explains_no_lower_one() -> None:
         watch, clock = await started(client, indexes)
         indexes.status = 500
         indexes.change(7, here=True)
-        await asyncio.sleep(0.05)
+        await woken(watch)
         indexes.status = 200
         watch.wrote(0)
         clock.now += 100
@@ -229,7 +234,7 @@ async def test_server_that_cannot_block_is_not_polled_in_a_loop() -> None:
         for _ in range(3):
             clock.now += 100
             assert not await watch.has_drifted()
-            await asyncio.sleep(0.05)
+            await woken(watch)
         assert indexes.looks <= 4
         indexes.change(101, here=True)
         clock.now += 100
@@ -243,10 +248,10 @@ async def test_looking_takes_a_small_share_of_the_time() -> None:
         watch, clock = await started(client, indexes)
         indexes.change(101, here=True)
         watch.wrote(101)
-        await asyncio.sleep(0.05)
+        await woken(watch)
         assert not await watch.has_drifted()
         indexes.change(102, here=True)
-        await asyncio.sleep(0.05)
+        await woken(watch)
         looks = indexes.looks
         assert not await watch.has_drifted()
         assert indexes.looks == looks
@@ -261,7 +266,7 @@ async def test_consul_that_does_not_answer_is_an_error() -> None:
         watch, clock = await started(client, indexes)
         indexes.status = 500
         indexes.change(101, here=True)
-        await asyncio.sleep(0.05)
+        await woken(watch)
         with pytest.raises(ConsulBusy):
             await watch.has_drifted()
         indexes.status = 200
@@ -287,7 +292,7 @@ async def test_gap_between_our_writes_makes_a_full_read_due(writes: tuple[int, .
         for index in writes:
             indexes.change(index or 101, here=True)
             watch.wrote(index)
-            await asyncio.sleep(0.05)
+            await woken(watch)
         assert not await watch.has_drifted()
         clock.now += HIDDEN / 2
         assert not await watch.has_drifted()
@@ -307,7 +312,7 @@ async def test_writes_without_a_pause_hide_for_no_longer() -> None:
         for index in range(101, 110):
             indexes.change(index, here=True)
             watch.wrote(index)
-            await asyncio.sleep(0.02)
+            await woken(watch)
             look = asyncio.create_task(watch.has_drifted())
             await asyncio.sleep(0)
             with watch.writing():
@@ -327,11 +332,10 @@ async def test_our_writes_during_a_full_read(writes: tuple[int, ...]) -> None:
         for index in writes:
             indexes.change(index or 101, here=True)
             watch.wrote(index)
-            await asyncio.sleep(0.05)
+            await woken(watch)
         watch.read(100)
         assert not await watch.has_drifted()
         clock.now += HIDDEN
-        await asyncio.sleep(0.05)
         assert await watch.has_drifted() is (writes != (101,))
 
 
@@ -343,7 +347,7 @@ async def test_foreign_change_after_our_write_during_a_full_read() -> None:
         await watch.begin("n")
         indexes.change(101, here=True)
         watch.wrote(101)
-        await asyncio.sleep(0.05)
+        await woken(watch)
         indexes.change(102, here=True)
         watch.read(100)
         clock.now += 1
