@@ -14,7 +14,7 @@ import yaml
 
 from k8s_consul_registrar.sandbox import KubeletCertificate, Sandbox, objects
 from k8s_consul_registrar.sandbox.resources import NODES
-from support.waiting import PATIENCE
+from support.waiting import PATIENCE, until
 
 MERGE = {"Content-Type": "application/strategic-merge-patch+json"}
 MANIFEST: dict[str, Any] = {
@@ -231,15 +231,11 @@ async def test_watch_ends_when_the_store_is_restored(client: Client, sandbox: Sa
 
 
 async def test_watch_ends_when_its_client_leaves(client: Client, sandbox: Sandbox) -> None:
-    """Nobody listens to the store any more once the client has closed its connection."""
+    """The store has no listener left once the client has closed its connection."""
     async for event in client.events("/api/v1/namespaces?watch=1"):
         assert event["type"] == "ADDED"
         break
-    for _ in range(100):
-        if not sandbox.kube.store._listeners:
-            break
-        await asyncio.sleep(0.02)
-    assert sandbox.kube.store._listeners == []
+    await until(lambda: not sandbox.kube.store._listeners)
 
 
 async def test_big_lists_are_compressed_when_asked(client: Client, sandbox: Sandbox) -> None:

@@ -16,6 +16,7 @@ from k8s_consul_registrar.sandbox.consul_release import ConsulOptions
 from support.builders import make_service, our_pod_service
 from support.real_servers import held
 from support.scripted import client_of, serving
+from support.waiting import until
 
 
 async def test_register_read_and_deregister() -> None:
@@ -215,8 +216,11 @@ async def test_history_that_goes_back_is_drift_of_an_agents_node() -> None:
         assert await registry.drift() is Drift.NONE
         index = 7
         changed.set()
-        await asyncio.sleep(0.1)
-        assert await registry.drift() is Drift.CHANGED
+
+        async def is_changed() -> bool:
+            return await registry.drift() is Drift.CHANGED
+
+        await until(is_changed)
         changed.clear()
         assert await held(registry) == {}
         assert await registry.drift() is Drift.NONE
