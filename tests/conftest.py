@@ -47,7 +47,7 @@ def logging_as_it_was() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def collector_as_it_was() -> Iterator[None]:
-    """Undo what a mode run in this process told Python's collector: what it set aside nobody can look for."""
+    """Undo what a mode run in this process did to Python's collector: no test finds objects that it froze."""
     callbacks = gc.callbacks[:]
     yield
     gc.callbacks[:] = callbacks

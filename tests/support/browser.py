@@ -1,6 +1,6 @@
 """A headless Chromium for tests, driven by the DevTools protocol over its websocket.
 
-`chromium` on PATH counts, else the one `scripts/fetch-real-servers` left in `.cache/real`; where there is
+`chromium` on PATH counts, otherwise the one `scripts/fetch-real-servers` left in `.cache/real`; where there is
 none the test is skipped with the reason, or fails when `REQUIRE_REAL_SERVERS=1`.
 """
 

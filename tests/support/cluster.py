@@ -1,7 +1,7 @@
-"""A Kubernetes API server for whole-daemon tests, changed by API calls alone.
+"""A Kubernetes API server for whole-daemon tests, changed only by API calls.
 
 It is a real one where `KUBEBUILDER_ASSETS` names a folder with `etcd` and `kube-apiserver` (the convention
-of controller-runtime's envtest), else the sandbox; tests cannot tell which. No controllers, no scheduler
+of controller-runtime's envtest), otherwise the sandbox; tests cannot tell which. No controllers, no scheduler
 and no kubelets run, so the tests play their part: a Pod gets its phase and address by a PATCH of its status.
 """
 
@@ -349,7 +349,7 @@ def kubeconfig(address: str, authority: Authority, user: Mapping[str, Any]) -> s
 
 @contextlib.asynccontextmanager
 async def running_cluster() -> AsyncIterator[Cluster]:
-    """Run a cluster without Pods and Nodes, a real one where there is one to be had."""
+    """Run a cluster without Pods and Nodes, a real one where `KUBEBUILDER_ASSETS` names it."""
     assets = os.environ.get("KUBEBUILDER_ASSETS", "")
     async with contextlib.AsyncExitStack() as stack:
         if assets:

@@ -20,7 +20,7 @@ STOP_WITHIN = (
     20.0  # seconds from SIGTERM to its end; a quiet machine needs a tenth, Kubernetes kills after 30
 )
 LAST_WORD = 2.0  # seconds it has to tell its metrics before it is killed
-# What no operator may ever see of a daemon: it went wrong in a way nobody thought of.
+# Text that a daemon must never print: it shows an error that the code did not expect.
 UNWANTED = (
     "Traceback",
     "Exception ignored",
@@ -113,7 +113,7 @@ class Daemon:
         await until(is_true, what, within=within, context=lambda: self.output)
 
     async def passes(self, count: int = 1) -> dict[str, Any]:
-        """Wait for so many more passes over Consul, and return the last one's line."""
+        """Wait for this many more passes over Consul, and return the last one's line."""
         wanted = len(self.said("resync")) + count
         await self.until(lambda: len(self.said("resync")) >= wanted, f"{count} more passes")
         return self.said("resync")[-1]
@@ -130,7 +130,7 @@ class Daemon:
             return response.status, await response.text()
 
     async def is_ready(self) -> bool:
-        """Whether its readiness probe succeeds."""
+        """Return whether its readiness probe succeeds."""
         return (await self.admin("/readyz"))[0] == 200
 
     async def ready(self) -> None:

@@ -56,7 +56,7 @@ class TcpProxy:
 
     @property
     def is_held(self) -> bool:
-        """Whether a stall keeps something back right now."""
+        """True if a stall keeps something back right now."""
         return self._held > 0
 
     async def holds(self) -> bool:
@@ -169,7 +169,7 @@ class TcpProxy:
             if self.rate:
                 await asyncio.sleep(len(data) / self.rate)
             if self._is_hole:
-                # A stream with a gap would be garbage: this connection is dead and nobody is told.
+                # A stream with a gap would be garbage: this connection stays open and carries nothing.
                 await asyncio.Event().wait()
             writer.write(data)
             await writer.drain()
@@ -194,7 +194,7 @@ class Refuse(NamedTuple):
 
 
 class CutAfter(NamedTuple):
-    """Let so many bytes of the answer's body through, then reset the connection."""
+    """Let this many bytes of the answer's body through, then reset the connection."""
 
     most: int
 
@@ -358,7 +358,7 @@ class Write:
 class Recorder(HttpDoor):
     """Stands before a Consul and notes every write of a service, by whatever endpoint.
 
-    With `loses_answers` writes are carried out and nobody hears of it: the connection is reset.
+    With `loses_answers` writes are carried out and the connection is reset before the answer.
     `is_wanted` says of a service ID whether its removal would be wrongful at that very moment.
     """
 

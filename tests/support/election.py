@@ -49,7 +49,7 @@ ROUNDING = 1e-6  # seconds by which a wait may seem to end early between two clo
 
 @dataclass(frozen=True)
 class Faults:
-    """How likely each fault is at each request, and how bad it gets, in seconds."""
+    """The likelihood of each fault at each request, and its length in seconds."""
 
     refused: float = 0.0
     lost_request: float = 0.0
@@ -152,12 +152,12 @@ class Contender:
 
     @property
     def now(self) -> float:
-        """What its clock says."""
+        """The time on its own clock."""
         return self.world.time + self._offset
 
     @property
     def is_leading(self) -> bool:
-        """Whether it would write now."""
+        """True if it would write now."""
         return self.election.is_leading(self.now)
 
     def _wall(self) -> datetime:

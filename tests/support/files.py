@@ -60,7 +60,7 @@ class Exchange(NamedTuple):
 
 
 class SandboxAnswer(NamedTuple):
-    """What the sandbox answered."""
+    """An answer of the sandbox."""
 
     status: int
     headers: Mapping[str, str]

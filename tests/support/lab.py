@@ -97,12 +97,12 @@ class SandboxLab(Lab):
 
     @property
     def services(self) -> dict[str, Service]:
-        """What the agent holds, by ID."""
+        """The services that the agent holds, by ID."""
         return self.consul.agent.services
 
     @property
     def writes(self) -> list[str]:
-        """What was asked of Consul to change: `register <id>` or `deregister <id>`, in order."""
+        """The writes that Consul was asked for: `register <id>` or `deregister <id>`, in order."""
         seen = []
         for write in self.consul.writes:
             verb, _, service_id = write.path.removeprefix("/v1/agent/service/").partition("/")
@@ -110,11 +110,11 @@ class SandboxLab(Lab):
         return seen
 
     def has(self, *service_ids: str) -> bool:
-        """Whether the agent holds just these services."""
+        """Return whether the agent holds exactly these services."""
         return set(self.services) == set(service_ids)
 
     def holds_nothing(self) -> bool:
-        """Whether the agent holds no service."""
+        """Return whether the agent holds no service."""
         return not self.services
 
     def address(self, service_id: str) -> str:
@@ -127,7 +127,7 @@ class SandboxLab(Lab):
         return self.services[service_id].meta or {}
 
     async def seed(self, service_id: str, meta: Mapping[str, str] | None = None, **changes: Any) -> Service:
-        """Register a service as somebody else would, and take that out of the record of writes."""
+        """Register a service as another program would, and leave that out of the record of writes."""
         body = {
             "ID": service_id,
             "Name": service_id,
@@ -139,7 +139,7 @@ class SandboxLab(Lab):
         return self.services[service_id]
 
     async def unseed(self, service_id: str) -> None:
-        """Deregister a service as somebody else would, and take that out of the record of writes."""
+        """Deregister a service as another program would, and leave that out of the record of writes."""
         await self._put(f"deregister/{quote(service_id, safe='')}", None)
 
     async def _put(self, what: str, body: Any) -> None:
@@ -149,7 +149,7 @@ class SandboxLab(Lab):
         self.consul.writes.clear()
 
     async def seed_pod(self, name: str, namespace: str = "shop", **changes: str) -> Service:
-        """Register what an earlier run of ours wrote for a Pod; a change to an empty text leaves it out."""
+        """Register the service that an earlier run of the registrar wrote for a Pod; a change to an empty text leaves it out."""
         meta = {
             "managed_by": MANAGED_BY,
             "cluster": CLUSTER_NAME,
@@ -280,7 +280,7 @@ def chaos(group: str, *, seconds: int = 240, soak_seconds: int = 240) -> list[py
 
 
 class Held(NamedTuple):
-    """What Consul's catalog holds of a service, as far as the cluster decides it."""
+    """A service in Consul's catalog, as far as the cluster decides it."""
 
     name: str
     address: str
@@ -290,7 +290,7 @@ class Held(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What the catalog holds of a service, with what a re-creation or another shard would change."""
+    """A service in the catalog, with the fields that a re-creation or another shard would change."""
 
     held: Held
     created: int
@@ -298,7 +298,7 @@ class Record(NamedTuple):
 
 
 class Doors(NamedTuple):
-    """What stands between a registrar and both sides, the wire before the door that reads what it carries."""
+    """The proxies between a registrar and both sides: a wire of TCP, then a door that reads HTTP."""
 
     api: ApiDoor
     api_wire: TcpProxy
@@ -354,7 +354,7 @@ class ChaosLab(Lab):
         return service_id
 
     def put_pods(self, count: int, namespace: str = "shop", prefix: str = "web") -> None:
-        """Create so many Pods that are scraped."""
+        """Create this many Pods that are scraped."""
         for number in range(count):
             self.put_pod(f"{prefix}-{number}", namespace, f"198.18.{number // 250 % 250}.{number % 250 + 1}")
 
@@ -365,7 +365,7 @@ class ChaosLab(Lab):
         self.wanted[service_id] = Held(service_id, address, 31112, self.name, "")
 
     def put_nodes(self, count: int) -> None:
-        """Create so many Nodes."""
+        """Create this many Nodes."""
         for number in range(count):
             self.put_node(f"node-{number}", f"192.0.2.{number + 1}")
 
@@ -393,7 +393,7 @@ class ChaosLab(Lab):
         }
 
     async def is_equal(self, node: str = "") -> bool:
-        """Whether the catalog holds just what the cluster wants."""
+        """Return whether the catalog holds exactly the services that the cluster wants."""
         return {key: one.held for key, one in (await self.records(node)).items()} == self.wanted
 
     async def equal(self, daemon: Daemon, within: float = HEAL_WITHIN, node: str = "") -> float:
@@ -413,7 +413,7 @@ class ChaosLab(Lab):
         return time.monotonic() - began
 
     async def is_quiet_for(self, seconds: float) -> bool:
-        """Whether nobody writes to Consul for a while."""
+        """Return whether no registrar writes to Consul for a while."""
         began = time.monotonic()
         await asyncio.sleep(seconds)
         return self.consul.since(began) == []
@@ -432,7 +432,7 @@ def _record(service: dict[str, Any]) -> Record:
 
 
 async def is_blind(daemon: Daemon, kind: str) -> bool:
-    """Whether the metrics say that a kind is not followed."""
+    """Return whether the metrics say that a kind is not followed."""
     return await daemon.metric(f'source_followed{{kind="{kind}"}}') == 0
 
 

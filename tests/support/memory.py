@@ -212,12 +212,12 @@ class MemoryRegistry:
         return name in self.taken_names
 
     def put_by_hand(self, service: Service, *, is_noticed: bool = True) -> None:
-        """Write as somebody else."""
+        """Write as another program."""
         self._put(service)
         self.foreign = Drift.CHANGED if is_noticed else Drift.NONE
 
     def remove_by_hand(self, service_id: str) -> None:
-        """Remove as somebody else."""
+        """Remove as another program."""
         del self.held[service_id]
         self.foreign = Drift.CHANGED
 

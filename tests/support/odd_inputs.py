@@ -103,7 +103,7 @@ AT_ONCE = 8  # requests in flight
 
 @dataclass(frozen=True)
 class OddPod:
-    """What a test makes of one Pod."""
+    """The fields that a test gives one Pod."""
 
     phase: str
     ips: tuple[str, ...]
@@ -112,7 +112,7 @@ class OddPod:
 
     @property
     def asks(self) -> bool:
-        """Whether it is to be scraped, well or badly put."""
+        """True if it asks to be scraped, correctly or not."""
         is_annotated = self.annotations.get("prometheus.io/scrape") == "true"
         return is_annotated and self.phase in ("Running", "Unknown")
 

@@ -98,7 +98,7 @@ def _kill_groups() -> None:
 
 
 def has_ipv6() -> bool:
-    """Whether this machine has the loopback address ::1."""
+    """Return whether this machine has the loopback address ::1."""
     try:
         with socket.create_server(("::1", 0), family=socket.AF_INET6):
             return True
@@ -120,7 +120,7 @@ class Program:
     def __init__(
         self, argv: Sequence[str], log: Path, *, environment: Mapping[str, str] | None = None
     ) -> None:
-        """`environment` stands in place of ours."""
+        """`environment` replaces that of the tests."""
         self.argv = tuple(argv)
         self.log = log
         self._environment = environment
@@ -128,7 +128,7 @@ class Program:
 
     @property
     def is_running(self) -> bool:
-        """Whether it was started and has not ended."""
+        """True if it was started and has not ended."""
         return self._process is not None and self._process.poll() is None
 
     @property

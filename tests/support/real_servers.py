@@ -1,6 +1,6 @@
 """Real Consul agents and Prometheus servers for tests: found, started on loopback, and cleaned up.
 
-A binary on PATH counts only if it has what the test needs; else the ones that `scripts/fetch-real-servers`
+A binary on PATH counts only if it has what the test needs; otherwise the ones that `scripts/fetch-real-servers`
 left in `.cache/real`. Where there is none the test is skipped with the reason, or fails when
 `REQUIRE_REAL_SERVERS=1`. Tests that use them carry `pytestmark = REAL`.
 """
@@ -86,7 +86,7 @@ def consul_binary() -> Path:
 
 @functools.cache
 def supports(promtool: Path, mechanism: Mechanism) -> bool:
-    """Whether a promtool accepts a configuration with this discovery mechanism."""
+    """Return whether a promtool accepts a configuration with this discovery mechanism."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "prometheus.yml")
         config.write_text(f"scrape_configs: [{{job_name: probe, {_PROBES[mechanism]}}}]\n")
@@ -173,7 +173,7 @@ class RealConsul:
         return await _answer(method, self.url + path, token=self.token, body=body)
 
     async def is_ready(self) -> bool:
-        """Whether there is a leader and the agent is in the catalog, so that it takes writes."""
+        """Return whether there is a leader and the agent is in the catalog, so that it takes writes."""
         status, leader = await self.request("GET", "/v1/status/leader")
         if status != 200 or not leader:
             return False
@@ -268,7 +268,7 @@ class RealPrometheus:
         await self.program.ready(self.is_ready, START_WITHIN)
 
     async def is_ready(self) -> bool:
-        """Whether it serves queries."""
+        """Return whether it serves queries."""
         status, _ = await _answer("GET", f"{self.url}/-/ready")
         return status == 200
 

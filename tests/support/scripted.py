@@ -151,7 +151,7 @@ class Stream:
         self.request.transport.abort()
 
     async def hold(self) -> None:
-        """Stay silent for ever."""
+        """Stay silent forever."""
         await asyncio.Event().wait()
 
 

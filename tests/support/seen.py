@@ -58,7 +58,7 @@ def node_target(number: int) -> TargetRow:
 
 
 def many_targets(count: int) -> dict[str, TargetRow]:
-    """Return so many targets of several namespaces by ID, a few of them not registered."""
+    """Return this many targets of several namespaces by ID, a few of them not registered."""
     found = [node_target(number) for number in range(min(200, count // 50))]
     odd = {7: TargetState.PENDING, 1201: TargetState.REFUSED, 2405: TargetState.CONFLICT}
     problem = {
