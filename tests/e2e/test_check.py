@@ -11,7 +11,7 @@ import pytest
 
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.commands.check.report import Finding, Result, is_passed
-from k8s_consul_registrar.commands.check.suite import check, read_subject
+from k8s_consul_registrar.commands.check.suite import check, read_modes
 from k8s_consul_registrar.sandbox.certificates import KubeletCertificate
 from k8s_consul_registrar.sandbox.consul_release import ConsulOptions
 from support.cluster import PROXY_RULES, REGISTRAR_RULES, kubeconfig, rule
@@ -43,7 +43,7 @@ async def findings(lab: Lab, *modes: str, **environment: str) -> dict[str, Findi
     if not lab.token_file.exists():
         rules = PROXY_RULES if modes == ("proxy",) else REGISTRAR_RULES
         lab.token_file.write_text(await lab.cluster.token(rules))
-    found = await check(read_subject(modes or ("registrar",), settings), QUICK)
+    found = await check(read_modes(modes or ("registrar",), settings), QUICK)
     order = [Result.FAIL, Result.WARN, Result.SKIPPED, Result.OK]
     return {one.name: one for one in sorted(found, key=lambda one: order.index(one.outcome), reverse=True)}
 

@@ -60,7 +60,6 @@ class RegistrarParts:
     observed: ObservedState
     reflectors: Reflectors
     rules: Rules
-    reporter: Reporter
     resync: Resync
     queue: WorkQueue
     registry: Registry
@@ -310,7 +309,6 @@ class Wiring:
             observed,
             reflectors,
             rules,
-            reporter,
             resync,
             queue,
             registry,

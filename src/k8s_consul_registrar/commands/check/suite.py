@@ -101,13 +101,13 @@ class ClusterView:
 def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Check what the chosen modes need, and show the findings; exit 1 if anything failed."""
     mode = parsed.what or environment.get("MODE", "").strip().lower()
-    subject = read_subject((mode,) if mode in MODES else MODES, environment)
+    modes = read_modes((mode,) if mode in MODES else MODES, environment)
     configure_logging("error", "console")
-    return run_loop(_check_and_show(subject, output=parsed.output))
+    return run_loop(_check_and_show(modes, output=parsed.output))
 
 
-async def _check_and_show(subject: CheckedModes, *, output: str) -> int:
-    findings = await check(subject)
+async def _check_and_show(modes: CheckedModes, *, output: str) -> int:
+    findings = await check(modes)
     is_terminal = output == "table" and sys.stdout.isatty()
     if output == "json":
         print(as_json(findings))
@@ -117,7 +117,7 @@ async def _check_and_show(subject: CheckedModes, *, output: str) -> int:
     return EXIT_OK if is_passed(findings) else EXIT_FAILURE
 
 
-def read_subject(modes: Collection[str], environment: Mapping[str, str]) -> CheckedModes:
+def read_modes(modes: Collection[str], environment: Mapping[str, str]) -> CheckedModes:
     """Read the settings of these modes; raises a `SettingsError` with every mistake in them."""
     problems: list[str] = []
     registrar = proxy = None
@@ -134,27 +134,27 @@ def read_subject(modes: Collection[str], environment: Mapping[str, str]) -> Chec
     return CheckedModes(registrar, proxy, environment)
 
 
-async def check(subject: CheckedModes, timing: Timing = TIMING) -> list[Finding]:
+async def check(modes: CheckedModes, timing: Timing = TIMING) -> list[Finding]:
     """Look at everything at once, as far as one thing does not need another, within LONGEST seconds."""
-    cluster = asyncio.ensure_future(_within("cluster", _check_cluster(subject, timing), _late_view))
+    cluster = asyncio.ensure_future(_within("cluster", _check_cluster(modes, timing), _late_view))
     parts: list[Awaitable[list[Finding]]] = []
 
     def add(name: str, work: Awaitable[list[Finding]]) -> None:
         parts.append(_within(name, work, lambda late: [late]))
 
-    if subject.registrar:
-        wiring = Wiring(subject.registrar, timing)
+    if modes.registrar:
+        wiring = Wiring(modes.registrar, timing)
         add("consul", _check_consul(wiring, cluster))
-        if subject.registrar.http_sd:
-            add("http_sd", check_http_sd(subject.registrar.http_sd, timing.read_timeout))
-        if subject.registrar.state_file:
-            add("http_sd", check_state_file(Path(subject.registrar.state_file), wiring.origin))
+        if modes.registrar.http_sd:
+            add("http_sd", check_http_sd(modes.registrar.http_sd, timing.read_timeout))
+        if modes.registrar.state_file:
+            add("http_sd", check_state_file(Path(modes.registrar.state_file), wiring.origin))
         add("node port", _check_node_port(wiring, cluster))
-    if subject.proxy:
-        add("kubelets", _check_kubelets(subject.proxy, cluster, timing))
+    if modes.proxy:
+        add("kubelets", _check_kubelets(modes.proxy, cluster, timing))
     found = await asyncio.gather(*parts)
     of_cluster = (await cluster).findings
-    return [*_settings(subject), *of_cluster, *(finding for part in found for finding in part)]
+    return [*_settings(modes), *of_cluster, *(finding for part in found for finding in part)]
 
 
 async def _within(name: str, work: Awaitable[T], if_late: Callable[[Finding], T]) -> T:
@@ -170,9 +170,9 @@ def _late_view(late: Finding) -> ClusterView:
     return ClusterView((late,))
 
 
-def _settings(subject: CheckedModes) -> list[Finding]:
-    chosen = [mode for mode, value in ((REGISTRAR, subject.registrar), (PROXY, subject.proxy)) if value]
-    told = [settings.common.warnings for settings in (subject.registrar, subject.proxy) if settings]
+def _settings(modes: CheckedModes) -> list[Finding]:
+    chosen = [mode for mode, value in ((REGISTRAR, modes.registrar), (PROXY, modes.proxy)) if value]
+    told = [settings.common.warnings for settings in (modes.registrar, modes.proxy) if settings]
     warnings = dict.fromkeys(text for texts in told for text in texts)
     if warnings:
         return [warn("settings", text) for text in warnings]
@@ -197,9 +197,9 @@ def _proxy_permissions(settings: ProxySettings) -> tuple[Permission, ...]:
     return (*PROXY_PERMISSIONS, *source_permissions(settings.pods.sources))
 
 
-async def _check_cluster(subject: CheckedModes, timing: Timing) -> ClusterView:
+async def _check_cluster(modes: CheckedModes, timing: Timing) -> ClusterView:
     try:
-        access = load_access(subject.environment)
+        access = load_access(modes.environment)
     except AccessError as error:
         return ClusterView((fail("credentials", str(error), "KUBECONFIG names the kubeconfig to use"),))
     credentials = await check_credentials(access)
@@ -211,11 +211,11 @@ async def _check_cluster(subject: CheckedModes, timing: Timing) -> ClusterView:
             missed = skipped("permissions", "not asked, since the API server does not serve us")
             return ClusterView((credentials, server, missed), access)
         permissions, (uid_finding, uid), nodes = await asyncio.gather(
-            check_permissions(client, subject.permissions, NEVER_NEEDED),
+            check_permissions(client, modes.permissions, NEVER_NEEDED),
             check_identity(client),
             some_nodes(client),
         )
-    of_identity = [uid_finding] if subject.registrar else []
+    of_identity = [uid_finding] if modes.registrar else []
     return ClusterView((credentials, server, *permissions, *of_identity), access, uid, tuple(nodes))
 
 
