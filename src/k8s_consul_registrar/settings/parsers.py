@@ -150,7 +150,7 @@ def _boolean(given: str) -> bool:
 
 def _file(given: str) -> str:
     """Take the path of a file; its content, given by mistake, is refused without being shown."""
-    if any(char < " " for char in given) or "-----BEGIN" in given:
+    if any(char < " " for char in given) or "-----BEGIN" in given or given.startswith("{"):
         raise ValueError("must be the path of a file, not its content")
     return given
 

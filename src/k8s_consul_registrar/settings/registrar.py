@@ -92,9 +92,9 @@ class HttpSdSettings(Section):
 
 
 def _state_file(given: str) -> str:
-    if "\0" in given or given.endswith("/"):
+    if parse.file.parse(given).endswith("/"):
         raise ValueError(f"{given!r} is no path of a file")
-    return parse.file.parse(given)
+    return given
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,7 +302,7 @@ class RegistrarSettings(ModeSettings):
                 "UID proves to be this cluster's are deregistered"
             )
         if self.backend.backend == NONE and self.http_sd is None:
-            reader.problem("CONSUL_BACKEND", "none serves targets on HTTP_SD_PORT alone: give that")
+            reader.problem("CONSUL_BACKEND", "none serves targets on HTTP_SD_PORT only, which is not set")
         if self.backend.backend == NONE and self.naming.shard_paths and self.naming.shard_strategy != HASH:
             reader.problem(
                 "SHARD_STRATEGY", "must be hash with CONSUL_BACKEND=none: nothing remembers a random shard"

@@ -270,6 +270,24 @@ def test_secret_given_as_a_file_name_is_not_shown(name: str) -> None:
     assert SECRET not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"-----BEGIN PRIVATE KEY----- {SECRET}",
+        f"-----BEGIN PRIVATE KEY-----\n{SECRET}",
+        f"users:\n- {SECRET}",
+        f'{{"users": "{SECRET}"}}',
+    ],
+)
+@pytest.mark.parametrize("name", ["KUBECONFIG", "CONSUL_CACERT", "CONSUL_CLIENT_KEY", "HTTP_SD_STATE_FILE"])
+def test_content_of_a_file_given_as_its_name_is_not_shown(name: str, content: str) -> None:
+    """A certificate with its key, or a whole kubeconfig, in a variable that names a file."""
+    with pytest.raises(SettingsError) as raised:
+        read_registrar({"CLUSTER_NAME": "lab", name: content})
+    assert f"{name}: must be the path of a file, not its content" in str(raised.value)
+    assert SECRET not in str(raised.value)
+
+
 def test_relative_path_of_a_file_with_a_secret_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

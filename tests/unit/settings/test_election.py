@@ -91,6 +91,12 @@ def test_name_kubernetes_would_refuse(name: str) -> None:
     assert problem.startswith("LEASE_NAME: ")
 
 
+def test_election_over_agents_is_refused_by_name() -> None:
+    """Reading the settings applies the rule."""
+    (problem,) = problems(LEADER_ELECTION="true", CONSUL_BACKEND="agent")
+    assert problem.startswith("LEADER_ELECTION: true needs CONSUL_BACKEND=catalog")
+
+
 def test_agent_of_each_replica_s_own_takes_no_election() -> None:
     """A stalled leader's own agent would keep a second whole set of services alive."""
     assert election_problem("agent", None) == ""
