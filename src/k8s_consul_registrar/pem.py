@@ -4,9 +4,13 @@ import binascii
 import os
 import re
 import tempfile
+from _ssl import _test_decode_cert  # type: ignore[attr-defined]  # the only reader of certificates there is
 from base64 import b64encode
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from ssl import cert_time_to_seconds
+from typing import Any
 
 from k8s_consul_registrar.errors import AccessError
 
@@ -94,3 +98,19 @@ def _instead(text: bytes, blocks: Iterable[tuple[bytes, bytes]]) -> str:
             if label.endswith(kind.upper().encode()):
                 return f" but a {kind}: are two files swapped?"
     return ""
+
+
+def facts_of(certificate: bytes) -> Any:
+    """Return the fields of the first certificate as `SSLSocket.getpeercert` does of a peer's, none if it is odd."""
+    try:
+        with private_file(certificate) as path:
+            return _test_decode_cert(path)
+    except (OSError, ValueError):
+        return {}
+
+
+@lru_cache(maxsize=16)
+def expires_at(certificate: bytes) -> float | None:
+    """Return when the first certificate expires (Unix time), None if it cannot be read."""
+    facts = facts_of(certificate)
+    return cert_time_to_seconds(facts["notAfter"]) if facts else None

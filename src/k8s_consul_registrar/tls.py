@@ -6,17 +6,16 @@ to one and not removed. Each is made once for its certificates, and shared by al
 
 import ssl
 import time
-from _ssl import _test_decode_cert  # type: ignore[attr-defined]  # the only reader of certificates there is
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from k8s_consul_registrar.errors import AccessError
-from k8s_consul_registrar.pem import certificates, private_file, private_key
+from k8s_consul_registrar.pem import certificates, facts_of, private_file, private_key
 from k8s_consul_registrar.rotating import Derived, Rotating, fixed, read_file, reason
 from k8s_consul_registrar.telemetry import get_logger
 
@@ -208,7 +207,7 @@ def _show(context: ssl.SSLContext, pair: KeyPair) -> None:
 
 def out_of_date(certificate: bytes) -> str:
     """Say why a certificate is not valid now, empty if it is, or if its dates cannot be read."""
-    now, facts = time.time(), _facts(certificate)
+    now, facts = time.time(), facts_of(certificate)
     if facts and now > ssl.cert_time_to_seconds(facts["notAfter"]):
         return f"the certificate expired on {facts['notAfter']}"
     if facts and now < ssl.cert_time_to_seconds(facts["notBefore"]):
@@ -218,18 +217,9 @@ def out_of_date(certificate: bytes) -> str:
 
 def _refuse_leaf(trust: Trust) -> None:
     """Raise AccessError if the only certificate can neither have signed a client's nor be a client's own."""
-    stats, facts = trust.context.cert_store_stats(), _facts(trust.ca.encode())
+    stats, facts = trust.context.cert_store_stats(), facts_of(trust.ca.encode())
     if stats["x509"] == 1 and not stats["x509_ca"] and facts and facts["issuer"] != facts["subject"]:
         raise AccessError(f"{trust.ca_setting}: {_ONLY_LEAVES}; name the file of the CA that signed it")
-
-
-def _facts(certificate: bytes) -> Any:
-    """Return the fields of a certificate as `SSLSocket.getpeercert` does of a peer's, none if it is odd."""
-    try:
-        with private_file(certificate) as path:
-            return _test_decode_cert(path)
-    except (OSError, ValueError):
-        return {}
 
 
 class Cause(Enum):

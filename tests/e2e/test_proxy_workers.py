@@ -1,6 +1,7 @@
 """The proxy in several processes: one port, one set of figures, and a worker's death that takes nobody along."""
 
 import asyncio
+import json
 import os
 import signal
 import ssl
@@ -59,6 +60,12 @@ async def test_one_port_and_one_set_of_figures() -> None:
             assert await daemon.metric("proxy_workers") == WORKERS
             assert await daemon.metric("proxy_worker_deaths_total") == 0
             assert await daemon.metric("proxy_nodes") == 1
+            assert (await daemon.admin("/"))[0] == 200
+            (row,) = json.loads((await daemon.admin("/api/v1/upstreams"))[1])["upstreams"]
+            assert (row["object"]["name"], row["state"], row["failures"]) == ("node-a", "answers", 0)
+            status = json.loads((await daemon.admin("/api/v1/status"))[1])
+            assert status["workers"] == [WORKERS, 0]
+            assert status["sources"][0] == {"name": "nodes", "objects": 1, "behind": 0.0, "problem": ""}
             assert await daemon.terminate() == 0
             assert workers_of(daemon) == []
 

@@ -1,6 +1,7 @@
 """PEM in whatever surroundings, and certificates and keys that are damaged, cut off or of another kind."""
 
 import ssl
+import time
 from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.access import load_access
-from k8s_consul_registrar.pem import certificates
+from k8s_consul_registrar.pem import certificates, expires_at
 from k8s_consul_registrar.settings.proxy import KubeletSettings
 from k8s_consul_registrar.tls import CONSUL, POD, KeyPair, checked, client_tls, server_tls, trust_in
 from k8s_consul_registrar.wiring.proxy import KubeletIdentity
@@ -249,3 +250,12 @@ def test_files_of_a_server_caught_half_way_leave_the_last_in_force(tmp_path: Pat
     (tmp_path / "ca").write_bytes(OTHER.cert_pem.bytes())
     assert tls.refresh()
     assert tls.value.client_ca == OTHER.cert_pem.bytes().decode()
+
+
+def test_expiry_of_a_certificate_is_read_from_its_first_block() -> None:
+    """The status page shows it; of anything else there is none."""
+    chain = trustme.CA().issue_cert("one").cert_chain_pems
+    expiry = expires_at(b"".join(one.bytes() for one in chain))
+    assert expiry is not None
+    assert expiry > time.time()
+    assert expires_at(b"odd") is None

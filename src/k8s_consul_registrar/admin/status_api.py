@@ -3,18 +3,17 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from importlib import resources
 from itertools import islice
 from typing import Any
 
 import msgspec
 from aiohttp import web
-from aiohttp.typedefs import Handler
 
 from k8s_consul_registrar import __version__
 from k8s_consul_registrar.admin.http_sd import BadQuery, socket_address
-from k8s_consul_registrar.admin.index import Index, IndexRules, Search, parse_terms
+from k8s_consul_registrar.admin.index import Index, IndexRules, Search, Snapshot, T, parse_terms
 from k8s_consul_registrar.admin.view import RegistrarView, TargetRow, TargetState
 from k8s_consul_registrar.model import Kind, ObjectKey, Rejection
 from k8s_consul_registrar.registrar.status import Activity
@@ -55,13 +54,17 @@ _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg"
 FILES = ("page.html", "page.css", "page.js", "parts.js", "language.js", "views.js", "words.js", "icon.svg")
 
 
-def page_routes() -> list[web.RouteDef]:
-    """Return `/` and the files the page is made of; it reads `api_routes`, by relative addresses."""
-    return [_file_route(name) for name in FILES]
+# The files that the proxy's page has in place of the registrar's.
+PROXY_FILES = {"views.js": "proxy_views.js", "words.js": "proxy_words.js"}
 
 
-def _file_route(name: str) -> web.RouteDef:
-    body = (resources.files(__package__) / "static" / name).read_bytes()
+def page_routes(instead: Mapping[str, str] | None = None) -> list[web.RouteDef]:
+    """Return `/` and the files of the page, some replaced; it reads the API of its mode by relative addresses."""
+    return [_file_route(name, (instead or {}).get(name, name)) for name in FILES]
+
+
+def _file_route(name: str, file_name: str) -> web.RouteDef:
+    body = (resources.files(__package__) / "static" / file_name).read_bytes()
     tag = hashlib.blake2b(body, digest_size=12).hexdigest()
     kind = _TYPES[name.rpartition(".")[2]]
     headers = {**_PAGE_HEADERS, "Content-Type": f"{kind}; charset=utf-8", "ETag": f'"{tag}"'}
@@ -125,38 +128,28 @@ def api_routes(view: RegistrarView, clock: Callable[[], float] = time.time) -> l
     all_targets, all_rejections = target_index(view), rejection_index(view)
 
     async def targets(request: web.Request) -> web.Response:
-        _check(request, "kind", "limit", "namespace", "offset", "q", "state")
-        limit, offset = _page(request)
-        search = _search(request)
+        check(request, "kind", "limit", "namespace", "offset", "q", "state")
         snapshot = await all_targets.snapshot()
-        found = await snapshot.find(search)
-        return _answer(
-            {
-                "total": len(snapshot.rows),
-                "found": len(found),
-                "offset": offset,
-                "targets": [_target(row, view) for row in found[offset : offset + limit]],
-            }
-        )
+        total, found, offset, rows = await find_page(request, snapshot, TargetState)
+        shown = [_target(row, view) for row in rows]
+        return answer({"total": total, "found": found, "offset": offset, "targets": shown})
 
     async def rejections(request: web.Request) -> web.Response:
-        _check(request, "kind", "limit", "namespace", "offset", "q", "reason")
-        limit, offset = _page(request)
-        search = _search(request)
+        check(request, "kind", "limit", "namespace", "offset", "q", "reason")
         snapshot = await all_rejections.snapshot()
-        found = await snapshot.find(search)
-        return _answer(
+        total, found, offset, rows = await find_page(request, snapshot)
+        return answer(
             {
-                "total": len(snapshot.rows),
-                "found": len(found),
+                "total": total,
+                "found": found,
                 "offset": offset,
                 "reasons": dict(snapshot.counts["reason"].most_common()),
-                "rejections": [_rejection(one) for one in found[offset : offset + limit]],
+                "rejections": [_rejection(one) for one in rows],
             }
         )
 
     async def status(request: web.Request) -> web.Response:
-        _check(request)
+        check(request)
         snapshot, rejected = await all_targets.snapshot(), await all_rejections.snapshot()
         counts = {
             "targets": len(snapshot.rows),
@@ -166,7 +159,7 @@ def api_routes(view: RegistrarView, clock: Callable[[], float] = time.time) -> l
             "conflicts": len(view.status.conflicts),
         }
         namespaces = sorted(name for name in snapshot.counts["namespace"] if name)
-        return _answer(
+        return answer(
             {
                 **_status(view),
                 "unlisted": view.unlisted(),
@@ -176,25 +169,31 @@ def api_routes(view: RegistrarView, clock: Callable[[], float] = time.time) -> l
             }
         )
 
-    return [
-        web.get(f"/api/v1/{handler.__name__}", _reporting_bad_queries(handler), allow_head=False)
-        for handler in (targets, rejections, status)
-    ]
+    return [api_route(targets), api_route(rejections), api_route(status)]
 
 
-def _reporting_bad_queries(handler: Handler) -> Handler:
-    """Answer a query that makes no sense with 400 and an `error`."""
+def api_route(handler: Callable[[web.Request], Awaitable[web.Response]]) -> web.RouteDef:
+    """Return the route `/api/v1/` with the handler's name; a query that makes no sense gets 400 and an `error`."""
 
-    async def handle(request: web.Request) -> web.StreamResponse:
+    async def handle(request: web.Request) -> web.Response:
         try:
             return await handler(request)
         except BadQuery as error:
-            return _answer({"error": str(error)}, status=400)
+            return answer({"error": str(error)}, status=400)
 
-    return handle
+    return web.get(f"/api/v1/{handler.__name__}", handle, allow_head=False)
 
 
-def _check(request: web.Request, *known: str) -> None:
+async def find_page(
+    request: web.Request, snapshot: Snapshot[T], states: Iterable[str] = ()
+) -> tuple[int, int, int, list[T]]:
+    """Return the number of all rows and of those that a query finds, and the offset and rows of its page."""
+    limit, offset = _page(request)
+    found = await snapshot.find(_search(request, states))
+    return len(snapshot.rows), len(found), offset, found[offset : offset + limit]
+
+
+def check(request: web.Request, *known: str) -> None:
     """Raise BadQuery for an unknown parameter, or a search that is too long."""
     if not request.query.keys() <= set(known):
         raise BadQuery(f"the parameters are {', '.join(known)}" if known else "there are no parameters")
@@ -214,11 +213,11 @@ def _page(request: web.Request) -> tuple[int, int]:
     return limit, offset
 
 
-def _search(request: web.Request) -> Search:
+def _search(request: web.Request, known_states: Iterable[str]) -> Search:
     """Return the search of a query; raises BadQuery for a state or kind that does not exist."""
     query = request.query
     states = frozenset(query.getall("state", ()))
-    _one_of("state", states, TargetState)
+    _one_of("state", states, known_states)
     _one_of("kind", {query.get("kind", "")} - {""}, Kind)
     single = ((name, frozenset({query.get(name, "")}) - {""}) for name in ("kind", "namespace", "reason"))
     facets = tuple((name, values) for name, values in (("state", states), *single) if values)
@@ -328,7 +327,8 @@ def _object(key: ObjectKey) -> dict[str, str]:
     return {"kind": key.kind, "namespace": key.namespace, "name": key.name}
 
 
-def _answer(value: dict[str, Any], status: int = 200) -> web.Response:
+def answer(value: dict[str, Any], status: int = 200) -> web.Response:
+    """Return a value as JSON, with the headers of everything that is no page."""
     try:
         body = msgspec.json.encode(value)
     except UnicodeEncodeError:  # half of a surrogate pair has no UTF-8; JSON can spell it

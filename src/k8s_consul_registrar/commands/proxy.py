@@ -12,12 +12,15 @@ from typing import Any
 
 from k8s_consul_registrar import __version__
 from k8s_consul_registrar.admin.metrics import new_registry
+from k8s_consul_registrar.admin.proxy_api import Certificate, ProxyView, SourceRow, proxy_routes
 from k8s_consul_registrar.admin.server import AdminServer, failing_routes
+from k8s_consul_registrar.admin.status_api import PROXY_FILES, page_routes
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.commands import configure_logs
 from k8s_consul_registrar.errors import OperationalError, SettingsError
 from k8s_consul_registrar.kube.access import load_access
 from k8s_consul_registrar.kube.client import KubeClient
+from k8s_consul_registrar.pem import expires_at
 from k8s_consul_registrar.proxy.feed import NodeFeed, PodFeed
 from k8s_consul_registrar.proxy.metrics import ProxyCollector
 from k8s_consul_registrar.proxy.nodes import Nodes
@@ -27,9 +30,10 @@ from k8s_consul_registrar.proxy.stats import Failure, failing_report
 from k8s_consul_registrar.proxy.workers import Workers
 from k8s_consul_registrar.runner import Stop, run_mode, run_until_stopped
 from k8s_consul_registrar.settings.proxy import ProxySettings
-from k8s_consul_registrar.settings.reading import read_proxy
+from k8s_consul_registrar.settings.reading import PROXY, read_proxy, shown_settings
 from k8s_consul_registrar.telemetry import get_logger
 from k8s_consul_registrar.wiring.proxy import (
+    Inbound,
     KubeletIdentity,
     PodSide,
     build_feeds,
@@ -77,6 +81,13 @@ class _Health:
                 return f"the {feed.kind}s are not known yet{': ' if feed.problem else ''}{feed.problem}"
         return "" if self.server.is_serving else "no worker serves"
 
+    def sources(self) -> list[SourceRow]:
+        """Return how well each kind is followed."""
+        return [
+            SourceRow(f"{feed.kind}s", len(feed.store), feed.behind_seconds, feed.problem)
+            for feed in self.feeds
+        ]
+
     def behind(self) -> dict[str, float]:
         """Return for how many seconds a kind has not been followed."""
         return {str(feed.kind): feed.behind_seconds for feed in self.feeds}
@@ -96,7 +107,8 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
     pod_side = build_pod_side(settings)
     nodes = Nodes()
     await identity.refresh()
-    server = build_server(settings, nodes, identity, pod_side)
+    inbound = Inbound.of(settings.inbound)
+    server = build_server(settings, nodes, identity, inbound, pod_side)
     registry = new_registry("proxy")
     async with KubeClient(access, timing) as kube:
         feeds = build_feeds(
@@ -114,12 +126,27 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
         def failing() -> dict[str, object]:
             return failing_report(server.failures(), _names(nodes, pod_side))
 
+        view = ProxyView(
+            server,
+            nodes,
+            None if pod_side is None else pod_side.pods,
+            health.sources,
+            lambda: _certificates(inbound, identity, settings),
+            health.readiness,
+            {
+                "api_server": access.server,
+                "port": sockets[0].getsockname()[1],
+                "tls": bool(settings.inbound.cert_file),
+                "authentication": settings.inbound.is_authenticated,
+            },
+            shown_settings(settings.common.environment, PROXY),
+        )
         try:
             async with AdminServer(
                 port=settings.common.admin_port,
                 health=health,
                 registry=registry,
-                routes=failing_routes(failing),
+                routes=[*failing_routes(failing), *page_routes(PROXY_FILES), *proxy_routes(view)],
             ) as admin:
                 log.info(
                     "proxy starts",
@@ -142,6 +169,14 @@ async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None =
         finally:
             await server.stop()
     log.info("proxy ends")
+
+
+def _certificates(inbound: Inbound, identity: KubeletIdentity, settings: ProxySettings) -> list[Certificate]:
+    """Return the certificates that the proxy shows to clients and to kubelets."""
+    pairs = {} if inbound.tls is None else {"TLS_CERT_FILE": inbound.tls.value.pair}
+    if (pair := identity.trust.pair) is not None:
+        pairs["KUBELET_CLIENT_CERT_FILE" if settings.kubelets.client_cert_file else "KUBECONFIG"] = pair
+    return [Certificate(name, expires_at(pair.certificate)) for name, pair in pairs.items()]
 
 
 def _listen(port: int) -> list[socket.socket]:

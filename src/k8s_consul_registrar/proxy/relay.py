@@ -15,7 +15,7 @@ from k8s_consul_registrar.proxy.refusals import Refusal
 from k8s_consul_registrar.proxy.request import RequestCache
 from k8s_consul_registrar.proxy.response import HeadCache
 from k8s_consul_registrar.proxy.routes import POD_PREFIX, Pods, Route, find_pod, find_route
-from k8s_consul_registrar.proxy.stats import RecentFailures, ScrapeCounts
+from k8s_consul_registrar.proxy.stats import LastScrapes, RecentFailures, ScrapeCounts
 from k8s_consul_registrar.proxy.tls_stream import Buffers
 from k8s_consul_registrar.proxy.upstreams import (
     CredentialSource,
@@ -57,6 +57,7 @@ class Relay:
         self.requests = RequestCache()
         self.counts = ScrapeCounts()
         self.failures = RecentFailures()
+        self.last_scrapes = LastScrapes()
         self.deadlines = Deadlines(self.loop)
         self.is_draining = False
         self.nodes = nodes

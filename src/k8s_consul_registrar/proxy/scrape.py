@@ -174,6 +174,7 @@ class Scrape:
         else:
             connection.close()
         if self._end(Outcome.OK):
+            self._remember(Outcome.OK)
             self._client.finish(can_go_on=is_exact)
 
     def on_failure(self, refusal: Refusal, *, has_answered: bool) -> None:
@@ -237,6 +238,11 @@ class Scrape:
     def _note(self, refusal: Refusal) -> None:
         if refusal.status in UPSTREAM_FAILED and refusal.outcome is not Outcome.CALLER_LEFT:
             self._relay.failures.note(self._routed.route.endpoint, refusal.outcome, refusal.reason)
+            self._remember(refusal.outcome)
+
+    def _remember(self, outcome: Outcome) -> None:
+        seconds = monotonic() - self._began_at
+        self._relay.last_scrapes.note(self._routed.route.endpoint, seconds, outcome)
 
     def _end(self, outcome: Outcome) -> bool:
         """Give everything back; True the first time."""

@@ -5,17 +5,17 @@ import contextlib
 import errno
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 
 from k8s_consul_registrar.proxy.client_connection import ClientConnection
 from k8s_consul_registrar.proxy.config import ProxyConfig
 from k8s_consul_registrar.proxy.limits import ConnectionLimit
-from k8s_consul_registrar.proxy.nodes import Nodes
+from k8s_consul_registrar.proxy.nodes import Endpoint, Nodes
 from k8s_consul_registrar.proxy.relay import Relay
 from k8s_consul_registrar.proxy.routes import Pods
 from k8s_consul_registrar.proxy.secure_connection import SecureClientConnection
-from k8s_consul_registrar.proxy.stats import Failure, ProxyStats
+from k8s_consul_registrar.proxy.stats import Failure, LastScrape, ProxyStats
 from k8s_consul_registrar.proxy.upstreams import CredentialSource
 from k8s_consul_registrar.rotating import BearerTokens, Rotating
 from k8s_consul_registrar.telemetry import get_logger
@@ -190,6 +190,14 @@ class ProxyServer:
     def failures(self) -> list[Failure]:
         """Return the scrapes that failed lately, the latest last."""
         return self._relay.failures.lately()
+
+    def last_scrapes(self) -> Mapping[Endpoint, LastScrape]:
+        """Return the latest scrape of each upstream."""
+        return self._relay.last_scrapes.by_endpoint
+
+    def take_last_scrapes(self) -> dict[Endpoint, LastScrape]:
+        """Return the latest scrape of each upstream scraped since the last call."""
+        return self._relay.last_scrapes.take()
 
     def failures_since(self, noted: int) -> tuple[list[Failure], int]:
         """Return the failures after the first `noted`, and the number of all so far."""

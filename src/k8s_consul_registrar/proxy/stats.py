@@ -3,7 +3,7 @@
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 # Failures remembered, and for how long in seconds: five thousand kubelets failing at once have one cause.
 MAX_FAILURES = 1024
+# Upstreams whose latest scrape is remembered; all are forgotten where gone ones make it more.
+MAX_UPSTREAMS = 200_000
 FAILURES_KEPT = 900.0
 
 
@@ -146,6 +148,40 @@ class Failure(NamedTuple):
     endpoint: Endpoint
     outcome: Outcome
     reason: str
+
+
+class LastScrape(NamedTuple):
+    """The latest scrape of an upstream: its end in epoch seconds, its duration, and how it ended."""
+
+    at: float
+    seconds: float
+    outcome: Outcome
+
+
+class LastScrapes:
+    """The latest scrape of each upstream that was scraped at all."""
+
+    __slots__ = ("by_endpoint",)
+
+    def __init__(self) -> None:
+        self.by_endpoint: dict[Endpoint, LastScrape] = {}
+
+    def note(self, endpoint: Endpoint, seconds: float, outcome: Outcome) -> None:
+        """Remember a scrape in place of the one before."""
+        if len(self.by_endpoint) >= MAX_UPSTREAMS:
+            self.by_endpoint.clear()
+        self.by_endpoint[endpoint] = LastScrape(time.time(), seconds, outcome)
+
+    def take(self) -> dict[Endpoint, LastScrape]:
+        """Return what was noted since the last call."""
+        taken, self.by_endpoint = self.by_endpoint, {}
+        return taken
+
+    def add(self, others: Iterable[tuple[Endpoint, LastScrape]]) -> None:
+        """Remember the scrapes that another process noted."""
+        if len(self.by_endpoint) >= MAX_UPSTREAMS:
+            self.by_endpoint.clear()
+        self.by_endpoint.update(others)
 
 
 class RecentFailures:

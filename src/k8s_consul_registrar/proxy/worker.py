@@ -149,7 +149,7 @@ class Worker:
 
     def _figures(self) -> WorkerFigures:
         failures, self._noted = self._server.failures_since(self._noted)
-        return WorkerFigures(self._server.stats(), failures)
+        return WorkerFigures(self._server.stats(), failures, [*self._server.take_last_scrapes().items()])
 
 
 async def _main(parent: socket.socket) -> None:

@@ -9,9 +9,9 @@ import asyncio
 import msgspec
 
 from k8s_consul_registrar.proxy.config import ProxyConfig
-from k8s_consul_registrar.proxy.nodes import NodeTable
+from k8s_consul_registrar.proxy.nodes import Endpoint, NodeTable
 from k8s_consul_registrar.proxy.routes import ProxiedPod
-from k8s_consul_registrar.proxy.stats import Failure, ProxyStats
+from k8s_consul_registrar.proxy.stats import Failure, LastScrape, ProxyStats
 from k8s_consul_registrar.rotating import BearerTokens
 from k8s_consul_registrar.tls import ServerCertificate, Trust
 
@@ -77,10 +77,11 @@ class Serving(msgspec.Struct, frozen=True, tag=True):
 
 
 class WorkerFigures(msgspec.Struct, frozen=True, tag=True):
-    """From a worker, every second and at its end: its counts since it began, and failures since the last message."""
+    """From a worker, every second and at its end: its counts since it began, and what is new since the last message."""
 
     stats: ProxyStats
     failures: list[Failure]
+    last_scrapes: list[tuple[Endpoint, LastScrape]] = []
 
 
 ToWorker = Begin | WorkerCredentials | Table | PodPut | PodsKnown | Drain

@@ -8,14 +8,22 @@ only the scrapes it had under way. Its successor gets everything again.
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from k8s_consul_registrar.backoff import delays
 from k8s_consul_registrar.errors import OperationalError
-from k8s_consul_registrar.proxy.nodes import Nodes
+from k8s_consul_registrar.proxy.nodes import Endpoint, Nodes
 from k8s_consul_registrar.proxy.routes import Pods, ProxiedPod
-from k8s_consul_registrar.proxy.stats import NO_STATS, Failure, ProxyStats, RecentFailures, added
+from k8s_consul_registrar.proxy.stats import (
+    NO_STATS,
+    Failure,
+    LastScrape,
+    LastScrapes,
+    ProxyStats,
+    RecentFailures,
+    added,
+)
 from k8s_consul_registrar.proxy.worker_protocol import (
     Begin,
     Drain,
@@ -63,17 +71,17 @@ class WorkerProcess:
         self,
         process: asyncio.subprocess.Process,
         streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
-        on_failures: Callable[[list[Failure]], None],
+        on_figures: Callable[[WorkerFigures], None],
     ) -> None:
         self._process = process
         self._reader, self._writer = streams
-        self._on_failures = on_failures
+        self._on_figures = on_figures
         self.stats: ProxyStats | None = None
         self.serving = asyncio.Event()
 
     @classmethod
     async def start(
-        cls, command: Sequence[str], on_failures: Callable[[list[Failure]], None]
+        cls, command: Sequence[str], on_figures: Callable[[WorkerFigures], None]
     ) -> "WorkerProcess":
         """Start `command` with the number of its socket as the last argument."""
         ours, theirs = socket.socketpair()
@@ -88,7 +96,7 @@ class WorkerProcess:
             except BaseException:
                 ours.close()
                 raise
-        return cls(process, await asyncio.open_unix_connection(sock=ours), on_failures)
+        return cls(process, await asyncio.open_unix_connection(sock=ours), on_figures)
 
     @property
     def pid(self) -> int:
@@ -120,7 +128,7 @@ class WorkerProcess:
                         self.serving.set()
                     case WorkerFigures():
                         self.stats = message.stats
-                        self._on_failures(message.failures)
+                        self._on_figures(message)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1):
                     await self._process.wait()
@@ -171,6 +179,7 @@ class Workers:
         self._sent: WorkerCredentials | None = None
         self._sent_pods_known = False
         self._failures = RecentFailures()
+        self._last_scrapes = LastScrapes()
         # Counts of workers that are gone: a counter never goes back.
         self._past = NO_STATS
         self._deaths = 0
@@ -278,7 +287,7 @@ class Workers:
 
     async def _run_one(self, number: int, first: asyncio.Event) -> str:
         try:
-            worker = await WorkerProcess.start(self._command, self._note_failures)
+            worker = await WorkerProcess.start(self._command, self._note)
         except OSError as error:
             return f"cannot be started: {error.strerror or error}"
         self._running[number] = worker
@@ -301,9 +310,10 @@ class Workers:
         first.set()
         _log.info("a worker serves", worker=number, pid=worker.pid)
 
-    def _note_failures(self, failures: list[Failure]) -> None:
-        for failure in failures:
+    def _note(self, figures: WorkerFigures) -> None:
+        for failure in figures.failures:
             self._failures.take(failure)
+        self._last_scrapes.add(figures.last_scrapes)
 
     # Ending
 
@@ -350,3 +360,7 @@ class Workers:
     def failures(self) -> list[Failure]:
         """Return the scrapes that failed lately, the latest last."""
         return sorted(self._failures.lately(), key=lambda failure: failure.at)
+
+    def last_scrapes(self) -> Mapping[Endpoint, LastScrape]:
+        """Return the latest scrape of each upstream."""
+        return self._last_scrapes.by_endpoint

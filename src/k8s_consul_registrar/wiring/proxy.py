@@ -169,11 +169,14 @@ def credentials(
 
 
 def build_server(
-    settings: ProxySettings, nodes: Nodes, identity: KubeletIdentity, pod_side: PodSide | None
+    settings: ProxySettings,
+    nodes: Nodes,
+    identity: KubeletIdentity,
+    inbound: Inbound,
+    pod_side: PodSide | None,
 ) -> ProxyServer | Workers:
     """Build the server that relays: in this process, or in several workers."""
     config = _config(settings)
-    inbound = Inbound.of(settings.inbound)
     if settings.workers > 1:
         common, share = settings.common, config.share(settings.workers)
         return Workers(
