@@ -264,7 +264,7 @@ async def test_failures_and_counts_of_all_workers() -> None:
 async def test_worker_that_hangs_is_replaced() -> None:
     """One that is stopped and tells nothing any more is ended and started again."""
     parent = parent_of()
-    async with working(parent, parent.make(count=2, timing=replace(QUICK, silence=2.5))) as workers:
+    async with working(parent, parent.make(count=2, timing=replace(QUICK, silence=8.0))) as workers:
         stopped = workers.pids[0]
         os.kill(stopped, signal.SIGSTOP)
         await until(lambda: stopped not in workers.pids and workers.stats().workers == 2)

@@ -26,7 +26,7 @@ HOSTILE = "<img src=x onerror=window.pwned=1></script>\u202egnp.exe"
 # Outcomes that are no upstream's fault, so that there is nothing to do about one.
 OURS = {"ok", "bad_request", "unauthorized", "tls_handshake_failed", "method_not_allowed", "unknown_path",
         "unknown_node", "unknown_pod", "nodes_not_yet_known", "pods_not_yet_known", "too_many_scrapes",
-        "no_credentials", "caller_left"}  # fmt: skip
+        "no_credentials", "caller_left", "caller_stalled"}  # fmt: skip
 
 
 class _Healthy:
