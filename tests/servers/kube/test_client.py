@@ -37,7 +37,8 @@ from support.files import recorded, recorded_refusal
 from support.processes import reserve_ports
 from support.waiting import PATIENCE
 
-TIMING = Timing(connect_timeout=1.0, read_timeout=0.4)
+TIMING = Timing(connect_timeout=5.0, read_timeout=5.0)  # no test waits for it, even on a busy machine
+IMPATIENT = Timing(connect_timeout=1.0, read_timeout=0.1)
 SECRET = "s3cr3t-t0ken"
 ANONYMOUS = StoredCredentials(ClientIdentity())
 CA = trustme.CA()
@@ -99,9 +100,11 @@ def answering(status: int, body: bytes, **headers: str) -> Handler:
     return handle
 
 
-async def list_all(access: Access, kind: Kind = Kind.POD, **options: Any) -> list[Page]:
+async def list_all(
+    access: Access, kind: Kind = Kind.POD, timing: Timing = TIMING, **options: Any
+) -> list[Page]:
     """List to the end with a client of its own."""
-    async with KubeClient(access, TIMING) as client:
+    async with KubeClient(access, timing) as client:
         return [page async for page in client.pages(kind, **options)]
 
 
@@ -332,10 +335,10 @@ async def test_credentials_that_cannot_be_had_are_a_cluster_error() -> None:
         await list_all(Access("http://127.0.0.1:1", Failing()))
 
 
-async def unreachable(port: int, **options: Any) -> str:
+async def unreachable(port: int, timing: Timing = TIMING, **options: Any) -> str:
     """Return what a list of this port says when it cannot be had."""
     with pytest.raises(ClusterUnreachable) as caught:
-        await list_all(Access(f"http://127.0.0.1:{port}", ANONYMOUS, **options))
+        await list_all(Access(f"http://127.0.0.1:{port}", ANONYMOUS, **options), timing=timing)
     return str(caught.value)
 
 
@@ -407,7 +410,7 @@ async def test_silent_server_and_one_that_trickles_run_out_of_time() -> None:
         with pytest.raises(ClusterUnreachable, match="took too long"):
             await client.server_version()
     async with raw_server(trickle) as port, asyncio.timeout(PATIENCE):
-        assert "took too long" in await unreachable(port)
+        assert "took too long" in await unreachable(port, IMPATIENT)
 
 
 def server_tls(name: str, ca: trustme.CA = CA, client_ca: trustme.CA | None = None) -> ssl.SSLContext:
@@ -798,7 +801,7 @@ async def test_head_without_end_is_a_cluster_error(piece: bytes) -> None:
     async with (
         asyncio.timeout(PATIENCE),
         raw_server(endless) as port,
-        KubeClient(Access(f"http://127.0.0.1:{port}", ANONYMOUS), TIMING) as client,
+        KubeClient(Access(f"http://127.0.0.1:{port}", ANONYMOUS), IMPATIENT) as client,
     ):
         await ask_everything(client)
 
