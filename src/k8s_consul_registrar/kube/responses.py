@@ -1,8 +1,10 @@
-"""Failed requests as our error types: HTTP statuses, `kind: Status` bodies, and exceptions of aiohttp.
+"""Responses: failed requests as our error types, and compressed bodies as they were.
 
 Requests meet a Status under an HTTP status, watches in an ERROR event under a 200.
 """
 
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import aiohttp
@@ -22,6 +24,7 @@ from k8s_consul_registrar.tls import API_SERVER, Trust, explain
 
 MESSAGE_LENGTH = 300
 RETRY_AFTER_CAP = 3600.0
+ANY_HEAD = 32 + zlib.MAX_WBITS  # that of gzip or of zlib
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,3 +174,24 @@ def _broken(error: Exception, server: str, trust: Trust | None) -> str:
         case _:
             why = f"the connection to {server} broke: {clipped(str(error)) or type(error).__name__}"
     return why
+
+
+def unpacker(response: aiohttp.ClientResponse, *, is_part: bool = False) -> Callable[[bytes], bytes]:
+    """Return what decompresses a body, or with `is_part` one piece of it after the other; we ask for gzip.
+
+    It raises ClientPayloadError for a body that is broken or not whole.
+    """
+    if response.headers.get("Content-Encoding", "").lower() not in ("gzip", "deflate"):
+        return bytes
+    unpacking = zlib.decompressobj(ANY_HEAD)
+
+    def unpack(data: bytes) -> bytes:
+        try:
+            unpacked = unpacking.decompress(data)
+        except zlib.error as error:
+            raise aiohttp.ClientPayloadError(f"the compressed body is broken: {error}") from None
+        if not (is_part or unpacking.eof):
+            raise aiohttp.ClientPayloadError("the compressed body is not whole")
+        return unpacked
+
+    return unpack

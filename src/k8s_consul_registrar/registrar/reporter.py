@@ -184,11 +184,12 @@ class Reporter:
     def wrote(self, verb: str, services: Iterable[tuple[str, Target | None]], written: Written) -> None:
         """Count writes."""
         self._metrics.wrote(verb, written.done, 0)
+        debug = log.bind().debug  # bound once: each call would look the level up
         for number, (service_id, target) in enumerate(services):
             if number == MOST_NAMED:
                 break
             where = {} if target is None else {"address": target.address, "port": target.port}
-            log.debug(verb, service=service_id, **where)
+            debug(verb, service=service_id, **where)
 
     def lag(self, seconds: float) -> None:
         """Count the time from an event to Consul's acknowledgement of what it led to."""

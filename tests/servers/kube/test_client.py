@@ -150,7 +150,7 @@ async def test_namespace_and_a_server_prefix_are_part_of_the_path() -> None:
 
     async with serve(handle) as port:
         await list_all(Access(f"http://127.0.0.1:{port}/k8s/c-1", ANONYMOUS), namespace="a/b")
-    assert paths == ["/k8s/c-1/api/v1/namespaces/a%2Fb/pods?limit=500"]
+    assert paths == ["/k8s/c-1/api/v1/namespaces/a%2Fb/pods?limit=250"]
 
 
 async def test_page_that_repeats_ends_the_list() -> None:
