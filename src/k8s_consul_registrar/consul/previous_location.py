@@ -19,11 +19,9 @@ class Location(Protocol):
 
     def services(self) -> AsyncIterator[Service]:
         """Yield every service there, whatever wrote it."""
-        ...
 
     async def deregister(self, services: Sequence[Service]) -> Written:
         """Remove services."""
-        ...
 
 
 class PreviousLocation:

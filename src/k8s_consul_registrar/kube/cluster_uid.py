@@ -16,7 +16,6 @@ class NamespaceReader(Protocol):
 
     async def namespace_uid(self, name: str) -> str | None:
         """Return the UID, None where it is hidden or missing; raises a ClusterError."""
-        ...
 
 
 class ClusterUid:

@@ -34,15 +34,12 @@ class Credentials(Protocol):
 
     async def identity(self) -> ClientIdentity:
         """Return the current identity; raises AccessError if there is none."""
-        ...
 
     def rejected(self, identity: ClientIdentity) -> None:
         """Note that the server answered 401 to this identity: the next one should be fresh."""
-        ...
 
     async def aclose(self) -> None:
         """End what runs to get an identity; a later `identity` begins again."""
-        ...
 
 
 class StoredCredentials:

@@ -58,11 +58,9 @@ class StoreObserver(Protocol[ValueT_contra]):
 
         `heard_at` is the moment of the event; None for a list, which tells about the past.
         """
-        ...
 
     def on_source(self, source: Source, status: SourceStatus) -> None:
         """Note another state of a source; the text of a failure may change without a call."""
-        ...
 
 
 class _Record(msgspec.Struct, Generic[ValueT]):

@@ -53,15 +53,12 @@ class Leases(Protocol):
 
     async def get(self) -> Lease | None:
         """Return the record, None where there is none."""
-        ...
 
     async def create(self, lease: Lease) -> Lease:
         """Write the first record; raises `ClusterConflict` when there is one."""
-        ...
 
     async def update(self, lease: Lease) -> Lease:
         """Replace the version the lease names; raises `ClusterConflict` when there is another."""
-        ...
 
 
 class Elector:

@@ -14,15 +14,12 @@ class ClusterReader(Protocol):
 
     async def read_object(self, key: ObjectKey) -> Item | None:
         """Return an object as it is now, None if there is none; raises a `ClusterError`."""
-        ...
 
     async def is_selected(self, key: ObjectKey) -> bool:
         """Return whether lists of its source show an object that exists; raises a `ClusterError`."""
-        ...
 
     def relist(self, source: Source, at: float) -> None:
         """Ask for a new complete list of a source at a moment of the monotonic clock."""
-        ...
 
 
 class Registry(Protocol):
@@ -39,31 +36,24 @@ class Registry(Protocol):
 
     def services(self) -> AsyncIterator[Service]:
         """Yield every service held there, no matter who wrote it."""
-        ...
 
     def lookup(self, ids: Sequence[str]) -> AsyncIterator[Service]:
         """Yield those of these services that exist now."""
-        ...
 
     async def register(self, services: Sequence[Service]) -> Written:
         """Write services over what is under the same IDs."""
-        ...
 
     async def deregister(self, services: Sequence[Service]) -> Written:
         """Remove services; one that does not exist counts as done."""
-        ...
 
     async def drift(self) -> Drift:
         """Return what others may have done to what is there; cheap enough to ask every few seconds."""
-        ...
 
     async def lost_shards(self) -> Mapping[str, str]:
         """Return shard paths by service ID that are still on record though the service is not held here."""
-        ...
 
     async def is_name_taken(self, name: str) -> bool:
         """Return whether a service anywhere in the catalog has this name and no registrar wrote it."""
-        ...
 
 
 class Health(Protocol):
@@ -72,21 +62,17 @@ class Health(Protocol):
     @property
     def is_up(self) -> bool:
         """True if a request succeeded and neither the latest read nor the latest write failed."""
-        ...
 
     @property
     def problem(self) -> str:
         """The latest failure, empty if there is none."""
-        ...
 
     @property
     def open_at(self) -> float:
         """Moment of the monotonic clock before which no new work may start."""
-        ...
 
     def concurrency(self, limit: int) -> int:
         """Return how many of `limit` requests may be in flight; few after an outage or a 429."""
-        ...
 
 
 class Leadership(Protocol):
@@ -95,11 +81,9 @@ class Leadership(Protocol):
     @property
     def is_leader(self) -> bool:
         """True if a write may start now."""
-        ...
 
     async def changed(self) -> None:
         """Wait until leadership was won or lost since this last returned."""
-        ...
 
 
 class NoElection:
@@ -123,12 +107,9 @@ class Orphans(Protocol):
 
     async def look(self) -> bool:
         """Look, at little cost, for lost agents; return whether a resync is wanted for one."""
-        ...
 
     async def collect(self) -> None:
         """Remove what may go; to be called after a resync."""
-        ...
 
     def rest(self) -> None:
         """Forget what was seen, since another replica leads."""
-        ...

@@ -42,11 +42,9 @@ class OrphanLocation(Protocol):
 
     def services(self) -> AsyncIterator[Service]:
         """Yield this registrar's services there."""
-        ...
 
     async def clear(self) -> Written:
         """Remove them."""
-        ...
 
 
 class Agents(Protocol):
@@ -54,19 +52,15 @@ class Agents(Protocol):
 
     async def own_node(self) -> str:
         """Return the node of the agent we talk to."""
-        ...
 
     async def failing(self) -> Sequence[AgentHealth]:
         """Return the agents' checks that are critical now."""
-        ...
 
     def services_here(self, own_node: str) -> AsyncIterator[Service]:
         """Yield what our own agent holds and the catalog shows at its node."""
-        ...
 
     def location(self, lost: AgentHealth, may_go: Callable[[Service], bool]) -> OrphanLocation:
         """Return a lost agent's node as a location to clear, while its check says just this."""
-        ...
 
 
 class OrphanRules(msgspec.Struct, frozen=True):

@@ -267,7 +267,6 @@ class Shards(Protocol):
 
     def choose(self, service_id: str, current: str) -> str:
         """Return the shard of a service whose shard is `current` now; empty if there are no shards."""
-        ...
 
 
 class RandomShards(msgspec.Struct, frozen=True):
