@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.settings.common import CommonSettings
@@ -60,7 +61,7 @@ class Command:
         return self.name in MODES
 
     @property
-    def settings(self) -> Sequence[Setting]:
+    def settings(self) -> Sequence[Setting[Any]]:
         """The settings that the command heeds."""
         return [one for one in SETTINGS if not self.settings_of.isdisjoint(modes_of(one))]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from k8s_consul_registrar.settings.field import Given, Setting
+from k8s_consul_registrar.settings.lookalikes import nearest
 from k8s_consul_registrar.settings.parsers import is_path
 
 LARGEST = 1 << 20  # bytes
@@ -27,7 +28,7 @@ _EXPECTED = {
 }
 
 
-def read_config(path: str, settings: Mapping[str, Setting], given: Given) -> None:
+def read_config(path: str, settings: Mapping[str, Setting[Any]], given: Given) -> None:
     """Add the texts of a file to `given` where the environment has none, and its mistakes."""
     shown = path if is_path(path) or _FILE_NAME.fullmatch(path) else ""
     try:
@@ -99,16 +100,14 @@ def _load(text: str) -> Mapping[Any, Any]:
     return content
 
 
-def _setting_of(key: object, settings: Mapping[str, Setting]) -> Setting:
+def _setting_of(key: object, settings: Mapping[str, Setting[Any]]) -> Setting[Any]:
     if not isinstance(key, str) or not _KEY.fullmatch(key):
         raise _Unusable("is not the name of a setting")
     if key == "MODE":
         raise _Unusable("is not read from a file: name the mode as the command, or set the variable")
     if key not in settings:
-        from difflib import get_close_matches  # noqa: PLC0415 - only a mistake needs it
-
         name = key.upper().replace("-", "_")
-        near = [name] if name in settings else get_close_matches(name, settings, n=2, cutoff=0.7)
+        near = [name] if name in settings else nearest(name, settings)
         raise _Unusable("is not a setting" + (f": {' or '.join(near)} is meant?" if near else ""))
     setting = settings[key]
     if setting.is_secret:
@@ -117,7 +116,7 @@ def _setting_of(key: object, settings: Mapping[str, Setting]) -> Setting:
     return setting
 
 
-def _text(setting: Setting, value: object) -> str:
+def _text(setting: Setting[Any], value: object) -> str:
     """Return a value as the text that a variable would have; raises _Unusable."""
     kind = setting.parser.schema["type"]
     if value is None:

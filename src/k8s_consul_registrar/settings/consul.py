@@ -1,11 +1,10 @@
 """Settings of Consul: its address and credentials, and how services are kept there."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 from urllib.parse import urlsplit
 
 from k8s_consul_registrar.settings import parsers as parse
-from k8s_consul_registrar.settings.field import Reader, Section, setting
+from k8s_consul_registrar.settings.field import Reader, Section, Setting
 from k8s_consul_registrar.settings.parsers import TEXT, Parser
 from k8s_consul_registrar.settings.selection import DISCOVERY
 from k8s_consul_registrar.urls import check_host, check_url
@@ -77,62 +76,41 @@ def _without_userinfo(given: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class ConsulSettings(Section):
+class ConsulSettings(Section, group=CONSUL):
     """The address of Consul and the credentials for it; files are read when a connection needs them."""
 
-    GROUP: ClassVar[str] = CONSUL
-
-    address: str = setting(
-        "CONSUL_ADDRESS",
-        parse.text,
-        "Address of Consul: `host:port`, `http://…`, `https://…` or `unix:///path`",
-        default="127.0.0.1:8500",
-        complete=_address,
+    address: str = Setting("CONSUL_ADDRESS", parse.text, "127.0.0.1:8500", complete=_address).means(
+        "Address of Consul: `host:port`, `http://…`, `https://…` or `unix:///path`"
     )
-    http_addr: str = setting(
-        "CONSUL_HTTP_ADDR",
-        parse.text,
-        "Consul's own variable for its address, used if `CONSUL_ADDRESS` is not set",
+    http_addr: str = Setting("CONSUL_HTTP_ADDR", parse.text).means(
+        "Consul's own variable for its address, used if `CONSUL_ADDRESS` is not set"
     )
-    token: str = setting(
-        "CONSUL_HTTP_TOKEN",
-        Parser(_token, TEXT),
-        "ACL token for Consul. Only as a variable: it has no flag, and a configuration file with it is refused",
-        secret=True,
+    token: str = Setting("CONSUL_HTTP_TOKEN", Parser(_token, TEXT), is_secret=True).means(
+        "ACL token for Consul. Only as a variable: it has no flag, and a configuration file with it is refused"
     )
-    token_file: str = setting(
-        "CONSUL_HTTP_TOKEN_FILE",
-        parse.secret_file,
-        "File with the ACL token, read again when it changes. Takes precedence over `CONSUL_HTTP_TOKEN`",
+    token_file: str = Setting("CONSUL_HTTP_TOKEN_FILE", parse.secret_file).means(
+        "File with the ACL token, read again when it changes. Takes precedence over `CONSUL_HTTP_TOKEN`"
     )
-    wants_tls: bool = setting(
-        "CONSUL_HTTP_SSL", parse.boolean, "`true`: use https if the address has no scheme", default="false"
+    wants_tls: bool = Setting("CONSUL_HTTP_SSL", parse.boolean, "false").means(
+        "`true`: use https if the address has no scheme"
     )
-    verify: bool = setting(
-        "CONSUL_HTTP_SSL_VERIFY", parse.boolean, "`false`: accept any certificate of Consul", default="true"
+    verify: bool = Setting("CONSUL_HTTP_SSL_VERIFY", parse.boolean, "true").means(
+        "`false`: accept any certificate of Consul"
     )
-    ca_file: str = setting(
-        "CONSUL_CACERT",
-        parse.file,
-        "File with the CA of Consul's certificate, read again when it changes. Unset: the system's CAs",
+    ca_file: str = Setting("CONSUL_CACERT", parse.file).means(
+        "File with the CA of Consul's certificate, read again when it changes. Unset: the system's CAs"
     )
-    cert_file: str = setting(
-        "CONSUL_CLIENT_CERT",
-        parse.file,
-        "File with the client certificate for Consul, read again when it changes",
+    cert_file: str = Setting("CONSUL_CLIENT_CERT", parse.file).means(
+        "File with the client certificate for Consul, read again when it changes"
     )
-    key_file: str = setting(
-        "CONSUL_CLIENT_KEY",
-        parse.secret_file,
-        "File with the key of `CONSUL_CLIENT_CERT`, read again when it changes. Unset: the same file",
+    key_file: str = Setting("CONSUL_CLIENT_KEY", parse.secret_file).means(
+        "File with the key of `CONSUL_CLIENT_CERT`, read again when it changes. Unset: the same file"
     )
-    tls_server_name: str = setting(
-        "CONSUL_TLS_SERVER_NAME",
-        Parser(_host, TEXT),
-        "Name expected in Consul's certificate. Unset: the host of its address",
+    tls_server_name: str = Setting("CONSUL_TLS_SERVER_NAME", Parser(_host, TEXT)).means(
+        "Name expected in Consul's certificate. Unset: the host of its address"
     )
-    namespace: str = setting("CONSUL_NAMESPACE", parse.text, "Consul Enterprise namespace")
-    partition: str = setting("CONSUL_PARTITION", parse.text, "Consul Enterprise admin partition")
+    namespace: str = Setting("CONSUL_NAMESPACE", parse.text).means("Consul Enterprise namespace")
+    partition: str = Setting("CONSUL_PARTITION", parse.text).means("Consul Enterprise admin partition")
 
     @property
     def socket(self) -> str:
@@ -165,56 +143,41 @@ def _with_default_nodes(given: frozenset[str], reader: Reader) -> frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
-class BackendSettings(Section):
+class BackendSettings(Section, group=CONSUL):
     """Where in Consul services are kept, and at which nodes they may have been kept before.
 
     `concurrency` is 0 for the default of the backend.
     """
 
-    GROUP: ClassVar[str] = CONSUL
-
-    backend: str = setting(
-        "CONSUL_BACKEND",
-        parse.choice(*BACKENDS),
+    backend: str = Setting("CONSUL_BACKEND", parse.choice(*BACKENDS), AGENT).means(
         "`agent`: services belong to the agent at `CONSUL_ADDRESS`. `catalog`: services belong to a node of "
         "their own in the catalog and are written in transactions. `none`: no Consul, targets are served at "
-        "`HTTP_SD_PORT` only",
-        default=AGENT,
+        "`HTTP_SD_PORT` only"
     )
-    node_name: str = setting(
+    node_name: str = Setting(
         "CONSUL_NODE_NAME",
         parse.matching(_NODE_NAME, "must be letters, digits, '.', '_' or '-'"),
-        "Name of the node for the services in the catalog. Unset: `k8s-<cluster>`, or "
-        "`k8s-<cluster>-<instance>`",
         complete=_node_or_default,
+    ).means(
+        "Name of the node for the services in the catalog. Unset: `k8s-<cluster>`, or "
+        "`k8s-<cluster>-<instance>`"
     )
-    previous_node_names: frozenset[str] = setting(
-        "PREVIOUS_CONSUL_NODE_NAMES",
-        parse.names,
+    previous_node_names: frozenset[str] = Setting(
+        "PREVIOUS_CONSUL_NODE_NAMES", parse.names, complete=_with_default_nodes
+    ).means(
         "Comma-separated catalog nodes that held the services before. This registrar's services are removed "
         "from there once all are at the new place. The other backend, and the default nodes of this cluster "
-        "and its previous names, are cleared without being named",
-        complete=_with_default_nodes,
+        "and its previous names, are cleared without being named"
     )
-    concurrency: int = setting(
-        "CONSUL_CONCURRENCY",
-        parse.integer(1, 200, unset=0),
-        "Concurrent requests to Consul, 1 to 200. Unset: 32 for an agent, 8 transactions for the catalog",
+    concurrency: int = Setting("CONSUL_CONCURRENCY", parse.integer(1, 200, unset=0)).means(
+        "Concurrent requests to Consul, 1 to 200. Unset: 32 for an agent, 8 transactions for the catalog"
     )
-    has_readiness: bool = setting(
-        "REGISTER_READINESS",
-        parse.boolean,
+    has_readiness: bool = Setting("REGISTER_READINESS", parse.boolean, "false").means(
         "`true`: write whether a Pod or Node is ready as a health check of its service. Needs "
-        "`CONSUL_BACKEND=catalog`",
-        default="false",
+        "`CONSUL_BACKEND=catalog`"
     )
-
-    follows: bool = setting(
-        "WATCH",
-        parse.boolean,
-        "`false`: list the cluster every `SYNC_PERIOD` instead of watching it",
-        default="true",
-        group=DISCOVERY,
+    follows: bool = Setting("WATCH", parse.boolean, "true", group=DISCOVERY).means(
+        "`false`: list the cluster every `SYNC_PERIOD` instead of watching it"
     )
 
     def check(self, reader: Reader) -> None:

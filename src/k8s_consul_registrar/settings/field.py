@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.settings.parsers import Corrected, Parser
@@ -16,10 +16,17 @@ SERVICE_LINK = re.compile(r"(?:tcp|udp|sctp)://\S+")
 
 
 class Section:
-    """Some settings: a frozen dataclass whose fields are declared with `setting` and `section`."""
+    """Some settings: a frozen dataclass whose fields are declared with `Setting` and `section`.
+
+    `group` is the heading of its settings in the help and the docs.
+    """
 
     __slots__ = ()
-    GROUP: ClassVar[str] = ""
+    GROUP = ""
+
+    def __init_subclass__(cls, *, group: str = "") -> None:
+        if group:  # `dataclass` makes the class a second time, and without it
+            cls.GROUP = group
 
     def check(self, reader: "Reader") -> None:
         """Report what is wrong with, or has no effect on, these values together."""
@@ -29,20 +36,25 @@ S = TypeVar("S", bound=Section)
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """One setting. A secret has no flag, since every process can read command lines.
+class Setting(Generic[T]):
+    """One setting, by default of its section's group.
 
-    `help` is a phrase without a full stop at its end, names and values in backticks. `complete` adds to the
-    parsed value what depends on other settings.
+    A secret has no flag, since every process can read command lines. `complete` adds to the parsed value what
+    depends on other settings. `help` is a phrase without a full stop at its end, names and values in backticks.
     """
 
     env: str
-    parser: Parser[Any]
-    help: str
-    default: str
-    group: str
+    parser: Parser[T]
+    default: str = ""
+    group: str = ""
     is_secret: bool = False
-    complete: "Callable[[Any, Reader], Any] | None" = None
+    complete: "Callable[[T, Reader], T] | None" = None
+    help: str = ""
+
+    def means(self, help: str) -> T:  # noqa: A002 - as in argparse
+        """Declare a field of a `Section` as this setting; without a reader it has the parsed default."""
+        metadata = {_SETTING: replace(self, help=help)}
+        return field(default=self.parser.parse(self.default), repr=not self.is_secret, metadata=metadata)
 
     @property
     def flag(self) -> str:
@@ -71,24 +83,6 @@ class Setting:
         return text or self.default
 
 
-def setting(
-    env: str,
-    parser: Parser[T],
-    help: str,  # noqa: A002 - as in argparse
-    *,
-    default: str = "",
-    group: str = "",
-    secret: bool = False,
-    complete: "Callable[[T, Reader], T] | None" = None,
-) -> T:
-    """Declare a field of a `Section` as a setting, by default of the section's group.
-
-    Without a reader the field has the parsed default.
-    """
-    declaration = Setting(env, parser, help, default, group, secret, complete)
-    return field(default=parser.parse(default), repr=not secret, metadata={_SETTING: declaration})
-
-
 def section(kind: type[S], *, when: str = "") -> S:
     """Declare a field of a `Section` as another section.
 
@@ -100,11 +94,11 @@ def section(kind: type[S], *, when: str = "") -> S:
     return field(default_factory=kind, metadata=metadata)
 
 
-def declared(kind: type[Section]) -> Iterator[Setting]:
+def declared(kind: type[Section]) -> Iterator[Setting[Any]]:
     """Yield the settings of a section and of the sections in it."""
     for one in fields(cast("Any", kind)):
         if _SETTING in one.metadata:
-            found: Setting = one.metadata[_SETTING]
+            found: Setting[Any] = one.metadata[_SETTING]
             yield found if found.group else replace(found, group=kind.GROUP)
         elif _SECTION in one.metadata:
             yield from declared(one.metadata[_SECTION][0])
@@ -149,12 +143,27 @@ class Reader:
         origin = self._origins.get(name)
         self._problems.append(f"{name}: {text}{f' (in {origin})' if origin else ''}")
 
+    def require_pair(self, certificate: str, key: str) -> None:
+        """Report a certificate without its key, and a key without its certificate."""
+        for name, other in ((certificate, key), (key, certificate)):
+            if self.is_set(name) and not self.is_set(other):
+                self.problem(other, f"is missing: {name} needs it")
+
+    def require_server_tls(self, prefix: str) -> None:
+        """Report files for TLS of a port of ours that need another one."""
+        self.require_pair(f"{prefix}_CERT_FILE", f"{prefix}_KEY_FILE")
+        if self.is_set(f"{prefix}_CLIENT_CA_FILE") and not self.is_set(f"{prefix}_CERT_FILE"):
+            self.problem(
+                f"{prefix}_CLIENT_CA_FILE",
+                f"needs {prefix}_CERT_FILE: without TLS no client shows a certificate",
+            )
+
     def section(self, kind: type[S]) -> S:
         """Return a section with the values that were given."""
         values: dict[str, Any] = {}
         for one in fields(cast("Any", kind)):
             if _SETTING in one.metadata:
-                declaration: Setting = one.metadata[_SETTING]
+                declaration: Setting[Any] = one.metadata[_SETTING]
                 value = self.value(declaration.env)
                 complete = declaration.complete
                 values[one.name] = complete(value, self) if complete else value
@@ -172,7 +181,7 @@ class Reader:
         if self._problems:
             raise SettingsError(self._problems)
 
-    def _parse(self, one: Setting, text: str) -> Any:
+    def _parse(self, one: Setting[Any], text: str) -> Any:
         try:
             return one.parser.parse(text or one.default)
         except Corrected as corrected:
@@ -184,7 +193,7 @@ class Reader:
             return one.parser.parse(one.default)
 
 
-def _service_link_hint(one: Setting, text: str) -> str:
+def _service_link_hint(one: Setting[Any], text: str) -> str:
     if one.is_secret or not SERVICE_LINK.fullmatch(text):
         return ""
     return "; Kubernetes sets it so for a Service of that name: set enableServiceLinks to false"

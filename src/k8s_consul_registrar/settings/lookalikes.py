@@ -12,18 +12,8 @@ from k8s_consul_registrar.settings.field import SERVICE_LINK
 # Kubernetes sets these for each Service, whatever it is called; the value of `<SERVICE>_PORT` is a SERVICE_LINK.
 _SERVICE_NAME = re.compile(r".+_SERVICE_(HOST|PORT(_.+)?)|.+_PORT_[0-9]+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?")
 # Variables of Kubernetes manifests, of Consul and of other programs that are close to a setting.
-_OTHERS = frozenset(
-    {
-        "MODE",
-        *("POD_NAME", "NODE_NAME", "SERVICE_NAME", "SERVICE_ID", "HTTP_PORT", "PROXY_PORT"),
-        *(
-            "CONSUL_CAPATH",
-            "CONSUL_GRPC_ADDR",
-            "CONSUL_GRPC_CACERT",
-            "CONSUL_GRPC_CAPATH",
-            "CONSUL_HTTP_AUTH",
-        ),
-    }
+_OTHERS = re.compile(
+    "MODE|(POD|NODE|SERVICE)_NAME|SERVICE_ID|(HTTP|PROXY)_PORT|CONSUL_(HTTP_AUTH|(GRPC_)?CAPATH|GRPC_(ADDR|CACERT))"
 )
 _MOST_WRONG = 2  # letters of a misspelt name
 _LETTERS_FOR_ONE = 6  # letters of a name for each that may be wrong
@@ -38,12 +28,9 @@ def lookalikes(environment: Mapping[str, str], known: Collection[str]) -> dict[s
     found = {}
     for name, value in environment.items():
         is_of_a_service = _SERVICE_NAME.fullmatch(name) or SERVICE_LINK.fullmatch(value)
-        if (
-            name not in known
-            and name not in _OTHERS
-            and not is_of_a_service
-            and (near := nearest(name, known))
-        ):
+        if is_of_a_service or name in known or _OTHERS.fullmatch(name):
+            continue
+        if near := nearest(name, known):
             found[name] = near
     return found
 

@@ -16,7 +16,10 @@ T = TypeVar("T")
 LONGEST = 366 * 86_400.0  # seconds, a year
 TEXT: Mapping[str, Any] = {"type": "string"}
 TEXTS: Mapping[str, Any] = {"type": "array", "items": TEXT}
+# Kubernetes, "Object Names and IDs": names of objects and prefixes of keys are DNS subdomains, those of
+# namespaces are labels.
 _OBJECT_NAME = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
+_NAMESPACE = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _FALSE = frozenset({"false", "0", "no", "off"})
 
@@ -50,8 +53,9 @@ def matching(pattern: str, problem: str) -> Parser[str]:
 
 def object_name(longest: int) -> Parser[str]:
     """Take the name of a Kubernetes object, or none: a DNS subdomain (RFC 1123)."""
-    problem = f"is no name of a Kubernetes object of at most {longest}"
-    return matching(f"(?=.{{1,{longest}}}$){_OBJECT_NAME}", problem)
+    return matching(
+        f"(?=.{{1,{longest}}}$){_OBJECT_NAME}", f"is no name of a Kubernetes object of at most {longest}"
+    )
 
 
 def split(given: str) -> tuple[str, ...]:
@@ -83,18 +87,17 @@ def choice(*words: str) -> Parser[str]:
     """Take one of these words, in any case, or none."""
 
     def parse(given: str) -> str:
-        return one_of(words, given.lower()) if given else ""
+        return _one_of(words, given.lower()) if given else ""
 
     return Parser(parse, {**TEXT, "enum": list(words)})
 
 
 def choices(*words: str, empty: str = "") -> Parser[tuple[str, ...]]:
     """Take a comma-separated list of some of these words."""
-    return entries(lambda entry: one_of(words, entry), empty=empty, enum=list(words))
+    return entries(lambda entry: _one_of(words, entry), empty=empty, enum=list(words))
 
 
-def one_of(words: tuple[str, ...], given: str) -> str:
-    """Return the text, which must be one of the words."""
+def _one_of(words: tuple[str, ...], given: str) -> str:
     if given not in words:
         raise ValueError(f"{given!r} is none of {', '.join(words)}")
     return given
@@ -148,6 +151,12 @@ def _boolean(given: str) -> bool:
     return word in _TRUE
 
 
+def _printable(given: str) -> str:
+    if not given.isprintable():
+        raise ValueError("is not printable")
+    return given
+
+
 def _file(given: str) -> str:
     """Take the path of a file; its content, given by mistake, is refused without being shown."""
     if any(char < " " for char in given) or "-----BEGIN" in given or given.startswith("{"):
@@ -167,6 +176,12 @@ def _secret_file(given: str) -> str:
 
 
 text = Parser(str, TEXT)
+selector = Parser(_printable, TEXT)  # the API server parses it
+annotation_prefix = matching(
+    rf"(?=.{{1,253}}/$){_OBJECT_NAME}/", "is not a DNS name in lower case and a slash"
+)
+_namespace = matching(_NAMESPACE, "is no namespace: lower-case letters, digits and '-', at most 63")
+namespaces = entries(_namespace.parse, empty="names no namespace", pattern=f"^{_NAMESPACE}$")
 boolean = Parser(_boolean, {"type": "boolean"})
 port = integer(0, 65535)
 file = Parser(_file, TEXT)

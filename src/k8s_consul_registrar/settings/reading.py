@@ -18,17 +18,17 @@ _KINDS: Mapping[str, type[ModeSettings]] = {REGISTRAR: RegistrarSettings, PROXY:
 _BY_MODE = {mode: {one.env: one for one in declared(kind)} for mode, kind in _KINDS.items()}
 # Every setting: those of both modes first.
 _SHARED = {env: one for env, one in _BY_MODE[REGISTRAR].items() if env in _BY_MODE[PROXY]}
-SETTINGS: tuple[Setting, ...] = tuple((_SHARED | _BY_MODE[REGISTRAR] | _BY_MODE[PROXY]).values())
+SETTINGS: tuple[Setting[Any], ...] = tuple((_SHARED | _BY_MODE[REGISTRAR] | _BY_MODE[PROXY]).values())
 
 M = TypeVar("M", bound=ModeSettings)
 
 
-def settings_of(mode: str) -> Iterator[Setting]:
+def settings_of(mode: str) -> Iterator[Setting[Any]]:
     """Yield the settings of a mode."""
     return (one for one in SETTINGS if one.env in _BY_MODE[mode])
 
 
-def modes_of(setting: Setting) -> tuple[str, ...]:
+def modes_of(setting: Setting[Any]) -> tuple[str, ...]:
     """Return the modes that have a setting."""
     return tuple(mode for mode in MODES if setting.env in _BY_MODE[mode])
 

@@ -26,7 +26,7 @@ class _RefusedSecret(argparse.Action):
         )
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
+def add_flags(parser: argparse.ArgumentParser, settings: Iterable[Setting[Any]]) -> None:
     """Add a flag for each setting, in groups; `dest` is the variable."""
     groups: dict[str, Any] = {}
     for one in settings:
@@ -98,22 +98,22 @@ def json_schema() -> str:
 RENDERERS: Mapping[str, Callable[[], str]] = {MARKDOWN: markdown, JSON_SCHEMA: json_schema, ENV: env}
 
 
-def _groups(settings: Iterable[Setting]) -> dict[str, list[Setting]]:
-    groups: dict[str, list[Setting]] = {}
+def _groups(settings: Iterable[Setting[Any]]) -> dict[str, list[Setting[Any]]]:
+    groups: dict[str, list[Setting[Any]]] = {}
     for one in settings:
         groups.setdefault(one.group, []).append(one)
     return groups
 
 
-def _sentence(one: Setting) -> str:
+def _sentence(one: Setting[Any]) -> str:
     return f"{one.plain_help}.{f' Default: {one.default}.' if one.default else ''}"
 
 
-def _wrapped(one: Setting, indent: str) -> str:
+def _wrapped(one: Setting[Any], indent: str) -> str:
     return fill(_sentence(one), 100, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
 
 
-def _table(settings: Iterable[Setting], helps: Mapping[str, str], header: str) -> str:
+def _table(settings: Iterable[Setting[Any]], helps: Mapping[str, str], header: str) -> str:
     lines = [f"| {header} |", "|---|---|---|"]
     for one in settings:
         default = f"`{one.default}`" if one.default else _UNSET
@@ -122,7 +122,7 @@ def _table(settings: Iterable[Setting], helps: Mapping[str, str], header: str) -
     return "\n".join(lines) + "\n"
 
 
-def _property(one: Setting) -> dict[str, Any]:
+def _property(one: Setting[Any]) -> dict[str, Any]:
     described = {"description": one.plain_help}
     if one.is_secret:
         return {**described, "not": {}}  # refused in a file
@@ -130,7 +130,7 @@ def _property(one: Setting) -> dict[str, Any]:
     return {**schema, "default": _default(one)} if one.default else schema
 
 
-def _default(one: Setting) -> Any:
+def _default(one: Setting[Any]) -> Any:
     match one.parser.schema["type"]:
         case "boolean" | "integer" | "number":
             return json.loads(one.default)

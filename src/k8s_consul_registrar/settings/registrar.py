@@ -3,18 +3,16 @@
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import ClassVar
 
 from k8s_consul_registrar.registrar.election import ElectionTiming
 from k8s_consul_registrar.settings import parsers as parse
 from k8s_consul_registrar.settings.common import ModeSettings
 from k8s_consul_registrar.settings.consul import AGENT, NONE, BackendSettings, ConsulSettings
-from k8s_consul_registrar.settings.field import Reader, Section, section, setting
+from k8s_consul_registrar.settings.field import Reader, Section, Setting, section
 from k8s_consul_registrar.settings.parsers import TEXT, Parser
 from k8s_consul_registrar.settings.selection import DISCOVERY, HASH, NamingSettings, SelectionSettings
 from k8s_consul_registrar.targets.service_names import Template
 
-IDENTITY = "Cluster and ownership"
 HTTP_SD = "HTTP service discovery"
 BRAKE = "Mass removals and lost agents"
 ELECTION = "Leader election"
@@ -53,42 +51,29 @@ def _without_empty(given: frozenset[str], _: Reader) -> frozenset[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class HttpSdSettings(Section):
+class HttpSdSettings(Section, group=HTTP_SD):
     """Where targets are served over HTTP, and what clients must show; files are read by the server."""
 
-    GROUP: ClassVar[str] = HTTP_SD
-
-    port: int = setting(
-        "HTTP_SD_PORT",
-        parse.integer(0, 65535, unset=0),
-        "Port of `/sd/targets`, HTTP service discovery. Unset: off. 0: the system picks one",
+    port: int = Setting("HTTP_SD_PORT", parse.integer(0, 65535, unset=0)).means(
+        "Port of `/sd/targets`, HTTP service discovery. Unset: off. 0: the system picks one"
     )
-    bearer_token_file: str = setting(
-        "HTTP_SD_BEARER_TOKEN_FILE",
-        parse.secret_file,
-        "File with bearer tokens, one per line, of which clients must send one. Read again when it changes",
+    bearer_token_file: str = Setting("HTTP_SD_BEARER_TOKEN_FILE", parse.secret_file).means(
+        "File with bearer tokens, one per line, of which clients must send one. Read again when it changes"
     )
-    cert_file: str = setting(
-        "HTTP_SD_TLS_CERT_FILE",
-        parse.file,
+    cert_file: str = Setting("HTTP_SD_TLS_CERT_FILE", parse.file).means(
         "File with the certificate chain of that port, which makes it HTTPS. Read again when it changes, as are "
-        "the two below",
+        "the two below"
     )
-    key_file: str = setting(
-        "HTTP_SD_TLS_KEY_FILE", parse.secret_file, "File with the key of that certificate"
+    key_file: str = Setting("HTTP_SD_TLS_KEY_FILE", parse.secret_file).means(
+        "File with the key of that certificate"
     )
-    client_ca_file: str = setting(
-        "HTTP_SD_TLS_CLIENT_CA_FILE",
-        parse.file,
-        "File with CAs. Clients must show a certificate that one of them signed",
+    client_ca_file: str = Setting("HTTP_SD_TLS_CLIENT_CA_FILE", parse.file).means(
+        "File with CAs. Clients must show a certificate that one of them signed"
     )
 
     def check(self, reader: Reader) -> None:
         """Report files of TLS that need another one."""
-        if bool(self.cert_file) != bool(self.key_file):
-            reader.problem("HTTP_SD_TLS_CERT_FILE", "and HTTP_SD_TLS_KEY_FILE go together")
-        if self.client_ca_file and not self.cert_file:
-            reader.problem("HTTP_SD_TLS_CLIENT_CA_FILE", "needs HTTP_SD_TLS_CERT_FILE: it is part of TLS")
+        reader.require_server_tls("HTTP_SD_TLS")
 
 
 def _state_file(given: str) -> str:
@@ -98,72 +83,46 @@ def _state_file(given: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class BrakeSettings(Section):
+class BrakeSettings(Section, group=BRAKE):
     """How long lists must agree on a mass removal, in seconds, and whether one is held at all."""
 
-    GROUP: ClassVar[str] = BRAKE
-
-    confirm: float = setting(
-        "BRAKE_CONFIRM",
-        parse.seconds(),
-        "Seconds for which lists of the cluster must agree on a mass removal before it is done",
-        default="60",
+    confirm: float = Setting("BRAKE_CONFIRM", parse.seconds(), "60").means(
+        "Seconds for which lists of the cluster must agree on a mass removal before it is done"
     )
-    confirm_start: float = setting(
-        "BRAKE_CONFIRM_START",
-        parse.seconds(),
+    confirm_start: float = Setting("BRAKE_CONFIRM_START", parse.seconds(), "600").means(
         "The same right after a start, or if a source turns out to be empty. An object that exists but is no "
-        "longer selected keeps its service for as long",
-        default="600",
+        "longer selected keeps its service for as long"
     )
-    allow_mass: bool = setting(
-        "ALLOW_MASS_DEREGISTER", parse.boolean, "`true`: do not hold mass removals", default="false"
+    allow_mass: bool = Setting("ALLOW_MASS_DEREGISTER", parse.boolean, "false").means(
+        "`true`: do not hold mass removals"
     )
 
 
 @dataclass(frozen=True, slots=True)
-class ElectionSettings(Section):
+class ElectionSettings(Section, group=ELECTION):
     """How replicas elect a leader.
 
     An empty `lease_name` is derived from cluster and instance, an empty `lease_namespace` is the Pod's own.
     """
 
-    GROUP: ClassVar[str] = ELECTION
-
-    lease_name: str = setting(
-        "LEASE_NAME",
-        parse.object_name(LONGEST_NAME),
-        "Name of the Lease. Unset: derived from the names of cluster and instance",
+    lease_name: str = Setting("LEASE_NAME", parse.object_name(LONGEST_NAME)).means(
+        "Name of the Lease. Unset: derived from the names of cluster and instance"
     )
-    lease_namespace: str = setting(
-        "LEASE_NAMESPACE",
-        parse.object_name(LONGEST_NAMESPACE),
-        "Namespace of the Lease. Unset: the namespace of the Pod",
+    lease_namespace: str = Setting("LEASE_NAMESPACE", parse.object_name(LONGEST_NAMESPACE)).means(
+        "Namespace of the Lease. Unset: the namespace of the Pod"
     )
-    lease_duration: int = setting(
-        "LEASE_DURATION",
-        parse.integer(1, LONGEST_LEASE),
-        "Whole seconds after which another replica takes over a Lease that was not renewed",
-        default="15",
+    lease_duration: int = Setting("LEASE_DURATION", parse.integer(1, LONGEST_LEASE), "15").means(
+        "Whole seconds after which another replica takes over a Lease that was not renewed"
     )
-    renew_deadline: float = setting(
-        "LEASE_RENEW_DEADLINE",
-        parse.seconds(),
-        "Seconds after the last renewal when a leader stops writing. Less than `LEASE_DURATION`",
-        default="10",
+    renew_deadline: float = Setting("LEASE_RENEW_DEADLINE", parse.seconds(), "10").means(
+        "Seconds after the last renewal when a leader stops writing. Less than `LEASE_DURATION`"
     )
-    retry_period: float = setting(
-        "LEASE_RETRY_PERIOD",
-        parse.seconds(SHORTEST_RETRY),
+    retry_period: float = Setting("LEASE_RETRY_PERIOD", parse.seconds(SHORTEST_RETRY), "2").means(
         "Seconds between renewals, and between the attempts of standbys. 1.2 times this must be less than "
-        "`LEASE_RENEW_DEADLINE`",
-        default="2",
+        "`LEASE_RENEW_DEADLINE`"
     )
-    is_agent_shared: bool = setting(
-        "CONSUL_AGENT_SHARED",
-        parse.boolean,
-        "`true`: all replicas use one agent, so they may elect a leader without the catalog backend",
-        default="false",
+    is_agent_shared: bool = Setting("CONSUL_AGENT_SHARED", parse.boolean, "false").means(
+        "`true`: all replicas use one agent, so they may elect a leader without the catalog backend"
     )
 
     @property
@@ -194,93 +153,61 @@ def election_problem(backend: str, election: ElectionSettings | None) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class RegistrarSettings(ModeSettings):
+class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
     """All settings of the registrar; times are in seconds."""
 
-    GROUP: ClassVar[str] = IDENTITY
-
-    cluster_name: str = setting(
-        "CLUSTER_NAME",
-        parse.name,
+    cluster_name: str = Setting("CLUSTER_NAME", parse.name, "default-cluster").means(
         "Name of this cluster in Consul: letters, digits, `.`, `_`, `-`, at most 50. Set it: under the default "
-        "name, only services that the cluster's UID proves to be this cluster's are deregistered",
-        default="default-cluster",
+        "name, only services that the cluster's UID proves to be this cluster's are deregistered"
     )
-    previous_cluster_names: frozenset[str] = setting(
-        "PREVIOUS_CLUSTER_NAMES",
-        parse.names,
-        "Comma-separated earlier names of this cluster. Services written under them belong to this registrar",
-        complete=_without_empty,
+    previous_cluster_names: frozenset[str] = Setting(
+        "PREVIOUS_CLUSTER_NAMES", parse.names, complete=_without_empty
+    ).means(
+        "Comma-separated earlier names of this cluster. Services written under them belong to this registrar"
     )
-    instance: str = setting(
-        "INSTANCE",
-        parse.name,
-        "Name of this registrar among several of one cluster. Each manages its own services only",
+    instance: str = Setting("INSTANCE", parse.name).means(
+        "Name of this registrar among several of one cluster. Each manages its own services only"
     )
-    previous_instances: frozenset[str] = setting(
-        "PREVIOUS_INSTANCES",
-        parse.names,
+    previous_instances: frozenset[str] = Setting("PREVIOUS_INSTANCES", parse.names).means(
         'Comma-separated instances whose services this registrar takes over. `""` (two quotes) is the empty '
-        "instance",
+        "instance"
     )
     selection: SelectionSettings = section(SelectionSettings)
-    pod_address: str = setting(
-        "POD_ADDRESS",
-        parse.choice("pod", "proxy"),
+    pod_address: str = Setting("POD_ADDRESS", parse.choice("pod", "proxy"), "pod", group=DISCOVERY).means(
         "Where Prometheus scrapes Pods: `pod`, at their own IP, or `proxy`, through the proxy on their Node, "
-        "which needs `PROXY_PODS`",
-        default="pod",
-        group=DISCOVERY,
+        "which needs `PROXY_PODS`"
     )
-    proxy_node_port: int = setting(
-        "PROXY_NODE_PORT",
-        parse.integer(1, 65535),
-        "NodePort of the proxy, with which Nodes are registered",
-        default="31112",
-        group=DISCOVERY,
+    proxy_node_port: int = Setting(
+        "PROXY_NODE_PORT", parse.integer(1, 65535), "31112", group=DISCOVERY
+    ).means("NodePort of the proxy, with which Nodes are registered")
+    proxy_scheme: str = Setting("PROXY_SCHEME", parse.choice("http", "https"), "http", group=DISCOVERY).means(
+        "Protocol between Prometheus and the proxy: `http`, or `https` if the proxy has `TLS_CERT_FILE`"
     )
-    proxy_scheme: str = setting(
-        "PROXY_SCHEME",
-        parse.choice("http", "https"),
-        "Protocol between Prometheus and the proxy: `http`, or `https` if the proxy has `TLS_CERT_FILE`",
-        default="http",
-        group=DISCOVERY,
-    )
-    sync_period: float = setting(
+    sync_period: float = Setting(
         "SYNC_PERIOD",
         Parser(_period, parse.seconds(SHORTEST_PERIOD).schema),
-        "Seconds between resyncs, which compare everything with Consul. Text, zero and negative numbers become "
-        "the default, less than a second becomes 1, each with a warning",
-        default=f"{DEFAULT_PERIOD:g}",
+        f"{DEFAULT_PERIOD:g}",
         group=DISCOVERY,
+    ).means(
+        "Seconds between resyncs, which compare everything with Consul. Text, zero and negative numbers become "
+        "the default, less than a second becomes 1, each with a warning"
     )
     naming: NamingSettings = section(NamingSettings)
     consul: ConsulSettings = section(ConsulSettings)
     backend: BackendSettings = section(BackendSettings)
     http_sd: HttpSdSettings | None = section(HttpSdSettings, when="HTTP_SD_PORT")
-    state_file: str = setting(
-        "HTTP_SD_STATE_FILE",
-        Parser(_state_file, TEXT),
+    state_file: str = Setting("HTTP_SD_STATE_FILE", Parser(_state_file, TEXT), group=HTTP_SD).means(
         "File in which the targets are saved, at most every 30 seconds. After a restart they are served, marked "
-        "as stale, until the cluster was listed. Its folder must survive the restart",
-        group=HTTP_SD,
+        "as stale, until the cluster was listed. Its folder must survive the restart"
     )
     brake: BrakeSettings = section(BrakeSettings)
-    orphan_after: float = setting(
-        "ORPHAN_AFTER",
-        parse.seconds(SHORTEST_LOSS),
+    orphan_after: float = Setting("ORPHAN_AFTER", parse.seconds(SHORTEST_LOSS), "600", group=BRAKE).means(
         "Seconds for which an agent must be lost before this registrar's services on its node are removed, at "
-        "least 1. With `CONSUL_BACKEND=agent` only",
-        default="600",
-        group=BRAKE,
+        "least 1. With `CONSUL_BACKEND=agent` only"
     )
-    is_elected: bool = setting(
-        "LEADER_ELECTION",
-        parse.boolean,
+    is_elected: bool = Setting("LEADER_ELECTION", parse.boolean, "false", group=ELECTION).means(
         "`true`: of several replicas only the leader, which holds a Lease, writes. Needs "
-        "`CONSUL_BACKEND=catalog`, or `CONSUL_AGENT_SHARED`",
-        default="false",
-        group=ELECTION,
+        "`CONSUL_BACKEND=catalog`, or `CONSUL_AGENT_SHARED`"
     )
     election: ElectionSettings | None = section(ElectionSettings, when="LEADER_ELECTION")
 

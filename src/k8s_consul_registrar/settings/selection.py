@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from k8s_consul_registrar.consul.codec import MetaKeys, parse_meta_keys
 from k8s_consul_registrar.model import Kind, Source
 from k8s_consul_registrar.settings import parsers as parse
-from k8s_consul_registrar.settings.common import PodSelection, selector
-from k8s_consul_registrar.settings.field import Reader, Section, setting
+from k8s_consul_registrar.settings.common import PodSelection
+from k8s_consul_registrar.settings.field import Reader, Section, Setting
 from k8s_consul_registrar.settings.parsers import TEXT, TEXTS, Parser
 from k8s_consul_registrar.targets.resolve import LONGEST_META_VALUE, LabelMeta, parse_labels
 from k8s_consul_registrar.targets.scrape_config import NODE_ADDRESS_TYPES
@@ -24,7 +23,6 @@ from k8s_consul_registrar.targets.service_names import (
 )
 
 DISCOVERY = "Discovery"
-NAMING = "Names, tags, labels and shards"
 RANDOM = "random"
 HASH = "hash"
 _KINDS = {"pods": Kind.POD, "nodes": Kind.NODE}
@@ -36,24 +34,26 @@ def _kinds_or_default(kinds: frozenset[Kind], reader: Reader) -> frozenset[Kind]
 
 
 @dataclass(frozen=True, slots=True)
-class SelectionSettings(PodSelection):
+class SelectionSettings(PodSelection, group=DISCOVERY):
     """The objects of a cluster that become targets."""
 
-    GROUP: ClassVar[str] = DISCOVERY
-
-    kinds: frozenset[Kind] = setting(
+    kinds: frozenset[Kind] = Setting(
         "DISCOVER",
         Parser(lambda given: frozenset(_KINDS[one] for one in _KIND_NAMES.parse(given)), _KIND_NAMES.schema),
-        "Comma-separated kinds to discover: `pods`, `nodes`. Unset: both, or only Pods if `NAMESPACES` is set",
         complete=_kinds_or_default,
+    ).means(
+        "Comma-separated kinds to discover: `pods`, `nodes`. Unset: both, or only Pods if `NAMESPACES` is set"
     )
-    node_label_selector: str = setting("NODE_LABEL_SELECTOR", selector, "Kubernetes label selector for Nodes")
-    node_address_types: tuple[str, ...] = setting(
+    node_label_selector: str = Setting("NODE_LABEL_SELECTOR", parse.selector).means(
+        "Kubernetes label selector for Nodes"
+    )
+    node_address_types: tuple[str, ...] = Setting(
         "NODE_ADDRESS_TYPES",
         parse.choices(*NODE_ADDRESS_TYPES, empty=f"names none of {', '.join(NODE_ADDRESS_TYPES)}"),
+        ",".join(NODE_ADDRESS_TYPES),
+    ).means(
         "Comma-separated types of Node addresses that Prometheus can reach. The first type that a Node has an "
-        "address of gives its service's address",
-        default=",".join(NODE_ADDRESS_TYPES),
+        "address of gives its service's address"
     )
 
     @property
@@ -108,61 +108,47 @@ def _shard_path(given: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class NamingSettings(Section):
+class NamingSettings(Section, group="Names, tags, labels and shards"):
     """The names, tags, labels and shards of services; templates are parsed once."""
 
-    GROUP: ClassVar[str] = NAMING
-
-    pod_name: Template = setting(
-        "POD_SERVICE_NAME",
-        Parser(lambda given: parse_name(given, Kind.POD), TEXT),
+    pod_name: Template = Setting(
+        "POD_SERVICE_NAME", Parser(lambda given: parse_name(given, Kind.POD), TEXT), DEFAULT_POD_NAME
+    ).means(
         f"Template of a Pod's service name. Fields: {_fields_of(Kind.POD)} and `{{label:<key>}}`. "
-        "`{cluster}-pods` puts all Pods under one name",
-        default=DEFAULT_POD_NAME,
+        "`{cluster}-pods` puts all Pods under one name"
     )
-    node_name: Template = setting(
-        "NODE_SERVICE_NAME",
-        Parser(lambda given: parse_name(given, Kind.NODE), TEXT),
-        f"Template of a Node's service name. Fields: {_fields_of(Kind.NODE)} and `{{label:<key>}}`",
-        default=DEFAULT_NODE_NAME,
-    )
-    id_prefix: str = setting(
-        "SERVICE_ID_PREFIX",
-        Parser(_id_prefix, parse.name.schema),
+    node_name: Template = Setting(
+        "NODE_SERVICE_NAME", Parser(lambda given: parse_name(given, Kind.NODE), TEXT), DEFAULT_NODE_NAME
+    ).means(f"Template of a Node's service name. Fields: {_fields_of(Kind.NODE)} and `{{label:<key>}}`")
+    id_prefix: str = Setting("SERVICE_ID_PREFIX", Parser(_id_prefix, parse.name.schema)).means(
         "Prefix of every service ID, for registrars that share an agent: letters, digits, `.`, `_`, `-`, at "
-        "most 50",
+        "most 50"
     )
-    tags: tuple[Template, ...] = setting(
-        "SERVICE_TAGS",
-        parse.entries(parse_tag),
+    tags: tuple[Template, ...] = Setting("SERVICE_TAGS", parse.entries(parse_tag)).means(
         "Comma-separated templates of tags, such as `cluster={cluster},shard_path={shard_path}`. A tag with an "
-        "empty field is left out",
+        "empty field is left out"
     )
-    labels: tuple[LabelMeta, ...] = setting(
-        "POD_LABELS_AS_META",
-        Parser(lambda given: parse_labels(parse.split(given)), TEXTS),
+    labels: tuple[LabelMeta, ...] = Setting(
+        "POD_LABELS_AS_META", Parser(lambda given: parse_labels(parse.split(given)), TEXTS)
+    ).means(
         "Comma-separated Pod labels to write as meta `label_<name>`, with `_` for characters other than letters "
-        "and digits",
+        "and digits"
     )
-    meta_keys: MetaKeys = setting(
+    meta_keys: MetaKeys = Setting(
         "META_KEYS",
         Parser(
             lambda given: parse_meta_keys(parse.split(given)),
             {"type": "object", "additionalProperties": TEXT},
         ),
+    ).means(
         "Comma-separated other names in Consul for the registrar's meta keys, such as "
-        "`cluster=cluster_name,metrics_path=path`",
+        "`cluster=cluster_name,metrics_path=path`"
     )
-    shard_paths: tuple[str, ...] = setting(
-        "SHARD_PATHS",
-        parse.entries(_shard_path),
-        "Comma-separated shard paths. Each service gets one of them as `shard_path`",
+    shard_paths: tuple[str, ...] = Setting("SHARD_PATHS", parse.entries(_shard_path)).means(
+        "Comma-separated shard paths. Each service gets one of them as `shard_path`"
     )
-    shard_strategy: str = setting(
-        "SHARD_STRATEGY",
-        parse.choice(RANDOM, HASH),
-        "`random`: a new service gets any shard path and keeps it. `hash`: its ID determines the path",
-        default=RANDOM,
+    shard_strategy: str = Setting("SHARD_STRATEGY", parse.choice(RANDOM, HASH), RANDOM).means(
+        "`random`: a new service gets any shard path and keeps it. `hash`: its ID determines the path"
     )
 
     @property

@@ -102,9 +102,9 @@ class TestSchema:
 
 # A subprocess runs with a copy of the package in which this line is all that was added.
 LINE = (
-    '    trial_window: float = setting("TRIAL_WINDOW", parse.seconds(1), "Seconds of `trial`", default="7")\n'
+    '    trial_window: float = Setting("TRIAL_WINDOW", parse.seconds(1), "7").means("Seconds of `trial`")\n\n'
 )
-AFTER = "    GROUP: ClassVar[str] = LIMITS\n\n"
+AFTER = '    """All settings of the proxy; times are in seconds."""\n\n'
 PROGRAM = """
 import contextlib, io, json, sys
 from k8s_consul_registrar.cli import main
