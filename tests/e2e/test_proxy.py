@@ -149,6 +149,12 @@ async def test_certificate_that_cannot_be_verified() -> None:
             await daemon.ready()
             answer = await scrape(daemon, kubelet_path(kubelet.port))
             assert answer.status == 502
+            assert (await scrape(daemon, kubelet_path(kubelet.port))).status == 502
+            await daemon.until(lambda: bool(daemon.said("scrapes fail")))
+            (line,) = daemon.said("scrapes fail")
+            assert line["outcome"] == "kubelet_unverified"
+            assert line["example"].startswith("node-a at ")
+            assert "KUBELET_CA_FILE" in line["problem"]
             assert "KUBELET_CA_FILE" in answer.text
             assert "KUBELET_INSECURE_SKIP_TLS_VERIFY" in answer.text
             assert kubelet.request_count == 0, "no token was sent"
