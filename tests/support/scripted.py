@@ -8,7 +8,7 @@ import json
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 from aiohttp import web
@@ -20,13 +20,16 @@ from k8s_consul_registrar.consul.client import ConsulClient
 QUICK = Timing(
     retry_first=0.02,
     retry_cap=0.05,
-    connect_timeout=1,
-    read_timeout=1,
+    connect_timeout=5,
+    read_timeout=5,
     gather=0.0,
     tick=0.2,
     write_interval=0.0,
     probe=0.02,
 )
+
+# For requests that must run out of time; the others have more, so that a busy machine ends none.
+IMPATIENT = replace(QUICK, connect_timeout=1, read_timeout=1)
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -27,7 +27,7 @@ from k8s_consul_registrar.errors import (
 )
 from k8s_consul_registrar.rotating import Derived
 from k8s_consul_registrar.tls import CONSUL, Trust, client_tls
-from support.scripted import QUICK, client_of, serving
+from support.scripted import IMPATIENT, QUICK, client_of, serving
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ async def test_unreachable() -> None:
         return response
 
     for answer in (hang, cut):
-        async with serving(answer) as url, client_of(url) as client:
+        async with serving(answer) as url, client_of(url, timing=IMPATIENT) as client:
             with pytest.raises(ConsulUnreachable):
                 await client.request("GET", "/v1/x")
 
@@ -116,10 +116,10 @@ async def test_blocking_query_is_waited_for() -> None:
     """What Consul was asked to wait, and its sixteenth more, is not taken for a hang; a stream's pause is."""
 
     async def late(_: web.Request) -> web.Response:
-        await asyncio.sleep(QUICK.read_timeout + 0.3)
+        await asyncio.sleep(IMPATIENT.read_timeout + 0.3)
         return web.Response(headers={"X-Consul-Index": "9"})
 
-    async with serving(late) as url, client_of(url) as client:
+    async with serving(late) as url, client_of(url, timing=IMPATIENT) as client:
         assert (await client.request("GET", "/v1/x", wait=1)).index == 9
         with pytest.raises(ConsulUnreachable, match="no answer in time"):
             await client.request("GET", "/v1/x")

@@ -27,7 +27,7 @@ from k8s_consul_registrar.errors import (
 )
 from k8s_consul_registrar.tls import CONSUL, client_tls
 from support.builders import our_pod_service
-from support.scripted import QUICK, client_of, serving
+from support.scripted import IMPATIENT, QUICK, client_of, serving
 from support.waiting import Clock
 
 TIMING = Timing(retry_first=1.0, retry_cap=8.0, retry_after_cap=30.0)
@@ -266,7 +266,8 @@ FAILURE, NONE = RequestOutcome.FAILURE, RequestOutcome.NONE
 )
 async def test_client_records_each_outcome(method: str, server: Server, outcome: RequestOutcome) -> None:
     """Reads and writes apart; the other kind is left alone."""
-    async with serving(server) as url, client_of(url, token="s3cret-token") as client:
+    timing = IMPATIENT if server is _hang else QUICK
+    async with serving(server) as url, client_of(url, token="s3cret-token", timing=timing) as client:
         with pytest.raises(ConsulError):
             await client.request(method, "/v1/x")
         health = client.health
@@ -336,7 +337,8 @@ async def test_stream_counts_at_its_end(server: Server, outcome: RequestOutcome)
             async for _ in answer.chunks:
                 assert client.health.reads is RequestOutcome.NONE
 
-    async with serving(server) as url, client_of(url) as client:
+    timing = IMPATIENT if server is _hang else QUICK
+    async with serving(server) as url, client_of(url, timing=timing) as client:
         if outcome is RequestOutcome.SUCCESS:
             await read(client)
         else:
