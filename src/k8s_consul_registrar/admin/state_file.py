@@ -7,11 +7,12 @@ import hashlib
 import os
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, TypeVar, cast
 
 from k8s_consul_registrar.admin.saved_state import (
     MAX_AGE,
@@ -45,6 +46,8 @@ CONSUL_PATIENCE = 30.0
 UID_PATIENCE = 2.0
 # Seconds that the last save may take.
 LAST_SAVE = 10.0
+# Seconds after which blocking work that is to end is left to itself.
+HUNG_AFTER = 5.0
 # Targets encoded between two turns of the event loop: a few milliseconds.
 SLICE = 500
 PIECE = 1 << 20  # bytes written at once
@@ -337,12 +340,34 @@ def _sync_folder(folder: Path) -> None:
 
 
 async def _in_thread(work: Callable[[], T]) -> T:
-    """Do blocking work off the loop; a cancellation waits for its end."""
-    doing = asyncio.ensure_future(asyncio.to_thread(work))
+    """Do blocking work off the loop; a cancellation waits for its end, but not for longer than HUNG_AFTER.
+
+    The thread is a daemon, unlike those of the loop's executor: one that hangs in a network file system
+    does not keep the process from ending.
+    """
+    loop = asyncio.get_running_loop()
+    doing: asyncio.Future[T] = loop.create_future()
+
+    def report(result: T | None, error: Exception | None) -> None:
+        if error is not None:
+            doing.set_exception(error)
+        else:
+            doing.set_result(cast("T", result))
+
+    def run() -> None:
+        result, problem = None, None
+        try:
+            result = work()
+        except Exception as error:  # noqa: BLE001 - raised where it is awaited
+            problem = error
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(report, result, problem)
+
+    threading.Thread(target=run, name="state file", daemon=True).start()
     try:
         return await asyncio.shield(doing)
     except asyncio.CancelledError:
-        await asyncio.wait({doing})
+        await asyncio.wait({doing}, timeout=HUNG_AFTER)
         raise
 
 

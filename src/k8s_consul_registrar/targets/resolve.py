@@ -41,22 +41,10 @@ LONGEST_META_KEY = 128
 LONGEST_META_VALUE = 512
 
 # Every key the registrar writes, except those that begin with one of the two prefixes below.
-OWN_KEYS = frozenset(
-    [
-        "cluster",
-        "cluster_uid",
-        "instance",
-        "kind",
-        "managed_by",
-        "metrics_path",
-        "namespace",
-        "node",
-        "pod",
-        "scheme",
-        "shard_path",
-        "zone",
-    ]
-)
+OWN_KEYS = frozenset({
+    "cluster", "cluster_uid", "instance", "kind", "managed_by", "metrics_path", "namespace", "node", "pod",
+    "scheme", "shard_path", "zone",
+})  # fmt: skip
 PARAM_PREFIX = "param_"
 LABEL_PREFIX = "label_"
 

@@ -302,9 +302,3 @@ class HashShards(msgspec.Struct, frozen=True):
 def _bid(path: str, service_id: str) -> bytes:
     # Not hash(), which differs between processes. Neither text can contain NUL.
     return blake2b(f"{path}\0{service_id}".encode(), digest_size=8).digest()
-
-
-def parse_shard_paths(text: str) -> tuple[str, ...]:
-    """Parse a comma-separated list in order, without spaces, empty entries and repeats."""
-    entries: Sequence[str] = [entry.strip() for entry in text.split(",")]
-    return tuple(dict.fromkeys(entry for entry in entries if entry))

@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -301,3 +303,28 @@ async def test_saved_targets_end_with_the_first_complete_list_and_with_their_age
     seen.lab.cluster.put_list([], NODES)
     await asyncio.wait_for(running, PATIENCE)
     assert again.current() is None
+
+
+HANGING = """
+import asyncio, threading
+from k8s_consul_registrar.admin import state_file
+
+state_file.HUNG_AFTER = 0.1
+
+async def save() -> None:
+    async with asyncio.timeout(0.2):
+        await state_file._in_thread(threading.Event().wait)
+
+try:
+    asyncio.run(save())
+except TimeoutError:
+    print("given up")
+"""
+
+
+def test_file_system_that_hangs_does_not_keep_the_process_from_ending() -> None:
+    """The thread that is stuck in it ends with the process."""
+    ended = subprocess.run(
+        [sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stdout.strip()) == (0, "given up"), ended.stderr

@@ -2,19 +2,10 @@
 
 from collections import Counter
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from k8s_consul_registrar.targets.service_names import HashShards, RandomShards, parse_shard_paths
-
-
-@pytest.mark.parametrize(
-    ("text", "paths"), [("", ()), (" , ,", ()), ("a, b,,a ,c", ("a", "b", "c")), ("one", ("one",))]
-)
-def test_parse(text: str, paths: tuple[str, ...]) -> None:
-    """Spaces, empty entries and repeats are dropped."""
-    assert parse_shard_paths(text) == paths
+from k8s_consul_registrar.targets.service_names import HashShards, RandomShards
 
 
 def test_new_services_are_spread() -> None:
