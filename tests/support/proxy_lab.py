@@ -307,6 +307,7 @@ async def proxying(
     pods: PodAccess | None = None,
     max_clients: int = 100,
     kept_connections: int = 100,
+    pod_content_type: str = "",
     timing: ProxyTiming | None = None,
 ) -> AsyncIterator[Proxy]:
     """Run a proxy for these Nodes, loopback allowed since the kubelets are there.
@@ -324,6 +325,7 @@ async def proxying(
         concurrency=concurrency or (pods and pods.concurrency) or Concurrency(),
         max_clients=max_clients,
         kept_connections=kept_connections,
+        pod_content_type=pod_content_type,
         timing=timing or ProxyTiming(tick=0.05),
     )
     server = ProxyServer(

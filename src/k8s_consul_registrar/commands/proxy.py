@@ -239,6 +239,7 @@ def _names(nodes: Nodes, pod_side: PodSide | None) -> dict[str, str]:
 async def _end(settings: ProxySettings, server: ProxyServer | Workers, health: _Health, stop: Stop) -> None:
     """Show that we are ending, accept while kube-proxy still sends callers here, then drain."""
     health.is_draining = True
+    server.announce_end()
     log.info("draining", delay=settings.drain_delay, grace=settings.shutdown_grace)
 
     async def drain() -> None:

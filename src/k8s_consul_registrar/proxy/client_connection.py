@@ -146,7 +146,7 @@ class ClientConnection(asyncio.BufferedProtocol):
             case Request():
                 self._serve(result)
             case None:
-                if not was_midway:
+                if reader.is_midway and not was_midway:
                     self._expire_in(self._relay.timing.request_head)
             case Fault():
                 self._is_head = result.is_head
@@ -179,7 +179,7 @@ class ClientConnection(asyncio.BufferedProtocol):
         self._expires = math.inf  # the scrape has a deadline of its own
         self._state = SCRAPING
         self._seat.begin()
-        self._scrape = scrape = Scrape(relay, self, routed, request.fields)
+        self._scrape = scrape = Scrape(relay, self, routed, request)
         scrape.start()
 
     def _credentials(self, request: Request) -> Hashable | None:
@@ -301,6 +301,11 @@ class ClientConnection(asyncio.BufferedProtocol):
         with contextlib.suppress(OSError):
             self._transport.write_eof()
         self._expire_in(self._relay.timing.linger)
+
+    def part(self) -> None:
+        """End an idle connection, so that a request under way to it is not reset."""
+        if self.is_idle:
+            self._linger()
 
     def reset(self) -> None:
         """Break the connection, so that the answer begun does not look complete."""

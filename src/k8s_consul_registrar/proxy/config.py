@@ -35,7 +35,8 @@ class ProxyConfig:
     """Paths, limits and delays of a proxy.
 
     `max_clients` bounds the open connections of clients. `concurrency` and `kept_connections` hold for
-    kubelets and, where Pods are relayed, for Pods apart.
+    kubelets and, where Pods are relayed, for Pods apart. `pod_content_type` is passed on for Pods that state
+    none.
     """
 
     paths: frozenset[str]
@@ -43,6 +44,7 @@ class ProxyConfig:
     concurrency: Concurrency = field(default_factory=Concurrency)
     max_clients: int = 4096
     kept_connections: int = 8192
+    pod_content_type: str = ""
     timing: ProxyTiming = field(default_factory=ProxyTiming)
 
     def share(self, workers: int) -> "ProxyConfig":

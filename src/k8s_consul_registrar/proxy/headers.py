@@ -20,12 +20,20 @@ REQUEST_FIELDS = frozenset(
         b"connection",
         b"content-length",
         b"host",
+        b"traceparent",
         b"transfer-encoding",
         b"x-prometheus-scrape-timeout-seconds",
     }
 )
 RESPONSE_FIELDS = frozenset(
-    {b"connection", b"content-encoding", b"content-length", b"content-type", b"transfer-encoding"}
+    {
+        b"connection",
+        b"content-encoding",
+        b"content-length",
+        b"content-type",
+        b"location",
+        b"transfer-encoding",
+    }
 )
 
 # RFC 3986, 3.2.2 and 3.2.3. The comma of a reg-name is left out: it would hide a Host that came twice.
@@ -35,13 +43,21 @@ _HOST = re.compile(
 # Field values allowed by RFC 9110, 5.5. llhttp has rejected all others; this is the second lock.
 _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 
+# W3C Trace Context, 3.2.
+_TRACE = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
 _USER_AGENT = f"k8s-consul-registrar/{__version__}"
 
 
-def request_fault(fields: Fields) -> Refusal | None:
+def is_host(text: bytes) -> bool:
+    """Return True if a text is one well-formed host, with or without a port."""
+    return _HOST.fullmatch(text) is not None
+
+
+def request_fault(fields: Fields, *, needs_host: bool = True) -> Refusal | None:
     """Return why a request that parses is malformed: no single well-formed Host, or a body."""
     host = fields.get(b"host")
-    if host is None or _HOST.fullmatch(host) is None:
+    if needs_host if host is None else not is_host(host):
         return Refusal(400, Outcome.BAD_REQUEST, "a request needs exactly one well-formed Host")
     if has_body(fields):
         return Refusal(400, Outcome.BAD_REQUEST, "a scrape has no body")
@@ -62,6 +78,19 @@ def wants_close(fields: Fields) -> bool:
 def request_start(route: Route) -> bytes:
     """Return the start of the request to an upstream, the same for every scrape of a route."""
     return f"GET {route.path} HTTP/1.1\r\nHost: {route.endpoint}\r\nUser-Agent: {_USER_AGENT}\r\n".encode()
+
+
+def as_legacy(start: bytes) -> bytes:
+    """Return the start of a request as HTTP/1.0, so that the answer comes without chunks."""
+    return start.replace(b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", 1)
+
+
+def pod_fields(seconds: float, traceparent: bytes | None) -> bytes:
+    """Return the fields that only a Pod gets: the seconds that are left for its answer, and the trace."""
+    fields = b"X-Prometheus-Scrape-Timeout-Seconds: %.3f\r\n" % max(0.001, seconds)
+    if traceparent is not None and _TRACE.fullmatch(traceparent):
+        fields += b"Traceparent: " + traceparent + b"\r\n"
+    return fields
 
 
 @lru_cache(maxsize=64)

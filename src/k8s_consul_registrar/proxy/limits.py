@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 
 DEFAULT_SCRAPE_TIMEOUT = 30.0
 # A scrape whose client has read nothing for this long gives way to one that waits, in seconds.
-STALLED_AFTER = 1.0
+STALLED_AFTER = 0.5
 
 ConnectionT = TypeVar("ConnectionT")
 

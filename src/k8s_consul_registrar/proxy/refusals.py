@@ -114,6 +114,16 @@ def other_status(status: int) -> Refusal:
             return Refusal(502, Outcome.ANSWERED, f"the kubelet answered {status} ({phrase})")
 
 
+def redirect(status: int, location: bytes) -> Refusal:
+    """Return the refusal for a redirect that is not followed."""
+    target = tls.printable(location.decode("latin-1"))
+    return Refusal(
+        502,
+        Outcome.ANSWERED,
+        f"the kubelet answered {status} and redirects to {target}: that is not followed",
+    )
+
+
 _OF_PODS = {
     Outcome.UNREACHABLE: Outcome.POD_UNREACHABLE,
     Outcome.UNVERIFIED: Outcome.POD_UNVERIFIED,

@@ -13,7 +13,7 @@ from k8s_consul_registrar.proxy.nodes import POD_TLS, Nodes
 from k8s_consul_registrar.proxy.pool import Pool
 from k8s_consul_registrar.proxy.refusals import Refusal
 from k8s_consul_registrar.proxy.request import RequestCache
-from k8s_consul_registrar.proxy.response import HeadCache
+from k8s_consul_registrar.proxy.response import AnswerRules, HeadCache
 from k8s_consul_registrar.proxy.routes import POD_PREFIX, Pods, Route, find_pod, find_route
 from k8s_consul_registrar.proxy.stats import LastScrapes, RecentFailures, ScrapeCounts
 from k8s_consul_registrar.proxy.tls_stream import Buffers
@@ -68,7 +68,9 @@ class Relay:
             limits = Limits(config.concurrency)
             pool = Pool(overall=config.kept_connections, idle_limit=config.timing.upstream_idle)
             pods.on_gone = pool.forget
-            heads = HeadCache()
+            heads = HeadCache(
+                AnswerRules(may_end_by_close=True, content_type=config.pod_content_type.encode())
+            )
             self._plain_pods = PodUpstream(pods, None, limits, pool, heads)
             self._tls_pods = PodUpstream(pods, pod_context, limits, pool, heads)
             # One for both, which share limits and pool.

@@ -12,9 +12,15 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 from k8s_consul_registrar.proxy.headers import RESPONSE_FIELDS, Fields, response_start, wants_close
 from k8s_consul_registrar.proxy.refusals import Malformed
 
-HEAD_LIMIT = 16 * 1024
+HEAD_LIMIT = 64 * 1024
 VERSION = b"HTTP/1."
 END_OF_HEAD = b"\r\n\r\n"
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+# Fields that come once (RFC 9110, 5.3), or say the same as often as they come.
+_SINGLETONS = frozenset({b"content-type", b"location"})
+_REPEATABLE = frozenset({b"content-encoding"})
+_LENGTH = b"content-length:"
+LAST_CHUNK = b"0\r\n\r\n"
 _ANY_CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -39,7 +45,10 @@ class _HeadReader:
         key = name.lower()
         if key in RESPONSE_FIELDS:
             fields = self.fields
-            fields[key] = value if key not in fields else fields[key] + b", " + value
+            if key not in fields:
+                fields[key] = value
+            elif key not in _SINGLETONS and not (key in _REPEATABLE and fields[key] == value):
+                fields[key] += b", " + value
 
     def on_headers_complete(self) -> None:
         self.is_complete = True
@@ -56,6 +65,9 @@ def read_head(head: memoryview) -> Head:
     except HttpParserUpgrade:
         raise Malformed("it switches to another protocol") from None
     except HttpParserError as error:
+        single = _with_one_length(head.tobytes())
+        if single is not None:
+            return read_head(memoryview(single))
         raise Malformed(f"its head does not parse: {error}") from None
     if not reader.is_complete:
         raise Malformed("its head does not end where it should")
@@ -63,6 +75,16 @@ def read_head(head: memoryview) -> Head:
     if status < HTTPStatus.CONTINUE:
         raise Malformed("its status is below 100")
     return Head(status, head[len(VERSION)] == ord("1"), reader.fields)
+
+
+def _with_one_length(head: bytes) -> bytes | None:
+    """Return a head that announces one length several times with only one of them, None for any other head."""
+    lines = head.split(b"\r\n")
+    lengths = [line for line in lines[1:] if line[: len(_LENGTH)].lower() == _LENGTH]
+    if len(lengths) < 2 or len({line[len(_LENGTH) :].strip(b" \t") for line in lengths}) > 1:
+        return None
+    others = [line for line in lines[1:] if line[: len(_LENGTH)].lower() != _LENGTH]
+    return b"\r\n".join([lines[0], lengths[0], *others])
 
 
 class Counted:
@@ -126,6 +148,24 @@ class Chunked:
         return self._tail in (b"\r\n0\r\n\r\n", b"0\r\n\r\n")
 
 
+class UntilClose:
+    """A body that ends with the connection; the client gets it in chunks, which show that it is complete."""
+
+    __slots__ = ()
+
+    field = Chunked.field
+    is_exact = True
+
+    def take(self, body: memoryview) -> bool:  # noqa: ARG002 - of every framing
+        """Return False: only the end of the connection ends the body."""
+        return False
+
+
+def in_a_chunk(body: memoryview) -> memoryview:
+    """Return data as one chunk; no data is none, since an empty chunk would be the last one."""
+    return memoryview(b"%x\r\n%b\r\n" % (len(body), body.tobytes())) if body else body
+
+
 class _Ends:
     __slots__ = ("begun", "ended")
 
@@ -140,7 +180,7 @@ class _Ends:
         self.ended = True
 
 
-def framing_of(head: Head) -> Counted | Chunked:
+def framing_of(head: Head, *, may_end_by_close: bool = False) -> Counted | Chunked | UntilClose:
     """Return the framing of an answer's body (RFC 9112, 6.3); raises Malformed if there is none."""
     coding = head.fields.get(b"transfer-encoding")
     length = head.fields.get(b"content-length")
@@ -148,6 +188,8 @@ def framing_of(head: Head) -> Counted | Chunked:
         if length is not None or not head.is_http_1_1 or coding.strip().lower() != b"chunked":
             raise Malformed("its transfer encoding is not plain chunks")
         return Chunked()
+    if length is None and may_end_by_close:
+        return UntilClose()
     if length is None:
         raise Malformed("its body has neither a length nor chunks")
     if not length.isdigit() or len(length) > 18:
@@ -158,32 +200,44 @@ def framing_of(head: Head) -> Counted | Chunked:
 class Answer(NamedTuple):
     """The parsed head of an answer; for a 200, `start` is the start of the answer to the client.
 
-    `length` is the body's, None if it comes in chunks. `keeps` is True if another answer may follow on the
-    connection.
+    `length` is the body's, None if it comes in chunks or ends with the connection. `keeps` is True if another
+    answer may follow on the connection. `location` is that of a redirect.
     """
 
     status: int
     start: bytes
     length: int | None
     keeps: bool
+    ends_by_close: bool = False
+    location: bytes = b""
 
 
-def read_answer(raw: memoryview) -> Answer:
+def read_answer(raw: memoryview, rules: "AnswerRules") -> Answer:
     """Parse a whole head, its empty line included; raises Malformed."""
     head = read_head(raw)
     if head.status != HTTPStatus.OK:
-        return Answer(head.status, b"", None, keeps=False)
-    framing = framing_of(head)
+        location = head.fields.get(b"location", b"") if head.status in REDIRECTS else b""
+        return Answer(head.status, b"", None, keeps=False, location=location)
+    framing = framing_of(head, may_end_by_close=rules.may_end_by_close)
+    content_type = head.fields.get(b"content-type", b"").strip() or rules.content_type
     try:
-        start = response_start(head.fields.get(b"content-type"), head.fields.get(b"content-encoding"))
+        start = response_start(content_type or None, head.fields.get(b"content-encoding"))
     except ValueError as error:
         raise Malformed(str(error)) from None
     return Answer(
         head.status,
-        start + framing.field,
+        start if isinstance(framing, UntilClose) else start + framing.field,
         framing.left if isinstance(framing, Counted) else None,
         head.is_http_1_1 and not wants_close(head.fields),
+        isinstance(framing, UntilClose),
     )
+
+
+class AnswerRules(NamedTuple):
+    """Allowances for one kind of upstream: its type of content where it states none, and bodies without length."""
+
+    may_end_by_close: bool = False
+    content_type: bytes = b""
 
 
 class HeadCache:
@@ -193,12 +247,13 @@ class HeadCache:
     most heads were seen before, and the parsed head depends only on the bytes.
     """
 
-    __slots__ = ("_seen",)
+    __slots__ = ("_rules", "_seen")
 
     MAX_LENGTH = 1024
     MAX_HEADS = 256
 
-    def __init__(self) -> None:
+    def __init__(self, rules: AnswerRules | None = None) -> None:
+        self._rules = rules or AnswerRules()
         self._seen: dict[bytes, Answer] = {}
 
     def read(self, raw: bytes) -> Answer:
@@ -206,7 +261,7 @@ class HeadCache:
         known = self._seen.get(raw)
         if known is not None:
             return known
-        answer = read_answer(memoryview(raw))
+        answer = read_answer(memoryview(raw), self._rules)
         if answer.status == HTTPStatus.OK and len(raw) <= self.MAX_LENGTH:
             if len(self._seen) >= self.MAX_HEADS:
                 self._seen.clear()

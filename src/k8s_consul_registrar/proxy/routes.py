@@ -3,10 +3,10 @@
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 from k8s_consul_registrar.model import Pod
-from k8s_consul_registrar.proxy.nodes import POD, POD_TLS, Endpoint, NodeTable, dialable_spelling
+from k8s_consul_registrar.proxy.nodes import KUBELET, POD, POD_TLS, Endpoint, NodeTable, dialable_spelling
 from k8s_consul_registrar.proxy.refusals import Outcome, Refusal
 from k8s_consul_registrar.targets.reasons import Rejected
 from k8s_consul_registrar.targets.scrape_config import (
@@ -35,6 +35,8 @@ _NODE_TARGET = re.compile(
     rb"(?:\?[\x21\x22\x24-\x7e]*)?"
 )
 
+# Visible ASCII (RFC 3986): no byte of it ends a line or means something else to another reader.
+_LOCATION = re.compile(rb"[\x21-\x7e]{1,4096}")
 POD_PREFIX = b"/api/v1/namespaces/"
 
 NOT_A_PATH = Refusal(400, Outcome.BAD_REQUEST, "the request target must be an absolute path")
@@ -117,6 +119,28 @@ UNKNOWN_POD = Refusal(
     "no Pod of this name is annotated to be scraped at this port, or NAMESPACES or POD_LABEL_SELECTOR leaves it out",
 )
 PODS_UNKNOWN = Refusal(503, Outcome.PODS_UNKNOWN, "the Pods of the cluster are not known yet")
+
+
+def redirected(route: Route, location: bytes) -> Route | None:
+    """Return the route that a Pod redirects to, None unless it is at the same scheme, address and port.
+
+    The rules for a path of the Pod's annotations hold for it too. A kubelet redirects nowhere.
+    """
+    endpoint = route.endpoint
+    if endpoint.peer == KUBELET or _LOCATION.fullmatch(location) is None:
+        return None
+    scheme = "https" if endpoint.peer == POD_TLS else "http"
+    try:
+        url = urlsplit(urljoin(f"{scheme}://{endpoint}{route.path}", location.decode()))
+        port = url.port or (443 if url.scheme == "https" else 80)
+    except ValueError:
+        return None
+    address = parse_ip(url.hostname or "")
+    is_same = (url.scheme, str(address), port) == (scheme, endpoint.address, endpoint.port)
+    path = f"{url.path}?{url.query}" if url.query else url.path
+    if not is_same or "@" in url.netloc or not path.startswith("/") or len(path) > LONGEST_PATH:
+        return None
+    return Route(endpoint, path)
 
 
 class ProxiedPod(NamedTuple):

@@ -6,10 +6,13 @@ from typing import Protocol
 
 from k8s_consul_registrar.errors import OperationalError
 from k8s_consul_registrar.proxy import refusals
-from k8s_consul_registrar.proxy.headers import Fields, request_rest
+from k8s_consul_registrar.proxy.headers import as_legacy, pod_fields, request_rest, request_start
 from k8s_consul_registrar.proxy.limits import Admission, scrape_deadline
+from k8s_consul_registrar.proxy.nodes import KUBELET
 from k8s_consul_registrar.proxy.refusals import UPSTREAM_FAILED, Outcome, Refusal
 from k8s_consul_registrar.proxy.relay import Relay, Routed
+from k8s_consul_registrar.proxy.request import Request
+from k8s_consul_registrar.proxy.routes import redirected
 from k8s_consul_registrar.proxy.upstream import UpstreamConnection
 
 # A client may announce any timeout. One of fewer seconds says nothing about the upstream.
@@ -61,23 +64,25 @@ class Scrape:
         "_began_at",
         "_client",
         "_connection",
-        "_fields",
+        "_has_redirected",
         "_is_reused",
         "_relay",
+        "_request",
         "_routed",
         "_seconds",
         "_state",
     )
 
-    def __init__(self, relay: Relay, client: Client, routed: Routed, fields: Fields) -> None:
+    def __init__(self, relay: Relay, client: Client, routed: Routed, request: Request) -> None:
         self._relay = relay
         self._client = client
         self._routed = routed
-        self._fields = fields
+        self._request = request
         self._state = QUEUED
         self._began_at = self._asked_at = monotonic()
         self._connection: UpstreamConnection | None = None
         self._is_reused = False
+        self._has_redirected = False
         # The time allowed; 0 for a scrape that never entered the limits.
         self._seconds = 0.0
 
@@ -88,7 +93,7 @@ class Scrape:
         if entry is Admission.FULL:
             self._refuse(refusals.QUEUE_FULL)
             return
-        announced = self._fields.get(b"x-prometheus-scrape-timeout-seconds")
+        announced = self._request.fields.get(b"x-prometheus-scrape-timeout-seconds")
         self._seconds = seconds = scrape_deadline(announced, relay.timing.longest_scrape)
         relay.deadlines.start(self, seconds)
         if entry is Admission.RUN:
@@ -131,14 +136,19 @@ class Scrape:
 
     def _ask(self, connection: UpstreamConnection) -> None:
         self._state = WAITING
-        fields = self._fields
+        fields, start, is_legacy = self._request.fields, self._routed.request, self._request.is_legacy
         try:
             token = self._routed.upstream.token()
             rest = request_rest(fields.get(b"accept"), fields.get(b"accept-encoding"), token)
         except (OperationalError, ValueError):
             self._refuse(refusals.NO_CREDENTIALS)
             return
-        connection.ask(self, self._routed.request + rest)
+        if is_legacy:
+            start = as_legacy(start)
+        if self._routed.route.endpoint.peer != KUBELET:
+            left = self._seconds - (monotonic() - self._began_at)
+            start += pod_fields(left, fields.get(b"traceparent"))
+        connection.ask(self, start + rest, is_legacy=is_legacy)
 
     # Called by the upstream connection
 
@@ -162,6 +172,17 @@ class Scrape:
         """Pass on more of the body."""
         self._relay.counts.body_bytes += len(body)
         self._client.send(body)
+
+    def on_redirect(self, status: int, location: bytes) -> None:
+        """Follow a redirect of a Pod to itself once; any other one has failed."""
+        self._connection = None
+        route = None if self._has_redirected else redirected(self._routed.route, location)
+        if route is None or not self._is_current():
+            self._refuse(refusals.redirect(status, location))
+            return
+        self._has_redirected = True
+        self._routed = Routed(route, request_start(route), self._routed.upstream)
+        self._connect()
 
     def on_end(self, *, is_exact: bool, is_reusable: bool) -> None:
         """Keep the connection and let the client go on."""

@@ -134,16 +134,26 @@ class ProxyServer:
         """Close the kept connections to kubelets that left the table."""
         self._relay.notice_nodes()
 
-    async def drain(self, grace: float) -> None:
-        """Accept no more, let the scrapes under way finish for up to `grace` seconds, then stop."""
+    def announce_end(self) -> None:
+        """Close each connection after its next answer, and say so in it; accept clients as before."""
         self._relay.is_draining = True
+
+    async def drain(self, grace: float) -> None:
+        """Accept no more, let the scrapes under way finish for up to `grace` seconds, then stop.
+
+        Idle connections are closed last: until then a request on one of them is answered.
+        """
+        self.announce_end()
         for server in self._servers:
             server.close()
-        for client in list(self._clients):
-            if client.is_idle:
-                client.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
+                while not all(client.is_idle for client in self._clients):  # noqa: ASYNC110 - only here it matters
+                    await asyncio.sleep(0.02)
+        for client in list(self._clients):
+            client.part()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.timing.linger):
                 await self._empty.wait()
         await self.stop()
 

@@ -55,6 +55,8 @@ class PlainStep:
         self.has_ended = False
         self.has_output = False
 
+    is_between_records = True
+
     def advance_handshake(self, received: memoryview | bytes = b"") -> bool:  # noqa: ARG002 - of a `TlsStep`
         """Return True: there is nothing to agree on."""
         return True
@@ -157,6 +159,11 @@ class TlsStep:
     def output(self) -> bytes:
         """Return that data."""
         return self._outgoing.read()
+
+    @property
+    def is_between_records(self) -> bool:
+        """True if no record is incomplete."""
+        return not self._begun
 
     def decrypt_rest(self, plain: memoryview) -> int:
         """Decrypt data that arrived with the end of the handshake into `plain`, and return its length."""

@@ -12,11 +12,14 @@ from k8s_consul_registrar.proxy.refusals import Malformed, Refusal
 from k8s_consul_registrar.proxy.response import (
     END_OF_HEAD,
     HEAD_LIMIT,
+    LAST_CHUNK,
     VERSION,
     Answer,
     Chunked,
     Counted,
     HeadCache,
+    UntilClose,
+    in_a_chunk,
 )
 from k8s_consul_registrar.proxy.tls_stream import RECEIVE_SIZE, Buffers, PlainStep, TlsStep
 
@@ -57,6 +60,9 @@ class Exchange(Protocol):
     def on_body(self, body: memoryview) -> None:
         """Pass on more of the body; the memory is lent for this call only."""
 
+    def on_redirect(self, status: int, location: bytes) -> None:
+        """Ask there, or fail: the answer is a redirect, and the connection is closed."""
+
     def on_end(self, *, is_exact: bool, is_reusable: bool) -> None:
         """Finish: the answer is complete.
 
@@ -87,6 +93,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         "_holds",
         "_interim",
         "_interim_size",
+        "_is_legacy",
         "_keeps",
         "_loop",
         "_partial",
@@ -110,7 +117,8 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self._loop = asyncio.get_running_loop()
         self._state = CONNECTING
         self._exchange: Exchange | None = None
-        self._framing: Counted | Chunked = WHOLE
+        self._framing: Counted | Chunked | UntilClose = WHOLE
+        self._is_legacy = False
         self._has_answered = False
         self._holds = 0
         self._interim = self._interim_size = 0
@@ -178,11 +186,12 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         """True if it is connected, secured and idle."""
         return self._state is IDLE
 
-    def ask(self, exchange: Exchange, request: bytes) -> None:
-        """Send a request; its answer goes to `exchange`."""
+    def ask(self, exchange: Exchange, request: bytes, *, is_legacy: bool = False) -> None:
+        """Send a request; its answer goes to `exchange`, without chunks if the client `is_legacy`."""
         assert self._transport is not None
         self._exchange = exchange
         self._state = HEAD
+        self._is_legacy = is_legacy
         self._has_answered = False
         self._transport.write(self._tls.encrypt(request))
 
@@ -240,7 +249,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         if count:
             self._follow(count)
         if tls.has_ended:
-            self._fail(refusals.CLOSED_EARLY)
+            self._end_by_close()
         elif nbytes == RECEIVE_SIZE and self._state is not CLOSED:
             # There is more to read: uvloop would go on with this connection for up to 32 buffers.
             self._hold(TURN)
@@ -261,9 +270,13 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         except Malformed as error:
             self._fail(refusals.malformed(error))
             return
-        exchange.on_body(body)
+        exchange.on_body(in_a_chunk(body) if self._is_chunking else body)
         if is_end:
             self._end()
+
+    @property
+    def _is_chunking(self) -> bool:
+        return isinstance(self._framing, UntilClose) and not self._is_legacy
 
     def _read_head(self, exchange: Exchange, count: int) -> None:
         data: bytes | bytearray = self._buffers.plain_bytes
@@ -295,9 +308,20 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             start = end
 
     def _begin(self, exchange: Exchange, answer: Answer, body: memoryview) -> None:
+        if answer.location:
+            self.close()
+            exchange.on_redirect(answer.status, answer.location)
+            return
         if answer.status != 200:
             self._fail(refusals.other_status(answer.status))
             return
+        if answer.ends_by_close:
+            self._state, self._framing = BODY, UntilClose()
+            start = answer.start if self._is_legacy else answer.start + UntilClose.field
+            exchange.on_response(start, in_a_chunk(body) if self._is_chunking else body)
+            return
+        if answer.length is None and self._is_legacy:
+            raise Malformed("it sends chunks though asked in HTTP/1.0")
         self._keeps = answer.keeps
         self._state = BODY
         if answer.length == len(body):
@@ -323,8 +347,19 @@ class UpstreamConnection(asyncio.BufferedProtocol):
     # Ending
 
     def eof_received(self) -> None:
-        """Close: an answer whose framing has not ended was cut."""
-        self._fail(refusals.CLOSED_EARLY)
+        """End the answer if the end of the connection ends it; another one was cut."""
+        self._end_by_close()
+
+    def _end_by_close(self) -> None:
+        exchange = self._exchange
+        is_body = self._state is BODY and isinstance(self._framing, UntilClose)
+        if exchange is None or not is_body or not self._tls.is_between_records:
+            self._fail(refusals.CLOSED_EARLY)
+            return
+        self._keeps = False
+        if self._is_chunking:
+            exchange.on_body(memoryview(LAST_CHUNK))
+        self._end()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Fail the scrape that waits for an answer."""

@@ -21,6 +21,7 @@ from k8s_consul_registrar.proxy.server import ProxyServer, listen
 from k8s_consul_registrar.proxy.worker_protocol import (
     Begin,
     Drain,
+    Ending,
     PodPut,
     PodsKnown,
     Serving,
@@ -119,6 +120,8 @@ class Worker:
                         self._pods.put(told.namespace, told.name, told.pod)
                     case PodsKnown():
                         self._know_pods(is_known=told.known)
+                    case Ending():
+                        self._server.announce_end()
                     case Drain():
                         grace = told.grace
                         break

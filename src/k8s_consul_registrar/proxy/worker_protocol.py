@@ -66,6 +66,10 @@ class PodsKnown(msgspec.Struct, frozen=True, tag=True):
     known: bool
 
 
+class Ending(msgspec.Struct, frozen=True, tag=True):
+    """To a worker: close each connection after its next answer."""
+
+
 class Drain(msgspec.Struct, frozen=True, tag=True):
     """To a worker: accept no more, and end once the scrapes under way are done or `grace` seconds have passed."""
 
@@ -84,7 +88,7 @@ class WorkerFigures(msgspec.Struct, frozen=True, tag=True):
     last_scrapes: list[tuple[Endpoint, LastScrape]] = []
 
 
-ToWorker = Begin | WorkerCredentials | Table | PodPut | PodsKnown | Drain
+ToWorker = Begin | WorkerCredentials | Table | PodPut | PodsKnown | Ending | Drain
 FromWorker = Serving | WorkerFigures
 
 _encode = msgspec.msgpack.Encoder().encode

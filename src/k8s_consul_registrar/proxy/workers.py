@@ -27,6 +27,7 @@ from k8s_consul_registrar.proxy.stats import (
 from k8s_consul_registrar.proxy.worker_protocol import (
     Begin,
     Drain,
+    Ending,
     PodPut,
     PodsKnown,
     Serving,
@@ -316,6 +317,10 @@ class Workers:
         self._last_scrapes.add(figures.last_scrapes)
 
     # Ending
+
+    def announce_end(self) -> None:
+        """Have every worker close each connection after its next answer."""
+        self._send_all(Ending())
 
     async def drain(self, grace: float) -> None:
         """Have every worker accept no more and finish what is under way within `grace` seconds."""

@@ -77,6 +77,15 @@ class ProxiedPods(PodSelection, group=PODS):
     skip_verify: bool = Setting("POD_INSECURE_SKIP_TLS_VERIFY", parse.boolean, "false").means(
         "`true`: accept any certificate of a Pod"
     )
+    content_type_fallback: str = Setting(
+        "POD_CONTENT_TYPE_FALLBACK",
+        parse.matching(
+            r"[A-Za-z0-9!#$&^_.+-]+/[\x20-\x7e]{1,150}", "is no media type, as `text/plain; version=0.0.4`"
+        ),
+    ).means(
+        "The `Content-Type` passed on for Pods that send none, such as `text/plain; version=0.0.4`; Prometheus 3 "
+        "fails a scrape without one. Unset: none"
+    )
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -140,7 +149,12 @@ class ProxySettings(ModeSettings, group="Limits and shutdown"):
         if self.port and self.port == self.common.admin_port:
             reader.problem("ADMIN_PORT", f"{self.port} is PORT as well: health and metrics stay apart")
         if self.pods is None:
-            for name in ("PROXY_PODS_ANONYMOUS", "POD_CA_FILE", "POD_INSECURE_SKIP_TLS_VERIFY"):
+            for name in (
+                "PROXY_PODS_ANONYMOUS",
+                "POD_CA_FILE",
+                "POD_INSECURE_SKIP_TLS_VERIFY",
+                "POD_CONTENT_TYPE_FALLBACK",
+            ):
                 if reader.is_set(name):
                     reader.warnings.append(f"{name} has no effect without PROXY_PODS")
         elif self.are_pods_open:

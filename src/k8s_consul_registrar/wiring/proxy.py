@@ -204,6 +204,7 @@ def _config(settings: ProxySettings) -> ProxyConfig:
         paths=frozenset(settings.paths),
         has_pods=settings.pods is not None,
         concurrency=Concurrency(per_node=settings.concurrency_per_node, overall=settings.concurrency),
+        pod_content_type="" if settings.pods is None else settings.pods.content_type_fallback,
         timing=ProxyTiming(longest_scrape=settings.scrape_timeout_max),
     )
     config = wanted.fit_open_files()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from k8s_consul_registrar.proxy.config import ProxyTiming
 from k8s_consul_registrar.proxy.request import MALFORMED, ONE_AT_A_TIME, VERSION
-from k8s_consul_registrar.proxy.routes import NOT_A_PATH, UNKNOWN_NODE, UNKNOWN_PATH
+from k8s_consul_registrar.proxy.routes import CLOSED_PATH, NO_PODS, NOT_A_PATH, UNKNOWN_NODE, UNKNOWN_PATH
 from support.proxy_lab import METRICS, Kubelet, Proxy, cadvisor, get_request, proxying
 from support.waiting import PATIENCE, until
 from unit.proxy.test_route import ATTACKS, PIECES
@@ -19,7 +19,17 @@ from unit.proxy.test_route import ATTACKS, PIECES
 pytestmark = pytest.mark.both_loops
 
 FIXED_TEXTS = {
-    refusal.reason for refusal in (UNKNOWN_PATH, UNKNOWN_NODE, NOT_A_PATH, MALFORMED, VERSION, ONE_AT_A_TIME)
+    refusal.reason
+    for refusal in (
+        UNKNOWN_PATH,
+        CLOSED_PATH,
+        NO_PODS,
+        UNKNOWN_NODE,
+        NOT_A_PATH,
+        MALFORMED,
+        VERSION,
+        ONE_AT_A_TIME,
+    )
 }
 
 QUICK = ProxyTiming(tick=0.02, request_head=0.2, linger=0.05)
@@ -38,7 +48,9 @@ class Ground:
         """Fail where anything but the allowed path of the allowed kubelet was reached."""
         assert self.strays == []
         for request in self.kubelet.requests:
-            assert request.startswith(b"GET /metrics/cadvisor HTTP/1.1\r\n")
+            assert request.startswith(
+                (b"GET /metrics/cadvisor HTTP/1.1\r\n", b"GET /metrics/cadvisor HTTP/1.0\r\n")
+            )
 
 
 @contextlib.asynccontextmanager
@@ -84,8 +96,10 @@ def raw_attacks(ground: Ground) -> dict[str, tuple[bytes, set[int]]]:
     aside = b"127.0.0.1:%d" % ground.bystander_port
     return {
         "CONNECT": (b"CONNECT " + aside + b" HTTP/1.1\r\n" + host + b"\r\n", {405}),
-        "absolute form": (b"GET http://" + aside + b"/metrics HTTP/1.1\r\n" + host + b"\r\n", {400}),
-        "absolute form of ours": (b"GET http://x" + good + b" HTTP/1.1\r\n" + host + b"\r\n", {400}),
+        "absolute form": (b"GET http://" + aside + b"/metrics HTTP/1.1\r\n" + host + b"\r\n", {404}),
+        "absolute form without Host": (b"GET http://x" + good + b" HTTP/1.1\r\n\r\n", {400}),
+        "absolute form of two hosts": (b"GET http://x,y" + good + b" HTTP/1.1\r\n" + host + b"\r\n", {400}),
+        "absolute form of another scheme": (b"GET ftp://x" + good + b" HTTP/1.1\r\n" + host + b"\r\n", {400}),
         "userinfo": (b"GET http://a@" + aside + b"/ HTTP/1.1\r\n" + host + b"\r\n", {400}),
         "OPTIONS *": (b"OPTIONS * HTTP/1.1\r\n" + host + b"Connection: close\r\n\r\n", {405}),
         "POST": (b"POST " + good + b" HTTP/1.1\r\n" + host + b"Content-Length: 3\r\n\r\nabc", {405}),
@@ -118,7 +132,8 @@ def raw_attacks(ground: Ground) -> dict[str, tuple[bytes, set[int]]]:
         ),
         "data after close": (line + host + b"Connection: close\r\n\r\n" + line + host + b"\r\n", {400}),
         "line ends after it": (line + host + b"\r\n\r\n\r\n", {400}),
-        "line ends before it": (b"\r\n\r\n" + line + host + b"\r\n", {400}),
+        "many line ends before it": (b"\r\n" * 9 + line + host + b"\r\n", {400}),
+        "a bare line end before it": (b"\n" + line + host + b"\r\n", {400}),
         "no Host": (line + b"\r\n", {400}),
         "two Hosts": (line + host + host + b"\r\n", {400}),
         "two Hosts, different": (line + host + b"hOST: " + aside + b"\r\n\r\n", {400}),
@@ -127,14 +142,28 @@ def raw_attacks(ground: Ground) -> dict[str, tuple[bytes, set[int]]]:
         "Host with userinfo": (line + b"Host: a@proxy.example\r\n\r\n", {400}),
         "Host with a space": (line + b"Host: a b\r\n\r\n", {400}),
         "Host list": (line + b"Host: a, b\r\n\r\n", {400}),
-        "HTTP/1.0": (b"GET " + good + b" HTTP/1.0\r\n" + host + b"\r\n", {505}),
+        "HTTP/1.0 with a body": (
+            b"GET " + good + b" HTTP/1.0\r\nContent-Length: 3\r\n\r\nabc",
+            {400},
+        ),
+        "HTTP/1.0 with two Hosts": (b"GET " + good + b" HTTP/1.0\r\n" + host + host + b"\r\n", {400}),
+        "smuggled after HTTP/1.0": (
+            b"GET " + good + b" HTTP/1.0\r\n\r\n" + line + host + b"\r\n",
+            {400},
+        ),
         "HTTP/0.9": (b"GET " + good + b"\r\n\r\n", {505}),
         "HTTP/1.2": (b"GET " + good + b" HTTP/1.2\r\n" + host + b"\r\n", {505}),
         "HTTP/2": (b"GET " + good + b" HTTP/2.0\r\n" + host + b"\r\n", {505}),
         "HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {505}),
         "RTSP/1.1": (b"GET " + good + b" RTSP/1.1\r\n" + host + b"\r\n", {400, 505}),
-        "upgrade to h2c": (line + host + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n", {400}),
-        "websocket": (line + host + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n", {400}),
+        "smuggled after an upgrade": (
+            line + host + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n" + line + host + b"\r\n",
+            {400},
+        ),
+        "upgrade and a body": (
+            line + host + b"Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 3\r\n\r\nabc",
+            {400},
+        ),
         "bare line feeds": ((line + host + b"\n").replace(b"\r\n", b"\n"), {400}),
         "bare carriage return": (line + b"Host: a\rX: y\r\n\r\n", {400}),
         "folded field": (line + host + b"Accept: a\r\n b\r\n\r\n", {400}),
@@ -182,6 +211,43 @@ async def test_attacks_byte_by_byte() -> None:
             assert status_of(got) in statuses | ({400} if "method" in name else set()), (name, got)
         assert all(request.startswith(b"GET /metrics/cadvisor ") for request in ground.kubelet.requests)
         ground.unharmed()
+
+
+@pytest.mark.parametrize("piece", [0, 1])
+async def test_odd_but_sound_requests_are_served(piece: int) -> None:
+    """Serves what nginx and Go serve: an upgrade offered, the absolute form, an empty line, HTTP/1.0 without Host."""
+    async with standing() as ground:
+        good = cadvisor(ground.kubelet).encode()
+        line, host = b"GET " + good + b" HTTP/1.1\r\n", b"Host: proxy.example\r\nConnection: close\r\n"
+        h2c = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n"
+        odd = [
+            line + host + h2c + b"\r\n",
+            line + host + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+            b"GET http://elsewhere.example:80" + good + b" HTTP/1.1\r\n" + host + b"\r\n",
+            b"\r\n" + line + host + b"\r\n",
+            line + host + b"\r\n\r\n" if not piece else line + host + b"\r\n",
+            b"GET " + good + b" HTTP/1.0\r\n\r\n",
+            b"GET " + good + b" HTTP/1.0\r\nConnection: keep-alive\r\nHost: a\r\n\r\n",
+        ]
+        for number, raw in enumerate(odd, 1):
+            got = await ground.proxy.attack(raw, piece=piece)
+            assert got.startswith(b"HTTP/1.1 200"), (raw, got)
+            assert got.endswith(METRICS)
+            assert b"\r\nConnection: close\r\n" in got
+            assert len(ground.kubelet.requests) == number
+        ground.unharmed()
+
+
+async def test_connection_goes_on_after_an_upgrade_that_was_ignored() -> None:
+    """Serves one request after another on a connection whose client offers another protocol each time."""
+    async with standing() as ground:
+        reader, writer = await ground.proxy.connect()
+        for _ in range(3):
+            writer.write(get_request(cadvisor(ground.kubelet), "Connection: Upgrade", "Upgrade: h2c"))
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200")
+            assert await reader.readexactly(len(METRICS)) == METRICS
+            writer.write(b"\r\n")  # an empty line between two requests
 
 
 async def test_request_cut_off_midway_gets_one_answer() -> None:
@@ -305,8 +371,11 @@ async def test_fuzz(batch: list[bytes]) -> None:
         for raw, got in zip(sent, answers, strict=True):
             if got.startswith(b"HTTP/1.1 200"):
                 allowed += 1
-                assert raw.startswith(f"GET {cadvisor(ground.kubelet)} HTTP/1.1\r\n".encode())
-                assert raw.count(b"\nHost:") == 1
+                is_legacy = b" HTTP/1.0\r\n" in raw.partition(b"\r\n")[0] + b"\r\n"
+                version = b"1.0" if is_legacy else b"1.1"
+                target = cadvisor(ground.kubelet).encode()
+                assert raw.startswith(b"GET %b HTTP/%b\r\n" % (target, version))
+                assert raw.count(b"\nHost:") == 1 or (is_legacy and raw.count(b"\nHost:") == 0)
         assert len(ground.kubelet.requests) == allowed
         ground.unharmed()
 

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from k8s_consul_registrar.proxy.limits import Concurrency
-from k8s_consul_registrar.proxy.nodes import NodeTable
+from k8s_consul_registrar.proxy.nodes import KUBELET, POD, Endpoint, NodeTable
 from k8s_consul_registrar.proxy.refusals import Outcome, Refusal
 from k8s_consul_registrar.proxy.routes import (
     PODS_UNKNOWN,
@@ -19,6 +19,7 @@ from k8s_consul_registrar.proxy.routes import (
     Route,
     find_pod,
     proxied_pod,
+    redirected,
 )
 from k8s_consul_registrar.tls import Trust
 from support.doors import TcpProxy
@@ -41,12 +42,16 @@ from support.proxy_lab import (
     pod_path,
     proxying,
     put,
+    reset_on_close,
+    serve_metrics,
 )
 from support.waiting import until
 
 pytestmark = pytest.mark.both_loops
 
 NOBODY = NodeTable()
+TIMEOUT = "X-Prometheus-Scrape-Timeout-Seconds"
+TEXT = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"
 
 
 async def test_pod_is_asked_what_it_is_annotated_with() -> None:
@@ -63,7 +68,7 @@ async def test_pod_is_asked_what_it_is_annotated_with() -> None:
     line, *fields = request.decode().splitlines()
     assert line == "GET /stats?depth=x%26y%3D1&format=a+b HTTP/1.1"
     named = {field.partition(":")[0] for field in fields if field}
-    assert named == {"Host", "User-Agent", "Accept"}
+    assert named == {"Host", "User-Agent", "Accept", TIMEOUT}
     assert f"Host: {POD_HOST}:{pod.port}" in fields
 
 
@@ -193,9 +198,169 @@ async def test_pod_that_goes_while_it_is_dialled() -> None:
     assert pod.requests == []
 
 
+@pytest.mark.parametrize("is_secure", [False, True])
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+async def test_a_body_ended_by_close_is_passed_on_in_chunks(version: bytes, is_secure: bool) -> None:
+    """Shows the client where the body ends, so that its own connection goes on."""
+    head = b"HTTP/%b 200 OK\r\nContent-Type: text/plain\r\n\r\n" % version
+    body = b"a 1\n" * 60_000
+    pod = PodServer(always(head + body, then_close=True), is_secure=is_secure)
+    async with pod.serving(), proxying(pods=access(known(pod.pod()))) as proxy:
+        got = await proxy.get(pod_path())
+        assert (got.status, got.fields["transfer-encoding"]) == (200, "chunked")
+        assert got.body == body
+        raw = await proxy.exchange(b"GET %b HTTP/1.0\r\n\r\n" % pod_path().encode())
+        assert b"chunked" not in raw
+        assert raw.partition(b"\r\n\r\n")[2] == body
+        assert proxy.server.stats().outcomes[Outcome.OK] == 2
+
+
+async def test_an_empty_body_ended_by_close_is_complete() -> None:
+    """Passes on no chunk but the last."""
+    pod = PodServer(always(TEXT + b"\r\n", then_close=True))
+    async with pod.serving(), proxying(pods=access(known(pod.pod()))) as proxy:
+        got = await proxy.get(pod_path())
+        assert (got.status, got.body) == (200, b"")
+
+
+async def test_a_body_ended_by_a_reset_is_cut() -> None:
+    """Does not take a connection that breaks for the end of a body."""
+
+    async def break_off(
+        kubelet: Kubelet, request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        writer.write(TEXT + b"\r\na 1\n")
+        await writer.drain()
+        await asyncio.sleep(0.1)
+        reset_on_close(writer)
+
+    pod = PodServer(break_off)
+    async with pod.serving(), proxying(pods=access(known(pod.pod()))) as proxy:
+        reader, writer = await proxy.connect()
+        writer.write(get_request(pod_path()))
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        await until(lambda: proxy.server.stats().outcomes[Outcome.CUT] == 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "value"),
+    [
+        (
+            b"Content-Type: text/plain; version=0.0.4\r\nContent-Type: text/html\r\n",
+            "content-type",
+            "text/plain; version=0.0.4",
+        ),
+        (b"Content-Encoding: gzip\r\nContent-Encoding: gzip\r\n", "content-encoding", "gzip"),
+        (b"Content-Length: 4\r\nContent-Length:  4\r\n", "content-length", "4"),
+        (b"X: " + b"y" * 20_000 + b"\r\n", "content-length", "4"),
+    ],
+)
+async def test_repeated_and_long_fields_of_a_pod(fields: bytes, name: str, value: str) -> None:
+    """Forwards a singleton once, takes equal lengths for one, and accepts heads up to 64 KB."""
+    pod = PodServer(always(b"HTTP/1.1 200 OK\r\n" + fields + b"Content-Length: 4\r\n\r\na 1\n"))
+    async with pod.serving(), proxying(pods=access(known(pod.pod()))) as proxy:
+        raw = await proxy.exchange(get_request(pod_path(), "Connection: close"))
+        head = raw.partition(b"\r\n\r\n")[0].lower()
+        assert head.count(name.encode()) == 1
+        assert parse_answer(raw).fields[name] == value
+        assert parse_answer(raw).body == b"a 1\n"
+
+
+async def test_a_pod_gets_the_time_that_is_left_and_the_trace() -> None:
+    """Forwards what a Pod may use and only that: the seconds left, and a well-formed traceparent."""
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    pod = PodServer()
+    async with pod.serving(), proxying(pods=access(known(pod.pod()))) as proxy:
+        await proxy.get(pod_path(), f"{TIMEOUT}: 10", f"Traceparent: {trace}")
+        await proxy.get(pod_path(), f"{TIMEOUT}: 10", "Traceparent: 00-xyz")
+    first, second = (request.decode().lower() for request in pod.requests)
+    seconds = float(first.partition(f"{TIMEOUT.lower()}: ")[2].partition("\r\n")[0])
+    assert 0 < seconds < 10
+    assert f"traceparent: {trace}\r\n" in first
+    assert "traceparent" not in second
+
+
+@pytest.mark.parametrize(
+    ("stated", "got"), [(b"", "text/plain"), (b"Content-Type: text/html\r\n", "text/html")]
+)
+async def test_a_pod_without_a_type_gets_the_fallback(stated: bytes, got: str) -> None:
+    """States POD_CONTENT_TYPE_FALLBACK for a Pod that states no type, and for no other; a kubelet's stay as they are."""
+    answering = always(b"HTTP/1.1 200 OK\r\n" + stated + b"Content-Length: 4\r\n\r\na 1\n")
+    pod, kubelet = PodServer(answering), Kubelet(answering)
+    async with pod.serving(), kubelet.serving():
+        pods = access(known(pod.pod()))
+        async with proxying(kubelet.node(), pods=pods, pod_content_type="text/plain") as proxy:
+            assert (await proxy.get(pod_path())).fields["content-type"] == got
+            assert ("content-type" in (await proxy.get(cadvisor(kubelet))).fields) == bool(stated)
+
+
+async def redirect_once(
+    kubelet: Kubelet, request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Redirect to `/metrics/`, as a server does that knows a folder there."""
+    if request.startswith(b"GET /metrics/ "):
+        await serve_metrics(kubelet, request, reader, writer)
+    else:
+        writer.write(b"HTTP/1.1 301 Moved\r\nLocation: /metrics/\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+
+
+async def test_a_redirect_to_the_pod_itself_is_followed_once() -> None:
+    """Asks the same Pod at the path it names, without credentials; and no second time."""
+    pod, loop = (
+        PodServer(redirect_once),
+        PodServer(always(b"HTTP/1.1 302 Found\r\nLocation: /again\r\nContent-Length: 0\r\n\r\n")),
+    )
+    async with pod.serving(), loop.serving():
+        pods = known(pod.pod(), loop.pod("web-2"))
+        async with proxying(pods=access(pods)) as proxy:
+            got = await proxy.get(pod_path(), "Authorization: Bearer the-callers-own")
+            assert (got.status, got.body) == (200, METRICS)
+            got = await proxy.get(pod_path("web-2"))
+            assert got.status == 502
+            assert b"/again" in got.body
+    assert [request.split(b" ")[1] for request in loop.requests] == [b"/metrics", b"/again"]
+    assert not any(b"Authorization" in request for request in pod.requests)
+
+
+ROUTE = Route(Endpoint("10.0.0.1", 8080, "10.0.0.1", "uid", POD), "/metrics?a=b")
+
+
+@pytest.mark.parametrize(
+    ("location", "path"),
+    [
+        (b"/metrics/", "/metrics/"),
+        (b"other?x=1#part", "/other?x=1"),
+        (b"http://10.0.0.1:8080/stats", "/stats"),
+        (b"//10.0.0.1:8080/stats", "/stats"),
+        (b"http://10.0.0.1/stats", None),
+        (b"http://10.0.0.1:8081/stats", None),
+        (b"http://10.0.0.2:8080/stats", None),
+        (b"http://web.shop.svc:8080/stats", None),
+        (b"https://10.0.0.1:8080/stats", None),
+        (b"http://a@10.0.0.1:8080/stats", None),
+        (b"//169.254.169.254/latest", None),
+        (b"http://10.0.0.1:99999/", None),
+        (b"http://[10.0.0.1:8080/", None),
+        (b"/a b", None),
+        (b"/a\tb", None),
+        (b"/\xff", None),
+        (b"/" + b"x" * 3000, None),
+        (b"file:///etc/passwd", None),
+    ],
+)
+def test_redirects_lead_to_the_same_place_only(location: bytes, path: str | None) -> None:
+    """Keeps scheme, address and port, and the rules for a path."""
+    route = redirected(ROUTE, location)
+    assert (route and (route.path, route.endpoint)) == (path and (path, ROUTE.endpoint))
+    assert redirected(Route(ROUTE.endpoint._replace(peer=KUBELET), "/metrics"), location) is None
+
+
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 async def test_redirects_are_not_followed(status: int) -> None:
-    """A Pod that points elsewhere is 502, and elsewhere hears nothing."""
+    """A Pod that points elsewhere is 502 in words that name where, and elsewhere hears nothing."""
     elsewhere = Kubelet()
     async with elsewhere.serving():
         to = f"https://127.0.0.1:{elsewhere.port}/metrics/cadvisor"
@@ -206,6 +371,7 @@ async def test_redirects_are_not_followed(status: int) -> None:
             got = await proxy.get(pod_path())
             assert got.status == 502
             assert b"the Pod answered 3" in got.body
+            assert to.encode() in got.body
             assert proxy.server.stats().outcomes[Outcome.POD_ANSWERED] == 1
     assert elsewhere.connections == 0
 
@@ -233,7 +399,8 @@ async def test_https_pods_are_verified() -> None:
         (b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n", 502, Outcome.POD_ANSWERED),
         (b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n", 502, Outcome.POD_ANSWERED),
         (b"\x16\x03\x01 this is no HTTP\r\n\r\n", 502, Outcome.POD_MALFORMED),
-        (b"HTTP/1.1 200 OK\r\n\r\nno length", 502, Outcome.POD_MALFORMED),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nno", 502, Outcome.POD_MALFORMED),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70_000 + b"\r\n\r\n", 502, Outcome.POD_MALFORMED),
     ],
 )
 async def test_pods_that_answer_badly(raw: bytes, status: int, outcome: Outcome) -> None:
@@ -475,7 +642,8 @@ async def test_attacks_over_the_wire() -> None:
     async with pod.serving(), other.serving():
         async with proxying(pods=access(known(pod.pod()))) as proxy:
             # With a version in it a target is, on the wire, a sound request of what stands before.
-            for target in (one for one in ATTACKS if " HTTP/" not in one):
+            # One in absolute form is a sound request too.
+            for target in (one for one in ATTACKS if " HTTP/" not in one and not one.startswith("http")):
                 aimed = target.replace("9103", str(other.port)).replace("9102", str(other.port))
                 raw = await proxy.exchange(get_request(aimed, "Connection: close"))
                 assert parse_answer(raw).status in (400, 404, 505), (target, raw)
