@@ -22,7 +22,6 @@ from support.processes import LOOPBACK
 CATALOG = {"CONSUL_BACKEND": "catalog"}
 NODE = "k8s-lab"
 REFUSED = "Consul refuses a service"
-RENAMES = "a service is renamed by one `cas`, which newer releases of Consul refuse"
 LEASES = rule("get create update", "leases", group="coordination.k8s.io")
 PODS = tuple(f"web-{number}" for number in range(6))
 IDS = {f"pod--shop--{name}" for name in PODS}
@@ -83,7 +82,7 @@ async def test_life_of_services_in_the_catalog(release: ConsulRelease) -> None:
             await daemon.until(lambda: "pod--shop--web-3" not in held(lab))
 
 
-@each_release("2.1", reason=RENAMES)
+@each_release()
 async def test_services_are_renamed_with_a_new_template(release: ConsulRelease) -> None:
     """Each service has the new name, none is missing and none is there twice."""
     async with running_lab(ConsulOptions(release)) as lab:
@@ -95,7 +94,7 @@ async def test_services_are_renamed_with_a_new_template(release: ConsulRelease) 
             assert set(held(lab)) == IDS
 
 
-@each_release("2.1", reason=RENAMES)
+@each_release()
 async def test_services_are_renamed_with_a_new_set_of_shards(release: ConsulRelease) -> None:
     """A shard in the name moves the service when its shard is no longer offered."""
     template = {"POD_SERVICE_NAME": "{cluster}-{shard_path}"}
@@ -108,7 +107,7 @@ async def test_services_are_renamed_with_a_new_set_of_shards(release: ConsulRele
             assert set(held(lab)) == IDS
 
 
-@each_release("2.1", reason=RENAMES)
+@each_release()
 async def test_service_is_renamed_with_its_pods_node(release: ConsulRelease) -> None:
     """A Pod of a StatefulSet that comes back on another Node has another name under a `{node}` template."""
     async with running_lab(ConsulOptions(release)) as lab:

@@ -148,6 +148,14 @@ class Outcomes:
         if service_id:
             self._faults.append((service_id, error))
 
+    def add(self, units: Sequence[Unit], written: Written) -> None:
+        """Record what came of services that were written apart."""
+        self._failures.extend(written.failures)
+        self.stale(written.stale)
+        left = {*written.stale, *(failure.id for failure in written.failures)}
+        self.succeeded([unit.service.id for unit in units if unit.service.id not in left])
+        self.indexes.update(written.indexes)
+
     def written(self) -> Written:
         """Return the outcomes of the call; raises a 5xx that is Consul's own."""
         for service_id, error in self._faults:
@@ -239,14 +247,15 @@ async def write_all(
     concurrency: int,
     blame: Blame,
     restore_node: Callable[[], Awaitable[None]],
+    rename: Callable[[Sequence[Unit]], Awaitable[Written]] | None = None,
 ) -> Written:
     """Make every unit's writes; `restore_node` is awaited when Consul says that the node is missing.
 
-    Raises a `ConsulError` when Consul cannot be used; then what became of the writes under way is not
+    `rename` writes the units whose new name Consul refuses; without it they count as stale. Raises a `ConsulError` when Consul cannot be used; then what became of the writes under way is not
     known, so everything is to be read again. A service that alone makes Consul answer 5xx is a failure of
     its own.
     """
-    batches = _Batches(transactions, blame, restore_node)
+    batches = _Batches(transactions, blame, restore_node, rename)
     await for_each(pack(units), batches.settle, concurrency)
     return batches.outcomes.written()
 
@@ -259,10 +268,12 @@ class _Batches:
         transactions: Transactions,
         blame: Blame,
         restore_node: Callable[[], Awaitable[None]],
+        rename: Callable[[Sequence[Unit]], Awaitable[Written]] | None,
     ) -> None:
         self._transactions = transactions
         self._blame = blame
         self._restore_node = restore_node
+        self._rename = rename
         self._is_searching = False
         self.outcomes = Outcomes(transactions.client.health, blame)
 
@@ -286,8 +297,12 @@ class _Batches:
                 was_restored = True
                 await self._restore_node()
                 pending.append(units)
-            elif errors and (left := self._without_failing(units, errors)):
-                pending.append(left)
+            elif errors:
+                renamed, left = self._without_failing(units, errors)
+                if left:
+                    pending.append(left)
+                if renamed and self._rename is not None:
+                    self.outcomes.add(renamed, await self._rename(renamed))
 
     async def _attempt(self, units: list[Unit]) -> Sequence[TxnError]:
         operations = [operation for unit in units for operation in unit.operations]
@@ -321,16 +336,24 @@ class _Batches:
             self._is_searching = True
         return _halves(units)
 
-    def _without_failing(self, units: list[Unit], errors: Sequence[TxnError]) -> list[Unit]:
-        """Record what fails of the units that do, and return the others."""
-        owners = [unit.service.id for unit in units for _ in unit.operations]
-        stale = dict.fromkeys(owners[error.op_index] for error in errors if error.is_stale)
-        problems = {owners[error.op_index]: error.what for error in errors}
+    def _without_failing(
+        self, units: list[Unit], errors: Sequence[TxnError]
+    ) -> tuple[list[Unit], list[Unit]]:
+        """Record what fails of the units that do; return those to be renamed, and the others."""
+        owners = [unit for unit in units for _ in unit.operations]
+        problems = {owners[error.op_index].service.id: error.what for error in errors}
+        stale: set[str] = set()
+        renamed: list[Unit] = []
+        for error in errors:
+            unit = owners[error.op_index]
+            if error.is_rename and unit.replaces and self._rename is not None:
+                renamed.append(unit)
+            elif error.is_stale or error.is_rename:
+                stale.add(unit.service.id)
         self.outcomes.stale(stale)
-        for service_id, what in problems.items():
-            if service_id not in stale:
-                self.outcomes.failed(service_id, what)
-        return [unit for unit in units if unit.service.id not in problems]
+        for service_id in problems.keys() - stale - {unit.service.id for unit in renamed}:
+            self.outcomes.failed(service_id, problems[service_id])
+        return renamed, [unit for unit in units if unit.service.id not in problems]
 
 
 def _halves(units: list[Unit]) -> list[list[Unit]]:

@@ -8,7 +8,7 @@ start, for `selection`, because each change of a node wakes every watcher of eve
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
 from msgspec.structs import replace
 
@@ -24,6 +24,7 @@ from k8s_consul_registrar.consul.records import (
     node_of,
     read_readiness,
 )
+from k8s_consul_registrar.consul.renames import Renames
 from k8s_consul_registrar.consul.transactions import (
     MOST_OPERATIONS,
     NodeRecord,
@@ -77,6 +78,7 @@ class CatalogRegistry:
         self._blame = Blame()
         self._node = _SyntheticNode(self._transactions, self._operations, selection)
         self._drift = NodeDrift(client)
+        self._renames = Renames(self._transactions, self._operations, self._write_apart)
         self._checked: set[str] = set()  # IDs that have a check of ours, as far as we know
 
     @property
@@ -161,6 +163,8 @@ class CatalogRegistry:
             return self._operations.put(self._meta_keys.encode(service), has_check=has_check)
 
         written = await self._write(services, put)
+        with self._drift.writing():
+            await self._renames.settle(written)
         self._checked.difference_update(one for one in bare if one in written.indexes)
         self._checked.update(one for one in checked if one in written.indexes)
         return written
@@ -169,6 +173,7 @@ class CatalogRegistry:
         """Remove services, each only while its record is the one of its index; one that is gone is stale."""
         written = await self._write(services, self._operations.remove)
         self._drift.wrote(0)  # a delete does not tell its index
+        self._renames.forget(one.id for one in services)
         return written
 
     async def drift(self) -> Drift:
@@ -195,10 +200,20 @@ class CatalogRegistry:
                 concurrency=self._client.health.concurrency(self.concurrency),
                 blame=self._blame,
                 restore_node=self._restore_node,
+                rename=self._renames.rename,
             )
         for index in sorted(set(written.indexes.values())):
             self._drift.wrote(index)
         return written
+
+    async def _write_apart(self, units: Iterable[Unit]) -> Written:
+        """Make the writes that renames consist of."""
+        try:
+            return await write_all(
+                self._transactions, units, concurrency=1, blame=self._blame, restore_node=self._restore_node
+            )
+        finally:
+            self._drift.wrote(0)
 
     async def _restore_node(self) -> None:
         if await self._node.restore():

@@ -21,10 +21,14 @@ _encoder = msgspec.json.Encoder()
 
 
 class Unit(msgspec.Struct, frozen=True, gc=False):
-    """One service's operations, encoded; they are never split over transactions."""
+    """One service's operations, encoded; they are never split over transactions.
+
+    `replaces` is True if they write the service over an earlier record.
+    """
 
     service: Service
     operations: tuple[bytes, ...]
+    replaces: bool = False
 
     @property
     def size(self) -> int:
@@ -109,8 +113,8 @@ class Operations(msgspec.Struct, frozen=True):
         )
         operation = _encoded("Service", _ServiceOp("cas", self.node, body))
         if service.ready is None and not has_check:
-            return Unit(service, (operation,))
-        return Unit(service, (operation, self._check(service)))
+            return Unit(service, (operation,), service.index > 0)
+        return Unit(service, (operation, self._check(service)), service.index > 0)
 
     def remove(self, service: Service) -> Unit:
         """Remove the very record that the service's index names, its checks with it.
@@ -200,6 +204,11 @@ class TxnError(msgspec.Struct, gc=False, rename="pascal"):
     def is_stale(self) -> bool:
         """True if the record is not the one that was named."""
         return "index is stale" in self.what
+
+    @property
+    def is_rename(self) -> bool:
+        """True if the record under the ID has another name, which this Consul never changes."""
+        return "does not match existing service name" in self.what
 
     @property
     def is_node_missing(self) -> bool:

@@ -271,6 +271,13 @@ class ObservedState:
         """Note that an ID must be looked up before the next write; its shard is remembered."""
         self.put(service_id, Unknown(self.shard(service_id), *zone_of(self.get(service_id))))
 
+    def lose(self, service_id: str) -> None:
+        """Note that nothing is under the ID of a desired service; its shard is remembered."""
+        shard = self.shard(service_id)
+        self.put(service_id, None)
+        if shard:
+            self._lost_shards[service_id] = shard
+
     # Reads of everything
 
     def begin_read(self) -> None:

@@ -223,6 +223,9 @@ class Reconciler:
         return observe(service, identity, cluster_uid, keep=not is_claimed)
 
     def _take_record(self, service_id: str, record: Observed) -> None:
+        if record is None and service_id in self._desired.claims:
+            self._observed.lose(service_id)
+            return
         before = self._observed.get(service_id)
         record = self._contests.compare(service_id, before, record, self._rules.identity, self._clock())
         self._observed.put(service_id, with_known_zone(record, before))

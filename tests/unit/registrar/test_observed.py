@@ -218,6 +218,16 @@ def test_observed_doubtful_id_remembers_its_shard() -> None:
     assert state.shard("a") == "s1"
 
 
+def test_observed_desired_id_that_turns_out_absent_keeps_its_shard_until_it_is_written() -> None:
+    """A rename that was interrupted has removed the record, and its shard is on record nowhere."""
+    state = holding(a=written(shard="s1"))
+    state.doubt("a")
+    state.lose("a")
+    assert (state.is_absent("a"), state.shard("a")) == (True, "s1")
+    state.lose("a")
+    assert state.shard("a") == "s1"
+
+
 def test_observed_shard_is_recalled_after_its_service_was_lost() -> None:
     """What an agent lost with its data is still on record in the catalog; a foreign service has no shard of ours."""
     state = ObservedState()
