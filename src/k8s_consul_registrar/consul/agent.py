@@ -22,8 +22,7 @@ from k8s_consul_registrar.consul.codec import (
 )
 from k8s_consul_registrar.consul.drift import NodeDrift
 from k8s_consul_registrar.consul.health import is_outage
-from k8s_consul_registrar.consul.names import has_foreign_instance, is_managed
-from k8s_consul_registrar.consul.records import list_services, node_of
+from k8s_consul_registrar.consul.records import has_foreign_instance, is_managed, list_services, node_of
 from k8s_consul_registrar.errors import (
     ConsulError,
     ConsulFiltered,

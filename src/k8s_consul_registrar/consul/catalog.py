@@ -16,9 +16,10 @@ from k8s_consul_registrar.consul.batches import Blame, Transactions, write_all
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.codec import MetaKeys, decode_listed
 from k8s_consul_registrar.consul.drift import NodeDrift
-from k8s_consul_registrar.consul.names import has_foreign_instance, is_managed
 from k8s_consul_registrar.consul.records import (
     RecordStream,
+    has_foreign_instance,
+    is_managed,
     list_checks,
     list_services,
     node_of,

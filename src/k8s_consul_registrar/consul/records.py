@@ -2,15 +2,17 @@
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from contextlib import aclosing
 from urllib.parse import quote
 
 import msgspec
 
 from k8s_consul_registrar.consul.client import ConsulClient, index_of, is_filtered
-from k8s_consul_registrar.consul.codec import DECODE_ERRORS, decode
+from k8s_consul_registrar.consul.codec import DECODE_ERRORS, MetaKeys, decode, decode_instance
 from k8s_consul_registrar.consul.transactions import CheckRecord, NodeRecord
-from k8s_consul_registrar.errors import ConsulRefused
+from k8s_consul_registrar.errors import ConsulFiltered, ConsulRefused
+from k8s_consul_registrar.model import MANAGED_BY, Service
 
 # Where one record may end and the next begin. It may also be inside a record, in a string even; but no
 # beginning of a JSON object is itself a JSON object, so decoding a piece settles whether it is whole.
@@ -36,6 +38,9 @@ SLICE = 200  # records handed out before the loop gets its turn
 # A leader that was just voted out may not know it yet; what decides over services asks the others first
 # (Consul API, "Consistency modes").
 CONSISTENT = {"consistent": ""}
+
+# Also true of a service without the key (seen on 1.8.7), so that Consul sends none of the registrars' own.
+NOT_MANAGED = f'not ServiceMeta.managed_by == "{MANAGED_BY}"'
 
 _raw = msgspec.json.Decoder(msgspec.Raw)
 _checks = msgspec.json.Decoder(CheckRecord)
@@ -269,3 +274,26 @@ async def read_readiness(listing: RecordStream) -> dict[str, bool]:
         if check.is_readiness:
             found[check.service_id] = check.is_passing
     return found
+
+
+def is_managed(service: Service) -> bool:
+    """Return True if a registrar of this program wrote a service."""
+    return service.value("managed_by") == MANAGED_BY
+
+
+async def has_foreign_instance(
+    client: ConsulClient, name: str, meta_keys: MetaKeys, is_of_a_registrar: Callable[[Service], bool]
+) -> bool:
+    """Return True if no registrar wrote an instance of this name, in any case of letters.
+
+    Raises a `ConsulError`, and `ConsulFiltered` where Consul says that the token may not see all instances.
+    Consul before 1.13 shows an empty list to a token that may not read the name.
+    """
+    listing = list_instances(client, name, NOT_MANAGED)
+    async with aclosing(listing.records()) as records:
+        async for record in records:
+            if not is_of_a_registrar(meta_keys.decode(decode_instance(record))):
+                return True
+    if listing.is_filtered:
+        raise ConsulFiltered(f"the token may not see all services of the name {name}")
+    return False
