@@ -12,7 +12,7 @@ from k8s_consul_registrar.admin.view import About, TargetRow, View
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.kube.cluster_uid import ClusterUid
 from k8s_consul_registrar.model import Drift, Pod, Source
-from k8s_consul_registrar.registrar.absences import Absences
+from k8s_consul_registrar.registrar.absences import Absences, SelectionRecord
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.controller import Controller, Parts
 from k8s_consul_registrar.registrar.decide import Rules
@@ -26,7 +26,6 @@ from k8s_consul_registrar.registrar.reconciler import Reconciler
 from k8s_consul_registrar.registrar.reporter import Reporter
 from k8s_consul_registrar.registrar.resync import Resync
 from k8s_consul_registrar.registrar.schedule import ScheduleRules
-from k8s_consul_registrar.registrar.selection import SelectionRecord
 from k8s_consul_registrar.registrar.status import RegistrarStatus
 from k8s_consul_registrar.settings.reading import read_registrar
 from k8s_consul_registrar.settings.registrar import selection_digest

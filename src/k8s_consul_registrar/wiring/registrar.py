@@ -21,14 +21,13 @@ from k8s_consul_registrar.kube.lease import LeaseClient, default_lease_name, new
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.reflector import Reflectors
 from k8s_consul_registrar.model import Kind, ObjectKey, Source
-from k8s_consul_registrar.registrar.absences import Absences
+from k8s_consul_registrar.registrar.absences import Absences, SelectionRecord
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.controller import Controller, Parts
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.elector import Elector
-from k8s_consul_registrar.registrar.interfaces import Registry
-from k8s_consul_registrar.registrar.memory_registry import AlwaysAvailable, MemoryRegistry
+from k8s_consul_registrar.registrar.interfaces import AlwaysAvailable, MemoryRegistry, Registry
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.names import NameGuard
 from k8s_consul_registrar.registrar.observed import Contests, ObservedState
@@ -39,7 +38,6 @@ from k8s_consul_registrar.registrar.reconciler import Reconciler
 from k8s_consul_registrar.registrar.reporter import Reporter
 from k8s_consul_registrar.registrar.resync import Resync
 from k8s_consul_registrar.registrar.schedule import FULL_READ_GAP, ScheduleRules
-from k8s_consul_registrar.registrar.selection import SelectionRecord
 from k8s_consul_registrar.registrar.status import RegistrarStatus
 from k8s_consul_registrar.rotating import BearerTokens, Rotating, bearer_tokens
 from k8s_consul_registrar.settings.consul import AGENT

@@ -1,7 +1,7 @@
 """The registry in memory, which stands in for Consul where there is none."""
 
 from k8s_consul_registrar.model import Drift
-from k8s_consul_registrar.registrar.memory_registry import AlwaysAvailable, MemoryRegistry
+from k8s_consul_registrar.registrar.interfaces import AlwaysAvailable, MemoryRegistry
 from support.builders import our_pod_service
 
 
