@@ -91,6 +91,7 @@ class WorkQueue:
         self._removals: deque[str] = deque()
         self._bulk: deque[str] = deque()
         self._retries: deque[str] = deque()
+        self._first_tries = (self._changes, self._removals, self._bulk)  # by priority
         self._later: list[tuple[float, str]] = []
         # IDs written a moment ago, and until when the next write of each waits; in order of time.
         self._resting: dict[str, float] = {}
@@ -114,8 +115,10 @@ class WorkQueue:
         """Queue an ID; a change overtakes bulk work and makes an ID that backs off due at once."""
         item = self._items.get(service_id)
         if item is None:
-            item = self._items[service_id] = _Item(priority)
-        elif priority < item.priority:
+            item = self._items[service_id] = _Item(priority, heard_at=heard_at)
+            self._schedule(service_id, item, self._resting.get(service_id, now), now)
+            return
+        if priority < item.priority:
             item.priority, item.is_ready = priority, False
         if heard_at is not None and item.heard_at is None:
             item.heard_at = heard_at
@@ -250,11 +253,7 @@ class WorkQueue:
             heapq.heappush(self._later, (due, service_id))
 
     def _ready_of(self, item: _Item) -> deque[str]:
-        if item.is_retry:
-            return self._retries
-        if item.priority is Priority.REMOVAL:
-            return self._removals
-        return self._bulk if item.priority is Priority.BULK else self._changes
+        return self._retries if item.failures else self._first_tries[item.priority]
 
     def _is_current(self, due: float, service_id: str) -> bool:
         item = self._items.get(service_id)
