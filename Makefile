@@ -57,8 +57,8 @@ bench-registrar: $(STAMP) ## the registrar beside another checkout: BASE=PATH PA
 demo: $(STAMP) ## the whole thing in a sandbox; KEEP=1 leaves it running
 	@$(BIN)/python -m k8s_consul_registrar demo $(if $(KEEP),--keep)
 
-bench-proxy: $(STAMP) ## what a relayed scrape costs, beside nginx (needs nginx and wrk); BENCH_FULL=1 takes longer
-	@$(BIN)/python benchmarks/proxy.py
+bench-proxy: $(STAMP) ## what a relayed scrape costs, beside nginx (needs nginx and wrk) or, with BASE=PATH, another checkout
+	@$(if $(BASE),BENCH_BASE=$(BASE) BENCH_ONLY=cost) $(BIN)/python benchmarks/proxy.py
 
 lock: $(STAMP) ## rewrite the hashed lock files after a change of dependencies
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements/runtime.txt

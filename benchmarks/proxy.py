@@ -2,7 +2,7 @@
 
 The proxy under test has one core to itself, everything else the others. Contenders take turns within every
 round, so that whatever else the machine does meets all of them; what counts is the ratio within a round.
-`BENCH_` variables: ROUNDS (5), SECONDS a run (3), CLIENTS (16,128), BODIES (a number each, all by default),
+`BENCH_BASE` is another checkout to compare the cost with, in place of the others. Further `BENCH_` variables: ROUNDS (5), SECONDS a run (3), CLIENTS (16,128), BODIES (a number each, all by default),
 ONLY (cost, latency, memory, nodes), FULL=1 for ten minutes of memory and 5,000 nodes every 15 s.
 """
 
@@ -18,6 +18,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from relaying.contenders import (
+    BASE,
     LARGER_BUFFERS,
     NGINX,
     PLAIN,
@@ -39,6 +40,8 @@ SECONDS = int(os.environ.get("BENCH_SECONDS") or 3)
 CLIENTS = tuple(int(part) for part in (os.environ.get("BENCH_CLIENTS") or "16,128").split(","))
 BODIES = tuple(int(part) for part in (os.environ.get("BENCH_BODIES") or "0,1,2,3").split(","))
 PARTS = (os.environ.get("BENCH_ONLY") or "cost,latency,memory,nodes").split(",")
+CHECKOUT = os.environ.get("BENCH_BASE", "")
+IS_COMPARED = bool(CHECKOUT)
 IS_FULL = os.environ.get("BENCH_FULL") == "1"
 DISTINCT, EVERY, NODE_ROUNDS = (5000, 15.0, 4) if IS_FULL else (1000, 3.0, 5)
 MEMORY_SECONDS = 600 if IS_FULL else 30
@@ -75,7 +78,8 @@ class Bench:
         """Measure CPU per scrape at full load."""
         print("\n## Cost at full load\n")
         print(
-            "| body | clients | | CPU ms per scrape | ratio to nginx (least to most) | scrapes/s | RSS MB |"
+            f"| body | clients | | CPU ms per scrape | ratio to {BASE if IS_COMPARED else NGINX} (least to most) "
+            "| scrapes/s | RSS MB |"
         )
         print("|---|---|---|---|---|---|---|")
         for body in self.bodies:
@@ -96,7 +100,9 @@ class Bench:
                 rates[contender.name].append(done.per_second)
         for contender in contenders:
             mine = costs[contender.name]
-            ratios = [one / other for one, other in zip(mine, costs[NGINX], strict=True)]
+            ratios = [
+                one / other for one, other in zip(mine, costs[BASE if IS_COMPARED else NGINX], strict=True)
+            ]
             print(
                 f"| {body.name} | {clients} | {contender.name} | {statistics.median(mine):.4f} "
                 f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
@@ -196,17 +202,24 @@ async def main() -> None:
         if "cost" in PARTS or "latency" in PARTS:
             async with AsyncExitStack() as running:
                 makers = (
-                    ours(kubelets, sandbox, folder, cores),
-                    nginx(kubelets, folder, cores),
-                    nginx(kubelets, folder, cores, buffers=LARGER_BUFFERS),
-                    plain(kubelets, folder, cores),
+                    (
+                        ours(kubelets, sandbox, folder, cores),
+                        ours(kubelets, sandbox, folder, cores, base=Path(CHECKOUT)),
+                    )
+                    if IS_COMPARED
+                    else (
+                        ours(kubelets, sandbox, folder, cores),
+                        nginx(kubelets, folder, cores),
+                        nginx(kubelets, folder, cores, buffers=LARGER_BUFFERS),
+                        plain(kubelets, folder, cores),
+                    )
                 )
                 contenders = [await running.enter_async_context(each) for each in makers]
                 await asyncio.sleep(SETTLES)
                 await bench.check(contenders)
                 if "cost" in PARTS:
                     await bench.cost(contenders)
-                if "latency" in PARTS:
+                if "latency" in PARTS and not IS_COMPARED:
                     # At such a rate a plain aiohttp relay only falls behind.
                     await bench.latency([each for each in contenders if each.name != PLAIN])
         for part in ("memory", "nodes"):

@@ -14,7 +14,7 @@ from k8s_consul_registrar.sandbox.synthetic import synthetic_nodes
 from relaying.kubelets import DOMAIN, TOKEN, Kubelets
 from relaying.machine import LOOPBACK, Cores, Process, free_port, program
 
-OURS, NGINX, TUNED, PLAIN = "ours", "nginx", "nginx, larger buffers", "aiohttp"
+OURS, BASE, NGINX, TUNED, PLAIN = "ours", "base", "nginx", "nginx, larger buffers", "aiohttp"
 # What it takes to hold a whole TLS record; as many as a response needs to flow.
 LARGER_BUFFERS = "proxy_buffer_size 16k; proxy_buffers 16 16k; proxy_busy_buffers_size 64k;"
 
@@ -58,8 +58,10 @@ def benchmark_nodes(kubelets: Kubelets, distinct: int) -> list[dict[str, Any]]:
     return nodes
 
 
-def ours(kubelets: Kubelets, sandbox: Sandbox, folder: Path, cores: Cores, **settings: str) -> Contender:
-    """Return the daemon itself; its cluster is the sandbox's, whose Nodes are the kubelets'."""
+def ours(
+    kubelets: Kubelets, sandbox: Sandbox, folder: Path, cores: Cores, *, base: Path | None = None
+) -> Contender:
+    """Return the daemon of this checkout or of `base`; its cluster is the sandbox's, whose Nodes are the kubelets'."""
     port = free_port()
     kubeconfig = sandbox.write_kubeconfig(
         folder / f"kubeconfig-{port}", sandbox.access.grant("proxy", token=TOKEN)
@@ -73,11 +75,12 @@ def ours(kubelets: Kubelets, sandbox: Sandbox, folder: Path, cores: Cores, **set
         "PROXY_ALLOW_LOOPBACK": "true",
         # All clients ask one kubelet; nginx has no such limit.
         "SCRAPE_CONCURRENCY_PER_NODE": "512",
-        **settings,
     }
+    if base is not None:
+        environment["PYTHONPATH"] = str(base / "src")
     argv = [sys.executable, "-m", "k8s_consul_registrar", "proxy"]
     process = Process(argv, cores=cores.proxy, log=folder / f"ours-{port}.log", environment=environment)
-    return Contender(OURS, port, process)
+    return Contender(OURS if base is None else BASE, port, process)
 
 
 def nginx(kubelets: Kubelets, folder: Path, cores: Cores, *, buffers: str = "") -> Contender:

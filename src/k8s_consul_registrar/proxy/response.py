@@ -14,6 +14,10 @@ from k8s_consul_registrar.proxy.refusals import Malformed
 
 HEAD_LIMIT = 64 * 1024
 VERSION = b"HTTP/1."
+SWITCHING_PROTOCOLS = 101
+# Interim answers (1xx) accepted before the final one, and their size in all: each costs as much to read.
+MAX_INTERIM = 5
+MAX_INTERIM_SIZE = 16 * 1024
 END_OF_HEAD = b"\r\n\r\n"
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # Fields that come once (RFC 9110, 5.3), or say the same as often as they come.

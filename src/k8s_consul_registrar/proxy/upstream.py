@@ -6,27 +6,12 @@ import ssl
 from enum import Enum
 from typing import Protocol, cast
 
-from k8s_consul_registrar.proxy import refusals
+from k8s_consul_registrar.proxy import refusals, response
 from k8s_consul_registrar.proxy.nodes import Endpoint
 from k8s_consul_registrar.proxy.refusals import Malformed, Refusal
-from k8s_consul_registrar.proxy.response import (
-    END_OF_HEAD,
-    HEAD_LIMIT,
-    LAST_CHUNK,
-    VERSION,
-    Answer,
-    Chunked,
-    Counted,
-    HeadCache,
-    UntilClose,
-    in_a_chunk,
-)
+from k8s_consul_registrar.proxy.response import END_OF_HEAD, Answer, Chunked, Counted, HeadCache, UntilClose
 from k8s_consul_registrar.proxy.tls_stream import RECEIVE_SIZE, Buffers, PlainStep, TlsStep
 
-SWITCHING_PROTOCOLS = 101
-# Interim answers (1xx) accepted before the final one, and their size in all: each costs as much to read.
-MAX_INTERIM = 5
-MAX_INTERIM_SIZE = 16 * 1024
 # The framing of a body that arrived whole with its head.
 WHOLE = Counted(0)
 
@@ -44,6 +29,8 @@ class ConnectionState(Enum):
 # On the path of every read: a global is found faster than the member of an enum.
 CONNECTING, IDLE, HEAD, BODY, CLOSED = ConnectionState
 
+# Full buffers that are read off one connection before others have their turn.
+MAX_READS = 8
 # Reasons not to read, as bits: the client is slower, the upstream takes nothing from us, others have their turn.
 CLIENT_SLOWER, UNSENT, TURN = 1, 2, 4
 
@@ -97,10 +84,12 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         "_keeps",
         "_loop",
         "_partial",
+        "_reads",
         "_state",
         "_timer",
         "_tls",
         "_transport",
+        "_turn",
         "context",
         "endpoint",
         "idle_since",
@@ -124,6 +113,8 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self._interim = self._interim_size = 0
         self._keeps = True
         self._partial = b""
+        self._reads = 0
+        self._turn = 0.0
         self._connecting: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._tls: TlsStep | PlainStep
@@ -251,7 +242,16 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         if tls.has_ended:
             self._end_by_close()
         elif nbytes == RECEIVE_SIZE and self._state is not CLOSED:
-            # There is more to read: uvloop would go on with this connection for up to 32 buffers.
+            self._take_turns()
+
+    def _take_turns(self) -> None:
+        """Let other connections have their turn: uvloop reads from one up to 32 times while its time stands still."""
+        now = self._loop.time()
+        if now != self._turn:
+            self._turn, self._reads = now, 0
+        self._reads += 1
+        if self._reads >= MAX_READS:
+            self._reads = 0
             self._hold(TURN)
             self._loop.call_soon(self._release, TURN)
 
@@ -270,7 +270,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         except Malformed as error:
             self._fail(refusals.malformed(error))
             return
-        exchange.on_body(in_a_chunk(body) if self._is_chunking else body)
+        exchange.on_body(response.in_a_chunk(body) if self._is_chunking else body)
         if is_end:
             self._end()
 
@@ -289,21 +289,21 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         while start < count:
             end = data.find(END_OF_HEAD, start, count) + len(END_OF_HEAD)
             is_complete = end >= len(END_OF_HEAD)
-            if (end if is_complete else count + 1) - start > HEAD_LIMIT:
+            if (end if is_complete else count + 1) - start > response.HEAD_LIMIT:
                 raise Malformed("its head is too long")
             if not is_complete:
                 self._partial = view[start:count].tobytes()
-                if self._partial[: len(VERSION)] != VERSION[: len(self._partial)]:
+                if self._partial[: len(response.VERSION)] != response.VERSION[: len(self._partial)]:
                     raise Malformed("it does not speak HTTP/1.1")
                 return
             answer = self._heads.read(view[start:end].tobytes())
-            if answer.status >= 200 or answer.status == SWITCHING_PROTOCOLS:
+            if answer.status >= 200 or answer.status == response.SWITCHING_PROTOCOLS:
                 self._interim = self._interim_size = 0
                 self._begin(exchange, answer, view[end:count])
                 return
             self._interim += 1
             self._interim_size += end - start
-            if self._interim > MAX_INTERIM or self._interim_size > MAX_INTERIM_SIZE:
+            if self._interim > response.MAX_INTERIM or self._interim_size > response.MAX_INTERIM_SIZE:
                 raise Malformed("it sends interim answers without end")
             start = end
 
@@ -318,7 +318,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         if answer.ends_by_close:
             self._state, self._framing = BODY, UntilClose()
             start = answer.start if self._is_legacy else answer.start + UntilClose.field
-            exchange.on_response(start, in_a_chunk(body) if self._is_chunking else body)
+            exchange.on_response(start, response.in_a_chunk(body) if self._is_chunking else body)
             return
         if answer.length is None and self._is_legacy:
             raise Malformed("it sends chunks though asked in HTTP/1.0")
@@ -358,7 +358,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             return
         self._keeps = False
         if self._is_chunking:
-            exchange.on_body(memoryview(LAST_CHUNK))
+            exchange.on_body(memoryview(response.LAST_CHUNK))
         self._end()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -496,6 +496,23 @@ async def test_drain_ends_with_its_grace() -> None:
         await until(lambda: kubelet.open_now == 0)
 
 
+async def test_each_answer_before_the_end_closes_its_connection() -> None:
+    """Says `Connection: close` from the announcement on, accepts until the drain, and closes idle clients last."""
+    async with relaying(serve_metrics) as (kubelet, proxy):
+        request = get_request(cadvisor(kubelet))
+        kept, idle = await proxy.connect(), await proxy.connect()
+        await until(lambda: proxy.server.stats().callers == 2)
+        proxy.server.announce_end()
+        for reader, writer in (kept, await proxy.connect()):
+            writer.write(request)
+            answered = await reader.read()
+            assert b"\r\nConnection: close\r\n" in answered
+            assert answered.endswith(METRICS)
+        assert not idle[0].at_eof()
+        await proxy.server.drain(PATIENCE)
+        assert await idle[0].read() == b""  # an end, and no reset
+
+
 async def test_drain_when_idle() -> None:
     """Ends at once when nothing is under way."""
     async with relaying(serve_metrics) as (kubelet, proxy):

@@ -234,3 +234,57 @@ def test_only_sound_heads_are_remembered() -> None:
     for number in range(3 * HeadCache.MAX_HEADS):
         assert memory.read(HEAD + b"Content-Length: %d\r\n\r\n" % number).length == number
         assert len(memory._seen) <= HeadCache.MAX_HEADS
+
+
+LINES = st.sampled_from(
+    [
+        b"HTTP/1.1 200 OK",
+        b"HTTP/1.0 200 OK",
+        b"HTTP/1.1 099 X",
+        b"HTTP/1.1 302 Found",
+        b"Content-Length: 5",
+        b"content-length:5",
+        b"Content-Length: 6",
+        b"Content-Length: 5, 5",
+        b"Transfer-Encoding: chunked",
+        b"Transfer-Encoding: gzip, chunked",
+        b"Content-Type: text/plain",
+        b"Content-Type: a\x00b",
+        b"Location: /metrics/",
+        b"Connection: close",
+        b"Upgrade: h2c",
+        b" folded",
+        b": nameless",
+        b"",
+    ]
+)
+
+
+@settings(deadline=None)
+@given(
+    lines=st.lists(st.one_of(LINES, st.binary(max_size=20)), max_size=8),
+    starts_well=st.booleans(),
+    may_end_by_close=st.booleans(),
+)
+def test_any_head_is_an_answer_or_malformed(
+    lines: list[bytes], starts_well: bool, may_end_by_close: bool
+) -> None:
+    """Makes of any bytes an answer with one framing at most, or Malformed; never an answer of two lengths."""
+    raw = b"\r\n".join([*([b"HTTP/1.1 200 OK"] if starts_well else []), *lines, b"", b""])
+    try:
+        got = HeadCache(response.AnswerRules(may_end_by_close=may_end_by_close)).read(raw)
+    except Malformed:
+        return
+    assert got.status >= 100
+    if got.status != 200:
+        return
+    start = got.start.lower()
+    framings = (
+        start.count(b"content-length:") + start.count(b"transfer-encoding: chunked") + got.ends_by_close
+    )
+    assert framings == 1
+    assert not got.ends_by_close or may_end_by_close
+    lengths = {
+        line.partition(b":")[2].strip() for line in lines if line.lower().startswith(b"content-length:")
+    }
+    assert got.length is None or lengths == {b"%d" % got.length}

@@ -192,3 +192,29 @@ def test_garbage_in_pieces_is_an_error_at_once() -> None:
     assert pair.decrypt(b"\x17\x03\x03") == b""
     with pytest.raises(ssl.SSLError):
         pair.decrypt(b"\xff\xff" + bytes(100))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_damaged_records_are_errors_of_tls_and_nothing_else(seed: int) -> None:
+    """Ends in an SSLError, or in what was sent, whatever becomes of records on the way and however they come."""
+    pick = random.Random(seed)
+    pair = Pair(pick.choice(VERSIONS))
+    parts = [pick.randbytes(pick.choice((1, 100, 16_384))) for _ in range(pick.randrange(1, 12))]
+    wire = bytearray(pair.encrypt(*parts))
+    for _ in range(pick.randrange(3)):
+        at = pick.randrange(len(wire))
+        match pick.randrange(3):
+            case 0:
+                wire[at] ^= 1 << pick.randrange(8)
+            case 1:
+                wire[at:at] = pick.randbytes(pick.randrange(1, 40))
+            case _:
+                del wire[at : at + pick.randrange(1, 40)]
+    got, at = b"", 0
+    with contextlib.suppress(ssl.SSLError):
+        while at < len(wire) and not pair.step.has_ended:
+            piece = bytes(wire[at : at + pick.choice((1, 5, 1000, RECEIVE_SIZE))])
+            at += len(piece)
+            got += pair.decrypt(piece)
+    assert b"".join(parts).startswith(got)
