@@ -10,9 +10,8 @@ from k8s_consul_registrar.commands.check.consul import (
     check_consul,
     check_token,
     naming_of,
-    need_of_agent,
     need_of_catalog,
-    need_of_lost_agents,
+    needs_of_agent,
     needs_of_services,
 )
 from k8s_consul_registrar.commands.check.report import Finding, Result
@@ -34,7 +33,7 @@ CATALOG_NODE = 'node "k8s-lab" { policy = "write" }'
 SERVICES = needs_of_services(
     [naming_of(Kind.POD, POD_NAME, "lab", ""), naming_of(Kind.NODE, NODE_NAME, "lab", "")]
 )
-NEEDS = (*SERVICES, need_of_agent("somewhere"), need_of_lost_agents())
+NEEDS = (*SERVICES, *needs_of_agent("somewhere"))
 
 
 async def token(consul: RealConsul, *rules: str) -> str:

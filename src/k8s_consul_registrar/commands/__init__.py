@@ -15,7 +15,7 @@ from k8s_consul_registrar.settings.common import CommonSettings
 from k8s_consul_registrar.settings.consul import NONE
 from k8s_consul_registrar.settings.field import Setting
 from k8s_consul_registrar.settings.reading import MODES, PROXY, REGISTRAR, SETTINGS, modes_of, read_registrar
-from k8s_consul_registrar.settings.reference import MARKDOWN, OUTPUTS
+from k8s_consul_registrar.settings.reference import OUTPUTS
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.telemetry import configure_logging
 
@@ -26,23 +26,19 @@ class Argument:
 
     name: str
     help: str
-    choices: Sequence[str] = ()
-    default: str | None = None
-    is_switch: bool = False
-    is_optional: bool = False
+    options: Mapping[str, Any]  # of `add_argument`
 
     def add_to(self, parser: argparse.ArgumentParser) -> argparse.Action:
         """Add it to the command's parser."""
-        if self.is_switch:
-            return parser.add_argument(self.name, action="store_true", help=self.help)
-        return parser.add_argument(
-            self.name,
-            choices=self.choices or None,
-            metavar=None if self.choices else "…",
-            default=self.default,
-            nargs="?" if self.is_optional else None,
-            help=self.help,
-        )
+        return parser.add_argument(self.name, help=self.help, **self.options)
+
+
+def _switch(name: str, help: str) -> Argument:  # noqa: A002 - as in argparse
+    return Argument(name, help, {"action": "store_true"})
+
+
+def _output(help: str, first: str, *others: str) -> Argument:  # noqa: A002 - as in argparse
+    return Argument("--output", help, {"choices": (first, *others), "default": first})
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +68,13 @@ class Command:
 
 
 CONFIG = Argument(
-    "--config", "YAML file of settings, named like the variables; variables and flags take precedence"
+    "--config",
+    "YAML file of settings, named like the variables; variables and flags take precedence",
+    {"metavar": "…"},
 )
+_OF_REGISTRAR = frozenset({REGISTRAR})
 COMMANDS = (
-    Command(
-        "registrar", "keep Consul equal to what the cluster wants scraped", settings_of=frozenset({REGISTRAR})
-    ),
+    Command("registrar", "keep Consul equal to what the cluster wants scraped", settings_of=_OF_REGISTRAR),
     Command(
         "proxy",
         "let Prometheus read every node's cAdvisor metrics through one port",
@@ -85,70 +82,69 @@ COMMANDS = (
     ),
     Command(
         "check",
-        "tell what is missing before a mode can do its work, and how to repair it",
+        "show what is missing before a mode can do its work, and how to repair it",
         (
             Argument(
                 "what",
-                "which mode's needs; what the variable MODE says, else all",
-                (*MODES, "all"),
-                is_optional=True,
+                "mode to check; unset: the one that the variable MODE names, or all if it names none",
+                {"choices": (*MODES, "all"), "nargs": "?"},
             ),
-            Argument("--output", "how to show what was found", ("table", "json"), "table"),
+            _output("how to show the findings", "table", "json"),
         ),
-        "Settings are those of the modes. Nothing is changed anywhere. Exit codes: 0 nothing failed, "
+        "The settings are those of the modes. Nothing is changed anywhere. Exit codes: 0 nothing failed, "
         "1 something did, 2 wrong settings. Check as the account that will run: kubectl exec "
         "deploy/k8s-consul-registrar -c k8s-consul-registrar -- k8s-consul-registrar check",
-        settings_of=frozenset(MODES),
+        frozenset(MODES),
     ),
     Command(
         "plan",
-        "show what a pass of the registrar would do now, and change nothing",
-        (Argument("--output", "how to show it", ("diff", "json"), "diff"),),
+        "show what a resync would do now, and change nothing",
+        (_output("how to show it", "diff", "json"),),
         "+ register, ~ update, - deregister, ! left alone and why. Exit codes: 0 nothing to do, 3 changes, "
         "1 failure, 2 wrong settings.",
-        settings_of=frozenset({REGISTRAR}),
+        _OF_REGISTRAR,
     ),
     Command(
         "sync",
-        "make one pass of the registrar, and end",
-        (Argument("--once", "one pass; said for clarity, there is no other way", is_switch=True),),
-        "For a CronJob. Exit codes: 0 done, 3 a mass removal is held by the brake and nothing of it was "
-        "removed, 1 failure, 2 wrong settings.",
-        settings_of=frozenset({REGISTRAR}),
+        "make one resync, and end",
+        (_switch("--once", "has no effect, as there is always one resync"),),
+        "For a CronJob. Exit codes: 0 done, 3 the brake holds a mass removal, of which nothing was removed, "
+        "1 failure, 2 wrong settings.",
+        _OF_REGISTRAR,
     ),
     Command(
         "purge",
         "remove every service of one cluster and instance from Consul",
         (
-            Argument("--yes", "remove without asking", is_switch=True),
+            _switch("--yes", "remove without asking"),
             Argument(
                 "--cluster-uid",
-                "UID of the namespace kube-system of the cluster that is meant, where several have one name; "
-                "asked of the API server unless given",
-                default="",
+                "UID of the cluster's namespace kube-system, if several clusters have one name; unset: the API "
+                "server is asked for it",
+                {"default": "", "metavar": "…"},
             ),
         ),
-        "Stop the registrar first, or it registers everything again. Settings aim it: --cluster-name, "
-        "--instance, --consul-backend, --consul-node-name. What is ours at nodes of agents that are gone is "
-        "removed too, and a catalog's node of our making once nothing is left on it. Exit codes: 0 done, 1 not "
-        "agreed to or failed, 2 wrong settings.",
-        settings_of=frozenset({REGISTRAR}),
+        "Stop the registrar first, or it registers everything again. These settings choose what is removed: "
+        "--cluster-name, --instance, --consul-backend, --consul-node-name. The registrar's services at nodes of "
+        "agents that are gone are removed too, and its node in the catalog once nothing is left on it. Exit codes: "
+        "0 done, 1 not agreed to or failed, 2 wrong settings.",
+        _OF_REGISTRAR,
     ),
     Command(
         "settings",
         "print every setting with its default and meaning",
-        (Argument("--output", "how to print them", OUTPUTS, MARKDOWN),),
+        (_output("how to print them", *OUTPUTS),),
         "markdown: tables; json-schema: of the file that --config names; env: a template of a file of variables.",
     ),
     Command(
         "demo",
         "show both modes at work on a sandbox of this machine",
-        (Argument("--keep", "stay up for exploring until Ctrl-C", is_switch=True),),
+        (_switch("--keep", "keep everything running until Ctrl-C"),),
     ),
     Command(
         "completion",
         "print the completion script of a shell",
-        (Argument("shell", "which shell", ("bash", "zsh", "fish")),),
+        (Argument("shell", "which shell", {"choices": ("bash", "zsh", "fish")}),),
         "bash and zsh: source <(k8s-consul-registrar completion bash); "
         "fish: k8s-consul-registrar completion fish | source",
     ),
@@ -161,7 +157,7 @@ def configure_logs(common: CommonSettings) -> None:
 
 
 def settings_for_consul(command: str, environment: Mapping[str, str]) -> RegistrarSettings:
-    """Return the settings of a command that works on Consul once, and log only warnings unless told otherwise."""
+    """Return the settings of a command that works on Consul once, and log only warnings unless LOG_LEVEL is set."""
     settings = read_registrar(environment)
     if settings.backend.backend == NONE:
         raise SettingsError([f"{command}: there is no Consul with CONSUL_BACKEND=none"])

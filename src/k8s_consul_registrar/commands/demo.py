@@ -1,4 +1,4 @@
-"""The command demo: both modes at work on this machine, with a sandbox cluster and a Consul, in steps."""
+"""The command demo: both modes at work on this machine, on a sandbox cluster and a Consul, step by step."""
 
 import argparse
 import asyncio
@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
@@ -25,18 +25,15 @@ if TYPE_CHECKING:
     from k8s_consul_registrar.sandbox.sandbox import Sandbox
 
 CLUSTER = "demo"
-# Seconds the demo gives a change to reach Consul; it takes a fraction of that.
-PATIENCE = 15.0
-# Seconds in which a process must be ready, or end.
-START_LIMIT = 15.0
-STOP_LIMIT = 10.0
+PATIENCE = 15.0  # seconds for a change to reach Consul, and for a process to be ready
+STOP_LIMIT = 10.0  # seconds for a process to end
 _SCRAPED = {"prometheus.io/scrape": "true"}
 
 Services = Mapping[str, Mapping[str, Any]]
 
 
 class DemoError(OperationalError):
-    """A step of the demo that did not come out as it should."""
+    """A step of the demo that failed."""
 
     def __init__(self, text: str) -> None:
         super().__init__(f"the demo failed: {text}")
@@ -87,24 +84,32 @@ async def _story(stack: contextlib.AsyncExitStack) -> list[tuple[str, str]]:
     _step("A sandbox starts: a Kubernetes API, three kubelets with TLS and token checks, and Consul")
     sandbox = await stack.enter_async_context(_cluster())
     kubeconfig = sandbox.write_kubeconfig(folder / "kubeconfig")
-    consul, which = await _consul(stack, sandbox, folder)
-    print(f"  Consul is {which}.")
+    consul = await stack.enter_async_context(_consul(sandbox, session, folder))
 
-    proxy_port, proxy_admin, registrar_admin = free_port(), free_port(), free_port()
-    common = {"KUBECONFIG": str(kubeconfig), "LOG_FORMAT": "json"}
+    proxy_port, proxy_admin, registrar_admin = str(free_port()), str(free_port()), str(free_port())
+    common = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    common |= {"KUBECONFIG": str(kubeconfig), "LOG_FORMAT": "json"}
     _step("The proxy and the registrar start, each a process of its own")
-    proxy = Mode("proxy", folder, {**common, "PORT": str(proxy_port), "ADMIN_PORT": str(proxy_admin)})
-    proxy.environment |= {"PROXY_ALLOW_LOOPBACK": "true", "DRAIN_DELAY": "0"}
-    registrar = Mode("registrar", folder, {**common, "ADMIN_PORT": str(registrar_admin)})
-    registrar.environment |= {
-        "CLUSTER_NAME": CLUSTER,
-        "CONSUL_ADDRESS": consul,
-        "SHARD_PATHS": "shard-1,shard-2",
-        "SYNC_PERIOD": "1",
-        "PROXY_NODE_PORT": str(proxy_port),
+    modes = {
+        "proxy": {
+            "PORT": proxy_port,
+            "ADMIN_PORT": proxy_admin,
+            "PROXY_ALLOW_LOOPBACK": "true",
+            "DRAIN_DELAY": "0",
+        },
+        "registrar": {
+            "ADMIN_PORT": registrar_admin,
+            "CLUSTER_NAME": CLUSTER,
+            "CONSUL_ADDRESS": consul,
+            "SHARD_PATHS": "shard-1,shard-2",
+            "SYNC_PERIOD": "1",
+            "PROXY_NODE_PORT": proxy_port,
+        },
     }
-    await stack.enter_async_context(proxy.running(session, proxy_admin))
-    await stack.enter_async_context(registrar.running(session, registrar_admin))
+    for name, settings in modes.items():
+        command, log = (sys.executable, "-m", "k8s_consul_registrar", name), folder / f"{name}.log"
+        process = await stack.enter_async_context(_process(command, log, common | settings))
+        await _until_ready(session, f"http://127.0.0.1:{settings['ADMIN_PORT']}/readyz", process, log)
 
     watch = Watch(session, consul)
     services = await watch.until("both kinds are registered", lambda found: len(found) == 6)
@@ -116,10 +121,10 @@ async def _story(stack: contextlib.AsyncExitStack) -> list[tuple[str, str]]:
         ("Kubernetes API", f"KUBECONFIG={kubeconfig}"),
         ("Consul", f"http://{consul}/v1/agent/services"),
         ("proxy", f"http://127.0.0.1:{proxy_port}/api/v1/nodes/<node_ip>:<port>/metrics/cadvisor"),
-        ("proxy's figures", f"http://127.0.0.1:{proxy_admin}/metrics"),
+        ("the proxy's metrics", f"http://127.0.0.1:{proxy_admin}/metrics"),
         ("status page", f"http://127.0.0.1:{registrar_admin}/"),
-        ("registrar's figures", f"http://127.0.0.1:{registrar_admin}/metrics"),
-        ("logs", f"{proxy.log} {registrar.log}"),
+        ("the registrar's metrics", f"http://127.0.0.1:{registrar_admin}/metrics"),
+        ("logs", " ".join(str(folder / f"{name}.log") for name in modes)),
     ]
 
 
@@ -152,12 +157,27 @@ async def _cluster() -> AsyncIterator["Sandbox"]:
         yield sandbox
 
 
-async def _consul(stack: contextlib.AsyncExitStack, sandbox: "Sandbox", folder: Path) -> tuple[str, str]:
-    """Return Consul's address and what it is: the one on PATH, else the sandbox's own agent."""
-    found = await stack.enter_async_context(consul_on_path(folder))
-    if found is not None:
-        return found.address, f"a real one from PATH ({found.version})"
-    return sandbox.consul.address, "the sandbox's own agent (no `consul` on PATH)"
+@asynccontextmanager
+async def _consul(sandbox: "Sandbox", session: aiohttp.ClientSession, folder: Path) -> AsyncIterator[str]:
+    """Yield the address of a Consul: the program on PATH, run as a server, or else the sandbox's agent."""
+    program = shutil.which("consul")
+    if program is None:
+        print("  Consul is the sandbox's own agent (no `consul` on PATH).")
+        yield sandbox.consul.address
+        return
+    address, server, serf, log = f"127.0.0.1:{free_port()}", free_port(), free_port(), folder / "consul.log"
+    command = (
+        program, "agent", "-dev", "-bind=127.0.0.1", "-client=127.0.0.1", "-log-level=warn",
+        f"-http-port={address.rpartition(':')[2]}", f"-server-port={server}", f"-serf-lan-port={serf}",
+        "-serf-wan-port=-1", "-dns-port=-1", "-grpc-port=-1",
+    )  # fmt: skip
+    version = await asyncio.create_subprocess_exec(program, "version", stdout=asyncio.subprocess.PIPE)
+    said, _ = await version.communicate()
+    async with _process(command, log, dict(os.environ)) as process:
+        leader = f"http://{address}/v1/status/leader"
+        await _until_ready(session, leader, process, log, pattern=r'"[^"]+:\d+"')
+        print(f"  Consul is a real one from PATH ({said.decode(errors='replace').splitlines()[0]}).")
+        yield address
 
 
 class Watch:
@@ -174,7 +194,7 @@ class Watch:
         return {key: value for key, value in found.items() if (value["Meta"] or {}).get("cluster") == CLUSTER}
 
     async def until(self, what: str, is_so: Callable[[Services], bool]) -> Services:
-        """Wait until the services are so; raises `DemoError` when they never are."""
+        """Wait until the services are so; raises a `DemoError` after PATIENCE."""
         started = time.monotonic()
         while time.monotonic() - started < PATIENCE:
             services = await self.services()
@@ -182,7 +202,7 @@ class Watch:
                 print(f"  {what}: after {time.monotonic() - started:.2f} s")
                 return services
             await asyncio.sleep(0.02)
-        raise DemoError(f"after {PATIENCE:g} s it is not so that {what}")
+        raise DemoError(f"after {PATIENCE:g} s it is still not true that {what}")
 
 
 async def _scrape(session: aiohttp.ClientSession, services: Services) -> None:
@@ -226,70 +246,15 @@ async def _follow(sandbox: "Sandbox", watch: Watch) -> None:
 
 
 def _show(services: Services) -> None:
-    rows = [
-        (
-            service_id,
-            f"{one['Address']}:{one['Port']}",
-            one["Meta"]["metrics_path"],
-            one["Meta"].get("shard_path", ""),
-        )
-        for service_id, one in sorted(services.items())
-    ]
+    rows = []
+    for service_id, one in sorted(services.items()):
+        meta, address = one["Meta"], f"{one['Address']}:{one['Port']}"
+        rows.append((service_id, address, meta["metrics_path"], meta.get("shard_path", "")))
     print(table(("service", "address", "metrics_path", "shard_path"), rows))
 
 
 def _step(text: str) -> None:
     print(f"\n== {text}")
-
-
-class FoundConsul(NamedTuple):
-    """A real Consul that runs for the demo."""
-
-    address: str
-    version: str
-
-
-class Mode:
-    """One mode of the daemon as a process, its log in a file."""
-
-    def __init__(self, name: str, folder: Path, environment: Mapping[str, str]) -> None:
-        self.name = name
-        self.log = folder / f"{name}.log"
-        self.environment = dict(environment)
-
-    @asynccontextmanager
-    async def running(self, session: aiohttp.ClientSession, admin_port: int) -> AsyncIterator[None]:
-        """Run it until the context ends; it is ready when this begins."""
-        inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-        command = (sys.executable, "-m", "k8s_consul_registrar", self.name)
-        async with _process(command, self.log, {**inherited, **self.environment}) as process:
-            await _until_ready(session, f"http://127.0.0.1:{admin_port}/readyz", process, self.log)
-            yield
-
-
-@asynccontextmanager
-async def consul_on_path(folder: Path) -> AsyncIterator[FoundConsul | None]:
-    """Run the `consul` found on PATH as a server of its own, or yield None where there is none."""
-    program = shutil.which("consul")
-    if program is None:
-        yield None
-        return
-    http, server, serf = free_port(), free_port(), free_port()
-    command = (
-        program, "agent", "-dev", "-bind=127.0.0.1", "-client=127.0.0.1", "-log-level=warn",
-        f"-http-port={http}", f"-server-port={server}", f"-serf-lan-port={serf}",
-        "-serf-wan-port=-1", "-dns-port=-1", "-grpc-port=-1",
-    )  # fmt: skip
-    version = await asyncio.create_subprocess_exec(program, "version", stdout=asyncio.subprocess.PIPE)
-    said, _ = await version.communicate()
-    log = folder / "consul.log"
-    async with (
-        _process(command, log, dict(os.environ)) as process,
-        aiohttp.ClientSession(trust_env=False) as session,
-    ):
-        leader = f"http://127.0.0.1:{http}/v1/status/leader"
-        await _until_ready(session, leader, process, log, pattern=r'"[^"]+:\d+"')
-        yield FoundConsul(f"127.0.0.1:{http}", said.decode(errors="replace").splitlines()[0])
 
 
 @asynccontextmanager
@@ -303,7 +268,7 @@ async def _process(
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            # Ctrl-C is the demo's to hear: it ends its processes in order.
+            # Ctrl-C must reach only the demo, which ends its processes in order.
             start_new_session=True,
         )
     try:
@@ -324,18 +289,18 @@ async def _until_ready(
     url: str,
     process: asyncio.subprocess.Process,
     log: Path,
+    *,
     pattern: str = "",
 ) -> None:
+    """Wait until an answer holds the pattern; raises a `DemoError` with the end of the log."""
     loop = asyncio.get_running_loop()
-    until = loop.time() + START_LIMIT
+    until = loop.time() + PATIENCE
     while loop.time() < until and process.returncode is None:
-        try:
+        with contextlib.suppress(aiohttp.ClientError):
             async with session.get(url) as response:
                 text = await response.text()
                 if response.status == 200 and re.search(pattern, text):
                     return
-        except aiohttp.ClientError:
-            pass
         await asyncio.sleep(0.05)
     raise DemoError(f"{url} is not ready; the end of its log:\n{_tail(log)}")
 

@@ -1,4 +1,4 @@
-"""What derives from the declarations of settings: flags, help, tables, a template of variables, a JSON schema."""
+"""Flags, help, tables, a template of variables and a JSON schema, derived from the declarations of settings."""
 
 import argparse
 import json
@@ -9,16 +9,12 @@ from typing import Any
 from k8s_consul_registrar.settings.field import Setting
 from k8s_consul_registrar.settings.reading import SETTINGS, modes_of
 
-MARKDOWN = "markdown"
-JSON_SCHEMA = "json-schema"
-ENV = "env"
-OUTPUTS = (MARKDOWN, JSON_SCHEMA, ENV)
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
 _UNSET = "–"  # noqa: RUF001 - a dash in a table
 
 
 class _RefusedSecret(argparse.Action):
-    """The flag that a secret does not have: refused without its value, which argparse would show."""
+    """Refuses the flag of a secret without showing its value, as argparse would."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         parser.error(
@@ -28,23 +24,16 @@ class _RefusedSecret(argparse.Action):
 
 def add_flags(parser: argparse.ArgumentParser, settings: Iterable[Setting[Any]]) -> None:
     """Add a flag for each setting, in groups; `dest` is the variable."""
-    groups: dict[str, Any] = {}
-    for one in settings:
-        if one.is_secret:
-            parser.add_argument(
-                one.flag, dest=one.env, nargs="?", action=_RefusedSecret, help=argparse.SUPPRESS
-            )
-            continue
-        if one.group not in groups:
-            groups[one.group] = parser.add_argument_group(one.group)
-        group = groups[one.group]
-        text = f"{_sentence(one)} Variable: {one.env}.".replace("%", "%%")
-        if one.is_boolean:
-            group.add_argument(
-                one.flag, dest=one.env, nargs="?", const="true", metavar="true|false", help=text
-            )
-        else:
-            group.add_argument(one.flag, dest=one.env, metavar="…", help=text)
+    for name, of_group in _groups(settings).items():
+        group = parser.add_argument_group(name)
+        for one in of_group:
+            text = f"{_sentence(one)} Variable: {one.env}.".replace("%", "%%")
+            options: dict[str, Any] = {"metavar": "…", "help": text}
+            if one.is_boolean:
+                options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+            if one.is_secret:
+                options = {"nargs": "?", "action": _RefusedSecret, "help": argparse.SUPPRESS}
+            group.add_argument(one.flag, dest=one.env, **options)
 
 
 def help_on_variables() -> str:
@@ -95,7 +84,8 @@ def json_schema() -> str:
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
-RENDERERS: Mapping[str, Callable[[], str]] = {MARKDOWN: markdown, JSON_SCHEMA: json_schema, ENV: env}
+RENDERERS: Mapping[str, Callable[[], str]] = {"markdown": markdown, "json-schema": json_schema, "env": env}
+OUTPUTS = tuple(RENDERERS)
 
 
 def _groups(settings: Iterable[Setting[Any]]) -> dict[str, list[Setting[Any]]]:

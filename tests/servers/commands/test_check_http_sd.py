@@ -73,7 +73,7 @@ async def test_open_port_is_told_and_a_token_in_the_clear_is_warned_of(files: Fi
     """Neither is a failure, and both are said."""
     open_port = await found(HttpSdSettings(0, "", "", "", ""))
     assert set(open_port) == {"http_sd port"}
-    assert "whoever reaches it" in open_port["http_sd port"].detail
+    assert "anyone who reaches it" in open_port["http_sd port"].detail
     in_the_clear = await found(HttpSdSettings(0, str(files.token), "", "", ""))
     assert in_the_clear["http_sd token"].outcome is Result.WARN
     assert "HTTP_SD_TLS_CERT_FILE" in in_the_clear["http_sd token"].hint

@@ -17,4 +17,4 @@ def test_foreign_service_with_a_meta_key_of_ours_is_a_warning(key: str) -> None:
     foreign = make_service("web", {key: "x", "team": "a"})
     (finding,) = [one for one in judge_holdings(holdings([foreign], LAB, ""), LAB) if one.name == "meta keys"]
     assert finding.outcome is Result.WARN
-    assert f"of ours among them: {key}" in finding.detail
+    assert f"the registrar uses {key} itself" in finding.detail

@@ -1,17 +1,15 @@
-"""Checks of the API server: that it answers, takes our credentials, and allows what the modes do."""
+"""Checks of the API server: that it answers, accepts the credentials, and allows what the modes do."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from k8s_consul_registrar.commands.check.report import Finding, fail, ok, skipped, warn
-from k8s_consul_registrar.errors import (
-    AccessError,
-    ClusterError,
-    ClusterForbidden,
-    ClusterUnauthorized,
-)
-from k8s_consul_registrar.kube.access import Access
+from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.commands.check.report import Finding, Result, fail, ok, skipped, warn
+from k8s_consul_registrar.errors import AccessError, ClusterError, ClusterForbidden, ClusterUnauthorized
+from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.cluster_uid import IDENTITY_NAMESPACE
 from k8s_consul_registrar.kube.watch_decoder import RESOURCES
@@ -31,13 +29,17 @@ class Permission(NamedTuple):
     group: str = ""
     name: str = ""
 
+    @property
+    def what(self) -> str:
+        """The resource as a role names it."""
+        return f"{self.resource}/{self.subresource}" if self.subresource else self.resource
+
     def __str__(self) -> str:
-        what = f"{self.resource}/{self.subresource}" if self.subresource else self.resource
-        return f"{self.verb} {what}{f' in {self.namespace}' if self.namespace else ''}"
+        return f"{self.verb} {self.what}{f' in {self.namespace}' if self.namespace else ''}"
 
 
 def source_permissions(sources: Iterable[Source]) -> tuple[Permission, ...]:
-    """Return what it takes to follow these sources."""
+    """Return the permissions to follow these sources."""
     return tuple(
         Permission(verb, RESOURCES[source.kind], namespace=source.namespace)
         for source in sources
@@ -46,7 +48,7 @@ def source_permissions(sources: Iterable[Source]) -> tuple[Permission, ...]:
 
 
 def lease_permissions(namespace: str, name: str) -> tuple[Permission, ...]:
-    """Return what electing a leader takes; a right to create cannot be bound to a name."""
+    """Return the permissions to elect a leader; `create` cannot be restricted to a name."""
     lease = Permission("create", "leases", "", namespace, "coordination.k8s.io")
     return (lease, *(lease._replace(verb=verb, name=name) for verb in ("get", "update")))
 
@@ -61,19 +63,52 @@ PROXY_PERMISSIONS = (
 NEVER_NEEDED = (Permission("get", "nodes", "proxy"), Permission("create", "nodes", "proxy"))
 
 
-async def check_credentials(access: Access) -> Finding:
-    """Check that our credentials can be read; the finding names their origin."""
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """The outcome of the first look at the cluster; a part that could not be read is empty."""
+
+    findings: tuple[Finding, ...]
+    access: Access | None = None
+    uid: str = ""
+    nodes: tuple[Node, ...] = ()
+
+
+async def check_cluster(
+    environment: Mapping[str, str], timing: Timing, wanted: Sequence[Permission], *, needs_uid: bool
+) -> ClusterView:
+    """Check the credentials, the API server and the permissions, and read what other checks need."""
+    try:
+        access = load_access(environment)
+    except AccessError as error:
+        return ClusterView((fail("credentials", str(error), "KUBECONFIG names the kubeconfig to use"),))
+    credentials = await _check_credentials(access)
+    if credentials.outcome is Result.FAIL:
+        return ClusterView((credentials,))
+    async with KubeClient(access, timing) as client:
+        server = await _check_server(client, access)
+        if server.outcome is Result.FAIL:
+            missed = skipped("permissions", "not checked, since the check of the API server failed")
+            return ClusterView((credentials, server, missed), access)
+        permissions, (uid_finding, uid), nodes = await asyncio.gather(
+            _check_permissions(client, wanted),
+            _check_identity(client),
+            _some_nodes(client),
+        )
+    of_identity = [uid_finding] if needs_uid else []
+    return ClusterView((credentials, server, *permissions, *of_identity), access, uid, tuple(nodes))
+
+
+async def _check_credentials(access: Access) -> Finding:
+    """Check that the credentials can be read; the finding names their origin."""
     name = "credentials"
     try:
         await access.credentials.identity()
     except AccessError as error:
-        return fail(
-            name, str(error), "repair what the text names: a file, or the program that hands out tokens"
-        )
+        return fail(name, str(error), "repair the file or program that the text names")
     return ok(name, access.origin)
 
 
-async def check_server(client: KubeClient, access: Access) -> Finding:
+async def _check_server(client: KubeClient, access: Access) -> Finding:
     """Check that the API server answers; the finding has its version and how its certificate is verified."""
     name = "api server"
     try:
@@ -81,27 +116,22 @@ async def check_server(client: KubeClient, access: Access) -> Finding:
     except ClusterUnauthorized as error:
         return fail(name, str(error), "the token or certificate is expired, revoked, or another cluster's")
     except ClusterForbidden:
-        version = "of a version that is not shown to us"
+        version = "and does not show its version"
     except ClusterError as error:
         return fail(name, str(error), "is this the right cluster, and may this machine reach it?")
     where = f"{access.server} answers, {version}"
     if access.trust is None:
         return warn(name, f"{where}, without TLS", "a token sent over plain HTTP can be read on the way")
     if not access.trust.is_verified:
-        return warn(
-            name,
-            f"{where}, its certificate is not verified",
-            "take insecure-skip-tls-verify out of the kubeconfig and give certificate-authority",
-        )
+        hint = "replace insecure-skip-tls-verify in the kubeconfig by certificate-authority"
+        return warn(name, f"{where}, its certificate is not verified", hint)
     return ok(name, f"{where}, its certificate is verified by {access.trust.ca_setting or 'the system'}")
 
 
-async def check_permissions(
-    client: KubeClient, wanted: Sequence[Permission], unwanted: Sequence[Permission] = ()
-) -> list[Finding]:
+async def _check_permissions(client: KubeClient, wanted: Sequence[Permission]) -> list[Finding]:
     """Ask the API server about each permission (SelfSubjectAccessReview)."""
     needed = await asyncio.gather(*(_needed(client, one) for one in wanted))
-    return [*needed, *await _granted_in_vain(client, unwanted)]
+    return [*needed, *await _unneeded(client)]
 
 
 async def _needed(client: KubeClient, permission: Permission) -> Finding:
@@ -114,45 +144,34 @@ async def _needed(client: KubeClient, permission: Permission) -> Finding:
         return fail(name, str(error))
     if is_allowed:
         return ok(name, "allowed")
-    return fail(name, "not allowed", _grant(permission))
-
-
-def _grant(permission: Permission) -> str:
-    what = permission.resource + (f"/{permission.subresource}" if permission.subresource else "")
     role = f"a Role in {permission.namespace}" if permission.namespace else "the ClusterRole"
-    return f'grant verbs ["{permission.verb}"] on resources ["{what}"] in {role} of our account (deploy/rbac.yaml)'
+    grant = f'grant verbs ["{permission.verb}"] on resources ["{permission.what}"] in {role}'
+    return fail(name, "not allowed", f"{grant} of our account (deploy/rbac.yaml)")
 
 
-async def _granted_in_vain(client: KubeClient, unwanted: Sequence[Permission]) -> list[Finding]:
+async def _unneeded(client: KubeClient) -> list[Finding]:
     try:
-        answers = await asyncio.gather(*(_is_allowed(client, one) for one in unwanted))
+        answers = await asyncio.gather(*(_is_allowed(client, one) for one in NEVER_NEEDED))
     except ClusterError:
-        return []  # told already, by the permissions that are needed
-    granted = [str(one) for one, is_allowed in zip(unwanted, answers, strict=True) if is_allowed]
+        return []  # the permissions that are needed show it
+    granted = [str(one) for one, is_allowed in zip(NEVER_NEEDED, answers, strict=True) if is_allowed]
     if not granted:
         return []
-    return [
-        warn(
-            "nodes/proxy",
-            f"allowed, and never needed: {', '.join(granted)}",
-            "it lets its holder run commands in every container: take nodes/proxy out of our account's "
-            "role (an administrator's kubeconfig has it too; check with the account that will run)",
-        )
-    ]
+    hint = (
+        "its holder can run commands in every container: remove nodes/proxy from the account's role (an "
+        "administrator's kubeconfig has it too; check as the account that will run)"
+    )
+    return [warn("nodes/proxy", f"allowed, and never needed: {', '.join(granted)}", hint)]
 
 
 async def _is_allowed(client: KubeClient, permission: Permission) -> bool:
+    verb, resource, subresource, namespace, group, name = permission
     return await client.can_i(
-        permission.verb,
-        permission.resource,
-        subresource=permission.subresource,
-        namespace=permission.namespace,
-        group=permission.group,
-        name=permission.name,
+        verb, resource, subresource=subresource, namespace=namespace, group=group, name=name
     )
 
 
-async def check_identity(client: KubeClient) -> tuple[Finding, str]:
+async def _check_identity(client: KubeClient) -> tuple[Finding, str]:
     """Read the UID that identifies the cluster, empty if it cannot be read."""
     name = "cluster uid"
     try:
@@ -161,18 +180,16 @@ async def check_identity(client: KubeClient) -> tuple[Finding, str]:
         return fail(name, str(error)), ""
     if uid:
         return ok(name, uid), uid
-    return warn(
-        name,
-        f"the namespace {IDENTITY_NAMESPACE} may not be read: two clusters of one CLUSTER_NAME cannot be told apart",
-        f'grant verbs ["get"] on resources ["namespaces"] with resourceNames ["{IDENTITY_NAMESPACE}"]',
-    ), ""
+    detail = (
+        f"the namespace {IDENTITY_NAMESPACE} may not be read: two clusters of one CLUSTER_NAME look the same"
+    )
+    hint = f'grant verbs ["get"] on resources ["namespaces"] with resourceNames ["{IDENTITY_NAMESPACE}"]'
+    return warn(name, detail, hint), ""
 
 
-async def some_nodes(client: KubeClient) -> list[Node]:
-    """Return the Nodes of one page, empty where they cannot be listed (the permissions tell why)."""
-    try:
+async def _some_nodes(client: KubeClient) -> list[Node]:
+    """Return the Nodes of one page, none where they cannot be listed (the permissions show why)."""
+    with contextlib.suppress(ClusterError):
         async for page in client.pages(Kind.NODE, page_size=MOST_NODES):
             return [item for item in page.items if isinstance(item, Node)]
-    except ClusterError:
-        pass
     return []

@@ -1,18 +1,20 @@
 """Checks of Consul: that it answers, has a leader, and lets our token do what the registrar does."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import NamedTuple
 
-from k8s_consul_registrar.commands.check.report import Finding, fail, ok, skipped, warn
-from k8s_consul_registrar.consul.acl import Right, read_leader, read_self, rights
+from k8s_consul_registrar.commands.check.cluster import ClusterView
+from k8s_consul_registrar.commands.check.report import Finding, Result, fail, ok, skipped, warn
+from k8s_consul_registrar.commands.check.services import holdings, judge_catalog, judge_holdings
+from k8s_consul_registrar.consul.acl import Right, read_leader, read_self, read_service_names, rights
 from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.errors import (
-    ConsulError,
-    ConsulForbidden,
-    ConsulUnreachable,
-)
+from k8s_consul_registrar.errors import AccessError, ConsulError, ConsulForbidden, ConsulUnreachable
 from k8s_consul_registrar.model import Kind
+from k8s_consul_registrar.settings.consul import CATALOG, NONE
+from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.targets.service_names import Template
+from k8s_consul_registrar.wiring.consul import consul_access
+from k8s_consul_registrar.wiring.registrar import Wiring
 
 HOW_TO_GET_ONE = (
     "CONSUL_HTTP_TOKEN or CONSUL_HTTP_TOKEN_FILE must hold the secret ID of a token of this Consul "
@@ -20,6 +22,17 @@ HOW_TO_GET_ONE = (
 )
 # A name that no service has: a right on it is one on the services of others.
 OTHERS_NAME = "k8s-consul-registrar-check"
+IS_SERVER = warn(
+    "consul agent",
+    "this is a server: the services will belong to its node",
+    "let CONSUL_ADDRESS be an agent beside the registrar, as in deploy/deployment.yaml, or set "
+    "CONSUL_BACKEND=catalog",
+)
+UNREAD_AGENT = warn(
+    "consul agent",
+    "the token may not read the agent, so a difference between the agent and the catalog is not seen",
+    'add to the token\'s policy: agent_prefix "" { policy = "read" } and node_prefix "" { policy = "read" }',
+)
 
 
 class Naming(NamedTuple):
@@ -31,12 +44,21 @@ class Naming(NamedTuple):
 
 
 class NeededRight(NamedTuple):
-    """A right, what Consul's policies call it, and what is lost without it; vital ones fail the check."""
+    """A right, the scope that a policy grants it on, and what is lost without it."""
 
     right: Right
-    rule: str
+    scope: str
     lost: str
-    is_vital: bool
+
+    @property
+    def rule(self) -> str:
+        """The line of a policy that grants it."""
+        return f'{self.scope} {{ policy = "{self.right.access}" }}'
+
+    @property
+    def is_vital(self) -> bool:
+        """True if the registrar does nothing without it."""
+        return self.right.access == "write"
 
 
 def naming_of(kind: Kind, template: Template, cluster: str, shard: str) -> Naming:
@@ -52,110 +74,114 @@ def naming_of(kind: Kind, template: Template, cluster: str, shard: str) -> Namin
 
 
 def needs_of_services(namings: Sequence[Naming]) -> tuple[NeededRight, ...]:
-    """Return the rights on services: to write our own, and to read those of others."""
+    """Return the rights to write the registrar's services and to read all others."""
     ours = (
         NeededRight(
             Right("service", one.example, "write"),
-            f'service_prefix "{one.prefix}" {{ policy = "write" }}',
+            f'service_prefix "{one.prefix}"',
             f"no {one.kind.value.capitalize()} can be registered",
-            is_vital=True,
         )
         for one in namings
     )
-    others = NeededRight(
-        Right("service", OTHERS_NAME, "read"),
-        'service_prefix "" { policy = "read" }',
-        "services of others are invisible, so a conflict is seen only as a refused write",
-        is_vital=False,
-    )
-    return (*ours, others)
+    lost = "other services are invisible, so a conflict is seen only as a refused write"
+    return (*ours, NeededRight(Right("service", OTHERS_NAME, "read"), 'service_prefix ""', lost))
 
 
 def need_of_catalog(node: str) -> NeededRight:
     """Return the right to the node that the catalog backend writes."""
     return NeededRight(
-        Right("node", node, "write"),
-        f'node "{node}" {{ policy = "write" }}',
-        "the node of our services cannot be made",
-        is_vital=True,
+        Right("node", node, "write"), f'node "{node}"', "the node for the services cannot be created"
     )
 
 
-def need_of_agent(node: str) -> NeededRight:
-    """Return the right to read an agent's node in the catalog."""
-    return NeededRight(
-        Right("node", node, "read"),
-        'node_prefix "" { policy = "read" }',
-        "whether the catalog shows what the agent holds is not seen",
-        is_vital=False,
+def needs_of_agent(node: str) -> tuple[NeededRight, ...]:
+    """Return the rights to read an agent's node, and to find services at nodes of agents that are gone.
+
+    The right to write the services is enough to remove them there.
+    """
+    lost = "a difference between the agent and the catalog is not seen"
+    of_gone = "this registrar's services at the node of an agent that is gone are not found"
+    return tuple(
+        NeededRight(Right("node", one, "read"), 'node_prefix ""', text)
+        for one, text in ((node, lost), (OTHERS_NAME, of_gone))
     )
 
 
-def need_of_lost_agents() -> NeededRight:
-    """Return the right to find what is ours at nodes of other agents; to remove it, that on our services is enough."""
-    return NeededRight(
-        Right("node", OTHERS_NAME, "read"),
-        'node_prefix "" { policy = "read" }',
-        "services of ours at the node of an agent that is gone are not found",
-        is_vital=False,
-    )
+async def check_backend(wiring: Wiring, cluster: Awaitable[ClusterView]) -> list[Finding]:
+    """Check Consul, the token and the services there, as far as the backend uses them."""
+    settings = wiring.settings
+    if settings.backend.backend == NONE:
+        return [ok("consul", "not used (CONSUL_BACKEND=none)")]
+    try:
+        access = consul_access(settings.consul)
+    except AccessError as error:
+        return [fail("consul", str(error))]
+    async with ConsulClient(access, wiring.timing) as client:
+        is_catalog = settings.backend.backend == CATALOG
+        found, node = await check_consul(client, str(access.address), is_catalog=is_catalog)
+        if any(finding.outcome is Result.FAIL for finding in found):
+            return [*found, skipped("consul token", "not checked, since the check of Consul failed")]
+        has_token = bool(access.token or access.token_file)
+        of_token = await check_token(client, _needs(settings, node), has_token=has_token)
+        sees_all = all(one.outcome is Result.OK for one in of_token)
+        of_services = await _check_services(client, wiring, (await cluster).uid, sees_all=sees_all)
+        return [*found, *of_token, *of_services]
+
+
+def _namings(settings: RegistrarSettings) -> list[Naming]:
+    naming = settings.naming
+    templates = {Kind.POD: naming.pod_name, Kind.NODE: naming.node_name}
+    shard = next(iter(naming.shard_paths), "")
+    kinds = sorted(settings.selection.kinds, reverse=True)
+    return [naming_of(kind, templates[kind], settings.cluster_name, shard) for kind in kinds]
+
+
+def _needs(settings: RegistrarSettings, agent_node: str) -> list[NeededRight]:
+    needs = [*needs_of_services(_namings(settings))]
+    if settings.backend.backend == CATALOG:
+        return [*needs, need_of_catalog(settings.backend.node_name)]
+    return [*needs, *needs_of_agent(agent_node)] if agent_node else needs
+
+
+async def _check_services(client: ConsulClient, wiring: Wiring, uid: str, *, sees_all: bool) -> list[Finding]:
+    who = wiring.identity
+    try:
+        services = [service async for service in wiring.registry(client).services()]
+        names = await read_service_names(client)
+    except ConsulError as error:
+        return [skipped("services", str(error))]
+    found = holdings(services, who, uid)
+    prefixes = tuple(naming.prefix for naming in _namings(wiring.settings))
+    elsewhere = judge_catalog(names, [service.name for service in services], prefixes)
+    return [*judge_holdings(found, who, sees_all=sees_all), *elsewhere]
 
 
 async def check_consul(client: ConsulClient, address: str, *, is_catalog: bool) -> tuple[list[Finding], str]:
     """Check that Consul answers and has a leader; returns findings and the name of the agent's node, if known.
 
-    `is_catalog` says that the catalog is written and no agent.
+    `is_catalog` is True if services are written to the catalog, so that the agent does not matter.
     """
     name = "consul"
     try:
         leader = await read_leader(client)
         if not leader:
-            return [_leaderless(address)], ""
+            hint = "the servers lost their quorum, or this agent has not joined them (-retry-join, port 8301)"
+            return [fail(name, f"{address} answers and knows no leader", hint)], ""
         agent = await read_self(client)
     except ConsulForbidden:
         return [ok(name, f"{address} answers")], ""  # the token's own check says more
     except ConsulError as error:
         return [fail(name, str(error), _unreachable_hint(error))], ""
     if agent is None:
-        return [
-            ok(name, f"{address} answers, its leader is {leader}"),
-            *_unread_agent(is_catalog=is_catalog),
-        ], ""
+        found = [ok(name, f"{address} answers, its leader is {leader}")]
+        return (found if is_catalog else [*found, UNREAD_AGENT]), ""
     role = "a server" if agent.is_server else "a client agent"
     found = [
         ok(name, f"{address} answers, {agent.version}, {role}, node {agent.node}; its leader is {leader}")
     ]
     if agent.is_server and not is_catalog:
-        found.append(
-            warn(
-                "consul agent",
-                "this is a server: the services will belong to its node",
-                "let CONSUL_ADDRESS be an agent beside the registrar, as deploy/deployment.yaml has it, or set "
-                "CONSUL_BACKEND=catalog",
-            )
-        )
+        found.append(IS_SERVER)
     return found, agent.node
-
-
-def _unread_agent(*, is_catalog: bool) -> list[Finding]:
-    if is_catalog:
-        return []
-    return [
-        warn(
-            "consul agent",
-            "our token may not read the agent: its node is unknown, so that whether the catalog shows what it holds "
-            "is not seen",
-            'add to the token\'s policy: agent_prefix "" { policy = "read" } and node_prefix "" { policy = "read" }',
-        )
-    ]
-
-
-def _leaderless(address: str) -> Finding:
-    return fail(
-        "consul",
-        f"{address} answers and knows no leader",
-        "the servers have lost their quorum, or this agent has not joined them (-retry-join, port 8301)",
-    )
 
 
 def _unreachable_hint(error: ConsulError) -> str:
@@ -176,12 +202,11 @@ async def check_token(
     except ConsulError as error:
         return [skipped(name, f"this Consul cannot be asked about rights: {error}")]
     if granted is None:
-        aside = ": the token that is set counts for nothing" if has_token else ""
-        return [ok(name, f"Consul runs without ACLs{aside}")]
+        return [ok(name, f"Consul runs without ACLs{': the token has no effect' if has_token else ''}")]
     missing = [need for need, is_granted in zip(needs, granted, strict=True) if not is_granted]
     if not missing:
-        return [ok(name, "may write our services and read the others'")]
-    # One line of a policy may grant several rights; the lesser ones need not be said beside the first.
+        return [ok(name, "may write the registrar's services and read all others")]
+    # One line of a policy may grant several rights: it is shown once.
     first = {need.rule: need for need in reversed(missing)}
     told = [need for need in missing if need.is_vital or first[need.rule] is need]
     return [_missing(need, has_token=has_token) for need in told]

@@ -18,22 +18,16 @@ from k8s_consul_registrar.tls import Trust, out_of_date
 from k8s_consul_registrar.wiring.registrar import http_sd_bearer, http_sd_tls
 
 PORT, TOKEN, TLS, STATE = "http_sd port", "http_sd token", "http_sd tls", "http_sd state"
-WHERE = (
-    "the files are read where the registrar runs: is their Secret mounted there, and readable to its user?"
-)
-
-WHERE_STATE = (
-    "the file is written where the registrar runs: is a volume mounted there, and writable to its user?"
-)
+WHERE = "the registrar reads the files: is their Secret mounted in its Pod, and readable to its user?"
 
 
 async def check_http_sd(settings: HttpSdSettings, timeout: float) -> list[Finding]:  # noqa: ASYNC109 - of the request
-    """Look at the port, the token's file and the files of TLS, each by itself."""
+    """Check the port, the token's file and the files of TLS separately."""
     return [await _port(settings, timeout), *_token(settings), *_tls(settings)]
 
 
 async def check_state_file(path: Path, origin: Origin) -> list[Finding]:
-    """Look at the folder and the content of HTTP_SD_STATE_FILE; nothing is left there."""
+    """Check the folder and the content of HTTP_SD_STATE_FILE; nothing is left there."""
     return [await asyncio.to_thread(_state_file, path, origin)]
 
 
@@ -41,16 +35,15 @@ def _state_file(path: Path, origin: Origin) -> Finding:
     try:
         check_folder(path)
     except AccessError as error:
-        hint = f"HTTP_SD_STATE_FILE is in a folder that the registrar may write in; {WHERE_STATE}"
+        hint = "HTTP_SD_STATE_FILE needs a folder that the registrar can write in: is a volume mounted there?"
         return fail(STATE, str(error), hint)
     try:
         saved = read_state(path, origin, time.time())
     except AccessError as error:
         if path.is_file() and not path.is_symlink():
             return ok(STATE, f"{path.parent} can be written in; {error}, and it will be replaced")
-        return fail(
-            STATE, str(error), "let HTTP_SD_STATE_FILE name a file of its own, which need not be there yet"
-        )
+        hint = "let HTTP_SD_STATE_FILE name a file of its own, which need not be there yet"
+        return fail(STATE, str(error), hint)
     held = "no targets are saved yet" if saved is None else f"{saved.count} targets are saved"
     return ok(STATE, f"{path.parent} can be written in; {held}")
 
@@ -65,33 +58,25 @@ def _token(settings: HttpSdSettings) -> list[Finding]:
         return [fail(TOKEN, str(error), hint)]
     if settings.cert_file:
         return [ok(TOKEN, f"{settings.bearer_token_file} can be used")]
-    return [
-        warn(
-            TOKEN,
-            f"{settings.bearer_token_file} can be used, and collectors send the token over plain HTTP",
-            "it can be read on the way: give HTTP_SD_TLS_CERT_FILE and HTTP_SD_TLS_KEY_FILE",
-        )
-    ]
+    detail = f"{settings.bearer_token_file} can be used, and collectors send the token over plain HTTP"
+    return [warn(TOKEN, detail, "others can read it: set HTTP_SD_TLS_CERT_FILE and HTTP_SD_TLS_KEY_FILE")]
 
 
 def _tls(settings: HttpSdSettings) -> list[Finding]:
     if not settings.cert_file:
         return []
     hint = (
-        "HTTP_SD_TLS_CERT_FILE is a certificate in PEM with its chain, HTTP_SD_TLS_KEY_FILE its own key without "
-        f"a password, HTTP_SD_TLS_CLIENT_CA_FILE an authority's certificates; {WHERE}"
+        "HTTP_SD_TLS_CERT_FILE is a certificate in PEM with its chain, HTTP_SD_TLS_KEY_FILE its key without a "
+        f"password, HTTP_SD_TLS_CLIENT_CA_FILE has CA certificates; {WHERE}"
     )
     try:
         pair = http_sd_tls(settings).value.pair
     except AccessError as error:
         return [fail(TLS, str(error), hint)]
-    problem = out_of_date(pair.certificate)
-    if problem:
+    if problem := out_of_date(pair.certificate):
         return [fail(TLS, f"{pair.origin}: {problem}", hint)]
-    clients = (
-        "each caller shows a certificate" if settings.client_ca_file else "no caller needs a certificate"
-    )
-    return [ok(TLS, f"certificate and key match; {clients}")]
+    clients = "must" if settings.client_ca_file else "need not"
+    return [ok(TLS, f"certificate and key match; clients {clients} show a certificate")]
 
 
 async def _port(settings: HttpSdSettings, seconds: float) -> Finding:
@@ -102,20 +87,19 @@ async def _port(settings: HttpSdSettings, seconds: float) -> Finding:
         if isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE:
             return await _taken(settings, str(error), seconds)
         return fail(PORT, str(error), "let HTTP_SD_PORT be a port above 1023 that nothing else uses")
-    if settings.bearer_token_file or settings.client_ca_file:
-        return ok(PORT, f"{settings.port or 'any port'} is free")
-    return ok(PORT, f"{settings.port or 'any port'} is free; whoever reaches it reads the targets")
+    is_open = not settings.bearer_token_file and not settings.client_ca_file
+    aside = "; anyone who reaches it can read the targets" if is_open else ""
+    return ok(PORT, f"{settings.port or 'any port'} is free{aside}")
 
 
 async def _taken(settings: HttpSdSettings, problem: str, seconds: float) -> Finding:
-    """Find out if a registrar has the port, as when this runs beside it in its Pod."""
+    """Find out if a registrar has the port, as it does when this runs in its Pod."""
     scheme = "https" if settings.cert_file else "http"
     is_registrar = False
     try:
         async with (
-            aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=seconds), cookie_jar=aiohttp.DummyCookieJar()
-            ) as session,
+            asyncio.timeout(seconds),
+            aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as session,
             session.get(
                 f"{scheme}://127.0.0.1:{settings.port}{SD_PATH}?kind=none",
                 ssl=Trust(is_verified=False).context,
@@ -125,8 +109,10 @@ async def _taken(settings: HttpSdSettings, problem: str, seconds: float) -> Find
             is_registrar = HEADERS.items() <= dict(response.headers).items()
     except (aiohttp.ClientError, OSError, TimeoutError):
         if settings.client_ca_file:
-            hint = "beside a running registrar that is as it should be; otherwise end what has the port"
-            return warn(PORT, f"{problem}; by whom cannot be asked without a client's certificate", hint)
+            hint = "in the Pod of a running registrar this is right; otherwise stop the program that has the port"
+            return warn(
+                PORT, f"{problem}; without a client's certificate it is not known by which program", hint
+            )
     if is_registrar:
         return ok(PORT, f"a registrar answers on {settings.port} already")
-    return fail(PORT, problem, "let HTTP_SD_PORT be another port, or end what has this one")
+    return fail(PORT, problem, "let HTTP_SD_PORT be another port, or stop the program that has this one")

@@ -1,25 +1,57 @@
-"""Checks of what the proxy dials and where it is dialled: kubelets, and its NodePort."""
+"""Checks of the kubelets that the proxy scrapes, and of its own NodePort."""
 
 import asyncio
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from typing import NamedTuple
 
 import aiohttp
 
+from k8s_consul_registrar.commands.check.cluster import ClusterView
 from k8s_consul_registrar.commands.check.report import Finding, fail, ok, skipped, warn
-from k8s_consul_registrar.model import Node
+from k8s_consul_registrar.errors import AccessError
+from k8s_consul_registrar.model import Kind, Node
 from k8s_consul_registrar.proxy.nodes import is_dialable, usable_addresses
 from k8s_consul_registrar.proxy.routes import UNKNOWN_PATH
+from k8s_consul_registrar.settings.proxy import ProxySettings
 from k8s_consul_registrar.targets.scrape_config import node_address, parse_ip, url_host
 from k8s_consul_registrar.tls import KUBELET, Cause, Explanation, Trust, explain
+from k8s_consul_registrar.wiring.proxy import KubeletIdentity
+from k8s_consul_registrar.wiring.registrar import Wiring
 
 SAMPLE = 5
 PATH = "/metrics/cadvisor"
 NODE_PORT = "node port"
 LONGEST_BODY = 1024
+NO_TOKEN = warn(
+    "kubelet token",
+    "the credentials have no bearer token, which is what kubelets are shown",
+    "use a service account or a kubeconfig with a token; a client certificate is not shown to kubelets",
+)
+NO_AGREEMENT = (
+    "the port is reached: the kubelet's log says why it ended the handshake; its tlsMinVersion and tlsCipherSuites "
+    "must allow TLS 1.2 or 1.3"
+)
+UNVERIFIED = (
+    "another machine with the Node's address could read the token: set KUBELET_CA_FILE and not "
+    "KUBELET_INSECURE_SKIP_TLS_VERIFY"
+)
+REFUSED = {
+    401: (
+        "it does not accept the token",
+        "the kubelet needs webhook authentication (authentication.webhook.enabled), the proxy a valid token",
+    ),
+    403: (
+        "our account may not read it",
+        (
+            'grant verbs ["get"] on resources ["nodes/metrics"] in the ClusterRole of our account '
+            "(deploy/rbac.yaml); nodes/proxy is never needed"
+        ),
+    ),
+}
+UNREACHABLE = "may this machine reach the kubelets' port (NetworkPolicy, firewall, security groups)?"
 NODE_PORT_HINT = (
     "is the proxy deployed and ready (kubectl get endpoints k8s-consul-registrar-proxy-service), is its NodePort "
     "PROXY_NODE_PORT, and does no firewall or NetworkPolicy keep this machine from it?"
@@ -38,7 +70,7 @@ class Place(NamedTuple):
 
 
 def sample(places: Iterable[Place], size: int = SAMPLE) -> list[Place]:
-    """Pick some places, the address families in turn, so that each that is there is among them."""
+    """Pick some places, of each address family in turn."""
     families: dict[bool, list[Place]] = {}
     for place in places:
         families.setdefault(":" in place.address, []).append(place)
@@ -74,32 +106,44 @@ class Kubelets:
         return place.address if self.verifies_node_name else place.node
 
 
+async def check_proxied(
+    settings: ProxySettings,
+    cluster: Awaitable[ClusterView],
+    timeout: float,  # noqa: ASYNC109 - of each request
+) -> list[Finding]:
+    """Check a few kubelets with the credentials and the TLS of the proxy."""
+    view = await cluster
+    if view.access is None:
+        return [skipped("kubelets", "no credentials for them")]
+    try:
+        identity = KubeletIdentity(settings.kubelets, view.access)
+        await identity.refresh()
+        kubelets = Kubelets(
+            trust=identity.trust,
+            verifies_node_name=settings.kubelets.tls_server_name == "node",
+            token=identity.token(),
+            timeout=timeout,
+        )
+    except AccessError as error:
+        return [fail("kubelets", str(error), "the proxy reads it: is it mounted in its Pod, and readable?")]
+    return await check_kubelets(view.nodes, kubelets, allow_loopback=settings.allow_loopback)
+
+
 async def check_kubelets(nodes: Sequence[Node], kubelets: Kubelets, *, allow_loopback: bool) -> list[Finding]:
     """Scrape a few kubelets as the proxy would."""
     if not nodes:
         return [skipped("kubelets", "no Node is known")]
     places = kubelet_places(nodes, allow_loopback=allow_loopback)
     if not places:
-        return [
-            fail(
-                "kubelets",
-                "no Node has an address that may be dialled",
-                "link-local, multicast and unspecified addresses never are; loopback only with "
-                "PROXY_ALLOW_LOOPBACK=true",
-            )
-        ]
+        hint = (
+            "link-local, multicast and unspecified addresses never are; loopback only with "
+            "PROXY_ALLOW_LOOPBACK=true"
+        )
+        return [fail("kubelets", "no Node has an address that may be dialled", hint)]
     findings = [*await asyncio.gather(*(_check(place, kubelets) for place in sample(places)))]
     if not kubelets.token:
-        findings.insert(0, _tokenless())
+        findings.insert(0, NO_TOKEN)
     return findings
-
-
-def _tokenless() -> Finding:
-    return warn(
-        "kubelet token",
-        "our credentials bring no bearer token, which is what kubelets are shown",
-        "use a service account or a kubeconfig with a token; a client certificate is not shown to kubelets",
-    )
 
 
 async def _check(place: Place, kubelets: Kubelets) -> Finding:
@@ -121,16 +165,9 @@ async def _check(place: Place, kubelets: Kubelets) -> Finding:
 
 
 def os_reason(error: aiohttp.ClientConnectorError) -> str:
-    """Return the system's words for a connection that did not come about."""
+    """Return the system's words for a failed connection."""
     number = error.os_error.errno
     return os.strerror(number).lower() if number else str(error.os_error)[:200]
-
-
-NO_AGREEMENT = (
-    "the port is reached: the kubelet's log says why it ended the handshake; its tlsMinVersion and tlsCipherSuites "
-    "must allow TLS 1.2 or 1.3"
-)
-UNREACHABLE = "may this machine reach the kubelets' port (NetworkPolicy, firewall, security groups)?"
 
 
 async def _scrape(place: Place, kubelets: Kubelets) -> int:
@@ -151,35 +188,16 @@ async def _scrape(place: Place, kubelets: Kubelets) -> int:
 
 
 def _judge_status(name: str, place: Place, status: int, *, is_verified: bool) -> Finding:
-    match status:
-        case 200 if is_verified:
-            return ok(name, f"{place} serves {PATH}, its certificate is verified")
-        case 200:
-            return warn(
-                name,
-                f"{place} serves {PATH}, its certificate is not verified",
-                "whoever takes a Node's address can read our token: give KUBELET_CA_FILE and take "
-                "KUBELET_INSECURE_SKIP_TLS_VERIFY away",
-            )
-        case 401:
-            return fail(
-                name,
-                f"{place} answers 401: it does not accept our token",
-                "the kubelet needs webhook authentication (authentication.webhook.enabled), and we a valid token",
-            )
-        case 403:
-            return fail(
-                name,
-                f"{place} answers 403: our account may not read it",
-                'grant verbs ["get"] on resources ["nodes/metrics"] in the ClusterRole of our account '
-                "(deploy/rbac.yaml); nodes/proxy is never needed",
-            )
-        case _:
-            return fail(name, f"{place} answers {status} to {PATH}", "is this a kubelet's port?")
+    if status == 200 and is_verified:
+        return ok(name, f"{place} serves {PATH}, its certificate is verified")
+    if status == 200:
+        return warn(name, f"{place} serves {PATH}, its certificate is not verified", UNVERIFIED)
+    problem, hint = REFUSED.get(status, ("it does not serve " + PATH, "is this a kubelet's port?"))
+    return fail(name, f"{place} answers {status}: {problem}", hint)
 
 
 async def _other_name(place: Place, kubelets: Kubelets, explanation: Explanation) -> str:
-    """Return the remedy for a certificate that names the kubelet the other way; our token is not sent to find out."""
+    """Return the remedy for a certificate that names the kubelet the other way; no token is sent to find out."""
     if explanation.cause is not Cause.OTHER_NAME:
         return ""
     wanted = kubelets.other_name(place)
@@ -202,24 +220,26 @@ async def _is_verifiable(place: Place, kubelets: Kubelets, server_name: str) -> 
     return True
 
 
-async def check_node_port(nodes: Sequence[Node], port: int, timeout: float) -> Finding:  # noqa: ASYNC109 - for each request
-    """Ask the proxy on a few Nodes' addresses for something it never serves, and know it by its answer."""
+async def check_node_port(wiring: Wiring, cluster: Awaitable[ClusterView]) -> list[Finding]:
+    """Ask a few Nodes for a path that the proxy never serves: its refusal proves that it is the proxy."""
+    settings, nodes = wiring.settings, (await cluster).nodes
+    if Kind.NODE not in settings.selection.kinds:
+        return []
+    port = settings.proxy_node_port
     places = [
         Place(node.name, address, port)
         for node in sorted(nodes, key=lambda node: not node.ready)
         if (address := node_address(node)) and _may_be_asked(address)
     ]
     if not places:
-        return skipped(NODE_PORT, "no Node is known that could be asked")
+        return [skipped(NODE_PORT, "no Node is known that could be asked")]
     asked = sample(places)
-    problems = await asyncio.gather(*(_problem(place, timeout) for place in asked))
+    problems = await asyncio.gather(*(_problem(place, wiring.timing.connect_timeout) for place in asked))
     failed = [f"{place} {problem}" for place, problem in zip(asked, problems, strict=True) if problem]
     if not failed:
-        return ok(
-            NODE_PORT, f"the proxy answers on port {port} of {', '.join(place.node for place in asked)}"
-        )
+        return [ok(NODE_PORT, f"the proxy answers on port {port} of {', '.join(one.node for one in asked)}")]
     finding = fail if len(failed) == len(asked) else warn
-    return finding(NODE_PORT, "; ".join(failed), NODE_PORT_HINT)
+    return [finding(NODE_PORT, "; ".join(failed), NODE_PORT_HINT)]
 
 
 def _may_be_asked(address: str) -> bool:
@@ -228,7 +248,7 @@ def _may_be_asked(address: str) -> bool:
 
 
 async def _problem(place: Place, seconds: float) -> str:
-    """Return what keeps a scraper from the proxy there, empty for nothing."""
+    """Return why Prometheus does not reach the proxy there, empty if it does."""
     try:
         async with (
             asyncio.timeout(seconds),

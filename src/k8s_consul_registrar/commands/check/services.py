@@ -11,6 +11,14 @@ from k8s_consul_registrar.targets.resolve import OWN_KEYS
 from k8s_consul_registrar.targets.service_names import kind_of_id
 
 MOST_NAMED = 3  # examples shown of each sort
+SAME_NAME = (
+    "two clusters share one CLUSTER_NAME: rename one (or this is the kubeconfig of another cluster; or the "
+    "cluster was rebuilt, and its old services must be removed by hand)"
+)
+ALIKE = (
+    "if this cluster wants such an ID it is a conflict, and the service stays as it is; after a change of name or "
+    "instance set PREVIOUS_CLUSTER_NAMES or PREVIOUS_INSTANCES"
+)
 
 
 @dataclass(slots=True)
@@ -59,37 +67,24 @@ def _is_of_our_name(service: Service, identity: Identity) -> bool:
 
 
 def judge_holdings(found: Holdings, identity: Identity, *, sees_all: bool = True) -> list[Finding]:
-    """Return findings about services that a registrar meets when it starts here."""
+    """Return findings about the services that a registrar finds when it starts here."""
     name = "services"
-    aside = "" if sees_all else ", as far as our token sees"
+    aside = "" if sees_all else ", as far as the token sees"
     findings = [ok(name, f"{len(found.ours)} ours, {found.others} of others{aside}")]
     if found.legacy:
         findings.append(_legacy(found.legacy, identity))
     if found.other_uids:
         uids = ", ".join(uid for uid, _ in found.other_uids.most_common(MOST_NAMED))
-        findings.append(
-            fail(
-                "cluster name",
-                f"{found.other_uids.total()} services carry our cluster's name, {identity.cluster!r}, and "
-                f"another cluster's UID ({uids})",
-                "two clusters share one CLUSTER_NAME: give one of them another (or this kubeconfig leads to the "
-                "wrong cluster; or the cluster was built anew, and its old services are to be removed by hand)",
-            )
-        )
+        detail = f"{found.other_uids.total()} services have this cluster's name, {identity.cluster!r}, and another UID ({uids})"
+        findings.append(fail("cluster name", detail, SAME_NAME))
     if found.other_clusters:
         named = ", ".join(
             f"{cluster} {count}" for cluster, count in found.other_clusters.most_common(MOST_NAMED)
         )
         findings.append(ok("other registrars", f"services of other clusters or instances: {named}"))
     if found.alike:
-        findings.append(
-            warn(
-                "look-alikes",
-                f"{len(found.alike)} services have IDs like ours and are not: {_some(found.alike)}",
-                "where our cluster wants such an ID it is a conflict, and the service stays theirs; after a change of "
-                "name or instance set PREVIOUS_CLUSTER_NAMES or PREVIOUS_INSTANCES",
-            )
-        )
+        detail = f"{len(found.alike)} services of others have IDs like this registrar's: {_some(found.alike)}"
+        findings.append(warn("look-alikes", detail, ALIKE))
     if found.meta_keys:
         findings.append(_meta_keys(found.meta_keys))
     return findings
@@ -109,28 +104,24 @@ def _legacy(ids: Sequence[str], identity: Identity) -> Finding:
 def _meta_keys(keys: Counter[str]) -> Finding:
     shared = sorted(keys.keys() & OWN_KEYS)
     others = ", ".join(sorted(keys)[:10]) + (", …" if len(keys) > 10 else "")
-    detail = f"services that are no registrar's use the meta keys {others}"
+    detail = f"services of other programs use the meta keys {others}"
     if not shared:
         return ok("meta keys", detail)
     return warn(
         "meta keys",
-        f"{detail}; of ours among them: {', '.join(shared)}",
-        "where Prometheus relabels by these keys, keep its rule on managed_by (deploy/prometheus.yml)",
+        f"{detail}, of which the registrar uses {', '.join(shared)} itself",
+        "if Prometheus relabels by these keys, keep its rule on managed_by (deploy/prometheus.yml)",
     )
 
 
 def judge_catalog(names: Iterable[str], held: Iterable[str], prefixes: tuple[str, ...]) -> list[Finding]:
-    """Return a finding if the catalog has services of our names elsewhere; ours begin with `prefixes`."""
+    """Return a finding if other nodes have services whose names begin with `prefixes`, as this registrar's do."""
     elsewhere = sorted({name for name in names if name.startswith(prefixes)} - set(held))
     if not elsewhere:
         return []
-    detail = f"{len(elsewhere)} services named like ours belong to other nodes: {_some(elsewhere)}"
-    return [
-        ok(
-            "rest of the catalog",
-            f"{detail}; another registrar's, or an agent's that ours replaced (its services go with its node)",
-        )
-    ]
+    detail = f"{len(elsewhere)} services with names like this registrar's belong to other nodes: {_some(elsewhere)}"
+    why = "another registrar's, or of a replaced agent, whose services go with its node"
+    return [ok("rest of the catalog", f"{detail}: {why}")]
 
 
 def _some(ids: Sequence[str]) -> str:
