@@ -16,10 +16,7 @@ def run() -> int:
     # Python's default of 700 made collections that found nothing: a tenth of the start, a fortieth of a first sync.
     gc.set_threshold(YOUNG_OBJECTS)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    from k8s_consul_registrar.tls import without_authorities  # noqa: PLC0415 - only now: see above
-
-    with without_authorities():
-        from k8s_consul_registrar.cli import main  # noqa: PLC0415 - likewise
+    from k8s_consul_registrar.cli import main  # noqa: PLC0415 - only now: see above
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return main()

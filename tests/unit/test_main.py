@@ -6,12 +6,10 @@ import sys
 SCRIPT = """
 import ssl, sys
 from k8s_consul_registrar.__main__ import run
-sys.argv = ["k8s-consul-registrar", "--version"]
+sys.argv = ["k8s-consul-registrar", "plan", "--kubeconfig", "/missing"]
 before = ssl.create_default_context
-try:
-    run()
-except SystemExit:
-    pass
+assert run() == 2
+assert "aiohttp" in sys.modules
 from aiohttp import connector
 assert connector._SSL_CONTEXT_VERIFIED.get_ca_certs() == []
 assert connector._SSL_CONTEXT_VERIFIED.verify_mode is ssl.CERT_REQUIRED

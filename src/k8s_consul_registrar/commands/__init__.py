@@ -18,6 +18,7 @@ from k8s_consul_registrar.settings.reading import MODES, PROXY, REGISTRAR, SETTI
 from k8s_consul_registrar.settings.reference import OUTPUTS
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.telemetry import configure_logging
+from k8s_consul_registrar.tls import without_authorities
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,9 @@ class Command:
 
     def run(self, parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
         """Run it and return its exit code; raises an `OperationalError`."""
-        code: int = import_module(f"{__name__}.{self.name}").run(parsed, environment)
+        with without_authorities():
+            module = import_module(f"{__name__}.{self.name}")
+        code: int = module.run(parsed, environment)
         return code
 
 
