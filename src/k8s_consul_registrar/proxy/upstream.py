@@ -29,8 +29,8 @@ class ConnectionState(Enum):
 # On the path of every read: a global is found faster than the member of an enum.
 CONNECTING, IDLE, HEAD, BODY, CLOSED = ConnectionState
 
-# Full buffers that are read off one connection before others have their turn.
-MAX_READS = 8
+# Full buffers read off one connection before others have their turn: enough for 1 MB, which then costs no pause.
+MAX_READS = 20
 # Reasons not to read, as bits: the client is slower, the upstream takes nothing from us, others have their turn.
 CLIENT_SLOWER, UNSENT, TURN = 1, 2, 4
 
