@@ -48,7 +48,7 @@ def exit_code(command: Callable[[], int], *, is_mode: bool = False) -> int:
         return EXIT_INTERRUPTED
 
 
-def run(work: Coroutine[Any, Any, int]) -> int:
+def run_loop(work: Coroutine[Any, Any, int]) -> int:
     """Run a command's work on uvloop to its end; Ctrl-C cancels it and raises KeyboardInterrupt."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(work)
@@ -101,7 +101,7 @@ def run_mode(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> int:
     # The modules loaded so far stay: visiting them was half the cost of garbage collection in a first sync.
     gc.freeze()
     Pauses().watch()
-    return run(until_signal())
+    return run_loop(until_signal())
 
 
 async def run_until_stopped(

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from k8s_consul_registrar.errors import OperationalError
-from k8s_consul_registrar.runner import EXIT_INTERRUPTED, EXIT_OK, Stop
-from k8s_consul_registrar.runner import run as run_loop
+from k8s_consul_registrar.runner import EXIT_INTERRUPTED, EXIT_OK, Stop, run_loop
 
 if TYPE_CHECKING:
     from k8s_consul_registrar.sandbox.sandbox import Sandbox

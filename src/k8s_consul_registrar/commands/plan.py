@@ -31,8 +31,7 @@ from k8s_consul_registrar.registrar.decide import (
 )
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.resync import Comparison
-from k8s_consul_registrar.runner import EXIT_CHANGES, EXIT_FAILURE, EXIT_OK
-from k8s_consul_registrar.runner import run as run_loop
+from k8s_consul_registrar.runner import EXIT_CHANGES, EXIT_FAILURE, EXIT_OK, run_loop
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.wiring.registrar import RegistrarParts, Wiring
 

@@ -25,8 +25,7 @@ from k8s_consul_registrar.kube.cluster_uid import IDENTITY_NAMESPACE
 from k8s_consul_registrar.model import Service, Written
 from k8s_consul_registrar.registrar.orphans import observe_agents
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
-from k8s_consul_registrar.runner import EXIT_FAILURE, EXIT_OK
-from k8s_consul_registrar.runner import run as run_loop
+from k8s_consul_registrar.runner import EXIT_FAILURE, EXIT_OK, run_loop
 from k8s_consul_registrar.settings.consul import CATALOG, default_node
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.wiring.registrar import Wiring
@@ -38,7 +37,7 @@ MayGo = Callable[[Service], bool]
 
 
 class _Found(NamedTuple):
-    """The services of our names in one place; `place` makes a location to be cleared of those that may go."""
+    """The services of this name in one place; `place` makes the location that is cleared of those that may go."""
 
     where: str
     place: Callable[[MayGo], PreviousLocation]

@@ -31,11 +31,7 @@ from k8s_consul_registrar.settings.reading import read_registrar, shown_settings
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.telemetry import get_logger
 from k8s_consul_registrar.wiring.consul import previous_locations
-from k8s_consul_registrar.wiring.registrar import (
-    RegistrarParts,
-    Wiring,
-    http_sd_server,
-)
+from k8s_consul_registrar.wiring.registrar import RegistrarParts, Wiring, http_sd_server
 
 log = get_logger("app")
 
@@ -112,7 +108,7 @@ def _about(settings: RegistrarSettings) -> About:
 
 
 def _is_settled(parts: RegistrarParts) -> bool:
-    """Return whether everything in Consul was written, or compared, under the settings of this process."""
+    """Return True if everything in Consul was written or compared under the settings of this process."""
     status = parts.controller.status
     is_compared = status.has_synced and parts.queue.is_drained
     return is_compared and not status.is_standby and not status.held

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from k8s_consul_registrar.commands import settings_for_consul
 from k8s_consul_registrar.commands.plan import confirmed, listed, source_problems
 from k8s_consul_registrar.registrar.status import Counts
-from k8s_consul_registrar.runner import EXIT_CHANGES, EXIT_FAILURE, EXIT_OK
-from k8s_consul_registrar.runner import run as run_loop
+from k8s_consul_registrar.runner import EXIT_CHANGES, EXIT_FAILURE, EXIT_OK, run_loop
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.wiring.registrar import RegistrarParts
 

@@ -6,23 +6,26 @@ A wrong kubeconfig, a broken selector or a half-restored cluster look like many 
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
 from k8s_consul_registrar.model import Kind, Source
 
+LEAST = 3  # services
+SHARE = 0.3  # of what is held
 
-class BrakeRules(msgspec.Struct, frozen=True):
-    """Definition of a mass removal, and how long reads must agree on one, in seconds.
 
-    A removal is a mass removal if at least `least` services and more than `share` of what is held would go,
-    or if a source shows nothing at all while `least` or more are held; in one source, or in all sources of a
-    kind together. `confirm_start` applies to the latter and to the first judgement after a start: a wrong
+@dataclass(frozen=True, slots=True)
+class BrakeRules:
+    """Seconds for which reads must agree on a mass removal, and if one is held at all.
+
+    A removal is a mass removal if at least LEAST services and more than SHARE of what is held would go, or
+    if a source shows nothing at all while LEAST or more are held; in one source, or in all sources of a kind
+    together. `confirm_start` applies to the latter and to the first judgement after a start: a wrong
     kubeconfig looks like that.
     """
 
-    least: int = 3
-    share: float = 0.3
     confirm: float = 60.0
     confirm_start: float = 600.0
     allow_mass: bool = False
@@ -115,7 +118,7 @@ def judge(
     """
     removals = tuple(one for one in memory.removals if now - one[0] < rules.confirm_start)
     unready = frozenset(unready)
-    mass, total = _mass_sources(absences, removals, rules)
+    mass, total = _mass_sources(absences, removals)
     released: dict[Source, frozenset[str]] = {}
     held: list[Held] = []
     sources = {source: one for source, one in memory.sources.items() if source not in absences}
@@ -178,7 +181,6 @@ def _waits(
 def _mass_sources(
     absences: Mapping[Source, SourceAbsences],
     removals: Sequence[tuple[float, Source, int]],
-    rules: BrakeRules,
 ) -> tuple[frozenset[Source], frozenset[Source]]:
     """Return the sources in a mass removal, their own or their kind's, and those where nothing is left.
 
@@ -194,9 +196,9 @@ def _mass_sources(
     for sources in (*([source] for source in absences), *of_kinds):
         absent = sum(len(absences[one].absent) + absences[one].unconfirmed + gone[one] for one in sources)
         held = sum(absences[one].held + gone[one] for one in sources)
-        is_total = all(absences[one].is_empty for one in sources) and held >= rules.least
+        is_total = all(absences[one].is_empty for one in sources) and held >= LEAST
         if is_total:
             total.update(sources)
-        if is_total or (absent >= rules.least and absent > rules.share * held):
+        if is_total or (absent >= LEAST and absent > SHARE * held):
             mass.update(sources)
     return frozenset(mass), frozenset(total)

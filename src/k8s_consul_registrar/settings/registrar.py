@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.election import ElectionTiming
 from k8s_consul_registrar.settings import parsers as parse
 from k8s_consul_registrar.settings.common import ModeSettings
@@ -83,8 +84,8 @@ def _state_file(given: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class BrakeSettings(Section, group=BRAKE):
-    """How long lists must agree on a mass removal, in seconds, and whether one is held at all."""
+class BrakeSettings(BrakeRules, Section, group=BRAKE):
+    """The rules of the brake."""
 
     confirm: float = Setting("BRAKE_CONFIRM", parse.seconds(), "60").means(
         "Seconds for which lists of the cluster must agree on a mass removal before it is done"

@@ -22,7 +22,6 @@ from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.reflector import Reflectors
 from k8s_consul_registrar.model import Kind, ObjectKey, Source
 from k8s_consul_registrar.registrar.absences import Absences, SelectionRecord
-from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.controller import Controller, Parts
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.desired import DesiredState
@@ -115,14 +114,6 @@ class Wiring:
         naming = self.settings.naming
         strategy = HashShards if naming.shard_strategy == HASH else RandomShards
         return strategy(naming.shard_paths)
-
-    @cached_property
-    def brake(self) -> BrakeRules:
-        """The rules that hold a mass removal."""
-        brake = self.settings.brake
-        return BrakeRules(
-            confirm=brake.confirm, confirm_start=brake.confirm_start, allow_mass=brake.allow_mass
-        )
 
     @cached_property
     def targets(self) -> TargetRules:
@@ -267,21 +258,20 @@ class Wiring:
             absences=Absences(
                 desired,
                 _KubeCluster(kube, reflectors, settings.selection.selectors),
-                self.brake,
+                settings.brake,
                 is_same_selection=selection.is_same,
             ),
             reporter=reporter,
             id_prefix=settings.naming.id_prefix,
         )
         collector = None
-        if (
-            client is not None and settings.backend.backend == AGENT
-        ):  # only there a service has an agent to lose
+        # Only there a service has an agent to lose.
+        if client is not None and settings.backend.backend == AGENT:
             collector = OrphanCollector(
                 LostAgents(client, settings.naming.meta_keys),
                 desired=desired,
                 decisions=rules,
-                rules=OrphanRules(settings.orphan_after, timing.orphan_look, self.brake),
+                rules=OrphanRules(settings.orphan_after, timing.orphan_look, settings.brake),
                 relist=reflectors.relist,
                 metrics=metrics,
             )

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from k8s_consul_registrar.model import Kind, Source
 from k8s_consul_registrar.registrar.brake import (
+    LEAST,
+    SHARE,
     Absence,
     BrakeRules,
     Judgement,
@@ -275,6 +277,6 @@ def test_brake_releases_or_remembers_each_absence(
         held = judgement.memory.sources.get(source)
         kept = set() if held is None else set(held.since)
         assert kept | (judgement.released & one.absent.keys()) == one.absent.keys()
-        is_mass = len(one.absent) >= RULES.least and len(one.absent) > RULES.share * one.held
+        is_mass = len(one.absent) >= LEAST and len(one.absent) > SHARE * one.held
         if is_mass or (one.is_empty and one.absent):
             assert kept == one.absent.keys()

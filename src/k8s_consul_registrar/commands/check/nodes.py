@@ -208,7 +208,7 @@ async def _other_name(place: Place, kubelets: Kubelets, explanation: Explanation
 
 
 async def _is_verifiable(place: Place, kubelets: Kubelets, server_name: str) -> bool:
-    """Return whether a handshake under another name succeeds."""
+    """Return True if a handshake under another name succeeds."""
     try:
         async with asyncio.timeout(kubelets.timeout):
             _, writer = await asyncio.open_connection(

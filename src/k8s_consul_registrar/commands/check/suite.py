@@ -24,8 +24,7 @@ from k8s_consul_registrar.commands.check.http_sd import check_http_sd, check_sta
 from k8s_consul_registrar.commands.check.nodes import check_node_port, check_proxied
 from k8s_consul_registrar.commands.check.report import Finding, as_json, as_table, fail, is_passed, ok, warn
 from k8s_consul_registrar.errors import AccessError, SettingsError
-from k8s_consul_registrar.runner import EXIT_FAILURE, EXIT_OK
-from k8s_consul_registrar.runner import run as run_loop
+from k8s_consul_registrar.runner import EXIT_FAILURE, EXIT_OK, run_loop
 from k8s_consul_registrar.settings.proxy import ProxySettings
 from k8s_consul_registrar.settings.reading import MODES, PROXY, REGISTRAR, read_proxy, read_registrar
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
