@@ -61,12 +61,6 @@ class Access:
         """Whom we believe to be the API server at this moment; None for plain HTTP."""
         return self.trusted.current() if self.trusted else None
 
-    @property
-    def cluster_ca(self) -> str | None:
-        """The cluster's CA certificates (PEM); None where the system's are used, or none."""
-        trust = self.trust
-        return (trust.ca or None) if trust else None
-
     async def token(self) -> str:
         """Return the current bearer token, empty where we have none; raises AccessError."""
         return (await self.credentials.identity()).token

@@ -133,10 +133,6 @@ def default_node(cluster_name: str, instance: str) -> str:
     return "-".join(part for part in ("k8s", cluster_name, instance) if part)
 
 
-def _node_or_default(given: str, reader: Reader) -> str:
-    return given or default_node(reader.value("CLUSTER_NAME"), reader.value("INSTANCE"))
-
-
 def _with_default_nodes(given: frozenset[str], reader: Reader) -> frozenset[str]:
     clusters = (reader.value("CLUSTER_NAME"), *(reader.value("PREVIOUS_CLUSTER_NAMES") - {""}))
     return (given - {""}) | {default_node(cluster, reader.value("INSTANCE")) for cluster in clusters}
@@ -157,7 +153,9 @@ class BackendSettings(Section, group=CONSUL):
     node_name: str = Setting(
         "CONSUL_NODE_NAME",
         parse.matching(_NODE_NAME, "must be letters, digits, '.', '_' or '-'"),
-        complete=_node_or_default,
+        complete=lambda given, reader: (
+            given or default_node(reader.value("CLUSTER_NAME"), reader.value("INSTANCE"))
+        ),
     ).means(
         "Name of the node for the services in the catalog. Unset: `k8s-<cluster>`, or "
         "`k8s-<cluster>-<instance>`"

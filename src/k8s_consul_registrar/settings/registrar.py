@@ -21,14 +21,6 @@ ELECTION = "Leader election"
 DEFAULT_PERIOD = 600.0  # seconds
 # A shorter period would compare everything with Consul without pause.
 SHORTEST_PERIOD = 1.0  # seconds
-# An agent that restarts is out of sight for some seconds.
-SHORTEST_LOSS = 1.0  # seconds
-# Another replica waits for the Lease of a dead leader for as long.
-LONGEST_LEASE = 3600  # seconds
-SHORTEST_RETRY = 0.1  # seconds
-LONGEST_NAME = 253
-LONGEST_NAMESPACE = 63
-DIGEST_BYTES = 12
 # Part of the digest: change it when the same settings begin to select or shape objects differently.
 RULES_VERSION = 1
 
@@ -45,10 +37,6 @@ def _period(given: str) -> float:
         unit = "seconds" if bounded > 1 else "second"
         raise parse.Corrected(bounded, f"{given!r}: {bounded:.0f} {unit} is the {bound}, and is used")
     return period
-
-
-def _without_empty(given: frozenset[str], _: Reader) -> frozenset[str]:
-    return given - {""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +94,19 @@ class ElectionSettings(Section, group=ELECTION):
     An empty `lease_name` is derived from cluster and instance, an empty `lease_namespace` is the Pod's own.
     """
 
-    lease_name: str = Setting("LEASE_NAME", parse.object_name(LONGEST_NAME)).means(
+    lease_name: str = Setting("LEASE_NAME", parse.object_name(253)).means(
         "Name of the Lease. Unset: derived from the names of cluster and instance"
     )
-    lease_namespace: str = Setting("LEASE_NAMESPACE", parse.object_name(LONGEST_NAMESPACE)).means(
+    lease_namespace: str = Setting("LEASE_NAMESPACE", parse.object_name(63)).means(
         "Namespace of the Lease. Unset: the namespace of the Pod"
     )
-    lease_duration: int = Setting("LEASE_DURATION", parse.integer(1, LONGEST_LEASE), "15").means(
+    lease_duration: int = Setting("LEASE_DURATION", parse.integer(1, 3600), "15").means(
         "Whole seconds after which another replica takes over a Lease that was not renewed"
     )
     renew_deadline: float = Setting("LEASE_RENEW_DEADLINE", parse.seconds(), "10").means(
         "Seconds after the last renewal when a leader stops writing. Less than `LEASE_DURATION`"
     )
-    retry_period: float = Setting("LEASE_RETRY_PERIOD", parse.seconds(SHORTEST_RETRY), "2").means(
+    retry_period: float = Setting("LEASE_RETRY_PERIOD", parse.seconds(0.1), "2").means(
         "Seconds between renewals, and between the attempts of standbys. 1.2 times this must be less than "
         "`LEASE_RENEW_DEADLINE`"
     )
@@ -162,7 +150,7 @@ class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
         "name, only services that the cluster's UID proves to be this cluster's are deregistered"
     )
     previous_cluster_names: frozenset[str] = Setting(
-        "PREVIOUS_CLUSTER_NAMES", parse.names, complete=_without_empty
+        "PREVIOUS_CLUSTER_NAMES", parse.names, complete=lambda given, _: given - {""}
     ).means(
         "Comma-separated earlier names of this cluster. Services written under them belong to this registrar"
     )
@@ -202,7 +190,7 @@ class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
         "as stale, until the cluster was listed. Its folder must survive the restart"
     )
     brake: BrakeSettings = section(BrakeSettings)
-    orphan_after: float = Setting("ORPHAN_AFTER", parse.seconds(SHORTEST_LOSS), "600", group=BRAKE).means(
+    orphan_after: float = Setting("ORPHAN_AFTER", parse.seconds(1), "600", group=BRAKE).means(
         "Seconds for which an agent must be lost before this registrar's services on its node are removed, at "
         "least 1. With `CONSUL_BACKEND=agent` only"
     )
@@ -232,9 +220,8 @@ class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
         if self.backend.backend == NONE and self.http_sd is None:
             reader.problem("CONSUL_BACKEND", "none serves targets on HTTP_SD_PORT only, which is not set")
         if self.backend.backend == NONE and self.naming.shard_paths and self.naming.shard_strategy != HASH:
-            reader.problem(
-                "SHARD_STRATEGY", "must be hash with CONSUL_BACKEND=none: nothing remembers a random shard"
-            )
+            problem = "must be hash with CONSUL_BACKEND=none: nothing remembers a random shard"
+            reader.problem("SHARD_STRATEGY", problem)
         if problem := election_problem(self.backend.backend, self.election):
             reader.problem("LEADER_ELECTION", problem)
 
@@ -270,7 +257,7 @@ def selection_digest(settings: RegistrarSettings) -> str:
         "pods_through_proxy": settings.pods_through_proxy,
     }
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).hexdigest()
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
 
 
 def _text(template: Template) -> str:

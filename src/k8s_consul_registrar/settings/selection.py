@@ -29,10 +29,6 @@ _KINDS = {"pods": Kind.POD, "nodes": Kind.NODE}
 _KIND_NAMES = parse.choices(*_KINDS, empty="names no kind")
 
 
-def _kinds_or_default(kinds: frozenset[Kind], reader: Reader) -> frozenset[Kind]:
-    return kinds or frozenset({Kind.POD} if reader.is_set("NAMESPACES") else Kind)
-
-
 @dataclass(frozen=True, slots=True)
 class SelectionSettings(PodSelection, group=DISCOVERY):
     """The objects of a cluster that become targets."""
@@ -40,7 +36,9 @@ class SelectionSettings(PodSelection, group=DISCOVERY):
     kinds: frozenset[Kind] = Setting(
         "DISCOVER",
         Parser(lambda given: frozenset(_KINDS[one] for one in _KIND_NAMES.parse(given)), _KIND_NAMES.schema),
-        complete=_kinds_or_default,
+        complete=lambda kinds, reader: (
+            kinds or frozenset({Kind.POD} if reader.is_set("NAMESPACES") else Kind)
+        ),
     ).means(
         "Comma-separated kinds to discover: `pods`, `nodes`. Unset: both, or only Pods if `NAMESPACES` is set"
     )
@@ -76,11 +74,8 @@ class SelectionSettings(PodSelection, group=DISCOVERY):
 
     def check(self, reader: Reader) -> None:
         """Warn of settings without effect, and of a selector that may remove another registrar's services."""
-        for one, kind in (
-            ("POD_LABEL_SELECTOR", Kind.POD),
-            ("NAMESPACES", Kind.POD),
-            ("NODE_LABEL_SELECTOR", Kind.NODE),
-        ):
+        kinds = {"POD_LABEL_SELECTOR": Kind.POD, "NAMESPACES": Kind.POD, "NODE_LABEL_SELECTOR": Kind.NODE}
+        for one, kind in kinds.items():
             if reader.is_set(one) and kind not in self.kinds:
                 reader.warnings.append(f"{one} has no effect: DISCOVER leaves out {kind}s")
         if self.selectors and not reader.is_set("INSTANCE"):
@@ -162,10 +157,6 @@ class NamingSettings(Section, group="Names, tags, labels and shards"):
         for one in (one for one, template in templates.items() if template.has_shard):
             if not self.shard_paths:
                 reader.problem(one, "has {shard_path}, and SHARD_PATHS names none")
-            for path in self.shard_paths:
-                if not is_fit_for_name(path):
-                    reader.problem(
-                        one,
-                        f"has {{shard_path}}, and {path!r} of SHARD_PATHS has characters other than letters, "
-                        "digits, '.', '_', '~', ':' and '-'",
-                    )
+            for path in (path for path in self.shard_paths if not is_fit_for_name(path)):
+                problem = "has characters other than letters, digits, '.', '_', '~', ':' and '-'"
+                reader.problem(one, f"has {{shard_path}}, and {path!r} of SHARD_PATHS {problem}")
