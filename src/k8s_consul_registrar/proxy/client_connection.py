@@ -304,7 +304,9 @@ class ClientConnection(asyncio.BufferedProtocol):
 
     def part(self) -> None:
         """End an idle connection, so that a request under way to it is not reset."""
-        if self.is_idle:
+        if self._transport is None:
+            self.close()  # accepted a moment ago: `connection_made` is still to come
+        elif self.is_idle:
             self._linger()
 
     def reset(self) -> None:

@@ -57,19 +57,22 @@ class Limits:
         self._ready: deque[tuple[Hashable, Waiter]] = deque()
         # Running scrapes whose clients read nothing, and since when, the longest first.
         self._stalled: dict[Waiter, tuple[Hashable, float]] = {}
+        self._is_admitting = False
         self.running = 0
         self.waiting = 0
 
     def enter(self, node: Hashable, waiter: Waiter, now: float = 0.0) -> Admission:
         """Ask for a place; after RUN or a later `admitted()` it is held until `leave`."""
-        allowed, claimed = self._allowed, self._claimed.get(node, 0)
-        has_claim = claimed < allowed.per_node
-        if has_claim and self.running < allowed.overall:
-            self._claimed[node] = claimed + 1
-            self.running += 1
-            return Admission.RUN
-        if self._stalled and self._end_stalled(now, None if has_claim else node):
-            return self.enter(node, waiter, now)
+        allowed = self._allowed
+        while True:
+            claimed = self._claimed.get(node, 0)
+            has_claim = claimed < allowed.per_node
+            if has_claim and self.running < allowed.overall:
+                self._claimed[node] = claimed + 1
+                self.running += 1
+                return Admission.RUN
+            if not (self._stalled and self._end_stalled(now, None if has_claim else node)):
+                break
         if self.waiting >= allowed.patience * allowed.overall:
             return Admission.FULL
         if has_claim:
@@ -144,11 +147,21 @@ class Limits:
             del self._claimed[node]
 
     def _admit(self) -> None:
-        while self._ready and self.running < self._allowed.overall:
-            _, waiter = self._ready.popleft()
-            self.running += 1
-            self.waiting -= 1
-            waiter.admitted()
+        """Admit scrapes while there is room.
+
+        A scrape may end as it begins, and then leaves within this call: the loop goes on, however many they are.
+        """
+        if self._is_admitting:
+            return
+        self._is_admitting = True
+        try:
+            while self._ready and self.running < self._allowed.overall:
+                _, waiter = self._ready.popleft()
+                self.running += 1
+                self.waiting -= 1
+                waiter.admitted()
+        finally:
+            self._is_admitting = False
 
 
 class Seat(Generic[ConnectionT]):

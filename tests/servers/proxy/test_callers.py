@@ -482,6 +482,20 @@ async def test_drain() -> None:
         await until(lambda: kubelet.open_now == 0)
 
 
+async def test_drain_in_the_moment_in_which_a_connection_is_accepted() -> None:
+    """Ends also the connection whose transport is still to come."""
+    async with relaying(serve_metrics) as (_, proxy):
+        loop = asyncio.get_running_loop()
+        connecting = [loop.create_task(proxy.connect()) for _ in range(20)]
+        while not any(client._transport is None for client in proxy.server._clients):
+            assert not all(task.done() for task in connecting), "the moment has passed"
+            await asyncio.sleep(0)
+        async with asyncio.timeout(PATIENCE):
+            await proxy.server.drain(PATIENCE)
+            await asyncio.gather(*connecting, return_exceptions=True)
+        assert proxy.server.stats().callers == 0
+
+
 async def test_drain_ends_with_its_grace() -> None:
     """Resets what has not finished when the grace is over."""
     async with relaying(hang) as (kubelet, proxy):

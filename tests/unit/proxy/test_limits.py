@@ -72,6 +72,43 @@ def test_full_over_all() -> None:
     assert entries == [Admission.RUN] * 2 + [Admission.WAIT] * 8 + [Admission.FULL] * 2
 
 
+def test_any_number_of_scrapes_may_end_as_they_are_admitted() -> None:
+    """Gives every place back when thousands of waiters find their Nodes gone."""
+    limits = Limits(Concurrency(per_node=1, overall=1, patience=3000))
+    ended: list[Scrape] = []
+
+    def end(scrape: Scrape) -> None:
+        ended.append(scrape)
+        limits.leave(scrape.node)
+
+    assert enter(limits, Scrape("first")) is Admission.RUN
+    waiting = [Scrape(f"gone-{number}", end) for number in range(3000)]
+    assert {enter(limits, scrape) for scrape in waiting} == {Admission.WAIT}
+    limits.leave("first")
+    assert ended == waiting
+    assert (limits.running, limits.waiting, limits._claimed) == (0, 0, {})
+
+
+def test_any_number_of_stalled_scrapes_may_give_way() -> None:
+    """Ends one stalled scrape after the other while those that wait take their places."""
+    limits = Limits(Concurrency(per_node=3000, overall=3000, patience=1))
+
+    class Stalled(Scrape):
+        def give_way(self) -> None:
+            """Give the place back."""
+            limits.leave(self.node)
+
+    for _ in range(3000):
+        scrape = Stalled("a")
+        assert enter(limits, scrape) is Admission.RUN
+        limits.stall("a", scrape, 0.0)
+    waiting = [Scrape("a") for _ in range(2999)]
+    assert {limits.enter("a", scrape, 0.0) for scrape in waiting} == {Admission.WAIT}
+    assert limits.enter("a", Scrape("a"), 60.0) is Admission.RUN
+    assert all(scrape.runs for scrape in waiting)
+    assert (limits.running, limits.waiting) == (3000, 0)
+
+
 @given(st.integers(0, 2**32), st.integers(1, 3), st.integers(1, 5))
 def test_never_beyond_the_limits_and_never_stuck(seed: int, per_node: int, overall: int) -> None:
     """Keeps to both limits in any order of events, and lets everyone in who stays."""
