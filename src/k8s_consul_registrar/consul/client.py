@@ -32,6 +32,9 @@ from k8s_consul_registrar.tls import CONSUL, explain
 # limits.http_max_conns_per_client): room for the writes, a blocking query and another registrar beside us.
 CONNECTIONS = 50
 CHUNK = 64 * 1024  # bytes read at once from a streamed body
+# A streamed body may take this many times as long as another answer: 200,000 services are 120 MB. Without a
+# bound a Consul that drips would hold a resync for good, since each byte ends the wait for the next.
+STREAM_PATIENCE = 20
 ATTEMPTS = 4  # for a request that is answered 429, the first included
 # An error's text is Consul's and may quote what we sent, so it is shown shortened.
 LONGEST_PROBLEM = 200
@@ -268,7 +271,9 @@ class ConsulClient:
         It counts as a success once its end was read.
         """
         limits = aiohttp.ClientTimeout(
-            total=None, sock_connect=self._timing.connect_timeout, sock_read=self._timing.read_timeout
+            total=STREAM_PATIENCE * self._timing.read_timeout,
+            sock_connect=self._timing.connect_timeout,
+            sock_read=self._timing.read_timeout,
         )
         attempt = self.health.begin(RequestKind.READ)
         try:

@@ -1,6 +1,8 @@
 """The client of Consul: who is at fault when something goes wrong, and what is sent."""
 
 import asyncio
+import contextlib
+import dataclasses
 import ssl
 from pathlib import Path
 
@@ -126,6 +128,69 @@ async def test_blocking_query_is_waited_for() -> None:
         with pytest.raises(ConsulUnreachable, match="no answer in time"):
             async with client.stream("/v1/x"):
                 pass
+
+
+@pytest.mark.parametrize(
+    ("begins", "drop"),
+    [
+        (b"HTTP/1.1 200 OK\r\nX-Odd: ", b"a"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n[\r\n", b"1\r\n \r\n"),
+    ],
+    ids=["head", "body"],
+)
+async def test_stream_that_drips_without_end_breaks_off(begins: bytes, drop: bytes) -> None:
+    """Each byte ends the wait for the next, so only a bound on the whole lets a resync go on."""
+    ended = asyncio.Event()
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(begins)
+            while not writer.is_closing():
+                writer.write(drop)
+                await writer.drain()
+                await asyncio.sleep(0.02)
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+        ended.set()
+
+    server = await asyncio.start_server(drip, "127.0.0.1", 0)
+    timing = dataclasses.replace(IMPATIENT, read_timeout=0.1)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server:
+        async with client_of(url, timing=timing) as client:
+            with pytest.raises(ConsulUnreachable, match="no answer in time"):
+                await _read_on(client)
+            assert client.health.reads is RequestOutcome.FAILURE
+        await ended.wait()
+
+
+async def _read_on(client: ConsulClient) -> None:
+    async with client.stream("/v1/x") as answer:
+        async for _ in answer.chunks:
+            pass
+
+
+@pytest.mark.parametrize("status", [0, 504], ids=["cut", "504"])
+async def test_blocking_query_that_a_balancer_ends_is_no_outage(status: int) -> None:
+    """It says nothing of Consul; a look does."""
+
+    async def end(request: web.Request) -> web.Response:
+        if "index" not in request.query:
+            return web.Response(headers={"X-Consul-Index": "7"})
+        if not status:
+            assert request.transport is not None
+            request.transport.abort()
+        return web.Response(status=504, text="upstream request timeout")
+
+    async with serving(end) as url, client_of(url) as client:
+        await client.request("GET", "/v1/x")
+        for _ in range(3):
+            with pytest.raises(ConsulError):
+                await client.request("GET", "/v1/x", params={"index": "7"}, wait=45)
+            assert client.health.is_up
+        assert client.health.open_at == float("-inf")
 
 
 async def test_blocking_query_ends_with_the_client() -> None:
