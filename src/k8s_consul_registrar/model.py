@@ -119,7 +119,7 @@ class Target(msgspec.Struct, frozen=True, gc=False):
     `meta` holds what the object itself decides, sorted by key; whose cluster it is and which shard it
     gets are added when a service is made of it. `rank` orders targets that ask for the same `id`: the
     least one comes first. Where `name` and `tags` depend on the shard its place is still held open
-    (`targets.service_names`). `ready` is None where readiness is nobody's concern. While a Pod's Node is not known
+    (`targets.service_names`). `ready` is None if readiness is not registered. While a Pod's Node is not known
     (`targets.resolve`) nothing is said of its zone. `has_own_address` is True for a Pod that is scraped at an IP
     of its own: no other Pod can rightly be at the same address and port, as can happen on a Node's network or
     behind the proxy. `is_terminating` is True while the Pod is being deleted.
@@ -238,7 +238,7 @@ class Written(msgspec.Struct, frozen=True):
     """What came of a batch of writes: how many were done, and which were refused one by one.
 
     `indexes` are the new ModifyIndexes by ID, from the catalog only. `stale` are IDs whose record was not
-    the one that `Service.index` names, because somebody else wrote it: they are to be read again.
+    the one that `Service.index` names, because another client wrote it: they must be read again.
     """
 
     done: int = 0

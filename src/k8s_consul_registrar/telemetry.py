@@ -2,15 +2,13 @@
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any, TextIO
 
 import structlog
 
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("json", "console")
-
-
 # Texts of one failure that are logged; more of them are noise.
 MOST_TEXTS = 20
 
@@ -59,17 +57,17 @@ def get_logger(name: str) -> Any:
 class Failures:
     """Failures that last: each text is logged once until the failure is over, as texts may alternate."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_texts: int = MOST_TEXTS) -> None:
+        self._most_texts = most_texts
         self._logged: dict[str, set[str]] = {}
 
-    def fresh(self, problems: Mapping[str, str]) -> list[tuple[str, str]]:
-        """Note that just these failures stand; return those with a text that was not logged yet."""
-        self._logged = {about: self._logged.get(about, set()) for about in problems}
-        fresh = [
-            (about, text)
-            for about, text in problems.items()
-            if text not in self._logged[about] and len(self._logged[about]) < MOST_TEXTS
-        ]
-        for about, text in fresh:
-            self._logged[about].add(text)
+    def fresh(self, problems: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Note that just these failures stand, each with a text; return those that were not logged yet."""
+        self._logged = {about: self._logged.get(about, set()) for about, _ in problems}
+        fresh = []
+        for about, text in problems:
+            logged = self._logged[about]
+            if text not in logged and len(logged) < self._most_texts:
+                logged.add(text)
+                fresh.append((about, text))
         return fresh

@@ -38,7 +38,7 @@ SETTING = "HTTP_SD_STATE_FILE"
 SAVE_EVERY = 30.0
 # Seconds after which targets that stay the same are saved again, so that the file does not become too old.
 RENEW_EVERY = 300.0
-# Seconds between two looks at whether there is something to save.
+# Seconds between two checks for something to save.
 LOOK_EVERY = 1.0
 # Seconds that the first save waits for Consul, which knows the shards and the services that are kept.
 CONSUL_PATIENCE = 30.0
@@ -137,7 +137,7 @@ class SavedTargetsGate:
         return saved
 
     def refresh(self) -> bool:
-        """Drop the targets once they may never be served again; return whether they are still there."""
+        """Drop the targets once they may never be served again; return True while they are still there."""
         saved = self._saved
         if saved is None:
             return False
@@ -159,7 +159,7 @@ class SavedTargetsGate:
             await asyncio.sleep(LOOK_EVERY)
 
     def _is_cluster_settled(self) -> bool:
-        """Return whether the cluster is the right one, or cannot be asked."""
+        """Return True if the cluster is the right one, or cannot be asked."""
         cluster = self._cluster_uid
         return bool(cluster.uid) or cluster.was_asked or self._clock() - self._began_at >= UID_PATIENCE
 
@@ -227,7 +227,7 @@ class StateKeeper:
         self._generation = generation
 
     def _is_complete(self) -> bool:
-        """Return whether every source was listed, and Consul read or waited for in vain."""
+        """Return True if every source was listed, and Consul was read or did not answer in time."""
         if self._view.unlisted():
             return False
         now = self._clock()

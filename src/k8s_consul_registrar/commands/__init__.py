@@ -17,7 +17,7 @@ from k8s_consul_registrar.settings.field import Setting
 from k8s_consul_registrar.settings.reading import MODES, PROXY, REGISTRAR, SETTINGS, modes_of, read_registrar
 from k8s_consul_registrar.settings.reference import OUTPUTS
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
-from k8s_consul_registrar.telemetry import configure_logging
+from k8s_consul_registrar.telemetry import configure_logging, get_logger
 from k8s_consul_registrar.tls import without_authorities
 
 
@@ -154,9 +154,11 @@ COMMANDS = (
 )
 
 
-def configure_logs(common: CommonSettings) -> None:
-    """Log as the settings say."""
+def start_logs(common: CommonSettings) -> None:
+    """Log as the settings say, beginning with their warnings."""
     configure_logging(common.log_level, common.log_format)
+    for warning in common.warnings:
+        get_logger("app").warning(warning)
 
 
 def settings_for_consul(command: str, environment: Mapping[str, str]) -> RegistrarSettings:

@@ -16,7 +16,7 @@ from k8s_consul_registrar.admin.proxy_api import Certificate, ProxyView, SourceR
 from k8s_consul_registrar.admin.server import AdminServer, failing_routes
 from k8s_consul_registrar.admin.status_api import PROXY_FILES, page_routes
 from k8s_consul_registrar.backoff import Timing
-from k8s_consul_registrar.commands import configure_logs
+from k8s_consul_registrar.commands import start_logs
 from k8s_consul_registrar.errors import OperationalError, SettingsError
 from k8s_consul_registrar.kube.access import load_access
 from k8s_consul_registrar.kube.client import KubeClient
@@ -24,14 +24,13 @@ from k8s_consul_registrar.pem import expires_at
 from k8s_consul_registrar.proxy.feed import NodeFeed, PodFeed
 from k8s_consul_registrar.proxy.metrics import ProxyCollector
 from k8s_consul_registrar.proxy.nodes import Nodes
-from k8s_consul_registrar.proxy.refusals import Outcome
 from k8s_consul_registrar.proxy.server import ProxyServer, listen
 from k8s_consul_registrar.proxy.stats import Failure, failing_report
 from k8s_consul_registrar.proxy.workers import Workers
 from k8s_consul_registrar.runner import Stop, run_mode, run_until_stopped
 from k8s_consul_registrar.settings.proxy import ProxySettings
 from k8s_consul_registrar.settings.reading import PROXY, read_proxy, shown_settings
-from k8s_consul_registrar.telemetry import get_logger
+from k8s_consul_registrar.telemetry import Failures, get_logger
 from k8s_consul_registrar.wiring.proxy import (
     Inbound,
     KubeletIdentity,
@@ -53,7 +52,7 @@ def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Run the proxy until a signal."""
     del parsed
     settings = read_proxy(environment)
-    configure_logs(settings.common)
+    start_logs(settings.common)
     return run_mode(lambda stop: run_proxy(settings, stop))
 
 
@@ -96,8 +95,6 @@ class _Health:
 async def run_proxy(settings: ProxySettings, stop: Stop, timing: Timing | None = None) -> None:
     """Relay scrapes until a stop is asked for, then let those under way finish."""
     timing = timing or Timing()
-    for warning in settings.common.warnings:
-        log.warning(warning)
     access = load_access(settings.common.environment)
     if settings.kubelets.skip_verify:
         log.warning("KUBELET_INSECURE_SKIP_TLS_VERIFY: any certificate of a kubelet is accepted")
@@ -210,24 +207,22 @@ class FailureLog:
     """The causes of failing scrapes: each is logged once, until no scrape has failed that way for a while."""
 
     def __init__(self) -> None:
-        self._logged: dict[Outcome, set[str]] = {}
+        self._failures = Failures(MAX_CAUSES)
 
     def update(self, failures: Sequence[Failure], names: Callable[[], Mapping[str, str]]) -> None:
         """Log the causes that are new among the failures of the last minutes; `names` are those of upstreams by UID."""
-        standing = {one.outcome for one in failures}
-        self._logged = {outcome: texts for outcome, texts in self._logged.items() if outcome in standing}
+        examples: dict[tuple[str, str], Failure] = {}
         for one in failures:
-            texts = self._logged.setdefault(one.outcome, set())
             # Texts of TLS quote the address that a certificate does not name.
-            text = _QUOTED.sub("", one.reason)
-            if text not in texts and len(texts) < MAX_CAUSES:
-                texts.add(text)
-                log.warning(
-                    "scrapes fail",
-                    outcome=one.outcome.value,
-                    example=f"{names().get(one.endpoint.uid, '')} at {one.endpoint}",
-                    problem=one.reason,
-                )
+            examples.setdefault((one.outcome.value, _QUOTED.sub("", one.reason)), one)
+        for cause in self._failures.fresh(examples):
+            one = examples[cause]
+            log.warning(
+                "scrapes fail",
+                outcome=one.outcome.value,
+                example=f"{names().get(one.endpoint.uid, '')} at {one.endpoint}",
+                problem=one.reason,
+            )
 
 
 def _names(nodes: Nodes, pod_side: PodSide | None) -> dict[str, str]:

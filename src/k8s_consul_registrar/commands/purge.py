@@ -49,7 +49,7 @@ class _Found(NamedTuple):
 
 
 def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """Remove what is ours: exit 0 done or nothing there, 1 refused, not agreed to, or failed."""
+    """Remove the registrar's services: exit 0 done or nothing there, 1 refused, not agreed to, or failed."""
     settings = settings_for_consul("purge", environment)
     if settings.has_default_name:
         raise SettingsError(["purge: name the cluster by CLUSTER_NAME or --cluster-name"])
@@ -86,7 +86,7 @@ async def _purge(wiring: Wiring, *, is_agreed: bool, cluster_uid: str) -> int:
 
 
 async def _ask_which_cluster(wiring: Wiring) -> str:
-    """Return the UID of the cluster that the credentials at hand lead to, empty where it cannot be asked."""
+    """Return the UID of the cluster of the kubeconfig or the Pod, empty if it cannot be read."""
     try:
         async with wiring.kube() as kube:
             return await kube.namespace_uid(IDENTITY_NAMESPACE) or ""
@@ -112,13 +112,13 @@ async def _lost(wiring: Wiring, client: ConsulClient) -> list[_Found]:
             for name, one in sorted(watched.items())
         ]
     except (ConsulForbidden, ConsulRefused) as error:
-        print(f"purge: nodes of lost agents are not looked at: {error}", file=sys.stderr)
+        print(f"purge: nodes of lost agents are not checked: {error}", file=sys.stderr)
         return []
     return [one for one in found if one.services]
 
 
 async def _found(where: str, place: Callable[[MayGo], PreviousLocation], who: Identity) -> _Found:
-    # The original program's services have no mark but the cluster's name: they are not taken for ours.
+    # The original program's services have only the cluster's name, which does not prove whose they are.
     by_name = place(lambda service: who.claim(service, "") is Claim.OURS)
     return _Found(where, place, [one async for one in by_name.services()])
 
@@ -131,7 +131,7 @@ def _ambiguity(found: Sequence[_Found], uid: str) -> str:
     named = ", ".join(f"{one} ({count} services)" for one, count in counts.most_common())
     return (
         f"several clusters have this name, by their UIDs {named}: choose one by --cluster-uid, or give a "
-        "kubeconfig of the one that is meant"
+        "kubeconfig of the right one"
     )
 
 
@@ -186,6 +186,6 @@ def _show_others(every: Sequence[_Found], found: Sequence[_Found]) -> None:
 def _agrees(count: int) -> bool:
     """Ask on the terminal; without one the answer is no."""
     if not sys.stdin.isatty():
-        print("not a terminal: --yes says that they are to be removed", file=sys.stderr)
+        print("not a terminal: add --yes to remove them", file=sys.stderr)
         return False
     return input(f"Remove these {count} services? Type yes: ").strip() == "yes"

@@ -15,7 +15,7 @@ from k8s_consul_registrar.admin.state_file import SavedTargetsGate, StateKeeper,
 from k8s_consul_registrar.admin.status_api import api_routes, page_routes
 from k8s_consul_registrar.admin.view import About, Census, View, no_election
 from k8s_consul_registrar.backoff import Timing
-from k8s_consul_registrar.commands import configure_logs
+from k8s_consul_registrar.commands import start_logs
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.previous_location import clear_previous_locations
 from k8s_consul_registrar.kube.access import Access
@@ -40,7 +40,7 @@ def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Run the registrar until a signal."""
     del parsed
     settings = read_registrar(environment)
-    configure_logs(settings.common)
+    start_logs(settings.common)
     return run_mode(lambda stop: run_registrar(settings, stop))
 
 
@@ -48,8 +48,6 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
     """Keep Consul equal to the cluster until a stop is asked for."""
     wiring = Wiring(settings, timing)
     timing = wiring.timing
-    for warning in settings.common.warnings:
-        log.warning(warning)
     saved = None
     if settings.state_file:
         saved = await asyncio.to_thread(open_state, Path(settings.state_file), wiring.origin)

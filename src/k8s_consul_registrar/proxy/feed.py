@@ -120,7 +120,7 @@ class Feed(Generic[ValueT]):
         self.has_known = self.has_known or self._is_listed
         statuses = self.store.statuses()
         problems = {str(one): each.problem for one, each in statuses.items() if each.problem}
-        for _, problem in self._failures.fresh(problems):
+        for _, problem in self._failures.fresh(problems.items()):
             log.warning("cannot follow", kind=self.kind.value, problem=problem, still_served=len(self.store))
         if self._has_failed and not self.problem:
             log.info("followed again", kind=self.kind.value, known=len(self.store))
@@ -255,7 +255,7 @@ class NodeFeed(Feed[Node]):
     def _log_contests(self, contests: Sequence[Contest]) -> None:
         """Log each address that several Nodes claim once, and again when other Nodes claim it."""
         texts = {one.address: f"{one.winner} has it, not {', '.join(one.losers)}" for one in contests}
-        for address, text in self._contested.fresh(texts)[:MAX_NAMED]:
+        for address, text in self._contested.fresh(texts.items())[:MAX_NAMED]:
             log.warning("several Nodes claim one address", address=address, problem=text)
 
 

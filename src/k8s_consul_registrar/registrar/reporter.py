@@ -93,7 +93,7 @@ class Reporter:
         for about in self._status.source_problems.keys() - problems.keys():
             log.info("can be listed again", source=about)
         self._status.source_problems = problems
-        for about, text in self._sources.fresh(problems):
+        for about, text in self._sources.fresh(problems.items()):
             log.warning("cannot list; nothing of it is deregistered meanwhile", source=about, problem=text)
         for kind in Kind:
             states = [status.is_followed for source, status in statuses.items() if source.kind is kind]
@@ -103,7 +103,7 @@ class Reporter:
         """Show whether Consul is available; a change is logged."""
         if is_up is self._is_up and self._status.consul_problem == ("" if is_up else problem):
             return
-        for _, text in self._consul.fresh({"consul": problem} if problem and not is_up else {}):
+        for _, text in self._consul.fresh([("consul", problem)] if problem and not is_up else []):
             log.error("Consul cannot be used; trying again", problem=text)
         if is_up and self._status.consul_problem:
             log.info("Consul can be used again")

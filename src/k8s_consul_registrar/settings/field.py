@@ -150,7 +150,7 @@ class Reader:
                 self.problem(other, f"is missing: {name} needs it")
 
     def require_server_tls(self, prefix: str) -> None:
-        """Report files for TLS of a port of ours that need another one."""
+        """Report files for TLS of a port that the program opens, if they need another one."""
         self.require_pair(f"{prefix}_CERT_FILE", f"{prefix}_KEY_FILE")
         if self.is_set(f"{prefix}_CLIENT_CA_FILE") and not self.is_set(f"{prefix}_CERT_FILE"):
             self.problem(

@@ -34,7 +34,7 @@ def modes_of(setting: Setting[Any]) -> tuple[str, ...]:
 
 
 def shown_settings(environment: Mapping[str, str], mode: str = REGISTRAR) -> dict[str, str]:
-    """Return the settings of a mode as anyone may see them: of a secret, only whether it is set."""
+    """Return the settings of a mode as anyone may see them: of a secret, only that it is set."""
     return {one.env: one.shown(environment) for one in settings_of(mode)}
 
 
