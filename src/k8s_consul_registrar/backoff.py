@@ -17,7 +17,8 @@ class Timing:
     bookmark for `watch_silence`, and counts as a failure where it lasted less than `watch_settle`. A source
     whose list or watch held something without a name is listed again after `relist_opaque`, and one that has
     not caught up for `catch_up` after its watch was resumed as well. Two writes of one service are at least
-    `write_interval` apart.
+    `write_interval` apart. The catalog is compared with the agent `ghost_first` and `ghost_last` after a
+    deregistration.
     """
 
     retry_first: float = 0.5
@@ -30,6 +31,8 @@ class Timing:
     probe: float = 2.0
     standby_look: float = 30.0
     orphan_look: float = 30.0
+    ghost_first: float = 30.0
+    ghost_last: float = 65.0
     tick: float = 5.0
     watch_timeout: float = 300.0
     watch_silence: float = 180.0

@@ -246,6 +246,25 @@ class Written(msgspec.Struct, frozen=True):
     indexes: Mapping[str, int] = msgspec.field(default_factory=dict)
     stale: tuple[str, ...] = ()
 
+    def __add__(self, other: "Written") -> "Written":
+        return Written(
+            self.done + other.done,
+            (*self.failures, *other.failures),
+            {**self.indexes, **other.indexes},
+            (*self.stale, *other.stale),
+        )
+
+
+class Ghosts(NamedTuple):
+    """Services that the catalog shows at our agent's node and that the agent does not hold.
+
+    `deregistered` are the IDs that the agent deregistered for this process.
+    """
+
+    node: str
+    services: tuple[Service, ...] = ()
+    deregistered: frozenset[str] = frozenset()
+
 
 @dataclass(frozen=True, slots=True)
 class Lease:

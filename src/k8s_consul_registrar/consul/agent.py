@@ -10,17 +10,17 @@ from urllib.parse import quote
 
 from msgspec.structs import replace
 
-from k8s_consul_registrar.consul.acl import read_own_node
+from k8s_consul_registrar.consul.acl import can_be_named, read_agent_service, read_own_node
 from k8s_consul_registrar.consul.batches import Blame, Outcomes, for_each, write_each
 from k8s_consul_registrar.consul.client import ConsulClient, is_filtered
 from k8s_consul_registrar.consul.codec import (
     MetaKeys,
     decode_agent_services,
     decode_listed,
-    decode_service,
     encode_registration,
 )
 from k8s_consul_registrar.consul.drift import NodeDrift
+from k8s_consul_registrar.consul.ghosts import AgentGhosts
 from k8s_consul_registrar.consul.health import is_outage
 from k8s_consul_registrar.consul.records import has_foreign_instance, is_managed, list_services, node_of
 from k8s_consul_registrar.errors import (
@@ -38,8 +38,6 @@ from k8s_consul_registrar.telemetry import get_logger
 CONCURRENCY = 32
 # An agent that lost its services is noticed by asking for this many of a sample of this size.
 ASKED_AT_ONCE, SAMPLE = 4, 64
-# The first parts of paths below /v1/agent/service/ that mean something else than an ID.
-_TAKEN = ("register", "deregister", "maintenance")
 SLICE = 200  # services compared before the loop gets its turn
 # An agent takes this many seconds to bring a change into the catalog.
 SYNC_TIME = 5.0
@@ -78,6 +76,7 @@ class AgentRegistry:
         self._outdated: set[str] = set()  # IDs that were registered with a token of before
         self._token_version = 0
         self._meta_keys = meta_keys or MetaKeys()
+        self.ghosts = AgentGhosts(client, self._meta_keys)
 
     async def services(self) -> AsyncIterator[Service]:
         """Yield every service of the agent, whatever wrote it; raises a `ConsulError`."""
@@ -119,7 +118,7 @@ class AgentRegistry:
         found: list[Service] = []
 
         async def read(service_id: str) -> None:
-            if (service := await self._read(service_id)) is not None:
+            if (service := await read_agent_service(self._client, service_id)) is not None:
                 found.append(self._meta_keys.decode(service))
 
         await for_each(ids, read, self._client.health.concurrency(self.concurrency))
@@ -136,7 +135,8 @@ class AgentRegistry:
             if not can_be_named(service.id):
                 raise ConsulRefused(f"no path of an agent leads to the ID {service.id!r}", 400)
             body = encode_registration(self._meta_keys.encode(service))
-            await self._client.request("PUT", "/v1/agent/service/register", body=body)
+            async with self.ghosts.registering(service.id):
+                await self._client.request("PUT", "/v1/agent/service/register", body=body)
 
         outcomes = await self._each(services, put)
         self._unlike.difference_update(outcomes.done)
@@ -156,7 +156,9 @@ class AgentRegistry:
         if self._removed is not None:
             self._removed |= gone
         self._sample = deque((one for one in self._sample if one not in gone), SAMPLE)
-        return (await self._each(services, remove)).written()
+        outcomes = await self._each(services, remove)
+        self.ghosts.deregistered(outcomes.done)
+        return outcomes.written()
 
     async def drift(self) -> Drift:
         """Return whether the agent lost its services, or its node changed otherwise; raises a `ConsulError`.
@@ -167,7 +169,7 @@ class AgentRegistry:
         asked = missing = 0
         for service_id in tuple(islice(self._sample, ASKED_AT_ONCE)):
             try:
-                is_missing = await self._read(service_id) is None
+                is_missing = await read_agent_service(self._client, service_id) is None
             except ConsulFiltered:
                 is_missing = False
             if service_id in self._sample:  # it may have been deregistered meanwhile
@@ -197,18 +199,6 @@ class AgentRegistry:
         before 1.13 says nothing and shows an empty list.
         """
         return await has_foreign_instance(self._client, name, self._meta_keys, self._is_of_a_registrar)
-
-    async def _read(self, service_id: str) -> Service | None:
-        path = f"/v1/agent/service/{quote(service_id, safe='')}"
-        try:
-            # Any other 404 would be from something between that does not pass the path on.
-            answer = await self._client.request("GET", path, accepts_text="unknown service id")
-        except ConsulTokenUnknown:
-            raise
-        except ConsulForbidden as error:
-            # There is such a service, and it concerns this ID only; an ID that is not there is 404.
-            raise ConsulFiltered(f"the token may not see the service {service_id}") from error
-        return decode_service(service_id, answer.body) if answer.status == 200 else None
 
     async def _each(
         self, services: Sequence[Service], write: Callable[[Service], Awaitable[None]]
@@ -301,14 +291,3 @@ class _AgentNode:
                 problem=str(problem),
             )
         self._is_readable = False
-
-
-def can_be_named(service_id: str) -> bool:
-    """Return whether a path of an agent's API leads to a service of this ID; registering has no such limits.
-
-    Consul refuses paths with what cannot be printed and redirects from those that its router would write
-    otherwise, such as `a//b` (agent/http.go, PrintablePathCheckHandler; Go, http.ServeMux).
-    """
-    *leading, last = service_id.split("/")
-    is_clean = "" not in leading and not {".", ".."} & {*leading, last}
-    return is_clean and service_id.isprintable() and (leading or [last])[0] not in _TAKEN

@@ -164,6 +164,10 @@ class ConsulClient:
         """The number of times that the token was seen to change while requests were sent."""
         return 0 if self._token_file is None else self._token_file.version
 
+    def single(self) -> "ConsulClient":
+        """Return a client of the same Consul with one new connection, which one agent answers; it is not open yet."""
+        return ConsulClient(self._access, self._timing, connections=1, fence=self._fence, health=self.health)
+
     async def __aenter__(self) -> Self:
         """Open the pool of connections; nothing is sent yet."""
         connector: aiohttp.BaseConnector

@@ -24,7 +24,6 @@ from k8s_consul_registrar.model import (
     SERF_HEALTH,
     AgentHealth,
     Service,
-    WriteFailure,
     Written,
 )
 
@@ -107,25 +106,19 @@ class _LostNode:
 
     async def deregister(self, services: Sequence[Service]) -> Written:
         """Remove these very records; what is left when the agent turns out to be back is stale."""
-        done = 0
-        failures: list[WriteFailure] = []
-        stale: list[str] = []
+        total = Written()
         for start in range(0, len(services), MOST_OPERATIONS):
             batch = services[start : start + MOST_OPERATIONS]
             if not await self._is_still_lost():
-                stale.extend(service.id for service in services[start:])
-                break
-            written = await write_all(
+                return total + Written(stale=tuple(service.id for service in services[start:]))
+            total += await write_all(
                 self._transactions,
                 map(self._operations.remove, batch),
                 concurrency=1,
                 blame=self._blame,
                 restore_node=self._leave_node,
             )
-            done += written.done
-            failures.extend(written.failures)
-            stale.extend(written.stale)
-        return Written(done, tuple(failures), stale=tuple(stale))
+        return total
 
     async def _is_still_lost(self) -> bool:
         found, _ = await self._transactions.read([self._operations.get_check(SERF_HEALTH)])

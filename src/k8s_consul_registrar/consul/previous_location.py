@@ -62,22 +62,16 @@ class PreviousLocation:
 
     async def clear(self) -> Written:
         """Remove our services; one that another writer changes meanwhile is stale and stays. Raises a `ConsulError`."""
-        removed: list[Written] = []
+        removed = Written()
         batch: list[Service] = []
         async for service in self.services():
             if not self._is_to_go(service):
                 continue
             batch.append(service)
             if len(batch) == BATCH:
-                removed.append(await self._location.deregister(batch))
+                removed += await self._location.deregister(batch)
                 batch = []
-        if batch:
-            removed.append(await self._location.deregister(batch))
-        return Written(
-            done=sum(one.done for one in removed),
-            failures=tuple(failure for one in removed for failure in one.failures),
-            stale=tuple(service_id for one in removed for service_id in one.stale),
-        )
+        return removed + await self._location.deregister(batch) if batch else removed
 
 
 def _version(service: Service) -> tuple[int, int]:

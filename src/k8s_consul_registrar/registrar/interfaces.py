@@ -158,9 +158,12 @@ class NoElection:
 
 
 class Orphans(Protocol):
-    """Removal of services from nodes whose agent is gone."""
+    """Removal of services from places where no agent keeps them: nodes of lost agents, and our agent's own."""
 
-    look_due: float  # when to look again, in seconds of the monotonic clock
+    @property
+    def look_due(self) -> float:
+        """When to look again, in seconds of the monotonic clock."""
+        ...
 
     @property
     def lost(self) -> tuple[LostAgent, ...]:

@@ -73,6 +73,17 @@ class RegistrarMetrics:
             ["outcome"],
             registry=registry,
         )
+        self.ghosts = Gauge(
+            f"{PREFIX}_ghost_services",
+            "Services that the agent left in the catalog and that could not be removed there.",
+            registry=registry,
+        )
+        self.ghost_removals = Counter(
+            f"{PREFIX}_ghost_removals",
+            "Services removed from the catalog after the agent left them there.",
+            ["outcome"],
+            registry=registry,
+        )
         self.source_up = Gauge(
             f"{PREFIX}_source_followed",
             "1 while a kind is listed completely and followed since (the worst of its namespaces).",
@@ -125,6 +136,7 @@ class RegistrarMetrics:
                 self.writes.labels(verb, outcome)
         for outcome in WRITE_OUTCOMES:
             self.orphan_removals.labels(outcome)
+            self.ghost_removals.labels(outcome)
         for why in Kept:
             self.kept.labels(why.value)
         for stays in Stays:

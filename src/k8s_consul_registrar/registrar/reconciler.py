@@ -308,7 +308,9 @@ class Reconciler:
             raise
         except Exception as error:  # noqa: BLE001 - confined to one ID, counted and logged
             if len(services) > 1:
-                written = _sum([await self._send(work, [service], write) for service in services])
+                written = Written()
+                for service in services:
+                    written += await self._send(work, [service], write)
             else:
                 self._reporter.internal_error(f"write of {ids[0]}", error)
                 written = Written(failures=(WriteFailure(ids[0], f"internal error: {type(error).__name__}"),))
@@ -346,13 +348,3 @@ class Reconciler:
         self._reporter.internal_error(f"decision about {service_id}", error)
         work.left.pop(service_id, None)
         self._queue.retry(service_id, self._clock())
-
-
-def _sum(every: Iterable[Written]) -> Written:
-    every = tuple(every)
-    return Written(
-        sum(one.done for one in every),
-        tuple(failure for one in every for failure in one.failures),
-        {service_id: index for one in every for service_id, index in one.indexes.items()},
-        tuple(service_id for one in every for service_id in one.stale),
-    )

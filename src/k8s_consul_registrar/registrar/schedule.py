@@ -165,6 +165,42 @@ class Schedule(msgspec.Struct, frozen=True):
         return min(self.budget + (now - self.budget_at) / self.gap, float(self.rules.burst))
 
 
+class GhostChecks(msgspec.Struct, frozen=True):
+    """When the catalog is compared with the agent; a value that outcomes replace, in seconds of one clock.
+
+    Looks are due `first` and `last` seconds after a deregistration or a start, so that two of them, at least
+    `first` apart, show whatever the agent left. Looks take at most `share` of the time.
+    """
+
+    first: float = 30.0
+    last: float = 65.0
+    share: float = 0.02
+    due: float = math.inf
+    until: float = -math.inf
+    earliest: float = -math.inf
+
+    def noted(self, at: float) -> "GhostChecks":
+        """Return the schedule after a deregistration or a start."""
+        return replace(self.noted_once(at), until=max(self.until, at + self.last))
+
+    def noted_once(self, at: float) -> "GhostChecks":
+        """Return the schedule with one look, which asks for another if it finds something."""
+        return replace(self, due=max(min(self.due, at + self.first), self.earliest))
+
+    def looked(self, now: float, seconds: float, *, is_pending: bool) -> "GhostChecks":
+        """Return the schedule after a look of `seconds`; `is_pending` if another one can settle more."""
+        earliest = now + max(self.first, seconds / self.share)
+        if now < self.until:
+            due = max(earliest, min(self.until, now + self.last - self.first))
+        else:
+            due = earliest if is_pending else math.inf
+        return replace(self, due=due, earliest=earliest)
+
+    def failed(self, now: float) -> "GhostChecks":
+        """Return the schedule after a look that failed."""
+        return replace(self, due=now + self.first)
+
+
 class Gate:
     """The gate before Consul: closed after a failure, for all work alike, and for longer each time.
 

@@ -11,6 +11,7 @@ from k8s_consul_registrar.admin.http_sd import HttpSdServer, no_saved_targets
 from k8s_consul_registrar.admin.saved_state import Origin
 from k8s_consul_registrar.admin.view import SavedTargets, TargetsView
 from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.consul.agent import AgentRegistry
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient, Fence
 from k8s_consul_registrar.consul.lost_agents import LostAgents
@@ -26,6 +27,7 @@ from k8s_consul_registrar.registrar.controller import Controller, Parts
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.elector import Elector
+from k8s_consul_registrar.registrar.ghosts import GhostCollector, Upkeep
 from k8s_consul_registrar.registrar.interfaces import AlwaysAvailable, MemoryRegistry, Registry
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.names import NameGuard
@@ -36,10 +38,9 @@ from k8s_consul_registrar.registrar.queue import WorkQueue
 from k8s_consul_registrar.registrar.reconciler import Reconciler
 from k8s_consul_registrar.registrar.reporter import Reporter
 from k8s_consul_registrar.registrar.resync import Resync
-from k8s_consul_registrar.registrar.schedule import FULL_READ_GAP, ScheduleRules
+from k8s_consul_registrar.registrar.schedule import FULL_READ_GAP, GhostChecks, ScheduleRules
 from k8s_consul_registrar.registrar.status import RegistrarStatus
 from k8s_consul_registrar.rotating import BearerTokens, Rotating, bearer_tokens
-from k8s_consul_registrar.settings.consul import AGENT
 from k8s_consul_registrar.settings.registrar import HttpSdSettings, RegistrarSettings, selection_digest
 from k8s_consul_registrar.settings.selection import HASH
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
@@ -237,6 +238,7 @@ class Wiring:
             cluster_uid=cluster_uid,
             on_internal_error=reporter.internal_error,
         )
+        cluster = _KubeCluster(kube, reflectors, settings.selection.selectors)
         reconciler = Reconciler(
             desired=desired,
             observed=observed,
@@ -257,23 +259,33 @@ class Wiring:
             contests=contests,
             absences=Absences(
                 desired,
-                _KubeCluster(kube, reflectors, settings.selection.selectors),
+                cluster,
                 settings.brake,
                 is_same_selection=selection.is_same,
             ),
             reporter=reporter,
             id_prefix=settings.naming.id_prefix,
         )
-        collector = None
+        upkeep = None
         # Only there a service has an agent to lose.
-        if client is not None and settings.backend.backend == AGENT:
-            collector = OrphanCollector(
-                LostAgents(client, settings.naming.meta_keys),
-                desired=desired,
-                decisions=rules,
-                rules=OrphanRules(settings.orphan_after, timing.orphan_look, settings.brake),
-                relist=reflectors.relist,
-                metrics=metrics,
+        if client is not None and isinstance(registry, AgentRegistry):
+            upkeep = Upkeep(
+                OrphanCollector(
+                    LostAgents(client, settings.naming.meta_keys),
+                    desired=desired,
+                    decisions=rules,
+                    rules=OrphanRules(settings.orphan_after, timing.orphan_look, settings.brake),
+                    relist=reflectors.relist,
+                    metrics=metrics,
+                ),
+                GhostCollector(
+                    registry.ghosts,
+                    desired=desired,
+                    decisions=rules,
+                    cluster=cluster,
+                    checks=GhostChecks(timing.ghost_first, timing.ghost_last),
+                    metrics=metrics,
+                ),
             )
 
         async def probe_consul(is_drained: bool) -> None:  # noqa: FBT001 - a reading, not a switch
@@ -288,7 +300,7 @@ class Wiring:
             ),
             timing=timing,
             leadership=elector,
-            orphans=collector,
+            orphans=upkeep,
             probe_consul=probe_consul,
         )
         return RegistrarParts(

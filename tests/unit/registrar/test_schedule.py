@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from k8s_consul_registrar.registrar.schedule import JUDGE_GAP, Need, Schedule, ScheduleRules, Step, StepKind
+from k8s_consul_registrar.registrar.schedule import (
+    JUDGE_GAP,
+    GhostChecks,
+    Need,
+    Schedule,
+    ScheduleRules,
+    Step,
+    StepKind,
+)
 
 RULES = ScheduleRules(period=600, probe=2, burst=2, gap=30)
 RESYNC, JUDGE = Step(StepKind.RESYNC), Step(StepKind.JUDGE)
@@ -153,3 +161,36 @@ def test_schedule_reads_never_exceed_their_share(wants: list[tuple[float, Need]]
             reads += 1
             schedule = schedule.began(StepKind.RESYNC, 0.0).resynced(now, 0.5)
     assert reads <= RULES.burst + 1 + now / 2
+
+
+def test_ghost_checks_make_two_looks_after_a_deregistration() -> None:
+    """At 30 s and 65 s; later deregistrations postpone none, and have two looks of their own."""
+    checks = GhostChecks().noted(0.0)
+    assert checks.due == 30
+    checks = checks.noted(20.0)
+    assert checks.due == 30
+    checks = checks.looked(30.0, 0.1, is_pending=False)
+    assert checks.due == 65
+    checks = checks.looked(65.0, 0.1, is_pending=True)
+    assert checks.due == 95
+    assert checks.looked(95.0, 0.1, is_pending=False).due == math.inf
+    assert checks.looked(95.0, 0.1, is_pending=True).due == 125
+
+
+def test_ghost_checks_of_a_busy_agent_keep_to_their_share() -> None:
+    """Services that come and go without end lead to one look in half a minute, fewer if looks are slow."""
+    checks = GhostChecks()
+    looks = []
+    for second in range(600):
+        checks = checks.noted(float(second))
+        if checks.due <= second:
+            looks.append(second)
+            checks = checks.looked(float(second), 1.0, is_pending=False)
+    assert looks == list(range(30, 600, 50))
+
+
+def test_ghost_checks_that_fail_are_repeated() -> None:
+    """A resync asks for one look only."""
+    checks = GhostChecks().noted_once(0.0).failed(31.0)
+    assert checks.due == 61
+    assert checks.looked(61.0, 0.0, is_pending=False).due == math.inf

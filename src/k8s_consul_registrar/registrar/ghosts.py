@@ -1,0 +1,264 @@
+"""Ghost collector: removes what the agent left in the catalog when it deregistered a service or lost its data."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from k8s_consul_registrar.errors import (
+    ClusterError,
+    ConsulBusy,
+    ConsulError,
+    ConsulFenced,
+    ConsulUnreachable,
+)
+from k8s_consul_registrar.model import Ghosts, ObjectKey, Rejection, Service, Written
+from k8s_consul_registrar.registrar.decide import Deregister, Infer, Rules, decide
+from k8s_consul_registrar.registrar.desired import DesiredState
+from k8s_consul_registrar.registrar.interfaces import ClusterReader, Orphans
+from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.observed import Other, observe
+from k8s_consul_registrar.registrar.ownership import Claim
+from k8s_consul_registrar.registrar.reporter import LogOnce
+from k8s_consul_registrar.registrar.schedule import GhostChecks
+from k8s_consul_registrar.registrar.status import LostAgent
+from k8s_consul_registrar.telemetry import get_logger
+
+# Ghosts that a log line names.
+MOST_NAMED = 20
+# Objects that one look asks the API server for.
+MOST_BY_NAME = 100
+
+log = get_logger("ghosts")
+
+
+class GhostAgent(Protocol):
+    """The agent beside its node in the catalog; each method raises a `ConsulError`."""
+
+    deregistered_at: float  # when the agent last deregistered a service, in monotonic seconds
+
+    async def find(self) -> Ghosts:
+        """Return what the catalog shows at the agent's node and the agent does not hold."""
+        ...
+
+    async def remove(self, node: str, services: Sequence[Service]) -> Written:
+        """Remove these very records, except those that the agent holds by now."""
+        ...
+
+
+class _Seen(NamedTuple):
+    """A ghost's record, and when a look first showed it."""
+
+    version: int
+    since: float
+
+
+class GhostCollector:
+    """Looks for ghosts after deregistrations, resyncs and the start, and removes those of this registrar.
+
+    A ghost is a record that two looks show unchanged. It is removed under the same proof of ownership as any
+    service, and never while an object asks for its ID: the agent is about to get that service. The brake does
+    not apply, since the agent has confirmed the removal or has lost the service. In the second case the cluster
+    must be the one that the record names, and its API server must confirm by name that the object is gone.
+    """
+
+    def __init__(
+        self,
+        agent: GhostAgent,
+        *,
+        desired: DesiredState,
+        decisions: Rules,
+        cluster: ClusterReader,
+        checks: GhostChecks,
+        metrics: RegistrarMetrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._agent = agent
+        self._desired = desired
+        self._decisions = decisions
+        self._cluster = cluster
+        self._metrics = metrics
+        self._clock = clock
+        self._checks = checks.noted(clock())
+        self._noted_at = clock()
+        self._node = ""
+        self._seen: dict[str, _Seen] = {}
+        self._problems, self._named = LogOnce(), LogOnce()
+
+    @property
+    def look_due(self) -> float:
+        """When to look again, in seconds of the clock."""
+        if self._agent.deregistered_at > self._noted_at:
+            self._noted_at = self._agent.deregistered_at
+            self._checks = self._checks.noted(self._noted_at)
+        return self._checks.due
+
+    def resynced(self) -> None:
+        """Have one look some time after a resync."""
+        self._checks = self._checks.noted_once(self._clock())
+
+    def rest(self) -> None:
+        """Forget what was seen, since another replica leads."""
+        self._seen = {}
+        self._metrics.ghosts.set(0)
+
+    async def look(self) -> None:
+        """Look once, and remove what may go."""
+        started = self._clock()
+        try:
+            ghosts = await self._agent.find()
+            is_pending = await self._settle(ghosts, started)
+        except ConsulError as error:
+            self._report(error)
+            self._checks = self._checks.failed(self._clock())
+        else:
+            self._problems.over("look")
+            ended = self._clock()
+            self._checks = self._checks.looked(ended, ended - started, is_pending=is_pending)
+
+    async def _settle(self, ghosts: Ghosts, started: float) -> bool:
+        """Compare with the looks before, and remove what may go; return True if another look can settle more."""
+        before = self._seen if ghosts.node == self._node else {}
+        self._node = ghosts.node
+        unwanted = self._unwanted(ghosts)
+        now = self._clock()
+        self._seen = {}
+        for service, _ in unwanted:
+            known = before.get(service.id)
+            is_same = known is not None and known.version == service.index
+            self._seen[service.id] = known if known and is_same else _Seen(service.index, now)
+        due = [
+            (service, record)
+            for service, record in unwanted
+            if started - self._seen[service.id].since >= self._checks.first
+        ]
+        going, is_pending = await self._may_go(due, ghosts.deregistered)
+        self._name([service.id for service, _ in due])
+        # An object may have come back while others were asked for.
+        going = [one for one in going if one.id not in self._desired.claims]
+        written = await self._agent.remove(ghosts.node, going) if going else Written()
+        self._metrics.ghosts.set(len(due) - written.done)
+        self._say_what_went(written)
+        return is_pending or bool(written.stale) or len(due) < len(unwanted)
+
+    def _unwanted(self, ghosts: Ghosts) -> list[tuple[Service, Other]]:
+        """Return the records of this registrar that no object asks for."""
+        identity, cluster_uid = self._decisions.identity, self._desired.cluster_uid
+        records = ((one, observe(one, identity, cluster_uid)) for one in ghosts.services)
+        return [
+            (service, record)
+            for service, record in records
+            if isinstance(record, Other)
+            and record.claim is Claim.OURS
+            and service.id not in self._desired.claims
+        ]
+
+    async def _may_go(
+        self, due: Sequence[tuple[Service, Other]], deregistered: frozenset[str]
+    ) -> tuple[list[Service], bool]:
+        """Return what may go, and True if the API server could not be asked for everything."""
+        going: list[Service] = []
+        asked = 0
+        is_pending = False
+        for service, record in due:
+            match decide(self._desired.ask(service.id, record), record, self._decisions):
+                case Deregister():
+                    going.append(service)
+                case Infer() if service.id in deregistered:
+                    going.append(service)
+                case Infer() if record.key is not None and self._is_same_cluster(record):
+                    asked += 1
+                    is_gone = await self._is_gone(service.id, record.key) if asked <= MOST_BY_NAME else None
+                    if is_gone:
+                        going.append(service)
+                    is_pending = is_pending or is_gone is None
+        return going, is_pending
+
+    def _is_same_cluster(self, record: Other) -> bool:
+        return bool(record.cluster_uid) and record.cluster_uid == self._desired.cluster_uid
+
+    async def _is_gone(self, service_id: str, key: ObjectKey) -> bool | None:
+        """Return True if an object is gone or does not ask for the ID, None if the API server cannot say."""
+        try:
+            item = await self._cluster.read_object(key)
+        except ClusterError:
+            return None
+        resolved = None if item is None else self._desired.resolved(item)
+        if isinstance(resolved, Rejection):
+            return False
+        return all(target.id != service_id for target in resolved or ())
+
+    def _name(self, ids: Sequence[str]) -> None:
+        if not ids:
+            self._named.over(self._node)
+            return
+        text = " ".join(sorted(ids)[:MOST_NAMED])
+        if self._named.new(self._node, text):
+            log.warning(
+                "the agent left services in the catalog",
+                node=self._node,
+                count=len(ids),
+                services=text,
+                remedy='give the agent a token with node "<its name>" { policy = "write" } (acl.tokens.agent)',
+            )
+
+    def _say_what_went(self, written: Written) -> None:
+        self._metrics.ghost_removals.labels("success").inc(written.done)
+        self._metrics.ghost_removals.labels("refused").inc(len(written.failures))
+        if written.done:
+            log.info(
+                "removed services that the agent left in the catalog", node=self._node, removed=written.done
+            )
+        if not written.failures:
+            self._problems.over("removal")
+        elif self._problems.new("removal", written.failures[0].problem):
+            log.warning(
+                "services that the agent left in the catalog cannot be removed",
+                node=self._node,
+                refused=len(written.failures),
+                problem=written.failures[0].problem,
+            )
+
+    def _report(self, error: ConsulError) -> None:
+        """Log, once, why there is no look; an outage is reported by the client's health."""
+        if isinstance(error, ConsulUnreachable | ConsulBusy | ConsulFenced):
+            log.debug("no look for services that the agent left in the catalog", problem=str(error))
+        elif self._problems.new("look", str(error)):
+            log.info("services that the agent left in the catalog cannot be looked for", problem=str(error))
+
+
+class Upkeep:
+    """The removal of services that no agent keeps: at nodes of lost agents, and at our own agent's."""
+
+    def __init__(
+        self, orphans: Orphans, ghosts: GhostCollector, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._orphans = orphans
+        self._ghosts = ghosts
+        self._clock = clock
+
+    @property
+    def look_due(self) -> float:
+        """When to look again, in seconds of the clock."""
+        return min(self._orphans.look_due, self._ghosts.look_due)
+
+    @property
+    def lost(self) -> tuple[LostAgent, ...]:
+        """The lost agents whose nodes may hold services of this registrar."""
+        return self._orphans.lost
+
+    async def look(self) -> bool:
+        """Make the looks that are due; return True if one asks for a resync."""
+        now = self._clock()
+        if self._ghosts.look_due <= now:
+            await self._ghosts.look()
+        return self._orphans.look_due <= now and await self._orphans.look()
+
+    async def collect(self) -> None:
+        """Remove what may go, after a resync."""
+        self._ghosts.resynced()
+        await self._orphans.collect()
+
+    def rest(self) -> None:
+        """Forget what was seen, since another replica leads."""
+        self._ghosts.rest()
+        self._orphans.rest()

@@ -1,0 +1,110 @@
+"""Services that a real agent leaves in the catalog: a rotated token, and an agent whose data was wiped."""
+
+import shutil
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from prometheus_client import CollectorRegistry
+
+from k8s_consul_registrar.consul.agent import AgentRegistry
+from k8s_consul_registrar.registrar.decide import Rules
+from k8s_consul_registrar.registrar.ghosts import GhostCollector
+from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.ownership import Identity
+from k8s_consul_registrar.registrar.schedule import GhostChecks
+from k8s_consul_registrar.targets.service_names import RandomShards
+from support.builders import make_pod, our_pod_service
+from support.memory import MemoryCluster
+from support.real_servers import REAL, RealConsul, connected, make_token, real_consul, revoke
+from support.waiting import Clock, until
+
+pytestmark = REAL
+
+UID = "uid-1"
+RIGHTS = 'node_prefix "" { policy = "read" } service_prefix "" { policy = "write" } agent_prefix "" { policy = "read" }'
+# The agent's own token, set when it starts: Consul does not know it, so it may not change the agent's node.
+POWERLESS = "7c1f5a1e-3c0d-4e0b-9a54-6f0d4f3b2a10"
+AGENT_TOKEN = f'-hcl=acl {{ tokens {{ agent = "{POWERLESS}" default = "{POWERLESS}" }} }}'
+
+
+class Lab:
+    """A cluster of three Pods, and the collector between a real agent and the catalog."""
+
+    def __init__(self, registry: AgentRegistry) -> None:
+        self.clock = Clock(follows=time.monotonic)
+        self.registry = registry
+        self.cluster = MemoryCluster(clock=self.clock)
+        self.cluster.desired.learn_cluster_uid(UID)
+        self.cluster.put_list([make_pod(name) for name in "abc"])
+        self.collector = GhostCollector(
+            registry.ghosts,
+            desired=self.cluster.desired,
+            decisions=Rules(Identity("lab"), RandomShards()),
+            cluster=self.cluster,
+            checks=GhostChecks(),
+            metrics=RegistrarMetrics(CollectorRegistry()),
+            clock=self.clock,
+        )
+
+    async def look_for(self, seconds: float) -> None:
+        """Make every look that is due within so many seconds from now."""
+        end = self.clock() + seconds
+        while (due := self.collector.look_due) <= end:
+            self.clock.skip(max(0.0, due - self.clock()))
+            await self.collector.look()
+
+
+async def in_catalog(consul: RealConsul) -> set[str]:
+    """Return the Pods whose services the catalog shows at the agent's node."""
+    _, found = await consul.request("GET", f"/v1/catalog/node/{consul.node}?consistent")
+    return {one.rpartition("--")[2] for one in found["Services"]} - {"consul"}
+
+
+@asynccontextmanager
+async def agent_with_three() -> AsyncIterator[tuple[RealConsul, RealConsul, Lab]]:
+    """Run a server and an agent without rights that has the three services, by a token that is revoked then."""
+    async with (
+        real_consul(acl=True, node="server") as server,
+        real_consul(AGENT_TOKEN, join=server.serf, acl=True, node="agent") as agent,
+    ):
+        old, new = await make_token(server, "old", RIGHTS), await make_token(server, "new", RIGHTS)
+        async with connected(agent, token=old.secret) as client:
+            services = [our_pod_service(name, cluster_uid=UID) for name in "abc"]
+            assert (await AgentRegistry(client).register(services)).done == len(services)
+
+        async def are_shown() -> bool:
+            return await in_catalog(agent) == set("abc")
+
+        await until(are_shown)
+        await revoke(server, old)
+        async with connected(agent, token=new.secret) as client:
+            yield server, agent, Lab(AgentRegistry(client))
+
+
+async def test_rotated_token_leaves_no_ghost() -> None:
+    """The agent answers 200 and keeps what it may not remove in the catalog; 90 s later that is gone as well."""
+    async with agent_with_three() as (_, agent, lab):
+        lab.cluster.remove(make_pod("a"))
+        assert (await lab.registry.deregister([our_pod_service("a")])).done == 1
+        await lab.look_for(40)
+        assert await in_catalog(agent) == set("abc")
+        await lab.look_for(50)
+        assert await in_catalog(agent) == set("bc")
+
+
+async def test_wiped_agent_leaves_no_ghost_and_loses_nothing_that_is_wanted() -> None:
+    """It comes back empty, and may not remove anything; the Pods' services stay until they are registered again."""
+    async with agent_with_three() as (_, agent, lab):
+        lab.cluster.put_list([make_pod("b"), make_pod("c")])
+        await agent.program.stop(signal.SIGKILL)
+        shutil.rmtree(agent.program.log.parent / "data" / "services")
+        await agent.start()
+
+        async def is_empty() -> bool:
+            return not [one async for one in lab.registry.services()]
+
+        await until(is_empty)
+        await lab.look_for(90)
+        assert await in_catalog(agent) == set("bc")
