@@ -14,7 +14,7 @@ from k8s_consul_registrar.proxy.pool import Pool
 from k8s_consul_registrar.proxy.refusals import Refusal
 from k8s_consul_registrar.proxy.request import RequestCache
 from k8s_consul_registrar.proxy.response import AnswerRules, HeadCache
-from k8s_consul_registrar.proxy.routes import POD_PREFIX, Pods, Route, find_pod, find_route
+from k8s_consul_registrar.proxy.routes import NODES_UNKNOWN, POD_PREFIX, Pods, Route, find_pod, find_route
 from k8s_consul_registrar.proxy.stats import LastScrapes, RecentFailures, ScrapeCounts
 from k8s_consul_registrar.proxy.tls_stream import Buffers
 from k8s_consul_registrar.proxy.upstreams import (
@@ -102,6 +102,8 @@ class Relay:
 
     def _find_pod(self, pods: Pods, target: bytes) -> Routed | Refusal:
         # Not remembered: Pods come and go all the time, and finding one costs a few microseconds.
+        if not self.nodes.known:
+            return NODES_UNKNOWN  # a Pod could claim the address of a Node or of the API server
         found = find_pod(target, pods, self.nodes.current)
         if isinstance(found, Refusal):
             return found

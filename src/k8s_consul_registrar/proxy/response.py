@@ -19,6 +19,7 @@ SWITCHING_PROTOCOLS = 101
 MAX_INTERIM = 5
 MAX_INTERIM_SIZE = 16 * 1024
 END_OF_HEAD = b"\r\n\r\n"
+NO_FRAMING = "its body has neither a length nor chunks"
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # Fields that come once (RFC 9110, 5.3), or say the same as often as they come.
 _SINGLETONS = frozenset({b"content-type", b"location"})
@@ -195,7 +196,7 @@ def framing_of(head: Head, *, may_end_by_close: bool = False) -> Counted | Chunk
     if length is None and may_end_by_close:
         return UntilClose()
     if length is None:
-        raise Malformed("its body has neither a length nor chunks")
+        raise Malformed(NO_FRAMING)
     if not length.isdigit() or len(length) > 18:
         raise Malformed("its length is no number")
     return Counted(int(length))

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Protocol, cast
 
 from k8s_consul_registrar.proxy import refusals, response
-from k8s_consul_registrar.proxy.nodes import Endpoint
+from k8s_consul_registrar.proxy.nodes import KUBELET, Endpoint
 from k8s_consul_registrar.proxy.refusals import Malformed, Refusal
 from k8s_consul_registrar.proxy.response import END_OF_HEAD, Answer, Chunked, Counted, HeadCache, UntilClose
 from k8s_consul_registrar.proxy.tls_stream import RECEIVE_SIZE, Buffers, PlainStep, TlsStep
@@ -316,6 +316,8 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             self._fail(refusals.other_status(answer.status))
             return
         if answer.ends_by_close:
+            if self.endpoint.peer == KUBELET and not self._is_legacy:
+                raise Malformed(response.NO_FRAMING)
             self._state, self._framing = BODY, UntilClose()
             start = answer.start if self._is_legacy else answer.start + UntilClose.field
             exchange.on_response(start, response.in_a_chunk(body) if self._is_chunking else body)
@@ -347,8 +349,14 @@ class UpstreamConnection(asyncio.BufferedProtocol):
     # Ending
 
     def eof_received(self) -> None:
-        """End the answer if the end of the connection ends it; another one was cut."""
-        self._end_by_close()
+        """End the answer if the end of the connection ends it; another one was cut.
+
+        A kubelet ends with a close_notify, so that nobody on the way can shorten its answer.
+        """
+        if self.endpoint.peer == KUBELET:
+            self._fail(refusals.CLOSED_EARLY)
+        else:
+            self._end_by_close()
 
     def _end_by_close(self) -> None:
         exchange = self._exchange

@@ -9,7 +9,7 @@ from k8s_consul_registrar.proxy.limits import Limits
 from k8s_consul_registrar.proxy.nodes import Endpoint, Nodes
 from k8s_consul_registrar.proxy.pool import Pool
 from k8s_consul_registrar.proxy.refusals import Refusal, of_pod
-from k8s_consul_registrar.proxy.response import HeadCache
+from k8s_consul_registrar.proxy.response import AnswerRules, HeadCache
 from k8s_consul_registrar.proxy.routes import UNKNOWN_NODE, UNKNOWN_POD, Pods
 
 
@@ -52,7 +52,8 @@ class KubeletUpstream:
     def __init__(self, nodes: Nodes, credentials: CredentialSource, config: ProxyConfig) -> None:
         self.limits = Limits(config.concurrency)
         self.pool = Pool(overall=config.kept_connections, idle_limit=config.timing.upstream_idle)
-        self.heads = HeadCache()
+        # Go ends the answers to HTTP/1.0 by close; to HTTP/1.1 the connection takes none of these.
+        self.heads = HeadCache(AnswerRules(may_end_by_close=True))
         self._nodes = nodes
         self._credentials = credentials
 

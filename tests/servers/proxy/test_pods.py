@@ -678,3 +678,16 @@ def test_only_allowed_pods(target: str) -> None:
         assert re.fullmatch(r"/api/v1/namespaces/shop/pods/[a-z0-9.-]+(:9102)?/metrics(\?.*)?", target)
     else:
         assert route.status == 404
+
+
+async def test_no_pod_is_asked_while_the_nodes_are_not_known() -> None:
+    """Without them nothing shows that a Pod claims the address of a Node or of the API server."""
+    pod = PodServer()
+    async with pod.serving(), proxying(pods=access(known(pod.pod())), known=False) as proxy:
+        assert (await proxy.get(pod_path())).status == 503
+        assert pod.requests == []
+        proxy.nodes.replace(NodeTable())
+        assert (await proxy.get(pod_path())).status == 200
+        proxy.nodes.forget()
+        assert (await proxy.get(pod_path())).status == 503
+    assert len(pod.requests) == 1

@@ -553,3 +553,31 @@ async def test_an_answer_that_is_no_http_is_refused_at_its_first_bytes(banner: b
         assert got.status == (504 if banner == b"H" else 502)
         expected = Outcome.TIMEOUT if banner == b"H" else Outcome.MALFORMED
         assert [one.outcome for one in proxy.server.failures()] == [expected]
+
+
+@pytest.mark.parametrize("is_cut", [False, True], ids=["close_notify", "cut"])
+async def test_client_of_http_1_0_reads_a_kubelet_that_ends_its_answer_by_close(is_cut: bool) -> None:
+    """Go's server sends an answer to HTTP/1.0 that is over 2 KB so; one that is cut does not look complete."""
+    body = b"a 1\n" * 10_000
+
+    async def behave(
+        kubelet: Kubelet, request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        assert b" HTTP/1.0\r\n" in request
+        writer.write(b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n" + body)
+        await writer.drain()
+        if is_cut:
+            writer.transport.abort()
+        writer.close()
+
+    async with relaying(behave) as (kubelet, proxy):
+        reader, writer = await proxy.connect()
+        writer.write(b"GET %b HTTP/1.0\r\n\r\n" % cadvisor(kubelet).encode())
+        if is_cut:
+            with pytest.raises(ConnectionResetError):
+                await reader.read()
+        else:
+            head, _, got = (await reader.read()).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200 ")
+            assert b"chunked" not in head
+            assert got == body
