@@ -26,6 +26,8 @@ CHANGES_INTERVAL = 1.0
 ENDPOINTS_INTERVAL = 5.0
 # Seconds between two lines about a first sync; one that is done sooner has none.
 PROGRESS_INTERVAL = 5.0
+# Internal errors that are remembered as logged at most: each names an ID.
+MOST_ERRORS = 1000
 
 AboutT = TypeVar("AboutT", bound=str)
 
@@ -198,6 +200,8 @@ class Reporter:
     def internal_error(self, where: str, error: Exception) -> None:
         """Report an error in this program: it is confined to one ID, source or task."""
         self._metrics.internal_errors.inc()
+        if len(self._errors) >= MOST_ERRORS:
+            self._errors.clear()
         if self._errors.new(where, f"{type(error).__name__}: {error}"):
             log.error("internal error; please report it", where=where, exc_info=error)
 
@@ -266,7 +270,6 @@ class Reporter:
         self._metrics.last_success.set(now)
         if was_read:
             self._metrics.last_full_pass.set(now)
-            self._errors.clear()
         for why in Kept:
             self._metrics.kept.labels(why.value).set(kept.get(why, 0))
         self._brake(held)

@@ -13,7 +13,13 @@ from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Source, Writt
 from k8s_consul_registrar.registrar.brake import Held
 from k8s_consul_registrar.registrar.decide import Conflict, Kept
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
-from k8s_consul_registrar.registrar.reporter import CHANGES_INTERVAL, MOST_NAMED, LogOnce, Reporter
+from k8s_consul_registrar.registrar.reporter import (
+    CHANGES_INTERVAL,
+    MOST_ERRORS,
+    MOST_NAMED,
+    LogOnce,
+    Reporter,
+)
 from k8s_consul_registrar.registrar.status import RECENT, Counts, RegistrarStatus
 from k8s_consul_registrar.targets.reasons import Reason
 from support.builders import make_pod
@@ -239,13 +245,16 @@ def test_internal_errors_are_counted_each_and_logged_once(desk: Desk) -> None:
 
 
 @pytest.mark.forces_internal_error
-def test_internal_errors_are_forgotten_at_the_next_resync(desk: Desk) -> None:
-    """Each names an ID, so they would add up; one that stands is logged again."""
-    for number in range(3):
+def test_internal_errors_of_many_ids_are_remembered_up_to_a_bound(desk: Desk) -> None:
+    """Each names an ID, so they would add up; a resync forgets none of them."""
+    for number in range(MOST_ERRORS - 1):
         desk.reporter.internal_error(f"decision about p{number}", ValueError("no"))
     desk.resynced()
     desk.reporter.internal_error("decision about p0", ValueError("no"))
-    assert len(desk.events("internal error; please report it")) == 4
+    assert len(desk.events("internal error; please report it")) == MOST_ERRORS - 1
+    for number in range(10):
+        desk.reporter.internal_error(f"decision about q{number}", ValueError("no"))
+    assert len(desk.reporter._errors) <= MOST_ERRORS
 
 
 def test_standby_shows_nothing_of_what_it_wrote(desk: Desk) -> None:
