@@ -51,17 +51,13 @@ class Exchange(Protocol):
         """Ask there, or fail: the answer is a redirect, and the connection is closed."""
 
     def on_end(self, *, is_exact: bool, is_reusable: bool) -> None:
-        """Finish: the answer is complete.
+        """Finish: the answer is complete, another may follow on this connection if `is_reusable`.
 
-        Where it `is_exact`, every byte passed on belongs to the answer, so another may follow on the client's
-        connection. Where `is_reusable`, another may follow on this one.
+        It `is_exact` if each byte passed on belongs to it: another may follow on the client's connection.
         """
 
     def on_failure(self, refusal: Refusal, *, has_answered: bool) -> None:
-        """Fail: no answer or no more of it will come, and the connection is closed.
-
-        `has_answered` is True if any byte of an answer came.
-        """
+        """Fail: no more of an answer will come, of which some byte came if it `has_answered`; all is closed."""
 
 
 class UpstreamConnection(asyncio.BufferedProtocol):
@@ -342,8 +338,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         if exchange is None:
             return  # the client left while it was handed the last bytes
         self._exchange = None
-        self._state = IDLE
-        is_exact = self._framing.is_exact
+        self._state, is_exact = IDLE, self._framing.is_exact
         exchange.on_end(is_exact=is_exact, is_reusable=is_exact and self._keeps)
 
     # Ending
@@ -389,9 +384,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         """End the connection at once, without a word to the scrape that uses it."""
         if self._state is CLOSED:
             return
-        self._state = CLOSED
-        self._exchange = None
-        self._framing = WHOLE
+        self._state, self._exchange, self._framing = CLOSED, None, WHOLE
         self._cancel_timer()
         if self._connecting is not None:
             self._connecting.cancel()
