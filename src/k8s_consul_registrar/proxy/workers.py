@@ -97,7 +97,12 @@ class WorkerProcess:
             except BaseException:
                 ours.close()
                 raise
-        return cls(process, await asyncio.open_unix_connection(sock=ours), on_figures)
+        try:
+            return cls(process, await asyncio.open_unix_connection(sock=ours), on_figures)
+        except BaseException:
+            process.kill()
+            await process.wait()
+            raise
 
     @property
     def pid(self) -> int:
@@ -139,7 +144,8 @@ class WorkerProcess:
             self.serving.clear()
             self._writer.close()
             self.kill()
-        return await self._process.wait()
+            code = await self._process.wait()
+        return code
 
     def kill(self) -> None:
         """End the process at once."""
