@@ -179,10 +179,11 @@ async def test_nodes_and_pods_that_come_and_go() -> None:
                 deaths = workers.stats().worker_deaths + 2
                 await until(lambda: workers.stats().worker_deaths >= deaths and workers.stats().workers == 2)  # noqa: B023 - awaited here
             parent.pods.put("shop", "web", None)
+            await parent.until(404, target)
             parent.nodes.forget()
             workers.notice_nodes()
-            await parent.until(404, target)
-            assert await parent.statuses(cadvisor(kubelet)) == {503}
+            await parent.until(503, cadvisor(kubelet))
+            assert await parent.statuses(target) == {503}
 
 
 def opened_by(pid: int) -> list[str]:
