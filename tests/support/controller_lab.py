@@ -14,7 +14,7 @@ from k8s_consul_registrar.kube.cluster_uid import ClusterUid
 from k8s_consul_registrar.model import Drift, Pod, Source
 from k8s_consul_registrar.registrar.absences import Absences, SelectionRecord
 from k8s_consul_registrar.registrar.brake import BrakeRules
-from k8s_consul_registrar.registrar.controller import Controller, Parts
+from k8s_consul_registrar.registrar.controller import Controller
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.interfaces import Leadership, Orphans
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
@@ -22,7 +22,7 @@ from k8s_consul_registrar.registrar.names import NameGuard
 from k8s_consul_registrar.registrar.observed import Contests, ObservedState
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.queue import WorkQueue
-from k8s_consul_registrar.registrar.reconciler import Reconciler
+from k8s_consul_registrar.registrar.reconciler import Core, Reconciler
 from k8s_consul_registrar.registrar.reporter import Reporter
 from k8s_consul_registrar.registrar.resync import Resync
 from k8s_consul_registrar.registrar.schedule import ScheduleRules
@@ -118,43 +118,26 @@ class ControllerLab:
         self.rules = Rules(identity, shards or RandomShards(), self.names.names)
         self.contests = Contests(schedule.period)
         self.absences = Absences(self.desired, self.cluster, brake, clock=self.clock)
-        self.reconciler = Reconciler(
-            desired=self.desired,
-            observed=self.observed,
-            queue=self.queue,
-            registry=self.consul,
-            rules=self.rules,
-            names=self.names,
-            contests=self.contests,
-            reporter=self.reporter,
-            clock=self.clock,
+        core = Core(
+            self.desired,
+            self.observed,
+            self.queue,
+            self.consul,
+            self.rules,
+            self.names,
+            self.contests,
+            self.reporter,
+            self.status,
         )
-        self.resync = Resync(
-            desired=self.desired,
-            observed=self.observed,
-            queue=self.queue,
-            registry=self.consul,
-            rules=self.rules,
-            names=self.names,
-            contests=self.contests,
-            absences=self.absences,
-            reporter=self.reporter,
-            id_prefix=target_rules.id_prefix if target_rules else "",
-            clock=self.clock,
-        )
+        self.reconciler = Reconciler(core, clock=self.clock)
+        id_prefix = target_rules.id_prefix if target_rules else ""
+        self.resync = Resync(core, self.absences, id_prefix=id_prefix, clock=self.clock)
         self.health = MemoryHealth(self.consul)
         self.controller = Controller(
-            Parts(
-                self.desired,
-                self.observed,
-                self.queue,
-                self.consul,
-                self.reconciler,
-                self.resync,
-                self.reporter,
-                self.status,
-                self.health,
-            ),
+            core,
+            self.reconciler,
+            self.resync,
+            self.health,
             schedule=schedule,
             timing=timing,
             leadership=leadership,

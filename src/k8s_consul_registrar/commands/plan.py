@@ -91,7 +91,7 @@ async def listed(settings: RegistrarSettings) -> AsyncIterator[RegistrarParts]:
             await _until(
                 lambda: all(
                     status.listed_at is not None or status.problem
-                    for status in parts.desired.store.statuses().values()
+                    for status in parts.core.desired.store.statuses().values()
                 )
             )
             yield parts
@@ -108,7 +108,7 @@ async def confirmed(parts: RegistrarParts) -> Comparison:
     await _until(
         lambda: all(
             status.problem or (status.list_began_at or 0.0) >= asked_at
-            for source, status in parts.desired.store.statuses().items()
+            for source, status in parts.core.desired.store.statuses().items()
             if source in found.judged.relisting
         )
     )
@@ -127,18 +127,18 @@ async def _until(is_so: Callable[[], bool]) -> None:
 async def _compared(parts: RegistrarParts, found: Comparison) -> Plan:
     """Decide every ID that differs, as a sync would."""
     for service_id, key in found.judged.released.items():
-        parts.desired.depart(service_id, key)
+        parts.core.desired.depart(service_id, key)
     actions: dict[str, Action] = {}
     for service_id in (*found.differing, *found.removals, *found.judged.released):
         actions[service_id] = await _decided(parts, service_id)
     updates = [
         service_id for service_id, action in actions.items() if isinstance(action, Update | Deregister)
     ]
-    before = {service.id: service async for service in parts.registry.lookup(updates)} if updates else {}
-    who = parts.rules.identity
+    before = {service.id: service async for service in parts.core.registry.lookup(updates)} if updates else {}
+    who = parts.core.rules.identity
     lines: list[PlanLine] = []
     counts: Counter[type[Action]] = Counter()
-    rejections = list(parts.desired.rejections.values())
+    rejections = list(parts.core.desired.rejections.values())
     for service_id, action in actions.items():
         match action:
             case Register():
@@ -180,17 +180,17 @@ async def _compared(parts: RegistrarParts, found: Comparison) -> Plan:
 
 
 async def _decided(parts: RegistrarParts, service_id: str) -> Action:
-    record = parts.observed.get(service_id)
-    action = decide(parts.desired.ask(service_id, record), record, parts.rules)
+    record = parts.core.observed.get(service_id)
+    action = decide(parts.core.desired.ask(service_id, record), record, parts.core.rules)
     if isinstance(action, CheckName):
-        await parts.names.check(action.name)
-        action = decide(parts.desired.ask(service_id, record), record, parts.rules)
+        await parts.core.names.check(action.name)
+        action = decide(parts.core.desired.ask(service_id, record), record, parts.core.rules)
     return action
 
 
 def source_problems(parts: RegistrarParts) -> list[str]:
     """Return why sources cannot be listed."""
-    return [status.problem for status in parts.desired.store.statuses().values() if status.problem]
+    return [status.problem for status in parts.core.desired.store.statuses().values() if status.problem]
 
 
 def print_changes(plan: Plan, problems: Iterable[str], *, colour: bool) -> None:

@@ -66,10 +66,10 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
         )
         view = View(
             _about(settings),
-            parts.desired,
-            parts.observed,
-            parts.controller.status,
-            parts.rules,
+            parts.core.desired,
+            parts.core.observed,
+            parts.core.status,
+            parts.core.rules,
             settings.naming.meta_keys,
             no_election if elector is None else lambda: elector.holder,
         )
@@ -107,8 +107,8 @@ def _about(settings: RegistrarSettings) -> About:
 
 def _is_settled(parts: RegistrarParts) -> bool:
     """Return True if everything in Consul was written or compared under the settings of this process."""
-    status = parts.controller.status
-    is_compared = status.has_synced and parts.queue.is_drained
+    status = parts.core.status
+    is_compared = status.has_synced and parts.core.queue.is_drained
     return is_compared and not status.is_standby and not status.held
 
 
@@ -116,13 +116,13 @@ async def _clear_previous_locations(
     settings: RegistrarSettings, parts: RegistrarParts, client: ConsulClient, timing: Timing
 ) -> None:
     """Remove services from places of earlier settings as far as they are at the new one."""
-    identity = parts.rules.identity
+    identity = parts.core.rules.identity
 
     def is_ours(service: Service) -> bool:
-        return identity.claim(service, parts.desired.cluster_uid) is Claim.OURS
+        return identity.claim(service, parts.core.desired.cluster_uid) is Claim.OURS
 
     def may_go(service: Service) -> bool:
-        return isinstance(parts.observed.get(service.id), AsDesired)
+        return isinstance(parts.core.observed.get(service.id), AsDesired)
 
     controller = parts.controller
     await clear_previous_locations(
@@ -184,6 +184,6 @@ async def _run(
     async with asyncio.TaskGroup() as group:
         electing = None if elector is None else group.create_task(elector.run())
         await run_until_stopped(stop, parts.reflectors.run(), parts.controller.run(), *aside)
-        parts.controller.status.is_draining = True
+        parts.core.status.is_draining = True
         if electing is not None:
             electing.cancel()

@@ -27,7 +27,7 @@ async def _sync(settings: RegistrarSettings) -> int:
         found = await parts.resync.run()
         done = await _drained(parts)
         problems = source_problems(parts)
-        rejected = len(parts.desired.rejections) + len(parts.controller.status.lost_rejections())
+        rejected = len(parts.core.desired.rejections) + len(parts.core.status.lost_rejections())
     unchanged = found.unchanged + done.unchanged
     print(
         f"registered {done.registered}, updated {done.updated}, deregistered {done.deregistered}, "
@@ -41,7 +41,7 @@ async def _sync(settings: RegistrarSettings) -> int:
 async def _drained(parts: RegistrarParts) -> Counts:
     """Reconcile until only refused writes are left, which nothing waits for; raises a `ConsulError`."""
     total = Counts()
-    while (batch := parts.queue.take(BATCH, time.monotonic())) is not None:
+    while (batch := parts.core.queue.take(BATCH, time.monotonic())) is not None:
         if batch.is_retry:
             break
         total += await parts.reconciler.reconcile(batch)

@@ -8,20 +8,16 @@ from contextlib import suppress
 from enum import Enum
 from typing import TypeVar
 
-import msgspec
-
 from k8s_consul_registrar.asyncio_tools import end_tasks
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.errors import ConsulError, ConsulFenced
 from k8s_consul_registrar.kube.source_state import SourceStatus, Synced
 from k8s_consul_registrar.model import Drift, Source
 from k8s_consul_registrar.registrar.decide import Kept
-from k8s_consul_registrar.registrar.desired import Change, DesiredState
-from k8s_consul_registrar.registrar.interfaces import Health, Leadership, NoElection, Orphans, Registry
-from k8s_consul_registrar.registrar.observed import ObservedState
-from k8s_consul_registrar.registrar.queue import Batch, Priority, WorkQueue
-from k8s_consul_registrar.registrar.reconciler import Reconciler
-from k8s_consul_registrar.registrar.reporter import Reporter
+from k8s_consul_registrar.registrar.desired import Change
+from k8s_consul_registrar.registrar.interfaces import Health, Leadership, NoElection, Orphans
+from k8s_consul_registrar.registrar.queue import Batch, Priority
+from k8s_consul_registrar.registrar.reconciler import Core, Reconciler
 from k8s_consul_registrar.registrar.resync import Resync
 from k8s_consul_registrar.registrar.schedule import Gate, Need, Schedule, ScheduleRules, Step, StepKind
 from k8s_consul_registrar.registrar.status import RegistrarStatus
@@ -45,20 +41,6 @@ class Role(Enum):
     STANDBY = "standby"
 
 
-class Parts(msgspec.Struct, frozen=True):
-    """The parts that the controller drives."""
-
-    desired: DesiredState
-    observed: ObservedState
-    queue: WorkQueue
-    registry: Registry
-    reconciler: Reconciler
-    resync: Resync
-    reporter: Reporter
-    status: RegistrarStatus
-    health: Health
-
-
 class Controller:
     """Starts each piece of work when it is due, and never waits for one to start another.
 
@@ -68,7 +50,10 @@ class Controller:
 
     def __init__(
         self,
-        parts: Parts,
+        core: Core,
+        reconciler: Reconciler,
+        resync: Resync,
+        health: Health,
         *,
         schedule: ScheduleRules,
         timing: Timing,
@@ -78,7 +63,10 @@ class Controller:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make the controller; `probe_consul` is told whether nothing is left to write."""
-        self._parts = parts
+        self._core = core
+        self._reconciler = reconciler
+        self._resyncer = resync
+        self._health = health
         self._probe_consul = probe_consul
         self._rules = schedule
         self._timing = timing
@@ -98,59 +86,59 @@ class Controller:
         self._collects_orphans = False
         self._listed: dict[Source, float | None] = {}
         self._standby_read_due = clock()
-        self._gate = Gate(parts.health, timing, clock)
+        self._gate = Gate(health, timing, clock)
         self._expected_at = clock()
-        parts.status.ticked_at = clock()
-        parts.desired.subscribe(self.on_change, self.on_source)
+        core.status.ticked_at = clock()
+        core.desired.subscribe(self.on_change, self.on_source)
 
     @property
     def status(self) -> RegistrarStatus:
         """Where the registrar stands."""
-        return self._parts.status
+        return self._core.status
 
     @property
     def is_complete(self) -> bool:
         """True if everything was compared once and written, and Consul refused nothing that is still owed."""
-        parts = self._parts
-        return parts.status.has_synced and not parts.status.refused and parts.queue.is_drained
+        core = self._core
+        return core.status.has_synced and not core.status.refused and core.queue.is_drained
 
     # What wakes the loop
 
     def on_change(self, change: Change) -> None:
         """Queue the service IDs that a change of the cluster concerns; a standby leaves them to the leader."""
-        parts = self._parts
-        if change.rejection is not None and parts.status.has_synced:
-            parts.reporter.rejected(change.rejection)
+        core = self._core
+        if change.rejection is not None and core.status.has_synced:
+            core.reporter.rejected(change.rejection)
         if self._role is Role.STANDBY:
             return
         now = self._clock()
         priority = Priority.BULK if change.heard_at is None else Priority.CHANGE
         for service_id in change.asked:
-            parts.queue.add(service_id, now, priority, change.heard_at)
+            core.queue.add(service_id, now, priority, change.heard_at)
         if change.dropped:
             removal = max(priority, Priority.REMOVAL)
-            parts.queue.add_after(change.dropped, change.asked, now, removal, change.heard_at)
+            core.queue.add_after(change.dropped, change.asked, now, removal, change.heard_at)
         self._has_changes = True
         self._wake.set()
 
     def on_source(self, source: Source, status: SourceStatus) -> None:
         """Ask for a judgement once a source was listed, or when services wait for a list or a synced source."""
-        parts = self._parts
+        core = self._core
         is_synced = isinstance(status.state, Synced)
         if is_synced and status.listed_at != self._listed.get(source):
             is_asked_for = source not in self._listed or source in self._awaited
-            is_due = is_asked_for or parts.desired.has_absences or bool(parts.observed.others)
+            is_due = is_asked_for or core.desired.has_absences or bool(core.observed.others)
             self._listed[source] = status.listed_at
         else:
             is_due = is_synced and self._has_stale_services
         if is_due:
             self._schedule = self._schedule.judge_at(self._clock())
-        parts.reporter.sources(parts.desired.store.statuses())
+        core.reporter.sources(core.desired.store.statuses())
         self._wake.set()
 
     def on_cluster_uid(self, uid: str) -> None:
         """Take over which cluster answers; another one is a reason to compare everything."""
-        if self._parts.desired.learn_cluster_uid(uid):
+        if self._core.desired.learn_cluster_uid(uid):
             self._want(Need.URGENT)
             self._wake.set()
 
@@ -164,11 +152,11 @@ class Controller:
                 await self._turn()
         finally:
             await end_tasks([watch, *self._batches, *([self._step] if self._step else [])])
-            self._parts.reporter.flush()
+            self._core.reporter.flush()
 
     async def _turn(self) -> None:
         """Start what is due, then wait for the next reason to look."""
-        now = self._parts.status.ticked_at = self._clock()
+        now = self._core.status.ticked_at = self._clock()
         self._notice_suspension(now)
         role = Role.LEADER if self._leadership.is_leader else Role.STANDBY
         if role is not self._role:
@@ -176,11 +164,11 @@ class Controller:
         if role is Role.LEADER:
             self._dispatch(now)
         self._start_step(now)
-        self._parts.reporter.consul(self._gate.problem, is_up=self._gate.is_up)
+        self._core.reporter.consul(self._gate.problem, is_up=self._gate.is_up)
         self._check_synced()
-        self._parts.reporter.shared_endpoints(self._parts.desired.endpoints)
-        self._parts.reporter.flush_due()
-        self._expected_at = min(self._due(now), self._parts.reporter.due, now + self._timing.tick)
+        self._core.reporter.shared_endpoints(self._core.desired.endpoints)
+        self._core.reporter.flush_due()
+        self._expected_at = min(self._due(now), self._core.reporter.due, now + self._timing.tick)
         with suppress(TimeoutError):
             async with asyncio.timeout(self._expected_at - now):
                 await self._wake.wait()
@@ -195,8 +183,8 @@ class Controller:
         if self._role is Role.STANDBY:
             return max(self._standby_read_due, opens_at) if self._step is None else math.inf
         due = math.inf
-        if self._parts.observed.is_complete and self._in_flight < self._slots():
-            due = self._parts.queue.next_due(now, with_bulk=self._has_bulk_slot())
+        if self._core.observed.is_complete and self._in_flight < self._slots():
+            due = self._core.queue.next_due(now, with_bulk=self._has_bulk_slot())
         if self._step is None:
             due = min(due, self._next_step(now).until)
         return max(due, opens_at)
@@ -213,34 +201,34 @@ class Controller:
             self._want(Need.URGENT)
 
     async def _change_role(self, role: Role) -> None:
-        parts = self._parts
+        core = self._core
         if self._step is not None:
             await end_tasks([self._step])
             self._step = None
         self._role = role
         if role is Role.LEADER:
-            parts.observed.expire()
-            parts.desired.begin_leading()
-            parts.queue.clear()
+            core.observed.expire()
+            core.desired.begin_leading()
+            core.queue.clear()
             self._schedule = Schedule.start(self._rules, self._clock())
-            parts.reporter.leads()
+            core.reporter.leads()
         else:
-            parts.queue.clear()
+            core.queue.clear()
             self._standby_read_due = self._clock()
-            parts.reporter.stands_by()
+            core.reporter.stands_by()
             if self._orphans is not None:
                 self._orphans.rest()
-                parts.status.lost_agents = self._orphans.lost
+                core.status.lost_agents = self._orphans.lost
 
     # Batches
 
     def _slots(self) -> int:
-        return self._parts.health.concurrency(self._parts.registry.concurrency)
+        return self._health.concurrency(self._core.registry.concurrency)
 
     def _has_bulk_slot(self) -> bool:
         """Return True if a bulk batch may start: slots are left to changes, and only one batch is partial."""
         slots = self._slots()
-        is_partial = self._parts.queue.bulk_waiting < self._parts.registry.batch_size
+        is_partial = self._core.queue.bulk_waiting < self._core.registry.batch_size
         return self._bulk_in_flight < (1 if is_partial else max(1, slots - slots // SLOTS_FOR_CHANGES))
 
     def _dispatch(self, now: float) -> None:
@@ -252,11 +240,11 @@ class Controller:
 
     def _take(self, now: float) -> Batch | None:
         """Return the next batch if one is due, may be written and has a slot; it counts as in flight."""
-        parts = self._parts
-        may_write = self._role is Role.LEADER and self._leadership.is_leader and parts.observed.is_complete
+        core = self._core
+        may_write = self._role is Role.LEADER and self._leadership.is_leader and core.observed.is_complete
         if not may_write or now < self._gate.opens_at or self._in_flight >= self._slots():
             return None
-        batch = parts.queue.take(parts.registry.batch_size, now, with_bulk=self._has_bulk_slot())
+        batch = core.queue.take(core.registry.batch_size, now, with_bulk=self._has_bulk_slot())
         if batch is not None:
             self._in_flight += 1
             self._bulk_in_flight += batch.priority is Priority.BULK
@@ -274,12 +262,12 @@ class Controller:
     async def _reconcile_one(self, batch: Batch) -> int:
         """Reconcile one batch that was taken; return how many services were written."""
         try:
-            counts = await self._attempt("batch", self._parts.reconciler.reconcile(batch))
+            counts = await self._attempt("batch", self._reconciler.reconcile(batch))
             if (
                 counts is None or not counts.writes
             ):  # a batch that needed no request says nothing about Consul
                 return 0
-            self._gate.open("batch", is_drained=self._parts.queue.is_drained)
+            self._gate.open("batch", is_drained=self._core.queue.is_drained)
             return counts.writes
         finally:
             self._in_flight -= 1
@@ -289,7 +277,7 @@ class Controller:
     # Resyncs, probes and orphans
 
     def _next_step(self, now: float) -> Step:
-        looks = self._orphans is not None and self._parts.status.has_synced
+        looks = self._orphans is not None and self._core.status.has_synced
         return self._schedule.next(now, self._orphans.look_due if self._orphans and looks else math.inf)
 
     def _start_step(self, now: float) -> None:
@@ -300,7 +288,7 @@ class Controller:
         if self._role is Role.STANDBY:
             if self._standby_read_due <= now:
                 work = self._read_as_standby()
-        elif self._collects_orphans and self._parts.queue.is_drained:
+        elif self._collects_orphans and self._core.queue.is_drained:
             self._collects_orphans = False
             work = self._handle_orphans(collects=True)
         else:
@@ -324,12 +312,12 @@ class Controller:
             self._wake.set()
 
     async def _resync(self, *, reads: bool) -> None:
-        found = await self._attempt("resync", self._parts.resync.run(reads=reads))
+        found = await self._attempt("resync", self._resyncer.run(reads=reads))
         if found is None:
             self._want(Need.URGENT)
             return
         if found.read_seconds is not None:
-            self._gate.open("resync", is_drained=self._parts.queue.is_drained)
+            self._gate.open("resync", is_drained=self._core.queue.is_drained)
             self._schedule = self._schedule.resynced(self._clock(), found.read_seconds)
             self._collects_orphans = self._orphans is not None
         self._schedule = self._schedule.judge_at(found.judged.again_at)
@@ -338,17 +326,17 @@ class Controller:
 
     async def _probe(self) -> None:
         """Ask whether something else wrote to Consul."""
-        if self._parts.observed.is_complete:
+        if self._core.observed.is_complete:
             drift = await self._attempt("probe", self._ask_for_drift())
             if drift is not None:
-                self._gate.open("probe", is_drained=self._parts.queue.is_drained)
+                self._gate.open("probe", is_drained=self._core.queue.is_drained)
                 self._want({Drift.CHANGED: Need.DRIFT, Drift.EMPTIED: Need.URGENT}.get(drift, Need.NONE))
         self._schedule = self._schedule.probed(self._clock())
 
     async def _ask_for_drift(self) -> Drift:
-        if self._probe_consul is not None and not self._parts.health.is_up:
-            await self._probe_consul(self._parts.queue.is_drained)
-        return await self._parts.registry.drift()
+        if self._probe_consul is not None and not self._health.is_up:
+            await self._probe_consul(self._core.queue.is_drained)
+        return await self._core.registry.drift()
 
     async def _handle_orphans(self, *, collects: bool) -> None:
         """Look for lost agents, or remove what may go from their nodes."""
@@ -357,15 +345,15 @@ class Controller:
             await self._orphans.collect()
         elif await self._orphans.look():
             self._want(Need.DRIFT)
-        self._parts.status.lost_agents = self._orphans.lost
+        self._core.status.lost_agents = self._orphans.lost
 
     async def _read_as_standby(self) -> None:
         """Read what the leader wrote: what a standby serves has the leader's shards."""
-        if await self._attempt("resync", self._parts.resync.read()) is not None:
-            self._gate.open("resync", is_drained=self._parts.queue.is_drained)
+        if await self._attempt("resync", self._resyncer.read()) is not None:
+            self._gate.open("resync", is_drained=self._core.queue.is_drained)
             self._standby_read_due = self._clock() + self._timing.standby_look
             # What differs is the leader's to write.
-            self._parts.queue.clear()
+            self._core.queue.clear()
 
     # Failures
 
@@ -377,10 +365,10 @@ class Controller:
             # The role changes with the next turn; until then nothing is written.
             self._gate.wait_a_moment()
         except ConsulError as error:
-            self._parts.reporter.failed()
+            self._core.reporter.failed()
             self._gate.close(what, str(error))
         except Exception as error:  # noqa: BLE001 - counted and logged; nothing ends the daemon
-            self._parts.reporter.internal_error(what, error)
+            self._core.reporter.internal_error(what, error)
             self._gate.close(what, f"internal error: {type(error).__name__}")
         return None
 
@@ -389,12 +377,12 @@ class Controller:
 
     def _check_synced(self) -> None:
         """Note that everything was compared once, and tried."""
-        parts = self._parts
-        if parts.status.has_synced or not parts.observed.is_complete:
+        core = self._core
+        if core.status.has_synced or not core.observed.is_complete:
             return
-        if any(status.listed_at is None for status in parts.desired.store.statuses().values()):
+        if any(status.listed_at is None for status in core.desired.store.statuses().values()):
             return
         is_compared = (
-            self._schedule.is_at_rest(self._clock()) and self._step is None and parts.queue.is_drained
+            self._schedule.is_at_rest(self._clock()) and self._step is None and core.queue.is_drained
         )
-        parts.status.has_synced = self._role is Role.STANDBY or is_compared
+        core.status.has_synced = self._role is Role.STANDBY or is_compared

@@ -35,11 +35,25 @@ from k8s_consul_registrar.registrar.observed import (
 )
 from k8s_consul_registrar.registrar.queue import Batch, WorkQueue
 from k8s_consul_registrar.registrar.reporter import Reporter
-from k8s_consul_registrar.registrar.status import Counts
+from k8s_consul_registrar.registrar.status import Counts, RegistrarStatus
 
 HIDDEN = "a service that the token may not see"
 
 _Writing: TypeAlias = Register | Update
+
+
+class Core(msgspec.Struct, frozen=True):
+    """The state of a registrar, and what its reconciler, resync and controller share beside it."""
+
+    desired: DesiredState
+    observed: ObservedState
+    queue: WorkQueue
+    registry: Registry
+    rules: Rules
+    names: NameGuard
+    contests: Contests
+    reporter: Reporter
+    status: RegistrarStatus
 
 
 class _Work(msgspec.Struct):
@@ -62,27 +76,15 @@ class Reconciler:
     immediately before the write narrows the race with other writers to milliseconds; it cannot close it.
     """
 
-    def __init__(
-        self,
-        *,
-        desired: DesiredState,
-        observed: ObservedState,
-        queue: WorkQueue,
-        registry: Registry,
-        rules: Rules,
-        names: NameGuard,
-        contests: Contests,
-        reporter: Reporter,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._desired = desired
-        self._observed = observed
-        self._queue = queue
-        self._registry = registry
-        self._rules = rules
-        self._names = names
-        self._contests = contests
-        self._reporter = reporter
+    def __init__(self, core: Core, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._desired = core.desired
+        self._observed = core.observed
+        self._queue = core.queue
+        self._registry = core.registry
+        self._rules = core.rules
+        self._names = core.names
+        self._contests = core.contests
+        self._reporter = core.reporter
         self._clock = clock
 
     async def reconcile(self, batch: Batch) -> Counts:

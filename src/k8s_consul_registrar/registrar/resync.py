@@ -9,22 +9,17 @@ from typing import NamedTuple
 from k8s_consul_registrar.asyncio_tools import in_slices
 from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.registrar.absences import Absences, Findings, Judged
-from k8s_consul_registrar.registrar.decide import Deregister, Infer, Keep, Kept, Rules, decide
-from k8s_consul_registrar.registrar.desired import DesiredState
-from k8s_consul_registrar.registrar.interfaces import Registry
-from k8s_consul_registrar.registrar.names import NameGuard
+from k8s_consul_registrar.registrar.decide import Deregister, Infer, Keep, Kept, decide
 from k8s_consul_registrar.registrar.observed import (
     AsDesired,
-    Contests,
     Foreign,
     Observed,
-    ObservedState,
     Other,
     observe,
     with_known_zone,
 )
-from k8s_consul_registrar.registrar.queue import Priority, WorkQueue
-from k8s_consul_registrar.registrar.reporter import Reporter
+from k8s_consul_registrar.registrar.queue import Priority
+from k8s_consul_registrar.registrar.reconciler import Core
 from k8s_consul_registrar.registrar.status import Counts
 
 # Services compared between two turns of the event loop.
@@ -52,28 +47,21 @@ class Resync:
 
     def __init__(
         self,
-        *,
-        desired: DesiredState,
-        observed: ObservedState,
-        queue: WorkQueue,
-        registry: Registry,
-        rules: Rules,
-        names: NameGuard,
-        contests: Contests,
+        core: Core,
         absences: Absences,
-        reporter: Reporter,
+        *,
         id_prefix: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._desired = desired
-        self._observed = observed
-        self._queue = queue
-        self._registry = registry
-        self._rules = rules
-        self._names = names
-        self._contests = contests
+        self._desired = core.desired
+        self._observed = core.observed
+        self._queue = core.queue
+        self._registry = core.registry
+        self._rules = core.rules
+        self._names = core.names
+        self._contests = core.contests
         self._absences = absences
-        self._reporter = reporter
+        self._reporter = core.reporter
         self._id_prefix = id_prefix
         self._clock = clock
 

@@ -23,7 +23,7 @@ from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.reflector import Reflectors
 from k8s_consul_registrar.model import Kind, ObjectKey, Source
 from k8s_consul_registrar.registrar.absences import Absences, SelectionRecord
-from k8s_consul_registrar.registrar.controller import Controller, Parts
+from k8s_consul_registrar.registrar.controller import Controller
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.elector import Elector
@@ -35,7 +35,7 @@ from k8s_consul_registrar.registrar.observed import Contests, ObservedState
 from k8s_consul_registrar.registrar.orphan_collector import OrphanCollector, OrphanRules
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.queue import WorkQueue
-from k8s_consul_registrar.registrar.reconciler import Reconciler
+from k8s_consul_registrar.registrar.reconciler import Core, Reconciler
 from k8s_consul_registrar.registrar.reporter import Reporter
 from k8s_consul_registrar.registrar.resync import Resync
 from k8s_consul_registrar.registrar.schedule import FULL_READ_GAP, GhostChecks, ScheduleRules
@@ -53,16 +53,11 @@ from k8s_consul_registrar.wiring.consul import consul_access, consul_registry
 class RegistrarParts:
     """The parts of a registrar that other parts of the program read."""
 
+    core: Core
     controller: Controller
-    desired: DesiredState
-    observed: ObservedState
-    reflectors: Reflectors
-    rules: Rules
-    resync: Resync
-    queue: WorkQueue
-    registry: Registry
     reconciler: Reconciler
-    names: NameGuard
+    resync: Resync
+    reflectors: Reflectors
     cluster_uid: ClusterUid
     selection: SelectionRecord
 
@@ -238,34 +233,11 @@ class Wiring:
             cluster_uid=cluster_uid,
             on_internal_error=reporter.internal_error,
         )
+        core = Core(desired, observed, queue, registry, rules, names, contests, reporter, status)
+        reconciler = Reconciler(core)
         cluster = _KubeCluster(kube, reflectors, settings.selection.selectors)
-        reconciler = Reconciler(
-            desired=desired,
-            observed=observed,
-            queue=queue,
-            registry=registry,
-            rules=rules,
-            names=names,
-            contests=contests,
-            reporter=reporter,
-        )
-        resync = Resync(
-            desired=desired,
-            observed=observed,
-            queue=queue,
-            registry=registry,
-            rules=rules,
-            names=names,
-            contests=contests,
-            absences=Absences(
-                desired,
-                cluster,
-                settings.brake,
-                is_same_selection=selection.is_same,
-            ),
-            reporter=reporter,
-            id_prefix=settings.naming.id_prefix,
-        )
+        absences = Absences(desired, cluster, settings.brake, is_same_selection=selection.is_same)
+        resync = Resync(core, absences, id_prefix=settings.naming.id_prefix)
         upkeep = None
         # Only there a service has an agent to lose.
         if client is not None and isinstance(registry, AgentRegistry):
@@ -292,9 +264,11 @@ class Wiring:
             if client is not None:
                 await client.probe(is_write_owed=not is_drained)
 
-        health = AlwaysAvailable() if client is None else client.health
         controller = Controller(
-            Parts(desired, observed, queue, registry, reconciler, resync, reporter, status, health),
+            core,
+            reconciler,
+            resync,
+            AlwaysAvailable() if client is None else client.health,
             schedule=ScheduleRules(
                 period=settings.sync_period, probe=timing.probe, gap=min(FULL_READ_GAP, settings.sync_period)
             ),
@@ -303,20 +277,7 @@ class Wiring:
             orphans=upkeep,
             probe_consul=probe_consul,
         )
-        return RegistrarParts(
-            controller,
-            desired,
-            observed,
-            reflectors,
-            rules,
-            resync,
-            queue,
-            registry,
-            reconciler,
-            names,
-            cluster_uid,
-            selection,
-        )
+        return RegistrarParts(core, controller, reconciler, resync, reflectors, cluster_uid, selection)
 
     def _kinds_with_template(self) -> frozenset[Kind]:
         """Return the kinds whose service names are not the default, which contains the object's own name."""
