@@ -11,8 +11,9 @@ import pytest
 from k8s_consul_registrar.sandbox.certificates import Authority, KubeletCertificate
 from k8s_consul_registrar.sandbox.kubelet import Kubelet
 from support.cluster import PROXY_RULES, REGISTRAR_RULES, rule
+from support.doors import TcpProxy
 from support.lab import Lab, running_lab, running_lab_with
-from support.processes import Program
+from support.processes import LOOPBACK, Program
 from support.real_servers import REAL, real_consul
 from support.waiting import PATIENCE
 
@@ -121,6 +122,21 @@ async def test_kubelet_of_a_foreign_authority(tmp_path: Path) -> None:
     assert list(said.failed) == ["kubelet n1"]
     assert said.failed["kubelet n1"].startswith("set KUBELET_CA_FILE to the CA that signed it")
     assert (repaired.code, repaired.failed) == (0, {})
+
+
+async def test_agents_of_several_nodes() -> None:
+    """Behind a load balancer the agent backend registers everything twice; the catalog is right there."""
+    async with running_lab() as lab, lab.consul.peer("agent-2") as other:
+        ports = (int(one.address.rpartition(":")[2]) for one in (lab.consul, other))
+        async with TcpProxy(LOOPBACK, *ports) as service:
+            lab.token_file.write_text(await lab.cluster.token(REGISTRAR_RULES))
+            agent = await said_by_check(lab, "registrar", CONSUL_ADDRESS=service.address)
+            catalog = await said_by_check(
+                lab, "registrar", CONSUL_ADDRESS=service.address, CONSUL_BACKEND="catalog"
+            )
+    assert agent.failed == {"consul agent": "set CONSUL_BACKEND=catalog, or CONSUL_ADDRESS to one agent"}
+    assert "agents of several nodes answer (agent-1, agent-2)" in agent.text
+    assert catalog.failed == {}
 
 
 async def test_http_sd_without_consul_names_what_it_needs(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Releases after 1.8 are simulated (see `sandbox/test_consul_releases.py`).
 """
 
 import contextlib
+import json
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -212,16 +213,36 @@ async def test_servers_behind_one_address_have_one_set_in_the_catalog() -> None:
         await daemon.until(lambda: len(catalog.services_of(NODE)) == len(IDS) - 1)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the agent backend does not notice yet that servers answer it"
-)
+UNFIT = "CONSUL_ADDRESS does not suit the agent backend"
+
+
 async def test_agent_backend_says_that_servers_answer_it() -> None:
-    """Services spread over the servers' own agents, where nobody finds them again; that is said at once."""
+    """Services spread over the servers' own agents, where nothing finds them again; that is reported at once."""
     async with running_servers() as lab, await lab.registrar() as daemon:
         for number, name in enumerate(PODS):
             await lab.cluster.add_pod(name, ips=[f"198.51.100.{number + 10}"])
         await daemon.until(lambda: set().union(*lab.held) == IDS)
-        await daemon.until(lambda: sum(map(bool, lab.held)) > 1, "services at several servers")
-        await daemon.passes(2)
-        warnings = [line for line in daemon.lines if line["level"] in ("warning", "error")]
-        assert any("server" in str(line) for line in warnings)
+        every = "server-0, server-1, server-2"
+        several = await daemon.until_said(UNFIT, f"agents of several nodes answer: {every}")
+        server = await daemon.until_said(UNFIT, f"belong to its node {every}")
+        for line in (several, server):
+            assert (line["level"], "CONSUL_BACKEND=catalog" in line["problem"]) == ("warning", True)
+            assert await daemon.metric(f'agent_problem{{problem="{line["about"]}"}}') == 1
+        _, page = await daemon.admin("/api/v1/status")
+        consul = json.loads(page)["consul"]
+        assert (consul["is_up"], several["problem"] in consul["problem"]) == (True, True)
+        logged = len(daemon.said(UNFIT))
+        await daemon.passes(3)
+        assert len(daemon.said(UNFIT)) == logged, "nothing new is not logged again"
+
+
+async def test_agent_backend_at_a_single_server_works_and_says_so() -> None:
+    """A server that is the local agent as well keeps one set of services, and removes them again."""
+    async with running_lab(ConsulOptions(NEWEST)) as lab:
+        await populate(lab)
+        async with await lab.registrar() as daemon:
+            await daemon.until(lambda: lab.has(*IDS))
+            (line,) = daemon.said(UNFIT)
+            assert (line["about"], "agent-1" in line["problem"]) == ("server", True)
+            await lab.cluster.delete_pod("web-0")
+            await daemon.until(lambda: lab.has(*IDS - {"pod--shop--web-0"}))

@@ -246,7 +246,7 @@ def _status(view: RegistrarView) -> dict[str, Any]:
             "backend": about.backend,
             "address": about.consul,
             "is_up": not state.consul_problem,
-            "problem": state.consul_problem,
+            "problem": state.consul_problem or " ".join(state.agent_problems.values()),
         },
         "sources": [
             {

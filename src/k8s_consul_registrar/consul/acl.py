@@ -19,6 +19,8 @@ from k8s_consul_registrar.model import Service
 # Consul's own web interface asks here; there since 1.7, and it writes nothing.
 AUTHORIZE = "/v1/internal/acl/authorize"
 AGENT_SELF = "/v1/agent/self"
+# New connections over which an agent is asked who it is: a load balancer shows itself by different answers.
+CONNECTIONS = 3
 # The first parts of paths below /v1/agent/service/ that mean something else than an ID.
 _TAKEN = ("register", "deregister", "maintenance")
 
@@ -52,6 +54,8 @@ class _Config(msgspec.Struct, rename="pascal"):
 class _Self(msgspec.Struct, rename="pascal"):
     config: _Config
 
+
+UNREADABLE = "the token may not read the agent, so its own node is not known"
 
 _answers = msgspec.json.Decoder(list[_Answer])
 _self = msgspec.json.Decoder(_Self)
@@ -105,7 +109,7 @@ async def read_own_node(client: ConsulClient) -> str:
     """Return the node of the agent we talk to; raises a `ConsulError`."""
     agent = await read_self(client)
     if agent is None or not agent.node:
-        raise ConsulForbidden("the token may not read the agent, so its own node is not known")
+        raise ConsulForbidden(UNREADABLE)
     return agent.node
 
 
@@ -135,6 +139,18 @@ def can_be_named(service_id: str) -> bool:
     *leading, last = service_id.split("/")
     is_clean = "" not in leading and not {".", ".."} & {*leading, last}
     return is_clean and service_id.isprintable() and (leading or [last])[0] not in _TAKEN
+
+
+async def read_agents(client: ConsulClient) -> tuple[AgentSelf, ...]:
+    """Return the agents that answer over a few new connections; raises a `ConsulError`."""
+    agents = []
+    for _ in range(CONNECTIONS):
+        async with client.single() as single:
+            agent = await read_self(single)
+        if agent is None or not agent.node:
+            raise ConsulForbidden(UNREADABLE)
+        agents.append(agent)
+    return tuple(agents)
 
 
 async def read_service_names(client: ConsulClient) -> list[str]:

@@ -10,7 +10,13 @@ from urllib.parse import quote
 
 from msgspec.structs import replace
 
-from k8s_consul_registrar.consul.acl import can_be_named, read_agent_service, read_own_node
+from k8s_consul_registrar.consul.acl import (
+    AgentSelf,
+    can_be_named,
+    read_agent_service,
+    read_agents,
+    read_own_node,
+)
 from k8s_consul_registrar.consul.batches import Blame, Outcomes, for_each, write_each
 from k8s_consul_registrar.consul.client import ConsulClient, is_filtered
 from k8s_consul_registrar.consul.codec import (
@@ -77,10 +83,12 @@ class AgentRegistry:
         self._token_version = 0
         self._meta_keys = meta_keys or MetaKeys()
         self.ghosts = AgentGhosts(client, self._meta_keys)
+        # Told at each full read which agents answer.
+        self.on_agents: Callable[[Sequence[AgentSelf]], None] = lambda _: None
 
     async def services(self) -> AsyncIterator[Service]:
         """Yield every service of the agent, whatever wrote it; raises a `ConsulError`."""
-        await self._node.begin()
+        await self._node.begin(self.on_agents)
         removed = self._removed = set()
         answer = await self._client.request("GET", "/v1/agent/services")
         mirrored = await self._node.hashes()
@@ -223,10 +231,12 @@ class _AgentNode:
         self._name = ""
         self._is_readable = True
 
-    async def begin(self) -> None:
-        """Watch the node from now on, before a full read of the agent."""
+    async def begin(self, on_agents: Callable[[Sequence[AgentSelf]], None]) -> None:
+        """Watch the node from now on, before a full read of the agent, and tell which agents answer."""
         try:
-            self._name = await read_own_node(self._client)
+            agents = await read_agents(self._client)
+            on_agents(agents)
+            self._name = agents[-1].node
             await self._drift.begin(self._name)
         except ConsulError as error:
             self._unreadable(error)

@@ -1,9 +1,10 @@
-"""Ghost collector: removes what the agent left in the catalog when it deregistered a service or lost its data."""
+"""Care for the agent: what it left in the catalog is removed, and an agent that does not suit is reported."""
 
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+from k8s_consul_registrar.consul.acl import AgentSelf
 from k8s_consul_registrar.errors import (
     ClusterError,
     ConsulBusy,
@@ -20,7 +21,7 @@ from k8s_consul_registrar.registrar.observed import Other, observe
 from k8s_consul_registrar.registrar.ownership import Claim
 from k8s_consul_registrar.registrar.reporter import LogOnce
 from k8s_consul_registrar.registrar.schedule import GhostChecks
-from k8s_consul_registrar.registrar.status import LostAgent
+from k8s_consul_registrar.registrar.status import AgentProblem, AgentsSeen, LostAgent, RegistrarStatus
 from k8s_consul_registrar.telemetry import get_logger
 
 # Ghosts that a log line names.
@@ -70,9 +71,12 @@ class GhostCollector:
         cluster: ClusterReader,
         checks: GhostChecks,
         metrics: RegistrarMetrics,
+        is_steady: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Make the collector; `is_steady` returns False while the agents of several nodes answer."""
         self._agent = agent
+        self._is_steady = is_steady
         self._desired = desired
         self._decisions = decisions
         self._cluster = cluster
@@ -134,7 +138,8 @@ class GhostCollector:
         going, is_pending = await self._may_go(due, ghosts.deregistered)
         self._name([service.id for service, _ in due])
         # An object may have come back while others were asked for.
-        going = [one for one in going if one.id not in self._desired.claims]
+        is_steady = self._is_steady()
+        going = [one for one in going if is_steady and one.id not in self._desired.claims]
         written = await self._agent.remove(ghosts.node, going) if going else Written()
         self._metrics.ghosts.set(len(due) - written.done)
         self._say_what_went(written)
@@ -224,6 +229,31 @@ class GhostCollector:
             log.debug("no look for services that the agent left in the catalog", problem=str(error))
         elif self._problems.new("look", str(error)):
             log.info("services that the agent left in the catalog cannot be looked for", problem=str(error))
+
+
+class AgentWatch:
+    """Reports agents that the agent backend cannot rely on."""
+
+    def __init__(self, metrics: RegistrarMetrics, status: RegistrarStatus) -> None:
+        self._metrics = metrics
+        self._status = status
+        self._seen = AgentsSeen()
+        self._logged = LogOnce()
+
+    def looked(self, agents: Sequence[AgentSelf]) -> None:
+        """Take over which agents answer now."""
+        servers = [one.node for one in agents if one.is_server]
+        self._seen = self._seen.looked([one.node for one in agents], servers)
+        self._status.agent_problems = problems = self._seen.problems()
+        for about, text in self._logged.only(problems):
+            log.warning("CONSUL_ADDRESS does not suit the agent backend", about=about, problem=text)
+        for problem in AgentProblem:
+            self._metrics.agent_problem.labels(problem.value).set(problem.value in problems)
+
+    @property
+    def is_steady(self) -> bool:
+        """True unless the agents of several nodes answer."""
+        return AgentProblem.SEVERAL_NODES not in self._status.agent_problems
 
 
 class Upkeep:

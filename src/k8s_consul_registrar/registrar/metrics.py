@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 from k8s_consul_registrar.model import Kind
 from k8s_consul_registrar.registrar.decide import Kept
 from k8s_consul_registrar.registrar.orphans import Stays
+from k8s_consul_registrar.registrar.status import AgentProblem
 
 PASS_OUTCOMES = ("success", "partial", "failure")
 WRITE_VERBS = ("register", "update", "deregister")
@@ -71,6 +72,12 @@ class RegistrarMetrics:
             f"{PREFIX}_orphan_removals",
             "Services removed from nodes of lost agents.",
             ["outcome"],
+            registry=registry,
+        )
+        self.agent_problem = Gauge(
+            f"{PREFIX}_agent_problem",
+            "1 while CONSUL_ADDRESS does not suit the agent backend, by why.",
+            ["problem"],
             registry=registry,
         )
         self.ghosts = Gauge(
@@ -137,6 +144,8 @@ class RegistrarMetrics:
         for outcome in WRITE_OUTCOMES:
             self.orphan_removals.labels(outcome)
             self.ghost_removals.labels(outcome)
+        for problem in AgentProblem:
+            self.agent_problem.labels(problem.value)
         for why in Kept:
             self.kept.labels(why.value)
         for stays in Stays:

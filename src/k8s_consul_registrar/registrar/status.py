@@ -2,7 +2,8 @@
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from enum import StrEnum
 from typing import NamedTuple
 
 import msgspec
@@ -16,6 +17,8 @@ from k8s_consul_registrar.registrar.decide import Conflict
 RECENT = 20
 # Seconds after which a loop that has not turned hangs: no request may take a tenth of that.
 HANG = 600.0
+# Looks in a row that show one node, after which no other is expected; nodes that are remembered until then.
+STEADY_LOOKS, MOST_NODES = 3, 10
 
 
 class Counts(msgspec.Struct, frozen=True):
@@ -70,6 +73,50 @@ class LostAgent(NamedTuple):
     stays: Mapping[str, int]
 
 
+class AgentProblem(StrEnum):
+    """Reason why CONSUL_ADDRESS does not suit the agent backend: fit for a metric's label."""
+
+    SERVER = "server"
+    SEVERAL_NODES = "several_nodes"
+
+
+class AgentsSeen(msgspec.Struct, frozen=True):
+    """The nodes whose agents have answered; a value that each look replaces.
+
+    Behind a load balancer one look may well show a single node. So what was seen counts until `STEADY_LOOKS`
+    in a row have shown the same node only.
+    """
+
+    nodes: frozenset[str] = frozenset()
+    latest: frozenset[str] = frozenset()
+    steady: int = 0
+    servers: frozenset[str] = frozenset()
+
+    def looked(self, nodes: Collection[str], servers: Collection[str]) -> "AgentsSeen":
+        """Return what is known after another look."""
+        latest = frozenset(nodes)
+        steady = self.steady + 1 if latest == self.latest and len(latest) == 1 else 1
+        is_settled = steady >= STEADY_LOOKS or len(self.nodes) > MOST_NODES
+        if is_settled:
+            return AgentsSeen(latest, latest, steady, frozenset(servers))
+        return AgentsSeen(self.nodes | latest, latest, steady, self.servers.union(servers))
+
+    def problems(self) -> dict[str, str]:
+        """Return what is wrong with these agents, with the remedy, by `AgentProblem`."""
+        found = {}
+        if self.servers:
+            found[AgentProblem.SERVER.value] = (
+                f"a Consul server answers, so the services belong to its node {', '.join(sorted(self.servers))}. "
+                "Where CONSUL_ADDRESS leads to several servers, set CONSUL_BACKEND=catalog"
+            )
+        if len(self.nodes) > 1:
+            found[AgentProblem.SEVERAL_NODES.value] = (
+                f"agents of several nodes answer: {', '.join(sorted(self.nodes))}. Services are registered twice "
+                "and stay after their targets. Set CONSUL_BACKEND=catalog, or CONSUL_ADDRESS to one agent"
+            )
+        return found
+
+
 class RegistrarStatus(msgspec.Struct):
     """The registrar at this moment.
 
@@ -88,6 +135,7 @@ class RegistrarStatus(msgspec.Struct):
     is_draining: bool = False
     ticked_at: float = 0.0
     consul_problem: str = ""
+    agent_problems: dict[str, str] = msgspec.field(default_factory=dict)
     source_problems: dict[str, str] = msgspec.field(default_factory=dict)
 
     def is_alive(self) -> bool:

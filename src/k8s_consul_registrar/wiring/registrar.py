@@ -27,7 +27,7 @@ from k8s_consul_registrar.registrar.controller import Controller
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.elector import Elector
-from k8s_consul_registrar.registrar.ghosts import GhostCollector, Upkeep
+from k8s_consul_registrar.registrar.ghosts import AgentWatch, GhostCollector, Upkeep
 from k8s_consul_registrar.registrar.interfaces import AlwaysAvailable, MemoryRegistry, Registry
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.names import NameGuard
@@ -241,6 +241,8 @@ class Wiring:
         upkeep = None
         # Only there a service has an agent to lose.
         if client is not None and isinstance(registry, AgentRegistry):
+            watch = AgentWatch(metrics, status)
+            registry.on_agents = watch.looked
             upkeep = Upkeep(
                 OrphanCollector(
                     LostAgents(client, settings.naming.meta_keys),
@@ -257,6 +259,7 @@ class Wiring:
                     cluster=cluster,
                     checks=GhostChecks(timing.ghost_first, timing.ghost_last),
                     metrics=metrics,
+                    is_steady=lambda: watch.is_steady,
                 ),
             )
 

@@ -186,6 +186,7 @@ export function banners(status, failure) {
   if (failure) add("bad", word("unreachable", { problem: failure.problem, ago: ago(status.now, failure.now) }));
   if (status.unready) add("wait", word("unready", { problem: status.unready }));
   if (!status.consul.is_up) add("bad", word("consul_down", { problem: status.consul.problem }));
+  else if (status.consul.problem) add("wait", status.consul.problem);
   for (const one of status.brakes) {
     const names = `${one.sample.join(", ")}${one.count > one.sample.length ? ", …" : ""}`;
     const until = `${clock(one.until)} (${word("in", { span: span(Math.max(0, one.until - status.now)) })})`;

@@ -6,7 +6,14 @@ from typing import NamedTuple
 from k8s_consul_registrar.commands.check.cluster import ClusterView
 from k8s_consul_registrar.commands.check.report import Finding, Result, fail, ok, skipped, warn
 from k8s_consul_registrar.commands.check.services import holdings, judge_catalog, judge_holdings
-from k8s_consul_registrar.consul.acl import Right, read_leader, read_self, read_service_names, rights
+from k8s_consul_registrar.consul.acl import (
+    Right,
+    read_agents,
+    read_leader,
+    read_self,
+    read_service_names,
+    rights,
+)
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.errors import AccessError, ConsulError, ConsulForbidden, ConsulUnreachable
 from k8s_consul_registrar.model import Kind
@@ -168,6 +175,7 @@ async def check_consul(client: ConsulClient, address: str, *, is_catalog: bool) 
             hint = "the servers lost their quorum, or this agent has not joined them (-retry-join, port 8301)"
             return [fail(name, f"{address} answers and knows no leader", hint)], ""
         agent = await read_self(client)
+        agents = await read_agents(client) if agent and not is_catalog else ()
     except ConsulForbidden:
         return [ok(name, f"{address} answers")], ""  # the token's own check says more
     except ConsulError as error:
@@ -179,7 +187,11 @@ async def check_consul(client: ConsulClient, address: str, *, is_catalog: bool) 
     found = [
         ok(name, f"{address} answers, {agent.version}, {role}, node {agent.node}; its leader is {leader}")
     ]
-    if agent.is_server and not is_catalog:
+    nodes = sorted({one.node for one in agents})
+    if len(nodes) > 1:
+        said = f"agents of several nodes answer ({', '.join(nodes)}): services would be there twice and stay"
+        found.append(fail("consul agent", said, "set CONSUL_BACKEND=catalog, or CONSUL_ADDRESS to one agent"))
+    elif agent.is_server and not is_catalog:
         found.append(IS_SERVER)
     return found, agent.node
 
