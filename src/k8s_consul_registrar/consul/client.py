@@ -32,8 +32,8 @@ from k8s_consul_registrar.tls import CONSUL, explain
 # limits.http_max_conns_per_client): room for the writes, a blocking query and another registrar beside us.
 CONNECTIONS = 50
 CHUNK = 64 * 1024  # bytes read at once from a streamed body
-# A streamed body may take this many times as long as another answer: 200,000 services are 120 MB. Without a
-# bound a Consul that drips would hold a resync for good, since each byte ends the wait for the next.
+MOST_BODY = 256 << 20  # bytes of an answer that is kept whole; one without end would fill the memory
+# A streamed body may take this many times as long: each byte of a Consul that drips ends the wait for the next.
 STREAM_PATIENCE = 20
 ATTEMPTS = 4  # for a request that is answered 429, the first included
 # An error's text is Consul's and may quote what we sent, so it is shown shortened.
@@ -274,10 +274,9 @@ class ConsulClient:
 
         It counts as a success once its end was read.
         """
+        longest = self._timing.read_timeout
         limits = aiohttp.ClientTimeout(
-            total=STREAM_PATIENCE * self._timing.read_timeout,
-            sock_connect=self._timing.connect_timeout,
-            sock_read=self._timing.read_timeout,
+            total=STREAM_PATIENCE * longest, sock_connect=self._timing.connect_timeout, sock_read=longest
         )
         attempt = self.health.begin(RequestKind.READ)
         try:
@@ -300,7 +299,7 @@ class ConsulClient:
         limits = aiohttp.ClientTimeout(total=min(longest, fenced), sock_connect=self._timing.connect_timeout)
         try:
             async with await self._send(asking, limits) as response:
-                return ConsulAnswer(await self._read(response.read()), response.headers, response.status)
+                return ConsulAnswer(await self._read(_whole(response)), response.headers, response.status)
         except ConsulUnreachable as error:
             # The lead may have been renewed while the write hung: then Consul is at fault, not the fence.
             if fenced < longest and isinstance(error.__cause__, TimeoutError):
@@ -359,6 +358,15 @@ class ConsulClient:
             "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
         )
         return ConsulUnreachable(f"Consul at {self._access.address}: {why}")
+
+
+async def _whole(response: aiohttp.ClientResponse) -> bytes:
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > MOST_BODY:
+            raise aiohttp.ClientPayloadError("the answer is longer than any that Consul sends")
+    return bytes(body)
 
 
 def number_of(text: str) -> int | None:

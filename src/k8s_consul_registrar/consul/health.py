@@ -135,13 +135,10 @@ class ConsulHealth:
             self._widen()
 
     def raised(self, attempt: Attempt, error: ConsulError, *, is_last: bool = True) -> None:
-        """Record an error; with `is_last` false the request is sent again, and only a 429 narrows the window.
-
-        A blocking query that breaks off is no outage: a balancer cuts a silent connection, or answers 504 in
-        Consul's place. The next look tells, within seconds.
-        """
+        """Record an error; with `is_last` false the request is sent again, and only a 429 narrows the window."""
         if isinstance(error, ConsulBusy) and error.status == TOO_MANY_REQUESTS:
             self._narrow(attempt)
+        # A balancer ends blocking queries that are silent for long: that is no outage, and the next look tells.
         if not is_last or attempt.is_blocking or isinstance(error, ConsulFenced):
             return
         if is_outage(error):

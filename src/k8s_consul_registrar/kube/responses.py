@@ -25,6 +25,8 @@ from k8s_consul_registrar.tls import API_SERVER, Trust, explain
 MESSAGE_LENGTH = 300
 RETRY_AFTER_CAP = 3600.0
 ANY_HEAD = 32 + zlib.MAX_WBITS  # that of gzip or of zlib
+# What a body may unpack to, in bytes or as a multiple: objects shrink to a thirtieth at best, a bomb to a thousandth.
+MOST_UNPACKED, MOST_TIMES = 64 << 20, 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,7 @@ def _broken(error: Exception, server: str, trust: Trust | None) -> str:
 def unpacker(response: aiohttp.ClientResponse, *, is_part: bool = False) -> Callable[[bytes], bytes]:
     """Return what decompresses a body, or with `is_part` one piece of it after the other; we ask for gzip.
 
-    It raises ClientPayloadError for a body that is broken or not whole.
+    It raises ClientPayloadError for a body that is broken, not whole, or a bomb.
     """
     if response.headers.get("Content-Encoding", "").lower() not in ("gzip", "deflate"):
         return bytes
@@ -187,9 +189,11 @@ def unpacker(response: aiohttp.ClientResponse, *, is_part: bool = False) -> Call
 
     def unpack(data: bytes) -> bytes:
         try:
-            unpacked = unpacking.decompress(data)
+            unpacked = unpacking.decompress(data, max(MOST_UNPACKED, MOST_TIMES * len(data)))
         except zlib.error as error:
             raise aiohttp.ClientPayloadError(f"the compressed body is broken: {error}") from None
+        if unpacking.unconsumed_tail:
+            raise aiohttp.ClientPayloadError("the compressed body is far larger than any list")
         if not (is_part or unpacking.eof):
             raise aiohttp.ClientPayloadError("the compressed body is not whole")
         return unpacked

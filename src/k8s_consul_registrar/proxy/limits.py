@@ -147,10 +147,7 @@ class Limits:
             del self._claimed[node]
 
     def _admit(self) -> None:
-        """Admit scrapes while there is room.
-
-        A scrape may end as it begins, and then leaves within this call: the loop goes on, however many they are.
-        """
+        """Admit scrapes while there is room; one that ends as it begins leaves within this call."""
         if self._is_admitting:
             return
         self._is_admitting = True

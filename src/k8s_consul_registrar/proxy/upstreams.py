@@ -52,7 +52,6 @@ class KubeletUpstream:
     def __init__(self, nodes: Nodes, credentials: CredentialSource, config: ProxyConfig) -> None:
         self.limits = Limits(config.concurrency)
         self.pool = Pool(overall=config.kept_connections, idle_limit=config.timing.upstream_idle)
-        # Go ends the answers to HTTP/1.0 by close; to HTTP/1.1 the connection takes none of these.
         self.heads = HeadCache(AnswerRules(may_end_by_close=True))
         self._nodes = nodes
         self._credentials = credentials

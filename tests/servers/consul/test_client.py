@@ -11,6 +11,7 @@ import trustme
 from aiohttp import web
 from structlog.testing import capture_logs
 
+from k8s_consul_registrar.consul import client as client_module
 from k8s_consul_registrar.consul.access import (
     ConsulAccess,
     ConsulAddress,
@@ -170,6 +171,23 @@ async def _read_on(client: ConsulClient) -> None:
     async with client.stream("/v1/x") as answer:
         async for _ in answer.chunks:
             pass
+
+
+async def test_answer_without_end_is_not_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fill the memory within the time that an answer may take."""
+    monkeypatch.setattr(client_module, "MOST_BODY", 1 << 20)
+
+    async def flood(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await response.write(bytes(1 << 16))
+        return response
+
+    async with serving(flood) as url, client_of(url) as client:
+        with pytest.raises(ConsulUnreachable, match="longer than any"):
+            await client.request("GET", "/v1/x")
 
 
 @pytest.mark.parametrize("status", [0, 504], ids=["cut", "504"])

@@ -369,6 +369,15 @@ async def test_answer_that_breaks_off_is_unreachable(sent: bytes, text: str) -> 
         assert text in await unreachable(port)
 
 
+async def test_compressed_body_that_unpacks_without_end() -> None:
+    """A hundred kilobytes that stand for a hundred megabytes do not fill the memory."""
+    body = gzip.compress(
+        b'{"kind":"PodList","metadata":{"resourceVersion":"5"},"items":[' + b" " * (100 << 20)
+    )
+    error = await failure(answering(200, body, **{"Content-Encoding": "gzip"}))
+    assert isinstance(error, ClusterUnreachable)
+
+
 async def test_cut_that_keeps_the_framing_is_no_list_either() -> None:
     """Half a gzip body under its own Content-Length does not pass for a list."""
     body = gzip.compress(recorded("k8s-pods-list").body)[:-200]
