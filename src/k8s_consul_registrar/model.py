@@ -258,12 +258,14 @@ class Written(msgspec.Struct, frozen=True):
 class Ghosts(NamedTuple):
     """Services that the catalog shows at our agent's node and that the agent does not hold.
 
-    `deregistered` are the IDs that the agent deregistered for this process.
+    `deregistered` are the IDs that the agent deregistered for this process. `may_write` is False if the agent
+    has never written its node, for which it needs the right that a removal needs.
     """
 
     node: str
     services: tuple[Service, ...] = ()
     deregistered: frozenset[str] = frozenset()
+    may_write: bool = True
 
 
 @dataclass(frozen=True, slots=True)

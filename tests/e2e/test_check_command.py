@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from k8s_consul_registrar.sandbox.certificates import Authority, KubeletCertificate
+from k8s_consul_registrar.sandbox.consul_release import NEWEST, ConsulOptions
 from k8s_consul_registrar.sandbox.kubelet import Kubelet
 from support.cluster import PROXY_RULES, REGISTRAR_RULES, rule
 from support.doors import TcpProxy
@@ -122,6 +123,20 @@ async def test_kubelet_of_a_foreign_authority(tmp_path: Path) -> None:
     assert list(said.failed) == ["kubelet n1"]
     assert said.failed["kubelet n1"].startswith("set KUBELET_CA_FILE to the CA that signed it")
     assert (repaired.code, repaired.failed) == (0, {})
+
+
+async def test_services_left_in_the_catalog() -> None:
+    """They are named, with the rights that the agent needs; without any the check is fine."""
+    async with running_lab(ConsulOptions(NEWEST, is_server=False)) as lab:
+        lab.token_file.write_text(await lab.cluster.token(REGISTRAR_RULES))
+        fine = await said_by_check(lab, "registrar")
+        lab.consul.agent.has_node_write = False
+        await lab.seed_pod("web-1")
+        await lab.unseed("pod--shop--web-1")
+        said = await said_by_check(lab, "registrar")
+    assert "ok       agent's removals" in fine.text
+    assert "1 services are in the catalog at agent-1 and not at the agent: pod--shop--web-1" in said.text
+    assert 'node "agent-1" { policy = "write" }' in said.text
 
 
 async def test_agents_of_several_nodes() -> None:

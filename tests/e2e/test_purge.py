@@ -3,7 +3,7 @@
 from e2e.test_once import WEB, run
 from e2e.test_orphans import agent_at, at, put
 from k8s_consul_registrar.model import Service
-from k8s_consul_registrar.sandbox.consul_release import ConsulOptions, ConsulRelease
+from k8s_consul_registrar.sandbox.consul_release import NEWEST, ConsulOptions, ConsulRelease
 from support.builders import our_pod_service
 from support.lab import SandboxLab, each_release, running_lab
 
@@ -56,6 +56,22 @@ async def test_one_cluster_needs_no_telling() -> None:
         await lab.seed_pod("unsaid")
         code, output = await run(lab, "purge", "--yes", **NOWHERE)
         assert (code, left(lab)) == (0, set()), output
+
+
+async def test_what_the_agent_left_in_the_catalog_goes_too() -> None:
+    """What it left before, and what it leaves now; another registrar's stays."""
+    async with running_lab(ConsulOptions(NEWEST, is_server=False)) as lab:
+        lab.consul.agent.has_node_write = False
+        for name in ("before", "now", "theirs"):
+            await lab.seed_pod(name, cluster_uid=THERE if name == "theirs" else HERE)
+        for name in ("before", "theirs"):
+            await lab.unseed(f"pod--shop--{name}")
+        arguments = ("purge", "--yes", "--cluster-uid", HERE)
+        code, output = await run(lab, *arguments, **NOWHERE)
+        assert (code, left(lab), at(lab, "agent-1")) == (0, set(), {"theirs"}), output
+        assert "which the agent does not hold" in output
+        assert "the agent left 1 of them in the catalog" in output
+        assert "removed 2, refused 0" in output
 
 
 async def test_nodes_of_lost_agents_are_cleared_too() -> None:

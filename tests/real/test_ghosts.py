@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 
 from prometheus_client import CollectorRegistry
 
+from k8s_consul_registrar.commands.check.consul import check_ghosts
+from k8s_consul_registrar.commands.check.report import Result
 from k8s_consul_registrar.consul.agent import AgentRegistry
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.ghosts import GhostCollector
@@ -92,6 +94,16 @@ async def test_rotated_token_leaves_no_ghost() -> None:
         assert await in_catalog(agent) == set("abc")
         await lab.look_for(50)
         assert await in_catalog(agent) == set("bc")
+
+
+async def test_agent_that_may_not_write_its_node_is_known_before_it_leaves_anything() -> None:
+    """Its node in the catalog is as the servers made it; that of an agent with rights has the agent's meta."""
+    async with agent_with_three() as (server, _, lab):
+        assert (await lab.registry.ghosts.find()).may_write is False
+        (finding,) = await check_ghosts(lab.registry.ghosts, Identity("lab"), UID)
+        assert (finding.outcome, "has never written its node agent" in finding.detail) == (Result.WARN, True)
+        async with connected(server) as client:
+            assert (await AgentRegistry(client).ghosts.find()).may_write is True
 
 
 async def test_wiped_agent_leaves_no_ghost_and_loses_nothing_that_is_wanted() -> None:

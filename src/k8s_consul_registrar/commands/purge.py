@@ -8,21 +8,27 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import msgspec
+
 from k8s_consul_registrar.commands import settings_for_consul
+from k8s_consul_registrar.consul.agent import SYNC_TIME, AgentRegistry
 from k8s_consul_registrar.consul.batches import Transactions
 from k8s_consul_registrar.consul.client import ConsulClient
+from k8s_consul_registrar.consul.ghosts import AgentGhosts
 from k8s_consul_registrar.consul.lost_agents import LostAgents
 from k8s_consul_registrar.consul.node_removal import NodeRemoval
 from k8s_consul_registrar.consul.previous_location import PreviousLocation
 from k8s_consul_registrar.errors import (
     AccessError,
     ClusterError,
+    ConsulFiltered,
     ConsulForbidden,
     ConsulRefused,
     SettingsError,
 )
 from k8s_consul_registrar.kube.cluster_uid import IDENTITY_NAMESPACE
 from k8s_consul_registrar.model import Service, Written
+from k8s_consul_registrar.registrar.interfaces import Registry
 from k8s_consul_registrar.registrar.orphans import observe_agents
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
 from k8s_consul_registrar.runner import EXIT_FAILURE, EXIT_OK, run_loop
@@ -32,6 +38,8 @@ from k8s_consul_registrar.wiring.registrar import Wiring
 
 # Services that are shown; the rest is a count.
 MOST_SHOWN = 50
+# Looks at the catalog while the agent brings its removals there.
+LOOKS = 10
 
 MayGo = Callable[[Service], bool]
 
@@ -60,7 +68,9 @@ async def _purge(wiring: Wiring, *, is_agreed: bool, cluster_uid: str) -> int:
     settings, who = wiring.settings, wiring.identity
     uid = cluster_uid or await _ask_which_cluster(wiring)
     async with wiring.consul() as client:
-        every = [await _at_home(wiring, client), *await _lost(wiring, client)]
+        registry = wiring.registry(client)
+        ghosts = registry.ghosts if isinstance(registry, AgentRegistry) else None
+        every = [await _at_home(wiring, registry), *await _left(ghosts, who), *await _lost(wiring, client)]
         if problem := _ambiguity(every, uid):
             print(f"purge: {problem}", file=sys.stderr)
             return EXIT_FAILURE
@@ -79,6 +89,11 @@ async def _purge(wiring: Wiring, *, is_agreed: bool, cluster_uid: str) -> int:
             print("nothing was removed")
             return EXIT_FAILURE
         written = [await _clear(one, who, uid) for one in found if one.services]
+        if ghosts is not None:
+            shown = {service.id for service in found[0].services}
+            written += await _clear_left(
+                ghosts, lambda one: one.id in shown and who.claim(one, uid) is Claim.OURS
+            )
         if node is not None:
             stays = obstacle or await node.remove()
             print(f"node {settings.backend.node_name} " + (f"stays: {stays}" if stays else "is removed"))
@@ -95,11 +110,40 @@ async def _ask_which_cluster(wiring: Wiring) -> str:
         return ""
 
 
-async def _at_home(wiring: Wiring, client: ConsulClient) -> _Found:
+async def _at_home(wiring: Wiring, registry: Registry) -> _Found:
     """Find the services at the place that the settings name."""
-    settings, registry = wiring.settings, wiring.registry(client)
+    settings = wiring.settings
     where = f"at {settings.consul.socket or settings.consul.url} ({settings.backend.backend})"
     return await _found(where, lambda may_go: PreviousLocation(where, registry, may_go), wiring.identity)
+
+
+async def _left(ghosts: AgentGhosts | None, who: Identity) -> list[_Found]:
+    """Find the services that the agent left in the catalog."""
+    if ghosts is None:
+        return []
+    where = "in the catalog at the agent's node, which the agent does not hold"
+    try:
+        found = await _found(where, lambda may_go: PreviousLocation(where, ghosts, may_go), who)
+    except (ConsulForbidden, ConsulRefused, ConsulFiltered) as error:
+        print(f"purge: what the agent left in the catalog is not looked at: {error}", file=sys.stderr)
+        return []
+    return [found] if found.services else []
+
+
+async def _clear_left(ghosts: AgentGhosts, may_go: MayGo) -> list[Written]:
+    """Remove from the catalog what the agent still leaves there after some seconds."""
+    place = PreviousLocation("agent's node", ghosts, may_go)
+    try:
+        for _ in range(LOOKS):
+            if not [one async for one in place.services()]:
+                return []
+            await asyncio.sleep(SYNC_TIME / LOOKS)
+        cleared = await place.clear()
+    except (ConsulForbidden, ConsulRefused, ConsulFiltered) as error:
+        print(f"purge: what the agent leaves in the catalog is not looked at: {error}", file=sys.stderr)
+        return []
+    print(f"the agent left {cleared.done + len(cleared.failures)} of them in the catalog")
+    return [msgspec.structs.replace(cleared, done=0)]
 
 
 async def _lost(wiring: Wiring, client: ConsulClient) -> list[_Found]:

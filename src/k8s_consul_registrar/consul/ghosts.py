@@ -39,6 +39,7 @@ class AgentGhosts:
         self._client = client
         self._meta_keys = meta_keys
         self._blame = Blame()
+        self._node = ""
         self._registering: set[str] = set()
         self._removing: dict[str, asyncio.Event] = {}
         self._deregistered: dict[str, float] = {}  # when, in monotonic seconds
@@ -79,7 +80,7 @@ class AgentGhosts:
                 async for record in listing.records()
                 if (service := decode_listed(record)).id.lower() not in held
             ]
-            if node_of(listing) is None:
+            if (record_of_node := node_of(listing)) is None:
                 raise ConsulFiltered(f"the catalog does not show the agent's node {node} to this token")
             if left:
                 held = await _held(client)
@@ -89,7 +90,20 @@ class AgentGhosts:
         self._deregistered = {
             one: at for one, at in self._deregistered.items() if at >= started or one in ids
         }
-        return Ghosts(node, found, frozenset(ids & self._deregistered.keys()))
+        # The servers make the record of a node that has joined; its meta comes from the agent itself.
+        may_write = bool(record_of_node.meta)
+        return Ghosts(node, found, frozenset(ids & self._deregistered.keys()), may_write)
+
+    async def services(self) -> AsyncIterator[Service]:
+        """Yield what `find` returns, as a location that can be cleared."""
+        ghosts = await self.find()
+        self._node = ghosts.node
+        for service in ghosts.services:
+            yield service
+
+    async def deregister(self, services: Sequence[Service]) -> Written:
+        """Remove what `services` yielded."""
+        return await self.remove(self._node, services)
 
     async def remove(self, node: str, services: Sequence[Service]) -> Written:
         """Remove these very records from the agent's node, unless the agent holds their IDs by now.

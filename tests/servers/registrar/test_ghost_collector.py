@@ -219,3 +219,13 @@ async def test_object_that_comes_back_while_others_are_asked_for_keeps_its_servi
         await lab.look_for(90)
         assert [key.name for key in lab.cluster.reads] == ["late"]
         assert agent.removed == []
+
+
+async def test_answers_of_several_agents_remove_nothing() -> None:
+    """Each may be about another node than the one that was written to; what is left is counted."""
+    async with running() as lab:
+        lab.cluster.remove(make_pod("a"))
+        await lab.registry.deregister([our_pod_service("a")])
+        lab.collector._is_steady = lambda: False
+        await lab.look_for(90)
+        assert (lab.in_catalog(), lab.value("ghost_services")) == (set("abc"), 1)

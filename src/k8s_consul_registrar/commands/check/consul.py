@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from k8s_consul_registrar.commands.check.cluster import ClusterView
 from k8s_consul_registrar.commands.check.report import Finding, Result, fail, ok, skipped, warn
-from k8s_consul_registrar.commands.check.services import holdings, judge_catalog, judge_holdings
+from k8s_consul_registrar.commands.check.services import holdings, judge_catalog, judge_holdings, some
 from k8s_consul_registrar.consul.acl import (
     Right,
     read_agents,
@@ -14,9 +14,12 @@ from k8s_consul_registrar.consul.acl import (
     read_service_names,
     rights,
 )
+from k8s_consul_registrar.consul.agent import AgentRegistry
 from k8s_consul_registrar.consul.client import ConsulClient
+from k8s_consul_registrar.consul.ghosts import AgentGhosts
 from k8s_consul_registrar.errors import AccessError, ConsulError, ConsulForbidden, ConsulUnreachable
 from k8s_consul_registrar.model import Kind
+from k8s_consul_registrar.registrar.ownership import Claim, Identity
 from k8s_consul_registrar.settings.consul import CATALOG, NONE
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.targets.service_names import Template
@@ -151,16 +154,40 @@ def _needs(settings: RegistrarSettings, agent_node: str) -> list[NeededRight]:
 
 
 async def _check_services(client: ConsulClient, wiring: Wiring, uid: str, *, sees_all: bool) -> list[Finding]:
-    who = wiring.identity
+    who, registry = wiring.identity, wiring.registry(client)
     try:
-        services = [service async for service in wiring.registry(client).services()]
+        services = [service async for service in registry.services()]
         names = await read_service_names(client)
     except ConsulError as error:
         return [skipped("services", str(error))]
     found = holdings(services, who, uid)
     prefixes = tuple(naming.prefix for naming in _namings(wiring.settings))
     elsewhere = judge_catalog(names, [service.name for service in services], prefixes)
-    return [*judge_holdings(found, who, sees_all=sees_all), *elsewhere]
+    left = await check_ghosts(registry.ghosts, who, uid) if isinstance(registry, AgentRegistry) else []
+    return [*judge_holdings(found, who, sees_all=sees_all), *elsewhere, *left]
+
+
+async def check_ghosts(agent: AgentGhosts, who: Identity, uid: str) -> list[Finding]:
+    """Check what the agent left in the catalog, and that it may deregister services there at all."""
+    name = "agent's removals"
+    try:
+        ghosts = await agent.find()
+    except ConsulError as error:
+        return [skipped(name, str(error))]
+    remedy = (
+        f'give the agent a token (acl.tokens.agent) with node "{ghosts.node}" {{ policy = "write" }} and '
+        'service_prefix "" { policy = "read" }'
+    )
+    ours = [one.id for one in ghosts.services if who.claim(one, uid) is Claim.OURS]
+    if ours:
+        detail = (
+            f"{len(ours)} services are in the catalog at {ghosts.node} and not at the agent: {some(ours)}"
+        )
+        return [warn(name, detail, f"{remedy}; the registrar removes what is not wanted within two minutes")]
+    if not ghosts.may_write:
+        detail = f"the agent has never written its node {ghosts.node}: what it deregisters would stay in the catalog"
+        return [warn(name, detail, remedy)]
+    return [ok(name, f"the catalog shows nothing at {ghosts.node} that the agent does not hold")]
 
 
 async def check_consul(client: ConsulClient, address: str, *, is_catalog: bool) -> tuple[list[Finding], str]:

@@ -83,7 +83,7 @@ def judge_holdings(found: Holdings, identity: Identity, *, sees_all: bool = True
         )
         findings.append(ok("other registrars", f"services of other clusters or instances: {named}"))
     if found.alike:
-        detail = f"{len(found.alike)} services of others have IDs like this registrar's: {_some(found.alike)}"
+        detail = f"{len(found.alike)} services of others have IDs like this registrar's: {some(found.alike)}"
         findings.append(warn("look-alikes", detail, ALIKE))
     if found.meta_keys:
         findings.append(_meta_keys(found.meta_keys))
@@ -91,7 +91,7 @@ def judge_holdings(found: Holdings, identity: Identity, *, sees_all: bool = True
 
 
 def _legacy(ids: Sequence[str], identity: Identity) -> Finding:
-    detail = f"{len(ids)} of the original program for {identity.cluster!r}: {_some(ids)}"
+    detail = f"{len(ids)} of the original program for {identity.cluster!r}: {some(ids)}"
     if identity.covers_cluster:
         return ok("adoption", f"{detail}; taken over in place when wanted, else removed")
     return warn(
@@ -119,11 +119,14 @@ def judge_catalog(names: Iterable[str], held: Iterable[str], prefixes: tuple[str
     elsewhere = sorted({name for name in names if name.startswith(prefixes)} - set(held))
     if not elsewhere:
         return []
-    detail = f"{len(elsewhere)} services with names like this registrar's belong to other nodes: {_some(elsewhere)}"
+    detail = (
+        f"{len(elsewhere)} services with names like this registrar's belong to other nodes: {some(elsewhere)}"
+    )
     why = "another registrar's, or of a replaced agent, whose services go with its node"
     return [ok("rest of the catalog", f"{detail}: {why}")]
 
 
-def _some(ids: Sequence[str]) -> str:
+def some(ids: Sequence[str]) -> str:
+    """Return some of these IDs for a line."""
     shown = ", ".join(text[:80] for text in ids[:MOST_NAMED])
     return shown + (", …" if len(ids) > MOST_NAMED else "")
