@@ -1,6 +1,7 @@
 """Answers of the proxy's own: why a request was denied or its upstream failed, in words an operator can act on."""
 
 import os
+import re
 import ssl
 from enum import StrEnum
 from http import HTTPStatus
@@ -114,9 +115,13 @@ def other_status(status: int) -> Refusal:
             return Refusal(502, Outcome.ANSWERED, f"the kubelet answered {status} ({phrase})")
 
 
+# A name and password before the host, a query and a fragment (RFC 3986, 3).
+_SECRET_PARTS = re.compile(r"(?<=//)[^/?#@]*@|[?#].*", re.DOTALL)
+
+
 def redirect(status: int, location: bytes) -> Refusal:
-    """Return the refusal for a redirect that is not followed."""
-    target = tls.printable(location.decode("latin-1"))
+    """Return the refusal for a redirect that is not followed, without what may be a secret in its location."""
+    target = tls.printable(_SECRET_PARTS.sub("", location.decode("latin-1")))
     return Refusal(
         502,
         Outcome.ANSWERED,

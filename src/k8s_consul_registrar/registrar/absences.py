@@ -99,7 +99,8 @@ class Absences:
         """Confirm and judge the candidates of a comparison that began at `noticed_at`, Consul having been read."""
         self._remember(findings.candidates, noticed_at)
         keys = dict.fromkeys(one.key for one in findings.candidates if one.key is not None)
-        by_name = await self._ask_by_name(keys) if len(keys) <= MOST_BY_NAME else {}
+        was_asked = len(keys) <= MOST_BY_NAME
+        by_name = await self._ask_by_name(keys) if was_asked else {}
         gone_nodes = await self._gone_nodes(findings.candidates) if by_name else frozenset()
         absent: defaultdict[Source, dict[str, Absence]] = defaultdict(dict)
         facts: dict[str, ObjectKey | None] = {}
@@ -114,7 +115,7 @@ class Absences:
                 # The object is there, and asks for the ID: its list was wrong.
                 unconfirmed.append(one)
                 self._cluster.relist(one.source, self._clock() + RELIST_WRONG)
-            elif (absence := self._absence(one, answer, gone_nodes)) is not None:
+            elif (absence := self._absence(one, answer, gone_nodes, was_asked=was_asked)) is not None:
                 absent[one.source][one.id] = absence
             else:
                 unconfirmed.append(one)
@@ -154,9 +155,12 @@ class Absences:
             )
 
     def _absence(
-        self, one: Candidate, answer: "_Answer | None", gone_nodes: frozenset[str]
+        self, one: Candidate, answer: "_Answer | None", gone_nodes: frozenset[str], *, was_asked: bool
     ) -> Absence | None:
-        """Return a candidate's confirmed absence, None if nothing confirms it yet."""
+        """Return a candidate's confirmed absence, None if nothing confirms it yet.
+
+        Where a read by name failed a list confirms it too, but cannot tell a deleted object from an unselected one.
+        """
         if answer is not None:
             is_node_gone = bool(one.node) and one.node in gone_nodes
             is_source_empty = not self._desired.store.status(one.source).objects
@@ -169,7 +173,7 @@ class Absences:
             )
         began_at = self._desired.store.status(one.source).list_began_at
         if began_at is not None and began_at >= self._noticed_at[one.id][0]:
-            return Absence(began_at)
+            return Absence(began_at, is_unselected=was_asked and one.key is not None)
         return None
 
     def _is_same_cluster(self, one: Candidate) -> bool:

@@ -36,7 +36,7 @@ class Absence(msgspec.Struct, frozen=True):
 
     `confirmed_at` is when the read that confirmed it began. `is_proven_at_start` is True if the short wait
     is enough even right after a start: the object was asked for by name, or its Node is proven deleted.
-    `is_unselected` is True if the object exists and is no longer selected.
+    `is_unselected` is True if the object exists, or could not be asked for, and is no longer selected.
     """
 
     confirmed_at: float

@@ -364,14 +364,17 @@ async def test_redirects_are_not_followed(status: int) -> None:
     elsewhere = Kubelet()
     async with elsewhere.serving():
         to = f"https://127.0.0.1:{elsewhere.port}/metrics/cadvisor"
+        location = f"{to.replace('//', '//user:password@')}?token=hidden#hidden"
         pod = PodServer(
-            always(f"HTTP/1.1 {status} Found\r\nLocation: {to}\r\nContent-Length: 0\r\n\r\n".encode())
+            always(f"HTTP/1.1 {status} Found\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode())
         )
         async with pod.serving(), proxying(elsewhere.node(), pods=access(known(pod.pod()))) as proxy:
             got = await proxy.get(pod_path())
             assert got.status == 502
             assert b"the Pod answered 3" in got.body
             assert to.encode() in got.body
+            assert b"password" not in got.body
+            assert b"hidden" not in got.body
             assert proxy.server.stats().outcomes[Outcome.POD_ANSWERED] == 1
     assert elsewhere.connections == 0
 

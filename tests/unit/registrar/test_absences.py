@@ -198,6 +198,21 @@ async def test_absence_is_unconfirmed_while_the_api_server_is_down() -> None:
     assert set((await world.resync()).released) == ids("gone")
 
 
+async def test_absence_that_only_a_list_confirms_waits_as_of_an_unselected_object() -> None:
+    """While reads by name fail a list is wrong perhaps, or lacks an object that is no longer selected."""
+    world = World(our_pod_service("a"), our_pod_service("here"))
+    world.lists(make_pod("here"))
+    world.cluster.is_down = True
+    await world.resync()
+    for _ in range(3):
+        world.now += 100
+        world.lists(make_pod("here"))
+        judged = await world.resync()
+        assert (dict(judged.released), held_by(judged)) == ({}, {"pod--shop--a": 600})
+    world.cluster.is_down = False
+    assert set((await world.resync()).released) == ids("a")
+
+
 @pytest.mark.parametrize("count", [MOST_BY_NAME, MOST_BY_NAME + 1])
 async def test_absences_beyond_a_hundred_need_one_new_list(count: int) -> None:
     """Up to a hundred objects are read by name; more by a list that began after Consul was read."""
