@@ -69,7 +69,7 @@ async def _purge(wiring: Wiring, *, is_agreed: bool, cluster_uid: str) -> int:
     uid = cluster_uid or await _ask_which_cluster(wiring)
     async with wiring.consul() as client:
         registry = wiring.registry(client)
-        ghosts = registry.ghosts if isinstance(registry, AgentRegistry) else None
+        ghosts = AgentGhosts(registry) if isinstance(registry, AgentRegistry) else None
         every = [await _at_home(wiring, registry), *await _left(ghosts, who), *await _lost(wiring, client)]
         if problem := _ambiguity(every, uid):
             print(f"purge: {problem}", file=sys.stderr)

@@ -1,28 +1,23 @@
-"""The token's rights, asked without using them, and what an agent says of itself and of a single service."""
+"""The token's rights, asked without using them, and what an agent says of itself."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
-from urllib.parse import quote
 
 import msgspec
 
 from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.consul.codec import decode, decode_service
+from k8s_consul_registrar.consul.codec import decode
 from k8s_consul_registrar.errors import (
-    ConsulFiltered,
     ConsulForbidden,
     ConsulRefused,
     ConsulTokenUnknown,
 )
-from k8s_consul_registrar.model import Service
 
 # Consul's own web interface asks here; there since 1.7, and it writes nothing.
 AUTHORIZE = "/v1/internal/acl/authorize"
 AGENT_SELF = "/v1/agent/self"
 # New connections over which an agent is asked who it is: a load balancer shows itself by different answers.
 CONNECTIONS = 3
-# The first parts of paths below /v1/agent/service/ that mean something else than an ID.
-_TAKEN = ("register", "deregister", "maintenance")
 
 
 class Right(NamedTuple):
@@ -111,34 +106,6 @@ async def read_own_node(client: ConsulClient) -> str:
     if agent is None or not agent.node:
         raise ConsulForbidden(UNREADABLE)
     return agent.node
-
-
-async def read_agent_service(client: ConsulClient, service_id: str) -> Service | None:
-    """Return the service that the agent holds under an ID, None if there is none; raises a `ConsulError`.
-
-    Raises `ConsulFiltered` for one that exists and that the token may not see.
-    """
-    path = f"/v1/agent/service/{quote(service_id, safe='')}"
-    try:
-        # Any other 404 would be from something between that does not pass the path on.
-        answer = await client.request("GET", path, accepts_text="unknown service id")
-    except ConsulTokenUnknown:
-        raise
-    except ConsulForbidden as error:
-        # There is such a service, and it concerns this ID only; an ID that is not there is 404.
-        raise ConsulFiltered(f"the token may not see the service {service_id}") from error
-    return decode_service(service_id, answer.body) if answer.status == 200 else None
-
-
-def can_be_named(service_id: str) -> bool:
-    """Return True if a path of an agent's API leads to a service of this ID; registering has no such limits.
-
-    Consul refuses paths with what cannot be printed and redirects from those that its router would write
-    otherwise, such as `a//b` (agent/http.go, PrintablePathCheckHandler; Go, http.ServeMux).
-    """
-    *leading, last = service_id.split("/")
-    is_clean = "" not in leading and not {".", ".."} & {*leading, last}
-    return is_clean and service_id.isprintable() and (leading or [last])[0] not in _TAKEN
 
 
 async def read_agents(client: ConsulClient) -> tuple[AgentSelf, ...]:

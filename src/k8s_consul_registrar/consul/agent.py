@@ -2,9 +2,20 @@
 
 import asyncio
 import heapq
+import math
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Container,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import asynccontextmanager, contextmanager
 from itertools import islice
 from urllib.parse import quote
 
@@ -12,8 +23,6 @@ from msgspec.structs import replace
 
 from k8s_consul_registrar.consul.acl import (
     AgentSelf,
-    can_be_named,
-    read_agent_service,
     read_agents,
     read_own_node,
 )
@@ -23,10 +32,10 @@ from k8s_consul_registrar.consul.codec import (
     MetaKeys,
     decode_agent_services,
     decode_listed,
+    decode_service,
     encode_registration,
 )
 from k8s_consul_registrar.consul.drift import NodeDrift
-from k8s_consul_registrar.consul.ghosts import AgentGhosts
 from k8s_consul_registrar.consul.health import is_outage
 from k8s_consul_registrar.consul.records import has_foreign_instance, is_managed, list_services, node_of
 from k8s_consul_registrar.errors import (
@@ -45,10 +54,68 @@ CONCURRENCY = 32
 # An agent that lost its services is noticed by asking for this many of a sample of this size.
 ASKED_AT_ONCE, SAMPLE = 4, 64
 SLICE = 200  # services compared before the loop gets its turn
+# Deregistered IDs that are remembered between two looks at what the agent left in the catalog.
+MOST_REMEMBERED = 20_000
+# The first parts of paths below /v1/agent/service/ that mean something else than an ID.
+_TAKEN = ("register", "deregister", "maintenance")
 # An agent takes this many seconds to bring a change into the catalog.
 SYNC_TIME = 5.0
 
 log = get_logger("consul")
+
+
+class AgentTraffic:
+    """The services that this process registers at the agent and removes.
+
+    A registration waits while the catalog's record of its ID is removed, and the record of an ID that is being
+    registered is not removed: the agent would copy the service there before the removal arrives.
+    """
+
+    def __init__(self) -> None:
+        self._registering: set[str] = set()
+        self._removing: dict[str, asyncio.Event] = {}
+        self._deregistered: dict[str, float] = {}  # when, in monotonic seconds
+        self.deregistered_at = -math.inf  # the latest of them
+
+    @asynccontextmanager
+    async def registering(self, service_id: str) -> AsyncIterator[None]:
+        """Surround a registration at the agent."""
+        while (removal := self._removing.get(service_id)) is not None:
+            await removal.wait()
+        self._registering.add(service_id)
+        self._deregistered.pop(service_id, None)
+        try:
+            yield
+        finally:
+            self._registering.discard(service_id)
+
+    @contextmanager
+    def removing(self, ids: Iterable[str]) -> Iterator[frozenset[str]]:
+        """Surround a removal from the catalog; yields those of these IDs that may be removed."""
+        going = frozenset(one for one in ids if one not in self._registering and can_be_named(one))
+        is_over = asyncio.Event()
+        self._removing.update(dict.fromkeys(going, is_over))
+        try:
+            yield going
+        finally:
+            for service_id in going:
+                self._removing.pop(service_id, None)
+            is_over.set()
+
+    def deregistered(self, ids: Iterable[str]) -> None:
+        """Note services that the agent says it has deregistered."""
+        now = time.monotonic()
+        for service_id in ids:
+            self._deregistered[service_id] = self.deregistered_at = now
+        while len(self._deregistered) > MOST_REMEMBERED:
+            del self._deregistered[next(iter(self._deregistered))]
+
+    def forget(self, before: float, kept: Container[str]) -> frozenset[str]:
+        """Forget what was deregistered before a moment, but for some IDs; return those of them that were."""
+        self._deregistered = {
+            one: at for one, at in self._deregistered.items() if at >= before or one in kept
+        }
+        return frozenset(one for one in self._deregistered if one in kept)
 
 
 class AgentRegistry:
@@ -72,7 +139,7 @@ class AgentRegistry:
         is_of_a_registrar: Callable[[Service], bool] = is_managed,
     ) -> None:
         self.concurrency = concurrency
-        self._client = client
+        self.client = client
         self._is_of_a_registrar = is_of_a_registrar
         self._node = _AgentNode(client)
         self._blame = Blame()
@@ -81,8 +148,8 @@ class AgentRegistry:
         self._unlike: set[str] = set()  # IDs the catalog did not show alike at the last full read
         self._outdated: set[str] = set()  # IDs that were registered with a token of before
         self._token_version = 0
-        self._meta_keys = meta_keys or MetaKeys()
-        self.ghosts = AgentGhosts(client, self._meta_keys)
+        self.meta_keys = meta_keys or MetaKeys()
+        self.traffic = AgentTraffic()
         # Told at each full read which agents answer.
         self.on_agents: Callable[[Sequence[AgentSelf]], None] = lambda _: None
 
@@ -90,11 +157,11 @@ class AgentRegistry:
         """Yield every service of the agent, whatever wrote it; raises a `ConsulError`."""
         await self._node.begin(self.on_agents)
         removed = self._removed = set()
-        answer = await self._client.request("GET", "/v1/agent/services")
+        answer = await self.client.request("GET", "/v1/agent/services")
         mirrored = await self._node.hashes()
         ids: list[str] = []
         unlike: set[str] = set()
-        is_token_new = self._token_version != self._client.token_version
+        is_token_new = self._token_version != self.client.token_version
         for service in decode_agent_services(answer.body):
             ids.append(service.id)
             if is_token_new:
@@ -103,13 +170,13 @@ class AgentRegistry:
                 unlike.add(service.id)
             is_unlike_again = service.id in unlike and service.id in self._unlike
             is_unsynced = is_unlike_again or service.id in self._outdated
-            shown = self._meta_keys.decode(service)
+            shown = self.meta_keys.decode(service)
             yield replace(shown, index=UNSYNCED) if is_unsynced else shown
             if len(ids) % SLICE == 0:
                 await asyncio.sleep(0)
         if not ids and is_filtered(answer.headers):
             raise ConsulFiltered("the token may not see the agent's services")
-        self._token_version = self._client.token_version
+        self._token_version = self.client.token_version
         self._unlike = unlike
         self._outdated.intersection_update(ids)
         # Python's hashes differ from process to process, so the least of them are as good a sample as any.
@@ -126,10 +193,10 @@ class AgentRegistry:
         found: list[Service] = []
 
         async def read(service_id: str) -> None:
-            if (service := await read_agent_service(self._client, service_id)) is not None:
-                found.append(self._meta_keys.decode(service))
+            if (service := await read_agent_service(self.client, service_id)) is not None:
+                found.append(self.meta_keys.decode(service))
 
-        await for_each(ids, read, self._client.health.concurrency(self.concurrency))
+        await for_each(ids, read, self.client.health.concurrency(self.concurrency))
         for service in found:
             yield service
 
@@ -142,9 +209,9 @@ class AgentRegistry:
         async def put(service: Service) -> None:
             if not can_be_named(service.id):
                 raise ConsulRefused(f"no path of an agent leads to the ID {service.id!r}", 400)
-            body = encode_registration(self._meta_keys.encode(service))
-            async with self.ghosts.registering(service.id):
-                await self._client.request("PUT", "/v1/agent/service/register", body=body)
+            body = encode_registration(self.meta_keys.encode(service))
+            async with self.traffic.registering(service.id):
+                await self.client.request("PUT", "/v1/agent/service/register", body=body)
 
         outcomes = await self._each(services, put)
         self._unlike.difference_update(outcomes.done)
@@ -158,14 +225,14 @@ class AgentRegistry:
         async def remove(service: Service) -> None:
             path = f"/v1/agent/service/deregister/{quote(service.id, safe='')}"
             # An unknown service is 404 from 1.11 on; with ACLs 1.8 says 500, without them 200.
-            await self._client.request("PUT", path, accepts_text="unknown service")
+            await self.client.request("PUT", path, accepts_text="unknown service")
 
         gone = {service.id for service in services}
         if self._removed is not None:
             self._removed |= gone
         self._sample = deque((one for one in self._sample if one not in gone), SAMPLE)
         outcomes = await self._each(services, remove)
-        self.ghosts.deregistered(outcomes.done)
+        self.traffic.deregistered(outcomes.done)
         return outcomes.written()
 
     async def drift(self) -> Drift:
@@ -177,7 +244,7 @@ class AgentRegistry:
         asked = missing = 0
         for service_id in tuple(islice(self._sample, ASKED_AT_ONCE)):
             try:
-                is_missing = await read_agent_service(self._client, service_id) is None
+                is_missing = await read_agent_service(self.client, service_id) is None
             except ConsulFiltered:
                 is_missing = False
             if service_id in self._sample:  # it may have been deregistered meanwhile
@@ -194,7 +261,7 @@ class AgentRegistry:
         shards are better than no services. Raises a `ConsulError` when Consul cannot be used.
         """
         try:
-            return await self._node.shards(self._meta_keys.wire("shard_path"))
+            return await self._node.shards(self.meta_keys.wire("shard_path"))
         except ConsulTokenUnknown:
             raise
         except (ConsulForbidden, ConsulRefused):
@@ -206,15 +273,15 @@ class AgentRegistry:
         Raises a `ConsulError`: `ConsulForbidden` or `ConsulFiltered` where the token may not see them. Consul
         before 1.13 says nothing and shows an empty list.
         """
-        return await has_foreign_instance(self._client, name, self._meta_keys, self._is_of_a_registrar)
+        return await has_foreign_instance(self.client, name, self.meta_keys, self._is_of_a_registrar)
 
     async def _each(
         self, services: Sequence[Service], write: Callable[[Service], Awaitable[None]]
     ) -> Outcomes:
         """Write each service with bounded concurrency; one that is refused does not hold up the rest."""
-        outcomes = Outcomes(self._client.health, self._blame)
+        outcomes = Outcomes(self.client.health, self._blame)
         with self._node.writing():
-            await write_each(services, write, outcomes, self._client.health.concurrency(self.concurrency))
+            await write_each(services, write, outcomes, self.client.health.concurrency(self.concurrency))
         return outcomes
 
 
@@ -301,3 +368,31 @@ class _AgentNode:
                 problem=str(problem),
             )
         self._is_readable = False
+
+
+async def read_agent_service(client: ConsulClient, service_id: str) -> Service | None:
+    """Return the service that the agent holds under an ID, None if there is none; raises a `ConsulError`.
+
+    Raises `ConsulFiltered` for one that exists and that the token may not see.
+    """
+    path = f"/v1/agent/service/{quote(service_id, safe='')}"
+    try:
+        # Any other 404 would be from something between that does not pass the path on.
+        answer = await client.request("GET", path, accepts_text="unknown service id")
+    except ConsulTokenUnknown:
+        raise
+    except ConsulForbidden as error:
+        # There is such a service, and it concerns this ID only; an ID that is not there is 404.
+        raise ConsulFiltered(f"the token may not see the service {service_id}") from error
+    return decode_service(service_id, answer.body) if answer.status == 200 else None
+
+
+def can_be_named(service_id: str) -> bool:
+    """Return True if a path of an agent's API leads to a service of this ID; registering has no such limits.
+
+    Consul refuses paths with what cannot be printed and redirects from those that its router would write
+    otherwise, such as `a//b` (agent/http.go, PrintablePathCheckHandler; Go, http.ServeMux).
+    """
+    *leading, last = service_id.split("/")
+    is_clean = "" not in leading and not {".", ".."} & {*leading, last}
+    return is_clean and service_id.isprintable() and (leading or [last])[0] not in _TAKEN

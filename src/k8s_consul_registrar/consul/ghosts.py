@@ -5,65 +5,33 @@ service was registered with. If that token lacks the right, or the agent lost it
 and the record stays for good.
 """
 
-import asyncio
-import math
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager
 from itertools import islice
 
 from msgspec.structs import replace
 
-from k8s_consul_registrar.consul.acl import can_be_named, read_agent_service, read_own_node
+from k8s_consul_registrar.consul.acl import read_own_node
+from k8s_consul_registrar.consul.agent import AgentRegistry, read_agent_service
 from k8s_consul_registrar.consul.batches import Blame, Transactions, write_all
 from k8s_consul_registrar.consul.client import ConsulClient, is_filtered
-from k8s_consul_registrar.consul.codec import MetaKeys, decode_agent_services, decode_listed
+from k8s_consul_registrar.consul.codec import decode_agent_services, decode_listed
 from k8s_consul_registrar.consul.lost_agents import OF_A_REGISTRAR
 from k8s_consul_registrar.consul.records import list_services, node_of
 from k8s_consul_registrar.consul.transactions import MOST_OPERATIONS, Operations, Unit
 from k8s_consul_registrar.errors import ConsulFiltered, ConsulRefused
 from k8s_consul_registrar.model import Ghosts, Service, Written
 
-# Deregistered IDs that are remembered between two looks.
-MOST_REMEMBERED = 20_000
-
 
 class AgentGhosts:
-    """Finds and removes the ghosts of one agent.
+    """Finds and removes the ghosts of one agent."""
 
-    A registration of this process waits while its ID is removed, and an ID that is being registered is not
-    removed: the agent would copy its record to the catalog before the removal arrives there.
-    """
-
-    def __init__(self, client: ConsulClient, meta_keys: MetaKeys) -> None:
-        self._client = client
-        self._meta_keys = meta_keys
+    def __init__(self, registry: AgentRegistry) -> None:
+        self._client = registry.client
+        self._meta_keys = registry.meta_keys
+        self.traffic = registry.traffic
         self._blame = Blame()
         self._node = ""
-        self._registering: set[str] = set()
-        self._removing: dict[str, asyncio.Event] = {}
-        self._deregistered: dict[str, float] = {}  # when, in monotonic seconds
-        self.deregistered_at = -math.inf  # the latest of them
-
-    @asynccontextmanager
-    async def registering(self, service_id: str) -> AsyncIterator[None]:
-        """Surround a registration at the agent."""
-        while (removal := self._removing.get(service_id)) is not None:
-            await removal.wait()
-        self._registering.add(service_id)
-        self._deregistered.pop(service_id, None)
-        try:
-            yield
-        finally:
-            self._registering.discard(service_id)
-
-    def deregistered(self, ids: Iterable[str]) -> None:
-        """Note services that the agent says it has deregistered."""
-        now = time.monotonic()
-        for service_id in ids:
-            self._deregistered[service_id] = self.deregistered_at = now
-        while len(self._deregistered) > MOST_REMEMBERED:
-            del self._deregistered[next(iter(self._deregistered))]
 
     async def find(self) -> Ghosts:
         """Return what any registrar wrote at the agent's node and the agent does not hold.
@@ -87,12 +55,10 @@ class AgentGhosts:
             await _require(client, node)
         found = tuple(self._meta_keys.decode(one) for one in left if one.id.lower() not in held)
         ids = {one.id for one in found}
-        self._deregistered = {
-            one: at for one, at in self._deregistered.items() if at >= started or one in ids
-        }
+        deregistered = self.traffic.forget(started, ids)
         # The servers make the record of a node that has joined; its meta comes from the agent itself.
         may_write = bool(record_of_node.meta)
-        return Ghosts(node, found, frozenset(ids & self._deregistered.keys()), may_write)
+        return Ghosts(node, found, deregistered, may_write)
 
     async def services(self) -> AsyncIterator[Service]:
         """Yield what `find` returns, as a location that can be cleared."""
@@ -110,19 +76,13 @@ class AgentGhosts:
 
         Those that it holds are stale. Raises a `ConsulError`, `ConsulRefused` if another agent answers.
         """
-        going = [one for one in services if one.id not in self._registering and can_be_named(one.id)]
-        is_over = asyncio.Event()
-        self._removing.update((one.id, is_over) for one in going)
-        total = Written(stale=tuple({one.id for one in services} - {one.id for one in going}))
-        try:
+        total = Written()
+        with self.traffic.removing(one.id for one in services) as ids:
+            going = [one for one in services if one.id in ids]
             async with self._client.single() as client:
                 for batch in _batches(going):
                     total += await self._remove(client, node, batch)
-        finally:
-            for one in going:
-                self._removing.pop(one.id, None)
-            is_over.set()
-        return total
+        return total + Written(stale=tuple(one.id for one in services if one.id not in ids))
 
     async def _remove(self, client: ConsulClient, node: str, services: Sequence[Service]) -> Written:
         operations = Operations(node, client.namespace, client.partition)

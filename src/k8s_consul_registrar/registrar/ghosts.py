@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from k8s_consul_registrar.consul.acl import AgentSelf
+from k8s_consul_registrar.consul.agent import AgentTraffic
 from k8s_consul_registrar.errors import (
     ClusterError,
     ConsulBusy,
@@ -35,7 +36,7 @@ log = get_logger("ghosts")
 class GhostAgent(Protocol):
     """The agent beside its node in the catalog; each method raises a `ConsulError`."""
 
-    deregistered_at: float  # when the agent last deregistered a service, in monotonic seconds
+    traffic: AgentTraffic
 
     async def find(self) -> Ghosts:
         """Return what the catalog shows at the agent's node and the agent does not hold."""
@@ -91,8 +92,8 @@ class GhostCollector:
     @property
     def look_due(self) -> float:
         """When to look again, in seconds of the clock."""
-        if self._agent.deregistered_at > self._noted_at:
-            self._noted_at = self._agent.deregistered_at
+        if self._agent.traffic.deregistered_at > self._noted_at:
+            self._noted_at = self._agent.traffic.deregistered_at
             self._checks = self._checks.noted(self._noted_at)
         return self._checks.due
 

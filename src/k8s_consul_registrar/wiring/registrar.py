@@ -14,6 +14,7 @@ from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.agent import AgentRegistry
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient, Fence
+from k8s_consul_registrar.consul.ghosts import AgentGhosts
 from k8s_consul_registrar.consul.lost_agents import LostAgents
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.kube.client import KubeClient
@@ -253,7 +254,7 @@ class Wiring:
                     metrics=metrics,
                 ),
                 GhostCollector(
-                    registry.ghosts,
+                    AgentGhosts(registry),
                     desired=desired,
                     decisions=rules,
                     cluster=cluster,

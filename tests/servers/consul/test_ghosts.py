@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 
 from k8s_consul_registrar.consul.agent import AgentRegistry
+from k8s_consul_registrar.consul.ghosts import AgentGhosts
 from k8s_consul_registrar.errors import ConsulRefused
 from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.sandbox.consul import Consul
@@ -69,12 +70,12 @@ async def test_ghosts_are_what_the_catalog_shows_and_the_agent_does_not_hold() -
     started = time.monotonic()
     async with leaving(A, B, make_service("hand-made")) as world:
         await world.registry.register([B, C])
-        found = await world.registry.ghosts.find()
+        found = await AgentGhosts(world.registry).find()
         assert (found.node, found.services, found.deregistered) == ("agent-1", (A,), frozenset({A.id}))
         assert found.services[0].index > 0
-        assert world.registry.ghosts.deregistered_at > started
+        assert world.registry.traffic.deregistered_at > started
         world.consul.agent.restart(is_wiped=True)
-        found = await world.registry.ghosts.find()
+        found = await AgentGhosts(world.registry).find()
         assert set(found.services) == {A, B, C}
         assert found.deregistered == {A.id}
 
@@ -82,12 +83,12 @@ async def test_ghosts_are_what_the_catalog_shows_and_the_agent_does_not_hold() -
 async def test_ghosts_are_removed_by_the_record_that_was_read() -> None:
     """One that changed since is stale and stays."""
     async with leaving(A, B) as world:
-        found = await world.registry.ghosts.find()
+        found = await AgentGhosts(world.registry).find()
         changed = world.consul.catalog.service("agent-1", B.id)
         assert changed is not None
         with world.consul.catalog.apply():
             world.consul.catalog.put_service("agent-1", type(changed)(B.id, "edited"))
-        written = await world.registry.ghosts.remove("agent-1", found.services)
+        written = await AgentGhosts(world.registry).remove("agent-1", found.services)
         assert (written.done, written.failures, written.stale) == (1, (), (B.id,))
         assert world.in_catalog() == {B.id}
 
@@ -97,7 +98,7 @@ async def test_ghosts_are_removed_by_the_record_that_was_read() -> None:
 async def test_service_that_comes_back_during_its_removal_is_not_removed(number: int, is_own: bool) -> None:
     """It is registered just before each request of the removal in turn, with the very same content."""
     async with leaving(A, B) as world, client_of(world.consul.url) as direct:
-        found = await world.registry.ghosts.find()
+        found = await AgentGhosts(world.registry).find()
         registry = world.registry if is_own else AgentRegistry(direct)
         returned: list[asyncio.Task[object]] = []
         left = number
@@ -111,7 +112,9 @@ async def test_service_that_comes_back_during_its_removal_is_not_removed(number:
             await asyncio.wait(returned, timeout=0.2)
 
         world.door.delay = delay if number else None
-        written = await world.registry.ghosts.remove("agent-1", [one for one in found.services if one == A])
+        written = await AgentGhosts(world.registry).remove(
+            "agent-1", [one for one in found.services if one == A]
+        )
         await asyncio.gather(*returned)
         assert len(returned) == (1 if number else 0)
         if not number:
@@ -124,20 +127,20 @@ async def test_service_that_comes_back_during_its_removal_is_not_removed(number:
 async def test_registration_under_way_is_not_removed() -> None:
     """Its record may be in the catalog before the agent is asked."""
     async with leaving(A) as world:
-        found = await world.registry.ghosts.find()
-        async with world.registry.ghosts.registering(A.id):
-            written = await world.registry.ghosts.remove("agent-1", found.services)
+        found = await AgentGhosts(world.registry).find()
+        async with world.registry.traffic.registering(A.id):
+            written = await AgentGhosts(world.registry).remove("agent-1", found.services)
         assert (written.done, written.stale, world.in_catalog()) == (0, (A.id,), {A.id})
 
 
 async def test_answers_of_another_agent_remove_nothing() -> None:
     """Behind a load balancer another agent answers, which holds nothing of the first one's node."""
     async with leaving(A) as world:
-        found = await world.registry.ghosts.find()
+        found = await AgentGhosts(world.registry).find()
         other = world.consul.peer("agent-2", is_server=False)
         async with other, client_of(other.url) as client:
             with pytest.raises(ConsulRefused, match="different nodes"):
-                await AgentRegistry(client).ghosts.remove("agent-1", found.services)
+                await AgentGhosts(AgentRegistry(client)).remove("agent-1", found.services)
         assert world.in_catalog() == {A.id}
 
 
@@ -157,6 +160,6 @@ async def test_connections_that_lead_to_different_agents_find_nothing_of_each_ot
             client_of(f"http://{service.address}") as client,
         ):
             registry = AgentRegistry(client)
-            found = [await registry.ghosts.find() for _ in range(4)]
+            found = [await AgentGhosts(registry).find() for _ in range(4)]
         assert {one.node for one in found} == {"agent-1", "agent-2"}
         assert not any(one.services for one in found)

@@ -9,7 +9,8 @@ from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
-from k8s_consul_registrar.consul.agent import AgentRegistry
+from k8s_consul_registrar.consul.agent import AgentRegistry, AgentTraffic
+from k8s_consul_registrar.consul.ghosts import AgentGhosts
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.model import Ghosts, ObjectKey, Service, Written
 from k8s_consul_registrar.registrar.decide import Rules
@@ -39,7 +40,7 @@ class Lab:
         self.registry = registry
         self.cluster = MemoryCluster(clock=self.clock)
         self.cluster.desired.learn_cluster_uid(UID)
-        self.start(registry.ghosts)
+        self.start(AgentGhosts(registry))
 
     def start(self, agent: GhostAgent) -> None:
         """Begin with a collector that has seen nothing yet."""
@@ -122,7 +123,7 @@ async def test_agent_that_lost_its_data_leaves_no_ghost_and_loses_nothing(releas
     async with running(release) as lab:
         lab.cluster.put_list([make_pod("b"), make_pod("c")])
         lab.consul.agent.restart(is_wiped=True)
-        lab.start(lab.registry.ghosts)
+        lab.start(AgentGhosts(lab.registry))
         assert await lab.look_for(90) == 2
         assert lab.in_catalog() == set("bc")
         assert [key.name for key in lab.cluster.reads] == ["a"]
@@ -173,7 +174,7 @@ async def test_ghost_that_is_not_proven_stays_and_is_counted(why: str) -> None:
         if why == "exists":
             lab.cluster.objects[make_pod("gone").key] = make_pod("gone")
         lab.cluster.is_down = why == "api server is down"
-        lab.start(lab.registry.ghosts)
+        lab.start(AgentGhosts(lab.registry))
         with capture_logs() as logs:
             await lab.look_for(100)
         assert lab.in_catalog() == {*"abc", "gone"}
@@ -185,9 +186,8 @@ async def test_ghost_that_is_not_proven_stays_and_is_counted(why: str) -> None:
 class RacingAgent:
     """Ghosts of an agent; the object comes back while the API server is asked."""
 
-    deregistered_at = 0.0
-
     def __init__(self, ghost: Service) -> None:
+        self.traffic = AgentTraffic()
         self.ghost = ghost
         self.removed: list[str] = []
 

@@ -163,7 +163,7 @@ async def _check_services(client: ConsulClient, wiring: Wiring, uid: str, *, see
     found = holdings(services, who, uid)
     prefixes = tuple(naming.prefix for naming in _namings(wiring.settings))
     elsewhere = judge_catalog(names, [service.name for service in services], prefixes)
-    left = await check_ghosts(registry.ghosts, who, uid) if isinstance(registry, AgentRegistry) else []
+    left = await check_ghosts(AgentGhosts(registry), who, uid) if isinstance(registry, AgentRegistry) else []
     return [*judge_holdings(found, who, sees_all=sees_all), *elsewhere, *left]
 
 
