@@ -146,13 +146,7 @@ COLLECTORS: dict[str, Callable[[dict[str, Any]], AbstractAsyncContextManager[Col
 }
 PODS = [
     pytest.param(functools.partial(python_pod, handler=PodWithLength), id="python-with-length"),
-    pytest.param(
-        functools.partial(python_pod, handler=Pod),
-        id="python-ended-by-close",
-        marks=pytest.mark.xfail(
-            strict=True, raises=TimeoutError, reason="the proxy refuses a body that the Pod ends by close"
-        ),
-    ),
+    pytest.param(functools.partial(python_pod, handler=Pod), id="python-ended-by-close"),
     pytest.param(go_pod, id="go"),
 ]
 

@@ -165,23 +165,12 @@ class SandboxLab(Lab):
         )
 
 
-def each_release(*failing: str, reason: str = "") -> pytest.MarkDecorator:
-    """Run a test on the oldest and the newest release of the sandbox's Consul, and on all in a long run.
-
-    On `failing` ones it is known to fail, for this reason.
-    """
-    known = pytest.mark.xfail(strict=True, raises=(AssertionError, TimeoutError), reason=reason)
+def each_release() -> pytest.MarkDecorator:
+    """Run a test on the oldest and the newest release of the sandbox's Consul, and on all in a long run."""
     return pytest.mark.parametrize(
         "release",
         [
-            pytest.param(
-                value,
-                id=name,
-                marks=[
-                    *([] if name in ("1.8", NEWEST_RELEASE) else [pytest.mark.long]),
-                    *([known] if name in failing else []),
-                ],
-            )
+            pytest.param(value, id=name, marks=[] if name in ("1.8", NEWEST_RELEASE) else [pytest.mark.long])
             for name, value in RELEASES.items()
         ],
     )
