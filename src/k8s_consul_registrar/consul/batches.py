@@ -342,17 +342,19 @@ class _Batches:
         """Record what fails of the units that do; return those to be renamed, and the others."""
         owners = [unit for unit in units for _ in unit.operations]
         problems = {owners[error.op_index].service.id: error.what for error in errors}
-        stale: set[str] = set()
+        stale: dict[str, None] = {}
         renamed: list[Unit] = []
         for error in errors:
             unit = owners[error.op_index]
             if error.is_rename and unit.replaces and self._rename is not None:
                 renamed.append(unit)
             elif error.is_stale or error.is_rename:
-                stale.add(unit.service.id)
+                stale[unit.service.id] = None
         self.outcomes.stale(stale)
-        for service_id in problems.keys() - stale - {unit.service.id for unit in renamed}:
-            self.outcomes.failed(service_id, problems[service_id])
+        settled = stale.keys() | {unit.service.id for unit in renamed}
+        for service_id, what in problems.items():
+            if service_id not in settled:
+                self.outcomes.failed(service_id, what)
         return renamed, [unit for unit in units if unit.service.id not in problems]
 
 
