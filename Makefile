@@ -40,7 +40,7 @@ unit: $(STAMP) ## the tests of single parts, without servers (under a minute)
 
 test: $(STAMP) ## the tests for every change, those on real servers included (at most 6 minutes)
 	-scripts/fetch-real-servers
-	$(BIN)/python -m pytest -n 6 -m "not long" $(ARGS)
+	$(BIN)/python -m pytest -n 8 -m "not long" $(ARGS)
 
 test-long: $(STAMP) ## the tests that take longer: chaos, scale, whole stories on real servers (at most 18 minutes)
 	-scripts/fetch-real-servers

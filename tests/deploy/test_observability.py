@@ -194,6 +194,7 @@ class TestRealPromtool:
         done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
+    @pytest.mark.long
     def test_rules(self, promtool: Path) -> None:
         """The rules are sound and each alert fires when it should and only then."""
         self.run(promtool, "check", "rules", ALERTS)

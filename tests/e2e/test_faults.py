@@ -158,6 +158,7 @@ async def test_garbage_annotations_are_rejected_by_reason() -> None:
             await daemon.measures('kept_services{why="rejected"}', 1)
 
 
+@pytest.mark.long
 async def test_five_hundred_odd_pods() -> None:
     """Each that asks is either a service Consul takes or a rejection that is counted, and none is both."""
     pods: list[OddPod] = []

@@ -36,7 +36,7 @@ async def test_plan_shows_what_would_change_and_changes_nothing() -> None:
         assert f"! {WEB}  conflict" in output
         assert "1 to register, 0 to update, 1 to deregister" in output
         assert lab.writes == []
-        code, output = await run(lab, "plan", "--output", "json")
+        code, output = await run(lab, "plan", "--output", "json", LOG_LEVEL="error")
         assert {line["sign"] for line in json.loads(output)} == {"+", "-", "!"}
 
 
@@ -84,7 +84,7 @@ async def test_plan_shows_rejections_conflicts_kept_and_held_services() -> None:
         assert (
             "0 to register, 0 to update, 0 to deregister, 0 unchanged, 1 in conflict, 3 held, 1 kept, 2 rejected"
         ) in output
-        code, output = await run(lab, "plan", "--output", "json")
+        code, output = await run(lab, "plan", "--output", "json", LOG_LEVEL="error")
         lines = json.loads(output)
         assert {tuple(line) for line in lines} == {("sign", "id", "what")}
         assert Counter(line["what"].partition(":")[0] for line in lines) == {

@@ -16,6 +16,7 @@ from k8s_consul_registrar.proxy.refusals import Outcome
 from support.browser import Page, browser_page
 from support.proxy_seen import SeenProxy, a_node, busy_proxy
 from support.real_servers import REAL
+from support.seen import Healthy
 
 pytestmark = REAL
 
@@ -29,20 +30,12 @@ OURS = {"ok", "bad_request", "unauthorized", "tls_handshake_failed", "method_not
         "no_credentials", "caller_left", "caller_stalled"}  # fmt: skip
 
 
-class _Healthy:
-    def is_alive(self) -> bool:
-        return True
-
-    def readiness(self) -> str:
-        return ""
-
-
 @asynccontextmanager
 async def shown(seen: SeenProxy, *flags: str) -> AsyncIterator[tuple[Page, str]]:
     """Serve a proxy and open its page in a browser."""
     routes = [*page_routes(PROXY_FILES), *proxy_routes(seen.view())]
     async with (
-        AdminServer(port=0, health=_Healthy(), registry=CollectorRegistry(), routes=routes) as server,
+        AdminServer(port=0, health=Healthy(), registry=CollectorRegistry(), routes=routes) as server,
         browser_page("--lang=en-US", *flags) as page,
     ):
         await page.look()

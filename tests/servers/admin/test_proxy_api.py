@@ -15,17 +15,10 @@ from k8s_consul_registrar.admin.status_api import FILES, POLICY, PROXY_FILES, pa
 from k8s_consul_registrar.proxy.refusals import Outcome
 from k8s_consul_registrar.proxy.stats import NO_STATS
 from support.proxy_seen import SeenProxy, a_node
+from support.seen import Healthy
 from support.waiting import PATIENCE
 
 pytestmark = pytest.mark.both_loops
-
-
-class _Healthy:
-    def is_alive(self) -> bool:
-        return True
-
-    def readiness(self) -> str:
-        return ""
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,7 @@ async def served() -> AsyncIterator[Served]:
     seen = SeenProxy()
     routes = [*page_routes(PROXY_FILES), *proxy_routes(seen.view(), clock=lambda: 1000.0)]
     async with (
-        AdminServer(port=0, health=_Healthy(), registry=CollectorRegistry(), routes=routes) as server,
+        AdminServer(port=0, health=Healthy(), registry=CollectorRegistry(), routes=routes) as server,
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as session,
     ):
         yield Served(seen, f"http://127.0.0.1:{server.port}", session)

@@ -198,6 +198,7 @@ async def test_raw_attacks() -> None:
         ground.unharmed()
 
 
+@pytest.mark.long
 async def test_attacks_byte_by_byte() -> None:
     """Gives the same answer however the bytes of an attack are cut up."""
     async with standing(ProxyTiming(tick=0.02, linger=0.05)) as ground:
@@ -353,6 +354,7 @@ REQUESTS = st.tuples(METHODS, TARGETS, VERSIONS, st.lists(HEADERS, max_size=5)).
 )
 
 
+@pytest.mark.long
 @settings(
     max_examples=8,
     deadline=None,
