@@ -38,7 +38,7 @@ real-servers: ## fetch Consul and Prometheus into .cache (no system install)
 unit: $(STAMP) ## the tests of single parts, without servers (under a minute)
 	$(BIN)/python -m pytest -n 2 tests/unit $(ARGS)
 
-test: $(STAMP) ## the tests for every change, those on real servers included (at most 6 minutes)
+test: $(STAMP) ## the tests for every change, those on real servers included (about 7 minutes)
 	-scripts/fetch-real-servers
 	$(BIN)/python -m pytest -n 8 -m "not long" $(ARGS)
 
