@@ -101,9 +101,16 @@ async def test_without_the_permission_it_says_so() -> None:
         async with await lab.proxy(**environment) as daemon:
             line = await daemon.until_said("cannot follow", "'kind': 'pod'")
             assert "pods" in line["problem"]
-            number, text = await daemon.admin("/readyz")
-            assert (number, "pods" in text) == (503, True)
-            assert (await scrape(daemon, kubelet_path(kubelet.port))).status == 200
+
+            async def is_said() -> bool:
+                number, text = await daemon.admin("/readyz")
+                return number == 503 and "pods" in text
+
+            async def is_relayed() -> bool:
+                return (await scrape(daemon, kubelet_path(kubelet.port))).status == 200
+
+            await daemon.until(is_said)
+            await daemon.until(is_relayed)  # the Nodes may still be on their first list
             assert (await scrape(daemon, pod_path())).status == 503
 
 
