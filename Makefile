@@ -29,7 +29,7 @@ fix: $(STAMP) ## repair what can be repaired
 	$(BIN)/ruff check --fix . scripts/fetch-real-servers
 	$(BIN)/ruff format . scripts/fetch-real-servers
 
-docs: $(STAMP) ## write the tables of the settings into the READMEs
+docs: $(STAMP) ## write the tables of the settings into docs/configuration*.md
 	$(BIN)/python scripts/update_docs.py
 
 real-servers: ## fetch Consul and Prometheus into .cache (no system install)

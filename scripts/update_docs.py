@@ -1,4 +1,4 @@
-"""Write the tables of the settings into the READMEs, between their markers; `--check` only compares."""
+"""Write the tables of the settings into their pages, between the markers; `--check` only compares."""
 
 import re
 import sys
@@ -34,8 +34,8 @@ def filled(text: str, new: dict[str, str]) -> str:
 def main() -> int:
     """Return 1 if a document was to be checked and is not up to date."""
     documents = {
-        ROOT / "README.md": tables(),
-        ROOT / "README.zh-CN.md": tables(translated(), "变量 | 默认值 | 含义"),
+        ROOT / "docs" / "configuration.md": tables(),
+        ROOT / "docs" / "configuration.zh-CN.md": tables(translated(), "变量 | 默认值 | 含义"),
     }
     is_check = "--check" in sys.argv
     is_stale = False

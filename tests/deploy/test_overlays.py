@@ -141,15 +141,15 @@ def test_overlay_without_an_agent_overlaps_only_where_one_pod_writes(
 
 
 def test_operations_page_leads_to_two_replicas_by_way_of_catalog() -> None:
-    """The page, the READMEs and the overlay itself name `catalog` as the step between."""
+    """The pages and the overlay itself name `catalog` as the step between."""
     page = (DEPLOY.parent / "docs" / "operations.md").read_text()
     section = page.partition("### From one replica with an agent to two replicas")[2].partition("\n#")[0]
     assert 0 < section.index("Apply `catalog`") < section.index("Replace `catalog` by `two-replicas`")
     assert (
         "apply `catalog` first" in (DEPLOY / "overlays" / "two-replicas" / "kustomization.yaml").read_text()
     )
-    for readme in ("README.md", "README.zh-CN.md"):
-        text = (DEPLOY.parent / readme).read_text()
+    for name in ("deployment.md", "deployment.zh-CN.md"):
+        text = (DEPLOY.parent / "docs" / name).read_text()
         assert "operations.md#from-one-replica-with-an-agent-to-two-replicas" in text
 
 

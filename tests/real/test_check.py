@@ -23,7 +23,7 @@ from support.real_servers import REAL, RealConsul, real_consul
 
 pytestmark = REAL
 
-# The policy of README.md, line by line.
+# The policy of docs/deployment.md, line by line.
 PODS = 'service_prefix "pod--" { policy = "write" }'
 NODES = 'service_prefix "node--" { policy = "write" }'
 OTHERS = 'service_prefix "" { policy = "read" }'

@@ -1,4 +1,4 @@
-"""The documents against the code: what they list is what there is, and both READMEs say the same."""
+"""The documents against the code: what they list exists, and both languages say the same."""
 
 import re
 import shlex
@@ -32,21 +32,33 @@ from support.files import ROOT
 from support.waiting import PATIENCE
 
 PACKAGE = ROOT / "src" / "k8s_consul_registrar"
-README, README_ZH, ARCHITECTURE = (
-    ROOT / "README.md",
+DOCS = ROOT / "docs"
+README = ROOT / "README.md"
+ARCHITECTURE, OPERATIONS = DOCS / "architecture.md", DOCS / "operations.md"
+DOCUMENTS = (
+    README,
     ROOT / "README.zh-CN.md",
-    ROOT / "docs" / "architecture.md",
+    *sorted(DOCS.glob("*.md")),
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
 )
-READMES = (README, README_ZH)
-DOCUMENTS = (*READMES, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md")
-OPERATIONS = ROOT / "docs" / "operations.md"
-UNSET = "–"  # noqa: RUF001 - how a table of the READMEs shows a setting without a default
+CHINESE = ".zh-CN.md"
+# Pages in both languages: the English one of each.
+TRANSLATED = [one for one in DOCUMENTS if (one.parent / f"{one.stem}{CHINESE}").exists()]
+# The Chinese page has one table of all metrics without types and remedies.
+SHORTER = {"metrics.md"}
+MOST_LINES_OF_README = 200
+UNSET = "–"  # noqa: RUF001 - how a table shows a setting without a default
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^(#+) (.+)$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
-each_readme = pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
+
+def in_each_language(name: str) -> pytest.MarkDecorator:
+    """Run a test on a page of `docs/` in English and in Chinese."""
+    pages = (DOCS / f"{name}.md", DOCS / f"{name}{CHINESE}")
+    return pytest.mark.parametrize("page", pages, ids=lambda path: path.name)
 
 
 def text_of(document: Path) -> str:
@@ -64,9 +76,9 @@ def headings(document: Path) -> list[tuple[int, str]]:
     return [(len(marks), words) for marks, words in HEADING.findall(prose_of(document))]
 
 
-def sections(readme: Path) -> list[str]:
-    """Return what stands under each heading; the same index means the same section in both READMEs."""
-    return re.split(r"^#+ .+$", prose_of(readme), flags=re.MULTILINE)
+def sections(page: Path) -> list[str]:
+    """Return what stands under each heading; the same index means the same section in both languages."""
+    return re.split(r"^#+ .+$", prose_of(page), flags=re.MULTILINE)
 
 
 def rows(text: str) -> dict[str, str]:
@@ -83,7 +95,7 @@ def metric_names() -> set[str]:
     """Return the names of all our metrics, as Prometheus shows them; a histogram's without its suffixes."""
     registry: CollectorRegistry = new_registry("registrar")
     RegistrarMetrics(registry)
-    stats = ProxyStats(dict.fromkeys(Outcome, 0), 0, 0, 0, 0, 0, 0, 0, 0, 0, nodes_known=True)
+    stats = ProxyStats(dict.fromkeys(Outcome, 0), 0, 0, 0, 0, 0, 0, 0, 0, 0, nodes_known=True, workers=1)
     registry.register(RegistrarCollector(Figures))
     families = [*registry.collect(), *ProxyCollector(lambda: stats).collect()]
     names = {f"{one.name}_total" if one.type == "counter" else one.name for one in families}
@@ -95,11 +107,11 @@ def default_cell(default: str) -> str:
     return f"`{default}`" if default else UNSET
 
 
-@each_readme
-def test_every_setting_is_documented_with_its_default(readme: Path) -> None:
+@in_each_language("configuration")
+def test_every_setting_is_documented_with_its_default(page: Path) -> None:
     """The configuration tables hold every setting with its default, under its mode, and nothing else."""
-    index = next(i for i, part in enumerate(sections(readme)) if "<!-- settings: Both modes -->" in part)
-    both, registrar, proxy = sections(readme)[index : index + 3]
+    index = next(i for i, part in enumerate(sections(page)) if "<!-- settings: Both modes -->" in part)
+    both, registrar, proxy = sections(page)[index : index + 3]
     for table, modes in ((both, {REGISTRAR, PROXY}), (registrar, {REGISTRAR}), (proxy, {PROXY})):
         expected = {one.env: default_cell(one.default) for one in SETTINGS if set(modes_of(one)) == modes}
         assert rows(table) == expected
@@ -107,53 +119,81 @@ def test_every_setting_is_documented_with_its_default(readme: Path) -> None:
 
 
 def test_tables_of_the_settings_are_up_to_date() -> None:
-    """Both READMEs have the texts of the declarations and of their translation; `make docs` repairs it."""
+    """Both pages have the texts of the declarations and of their translation; `make docs` repairs it."""
     command = (sys.executable, ROOT / "scripts" / "update_docs.py", "--check")
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert (done.returncode, done.stdout + done.stderr) == (0, ""), "run make docs"
 
 
-@each_readme
-def test_every_reason_is_documented(readme: Path) -> None:
+@in_each_language("annotations")
+def test_every_reason_is_documented(page: Path) -> None:
     """The table of rejections holds the reasons of the code."""
-    (table,) = [part for part in sections(readme) if "| `no_ip` |" in part]
+    (table,) = [part for part in sections(page) if "| `no_ip` |" in part]
     assert set(rows(table)) == {reason.value for reason in Reason}
 
 
-@each_readme
-def test_every_metric_is_documented(readme: Path) -> None:
+@in_each_language("metrics")
+def test_every_metric_is_documented(page: Path) -> None:
     """The tables of metrics hold every name the code shows, and no other."""
-    (table,) = [part for part in sections(readme) if "| `k8s_consul_registrar_build_info` |" in part]
-    assert {name for name in rows(table) if name.startswith("k8s_")} == metric_names()
+    text = prose_of(page)
+    assert {name for name in rows(text) if name.startswith("k8s_")} == metric_names()
     labels = (*PASS_OUTCOMES, *WRITE_VERBS, *WRITE_OUTCOMES, *(why.value for why in (*Kept, *Stays)))
-    assert [label for label in labels if f"`{label}`" not in table] == []
+    assert [label for label in labels if f"`{label}`" not in text] == []
 
 
-@each_readme
-def test_no_metric_is_named_that_does_not_exist(readme: Path) -> None:
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda path: path.name)
+def test_no_metric_is_named_that_does_not_exist(page: Path) -> None:
     """A metric named anywhere in the text is one of the code's."""
-    named = re.findall(r"\bk8s_consul_registrar_\w+", prose_of(readme))
-    assert set(named) <= metric_names()
+    parts = re.compile(r"_(bucket|sum|count)$")  # of a histogram
+    named = {parts.sub("", name) for name in re.findall(r"\bk8s_consul_registrar_\w+", prose_of(page))}
+    assert named - {parts.sub("", name) for name in metric_names()} == set()
 
 
-@each_readme
-def test_exit_codes_are_documented(readme: Path) -> None:
+@in_each_language("commands")
+def test_exit_codes_are_documented(page: Path) -> None:
     """The table of exit codes holds the codes of the code."""
     codes = {value for name, value in vars(runner).items() if name.startswith("EXIT_")}
-    last_table = sections(readme)[-2]
-    assert {int(code) for code in re.findall(r"^\| (\d+) \|", last_table, re.MULTILINE)} == codes
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", sections(page)[-1], re.MULTILINE)} == codes
 
 
-def test_readmes_are_level() -> None:
-    """Both READMEs have headings of the same levels, the same blocks, tables and list entries."""
-    assert [level for level, _ in headings(README)] == [level for level, _ in headings(README_ZH)]
-    assert FENCE.findall(text_of(README)) == FENCE.findall(text_of(README_ZH))
+def test_readmes_are_short() -> None:
+    """A README is an entrance; all else has a page of its own."""
+    lines = {
+        one.name: len(text_of(one).splitlines())
+        for one in DOCUMENTS
+        if one.parent == ROOT and "README" in one.name
+    }
+    assert {name: count for name, count in lines.items() if count > MOST_LINES_OF_README} == {}
+
+
+@pytest.mark.parametrize("language", ["", "zh-CN"])
+def test_every_page_is_in_the_index(language: str) -> None:
+    """The index of each language leads to every page, in its language where there is one."""
+    suffix = f".{language}.md" if language else ".md"
+    linked = {target.partition("#")[0] for target in LINK.findall(text_of(DOCS / f"README{suffix}"))}
+    pages = {one.name for one in DOCS.glob("*.md") if CHINESE not in one.name and one.stem != "README"}
+    if language:
+        pages = {
+            Path(one).stem + CHINESE if (DOCS / f"{Path(one).stem}{CHINESE}").exists() else one
+            for one in pages
+        }
+    assert pages - linked == set()
+
+
+@pytest.mark.parametrize(
+    "page", [one for one in TRANSLATED if one.name not in SHORTER], ids=lambda path: path.name
+)
+def test_languages_are_level(page: Path) -> None:
+    """Both languages have headings of the same levels, the same blocks, tables and list entries."""
+    chinese = page.parent / f"{page.stem}{CHINESE}"
+    assert [level for level, _ in headings(page)] == [level for level, _ in headings(chinese)]
+    assert FENCE.findall(text_of(page)) == FENCE.findall(text_of(chinese))
     for start in ("|", "- "):
-        counts = [
-            [sum(line.startswith(start) for line in part.splitlines()) for part in sections(readme)]
-            for readme in READMES
-        ]
-        assert counts[0] == counts[1]
+        english, translated = (
+            [sum(line.startswith(start) for line in part.splitlines()) for part in sections(one)]
+            for one in (page, chinese)
+        )
+        assert english == translated
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -178,9 +218,9 @@ def test_make_targets_exist(document: Path) -> None:
 
 
 def test_manifests_named_exist() -> None:
-    """The files of `deploy/` that the READMEs name are there, and those with lines to change are all named."""
-    for readme in READMES:
-        named = set(re.findall(r"[a-z-]+\.yaml|prometheus\.yml", text_of(readme)))
+    """The files of `deploy/` that the page names are there, and those with lines to change are all named."""
+    for page in (DOCS / "deployment.md", DOCS / f"deployment{CHINESE}"):
+        named = set(re.findall(r"[a-z-]+\.yaml|prometheus\.yml", text_of(page)))
         assert all((ROOT / "deploy" / name).exists() for name in named)
         files = [path for path in (ROOT / "deploy").iterdir() if path.is_file()]
         changed = {path.name for path in files if "CHANGE" in text_of(path)}
@@ -188,8 +228,9 @@ def test_manifests_named_exist() -> None:
 
 
 def test_demo_tells_what_the_readme_shows() -> None:
-    """Every step of the demo that the READMEs show is one the demo takes."""
-    steps = re.findall(r"^== ([^:\n]+)", text_of(README), re.MULTILINE)
+    """Every step of the demo that the README and the quick start show is one the demo takes."""
+    shown = text_of(README) + text_of(DOCS / "quick-start.md")
+    steps = re.findall(r"^== ([^:\n]+)", shown, re.MULTILINE)
     told = text_of(PACKAGE / "commands" / "demo.py")
     assert steps
     assert [step for step in steps if step not in told] == []

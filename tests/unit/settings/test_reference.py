@@ -16,7 +16,7 @@ from support.files import PACKAGE, ROOT
 from support.waiting import PATIENCE
 
 SECRET = "s3cr3t-marker-0123456789"
-README_YAML = re.compile(r"```yaml\n(CLUSTER_NAME.*?)```", re.DOTALL)
+SHOWN_YAML = re.compile(r"```yaml\n(CLUSTER_NAME.*?)```", re.DOTALL)
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
@@ -199,10 +199,10 @@ def test_secrets_are_masked_wherever_settings_are_shown() -> None:
     assert SECRET not in repr(settings)
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
-def test_configuration_file_that_the_readme_shows_is_accepted(readme: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ["configuration.md", "configuration.zh-CN.md"])
+def test_configuration_file_that_the_page_shows_is_accepted(page: str, tmp_path: Path) -> None:
     """By the command, and by its schema."""
-    (text,) = README_YAML.findall((ROOT / readme).read_text(encoding="utf-8"))
+    (text,) = SHOWN_YAML.findall((ROOT / "docs" / page).read_text(encoding="utf-8"))
     (tmp_path / "settings.yaml").write_text(text)
     arguments = ["registrar", "--config", str(tmp_path / "settings.yaml")]
     assert main(arguments, {"HOME": "/nonexistent"}) == 2  # no kubeconfig: the settings were read
