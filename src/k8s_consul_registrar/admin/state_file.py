@@ -2,18 +2,13 @@
 
 import asyncio
 import contextlib
-import glob
 import hashlib
 import os
-import stat
-import tempfile
-import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import IO, TypeVar, cast
 
+from k8s_consul_registrar.admin.replacement import Replacement, check_folder, in_thread, remove_leftovers
 from k8s_consul_registrar.admin.saved_state import (
     MAX_AGE,
     SIZE_LIMIT,
@@ -46,25 +41,11 @@ CONSUL_PATIENCE = 30.0
 UID_PATIENCE = 2.0
 # Seconds that the last save may take.
 LAST_SAVE = 10.0
-# Seconds after which blocking work that is to end is left to itself.
-HUNG_AFTER = 5.0
 # Targets encoded between two turns of the event loop: a few milliseconds.
 SLICE = 500
 PIECE = 1 << 20  # bytes written at once
 
-T = TypeVar("T")
-
 log = get_logger("state_file")
-
-
-def check_folder(path: Path) -> None:
-    """Raise an AccessError if no file can be made in the file's folder."""
-    try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
-        os.close(descriptor)
-        Path(name).unlink()
-    except (OSError, ValueError) as error:
-        raise AccessError(f"{SETTING}: cannot write in {path.parent}: {reason(error)}") from None
 
 
 def read_state(path: Path, origin: Origin, now: float) -> SavedState | None:
@@ -84,8 +65,8 @@ def read_state(path: Path, origin: Origin, now: float) -> SavedState | None:
 
 def open_state(path: Path, origin: Origin) -> SavedState | None:
     """Return the saved targets at a start; raises an AccessError only where none could ever be saved."""
-    check_folder(path)
-    _remove_leftovers(path)
+    check_folder(path, SETTING)
+    remove_leftovers(path)
     try:
         saved = read_state(path, origin, time.time())
     except AccessError as error:
@@ -258,9 +239,9 @@ class StateKeeper:
         head = encode_head(self._origin, cluster_uid=uid, written_at=written_at, is_settled=is_settled)
         digest = hashlib.blake2b(f"{uid} {is_settled}".encode())
         text, size, is_first = bytearray(head), 0, True
-        file = _Replacement(self._path)
+        file = Replacement(self._path)
         try:
-            await _in_thread(file.open)
+            await in_thread(file.open)
             async for target in in_slices(self._view.targets(), SLICE):
                 piece = encode_target(target, is_first=is_first)
                 is_first = False
@@ -270,118 +251,18 @@ class StateKeeper:
                     size += len(text)
                     if size > SIZE_LIMIT:
                         raise ValueError(f"it would be larger than {SIZE_LIMIT >> 20} MiB")
-                    await _in_thread(file.writer(bytes(text)))
+                    await in_thread(file.writer(bytes(text)))
                     text.clear()
             text += encode_end()
             if uid != desired.cluster_uid:
                 raise ValueError("the cluster changed meanwhile")
             is_same = digest.digest() == self._digest and written_at - self._up_to_date_at < new_enough
             if not is_same:
-                await _in_thread(file.writer(bytes(text)))
-                await _in_thread(file.commit)
+                await in_thread(file.writer(bytes(text)))
+                await in_thread(file.commit)
                 self._digest, self._up_to_date_at = digest.digest(), written_at
         finally:
-            await _in_thread(file.discard)
-
-
-class _Replacement:
-    """A file that takes another's place once it is complete; what its methods do blocks."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: IO[bytes] | None = None
-        self._temporary: Path | None = None
-
-    def open(self) -> None:
-        """Make a temporary file, readable by its owner only, beside the other.
-
-        Its name is its own, since a second replica may write in the same folder.
-        """
-        descriptor, name = tempfile.mkstemp(dir=self._path.parent, prefix=_prefix(self._path))
-        self._temporary, self._file = Path(name), os.fdopen(descriptor, "wb")
-
-    def writer(self, piece: bytes) -> Callable[[], object]:
-        """Return a function that writes a piece."""
-        assert self._file is not None
-        return partial(self._file.write, piece)
-
-    def commit(self) -> None:
-        """Put the file in the place of the other; what is no regular file is never replaced."""
-        assert self._file is not None
-        assert self._temporary is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(self._path.lstat().st_mode):
-                raise ValueError("it is not a regular file")
-        self._temporary.replace(self._path)
-        self._temporary = None
-        _sync_folder(self._path.parent)
-
-    def discard(self) -> None:
-        """Remove what was not committed."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.close()
-        if self._temporary is not None:
-            with contextlib.suppress(OSError):
-                self._temporary.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last; some file systems cannot, and need not."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-async def _in_thread(work: Callable[[], T]) -> T:
-    """Do blocking work off the loop; a cancellation waits for its end, but not for longer than HUNG_AFTER.
-
-    The thread is a daemon, unlike those of the loop's executor: one that hangs in a network file system
-    does not keep the process from ending.
-    """
-    loop = asyncio.get_running_loop()
-    doing: asyncio.Future[T] = loop.create_future()
-
-    def report(result: T | None, error: Exception | None) -> None:
-        if error is not None:
-            doing.set_exception(error)
-        else:
-            doing.set_result(cast("T", result))
-
-    def run() -> None:
-        result, problem = None, None
-        try:
-            result = work()
-        except Exception as error:  # noqa: BLE001 - raised where it is awaited
-            problem = error
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-            loop.call_soon_threadsafe(report, result, problem)
-
-    threading.Thread(target=run, name="state file", daemon=True).start()
-    try:
-        return await asyncio.shield(doing)
-    except asyncio.CancelledError:
-        await asyncio.wait({doing}, timeout=HUNG_AFTER)
-        raise
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove what processes that were killed while they wrote have left; others may be writing now."""
-    with contextlib.suppress(OSError):
-        for leftover in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
-            with contextlib.suppress(OSError):
-                if time.time() - leftover.lstat().st_mtime > MAX_AGE:
-                    leftover.unlink()
-
-
-def _prefix(path: Path) -> str:
-    return f".{path.name}.tmp-"
+            await in_thread(file.discard)
 
 
 def _text(error: Exception) -> str:

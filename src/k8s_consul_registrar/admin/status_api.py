@@ -12,8 +12,8 @@ import msgspec
 from aiohttp import web
 
 from k8s_consul_registrar import __version__
-from k8s_consul_registrar.admin.http_sd import BadQuery, socket_address
 from k8s_consul_registrar.admin.index import Index, IndexRules, Search, Snapshot, T, parse_terms
+from k8s_consul_registrar.admin.target_groups import BadQuery, socket_address
 from k8s_consul_registrar.admin.view import RegistrarView, TargetRow, TargetState
 from k8s_consul_registrar.model import Kind, ObjectKey, Rejection
 from k8s_consul_registrar.registrar.status import Activity

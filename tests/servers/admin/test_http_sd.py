@@ -16,15 +16,9 @@ import pytest
 import trustme
 from multidict import CIMultiDictProxy
 
-from k8s_consul_registrar.admin.http_sd import (
-    SD_PATH,
-    BadQuery,
-    GroupEncoder,
-    HttpSdServer,
-    accepts_gzip,
-    parse_sd_query,
-)
+from k8s_consul_registrar.admin.http_sd import SD_PATH, HttpSdServer, accepts_gzip
 from k8s_consul_registrar.admin.saved_state import SavedState, decode_state
+from k8s_consul_registrar.admin.target_groups import BadQuery, GroupEncoder, parse_sd_query
 from k8s_consul_registrar.admin.view import TargetRow
 from k8s_consul_registrar.consul.codec import MetaKeys
 from k8s_consul_registrar.errors import AccessError, OperationalError

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import pytest
 
-from k8s_consul_registrar.admin.http_sd import GroupEncoder
 from k8s_consul_registrar.admin.saved_state import (
     MAX_AGE,
     Origin,
@@ -17,6 +16,7 @@ from k8s_consul_registrar.admin.saved_state import (
     encode_head,
     encode_target,
 )
+from k8s_consul_registrar.admin.target_groups import GroupEncoder
 from k8s_consul_registrar.admin.view import TargetRow
 from support.seen import many_targets, node_target, pod_target
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
+from k8s_consul_registrar.admin.replacement import check_folder
 from k8s_consul_registrar.admin.saved_state import MAX_AGE, SavedState, decode_state
 from k8s_consul_registrar.admin.state_file import (
+    SETTING,
     SavedTargetsGate,
     StateKeeper,
-    check_folder,
     open_state,
     read_state,
 )
@@ -232,8 +233,8 @@ def test_folder_that_cannot_be_written_is_told_by_its_setting(tmp_path: Path) ->
     (tmp_path / "file").write_text("x")
     for folder in (tmp_path / "missing", tmp_path / "file", Path("/proc/self")):
         with pytest.raises(AccessError, match=r"HTTP_SD_STATE_FILE: cannot write in"):
-            check_folder(folder / "state.json")
-    check_folder(tmp_path / "state.json")
+            check_folder(folder / "state.json", SETTING)
+    check_folder(tmp_path / "state.json", SETTING)
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
 
 
@@ -307,13 +308,13 @@ async def test_saved_targets_end_with_the_first_complete_list_and_with_their_age
 
 HANGING = """
 import asyncio, threading
-from k8s_consul_registrar.admin import state_file
+from k8s_consul_registrar.admin import replacement
 
-state_file.HUNG_AFTER = 0.1
+replacement.HUNG_AFTER = 0.1
 
 async def save() -> None:
     async with asyncio.timeout(0.2):
-        await state_file._in_thread(threading.Event().wait)
+        await replacement.in_thread(threading.Event().wait)
 
 try:
     asyncio.run(save())

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from k8s_consul_registrar.admin.http_sd import parse_sd_query
+from k8s_consul_registrar.admin.target_groups import parse_sd_query
 from k8s_consul_registrar.admin.view import Census, TargetState
 from k8s_consul_registrar.model import Kind, Source
 from support.builders import make_pod, our_pod_service

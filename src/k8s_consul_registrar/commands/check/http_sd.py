@@ -8,9 +8,10 @@ from pathlib import Path
 import aiohttp
 
 from k8s_consul_registrar.admin.http_sd import HEADERS, SD_PATH
+from k8s_consul_registrar.admin.replacement import check_folder
 from k8s_consul_registrar.admin.saved_state import Origin
 from k8s_consul_registrar.admin.server import listen
-from k8s_consul_registrar.admin.state_file import check_folder, read_state
+from k8s_consul_registrar.admin.state_file import SETTING, read_state
 from k8s_consul_registrar.commands.check.report import Finding, fail, ok, warn
 from k8s_consul_registrar.errors import AccessError, OperationalError
 from k8s_consul_registrar.settings.registrar import HttpSdSettings
@@ -33,7 +34,7 @@ async def check_state_file(path: Path, origin: Origin) -> list[Finding]:
 
 def _state_file(path: Path, origin: Origin) -> Finding:
     try:
-        check_folder(path)
+        check_folder(path, SETTING)
     except AccessError as error:
         hint = "HTTP_SD_STATE_FILE needs a folder that the registrar can write in: is a volume mounted there?"
         return fail(STATE, str(error), hint)

@@ -1,0 +1,93 @@
+"""Documents of service discovery: rendered when asked for, kept packed until the targets change."""
+
+import asyncio
+import hashlib
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from k8s_consul_registrar.admin.target_groups import GroupEncoder, SdQuery
+from k8s_consul_registrar.admin.view import Targets
+
+# Targets looked at before the loop gets its turn: about 2 ms.
+_SLICE = 200
+# Bytes compressed or decompressed at once: about 1 ms.
+_PIECE = 64 * 1024
+# Documents kept compressed. Every shard path of a large installation fits; a caller that makes up filters
+# can make the registrar render, and not hold more than this.
+_MAX_KEPT = 64
+_MAX_KEPT_BYTES = 16 * 1024 * 1024
+_GZIP = zlib.MAX_WBITS | 16
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One rendered document: gzip bytes, the size without gzip, and the moment it shows."""
+
+    packed: bytes
+    size: int
+    etag: str
+    generation: int
+    begun: float
+
+
+@dataclass(slots=True)
+class Documents:
+    """Documents rendered on request, one at a time, and kept until the targets change."""
+
+    view: Targets
+    encoder: GroupEncoder
+    _kept: OrderedDict[SdQuery, Document] = field(default_factory=OrderedDict)
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def get(self, query: SdQuery) -> Document:
+        """Return the document of this moment or a later one."""
+        asked = time.monotonic()
+        async with self._turn:
+            kept = self._kept.get(query)
+            if kept is None or (kept.generation != self.view.generation and kept.begun < asked):
+                kept = self._kept[query] = await self._render(query)
+            self._kept.move_to_end(query)
+            while len(self._kept) > 1 and self._is_too_much():
+                self._kept.popitem(last=False)
+            return kept
+
+    def _is_too_much(self) -> bool:
+        size = sum(len(one.packed) for one in self._kept.values())
+        return len(self._kept) > _MAX_KEPT or size > _MAX_KEPT_BYTES
+
+    async def _render(self, query: SdQuery) -> Document:
+        begun, generation = time.monotonic(), self.view.generation
+        packing, digest = zlib.compressobj(1, wbits=_GZIP), hashlib.blake2b(digest_size=12)
+        packed, size, text = [], 0, bytearray(b"[")
+        for count, target in enumerate(self.view.targets(), 1):
+            if query.matches(target):
+                self.encoder.append(target, text)
+            if count % _SLICE == 0:
+                await asyncio.sleep(0)
+            if len(text) >= _PIECE:
+                last = text[-1:]
+                del text[-1:]
+                size += len(text)
+                digest.update(text)
+                packed.append(packing.compress(text))
+                text = last  # the comma stays behind, because nothing may follow it
+                await asyncio.sleep(0)
+        if text[-1:] == b",":
+            del text[-1:]
+        text += b"]\n"
+        digest.update(text)
+        packed += (packing.compress(text), packing.flush())
+        return Document(b"".join(packed), size + len(text), digest.hexdigest(), generation, begun)
+
+
+async def unpacked(packed: bytes) -> AsyncIterator[bytes]:
+    """Yield the document piece by piece; Prometheus asks for no compression, and there may be 80 MB of it."""
+    unpacking = zlib.decompressobj(wbits=_GZIP)
+    rest = packed
+    while not unpacking.eof:
+        yield unpacking.decompress(rest, _PIECE)
+        rest = unpacking.unconsumed_tail
+        await asyncio.sleep(0)
