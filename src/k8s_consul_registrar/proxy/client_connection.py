@@ -317,7 +317,8 @@ class ClientConnection(asyncio.BufferedProtocol):
         self.abort()
 
     def close(self) -> None:
-        """Close once everything is sent."""
+        """Close once everything is sent; until then the connection gives way like an idle one."""
+        self._seat.end()
         self._state = CLOSED
         self._expire_in(self._relay.timing.unread)
         if self._transport is not None:
@@ -362,6 +363,7 @@ class ClientConnection(asyncio.BufferedProtocol):
         self._on_lost(self)
 
     def _leave(self) -> None:
+        self._seat.end()
         self._state = CLOSED
         if self._scrape is not None:
             scrape, self._scrape = self._scrape, None

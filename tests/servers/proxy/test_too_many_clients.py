@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import resource
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from support.proxy_lab import (
     Connection,
     Kubelet,
     Proxy,
+    always,
     answer,
     cadvisor,
     get_request,
@@ -184,6 +186,51 @@ async def test_scrapes_beside_clients_that_never_read(places: Concurrency, clien
             got = await proxy.get(cadvisor(kubelet), f"{TIMEOUT}: {10 + SLACK:g}")
             assert (got.status, len(got.body)) == (200, len(BIG))
         assert proxy.server.stats().outcomes[Outcome.CALLER_STALLED] > 0
+
+
+async def drip(proxy: Proxy, kubelet: Kubelet) -> None:
+    """Ask for a big answer and read it in small pieces, several a second, until it is cut."""
+    loop = asyncio.get_running_loop()
+    with socket.socket() as sock, contextlib.suppress(ConnectionError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_000)
+        sock.setblocking(False)
+        await loop.sock_connect(sock, ("127.0.0.1", proxy.port))
+        await loop.sock_sendall(sock, get_request(cadvisor(kubelet), f"{TIMEOUT}: 100"))
+        while await loop.sock_recv(sock, 32_000):
+            await asyncio.sleep(0.05)
+
+
+async def test_scrapes_beside_clients_that_read_slowly() -> None:
+    """Serves 5 of 5 scrapes of a node whose places were taken by clients that read a little again and again.
+
+    The system takes a third of its buffer before it reports room, so a client that drips is stalled for long.
+    """
+    places = Concurrency(per_node=2)
+    async with Kubelet(big).serving() as kubelet, proxying(kubelet.node(), concurrency=places) as proxy:
+        drips = [asyncio.create_task(drip(proxy, kubelet)) for _ in range(10)]
+        await until(lambda: proxy.server.stats().waiting == 8)
+        await asyncio.sleep(2)
+        for _ in range(5):
+            got = await proxy.get(cadvisor(kubelet), f"{TIMEOUT}: {10 + SLACK:g}")
+            assert (got.status, len(got.body)) == (200, len(BIG))
+        assert proxy.server.stats().outcomes[Outcome.CALLER_STALLED] > 0
+        for each in drips:
+            each.cancel()
+        await asyncio.gather(*drips, return_exceptions=True)
+
+
+async def test_an_answer_that_is_not_read_gives_way_once_its_scrape_is_done() -> None:
+    """Makes room for another client at the limit while the end of a closing connection's answer waits unread."""
+    body = b"a 1\n" * 15_000
+    async with (
+        Kubelet(always(answer(body))).serving() as kubelet,
+        proxying(kubelet.node(), max_clients=1) as proxy,
+    ):
+        (_, writer), _ = await proxy.connect_slow()
+        writer.write(get_request(cadvisor(kubelet), "Connection: close"))
+        await until(lambda: proxy.server.stats().outcomes[Outcome.OK] == 1)
+        assert (await proxy.get(cadvisor(kubelet))).body == body
+        assert proxy.server.stats().evicted == 1
 
 
 async def test_a_client_that_reads_nothing_is_aborted() -> None:
