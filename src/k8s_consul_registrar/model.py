@@ -219,7 +219,7 @@ CRITICAL = "critical"
 
 
 class AgentHealth(NamedTuple):
-    """What a check of the catalog says of a node; `version` is its ModifyIndex, another after each change."""
+    """A node as a check in the catalog shows it; `version` is its ModifyIndex, another after each change."""
 
     node: str
     check: str
@@ -235,7 +235,7 @@ class WriteFailure(msgspec.Struct, frozen=True):
 
 
 class Written(msgspec.Struct, frozen=True):
-    """What came of a batch of writes: how many were done, and which were refused one by one.
+    """Results of a batch of writes: how many were done, and which were refused one by one.
 
     `indexes` are the new ModifyIndexes by ID, from the catalog only. `stale` are IDs whose record was not
     the one that `Service.index` names, because another client wrote it: they must be read again.

@@ -235,7 +235,7 @@ class Cause(Enum):
 
 
 class Explanation(NamedTuple):
-    """What went wrong with a TLS connection, and what repairs it."""
+    """The cause of a failed TLS connection, and its remedy."""
 
     cause: Cause
     problem: str
@@ -378,8 +378,8 @@ def printable(text: str) -> str:
 def without_authorities() -> Iterator[None]:
     """Surround the import of aiohttp, which reads the system's authorities as it loads.
 
-    They take 50 ms and a megabyte, for requests that bring no TLS context; all of ours bring one. A request
-    that brought none would trust nobody.
+    They take 50 ms and a megabyte, for requests that bring no TLS context; every request here brings one. A request
+    that brought none would trust no server.
     """
     load = ssl.create_default_context
     ssl.create_default_context = lambda *_, **__: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -1,1 +1,1 @@
-"""What an operator reads: health and metrics over HTTP."""
+"""Health, metrics, status page and service discovery over HTTP."""

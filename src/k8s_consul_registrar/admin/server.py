@@ -40,7 +40,7 @@ def listen(port: int, setting: str) -> socket.socket:
                     raise
         return socket.create_server(("", port))
     except OSError as error:
-        # The socket module appends the address to strerror; the number alone gives the plain words.
+        # The socket module appends the address to strerror; the plain words come from the number.
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise OperationalError(f"{setting} {port} cannot be listened on: {reason}") from error
 

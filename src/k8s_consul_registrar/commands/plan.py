@@ -56,7 +56,7 @@ def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
 
 
 class Plan(NamedTuple):
-    """The outcome of a sync made now: a line for each change or thing left alone, and the counts by result."""
+    """The outcome of a sync made now: a line for each change and each thing that stays, and the counts by result."""
 
     lines: list[PlanLine]
     counts: Mapping[str, int]

@@ -289,7 +289,7 @@ class _AgentNode:
     """The node of the agent that a client talks to.
 
     A catalog that cannot be read costs a warning and what only it knows, nothing else: the token of an
-    agent's registrar may be allowed the agent alone.
+    agent's registrar may be allowed to use the agent only.
     """
 
     def __init__(self, client: ConsulClient) -> None:
@@ -341,7 +341,7 @@ class _AgentNode:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Surround a write of ours to the agent."""
+        """Surround our own write to the agent."""
         with self._drift.writing():
             try:
                 yield

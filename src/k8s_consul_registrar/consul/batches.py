@@ -252,7 +252,7 @@ async def write_all(
     """Make every unit's writes; `restore_node` is awaited when Consul says that the node is missing.
 
     `rename` writes the units whose new name Consul refuses; without it they count as stale. Raises a `ConsulError` when Consul cannot be used; then what became of the writes under way is not
-    known, so everything is to be read again. A service that alone makes Consul answer 5xx is a failure of
+    known, so everything is to be read again. A service that makes Consul answer 5xx by itself is a failure of
     its own.
     """
     batches = _Batches(transactions, blame, restore_node, rename)

@@ -80,7 +80,7 @@ class CatalogRegistry:
         self._node = _SyntheticNode(self._transactions, self._operations, selection)
         self._drift = NodeDrift(client)
         self._renames = Renames(self._transactions, self._operations, self._write_apart)
-        self._checked: set[str] = set()  # IDs that have a check of ours, as far as we know
+        self._checked: set[str] = set()  # IDs known to have one of our checks
 
     @property
     def recorded_selection(self) -> str:

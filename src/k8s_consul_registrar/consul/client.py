@@ -95,7 +95,7 @@ class _Request(msgspec.Struct, frozen=True):
 class Fence(msgspec.Struct, frozen=True):
     """The time in which writes may be made.
 
-    `left` returns the seconds until no write of ours may be under way, 0 or less where none may start.
+    `left` returns the seconds until none of our writes may be under way, 0 or less where none may start.
     `grace` is how many seconds lie between that moment and the first in which another may write.
     """
 

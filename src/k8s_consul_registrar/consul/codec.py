@@ -175,7 +175,7 @@ class MetaKeys(msgspec.Struct, frozen=True):
         return ",".join(f"{ours}={theirs}" for ours, theirs in self.renamed)
 
     def wire(self, key: str) -> str:
-        """Return the name that a key of ours has in Consul."""
+        """Return the name in Consul of one of our meta keys."""
         return dict(self.renamed).get(key, key)
 
     def encode(self, service: Service) -> Service:
@@ -243,7 +243,7 @@ def _problem(ours: str, theirs: str) -> str:
     if not _KEY.fullmatch(theirs) or theirs.startswith(_RESERVED_PREFIX):
         return f"cannot be {theirs!r}: a key is letters, digits, '_' or '-', at most {LONGEST_META_KEY}"
     if theirs in OWN_KEYS or theirs == MAPPING_KEY:
-        return f"cannot be {theirs}, which is a key of ours"
+        return f"cannot be {theirs}, which is one of the registrar's own keys"
     if theirs.startswith((PARAM_PREFIX, LABEL_PREFIX)):
         return f"cannot be {theirs}: {PARAM_PREFIX}… and {LABEL_PREFIX}… come from Pods"
     return ""
@@ -251,7 +251,7 @@ def _problem(ours: str, theirs: str) -> str:
 
 @lru_cache(maxsize=16)
 def _stated(text: str) -> MetaKeys:
-    """Read what a service states; what is no mapping of ours renames nothing."""
+    """Read what a service states; a value that is no such mapping renames nothing."""
     try:
         return parse_meta_keys(text.split(",") if text else ())
     except ValueError:

@@ -106,7 +106,7 @@ class NodeDrift:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Surround a write of ours: until its index is known, foreign changes look like ours."""
+        """Surround our own write: until its index is known, foreign changes look like ours."""
         self._writes += 1
         self._writing += 1
         try:
@@ -115,7 +115,7 @@ class NodeDrift:
             self._writing -= 1
 
     def wrote(self, index: int) -> None:
-        """Record the index of a write of ours, 0 where it is unknown."""
+        """Record the index of our own write, 0 where it is unknown."""
         self._is_written_since = True
         if not index:
             self._unindexed_until = self._clock() + self._settle
@@ -159,7 +159,7 @@ class NodeDrift:
         return since is not None and self._clock() - since >= self._hidden
 
     def _woke_for_others(self, woke_at: int) -> bool:
-        """Return whether the blocking query itself woke for a foreign change: it ended below any write of ours."""
+        """Return True if a foreign change ended the blocking query: its index is below all of our own writes."""
         if not woke_at:
             return False
         is_ours_first = not self._first_write or woke_at >= self._first_write

@@ -20,12 +20,12 @@ from k8s_consul_registrar.errors import (
 )
 
 TOO_MANY_REQUESTS = 429
-# A window this wide limits no client of ours (`client.CONNECTIONS`).
+# A window this wide limits none of our clients (`client.CONNECTIONS`).
 MOST_IN_FLIGHT = 50
 
 
 class RequestKind(Enum):
-    """Reads and writes; a transaction of reads alone is a read."""
+    """Reads and writes; a transaction that only reads is a read."""
 
     READ = "read"
     WRITE = "write"

@@ -57,7 +57,7 @@ class LostAgents:
         return await read_own_node(self._client)
 
     async def failing(self) -> list[AgentHealth]:
-        """Return the agents' own checks that are critical now; the catalog sends these alone."""
+        """Return the agents' own checks that are critical now; the catalog sends only these."""
         params = {**CONSISTENT, "filter": f'CheckID == "{SERF_HEALTH}"'}
         answer = await self._client.request("GET", f"/v1/health/state/{CRITICAL}", params=params)
         checks = decode(_checks, answer.body, "/v1/health/state")

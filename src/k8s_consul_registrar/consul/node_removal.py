@@ -13,7 +13,7 @@ from k8s_consul_registrar.errors import ConsulRefused
 
 # In the meta of a node that is about to go; each time another value.
 MARK = "removal"
-# The meta of a node of ours before it said whose it is.
+# The meta of our node in versions that did not name its owner.
 FORMER_META = {"external-node": "true"}
 # A name that no services have, for asking whether others' would be seen.
 UNUSED_NAME = "k8s-consul-registrar-purge"

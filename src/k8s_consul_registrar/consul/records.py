@@ -270,7 +270,7 @@ async def read_readiness(listing: RecordStream) -> dict[str, bool]:
         try:
             check = _checks.decode(record)
         except DECODE_ERRORS:
-            continue  # not one of ours
+            continue  # not a key of this project
         if check.is_readiness:
             found[check.service_id] = check.is_passing
     return found

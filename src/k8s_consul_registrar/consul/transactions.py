@@ -119,7 +119,7 @@ class Operations(msgspec.Struct, frozen=True):
     def remove(self, service: Service) -> Unit:
         """Remove the very record that the service's index names, its checks with it.
 
-        Name and index are Consul's conditions: an ID alone is refused, and nothing here can name less.
+        Name and index are Consul's conditions: an ID without them is refused, and nothing here can name less.
         """
         body = _ServiceBody(
             ID=service.id,
@@ -241,7 +241,7 @@ class CheckRecord(msgspec.Struct, gc=False, rename="pascal"):
 
     @property
     def is_readiness(self) -> bool:
-        """True if this check goes with a service of ours."""
+        """True if this check belongs to a service of this registrar."""
         return bool(self.service_id) and self.check_id == check_id(self.service_id)
 
     @property

@@ -58,7 +58,7 @@ class Access:
 
     @property
     def trust(self) -> Trust | None:
-        """Whom we believe to be the API server at this moment; None for plain HTTP."""
+        """The TLS context for the API server at this moment; None for plain HTTP."""
         return self.trusted.current() if self.trusted else None
 
     async def token(self) -> str:
@@ -208,7 +208,7 @@ def _require_usable(url: str, cluster: Entry[Cluster], name: str) -> None:
 
 
 def _trust_of(cluster: Entry[Cluster]) -> Rotating[Trust] | None:
-    """Return whom to believe, None for plain HTTP; raises AccessError."""
+    """Return the TLS context, None for plain HTTP; raises AccessError."""
     if urlsplit(_server_of(cluster)).scheme == "http":
         return None
     setting = cluster.setting("certificate-authority")
@@ -316,7 +316,7 @@ def _plugin_of(
 
 
 def _cluster_info(cluster: Entry[Cluster]) -> Mapping[str, object]:
-    """Return the cluster as a plugin is told of it, with the extension made for plugins as its config."""
+    """Return the cluster as a plugin receives it, with the extension made for plugins as its config."""
     value = cluster.value
     ca = _ca_of(cluster)
     info: dict[str, object] = {

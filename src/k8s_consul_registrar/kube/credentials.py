@@ -16,7 +16,7 @@ REREAD_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class ClientIdentity:
-    """What proves who we are in one request; any part may be absent."""
+    """Proof of our identity in one request; any part may be absent."""
 
     token: str = field(default="", repr=False)
     basic: str = field(default="", repr=False)

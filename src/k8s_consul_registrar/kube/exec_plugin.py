@@ -36,9 +36,9 @@ KILL_LIMIT = 1.0
 
 @dataclass(frozen=True, slots=True)
 class ExecPlugin:
-    """How a plugin is run: `command` with a slash is a path, else looked up in `env`'s PATH.
+    """The command of a plugin: `command` with a slash is a path, else looked up in `env`'s PATH.
 
-    `env` is the plugin's whole environment, `cluster` what it is told of the cluster (None unless it asks),
+    `env` is the plugin's whole environment, `cluster` the cluster as it receives it (None unless it asks),
     `origin` names its place in the kubeconfig.
     """
 

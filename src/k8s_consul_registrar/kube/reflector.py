@@ -140,7 +140,7 @@ class Reflector:
         return self._watch_began is None or self._clock() - self._watch_began < self._timing.watch_settle
 
     def _made_progress(self, error: Exception | None) -> bool:
-        """Return whether the waits may be short again: a list alone is dear, so it is not enough for a watch."""
+        """Return True if the waits may be short again: a list is costly, so one that worked is not enough for a watch."""
         if error is None and (not self._watches or not self._is_brief()):
             return True
         return self._has_heard and (bool(self._version) or not self._is_brief())

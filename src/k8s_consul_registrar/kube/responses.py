@@ -31,7 +31,7 @@ MOST_UNPACKED, MOST_TIMES = 64 << 20, 100
 
 @dataclass(frozen=True, slots=True)
 class ApiAction:
-    """What is asked of the API server, in RBAC's words; an empty `namespace` is the cluster scope."""
+    """A request to the API server in RBAC's words; an empty `namespace` is the cluster scope."""
 
     verb: str
     resource: str

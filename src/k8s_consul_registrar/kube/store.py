@@ -27,7 +27,7 @@ SLICE = 2000
 
 
 class Evidence(Enum):
-    """How a change became known."""
+    """The way a change became known."""
 
     EVENT = "event"  # seen in a watch event
     LISTED = "listed"  # seen in a list

@@ -1,4 +1,4 @@
-"""The proxy's figures for the admin port, read off the relay's plain counts when somebody asks."""
+"""The proxy's figures for the admin port, read from the relay's plain counts on each request."""
 
 from collections.abc import Callable, Iterator, Mapping
 

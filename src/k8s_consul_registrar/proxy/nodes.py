@@ -54,7 +54,7 @@ POD_TLS = "pod over https"
 
 
 class Endpoint(NamedTuple):
-    """Whom to dial: an IP literal, the port its object states, and the name its certificate must hold.
+    """An address to dial: an IP literal, the port its object states, and the name its certificate must hold.
 
     `uid` is the object's: a Node or Pod that is replaced at the same address shares no connection with the
     old one. `peer` is KUBELET, POD or POD_TLS.

@@ -346,7 +346,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
     def eof_received(self) -> None:
         """End the answer if the end of the connection ends it; another one was cut.
 
-        A kubelet ends with a close_notify, so that nobody on the way can shorten its answer.
+        A kubelet ends with a close_notify, so that no one on the way can shorten its answer.
         """
         if self.endpoint.peer == KUBELET:
             self._fail(refusals.CLOSED_EARLY)

@@ -62,7 +62,7 @@ class Controller:
         probe_consul: Callable[[bool], Awaitable[None]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Make the controller; `probe_consul` is told whether nothing is left to write."""
+        """Make the controller; `probe_consul` receives True if nothing is left to write."""
         self._core = core
         self._reconciler = reconciler
         self._resyncer = resync

@@ -70,7 +70,7 @@ def comparable_name(name: str) -> str:
 
 
 class Names(msgspec.Struct):
-    """What is known of the names in the catalog, each as Consul compares them.
+    """Knowledge of the names in the catalog, each as Consul compares them.
 
     `taken` belong to others at this registrar's own node. New names of the `checked` kinds are looked up in
     the whole catalog first: `looked_up` says which of them are taken.

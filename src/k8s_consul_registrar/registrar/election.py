@@ -138,14 +138,14 @@ def next_action(election: Election, now: float, wall: datetime) -> ElectionActio
 
 
 def asked(election: Election, action: ElectionAction) -> Election:
-    """Note that the action is under way: until a write is answered nobody knows what the record says."""
+    """Note that the action is under way: until a write is answered, the content of the record is unknown."""
     if isinstance(action, (CreateLease, UpdateLease)):
         return replace(election, is_fresh=False, may_hold=True)
     return election
 
 
 def on_read(election: Election, lease: Lease | None, now: float, spread: float) -> Election:
-    """Take in the record, None where there is none; `now` is when the answer was there."""
+    """Record what the Lease says, None if there is none; `now` is when the answer was there."""
     is_same = lease is not None and lease == election.seen
     election = replace(
         election,
@@ -164,7 +164,7 @@ def on_read(election: Election, lease: Lease | None, now: float, spread: float) 
 
 
 def on_written(election: Election, lease: Lease, started: float) -> Election:
-    """Take in the record as we wrote it by a request begun at `started`."""
+    """Record our own write by a request that began at `started`."""
     election = replace(election, seen=lease, seen_at=started, is_fresh=True, has_clashed=False)
     if not election.is_ours:
         return replace(election, may_hold=False, writes_until=NEVER)
@@ -177,7 +177,7 @@ def on_written(election: Election, lease: Lease, started: float) -> Election:
 
 
 def on_conflict(election: Election, now: float, spread: float) -> Election:
-    """Take in that another replica wrote: whatever we led, we do not until we have read who holds it.
+    """Record that another replica wrote: whatever we led, we do not until we have read who holds it.
 
     The record is read at once; after a second conflict in a row, when the next try is due.
     """
@@ -194,7 +194,7 @@ def on_conflict(election: Election, now: float, spread: float) -> Election:
 
 
 def on_failure(election: Election, started: float, spread: float) -> Election:
-    """Take in that a request begun at `started` brought no answer that says what the record is now.
+    """Record that a request begun at `started` got no answer that shows the record as it is now.
 
     A leader leads on until its deadline; who is resigning leaves the lease to expire.
     """
@@ -257,7 +257,7 @@ def _released(election: Election, wall: datetime) -> Lease:
 def _later(wall: datetime, before: str) -> str:
     """Return a renewal time after the last one, even where the wall clock was set back.
 
-    Others know a renewal by its text alone: one that says what an earlier one said would be none to them.
+    Others recognise a renewal only by its text: one that says what an earlier one said would be none to them.
     """
     stamp = micro_time(wall)
     try:

@@ -109,7 +109,7 @@ class Elector:
         return self._election.seen.holder if self._election.seen else ""
 
     async def changed(self) -> None:
-        """Wait until leadership was won or lost since this last returned; for one caller alone."""
+        """Wait until leadership was won or lost since this last returned; for one caller only."""
         await self._flipped.wait()
         self._flipped.clear()
 
@@ -142,7 +142,7 @@ class Elector:
             log.info("lease is left to expire" if self.holder else "lease given back")
 
     async def _ask(self, action: ElectionAction) -> None:
-        """Do one request, and take in what came of it."""
+        """Send one request and record its result."""
         started = self._clock()
         self._election = asked(self._election, action)
         try:

@@ -295,7 +295,7 @@ class ObservedState:
         lost_shards: Mapping[str, str] | None = None,
         is_desired: Callable[[str], bool] = lambda _: True,
     ) -> set[str]:
-        """Replace everything by what was read; return the IDs that were written meanwhile and are left alone.
+        """Replace everything by what was read; return the IDs that were written meanwhile and are kept as they are.
 
         Desired services that Consul has lost since the last read keep their shards.
         """
@@ -343,7 +343,7 @@ class Contests:
         return len(self._contests)
 
     def is_contested(self, service_id: str, now: float) -> bool:
-        """Return whether a record is to be left alone."""
+        """Return True if a record must not be touched."""
         if not self._contests:
             return False
         contest = self._contests.get(service_id)

@@ -29,8 +29,8 @@ from k8s_consul_registrar.telemetry import get_logger
 
 # Looks within a short wait.
 LOOKS = 4
-# What was not looked at for so many turns, and so many seconds, may have been anything meanwhile: while Consul has no
-# leader, nobody notes there that an agent is back.
+# Without a look for this many turns and seconds, an agent may have come back unnoticed: while Consul has no
+# leader, the catalog does not show that an agent is back.
 MISSED_LOOKS, SHORTEST_GAP = 4, 10.0
 EVERY_NODE = "all"
 
@@ -82,10 +82,10 @@ class OrphanRules(msgspec.Struct, frozen=True):
 
 
 class OrphanCollector:
-    """Looks now and then which agents are lost, and clears their nodes of ours after a resync.
+    """Finds lost agents from time to time, and removes the registrar's services from their nodes after a resync.
 
     A look is one small read. Only when an agent was lost for long enough are services read: those of any
-    registrar at its node, and our own agent's. A node on which nothing of ours is left is not read again.
+    registrar at its node, and our own agent's. A node without services of this registrar is not read again.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class OrphanCollector:
 
     @property
     def lost(self) -> tuple[LostAgent, ...]:
-        """The agents that are gone, by node, but for those known to have left nothing of ours."""
+        """The lost agents by node, without those known to have left no service of this registrar."""
         return tuple(
             LostAgent(
                 node,
@@ -246,9 +246,9 @@ class OrphanCollector:
             self._metrics.orphans.labels(why.value).set(total[why])
 
     def _report(self, error: ConsulError, node: str = EVERY_NODE) -> None:
-        """Say, once, what keeps us from it: the token of an agent's registrar may be allowed the agent alone.
+        """Log once what prevents it: the token may be allowed to use the agent only.
 
-        That Consul cannot be used is said by whoever needs it more.
+        That Consul cannot be used is logged elsewhere.
         """
         if isinstance(error, ConsulUnreachable | ConsulBusy | ConsulFenced):
             log.debug("nodes of lost agents are not looked after now", problem=str(error))

@@ -300,7 +300,7 @@ class WorkQueue:
         most = limit
         while len(taken) < limit and (item := self._first_of(ready)) is not None:
             if item.is_retry:
-                # The more often IDs failed, the fewer travel together, so that a bad one is soon alone.
+                # The more often IDs failed, the fewer travel together, so that a bad one soon travels by itself.
                 limit = min(limit, max(1, most >> min(item.failures, 30)))
                 if len(taken) >= limit:
                     break

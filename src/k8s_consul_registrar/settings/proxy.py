@@ -44,7 +44,7 @@ class InboundSettings(Section, group="Clients of the proxy"):
 
 @dataclass(frozen=True, slots=True)
 class KubeletSettings(Section, group="Kubelets"):
-    """How kubelets prove who they are, and the certificate shown to them instead of a token."""
+    """Verification of kubelets, and the certificate shown to them instead of a token."""
 
     ca_file: str = Setting("KUBELET_CA_FILE", parse.file).means(
         "File with the CA of the kubelets' certificates. Unset: the cluster's CA"

@@ -89,7 +89,7 @@ class BrakeSettings(BrakeRules, Section, group=BRAKE):
 
 @dataclass(frozen=True, slots=True)
 class ElectionSettings(Section, group=ELECTION):
-    """How replicas elect a leader.
+    """Election of a leader among replicas.
 
     An empty `lease_name` is derived from cluster and instance, an empty `lease_namespace` is the Pod's own.
     """

@@ -272,7 +272,7 @@ class Shards(Protocol):
 class RandomShards(msgspec.Struct, frozen=True):
     """Spreads new services evenly and lets each keep its shard as long as that path is configured.
 
-    The choice depends on the ID alone, not on chance: when a Consul agent restarts without its data, its
+    The choice depends only on the ID, not on chance: when a Consul agent restarts without its data, its
     services leave the catalog before their shards can be read, and they must return to the same shards.
     """
 
@@ -292,7 +292,7 @@ class HashShards(msgspec.Struct, frozen=True):
 
     paths: tuple[str, ...] = ()
 
-    def choose(self, service_id: str, current: str) -> str:  # noqa: ARG002 - the ID alone decides
+    def choose(self, service_id: str, current: str) -> str:  # noqa: ARG002 - only the ID decides
         """Return the path with the highest bid for this ID; empty if there are none."""
         if len(self.paths) < 2:
             return self.paths[0] if self.paths else ""

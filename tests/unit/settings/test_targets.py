@@ -112,7 +112,7 @@ def test_identity_of_a_part_does_not_cover_the_cluster(environment: dict[str, st
         ("POD_LABELS_AS_META", "a.b,a-b", "would both be label_a_b"),
         ("POD_LABELS_AS_META", "a b", "is no label"),
         ("POD_LABELS_AS_META", "x" * 100 + ".example.com/" + "y" * 60, "over the 128"),
-        ("META_KEYS", "cluster=node", "which is a key of ours"),
+        ("META_KEYS", "cluster=node", "which is one of the registrar's own keys"),
         ("META_KEYS", "managed_by=owner", "cannot be renamed"),
         ("SHARD_STRATEGY", "sticky", "is none of random, hash"),
         ("SHARD_PATHS", "\udc80", "not printable"),
