@@ -24,7 +24,7 @@ from support.waiting import PATIENCE, until
 pytestmark = REAL
 
 NODE = "k8s-lab"
-META = {"external-node": "true", "managed_by": "k8s-consul-registrar"}
+META = {"external-node": "true", "managed_by": "k8s-consul-registrar", "synthetic-node": "true"}
 
 
 def registry_of(client: ConsulClient, node: str = NODE) -> CatalogRegistry:

@@ -7,10 +7,10 @@ from aiohttp import web
 
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress
-from k8s_consul_registrar.consul.batches import Transactions
-from k8s_consul_registrar.consul.catalog import CatalogRegistry
+from k8s_consul_registrar.consul.catalog import CREATED_META, CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.node_removal import MARK, NodeRemoval
+from k8s_consul_registrar.consul.transaction_client import Transactions
 from support.builders import our_pod_service
 from support.doors import HttpDoor
 from support.real_servers import REAL, RealConsul, connected, make_token, real_consul
@@ -134,7 +134,7 @@ async def test_service_that_comes_before_the_second_look_saves_the_node() -> Non
         assert "registers services" in await removed_through(consul, MARK.encode(), somebody)
         node = await record(consul)
         assert node is not None
-        assert node["Meta"] == {"external-node": "true", "managed_by": "k8s-consul-registrar"}
+        assert node["Meta"] == CREATED_META
 
 
 async def test_service_that_comes_with_its_node_after_the_last_look_saves_it() -> None:

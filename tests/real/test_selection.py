@@ -2,10 +2,10 @@
 
 import pytest
 
-from k8s_consul_registrar.consul.batches import Transactions
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.node_removal import NodeRemoval
+from k8s_consul_registrar.consul.transaction_client import Transactions
 from support.builders import our_pod_service
 from support.real_servers import REAL, RealConsul, connected, held, make_token, real_consul
 
@@ -14,6 +14,7 @@ pytestmark = REAL
 NODE = "k8s-lab"
 # What a registrar of version 0 writes.
 FORMER = {"external-node": "true", "managed_by": "k8s-consul-registrar"}
+MADE = {**FORMER, "synthetic-node": "true"}
 
 
 def registry_of(client: ConsulClient, selection: str = "") -> CatalogRegistry:
@@ -30,6 +31,8 @@ async def node_of(consul: RealConsul) -> tuple[dict[str, str], int]:
 async def test_selection_is_recorded_once_and_read_by_the_next_start() -> None:
     """Over what version 0 wrote that takes one write; the next start with the same one takes none."""
     async with real_consul() as consul, connected(consul) as client:
+        former = {"Node": NODE, "Address": "127.0.0.1", "NodeMeta": FORMER}
+        await consul.request("PUT", "/v1/catalog/register", former)
         await registry_of(client).register([our_pod_service("p1")])
         assert (await node_of(consul))[0] == FORMER
 
@@ -68,7 +71,7 @@ async def test_node_that_is_made_says_the_selection_at_once() -> None:
         assert not await registry.record_selection(), "there is no node yet"
         await registry.register([our_pod_service("p1")])
         meta, index = await node_of(consul)
-        assert meta == {**FORMER, "selection": "one"}
+        assert meta == {**MADE, "selection": "one"}
         await held(registry)
         assert registry.recorded_selection == ""
         assert not await registry.record_selection()

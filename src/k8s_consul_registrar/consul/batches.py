@@ -5,19 +5,9 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import TypeVar
 
-from k8s_consul_registrar.consul.client import ConsulAnswer, ConsulClient
 from k8s_consul_registrar.consul.health import TOO_MANY_REQUESTS, ConsulHealth
-from k8s_consul_registrar.consul.transactions import (
-    MOST_OPERATIONS,
-    PATH,
-    ReadResult,
-    TxnError,
-    Unit,
-    body_of,
-    decode_read,
-    decode_written,
-    pack,
-)
+from k8s_consul_registrar.consul.transaction_client import Transactions
+from k8s_consul_registrar.consul.transactions import TxnError, Unit, pack
 from k8s_consul_registrar.errors import (
     ConsulBusy,
     ConsulError,
@@ -189,57 +179,6 @@ async def write_each(
     await for_each(services, write_one, concurrency)
 
 
-class Transactions:
-    """Consul's transactions over one client."""
-
-    def __init__(self, client: ConsulClient) -> None:
-        self.client = client
-
-    async def read(self, operations: Sequence[bytes]) -> tuple[list[ReadResult], set[int]]:
-        """Read what `get` operations name; return it, and the positions of what is not there.
-
-        What the token may not see is in neither. Raises a `ConsulError`.
-        """
-        found: list[ReadResult] = []
-        absent: set[int] = set()
-        for start in range(0, len(operations), MOST_OPERATIONS):
-            positions = range(start, min(start + MOST_OPERATIONS, len(operations)))
-            while left := [position for position in positions if position not in absent]:
-                results, errors = await self._read([operations[position] for position in left])
-                if not errors:
-                    found.extend(results)
-                    break
-                absent.update(left[error.op_index] for error in errors)
-        return found, absent
-
-    async def write(self, operations: Sequence[bytes]) -> tuple[dict[str, int], Sequence[TxnError]]:
-        """Send one transaction; raises a `ConsulError`.
-
-        Returns the new index of each service by ID, or the errors. Where a request is sent again and the
-        first was carried out after all, that shows as stale indexes.
-        """
-        answer = await self.client.request("PUT", PATH, body=body_of(operations), accepts=(200, 409))
-        indexes, errors = decode_written(answer.body)
-        _check(answer, errors, len(operations))
-        return indexes, errors
-
-    async def _read(self, operations: Sequence[bytes]) -> tuple[Sequence[ReadResult], Sequence[TxnError]]:
-        answer = await self.client.request(
-            "PUT",
-            PATH,
-            params={"consistent": ""},
-            body=body_of(operations),
-            accepts=(200, 409),
-            is_read=True,
-        )
-        results, errors = decode_read(answer.body)
-        _check(answer, errors, len(operations))
-        for error in errors:
-            if not error.is_absent:
-                raise ConsulRefused(f"a read in a transaction fails: {error.what}", answer.status)
-        return results, errors
-
-
 async def write_all(
     transactions: Transactions,
     units: Iterable[Unit],
@@ -256,7 +195,8 @@ async def write_all(
     its own.
     """
     batches = _Batches(transactions, blame, restore_node, rename)
-    await for_each(pack(units), batches.settle, concurrency)
+    batch_of = pack(units, lambda: transactions.most_operations)
+    await for_each(batch_of, batches.settle, concurrency)
     return batches.outcomes.written()
 
 
@@ -362,10 +302,3 @@ def _halves(units: list[Unit]) -> list[list[Unit]]:
     """Return both halves, the first one last, since it is taken first."""
     middle = len(units) // 2
     return [units[middle:], units[:middle]]
-
-
-def _check(answer: ConsulAnswer, errors: Sequence[TxnError], operations: int) -> None:
-    """See that an answer is a success exactly when nothing fails, and that errors name operations sent."""
-    is_success = answer.status == 200
-    if is_success == bool(errors) or any(not 0 <= error.op_index < operations for error in errors):
-        raise ConsulRefused("/v1/txn does not answer as Consul does", answer.status)

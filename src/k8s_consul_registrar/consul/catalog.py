@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
 from msgspec.structs import replace
 
-from k8s_consul_registrar.consul.batches import Blame, Transactions, write_all
+from k8s_consul_registrar.consul.batches import Blame, write_all
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.codec import MetaKeys, decode_listed
 from k8s_consul_registrar.consul.drift import NodeDrift
@@ -26,8 +26,8 @@ from k8s_consul_registrar.consul.records import (
     read_readiness,
 )
 from k8s_consul_registrar.consul.renames import Renames
+from k8s_consul_registrar.consul.transaction_client import Transactions
 from k8s_consul_registrar.consul.transactions import (
-    MOST_OPERATIONS,
     NodeRecord,
     Operations,
     TxnError,
@@ -43,7 +43,10 @@ CONCURRENCY = 8
 # A node that is missing from one list and there a moment later was made in between; missing twice, it is hidden.
 READS = 2
 ADDRESS = "127.0.0.1"
+MOST_NAMED = 5  # services that an error names
 META = {"external-node": "true", "managed_by": MANAGED_BY}
+# Consul's UI lists no synthetic node among those that run something (since 1.14).
+CREATED_META = {**META, "synthetic-node": "true"}
 # In the meta of our node: the digest of the selection that its services were written under.
 SELECTION = "selection"
 
@@ -57,7 +60,6 @@ class CatalogRegistry:
     """
 
     checks_versions = True
-    batch_size = MOST_OPERATIONS
 
     def __init__(
         self,
@@ -81,6 +83,11 @@ class CatalogRegistry:
         self._drift = NodeDrift(client)
         self._renames = Renames(self._transactions, self._operations, self._write_apart)
         self._checked: set[str] = set()  # IDs known to have one of our checks
+
+    @property
+    def batch_size(self) -> int:
+        """The number of services that fit one transaction."""
+        return self._transactions.most_operations
 
     @property
     def recorded_selection(self) -> str:
@@ -128,24 +135,21 @@ class CatalogRegistry:
     async def lookup(self, ids: Sequence[str]) -> AsyncIterator[Service]:
         """Yield those of these services that exist now; raises a `ConsulError`.
 
-        Raises `ConsulFiltered` for a service that is neither shown nor said to be absent.
+        Raises `ConsulFiltered` if one of them is neither shown nor said to be absent.
         """
         checked = [service_id for service_id in ids if service_id in self._checked]
         checks, _ = await self._transactions.read(
             [self._operations.get_check(check_id(service_id)) for service_id in checked]
         )
         ready = {one.check.service_id: one.check.is_passing for one in checks if one.check is not None}
-        found, absent = await self._transactions.read(
-            [self._operations.get_service(service_id) for service_id in ids]
-        )
-        services = [self._meta_keys.decode(decode_listed(one.service)) for one in found if bytes(one.service)]
-        # The catalog ignores the case of IDs, so the record may be another's under a like ID.
-        shown = {service.id.lower() for service in services}
-        missing = (one for one in ids if one.lower() not in shown)
-        hidden = set(missing).difference(ids[position] for position in absent)
-        if hidden:
-            raise ConsulFiltered(f"the token may not see {len(hidden)} services, {min(hidden)} among them")
-        for service in services:
+        gets = [self._operations.get_service(service_id) for service_id in ids]
+        try:
+            found, _ = await self._transactions.read(gets)
+        except ConsulFiltered as error:
+            raise ConsulFiltered(f"{error}: of {', '.join(ids[:MOST_NAMED])}") from None
+        for one in found:
+            # The catalog ignores the case of IDs, so the record may be another's under a like ID.
+            service = self._meta_keys.decode(decode_listed(one.service))
             yield replace(service, ready=ready.get(service.id))
 
     async def register(self, services: Sequence[Service]) -> Written:
@@ -282,12 +286,10 @@ class _SyntheticNode:
         An answer that leaves the node out without saying that it is not there proves nothing: the token may
         not see it, which is `ConsulFiltered`.
         """
-        found, absent = await self._transactions.read([self._operations.get_node()])
-        if absent:
+        node = await self._transactions.read_node(self._operations)
+        if node is None:
             return True
-        if not found or found[0].node is None:
-            raise ConsulFiltered(f'{self._named} is not shown: the token lacks node "{self.name}" read')
-        self.verify(found[0].node)
+        self.verify(node)
         checks, _ = await self._transactions.read([self._operations.get_check(SERF_HEALTH)])
         if checks:
             raise ConsulRefused(f"{self._named} is an agent's, which would remove what it does not know")
@@ -310,8 +312,7 @@ class _SyntheticNode:
         """Write the selection into the node's meta if it differs; return whether that took a write."""
         if self._is_recorded:
             return False
-        found, _ = await self._transactions.read([self._operations.get_node()])
-        node = found[0].node if found else None
+        node = await self._transactions.read_node(self._operations)
         if node is None:
             return False
         meta = node.meta or {}
@@ -328,7 +329,7 @@ class _SyntheticNode:
         return is_due and not errors
 
     async def _create(self) -> None:
-        meta = {**META, SELECTION: self._selection} if self._selection else META
+        meta = {**CREATED_META, SELECTION: self._selection} if self._selection else CREATED_META
         self._may_have_recorded = True
         _, errors = await self._transactions.write([self._operations.put_node(ADDRESS, meta)])
         # One that another writer created meanwhile is as good, and verified next.

@@ -14,8 +14,9 @@ from urllib.parse import quote
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.errors import ConsulError
 
-# Below the minute after which balancers like to cut a silent connection, in seconds.
-WAIT = 45
+# In seconds: Consul 1.22 and later drop an answer that takes longer than 30 s, and balancers like to cut a
+# connection that is silent for a minute.
+WAIT = 25
 # An answer this soon, in seconds, to a query that should have waited, is from something that cannot.
 TOO_SOON = 1.0
 # Looking takes at most one part in this many of the wall time.

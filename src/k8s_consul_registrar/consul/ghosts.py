@@ -13,12 +13,13 @@ from msgspec.structs import replace
 
 from k8s_consul_registrar.consul.acl import read_own_node
 from k8s_consul_registrar.consul.agent import AgentRegistry, read_agent_service
-from k8s_consul_registrar.consul.batches import Blame, Transactions, write_all
+from k8s_consul_registrar.consul.batches import Blame, write_all
 from k8s_consul_registrar.consul.client import ConsulClient, is_filtered
 from k8s_consul_registrar.consul.codec import decode_agent_services, decode_listed
 from k8s_consul_registrar.consul.lost_agents import OF_A_REGISTRAR
 from k8s_consul_registrar.consul.records import list_services, node_of
-from k8s_consul_registrar.consul.transactions import MOST_OPERATIONS, Operations, Unit
+from k8s_consul_registrar.consul.transaction_client import Transactions
+from k8s_consul_registrar.consul.transactions import FORMER_MOST_OPERATIONS, Operations, Unit
 from k8s_consul_registrar.errors import ConsulFiltered, ConsulRefused
 from k8s_consul_registrar.model import Ghosts, Service, Written
 
@@ -136,5 +137,5 @@ async def _leave_node() -> None:
 
 def _batches(services: Sequence[Service]) -> Iterator[list[Service]]:
     rest = iter(services)
-    while batch := list(islice(rest, MOST_OPERATIONS)):
+    while batch := list(islice(rest, FORMER_MOST_OPERATIONS)):
         yield batch

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import msgspec
 
 from k8s_consul_registrar.consul.acl import read_own_node
-from k8s_consul_registrar.consul.batches import Blame, Transactions, write_all
+from k8s_consul_registrar.consul.batches import Blame, write_all
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.codec import (
     MetaKeys,
@@ -16,7 +16,8 @@ from k8s_consul_registrar.consul.codec import (
 )
 from k8s_consul_registrar.consul.previous_location import PreviousLocation
 from k8s_consul_registrar.consul.records import CONSISTENT, list_services, node_of
-from k8s_consul_registrar.consul.transactions import MOST_OPERATIONS, Operations
+from k8s_consul_registrar.consul.transaction_client import Transactions
+from k8s_consul_registrar.consul.transactions import FORMER_MOST_OPERATIONS, Operations
 from k8s_consul_registrar.errors import ConsulFiltered, ConsulRefused
 from k8s_consul_registrar.model import (
     CRITICAL,
@@ -107,8 +108,8 @@ class _LostNode:
     async def deregister(self, services: Sequence[Service]) -> Written:
         """Remove these very records; what is left when the agent turns out to be back is stale."""
         total = Written()
-        for start in range(0, len(services), MOST_OPERATIONS):
-            batch = services[start : start + MOST_OPERATIONS]
+        for start in range(0, len(services), FORMER_MOST_OPERATIONS):
+            batch = services[start : start + FORMER_MOST_OPERATIONS]
             if not await self._is_still_lost():
                 return total + Written(stale=tuple(service.id for service in services[start:]))
             total += await write_all(

@@ -4,10 +4,10 @@ import secrets
 from contextlib import aclosing
 
 from k8s_consul_registrar.consul.acl import Right, rights
-from k8s_consul_registrar.consul.batches import Transactions
 from k8s_consul_registrar.consul.catalog import ADDRESS, META, is_made_by_a_registrar
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.records import list_checks, list_services
+from k8s_consul_registrar.consul.transaction_client import Transactions
 from k8s_consul_registrar.consul.transactions import NodeRecord, Operations
 from k8s_consul_registrar.errors import ConsulRefused
 
@@ -98,11 +98,4 @@ class NodeRemoval:
         return record.modify_index
 
     async def _read(self) -> NodeRecord | None:
-        found, absent = await self._transactions.read([self._operations.get_node()])
-        if absent:
-            return None
-        if not found or found[0].node is None:
-            raise ConsulRefused(
-                f"node {self._operations.node} is not shown: the token lacks the right to read it"
-            )
-        return found[0].node
+        return await self._transactions.read_node(self._operations)

@@ -5,7 +5,9 @@ failing operation leaves everything as it was, and all that fail are named by th
 no result; a read leaves out, without an error, what the token may not see.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -13,9 +15,12 @@ from k8s_consul_registrar.consul.codec import RaftIndex, decode
 from k8s_consul_registrar.model import Service
 
 PATH = "/v1/txn"
-MOST_OPERATIONS = 64  # 128 from 1.14 on; the least is right for all
+MOST_OPERATIONS = 128
+FORMER_MOST_OPERATIONS = 64  # before 1.14
 MOST_BYTES = 512 * 1024  # limits.txn_max_req_len, its default
 CHECK_NAME = "Kubernetes readiness"
+# As in: Transaction contains too many operations (128 > 64).
+_TOO_MANY = re.compile(r"too many operations(?: \(\d+ > (\d{1,9})\))?")
 
 _encoder = msgspec.json.Encoder()
 
@@ -170,19 +175,28 @@ class Operations(msgspec.Struct, frozen=True):
         return _encoded("Check", _CheckOp("set", body))
 
 
-def pack(units: Iterable[Unit]) -> Iterator[list[Unit]]:
-    """Yield batches that each fit one transaction, in order, as full as the order allows."""
+def pack(units: Iterable[Unit], most: Callable[[], int] = lambda: MOST_OPERATIONS) -> Iterator[list[Unit]]:
+    """Yield batches that each fit one transaction, in order, as full as the order allows.
+
+    `most` returns how many operations a transaction may have now.
+    """
     batch: list[Unit] = []
     operations, size = 0, 2
     for unit in units:
         operations += len(unit.operations)
         size += unit.size
-        if batch and (operations > MOST_OPERATIONS or size > MOST_BYTES):
+        if batch and (operations > most() or size > MOST_BYTES):
             yield batch
             batch, operations, size = [], len(unit.operations), 2 + unit.size
         batch.append(unit)
     if batch:
         yield batch
+
+
+def operations_allowed(problem: str) -> int:
+    """Return how many operations Consul takes, if it refused a transaction for their number; 0 otherwise."""
+    found = _TOO_MANY.search(problem)
+    return max(1, int(found[1] or FORMER_MOST_OPERATIONS)) if found else 0
 
 
 def body_of(operations: Iterable[bytes]) -> bytes:
@@ -275,6 +289,7 @@ class _WriteAnswer(msgspec.Struct, gc=False):
 class _ReadAnswer(msgspec.Struct, gc=False):
     Results: list[ReadResult] | None
     Errors: list[TxnError] | None = None
+    ResultsFilteredByACLs: bool = False  # since 1.11
 
 
 _written = msgspec.json.Decoder(_WriteAnswer)
@@ -290,7 +305,15 @@ def decode_written(body: bytes) -> tuple[dict[str, int], Sequence[TxnError]]:
     return indexes, answer.Errors or ()
 
 
-def decode_read(body: bytes) -> tuple[Sequence[ReadResult], Sequence[TxnError]]:
-    """Return what was read, or the errors; raises `ConsulRefused`."""
+class ReadAnswer(NamedTuple):
+    """The records that were read, or the errors; `is_filtered` if Consul says that ACLs left something out."""
+
+    results: Sequence[ReadResult]
+    errors: Sequence[TxnError]
+    is_filtered: bool
+
+
+def decode_read(body: bytes) -> ReadAnswer:
+    """Return what was read; raises `ConsulRefused`."""
     answer = decode(_read, body, PATH)
-    return answer.Results or (), answer.Errors or ()
+    return ReadAnswer(answer.Results or (), answer.Errors or (), answer.ResultsFilteredByACLs)

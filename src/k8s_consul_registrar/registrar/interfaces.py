@@ -35,8 +35,11 @@ class Registry(Protocol):
     """
 
     checks_versions: bool
-    batch_size: int
     concurrency: int
+
+    @property
+    def batch_size(self) -> int:
+        """The number of services in a batch at most."""
 
     def services(self) -> AsyncIterator[Service]:
         """Yield every service held there, no matter who wrote it."""

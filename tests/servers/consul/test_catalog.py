@@ -23,13 +23,27 @@ from k8s_consul_registrar.errors import (
     ConsulUnreachable,
 )
 from k8s_consul_registrar.sandbox.consul import Consul
+from k8s_consul_registrar.sandbox.consul_release import CONSUL_1_8, NEWEST, ConsulOptions, ConsulRelease
 from support.builders import make_service, our_pod_service
+from support.doors import HttpDoor
+from support.processes import LOOPBACK
 from support.real_servers import held
 from support.scripted import client_of, serving
 
 NODE = "k8s-lab"
 SERVICES = [our_pod_service(f"p{number}") for number in range(150)]
 NODE_READ = {"Results": [{"Node": {"Node": NODE, "Meta": {"external-node": "true"}}}], "Errors": None}
+
+
+class CountingDoor(HttpDoor):
+    """Stands before a Consul and counts the requests that were too large."""
+
+    refused = 0
+
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        response = await super()._serve(request)
+        self.refused += response.status == 413
+        return response
 
 
 def registry_of(client: ConsulClient) -> CatalogRegistry:
@@ -98,7 +112,7 @@ async def test_readiness_on_the_sandbox() -> None:
 
 
 async def test_few_transactions_and_few_at_once() -> None:
-    """A transaction takes 64 services; no more are under way than allowed."""
+    """A transaction takes 128 services; no more are under way than allowed."""
     now, most, sizes = 0, 0, []
 
     async def write(_: web.Request, operations: list[dict[str, dict[str, str]]]) -> web.Response:
@@ -114,7 +128,52 @@ async def test_few_transactions_and_few_at_once() -> None:
     async with serving(proving(write)) as url, client_of(url) as client:
         written = await CatalogRegistry(client, NODE, concurrency=3).register(services)
     assert (written.done, most) == (1000, 3)
-    assert sorted(sizes, reverse=True) == [64] * 15 + [40]
+    assert sorted(sizes, reverse=True) == [128] * 7 + [104]
+
+
+@pytest.mark.parametrize("release", [CONSUL_1_8, NEWEST], ids=["64", "128"])
+async def test_transactions_are_as_long_as_the_release_allows(release: ConsulRelease) -> None:
+    """A refusal of 128 operations tells, and all that follow have at most 64, reads as well."""
+    services = [our_pod_service(f"p{number}") for number in range(1000)]
+    async with (
+        Consul(ConsulOptions(release)) as consul,
+        CountingDoor(consul.url) as door,
+        client_of(f"http://{LOOPBACK}:{door.port}", timing=Timing()) as client,
+    ):
+        registry = CatalogRegistry(client, NODE, concurrency=1)
+        assert registry.batch_size == NEWEST.most_operations
+        assert (await registry.register(services)).done == 1000
+        assert registry.batch_size == release.most_operations
+        written = [write.json() for write in consul.writes if write.path == "/v1/txn"]
+        lengths = [len(one) for one in written if "Service" in one[0]]
+        assert len(lengths) <= math.ceil(1000 / release.most_operations) + 1
+        # The second batch is packed before the first one is answered.
+        assert door.refused == (2 if release is CONSUL_1_8 else 0)
+        found = [one async for one in registry.lookup([one.id for one in services])]
+        assert len(found) == 1000
+        reader = CatalogRegistry(client, NODE)
+        found = [one async for one in reader.lookup([one.id for one in [*services, our_pod_service("none")]])]
+        assert len(found) == 1000
+
+
+@pytest.mark.parametrize("is_said", [True, False], ids=["said by Consul", "counted by us"])
+@pytest.mark.parametrize("shown", [0, 1])
+async def test_read_in_a_transaction_that_acls_filtered_proves_no_absence(is_said: bool, shown: int) -> None:
+    """Neither of a service nor of the node: 1.11 and later say that they left something out, 1.8 does not."""
+    service = {"Service": {"ID": "pod--shop--p0", "Service": "x"}}
+
+    async def answer(request: web.Request) -> web.Response:
+        filtered = {"ResultsFilteredByACLs": True} if is_said else {}
+        is_node = "Node" in (await request.json())[0]
+        results = [] if is_node else [service] * shown
+        return web.json_response({"Results": results, "Errors": None, **filtered})
+
+    async with serving(answer) as url, client_of(url) as client:
+        registry = registry_of(client)
+        with pytest.raises(ConsulFiltered, match="may not see"):
+            _ = [one async for one in registry.lookup(["pod--shop--p0", "pod--shop--p1"])]
+        with pytest.raises(ConsulFiltered, match='lacks node "k8s-lab" read'):
+            await registry.register(SERVICES[:1])
 
 
 async def test_too_many_requests_are_sent_again() -> None:

@@ -112,6 +112,7 @@ async def test_request_carries_token_namespace_and_partition() -> None:
     (request,) = seen
     assert request.headers["X-Consul-Token"] == "t0p"
     assert request.headers["Accept-Encoding"] == "identity"
+    assert request.headers["Content-Type"] == "application/json"
     assert request.raw_path == "/prefix/v1/agent/service/deregister/a%2Fb?ns=n&partition=p&x=1"
 
 

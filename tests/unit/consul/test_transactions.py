@@ -1,6 +1,7 @@
 """Transactions: what is sent, how it is packed, and how answers are read."""
 
 import json
+from functools import partial
 
 import pytest
 from msgspec.structs import replace
@@ -12,6 +13,7 @@ from k8s_consul_registrar.consul.transactions import (
     body_of,
     decode_read,
     decode_written,
+    operations_allowed,
     pack,
 )
 from k8s_consul_registrar.errors import ConsulRefused
@@ -77,8 +79,9 @@ def test_packing_keeps_units_whole_and_within_both_limits() -> None:
     """Two operations a target never part; batches are as full as count and size allow, in order."""
     two = [ON_NODE.put(replace(our_pod_service(f"p{n}"), ready=True), has_check=False) for n in range(33)]
     one = [ON_NODE.put(our_pod_service(f"q{n}"), has_check=False) for n in range(64)]
-    sizes = [sum(len(unit.operations) for unit in batch) for batch in pack([one[0], *two, *one[1:]])]
-    assert sizes == [MOST_OPERATIONS - 1, MOST_OPERATIONS, 3]
+    for most, expected in ((64, [63, 64, 3]), (MOST_OPERATIONS, [128, 2])):
+        packed = pack([one[0], *two, *one[1:]], partial(int, most))
+        assert [sum(len(unit.operations) for unit in batch) for batch in packed] == expected
     meta = {f"k{number:02}": "x" * 512 for number in range(64)}
     large = [ON_NODE.put(make_service(f"s{n}", meta), has_check=False) for n in range(40)]
     batches = list(pack(large))
@@ -88,6 +91,21 @@ def test_packing_keeps_units_whole_and_within_both_limits() -> None:
     assert all(len(body) <= MOST_BYTES for body in bodies)
     assert len(json.loads(bodies[0])) == len(batches[0])
     assert list(pack([])) == []
+
+
+@pytest.mark.parametrize(
+    ("problem", "allowed"),
+    [
+        ("Consul answers 413 to /v1/txn: Transaction contains too many operations (128 > 64)", 64),
+        ("Transaction contains too many operations (128 > 100)", 100),
+        ("Transaction contains too many operations", 64),
+        ("Request body(9000 bytes) too large, max size: 6000 bytes.", 0),
+        ("Transaction contains too many operations (1 > 0)", 1),
+    ],
+)
+def test_refusal_tells_how_many_operations_consul_takes(problem: str, allowed: int) -> None:
+    """Its number is believed, and never below one."""
+    assert operations_allowed(problem) == allowed
 
 
 def test_recorded_answers() -> None:
@@ -116,8 +134,9 @@ def test_read_takes_each_kind_apart() -> None:
         b'{"Results":[{"Service":{"ID":"a","X":[1]}},{"Node":{"Node":"n","Meta":null}},'
         b'{"Check":{"CheckID":"a/ready","ServiceID":"a","Status":"passing"}}],"Errors":null,"Index":0}'
     )
-    (service, node, check), errors = decode_read(body)
-    assert not errors
+    (service, node, check), errors, is_filtered = decode_read(body)
+    assert (errors, is_filtered) == ((), False)
+    assert decode_read(body[:-1] + b',"ResultsFilteredByACLs":true}').is_filtered
     assert bytes(service.service) == b'{"ID":"a","X":[1]}'
     assert node.node is not None
     assert node.node.node == "n"
