@@ -29,8 +29,9 @@ fix: $(STAMP) ## repair what can be repaired
 	$(BIN)/ruff check --fix . scripts/fetch-real-servers
 	$(BIN)/ruff format . scripts/fetch-real-servers
 
-docs: $(STAMP) ## write the tables of the settings into docs/configuration*.md
+docs: $(STAMP) ## write the tables of the settings into their pages, and build the site into .cache/site
 	$(BIN)/python scripts/update_docs.py
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs .cache/site
 
 real-servers: ## fetch Consul and Prometheus into .cache (no system install)
 	scripts/fetch-real-servers
