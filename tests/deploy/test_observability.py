@@ -174,7 +174,7 @@ def test_every_alert_is_tried_both_ways() -> None:
 
 
 def test_operator_s_rules_are_the_same() -> None:
-    """The PrometheusRule of the overlay holds the groups of `alerts.yaml`; copy them over after a change."""
+    """The PrometheusRule of the overlay holds the groups of `alerts.yaml`; `make docs` copies them."""
     rule = yaml.safe_load((DEPLOY / "overlays" / "prometheus-rule" / "prometheus-rule.yaml").read_text())
     assert rule["spec"] == yaml.safe_load(ALERTS.read_text())
 

@@ -6,12 +6,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
 
 from k8s_consul_registrar.settings.reading import SETTINGS
 from support.files import DEPLOY
+from support.kubernetes_objects import assert_valid, pods_of
+from support.pod_security import violations
 
 OVERLAYS = sorted(path.name for path in (DEPLOY / "overlays").iterdir())
 CUSTOM_RESOURCES = {"PodMonitor", "PrometheusRule"}  # kinds the Kubernetes schemas do not hold
@@ -23,6 +24,7 @@ COMBINED = (
     "network-policy",
     "pod-disruption-budget",
     "pod-monitor",
+    "priority-class",
     "prometheus-rule",
 )
 Objects = dict[tuple[str, str, str], dict[str, Any]]
@@ -34,8 +36,9 @@ each_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 def build(folder: Path, *overlays: str) -> Objects:
     """Build `deploy/` with these overlays among its components; return objects by kind, namespace and name."""
     copy = shutil.copytree(DEPLOY, folder / "deploy")
-    with (copy / "kustomization.yaml").open("a") as file:
-        file.write("components:\n" + "".join(f"  - overlays/{name}\n" for name in overlays))
+    if overlays:
+        with (copy / "kustomization.yaml").open("a") as file:
+            file.write("components:\n" + "".join(f"  - overlays/{name}\n" for name in overlays))
     done = subprocess.run(
         ["kubectl", "kustomize", copy], capture_output=True, text=True, timeout=120, check=False
     )
@@ -60,12 +63,12 @@ def environment(objects: Objects) -> dict[str, str]:
     return {one["name"]: one["value"] for one in container["env"]}
 
 
-def assert_whole(objects: Objects) -> None:
-    """Fail when an object breaks the API's schemas, or names another object that is not there."""
-    version = kubernetes_validate.latest_version()
+def assert_whole(objects: Objects, home: str = "default") -> None:
+    """Fail when an object breaks the API's schemas or the restricted profile, or names what is not there."""
+    assert [violations(pod) for pod in pods_of(objects)] == [[]] * len(pods_of(objects))
     for (kind, _, name), each in objects.items():
         if kind not in CUSTOM_RESOURCES:
-            kubernetes_validate.validate(each, version, strict=True)
+            assert_valid(each)
         if kind in {"RoleBinding", "ClusterRoleBinding"}:
             role = each["roleRef"]
             scope = each["metadata"].get("namespace", "") if role["kind"] == "Role" else ""
@@ -73,7 +76,7 @@ def assert_whole(objects: Objects) -> None:
             for subject in each["subjects"]:
                 assert ("ServiceAccount", subject["namespace"], subject["name"]) in objects, name
         if kind == "Deployment":
-            assert_pod_whole(each["spec"]["template"]["spec"], objects)
+            assert_pod_whole(each["spec"]["template"]["spec"], objects, home)
     selectors = [each["spec"]["selector"] for (kind, _, _), each in objects.items() if kind == "Service"]
     labels = [
         each["spec"]["selector"]["matchLabels"]
@@ -83,15 +86,15 @@ def assert_whole(objects: Objects) -> None:
     assert all(selector in labels for selector in selectors)
 
 
-def assert_pod_whole(pod: dict[str, Any], objects: Objects) -> None:
+def assert_pod_whole(pod: dict[str, Any], objects: Objects, home: str) -> None:
     """Fail when a Pod mounts what it does not declare, or names a claim or an account that is not there."""
-    assert ("ServiceAccount", "default", pod["serviceAccountName"]) in objects
+    assert ("ServiceAccount", home, pod["serviceAccountName"]) in objects
     volumes = {volume["name"]: volume for volume in pod.get("volumes", ())}
     mounted = {mount["name"] for one in pod["containers"] for mount in one.get("volumeMounts", ())}
     assert mounted == volumes.keys()
     for volume in volumes.values():
         if claim := volume.get("persistentVolumeClaim"):
-            assert ("PersistentVolumeClaim", "default", claim["claimName"]) in objects
+            assert ("PersistentVolumeClaim", home, claim["claimName"]) in objects
 
 
 @needs_kubectl
@@ -120,8 +123,7 @@ def test_variables_are_settings(tmp_path: Path) -> None:
 
 
 ROLLING = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
-# Without the null, `kubectl apply` over a Deployment that rolls would leave its numbers, and Recreate be refused.
-RECREATE = {"type": "Recreate", "rollingUpdate": None}
+RECREATE = {"type": "Recreate"}
 
 
 @needs_kubectl
@@ -248,3 +250,57 @@ def test_each_overlay_is_described(overlay: str) -> None:
     assert (DEPLOY / "overlays" / overlay / "kustomization.yaml").read_text().startswith("# ")
     page = (DEPLOY.parent / "docs" / "operations.md").read_text()
     assert re.search(rf"^\| `{overlay}` \|", page, re.MULTILINE)
+
+
+@needs_kubectl
+def test_namespace_is_named_once(tmp_path: Path) -> None:
+    """The component moves every object and every binding of `default`, and no Role of a chosen namespace."""
+    objects = build(tmp_path, "namespaced", "two-replicas", "network-policy", "../components/namespace")
+    found = {(kind, namespace) for kind, namespace, _ in objects}
+    elsewhere = {("Role", name) for name in ("shop", "payments", "kube-system")}
+    elsewhere |= {("RoleBinding", name) for _, name in elsewhere}
+    assert {namespace for _, namespace in found - elsewhere} == {"monitoring"}
+    subjects = [one for each in objects.values() for one in each.get("subjects", ())]
+    assert {one["namespace"] for one in subjects} == {"monitoring"}
+    assert "ConfigMap" not in {kind for kind, _ in found}
+    assert_whole(objects, "monitoring")
+
+
+def test_port_number_is_declared_once() -> None:
+    """`kubectl apply` merges ports by their number: of two entries one is lost over an older Deployment."""
+    for path in DEPLOY.rglob("*.yaml"):
+        for each in yaml.safe_load_all(path.read_text()):
+            if each and each.get("kind") == "Deployment":
+                for one in each["spec"].get("template", {}).get("spec", {}).get("containers", ()):
+                    numbers = [port["containerPort"] for port in one.get("ports", ())]
+                    assert len(numbers) == len(set(numbers)), path
+
+
+def test_manifests_have_no_null_that_is_applied() -> None:
+    """`kubectl apply` would say "configured" each time; only patches of overlays take a field out with null."""
+    for path in DEPLOY.glob("*.yaml"):
+        assert not re.search(r":\s*(null|~)\s*(#|$)", path.read_text(), re.MULTILINE), path
+
+
+@pytest.mark.parametrize(
+    ("where", "change", "violation"),
+    [
+        ("pod", {"hostNetwork": True}, "hostNetwork"),
+        ("pod", {"volumes": [{"name": "v", "hostPath": {"path": "/"}}]}, "volume v"),
+        ("pod", {"securityContext": {}}, "runs as root"),
+        ("container", {"securityContext": {}}, "allowPrivilegeEscalation"),
+        (
+            "container",
+            {"securityContext": {"capabilities": {"drop": ["ALL"], "add": ["NET_RAW"]}}},
+            "capabilities",
+        ),
+        ("container", {"ports": [{"containerPort": 1, "hostPort": 1}]}, "hostPort"),
+    ],
+)
+def test_restricted_profile_is_checked(where: str, change: dict[str, Any], violation: str) -> None:
+    """The check can fail: the proxy's Pod passes, and not with one thing changed."""
+    deployment, _ = yaml.safe_load_all((DEPLOY / "deployment-svc.yaml").read_text())
+    pod = deployment["spec"]["template"]["spec"]
+    assert violations(pod) == []
+    (pod if where == "pod" else pod["containers"][0]).update(change)
+    assert any(violation in found for found in violations(pod))

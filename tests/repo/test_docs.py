@@ -118,9 +118,10 @@ def test_every_setting_is_documented_with_its_default(page: Path) -> None:
     assert "`MODE`" in both
 
 
-def test_tables_of_the_settings_are_up_to_date() -> None:
-    """Both pages have the texts of the declarations and of their translation; `make docs` repairs it."""
-    command = (sys.executable, ROOT / "scripts" / "update_docs.py", "--check")
+@pytest.mark.parametrize("script", ["update_docs.py", "update_chart.py"])
+def test_derived_texts_are_up_to_date(script: str) -> None:
+    """Tables of the settings, and the chart's schema, table and alerts; `make docs` repairs them."""
+    command = (sys.executable, ROOT / "scripts" / script, "--check")
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert (done.returncode, done.stdout + done.stderr) == (0, ""), "run make docs"
 

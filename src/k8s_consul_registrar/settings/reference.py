@@ -79,9 +79,14 @@ def json_schema() -> str:
         "title": "Configuration of k8s-consul-registrar",
         "type": "object",
         "additionalProperties": False,
-        "properties": {one.env: _property(one) for one in SETTINGS},
+        "properties": properties(SETTINGS),
     }
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+def properties(settings: Iterable[Setting[Any]]) -> dict[str, Any]:
+    """Return the JSON schema of each setting, by its variable."""
+    return {one.env: _property(one) for one in settings}
 
 
 RENDERERS: Mapping[str, Callable[[], str]] = {"markdown": markdown, "json-schema": json_schema, "env": env}
