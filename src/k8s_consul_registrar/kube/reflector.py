@@ -4,7 +4,7 @@ import asyncio
 import random
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from enum import Enum, auto
 from types import MappingProxyType
@@ -32,7 +32,7 @@ from k8s_consul_registrar.kube.watch_decoder import Broken, Changed, Deleted, Wa
 from k8s_consul_registrar.model import Kind, Source
 from k8s_consul_registrar.telemetry import get_logger
 
-# Pods wait for the first list of Nodes, so that they are written with their zones at once.
+# The longest that Pods wait for the first list of Nodes.
 NODES_FIRST_TIMEOUT = 1.0  # seconds
 # Timers may fire early by the resolution of the loop's clock.
 TIMER_SLACK = 0.01  # seconds
@@ -74,9 +74,11 @@ class Reflector:
         watches: bool = True,
         label_selector: str = "",
         cluster_uid: ClusterUid | None = None,
+        before_objects: Callable[[], Awaitable[None]] | None = None,
         on_internal_error: Callable[[str, Exception], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Make the reflector; what a list shows waits for `before_objects`, while the list is on its way."""
         self._source = source
         self._store = store
         self._client = client
@@ -85,6 +87,7 @@ class Reflector:
         self._watches = watches
         self._label_selector = label_selector
         self._cluster_uid = cluster_uid
+        self._before_objects = before_objects
         self._on_internal_error = on_internal_error
         self._clock = clock
         self._backoff = Backoff(timing)
@@ -249,6 +252,8 @@ class Reflector:
         try:
             async with aclosing(pages):
                 async for page in pages:
+                    if not version and self._before_objects is not None:
+                        await self._before_objects()
                     version = version or page.resource_version
                     for item in page.items:
                         self._store.put(self._source, item)
@@ -355,6 +360,7 @@ class Reflectors:
         on_internal_error: Callable[[str, Exception], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        has_nodes = Source(Kind.NODE) in sources
         self._reflectors = {
             source: Reflector(
                 source,
@@ -365,6 +371,7 @@ class Reflectors:
                 watches=watches,
                 label_selector=selectors.get(source.kind, ""),
                 cluster_uid=cluster_uid,
+                before_objects=self._nodes_tried if has_nodes and source.kind is Kind.POD else None,
                 on_internal_error=on_internal_error,
                 clock=clock,
             )
@@ -374,16 +381,14 @@ class Reflectors:
     async def run(self) -> None:
         """Follow every source; ends only by cancellation."""
         async with asyncio.TaskGroup() as group:
-            for source, reflector in self._reflectors.items():
-                group.create_task(self._run_one(source, reflector))
+            for reflector in self._reflectors.values():
+                group.create_task(reflector.run())
 
-    async def _run_one(self, source: Source, reflector: Reflector) -> None:
-        nodes = self._reflectors.get(Source(Kind.NODE))
-        if source.kind is Kind.POD and nodes is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(NODES_FIRST_TIMEOUT):
-                    await nodes.tried.wait()
-        await reflector.run()
+    async def _nodes_tried(self) -> None:
+        """Wait until Nodes were listed or have failed, so that Pods are written with their zones at once."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(NODES_FIRST_TIMEOUT):
+                await self._reflectors[Source(Kind.NODE)].tried.wait()
 
     def relist(self, source: Source, at: float) -> None:
         """Request a new complete list of a source at a moment of the clock."""
