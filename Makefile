@@ -9,7 +9,14 @@ export PYTHONDONTWRITEBYTECODE =
 .PHONY: help setup check fix docs chart-tools test-chart unit test test-long soak bench-registrar bench-proxy demo lock real-servers clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@awk '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{split($$0, at, ":.*## "); printf "  %-16s%s\n", at[1], at[2]}' $(MAKEFILE_LIST)
+
+##@ Try
+
+demo: $(STAMP) ## the whole thing in a sandbox; KEEP=1 leaves it running
+	@$(BIN)/python -m k8s_consul_registrar demo $(if $(KEEP),--keep)
+
+##@ Develop
 
 setup: $(STAMP) ## a virtual environment with locked dependencies
 
@@ -33,6 +40,8 @@ docs: $(STAMP) ## write what pages and chart derive from the code, and build the
 	$(BIN)/python scripts/update_docs.py
 	$(BIN)/python scripts/update_chart.py
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs .cache/site
+
+##@ Test
 
 real-servers: ## fetch Consul and Prometheus into .cache (no system install)
 	scripts/fetch-real-servers
@@ -58,15 +67,16 @@ soak: $(STAMP) ## the long versions of the tests of faults, with their figures a
 	-scripts/fetch-real-servers
 	SOAK=1 $(BIN)/python -m pytest -m soak $(ARGS)
 
+##@ Measure
+
 bench-registrar: $(STAMP) ## the registrar beside another checkout: BASE=PATH PAIRS=5 ROWS=cold-catalog-10000,... WRITE=docs/benchmarks.md
 	@scripts/fetch-real-servers
 	@$(BIN)/python benchmarks/registrar.py $(if $(BASE),--base $(BASE)) $(if $(PAIRS),--pairs $(PAIRS)) $(if $(ROWS),--rows $(ROWS)) $(if $(WRITE),--write $(WRITE)) $(ARGS)
 
-demo: $(STAMP) ## the whole thing in a sandbox; KEEP=1 leaves it running
-	@$(BIN)/python -m k8s_consul_registrar demo $(if $(KEEP),--keep)
-
 bench-proxy: $(STAMP) ## what a relayed scrape costs, beside nginx (needs nginx and wrk) or, with BASE=PATH, another checkout
 	@$(if $(BASE),BENCH_BASE=$(BASE) BENCH_ONLY=cost) $(BIN)/python benchmarks/proxy.py
+
+##@ Maintain
 
 lock: $(STAMP) ## rewrite the hashed lock files after a change of dependencies
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements/runtime.txt

@@ -261,6 +261,13 @@ def test_modules_the_architecture_names_exist() -> None:
     assert [name for name in sorted(top - {"__init__"}) if f"`{name}`" not in prose_of(ARCHITECTURE)] == []
 
 
+def test_modules_that_contributing_names_exist() -> None:
+    """Each file that a contributor is sent to exists."""
+    named = re.findall(r"`([a-z_]+/\w+\.py)`", text_of(ROOT / "CONTRIBUTING.md"))
+    assert named
+    assert [name for name in named if not (PACKAGE / name).exists()] == []
+
+
 def test_help_mentions_every_variable() -> None:
     """The help of the command names every variable, as a line of its own, and `MODE`."""
     shown = build_parser().format_help()
