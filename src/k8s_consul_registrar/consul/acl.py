@@ -21,11 +21,15 @@ CONNECTIONS = 3
 
 
 class Right(NamedTuple):
-    """One right in the words of Consul's ACL: `service` or `node`, its name, `read` or `write`."""
+    """One right in the words of Consul's ACL: `service` or `node`, its name, `read` or `write`.
+
+    `namespace` is Consul Enterprise's, empty for the client's.
+    """
 
     resource: str
     segment: str
     access: str
+    namespace: str = ""
 
 
 class _Answer(msgspec.Struct, rename="pascal"):
@@ -64,9 +68,7 @@ async def rights(client: ConsulClient, asked: Sequence[Right]) -> list[bool] | N
     Raises a `ConsulError`: `ConsulTokenUnknown` for a token that is not known, `ConsulRefused` with status 404
     or 405 where this Consul cannot be asked.
     """
-    body = msgspec.json.encode(
-        [{"Resource": one.resource, "Segment": one.segment, "Access": one.access} for one in asked]
-    )
+    body = msgspec.json.encode([_question(one, client) for one in asked])
     try:
         answer = await client.request("POST", AUTHORIZE, body=body, is_read=True)
     except ConsulRefused as refused:
@@ -77,6 +79,17 @@ async def rights(client: ConsulClient, asked: Sequence[Right]) -> list[bool] | N
     if len(found) != len(asked):
         raise ConsulRefused(f"{AUTHORIZE} answers {len(found)} of {len(asked)} questions")
     return found
+
+
+def _question(right: Right, client: ConsulClient) -> dict[str, str]:
+    """Return the question about one right; Consul Enterprise takes its scope from there only.
+
+    A node is in a partition and in no namespace.
+    """
+    namespace = "" if right.resource == "node" else right.namespace or client.namespace
+    scope = {"Namespace": namespace, "Partition": client.partition}
+    asked = {"Resource": right.resource, "Segment": right.segment, "Access": right.access}
+    return {**asked, **{key: value for key, value in scope.items() if value}}
 
 
 async def read_leader(client: ConsulClient) -> str:

@@ -290,8 +290,7 @@ class _SyntheticNode:
         if node is None:
             return True
         self.verify(node)
-        checks, _ = await self._transactions.read([self._operations.get_check(SERF_HEALTH)])
-        if checks:
+        if await self._transactions.read_node_check(self._operations, SERF_HEALTH) is not None:
             raise ConsulRefused(f"{self._named} is an agent's, which would remove what it does not know")
         return False
 

@@ -15,7 +15,7 @@ from k8s_consul_registrar.consul.codec import (
     decode_listed,
 )
 from k8s_consul_registrar.consul.previous_location import PreviousLocation
-from k8s_consul_registrar.consul.records import CONSISTENT, list_services, node_of
+from k8s_consul_registrar.consul.records import CONSISTENT, list_services, node_of, scope_of_nodes
 from k8s_consul_registrar.consul.transaction_client import Transactions
 from k8s_consul_registrar.consul.transactions import FORMER_MOST_OPERATIONS, Operations
 from k8s_consul_registrar.errors import ConsulFiltered, ConsulRefused
@@ -59,7 +59,7 @@ class LostAgents:
 
     async def failing(self) -> list[AgentHealth]:
         """Return the agents' own checks that are critical now; the catalog sends only these."""
-        params = {**CONSISTENT, "filter": f'CheckID == "{SERF_HEALTH}"'}
+        params = {**CONSISTENT, **scope_of_nodes(self._client), "filter": f'CheckID == "{SERF_HEALTH}"'}
         answer = await self._client.request("GET", f"/v1/health/state/{CRITICAL}", params=params)
         checks = decode(_checks, answer.body, "/v1/health/state")
         return [AgentHealth(one.node, one.check_id, one.status, one.modify_index) for one in checks]
@@ -122,8 +122,7 @@ class _LostNode:
         return total
 
     async def _is_still_lost(self) -> bool:
-        found, _ = await self._transactions.read([self._operations.get_check(SERF_HEALTH)])
-        check = found[0].check if found else None
+        check = await self._transactions.read_node_check(self._operations, SERF_HEALTH)
         return check is not None and check.status == CRITICAL and check.modify_index == self._lost.version
 
     async def _leave_node(self) -> None:

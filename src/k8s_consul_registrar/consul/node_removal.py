@@ -1,12 +1,11 @@
 """Removal of the catalog's synthetic node, for a complete uninstallation."""
 
 import secrets
-from contextlib import aclosing
 
 from k8s_consul_registrar.consul.acl import Right, rights
 from k8s_consul_registrar.consul.catalog import ADDRESS, META, is_made_by_a_registrar
 from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.consul.records import list_checks, list_services
+from k8s_consul_registrar.consul.records import NODES_NAMESPACE, is_node_empty
 from k8s_consul_registrar.consul.transaction_client import Transactions
 from k8s_consul_registrar.consul.transactions import NodeRecord, Operations
 from k8s_consul_registrar.errors import ConsulRefused
@@ -47,12 +46,19 @@ class NodeRemoval:
         if not is_made_by_a_registrar(record) and not (is_former and record.meta == FORMER_META):
             return "it is not of our making"
         try:
-            sees = await rights(self._client, [Right("service", UNUSED_NAME, "read")])
+            sees = await rights(self._client, self._needed())
         except ConsulRefused as error:
             return f"whether the token sees the services of others cannot be asked: {error}"
         return (
-            "the token may not see the services of others, which would go with it" if sees == [False] else ""
+            "the token may not see the services of others, which would go with it"
+            if sees is not None and not all(sees)
+            else ""
         )
+
+    def _needed(self) -> list[Right]:
+        """Return the rights to see others' services; a token of one namespace has none in the default one."""
+        elsewhere = [NODES_NAMESPACE] if self._client.namespace else []
+        return [Right("service", UNUSED_NAME, "read", one) for one in ("", *elsewhere)]
 
     async def remove(self) -> str:
         """Remove it if it is ours and empty; say why it stays, empty where it went."""
@@ -75,15 +81,8 @@ class NodeRemoval:
         return "somebody else changes it" if errors else ""
 
     async def is_used(self) -> bool:
-        """Return whether anything is on it, or may be."""
-        for make in (list_services, list_checks):
-            listing = make(self._client, self._operations.node)
-            async with aclosing(listing.records()) as records:
-                async for _ in records:
-                    return True
-            if listing.is_filtered:
-                return True
-        return False
+        """Return whether anything is on it, or may be, in any namespace."""
+        return not await is_node_empty(self._client, self._operations.node)
 
     async def _mark(self, before: NodeRecord) -> int | None:
         """Change the record from what was read, and return its index; None where it is another's by now."""

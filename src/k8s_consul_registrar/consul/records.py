@@ -2,8 +2,9 @@
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
 from contextlib import aclosing
+from types import MappingProxyType
 from urllib.parse import quote
 
 import msgspec
@@ -38,6 +39,12 @@ SLICE = 200  # records handed out before the loop gets its turn
 # A leader that was just voted out may not know it yet; what decides over services asks the others first
 # (Consul API, "Consistency modes").
 CONSISTENT = {"consistent": ""}
+
+# The namespace of Consul Enterprise in which the checks of whole nodes are, such as an agent's own.
+NODES_NAMESPACE = "default"
+# In Consul Enterprise, all namespaces that the token may see.
+EVERY_NAMESPACE = {"ns": "*"}
+_NO_ENTERPRISE = 400
 
 # Also true of a service without the key (seen on 1.8.7), so that Consul sends none of the registrars' own.
 NOT_MANAGED = f'not ServiceMeta.managed_by == "{MANAGED_BY}"'
@@ -201,11 +208,13 @@ class RecordStream:
         path: str,
         opening: re.Pattern[bytes],
         closing: bytes = b"",
+        *,
         selection: str = "",
+        scope: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._client = client
         self._path = path
-        self._params = {**CONSISTENT, "filter": selection} if selection else CONSISTENT
+        self._params = {**CONSISTENT, **scope, **({"filter": selection} if selection else {})}
         self._records = Records(opening, closing)
         self.index = 0  # of the state that the list shows
         self.is_filtered = False  # True if Consul says that it left something out
@@ -240,10 +249,15 @@ class _Head(msgspec.Struct):
 _head = msgspec.json.Decoder(_Head)
 
 
-def list_services(client: ConsulClient, node: str, selection: str = "") -> RecordStream:
+def list_services(
+    client: ConsulClient,
+    node: str,
+    selection: str = "",
+    scope: Mapping[str, str] = MappingProxyType({}),
+) -> RecordStream:
     """Return the list of a node's services, not yet read; `selection` is a filter in Consul's language."""
     path = f"/v1/catalog/node-services/{quote(node, safe='')}"
-    return RecordStream(client, path, NODE_SERVICES, b"}", selection)
+    return RecordStream(client, path, NODE_SERVICES, b"}", selection=selection, scope=scope)
 
 
 def list_instances(client: ConsulClient, name: str, selection: str) -> RecordStream:
@@ -251,9 +265,37 @@ def list_instances(client: ConsulClient, name: str, selection: str) -> RecordStr
     return RecordStream(client, f"/v1/catalog/service/{quote(name, safe='')}", ARRAY, selection=selection)
 
 
-def list_checks(client: ConsulClient, node: str) -> RecordStream:
+def list_checks(
+    client: ConsulClient, node: str, scope: Mapping[str, str] = MappingProxyType({})
+) -> RecordStream:
     """Return the list of a node's checks, not yet read."""
-    return RecordStream(client, f"/v1/health/node/{quote(node, safe='')}", ARRAY)
+    return RecordStream(client, f"/v1/health/node/{quote(node, safe='')}", ARRAY, scope=scope)
+
+
+def scope_of_nodes(client: ConsulClient) -> dict[str, str]:
+    """Return the parameters of a read of checks of whole nodes, in place of our own namespace."""
+    return {"ns": NODES_NAMESPACE} if client.namespace else {}
+
+
+async def is_node_empty(client: ConsulClient, node: str) -> bool:
+    """Return True if no service and no check in any namespace is on a node; raises a `ConsulError`."""
+    for scope in (EVERY_NAMESPACE, {}):
+        try:
+            return await _is_empty(client, node, scope)
+        except ConsulRefused as refused:
+            if refused.status != _NO_ENTERPRISE or not scope:
+                raise
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+async def _is_empty(client: ConsulClient, node: str, scope: Mapping[str, str]) -> bool:
+    for listing in (list_services(client, node, scope=scope), list_checks(client, node, scope)):
+        async with aclosing(listing.records()) as records:
+            async for _ in records:
+                return False
+        if listing.is_filtered:
+            return False
+    return True
 
 
 def node_of(listing: RecordStream) -> NodeRecord | None:

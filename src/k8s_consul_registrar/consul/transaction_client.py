@@ -1,11 +1,13 @@
 """Transactions over a client: sent, and their answers checked."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from k8s_consul_registrar.consul.client import ConsulAnswer, ConsulClient
+from k8s_consul_registrar.consul.records import CONSISTENT, scope_of_nodes
 from k8s_consul_registrar.consul.transactions import (
     MOST_OPERATIONS,
     PATH,
+    CheckRecord,
     NodeRecord,
     Operations,
     ReadResult,
@@ -31,9 +33,12 @@ class Transactions:
         self.client = client
         self.most_operations = MOST_OPERATIONS
 
-    async def read(self, operations: Sequence[bytes]) -> tuple[list[ReadResult], set[int]]:
+    async def read(
+        self, operations: Sequence[bytes], scope: Mapping[str, str] | None = None
+    ) -> tuple[list[ReadResult], set[int]]:
         """Read what `get` operations name; return it, and the positions of what is not there.
 
+        `scope` are parameters that stand in for the client's own namespace.
         Raises a `ConsulError`: `ConsulFiltered` if the token may not see some of it, which proves no absence.
         """
         found: list[ReadResult] = []
@@ -44,7 +49,7 @@ class Transactions:
             positions = range(start, min(start + most, len(operations)))
             left = [position for position in positions if position not in absent]
             try:
-                results, errors = await self._read([operations[position] for position in left])
+                results, errors = await self._read([operations[position] for position in left], scope or {})
             except ConsulRefused:
                 if self.most_operations < most:
                     continue
@@ -72,19 +77,31 @@ class Transactions:
             raise ConsulRefused(ODD)
         return node
 
+    async def read_node_check(self, operations: Operations, name: str) -> CheckRecord | None:
+        """Return a check of the whole node, None if there is none; raises a `ConsulError`."""
+        scope = scope_of_nodes(self.client)
+        found, absent = await self.read([operations.get_node_check(name, scope.get("ns", ""))], scope)
+        if absent:
+            return None
+        if (check := found[0].check) is None:
+            raise ConsulRefused(ODD)
+        return check
+
     async def write(self, operations: Sequence[bytes]) -> tuple[dict[str, int], Sequence[TxnError]]:
         """Send one transaction; raises a `ConsulError`.
 
         Returns the new index of each service by ID, or the errors. Where a request is sent again and the
         first was carried out after all, that shows as stale indexes.
         """
-        answer = await self._request(operations, is_read=False)
+        answer = await self._request(operations, {}, is_read=False)
         indexes, errors = decode_written(answer.body)
         _check(answer, errors, len(operations))
         return indexes, errors
 
-    async def _read(self, operations: Sequence[bytes]) -> tuple[Sequence[ReadResult], Sequence[TxnError]]:
-        answer = await self._request(operations, is_read=True)
+    async def _read(
+        self, operations: Sequence[bytes], scope: Mapping[str, str]
+    ) -> tuple[Sequence[ReadResult], Sequence[TxnError]]:
+        answer = await self._request(operations, {**CONSISTENT, **scope}, is_read=True)
         results, errors, is_filtered = decode_read(answer.body)
         _check(answer, errors, len(operations))
         for error in errors:
@@ -96,8 +113,9 @@ class Transactions:
             raise ConsulFiltered(f"the token may not see {hidden} of {len(operations)} records")
         return results, errors
 
-    async def _request(self, operations: Sequence[bytes], *, is_read: bool) -> ConsulAnswer:
-        params = {"consistent": ""} if is_read else None
+    async def _request(
+        self, operations: Sequence[bytes], params: Mapping[str, str], *, is_read: bool
+    ) -> ConsulAnswer:
         body = body_of(operations)
         try:
             return await self.client.request(

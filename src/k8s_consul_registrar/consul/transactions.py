@@ -145,6 +145,11 @@ class Operations(msgspec.Struct, frozen=True):
         body = _CheckBody(self.node, name, Namespace=self.namespace, Partition=self.partition)
         return _encoded("Check", _CheckOp("get", body))
 
+    def get_node_check(self, name: str, namespace: str) -> bytes:
+        """Read one check of the whole node, which has a namespace of its own."""
+        body = _CheckBody(self.node, name, Namespace=namespace, Partition=self.partition)
+        return _encoded("Check", _CheckOp("get", body))
+
     def get_node(self) -> bytes:
         """Read the node."""
         return _encoded("Node", _NodeOp("get", _NodeBody(self.node, Partition=self.partition)))

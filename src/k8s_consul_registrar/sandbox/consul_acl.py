@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from k8s_consul_registrar.sandbox.consul_model import Json
+from k8s_consul_registrar.sandbox.consul_model import DEFAULT_NAMESPACE, Json
 from k8s_consul_registrar.sandbox.consul_release import AuthMethod, Bearer, ConsulOptions
 from k8s_consul_registrar.sandbox.consul_rules import HttpError, RefusedError, decode_object, text_field
 
@@ -30,11 +30,15 @@ class Right(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Token:
-    """A known token; `method` is the auth method of the login that made it, `expires` 0 for never."""
+    """A known token; `method` is the auth method of the login that made it, `expires` 0 for never.
+
+    `namespace` is the only one of Enterprise in which it has rights, empty for all.
+    """
 
     accessor: str
     has_all: bool
     method: str = ""
+    namespace: str = ""
     expires: float = 0.0
 
 
@@ -43,6 +47,7 @@ class Tokens:
 
     def __init__(self, options: ConsulOptions, *, clock: Callable[[], float] = time.time) -> None:
         self._release = options.release
+        self._is_enterprise = options.is_enterprise
         self._methods = {method.name: method for method in options.auth_methods}
         self._clock = clock
         self._known: dict[str, _Token] = {}
@@ -52,9 +57,14 @@ class Tokens:
             for secret in (ANONYMOUS, *options.blind_tokens):
                 self.create(secret, has_all=False)
 
-    def create(self, secret: str, *, has_all: bool = True) -> None:
-        """Make a token with all rights, or with none."""
-        self._known[secret] = _Token(str(uuid.uuid4()), has_all)
+    def create(self, secret: str, *, has_all: bool = True, namespace: str = "") -> None:
+        """Make a token with all rights, or with none; in Enterprise those of one namespace only, if given."""
+        self._known[secret] = _Token(str(uuid.uuid4()), has_all, namespace=namespace)
+
+    def sees(self, secret: str, namespace: str) -> bool:
+        """Return True if a token's rights reach into a namespace of Enterprise."""
+        token = self._find(secret or ANONYMOUS) if self.is_enabled else None
+        return token is None or token.namespace in ("", namespace or DEFAULT_NAMESPACE)
 
     def revoke(self, secret: str) -> None:
         """Forget a token."""
@@ -116,8 +126,8 @@ class Tokens:
         self.revoke(secret)
 
     def refuse_namespace(self, query: Mapping[str, str]) -> None:
-        """Raise HttpError 400 for a request that names a namespace, which only Consul Enterprise has."""
-        if "ns" in query:
+        """Raise HttpError 400 for a request that names a namespace, unless this is Enterprise."""
+        if "ns" in query and not self._is_enterprise:
             raise self._bad_request(
                 'Invalid query parameter: "ns" - Namespaces are a Consul Enterprise feature'
             )

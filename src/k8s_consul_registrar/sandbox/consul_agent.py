@@ -193,12 +193,18 @@ class Agent:
         return json_response({**built, "HumanVersion": self._release.version})
 
     async def _authorize(self, request: web.Request) -> web.Response:
-        """Answer the token's rights, which here are all or none."""
+        """Answer the token's rights, which here are all or none; each question names its own namespace."""
         if not self._tokens.is_enabled:
             raise HttpError(401, "ACL support disabled")
-        has_all = self._gate.sees_everything(request)
+        has_all, token = self._gate.sees_everything(request), token_of(request)
         questions = msgspec.json.decode(await request.read(), type=list[dict[str, str]])
-        return json_response([{**question, "Allow": has_all} for question in questions])
+
+        def is_allowed(question: dict[str, str]) -> bool:
+            # A node belongs to no namespace.
+            is_of_node = question["Resource"] == "node"
+            return has_all and (is_of_node or self._tokens.sees(token, question.get("Namespace", "")))
+
+        return json_response([{**question, "Allow": is_allowed(question)} for question in questions])
 
     async def _login(self, request: web.Request) -> web.Response:
         self._gate.refuse_elsewhere(request)

@@ -58,6 +58,7 @@ class CatalogApi:
 
     def __init__(self, options: ConsulOptions, catalog: Catalog, gate: Gate) -> None:
         self._datacenter = options.datacenter
+        self._is_enterprise = options.is_enterprise
         self._release = options.release
         self._catalog = catalog
         self._gate = gate
@@ -128,6 +129,7 @@ class CatalogApi:
         return json_response(True)  # noqa: FBT003 - the body is the JSON value true
 
     async def _transact(self, request: web.Request) -> web.Response:
+        self._gate.refuse_elsewhere(request)
         body = await request.read()
         if len(body) > LARGEST_TXN:
             text = f"Request body({len(body)} bytes) too large, max size: {LARGEST_TXN} bytes."
@@ -194,14 +196,20 @@ class CatalogApi:
             if node is None:
                 return nothing
             # As in Go: null for a node without services, [] where a filter leaves none.
-            has_services = bool(self._catalog.services_of(name))
-            return {"Node": node.json(), "Services": self._services(request) if has_services else None}
+            services = self._services_of(request)
+            shown = _selected_services(request, services) if services else None
+            return {"Node": node.json(), "Services": shown}
 
         return await self._gate.query(request, ("node", name.lower()), read, unseen=nothing)
 
     def _services(self, request: web.Request) -> list[Json]:
-        records = [service.json() for service in self._catalog.services_of(request.match_info["name"])]
-        return selected(request, records, _SERVICE_FIELDS)
+        return _selected_services(request, self._services_of(request))
+
+    def _services_of(self, request: web.Request) -> list[Service]:
+        services = self._catalog.services_of(request.match_info["name"])
+        if not self._is_enterprise:
+            return services
+        return [one for one in services if self._gate.in_namespace(request, one.namespace)]
 
     async def _service_names(self, request: web.Request) -> web.Response:
         return await self._gate.query(request, SERVICES, self._catalog.service_tags, unseen={})
@@ -231,6 +239,7 @@ class CatalogApi:
             (node, service)
             for node, service in self._catalog.instances(request.match_info["name"])
             if wanted <= {tag.lower() for tag in service.tags or ()}
+            and self._gate.in_namespace(request, service.namespace)
         ]
 
     def _health(self, node: Node, service: Service) -> Json:
@@ -242,7 +251,11 @@ class CatalogApi:
         return await self._gate.query(
             request,
             ("checks", name.lower()),
-            lambda: [check.json() for check in self._catalog.checks_of(name)],
+            lambda: [
+                check.json()
+                for check in self._catalog.checks_of(name)
+                if self._gate.in_namespace(request, check.namespace)
+            ],
             unseen=[],
         )
 
@@ -251,7 +264,11 @@ class CatalogApi:
 
         def read() -> list[Json]:
             every = [check for node in self._catalog.nodes() for check in self._catalog.checks_of(node.name)]
-            found = [check.json() for check in every if state in ("any", check.status)]
+            found = [
+                check.json()
+                for check in every
+                if state in ("any", check.status) and self._gate.in_namespace(request, check.namespace)
+            ]
             return selected(request, found, _CHECK_FIELDS)
 
         return await self._gate.query(request, CHECKS, read, unseen=[])
@@ -261,6 +278,10 @@ class CatalogApi:
 
     async def _peers(self, _: web.Request) -> web.Response:
         return json_response([_LEADER])
+
+
+def _selected_services(request: web.Request, services: list[Service]) -> list[Json]:
+    return selected(request, [one.json() for one in services], _SERVICE_FIELDS)
 
 
 def _read_answer(answer: Json, status: int, release: ConsulRelease, *, is_filtered: bool) -> web.Response:

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from k8s_consul_registrar.sandbox import filters
 from k8s_consul_registrar.sandbox.consul_acl import ANONYMOUS, Right, Tokens
-from k8s_consul_registrar.sandbox.consul_model import Json
+from k8s_consul_registrar.sandbox.consul_model import DEFAULT_NAMESPACE, Json
 from k8s_consul_registrar.sandbox.consul_release import (
     ConsulOptions,
     FilteredMark,
@@ -25,6 +25,7 @@ from k8s_consul_registrar.sandbox.server import accepts_gzip, compress
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+_HIDES = web.RequestKey("hides", bool)  # True once ACLs left something out of its answer
 _LONGEST_WAIT = 600.0  # seconds
 _DEFAULT_WAIT = 300.0
 _JITTER = 16  # up to a sixteenth of the wait is added
@@ -102,6 +103,15 @@ class Gate:
         """Remember a write."""
         self.writes.append(Write(request.method, request.path_qs, body))
 
+    def in_namespace(self, request: web.Request, namespace: str) -> bool:
+        """Return True if a record of this namespace belongs into the answer; one that ACLs hide is noted."""
+        asked, namespace = request.query.get("ns") or DEFAULT_NAMESPACE, namespace or DEFAULT_NAMESPACE
+        if asked not in ("*", namespace):
+            return False
+        is_seen = self._tokens.sees(token_of(request), namespace)
+        request[_HIDES] = request.get(_HIDES, False) or not is_seen
+        return is_seen
+
     def refuse_elsewhere(self, request: web.Request) -> None:
         """Raise HttpError for a request about a namespace or another datacenter."""
         self._tokens.refuse_namespace(request.query)
@@ -134,7 +144,7 @@ class Gate:
         `unseen` is the answer to a token without rights.
         """
         self.count_read()
-        self._refuse_datacenter(request)
+        self.refuse_elsewhere(request)
         is_seen = self.sees_everything(request)
         await self._block(request, scope)
         response = json_response(read() if is_seen else unseen)
@@ -143,7 +153,7 @@ class Gate:
         response.headers["X-Consul-LastContact"] = "0"
         is_stale = "stale" in request.query
         response.headers["X-Consul-Effective-Consistency"] = "stale" if is_stale else "leader"
-        if not is_seen:
+        if not is_seen or request.get(_HIDES, False):
             self.mark_filtered(request, response)
         return response
 

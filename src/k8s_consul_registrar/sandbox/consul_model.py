@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 Json = dict[str, Any]
+DEFAULT_NAMESPACE = "default"  # of Enterprise; empty where a record or request names none
 
 
 class Weights(msgspec.Struct, frozen=True):
@@ -61,8 +62,14 @@ class Service(msgspec.Struct, frozen=True):
     weights: Weights = Weights()
     ports: tuple[Json, ...] = ()
     enable_tag_override: bool = False
+    namespace: str = ""
     create_index: int = 0
     modify_index: int = 0
+
+    @property
+    def key(self) -> str:
+        """The name under which a node holds it: IDs are those of a namespace."""
+        return key_of(self.id, self.namespace)
 
     def content(self) -> "Service":
         """Return this record without its indexes, for comparisons."""
@@ -106,7 +113,7 @@ class Service(msgspec.Struct, frozen=True):
 
     def _optional(self) -> Json:
         """Return the fields that answers leave out when they are empty."""
-        fields = {"TaggedAddresses": self.tagged_addresses, "Ports": self.ports}
+        fields = {"TaggedAddresses": self.tagged_addresses, "Ports": self.ports, "Namespace": self.namespace}
         return {name: value for name, value in fields.items() if value}
 
 
@@ -124,8 +131,19 @@ class Check(msgspec.Struct, frozen=True):
     service_tags: tuple[str, ...] = ()
     type: str = ""
     definition: Json = {}
+    namespace: str = ""
     create_index: int = 0
     modify_index: int = 0
+
+    @property
+    def key(self) -> str:
+        """The name under which a node holds it."""
+        return key_of(self.id, self.namespace)
+
+    @property
+    def service_key(self) -> str:
+        """The name under which the node holds its service."""
+        return key_of(self.service_id, self.namespace)
 
     def content(self) -> "Check":
         """Return this record without its indexes, for comparisons."""
@@ -152,6 +170,11 @@ class Check(msgspec.Struct, frozen=True):
             "CreateIndex": self.create_index,
             "ModifyIndex": self.modify_index,
         }
+
+
+def key_of(record_id: str, namespace: str) -> str:
+    """Return an ID made unique over the namespaces of Enterprise; elsewhere it is the ID."""
+    return record_id if namespace in ("", DEFAULT_NAMESPACE) else f"{namespace}\0{record_id}"
 
 
 def catalog_service_json(node: Node, service: Service) -> Json:

@@ -117,6 +117,9 @@ class AuthMethod:
 class ConsulOptions:
     """The set-up of one sandbox Consul.
 
+    `is_enterprise` gives it namespaces, as far as services, checks and questions about rights go. That is
+    simulated from Consul's documentation: no Enterprise was at hand to compare it with.
+
     `token` turns ACLs on, with default deny: it has all rights. Requests without a token and those with one
     of `blind_tokens` see nothing; Consul does not know any other token.
 
@@ -128,6 +131,7 @@ class ConsulOptions:
     node_name: str = "agent-1"
     node_id: str = "6558b074-796e-2f90-9691-02f0aea2791e"
     is_server: bool = True
+    is_enterprise: bool = False
     token: str = ""
     blind_tokens: frozenset[str] = frozenset()
     auth_methods: tuple[AuthMethod, ...] = ()

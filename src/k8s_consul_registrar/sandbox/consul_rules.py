@@ -65,6 +65,7 @@ def service_of(fields: Mapping[str, Any], *, name_field: str, has_ports: bool = 
         tagged_addresses=_typed(fields, "TaggedAddresses", dict, "map[string]structs.ServiceAddress") or None,
         weights=_weights(fields),
         enable_tag_override=_typed(fields, "EnableTagOverride", bool, "bool") or False,
+        namespace=text_field(fields, "Namespace"),
     )
 
 

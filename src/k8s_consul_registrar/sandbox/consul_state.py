@@ -47,13 +47,13 @@ class Catalog:
         services = self._services.get(node.lower(), {})
         return [services[key] for key in sorted(services)]
 
-    def service(self, node: str, service_id: str) -> Service | None:
+    def service(self, node: str, key: str) -> Service | None:
         """Return one service of a node."""
-        return self._services.get(node.lower(), {}).get(service_id)
+        return self._services.get(node.lower(), {}).get(key)
 
-    def check(self, node: str, check_id: str) -> Check | None:
+    def check(self, node: str, key: str) -> Check | None:
         """Return one check of a node."""
-        return self._checks.get(node.lower(), {}).get(check_id)
+        return self._checks.get(node.lower(), {}).get(key)
 
     def checks_of(self, node: str, service_id: str | None = None) -> list[Check]:
         """Return a node's checks, or only its own and those of one of its services."""
@@ -141,24 +141,24 @@ class Catalog:
             raise RefusedError(
                 f"Invalid Service Meta for node {node} and serviceID {service.id}: {error}"
             ) from None
-        key, before = node.lower(), self.service(node, service.id)
+        key, before = node.lower(), self.service(node, service.key)
         if before is not None and before.content() == service.content():
             return
         if before is not None and before.name != service.name:
             self._forget_instance(key, before)
         created = before.create_index if before else self.index
         service = msgspec.structs.replace(service, create_index=created, modify_index=self.index)
-        self._set(self._services.setdefault(key, {}), service.id, service)
-        self._set(self._instances.setdefault(service.name, {}), (key, service.id), value=True)
+        self._set(self._services.setdefault(key, {}), service.key, service)
+        self._set(self._instances.setdefault(service.name, {}), (key, service.key), value=True)
         self._touch(SERVICES, ("node", key), ("service", service.name))
 
     def put_check(self, check: Check) -> None:
         """Write a check on a node that exists; a service that it names must exist too."""
         if self.node(check.node) is None:
             raise RefusedError("Missing node registration")
-        key, before = check.node.lower(), self.check(check.node, check.id)
+        key, before = check.node.lower(), self.check(check.node, check.key)
         if check.service_id:
-            service = self.service(check.node, check.service_id)
+            service = self.service(check.node, check.service_key)
             if service is None:
                 raise RefusedError("Missing service registration")
             check = msgspec.structs.replace(check, service_name=service.name, service_tags=service.tags or ())
@@ -166,7 +166,7 @@ class Catalog:
             return
         created = before.create_index if before else self.index
         check = msgspec.structs.replace(check, create_index=created, modify_index=self.index)
-        self._set(self._checks.setdefault(key, {}), check.id, check)
+        self._set(self._checks.setdefault(key, {}), check.key, check)
         self._touch_checked(check)
 
     def drop_node(self, name: str) -> None:
@@ -174,32 +174,32 @@ class Catalog:
         if (node := self.node(name)) is None:
             return
         for service in self.services_of(name):
-            self.drop_service(name, service.id)
+            self.drop_service(name, service.key)
         for check in self.checks_of(name):
-            self.drop_check(name, check.id)
+            self.drop_check(name, check.key)
         self._unset(self._nodes, node.name.lower())
         self._touch(NODES, ("node", name.lower()), _EXTINCTIONS["node"])
 
-    def drop_service(self, node: str, service_id: str) -> None:
+    def drop_service(self, node: str, key: str) -> None:
         """Remove a service with its checks, if there is one."""
-        if (service := self.service(node, service_id)) is None:
+        if (service := self.service(node, key)) is None:
             return
         for check in self.checks_of(node):
-            if check.service_id == service_id:
-                self.drop_check(node, check.id)
-        self._unset(self._services[node.lower()], service_id)
+            if check.service_id and check.service_key == key:
+                self.drop_check(node, check.key)
+        self._unset(self._services[node.lower()], key)
         self._forget_instance(node.lower(), service)
         self._touch(SERVICES, ("node", node.lower()))
 
-    def drop_check(self, node: str, check_id: str) -> None:
+    def drop_check(self, node: str, key: str) -> None:
         """Remove a check, if there is one."""
-        if (check := self.check(node, check_id)) is not None:
-            self._unset(self._checks[node.lower()], check_id)
+        if (check := self.check(node, key)) is not None:
+            self._unset(self._checks[node.lower()], key)
             self._touch_checked(check)
 
     def _forget_instance(self, node_key: str, service: Service) -> None:
         instances = self._instances[service.name]
-        self._unset(instances, (node_key, service.id))
+        self._unset(instances, (node_key, service.key))
         self._touch(("service", service.name))
         if not instances:
             self._touch(_EXTINCTIONS["service"])
@@ -260,5 +260,6 @@ def check_of(fields: Mapping[str, Any], node: str) -> Check:
         output=fields.get("Output") or "",
         service_id=fields.get("ServiceID") or "",
         type=fields.get("Type") or "",
+        namespace=fields.get("Namespace") or "",
         definition=fields.get("Definition") or {},
     )

@@ -159,7 +159,7 @@ def _parse_service(body: Json, record: Json, *, may_rename: bool) -> Operation |
         return "Invalid service address"
 
     def precheck(catalog: Catalog) -> str:
-        existing = catalog.service(node, service.id)
+        existing = catalog.service(node, service.key)
         if may_rename or existing is None or existing.name == service.name:
             return ""
         problem = "service name does not match existing service name for service ID"
@@ -172,9 +172,9 @@ def _parse_service(body: Json, record: Json, *, may_rename: bool) -> Operation |
         right=Right("service:write", service.name),
         precheck=precheck,
         cas_index=record.get("ModifyIndex") or 0,
-        read=lambda catalog: catalog.service(node, service.id),
+        read=lambda catalog: catalog.service(node, service.key),
         write=lambda catalog: catalog.put_service(node, service),
-        drop=lambda catalog: catalog.drop_service(node, service.id),
+        drop=lambda catalog: catalog.drop_service(node, service.key),
     )
 
 
@@ -199,8 +199,8 @@ def _parse_check(body: Json, record: Json, *, may_rename: bool) -> Operation | s
     named = record.get("ServiceName") or ""
 
     def precheck(catalog: Catalog) -> str:
-        existing = catalog.check(check.node, check.id) or check
-        is_known = not existing.service_id or catalog.service(existing.node, existing.service_id) is not None
+        existing = catalog.check(check.node, check.key) or check
+        is_known = not existing.service_id or catalog.service(existing.node, existing.service_key) is not None
         if may_rename or is_known or named:
             return ""
         return f'unknown service ID "{check.service_id}" for check ID "{check.id}"'
@@ -212,9 +212,9 @@ def _parse_check(body: Json, record: Json, *, may_rename: bool) -> Operation | s
         right=Right("service:write", named) if check.service_id else Right("node:write", check.node),
         precheck=precheck,
         cas_index=record.get("ModifyIndex") or 0,
-        read=lambda catalog: catalog.check(check.node, check.id),
+        read=lambda catalog: catalog.check(check.node, check.key),
         write=lambda catalog: catalog.put_check(check),
-        drop=lambda catalog: catalog.drop_check(check.node, check.id),
+        drop=lambda catalog: catalog.drop_check(check.node, check.key),
     )
 
 
