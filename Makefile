@@ -73,8 +73,8 @@ bench-registrar: $(STAMP) ## the registrar beside another checkout: BASE=PATH PA
 	@scripts/fetch-real-servers
 	@$(BIN)/python benchmarks/registrar.py $(if $(BASE),--base $(BASE)) $(if $(PAIRS),--pairs $(PAIRS)) $(if $(ROWS),--rows $(ROWS)) $(if $(WRITE),--write $(WRITE)) $(ARGS)
 
-bench-proxy: $(STAMP) ## what a relayed scrape costs, beside nginx (needs nginx and wrk) or, with BASE=PATH, another checkout
-	@$(if $(BASE),BENCH_BASE=$(BASE) BENCH_ONLY=cost) $(BIN)/python benchmarks/proxy.py
+bench-proxy: $(STAMP) ## what a relayed scrape costs, beside nginx and Go (needs nginx, wrk and go) or, with BASE=PATH, another checkout
+	@$(if $(BASE),BENCH_BASE=$(BASE) BENCH_ONLY=cost) PYTHONPATH=tests $(BIN)/python benchmarks/proxy.py
 
 ##@ Maintain
 

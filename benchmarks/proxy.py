@@ -3,7 +3,7 @@
 The proxy under test has one core to itself, everything else the others. Contenders take turns within every
 round, so that whatever else the machine does meets all of them; what counts is the ratio within a round.
 `BENCH_BASE` is another checkout to compare the cost with, in place of the others. Further `BENCH_` variables: ROUNDS (5), SECONDS a run (3), CLIENTS (16,128), BODIES (a number each, all by default),
-ONLY (cost, latency, memory, nodes), FULL=1 for ten minutes of memory and 5,000 nodes every 15 s.
+ONLY (cost, latency, memory, nodes, peers), PEERS (names of `support.hostile.Kind`, all by default), FULL=1 for ten minutes of memory and 5,000 nodes every 15 s.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+from relaying.beside import Beside
 from relaying.contenders import (
     BASE,
     LARGER_BUFFERS,
@@ -34,12 +35,14 @@ from relaying.load import Full, answer_of, full_load, open_loop
 from relaying.machine import Cores, Missing
 
 from k8s_consul_registrar.sandbox.sandbox import Sandbox
+from support.hostile import Kind
 
 ROUNDS = int(os.environ.get("BENCH_ROUNDS") or 5)
 SECONDS = int(os.environ.get("BENCH_SECONDS") or 3)
 CLIENTS = tuple(int(part) for part in (os.environ.get("BENCH_CLIENTS") or "16,128").split(","))
 BODIES = tuple(int(part) for part in (os.environ.get("BENCH_BODIES") or "0,1,2,3").split(","))
-PARTS = (os.environ.get("BENCH_ONLY") or "cost,latency,memory,nodes").split(",")
+PARTS = (os.environ.get("BENCH_ONLY") or "cost,latency,memory,nodes,peers").split(",")
+PEERS = [kind for kind in Kind if kind.name in (os.environ.get("BENCH_PEERS") or ",".join(Kind.__members__))]
 CHECKOUT = os.environ.get("BENCH_BASE", "")
 IS_COMPARED = bool(CHECKOUT)
 IS_FULL = os.environ.get("BENCH_FULL") == "1"
@@ -222,6 +225,8 @@ async def main() -> None:
                 if "latency" in PARTS and not IS_COMPARED:
                     # At such a rate a plain aiohttp relay only falls behind.
                     await bench.latency([each for each in contenders if each.name != PLAIN])
+        if "peers" in PARTS:
+            await Beside(cores, folder, kubelets, sandbox).run(PEERS, ROUNDS, SECONDS)
         for part in ("memory", "nodes"):
             if part in PARTS:
                 async with ours(kubelets, sandbox, folder, cores) as fresh:

@@ -28,7 +28,12 @@ class Body:
     @property
     def node(self) -> str:
         """The Node it belongs to, a name the certificate holds."""
-        return f"{self.address.replace('.', '-')}.{DOMAIN}"
+        return node_name(self.address)
+
+
+def node_name(address: str) -> str:
+    """Return the name of the Node at an address."""
+    return f"{address.replace('.', '-')}.{DOMAIN}"
 
 
 def metrics_text(size: int) -> bytes:
@@ -75,10 +80,11 @@ class Kubelets:
         self.ca_file = folder / "kubelets-ca.pem"
         self._folder = folder / "kubelets"
         self._folder.mkdir()
+        self.certificate = self._folder / "kubelet.pem"
         authority = trustme.CA()
         authority.cert_pem.write_to_path(self.ca_file)
         leaf = authority.issue_cert(*(body.address for body in self.bodies), f"*.{DOMAIN}")
-        leaf.private_key_and_cert_chain_pem.write_to_path(self._folder / "kubelet.pem")
+        leaf.private_key_and_cert_chain_pem.write_to_path(self.certificate)
         configuration = self._folder / "nginx.conf"
         configuration.write_text(self._configuration())
         argv = [program("nginx", "nginx-light"), "-p", str(self._folder), "-c", str(configuration)]

@@ -156,6 +156,11 @@ class Daemon:
 
         await until(is_value, f"{sample} is {value:g}", context=lambda: f"it is {found[-1:]}\n{self.output}")
 
+    @property
+    def open_files(self) -> int:
+        """The number of files that it holds open."""
+        return len(list(Path(f"/proc/{self._program.pid}/fd").iterdir()))
+
     def megabytes(self) -> float:
         """Return its resident memory."""
         status = Path(f"/proc/{self._program.pid}/status").read_text(encoding="utf-8")

@@ -40,7 +40,8 @@ class TcpProxy:
         self.delay = 0.0
         self.rate = 0.0
         self._is_hole = False
-        self._upstreams = itertools.cycle([(host, port) for port in ports])
+        self._upstream_host = host
+        self.lead_to(*ports)
         self._host = listen_on
         (self.port,) = reserve_ports(1)  # it is bound again after each refusal
         self._bound = self._bind(self.port)
@@ -48,6 +49,10 @@ class TcpProxy:
         self._flowing, self._hearing = asyncio.Event(), asyncio.Event()
         self._held = 0
         self._connections: set[asyncio.Task[None]] = set()
+
+    def lead_to(self, *ports: int) -> None:
+        """Carry new connections to these ports in turn; those that are open stay."""
+        self._upstreams = itertools.cycle([(self._upstream_host, port) for port in ports])
 
     @property
     def address(self) -> str:
