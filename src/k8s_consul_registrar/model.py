@@ -13,14 +13,26 @@ import msgspec
 
 
 class Kind(StrEnum):
-    """The kinds of object a target can come from."""
+    """The kinds of object that are followed.
+
+    `ENDPOINT` is the kind of EndpointSlices as a source, and of the targets made of them.
+    """
 
     POD = "pod"
     NODE = "node"
+    SERVICE = "service"
+    ENDPOINT = "endpoint"
+
+
+# The kinds that a target can have; Services only say how their endpoints are scraped.
+TARGET_KINDS = (Kind.POD, Kind.NODE, Kind.ENDPOINT)
 
 
 class ObjectKey(NamedTuple):
-    """Names one Kubernetes object; `namespace` is empty for a Node."""
+    """Names one Kubernetes object; `namespace` is empty for a Node.
+
+    The key of an endpoint's target has the name of its Service: EndpointSlices come and go.
+    """
 
     kind: Kind
     namespace: str
@@ -103,6 +115,64 @@ class Node:
     def key(self) -> ObjectKey:
         """The name of this object."""
         return ObjectKey(Kind.NODE, "", self.name)
+
+
+class KubeService(msgspec.Struct, frozen=True, gc=False):
+    """The few fields of a Kubernetes Service that decide how its endpoints are scraped.
+
+    `families` are those of `spec.ipFamilies`, the primary one first. `publishes_unready` is
+    `spec.publishNotReadyAddresses`.
+    """
+
+    namespace: str
+    name: str
+    uid: str
+    created: str
+    type: str = "ClusterIP"
+    families: tuple[str, ...] = ()
+    publishes_unready: bool = False
+    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
+    annotations: Mapping[str, str] = msgspec.field(default_factory=dict)
+
+    @property
+    def key(self) -> ObjectKey:
+        """The name of this object."""
+        return ObjectKey(Kind.SERVICE, self.namespace, self.name)
+
+
+class SliceEndpoint(msgspec.Struct, frozen=True, gc=False):
+    """One endpoint of an EndpointSlice; `pod` is empty where it is not a Pod's."""
+
+    address: str
+    pod: str = ""
+    node: str = ""
+    zone: str = ""
+    ready: bool = True
+    serving: bool = True
+
+
+class EndpointSlice(msgspec.Struct, frozen=True, gc=False):
+    """A part of the endpoints of one Service; `family` is IPv4, IPv6 or FQDN."""
+
+    namespace: str
+    name: str
+    service: str
+    family: str
+    ports: tuple[ContainerPort, ...] = ()
+    endpoints: tuple[SliceEndpoint, ...] = ()
+
+    @property
+    def key(self) -> ObjectKey:
+        """The name of this object."""
+        return ObjectKey(Kind.ENDPOINT, self.namespace, self.name)
+
+
+class ServiceWithSlices(msgspec.Struct, frozen=True):
+    """A Service and its EndpointSlices, read together; `service` is Undecodable if it could not be read."""
+
+    key: ObjectKey
+    service: "KubeService | Undecodable"
+    slices: tuple[EndpointSlice, ...]
 
 
 class Undecodable(msgspec.Struct, frozen=True):

@@ -3,7 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-from k8s_consul_registrar.model import MANAGED_BY, ContainerPort, Node, NodeAddress, Pod, Service
+from k8s_consul_registrar.model import (
+    MANAGED_BY,
+    ContainerPort,
+    EndpointSlice,
+    KubeService,
+    Node,
+    NodeAddress,
+    Pod,
+    Service,
+    SliceEndpoint,
+)
 
 SCRAPED = {"prometheus.io/scrape": "true", "prometheus.io/port": "9102"}
 
@@ -39,6 +49,25 @@ def make_node(name: str = "node-a", *addresses: tuple[str, str], **changes: Any)
         "ready": True,
     }
     return Node(name, **{**fields, **changes})
+
+
+def make_kube_service(name: str = "web", namespace: str = "shop", **changes: Any) -> KubeService:
+    """Return a Service whose endpoints are scraped at the only TCP port unless changed."""
+    fields: dict[str, Any] = {
+        "uid": f"uid-{namespace}-{name}",
+        "created": "2026-11-22T10:00:00Z",
+        "families": ("IPv4",),
+        "annotations": {"prometheus.io/scrape": "true"},
+    }
+    return KubeService(namespace, name, **{**fields, **changes})
+
+
+def make_slice(
+    name: str, *endpoints: SliceEndpoint, service: str = "web", namespace: str = "shop", **changes: Any
+) -> EndpointSlice:
+    """Return an IPv4 EndpointSlice with the TCP port 9102 unless changed."""
+    fields: dict[str, Any] = {"family": "IPv4", "ports": (tcp(9102),)}
+    return EndpointSlice(namespace, name, service, endpoints=endpoints, **{**fields, **changes})
 
 
 def tcp(number: int, name: str = "", protocol: str = "TCP") -> ContainerPort:

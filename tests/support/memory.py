@@ -15,15 +15,22 @@ from k8s_consul_registrar.model import (
     Pod,
     Service,
     Source,
+    Undecodable,
     WriteFailure,
     Written,
 )
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.observed import ObservedState
-from k8s_consul_registrar.targets.resolve import TargetRules, resolve
+from k8s_consul_registrar.targets.resolve import Resolved, TargetRules, resolve
 
 PODS = Source(Kind.POD)
 NODES = Source(Kind.NODE)
+
+
+def resolve_one(item: Item, rules: TargetRules) -> Resolved | None:
+    """Resolve a Pod or Node."""
+    assert isinstance(item, Pod | Node | Undecodable)
+    return resolve(item, rules)
 
 
 class MemoryCluster:
@@ -43,7 +50,9 @@ class MemoryCluster:
     ) -> None:
         target = rules or TargetRules()
         self.observed = observed or ObservedState()
-        self.desired = DesiredState(sources, lambda item: resolve(item, target), self.observed, clock=clock)
+        self.desired = DesiredState(
+            sources, lambda item: resolve_one(item, target), self.observed, clock=clock
+        )
         self.store = self.desired.store
         self.clock = clock
         self.objects: dict[ObjectKey, Item] = {}

@@ -21,6 +21,9 @@ from k8s_consul_registrar.targets.resolve import (
 # What a decoder raises: bad JSON or other types than expected, bad UTF-8, nesting without end.
 DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
+# Keys that came later than META_KEYS, which may have given another key this name before.
+LATER_KEYS = frozenset({"service"})
+
 # An index of Raft. Ours are sent back, where a negative one would mean something else.
 RaftIndex = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
@@ -242,7 +245,7 @@ def _problem(ours: str, theirs: str) -> str:
         return f"is none of {', '.join(sorted(OWN_KEYS - FIXED_KEYS))}"
     if not _KEY.fullmatch(theirs) or theirs.startswith(_RESERVED_PREFIX):
         return f"cannot be {theirs!r}: a key is letters, digits, '_' or '-', at most {LONGEST_META_KEY}"
-    if theirs in OWN_KEYS or theirs == MAPPING_KEY:
+    if theirs in OWN_KEYS - LATER_KEYS or theirs == MAPPING_KEY:
         return f"cannot be {theirs}, which is one of the registrar's own keys"
     if theirs.startswith((PARAM_PREFIX, LABEL_PREFIX)):
         return f"cannot be {theirs}: {PARAM_PREFIX}… and {LABEL_PREFIX}… come from Pods"

@@ -30,7 +30,7 @@ from k8s_consul_registrar.kube.responses import (
     transport_error,
     unpacker,
 )
-from k8s_consul_registrar.kube.watch_decoder import RESOURCES, WatchDecoder, WatchEvent
+from k8s_consul_registrar.kube.watch_decoder import RESOURCES, WatchDecoder, WatchEvent, collection_path
 from k8s_consul_registrar.model import Kind, ObjectKey
 
 # Half of kubectl's pages: a first sync holds 6 MB less at its peak and takes no longer.
@@ -271,8 +271,8 @@ class KubeClient:
 
     def _reading(self, action: ApiAction, kind: Kind, query: Mapping[str, str]) -> _Request:
         """Return a list or watch request of a kind, in the namespace of the action."""
-        scope = f"/namespaces/{quote(action.namespace, safe='')}" if action.namespace else ""
-        return _Request(action, f"/api/v1{scope}/{RESOURCES[kind]}", query, headers={"Accept": self._accept})
+        path = collection_path(kind, action.namespace)
+        return _Request(action, path, query, headers={"Accept": self._accept})
 
     async def _send(self, request: _Request) -> bytes:
         """Return the whole body of a success."""

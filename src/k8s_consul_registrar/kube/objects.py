@@ -1,27 +1,50 @@
-"""Pods and Nodes out of the API server's JSON: only the fields we use, one object at a time.
+"""Objects out of the API server's JSON: only the fields we use, one object at a time.
 
 The structs below name those fields and nothing else, so a 7 KB Pod costs a few hundred bytes and the rest
 of it is skipped, not parsed. Go encodes an absent slice or map as `null` where the field lacks
 `omitempty` (a bookmark has `"containers": null`), hence the many `| None`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from sys import intern
 from typing import Annotated, Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 
 from k8s_consul_registrar.errors import ClusterRefused
-from k8s_consul_registrar.model import ContainerPort, Kind, Node, NodeAddress, ObjectKey, Pod, Undecodable
+from k8s_consul_registrar.kube.service_objects import (
+    Metadata,
+    Wire,
+    WireService,
+    WireSlice,
+    service_of,
+    slice_of,
+)
+from k8s_consul_registrar.model import (
+    ContainerPort,
+    EndpointSlice,
+    Kind,
+    KubeService,
+    Node,
+    NodeAddress,
+    ObjectKey,
+    Pod,
+    Undecodable,
+)
 
-Item: TypeAlias = Pod | Node | Undecodable
+Item: TypeAlias = Pod | Node | KubeService | EndpointSlice | Undecodable
 ItemT = TypeVar("ItemT")
 
 KUBELET_PORT = 10250
 PROBLEM_LENGTH = 200
 # A version is a number of at most 20 digits in practice; a longer one would not fit into a request.
 VERSION_LENGTH = 256
-LIST_KINDS = {Kind.POD: "PodList", Kind.NODE: "NodeList"}
+LIST_KINDS = {
+    Kind.POD: "PodList",
+    Kind.NODE: "NodeList",
+    Kind.SERVICE: "ServiceList",
+    Kind.ENDPOINT: "EndpointSliceList",
+}
 
 
 class Page(NamedTuple):
@@ -32,107 +55,87 @@ class Page(NamedTuple):
     continue_token: str
 
 
-class _Wire(msgspec.Struct, gc=False, rename="camel"):
-    """A part of an object as it is sent; what it does not name is skipped."""
-
-
-class _Metadata(_Wire):
-    name: Annotated[str, msgspec.Meta(min_length=1)]
-    namespace: str = ""
-    uid: str = ""
-    resource_version: str = ""
-    creation_timestamp: str | None = None
-    deletion_timestamp: str | None = None
-    labels: dict[str, str] | None = None
-    annotations: dict[str, str] | None = None
-
-
-class _Condition(_Wire):
+class _Condition(Wire):
     type: str = ""
     status: str = ""
 
 
-class _Port(_Wire):
+class _Port(Wire):
     container_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     name: str = ""
     protocol: str = "TCP"
 
 
-class _Container(_Wire):
+class _Container(Wire):
     ports: list[_Port] | None = None
     restart_policy: str | None = None
 
 
-class _PodSpec(_Wire):
+class _PodSpec(Wire):
     node_name: str = ""
     host_network: bool = False
     containers: list[_Container] | None = None
     init_containers: list[_Container] | None = None
 
 
-class _PodStatus(_Wire):
+class _PodStatus(Wire):
     phase: str = ""
     pod_ip: str = msgspec.field(name="podIP", default="")
     host_ip: str = msgspec.field(name="hostIP", default="")
     conditions: list[_Condition] | None = None
 
 
-class _Pod(_Wire):
-    metadata: _Metadata
+class _Pod(Wire):
+    metadata: Metadata
     spec: _PodSpec | None = None
     status: _PodStatus | None = None
 
 
-class _Address(_Wire):
+class _Address(Wire):
     type: str = ""
     address: str = ""
 
 
-class _Endpoint(_Wire):
+class _Endpoint(Wire):
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = msgspec.field(name="Port", default=0)
 
 
-class _DaemonEndpoints(_Wire):
+class _DaemonEndpoints(Wire):
     kubelet_endpoint: _Endpoint | None = None
 
 
-class _NodeStatus(_Wire):
+class _NodeStatus(Wire):
     addresses: list[_Address] | None = None
     daemon_endpoints: _DaemonEndpoints | None = None
     conditions: list[_Condition] | None = None
 
 
-class _Node(_Wire):
-    metadata: _Metadata
+class _Node(Wire):
+    metadata: Metadata
     status: _NodeStatus | None = None
 
 
-class _PodEvent(_Wire):
+class _Event(Wire, Generic[ItemT]):
     type: str
-    object: _Pod
+    object: ItemT
 
 
-class _NodeEvent(_Wire):
-    type: str
-    object: _Node
-
-
-class _Name(_Wire):
+class _Name(Wire):
     name: str = ""
     namespace: str = ""
     resource_version: str = ""
 
 
-class _Named(_Wire):
+class _Named(Wire):
     metadata: _Name
 
 
-class _ListMetadata(_Wire):
+class _ListMetadata(Wire):
     resource_version: Annotated[str, msgspec.Meta(min_length=1, max_length=VERSION_LENGTH)]
     continue_token: str = msgspec.field(name="continue", default="")
 
 
-class _List(_Wire, Generic[ItemT], gc=True):
+class _List(Wire, Generic[ItemT], gc=True):
     """A list; `items` is required, so that a body without them is never taken for an empty cluster."""
 
     kind: str
@@ -140,16 +143,26 @@ class _List(_Wire, Generic[ItemT], gc=True):
     items: list[ItemT] | None
 
 
-_POD = msgspec.json.Decoder(_Pod)
-_NODE = msgspec.json.Decoder(_Node)
-_POD_EVENT = msgspec.json.Decoder(_PodEvent)
-_NODE_EVENT = msgspec.json.Decoder(_NodeEvent)
-_NAMED = msgspec.json.Decoder(_Named)
+_OBJECTS: Mapping[Kind, msgspec.json.Decoder[Any]] = {
+    Kind.POD: msgspec.json.Decoder(_Pod),
+    Kind.NODE: msgspec.json.Decoder(_Node),
+    Kind.SERVICE: msgspec.json.Decoder(WireService),
+    Kind.ENDPOINT: msgspec.json.Decoder(WireSlice),
+}
+_EVENTS: Mapping[Kind, msgspec.json.Decoder[_Event[Any]]] = {
+    Kind.POD: msgspec.json.Decoder(_Event[_Pod]),
+    Kind.NODE: msgspec.json.Decoder(_Event[_Node]),
+    Kind.SERVICE: msgspec.json.Decoder(_Event[WireService]),
+    Kind.ENDPOINT: msgspec.json.Decoder(_Event[WireSlice]),
+}
 _LISTS: Mapping[Kind, msgspec.json.Decoder[_List[Any]]] = {
     Kind.POD: msgspec.json.Decoder(_List[_Pod]),
     Kind.NODE: msgspec.json.Decoder(_List[_Node]),
+    Kind.SERVICE: msgspec.json.Decoder(_List[WireService]),
+    Kind.ENDPOINT: msgspec.json.Decoder(_List[WireSlice]),
 }
 _RAW_LIST = msgspec.json.Decoder(_List[msgspec.Raw])
+_NAMED = msgspec.json.Decoder(_Named)
 _EMPTY_SPEC = _PodSpec()
 _EMPTY_POD_STATUS = _PodStatus()
 _EMPTY_NODE_STATUS = _NodeStatus()
@@ -159,7 +172,7 @@ class RawPage(NamedTuple):
     """One page whose items are not ours yet: as they were sent, or as bytes where one of them cannot be read."""
 
     kind: Kind
-    items: Sequence[_Pod | _Node | msgspec.Raw]
+    items: Sequence[Wire | msgspec.Raw]
     resource_version: str
     continue_token: str
 
@@ -192,10 +205,8 @@ def _split_list(body: bytes, expected: str) -> _List[msgspec.Raw]:
         raise ClusterRefused(f"the answer is not a {expected}: {_problem(error)}", 200) from None
 
 
-def _item(item: _Pod | _Node | msgspec.Raw, kind: Kind) -> Item:
-    if isinstance(item, _Pod):
-        return _pod(item)
-    return _node(item) if isinstance(item, _Node) else decode_object(item, kind)
+def _item(item: Wire | msgspec.Raw, kind: Kind) -> Item:
+    return decode_object(item, kind) if isinstance(item, msgspec.Raw) else _MAKERS[kind](item)
 
 
 def decode_object(raw: bytes | msgspec.Raw, kind: Kind) -> Item:
@@ -206,11 +217,8 @@ def decode_object(raw: bytes | msgspec.Raw, kind: Kind) -> Item:
 def decode_versioned(raw: bytes | msgspec.Raw, kind: Kind) -> tuple[Item, str]:
     """Decode one object with its resourceVersion, empty where not even that can be read."""
     try:
-        if kind is Kind.POD:
-            pod = _POD.decode(raw)
-            return _pod(pod), pod.metadata.resource_version
-        node = _NODE.decode(raw)
-        return _node(node), node.metadata.resource_version
+        wire = _OBJECTS[kind].decode(raw)
+        return _MAKERS[kind](wire), wire.metadata.resource_version
     except (ValueError, RecursionError) as error:
         return _undecodable(raw, kind, _problem(error))
 
@@ -221,11 +229,8 @@ def decode_event(line: bytes, kind: Kind) -> tuple[str, Item, str] | None:
     None stands for an event of another shape, or an object that cannot be read: those take a closer look.
     """
     try:
-        if kind is Kind.POD:
-            pod_event = _POD_EVENT.decode(line)
-            return pod_event.type, _pod(pod_event.object), pod_event.object.metadata.resource_version
-        node_event = _NODE_EVENT.decode(line)
-        return node_event.type, _node(node_event.object), node_event.object.metadata.resource_version
+        event = _EVENTS[kind].decode(line)
+        return event.type, _MAKERS[kind](event.object), event.object.metadata.resource_version
     except (ValueError, RecursionError):
         return None
 
@@ -266,6 +271,14 @@ def _node(wire: _Node) -> Node:
     )
 
 
+_MAKERS: Mapping[Kind, Callable[[Any], Item]] = {
+    Kind.POD: _pod,
+    Kind.NODE: _node,
+    Kind.SERVICE: service_of,
+    Kind.ENDPOINT: slice_of,
+}
+
+
 def _ports(spec: _PodSpec) -> tuple[ContainerPort, ...]:
     """Return the ports of what runs for the Pod's whole life.
 
@@ -295,9 +308,12 @@ def _is_ready(conditions: list[_Condition] | None) -> bool:
 def _undecodable(raw: bytes | msgspec.Raw, kind: Kind, problem: str) -> tuple[Undecodable, str]:
     try:
         meta = _NAMED.decode(raw).metadata
+        if kind is Kind.ENDPOINT:
+            # Which Service it is a part of is in what cannot be read, so that it may hold any endpoint.
+            return Undecodable(kind, None, problem), meta.resource_version
     except (ValueError, RecursionError):
         return Undecodable(kind, None, problem), ""
-    namespace = meta.namespace if kind is Kind.POD else ""
+    namespace = "" if kind is Kind.NODE else meta.namespace
     is_named = bool(meta.name and (namespace or kind is Kind.NODE))
     key = ObjectKey(kind, namespace, meta.name) if is_named else None
     return Undecodable(kind, key, problem), meta.resource_version

@@ -4,6 +4,7 @@ A watch answers with one JSON object a line (Kubernetes API concepts, "Efficient
 """
 
 from typing import Annotated, TypeAlias
+from urllib.parse import quote
 
 import msgspec
 
@@ -12,9 +13,23 @@ from k8s_consul_registrar.kube.objects import VERSION_LENGTH, Item, decode_event
 from k8s_consul_registrar.kube.responses import ApiAction, cluster_error, decode_status
 from k8s_consul_registrar.model import Kind
 
-RESOURCES = {Kind.POD: "pods", Kind.NODE: "nodes"}
+RESOURCES = {
+    Kind.POD: "pods",
+    Kind.NODE: "nodes",
+    Kind.SERVICE: "services",
+    Kind.ENDPOINT: "endpointslices",
+}
+# The API groups of those that are not in the core group.
+GROUPS = {Kind.ENDPOINT: "discovery.k8s.io"}
 # etcd takes 1.5 MiB a request by default and few raise it far; JSON of it is a few times that at most.
 LINE_LIMIT = 32 << 20
+
+
+def collection_path(kind: Kind, namespace: str = "") -> str:
+    """Return the path of a kind's objects, in one namespace if there is one."""
+    root = f"/apis/{GROUPS[kind]}/v1" if kind in GROUPS else "/api/v1"
+    scope = f"/namespaces/{quote(namespace, safe='')}" if namespace else ""
+    return f"{root}{scope}/{RESOURCES[kind]}"
 
 
 class Changed(msgspec.Struct, frozen=True, gc=False):

@@ -12,7 +12,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from k8s_consul_registrar.sandbox import api_errors
-from k8s_consul_registrar.sandbox.resources import NAMESPACES, NODES, PODS, Resource
+from k8s_consul_registrar.sandbox.resources import (
+    ENDPOINT_SLICES,
+    NAMESPACES,
+    NODES,
+    PODS,
+    SERVICES,
+    Resource,
+)
 
 Object = dict[str, Any]
 
@@ -127,6 +134,10 @@ def with_defaults(resource: Resource, obj: dict[str, Any]) -> dict[str, Any]:
         return {**obj, "spec": spec, "status": _node_status(obj.get("status") or {})}
     if resource is NAMESPACES:
         return {**obj, "spec": {"finalizers": ["kubernetes"]}, "status": {"phase": "Active"}}
+    if resource is SERVICES:
+        return {**obj, "spec": _service_spec(obj.get("spec") or {}), "status": {"loadBalancer": {}}}
+    if resource is ENDPOINT_SLICES:
+        return {**obj, "endpoints": obj.get("endpoints"), "ports": obj.get("ports")}
     return obj
 
 
@@ -188,6 +199,18 @@ def _container(container: dict[str, Any]) -> dict[str, Any]:
     if ports := container.get("ports"):
         filled["ports"] = [{"protocol": "TCP", **port} for port in ports]
     return filled
+
+
+def _service_spec(spec: dict[str, Any]) -> dict[str, Any]:
+    if spec.get("type") == "ExternalName":
+        return {"sessionAffinity": "None", **spec}
+    return {
+        "type": "ClusterIP",
+        "sessionAffinity": "None",
+        "ipFamilies": ["IPv4"],
+        "ipFamilyPolicy": "SingleStack",
+        **spec,
+    }
 
 
 def _node_status(status: dict[str, Any]) -> dict[str, Any]:

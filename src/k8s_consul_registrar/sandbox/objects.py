@@ -88,6 +88,78 @@ def node(
     }
 
 
+def service(
+    name: str,
+    *,
+    namespace: str = "default",
+    families: Iterable[str] = ("IPv4",),
+    publishes_unready: bool = False,
+    external_name: str = "",
+    labels: Mapping[str, str] | None = None,
+    annotations: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Return a Service."""
+    spec: dict[str, Any] = {"type": "ClusterIP", "ipFamilies": list(families)}
+    if publishes_unready:
+        spec["publishNotReadyAddresses"] = True
+    if external_name:
+        spec = {"type": "ExternalName", "externalName": external_name}
+    return {
+        "kind": "Service",
+        "apiVersion": "v1",
+        "metadata": _metadata(name, namespace, labels, annotations),
+        "spec": spec,
+        "status": {"loadBalancer": {}},
+    }
+
+
+def endpoint(
+    address: str,
+    *,
+    pod: str = "",
+    node: str = "",
+    zone: str = "",
+    is_ready: bool = True,
+    is_serving: bool = True,
+) -> dict[str, Any]:
+    """Return one endpoint of an EndpointSlice."""
+    made: dict[str, Any] = {
+        "addresses": [address],
+        "conditions": {"ready": is_ready, "serving": is_serving, "terminating": False},
+    }
+    if pod:
+        made["targetRef"] = {"kind": "Pod", "name": pod}
+    if node:
+        made["nodeName"] = node
+    if zone:
+        made["zone"] = zone
+    return made
+
+
+def endpoint_slice(
+    name: str,
+    service_name: str,
+    endpoints: Iterable[Mapping[str, Any]] = (),
+    *,
+    namespace: str = "default",
+    family: str = "IPv4",
+    ports: Mapping[str, int] | None = None,
+    protocol: str = "TCP",
+) -> dict[str, Any]:
+    """Return an EndpointSlice of a Service; `ports` maps names to numbers."""
+    return {
+        "kind": "EndpointSlice",
+        "apiVersion": "discovery.k8s.io/v1",
+        "metadata": _metadata(name, namespace, {"kubernetes.io/service-name": service_name}, None),
+        "addressType": family,
+        "endpoints": [dict(one) for one in endpoints],
+        "ports": [
+            {"name": port_name, "port": number, "protocol": protocol}
+            for port_name, number in (ports or {"metrics": 9102}).items()
+        ],
+    }
+
+
 def namespace(name: str) -> dict[str, Any]:
     """Return a Namespace."""
     return {

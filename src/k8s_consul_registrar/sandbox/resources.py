@@ -66,7 +66,15 @@ LEASES = Resource(
     has_status=False,
     creates_on_update=True,
 )
-RESOURCES = (PODS, NODES, NAMESPACES, LEASES)
+SERVICES = Resource("services", "Service", b'"spec":{},"status":{"loadBalancer":{}}', returns_deleted=True)
+ENDPOINT_SLICES = Resource(
+    "endpointslices",
+    "EndpointSlice",
+    b'"addressType":"","endpoints":null,"ports":null',
+    group="discovery.k8s.io",
+    has_status=False,
+)
+RESOURCES = (PODS, NODES, NAMESPACES, LEASES, SERVICES, ENDPOINT_SLICES)
 
 
 def resource_of(kind: str) -> Resource:

@@ -22,6 +22,7 @@ from k8s_consul_registrar.targets.scrape_config import (
     url_host,
 )
 from k8s_consul_registrar.targets.service_names import (
+    ENDPOINT_NAME,
     NODE_NAME,
     POD_NAME,
     Subject,
@@ -43,7 +44,7 @@ LONGEST_META_VALUE = 512
 # Every key the registrar writes, except those that begin with one of the two prefixes below.
 OWN_KEYS = frozenset({
     "cluster", "cluster_uid", "instance", "kind", "managed_by", "metrics_path", "namespace", "node", "pod",
-    "scheme", "shard_path", "zone",
+    "scheme", "service", "shard_path", "zone",
 })  # fmt: skip
 PARAM_PREFIX = "param_"
 LABEL_PREFIX = "label_"
@@ -124,6 +125,7 @@ class TargetRules(msgspec.Struct, frozen=True):
     id_prefix: str = ""
     pod_name: Template = POD_NAME
     node_name: Template = NODE_NAME
+    endpoint_name: Template = ENDPOINT_NAME
     tags: tuple[Template, ...] = ()
     labels: tuple[LabelMeta, ...] = ()
     node_address_types: tuple[str, ...] = NODE_ADDRESS_TYPES

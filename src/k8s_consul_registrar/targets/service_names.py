@@ -14,17 +14,19 @@ from k8s_consul_registrar.targets.reasons import Reason, Rejected, quoted
 # IDs have the format of the original program.
 POD_PREFIX = "pod--"
 NODE_PREFIX = "node--"
+ENDPOINT_PREFIX = "svc--"
 
 SHARD = "shard_path"
 # The shard is chosen when a target becomes a service; until then its field stays in the text.
 SHARD_PLACEHOLDER = f"{{{SHARD}}}"
 
-_EVERY_KIND = frozenset({"cluster", "node", "node_ip", "kind", SHARD})
+_EVERY_KIND = frozenset({"cluster", "node", "kind", SHARD})
 FIELDS: Mapping[Kind, AbstractSet[str]] = {
-    Kind.POD: _EVERY_KIND | {"namespace", "pod"},
-    Kind.NODE: _EVERY_KIND,
+    Kind.POD: _EVERY_KIND | {"namespace", "node_ip", "pod"},
+    Kind.NODE: _EVERY_KIND | {"node_ip"},
+    Kind.ENDPOINT: _EVERY_KIND | {"namespace", "pod", "service"},
 }
-ALL_FIELDS = FIELDS[Kind.POD] | FIELDS[Kind.NODE]
+ALL_FIELDS = frozenset().union(*FIELDS.values())
 
 _PART = re.compile(r"\{([^{}]*)\}|([^{}]+)|(.)", re.DOTALL)
 # Kubernetes, "Labels and Selectors": an optional DNS subdomain and a slash, then a name of at most 63.
@@ -43,6 +45,7 @@ RESERVED_NAMES = frozenset({"consul"})
 
 DEFAULT_POD_NAME = "pod--{namespace}--{pod}"
 DEFAULT_NODE_NAME = "node--{node_ip}"
+DEFAULT_ENDPOINT_NAME = "svc--{namespace}--{service}"
 
 
 class Field(NamedTuple):
@@ -228,6 +231,7 @@ def _size(text: str, longest_shard: int) -> int:
 
 POD_NAME = parse_name(DEFAULT_POD_NAME, Kind.POD)
 NODE_NAME = parse_name(DEFAULT_NODE_NAME, Kind.NODE)
+ENDPOINT_NAME = parse_name(DEFAULT_ENDPOINT_NAME, Kind.ENDPOINT)
 
 
 def pod_service_id(namespace: str, name: str, prefix: str = "") -> str:
@@ -245,8 +249,13 @@ def node_service_id(address: str, prefix: str = "") -> str:
     return f"{prefix}{NODE_PREFIX}{address}"
 
 
+def endpoint_service_id(key: ObjectKey, which: str, port: int, prefix: str = "") -> str:
+    """Return the service ID of one port of an endpoint; `which` is its Pod's name, or its address."""
+    return f"{prefix}{ENDPOINT_PREFIX}{key.namespace}--{key.name}--{which}--{port}"
+
+
 def kind_of_id(service_id: str) -> Kind | None:
-    """Return the kind that the prefix of an ID stands for, None if it has neither prefix."""
+    """Return the kind that the prefix of an ID of the original program stands for, None if it has neither."""
     if service_id.startswith(POD_PREFIX):
         return Kind.POD
     if service_id.startswith(NODE_PREFIX):

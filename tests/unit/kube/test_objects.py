@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 
 from k8s_consul_registrar.errors import ClusterRefused
 from k8s_consul_registrar.kube.objects import Page, decode_object, split_page
-from k8s_consul_registrar.model import ContainerPort, Kind, Node, NodeAddress, ObjectKey, Pod, Undecodable
+from k8s_consul_registrar.model import (
+    ContainerPort,
+    EndpointSlice,
+    Kind,
+    KubeService,
+    Node,
+    NodeAddress,
+    ObjectKey,
+    Pod,
+    SliceEndpoint,
+    Undecodable,
+)
+from k8s_consul_registrar.sandbox import objects
 from support.files import recorded
 
 
@@ -352,3 +364,80 @@ def test_pod_with_a_deletion_timestamp_is_deleted(metadata: dict[str, Any], dele
     """The API server sets `deletionTimestamp` long before it removes the Pod."""
     sent = pod()
     assert read({**sent, "metadata": {**sent["metadata"], **metadata}}).deleted is deleted
+
+
+def read_kind(kind: Kind, value: object) -> object:
+    """Decode an object of a kind."""
+    return decode_object(json.dumps(value).encode(), kind)
+
+
+def test_service_has_its_families_and_publishes_unready_addresses() -> None:
+    """The fields of a Service that decide how its endpoints are scraped come out."""
+    service = objects.service(
+        "web", namespace="shop", families=("IPv6", "IPv4"), publishes_unready=True, annotations={"a": "b"}
+    )
+    assert read_kind(Kind.SERVICE, service) == KubeService(
+        "shop", "web", "", "", families=("IPv6", "IPv4"), publishes_unready=True, annotations={"a": "b"}
+    )
+    external = read_kind(Kind.SERVICE, objects.service("web", namespace="shop", external_name="db.example"))
+    assert isinstance(external, KubeService)
+    assert external.type == "ExternalName"
+
+
+def test_slice_has_its_service_ports_and_endpoints() -> None:
+    """An EndpointSlice names its Service by a label, its Pods by reference, and each port by number."""
+    part = objects.endpoint_slice(
+        "web-abc",
+        "web",
+        [objects.endpoint("10.0.0.1", pod="web-1", node="n1", zone="z1", is_ready=False)],
+        namespace="shop",
+        ports={"http": 80},
+    )
+    assert read_kind(Kind.ENDPOINT, part) == EndpointSlice(
+        "shop",
+        "web-abc",
+        "web",
+        "IPv4",
+        (ContainerPort("http", 80, "TCP"),),
+        (SliceEndpoint("10.0.0.1", "web-1", "n1", "z1", ready=False, serving=True),),
+    )
+
+
+@pytest.mark.parametrize(
+    ("conditions", "expected"),
+    [
+        (None, (True, True)),
+        ({}, (True, True)),
+        ({"ready": None, "serving": None}, (True, True)),
+        ({"ready": False}, (False, False)),
+        ({"ready": False, "serving": True, "terminating": True}, (False, True)),
+    ],
+)
+def test_endpoint_conditions_that_are_missing_mean_ready(
+    conditions: dict[str, Any] | None, expected: tuple[bool, bool]
+) -> None:
+    """A missing `ready` is true, and a missing `serving` is what `ready` is."""
+    part = objects.endpoint_slice("web-abc", "web", [{"addresses": ["10.0.0.1"], "conditions": conditions}])
+    made = read_kind(Kind.ENDPOINT, part)
+    assert isinstance(made, EndpointSlice)
+    assert [(one.ready, one.serving) for one in made.endpoints] == [expected]
+
+
+def test_slice_with_null_for_empty_lists_is_empty() -> None:
+    """Go writes absent lists as null; a port without a number stands for all ports and is left out."""
+    part = {
+        **objects.endpoint_slice("web-abc", "web"),
+        "endpoints": None,
+        "ports": [{"name": "all", "port": None}],
+    }
+    made = read_kind(Kind.ENDPOINT, part)
+    assert isinstance(made, EndpointSlice)
+    assert (made.endpoints, made.ports) == ((), ())
+
+
+def test_slice_that_cannot_be_read_has_no_name() -> None:
+    """It may hold any endpoint, so that until the next list absence proves nothing."""
+    part = {**objects.endpoint_slice("web-abc", "web"), "ports": [{"port": 99999}]}
+    made = read_kind(Kind.ENDPOINT, part)
+    assert isinstance(made, Undecodable)
+    assert made.key is None

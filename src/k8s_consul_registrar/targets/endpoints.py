@@ -1,0 +1,219 @@
+"""Resolution of annotated Services and their EndpointSlices into targets."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import NamedTuple, TypeAlias
+
+import msgspec
+
+from k8s_consul_registrar.model import (
+    EndpointSlice,
+    Kind,
+    KubeService,
+    Node,
+    ObjectKey,
+    Pod,
+    Rejection,
+    ServiceWithSlices,
+    SliceEndpoint,
+    Target,
+    Undecodable,
+)
+from k8s_consul_registrar.targets.reasons import Reason, Rejected, has_control, quoted
+from k8s_consul_registrar.targets.resolve import (
+    LONGEST_META_VALUE,
+    PARAM_PREFIX,
+    Resolved,
+    TargetRules,
+    checked_meta,
+    resolve,
+)
+from k8s_consul_registrar.targets.scrape_config import (
+    DEFAULT_PATH,
+    named_params,
+    scrape_params,
+    scrape_path,
+    scrape_ports,
+    scrape_scheme,
+    scraped_address,
+)
+from k8s_consul_registrar.targets.service_names import (
+    Subject,
+    endpoint_service_id,
+    service_name,
+    service_tags,
+)
+
+FQDN = "FQDN"
+EXTERNAL_NAME = "ExternalName"
+
+
+class ServiceScrape(msgspec.Struct, frozen=True, gc=False):
+    """The scrape settings of an annotated Service, which all its endpoints share.
+
+    `key` is the one of its endpoints' targets. An empty `family` stands for every address family. `meta` is
+    what the annotations say; the port stays a text, since each EndpointSlice has ports of its own.
+    """
+
+    key: ObjectKey
+    rank: tuple[int, str, str]
+    family: str
+    publishes_unready: bool
+    port: str | None
+    meta: Mapping[str, str]
+    labels: Mapping[str, str]
+
+    def counts(self, endpoint: SliceEndpoint) -> bool:
+        """Return True if an endpoint is scraped in its present condition."""
+        return endpoint.ready or endpoint.serving or self.publishes_unready
+
+
+# The value that the Store keeps of an object.
+Value: TypeAlias = Resolved | ServiceScrape | EndpointSlice
+
+
+class SliceTargets(NamedTuple):
+    """The targets of one EndpointSlice by endpoint, and why some or all of its endpoints are rejected."""
+
+    targets: Mapping[SliceEndpoint, tuple[Target, ...]]
+    rejection: Rejection | None = None
+
+
+def endpoints_key(namespace: str, service: str) -> ObjectKey:
+    """Return the key of a Service's endpoints."""
+    return ObjectKey(Kind.ENDPOINT, namespace, service)
+
+
+def resolve_item(
+    item: Pod | Node | KubeService | EndpointSlice | ServiceWithSlices | Undecodable, rules: TargetRules
+) -> Value | None:
+    """Return the value of an item: targets, a rejection, or a part that a Service is joined of."""
+    match item:
+        case KubeService():
+            return resolve_service(item, rules)
+        case EndpointSlice():
+            return item if item.service else None
+        case ServiceWithSlices():
+            return _resolve_whole(item, rules)
+        case Undecodable(kind=Kind.SERVICE, key=ObjectKey() as key):
+            return Rejection(endpoints_key(key.namespace, key.name), Reason.UNDECODABLE, item.problem)
+        case Undecodable(kind=Kind.SERVICE | Kind.ENDPOINT):
+            return None
+    return resolve(item, rules)
+
+
+def resolve_service(service: KubeService, rules: TargetRules) -> ServiceScrape | Rejection | None:
+    """Return how the endpoints of an annotated Service are scraped, None if it is not annotated."""
+    prefix, given = rules.annotation_prefix, service.annotations
+    if given.get(f"{prefix}scrape") != "true":
+        return None
+    key = endpoints_key(service.namespace, service.name)
+    if service.type == EXTERNAL_NAME:
+        return Rejection(key, Reason.NO_ADDRESS, "a Service of type ExternalName has no endpoints")
+    try:
+        path, query = scrape_path(given.get(f"{prefix}path", DEFAULT_PATH))
+        params = scrape_params(query, named_params(given, prefix))
+        meta = {f"{PARAM_PREFIX}{name}": value for name, value in params.items()}
+        meta |= {"metrics_path": path, "scheme": scrape_scheme(given.get(f"{prefix}scheme", ""))}
+    except Rejected as rejected:
+        return Rejection(key, rejected.reason, rejected.detail)
+    return ServiceScrape(
+        key=key,
+        rank=(0, service.created, service.uid),
+        family=service.families[0] if service.families else "",
+        publishes_unready=service.publishes_unready,
+        port=given.get(f"{prefix}port"),
+        meta=meta,
+        labels=service.labels,
+    )
+
+
+def resolve_slice(
+    scrape: ServiceScrape,
+    part: EndpointSlice,
+    rules: TargetRules,
+    known: Mapping[SliceEndpoint, tuple[Target, ...]],
+) -> SliceTargets:
+    """Return the targets of one EndpointSlice; `known` are those of endpoints that need not be resolved again."""
+    if part.family == FQDN:
+        detail = f"EndpointSlice {quoted(part.name)} has names for addresses, and only an IP can be scraped"
+        return SliceTargets({}, Rejection(scrape.key, Reason.INVALID_IP, detail))
+    counting = [one for one in part.endpoints if scrape.counts(one)]
+    if not counting or (scrape.family and part.family != scrape.family):
+        return SliceTargets({})
+    rejection: Rejection | None = None
+    targets: dict[SliceEndpoint, tuple[Target, ...]] = {}
+    try:
+        ports = scrape_ports(scrape.port, part.ports)
+        for endpoint in counting:
+            found = known.get(endpoint)
+            targets[endpoint] = _targets(scrape, endpoint, ports, rules) if found is None else found
+    except Rejected as rejected:
+        detail = f"EndpointSlice {quoted(part.name, 300)}: {rejected.detail}"
+        rejection = Rejection(scrape.key, rejected.reason, detail)
+    return SliceTargets(targets, rejection)
+
+
+def _targets(
+    scrape: ServiceScrape, endpoint: SliceEndpoint, ports: tuple[int, ...], rules: TargetRules
+) -> tuple[Target, ...]:
+    address = scraped_address(endpoint.address)
+    if address is None:
+        raise Rejected(Reason.INVALID_IP, f"the address {quoted(endpoint.address)} cannot be scraped")
+    _, namespace, service = scrape.key
+    subject = Subject(
+        {
+            "cluster": rules.cluster,
+            "kind": Kind.ENDPOINT.value,
+            "namespace": namespace,
+            "service": service,
+            "pod": endpoint.pod,
+            "node": endpoint.node,
+        },
+        scrape.labels,
+    )
+    name = service_name(rules.endpoint_name, subject, rules.longest_shard)
+    tags = service_tags(rules.tags, subject, rules.longest_shard)
+    own = {"kind": Kind.ENDPOINT.value, "namespace": namespace, "service": service, "pod": endpoint.pod}
+    meta = checked_meta({**scrape.meta, **own, "node": endpoint.node, "zone": _usable_zone(endpoint.zone)})
+    is_proxied = bool(rules.pods_through_proxy and endpoint.pod)
+    return tuple(
+        [
+            Target(
+                key=scrape.key,
+                id=endpoint_service_id(scrape.key, endpoint.pod or address, port, rules.id_prefix),
+                name=name,
+                # Through the proxy only the Pod's own target can be scraped: there is no address to fall back to.
+                address="" if is_proxied else address,
+                port=port,
+                meta=meta,
+                rank=scrape.rank,
+                tags=tags,
+                ready=endpoint.ready if rules.has_readiness else None,
+            )
+            for port in ports
+        ]
+    )
+
+
+@lru_cache(maxsize=256)
+def _usable_zone(zone: str) -> str:
+    """Return a zone, empty if it exceeds Consul's limits."""
+    is_long = len(zone.encode("utf-8", "replace")) > LONGEST_META_VALUE
+    return "" if is_long or has_control(zone) else zone
+
+
+def _resolve_whole(item: ServiceWithSlices, rules: TargetRules) -> Resolved:
+    """Return the targets of a whole Service, or the first rejection among its parts."""
+    if isinstance(item.service, Undecodable):
+        return Rejection(item.key, Reason.UNDECODABLE, item.service.problem)
+    scrape = resolve_service(item.service, rules)
+    if scrape is None or isinstance(scrape, Rejection):
+        return scrape or ()
+    found: dict[str, Target] = {}
+    for part in item.slices:
+        targets, rejection = resolve_slice(scrape, part, rules, {})
+        if rejection is not None:
+            return rejection
+        found |= {one.id: one for some in targets.values() for one in some}
+    return tuple(found.values())
