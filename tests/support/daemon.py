@@ -119,9 +119,9 @@ class Daemon:
         return self.said("resync")[-1]
 
     async def port(self, field: str) -> int:
-        """Return the port its first line names under a field, once it was written."""
+        """Return the port that its latest line names under a field, once there is one."""
         await self.until(lambda: any(field in line for line in self.lines), f"the line with {field}")
-        return int(next(line[field] for line in self.lines if field in line))
+        return int(next(line[field] for line in reversed(self.lines) if field in line))
 
     async def admin(self, path: str) -> tuple[int, str]:
         """Return status and text of an admin endpoint."""
@@ -174,7 +174,7 @@ class Daemon:
             return 0
         limit = aiohttp.ClientTimeout(total=LAST_WORD)
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-            async with self._session.get(f"http://127.0.0.1:{ports[0]}/metrics", timeout=limit) as response:
+            async with self._session.get(f"http://127.0.0.1:{ports[-1]}/metrics", timeout=limit) as response:
                 return counted_on(await response.text())
         return 0
 

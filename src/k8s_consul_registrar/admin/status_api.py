@@ -244,6 +244,7 @@ def _status(view: RegistrarView) -> dict[str, Any]:
         "leader": {"role": role, "holder": leader or ""},
         "consul": {
             "backend": about.backend,
+            "backend_reason": about.backend_reason,
             "address": about.consul,
             "is_up": not state.consul_problem,
             "problem": state.consul_problem or " ".join(state.agent_problems.values()),

@@ -69,7 +69,10 @@ EVERYTHING = Scope()
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """Names and settings of a registrar, as anyone may see them; `consul` is Consul's address."""
+    """Names and settings of a registrar, as anyone may see them; `consul` is Consul's address.
+
+    `backend_reason` tells why `auto` chose the backend.
+    """
 
     cluster: str
     instance: str
@@ -77,6 +80,7 @@ class About:
     consul: str = ""
     settings: Mapping[str, str] = field(default_factory=dict)
     started_at: float = field(default_factory=time.time)  # seconds of the epoch
+    backend_reason: str = ""
 
 
 class Targets(Protocol):

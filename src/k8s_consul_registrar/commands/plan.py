@@ -33,6 +33,7 @@ from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.resync import Comparison
 from k8s_consul_registrar.runner import EXIT_CHANGES, EXIT_FAILURE, EXIT_OK, run_loop
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
+from k8s_consul_registrar.wiring.backend import decided
 from k8s_consul_registrar.wiring.registrar import RegistrarParts, Wiring
 
 # Seconds that every source has to be listed once, or to fail.
@@ -85,6 +86,7 @@ async def listed(settings: RegistrarSettings) -> AsyncIterator[RegistrarParts]:
     """Watch the cluster once every source was listed or has failed; raises `OperationalError`."""
     wiring = Wiring(settings)
     async with wiring.kube() as kube, wiring.consul() as client:
+        wiring = await decided(wiring, client)
         parts = wiring.core(kube=kube, client=client, metrics=RegistrarMetrics(CollectorRegistry()))
         watching = asyncio.create_task(parts.reflectors.run())
         try:

@@ -34,6 +34,7 @@ from k8s_consul_registrar.registrar.ownership import Claim, Identity
 from k8s_consul_registrar.runner import EXIT_FAILURE, EXIT_OK, run_loop
 from k8s_consul_registrar.settings.consul import CATALOG, default_node
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
+from k8s_consul_registrar.wiring.backend import decided
 from k8s_consul_registrar.wiring.registrar import Wiring
 
 # Services that are shown; the rest is a count.
@@ -65,9 +66,10 @@ def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
 
 
 async def _purge(wiring: Wiring, *, is_agreed: bool, cluster_uid: str) -> int:
-    settings, who = wiring.settings, wiring.identity
     uid = cluster_uid or await _ask_which_cluster(wiring)
     async with wiring.consul() as client:
+        wiring = await decided(wiring, client)
+        settings, who = wiring.settings, wiring.identity
         registry = wiring.registry(client)
         ghosts = AgentGhosts(registry) if isinstance(registry, AgentRegistry) else None
         every = [await _at_home(wiring, registry), *await _left(ghosts, who), *await _lost(wiring, client)]

@@ -2,36 +2,47 @@
 
 import argparse
 import asyncio
-from collections.abc import Coroutine, Iterable, Mapping
-from contextlib import AsyncExitStack
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry
 
 from k8s_consul_registrar import __version__
 from k8s_consul_registrar.admin.metrics import new_registry
+from k8s_consul_registrar.admin.saved_state import SavedState
 from k8s_consul_registrar.admin.server import AdminServer
 from k8s_consul_registrar.admin.state_file import SavedTargetsGate, StateKeeper, open_state
 from k8s_consul_registrar.admin.status_api import api_routes, page_routes
 from k8s_consul_registrar.admin.view import About, Census, View, no_election
+from k8s_consul_registrar.asyncio_tools import end_tasks
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.commands import start_logs
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.previous_location import clear_previous_locations
 from k8s_consul_registrar.kube.access import Access
+from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.registrar.elector import Elector
 from k8s_consul_registrar.registrar.metrics import RegistrarCollector, RegistrarMetrics
 from k8s_consul_registrar.registrar.observed import AsDesired
 from k8s_consul_registrar.registrar.ownership import Claim
+from k8s_consul_registrar.registrar.reconciler import Core
 from k8s_consul_registrar.registrar.reporter import tell_progress
 from k8s_consul_registrar.runner import Stop, run_mode, run_until_stopped
-from k8s_consul_registrar.settings.consul import NONE
+from k8s_consul_registrar.settings.consul import AUTO, NONE
 from k8s_consul_registrar.settings.reading import read_registrar, shown_settings
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.telemetry import get_logger
+from k8s_consul_registrar.wiring.backend import decided_in_time
 from k8s_consul_registrar.wiring.consul import previous_locations
 from k8s_consul_registrar.wiring.registrar import RegistrarParts, Wiring, http_sd_server
+
+# Seconds that `auto` may take to choose before the ports are opened without its choice.
+SHORT_WAIT = 1.0
 
 log = get_logger("app")
 
@@ -47,20 +58,72 @@ def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
 async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing | None = None) -> None:
     """Keep Consul equal to the cluster until a stop is asked for."""
     wiring = Wiring(settings, timing)
-    timing = wiring.timing
     saved = None
     if settings.state_file:
         saved = await asyncio.to_thread(open_state, Path(settings.state_file), wiring.origin)
     registry = new_registry("registrar")
     async with wiring.kube() as kube, AsyncExitStack() as stack:
         elector = wiring.elector(kube)
+        front = _Front(kube, elector, saved, registry, RegistrarMetrics(registry))
         client = None
         if settings.backend.backend != NONE:
             client = await stack.enter_async_context(wiring.consul(elector))
+            chosen = await _with_backend(wiring, client, front, stop)
+            if chosen is None:
+                return
+            wiring = chosen
+        await _keep_equal(wiring, client, await stack.enter_async_context(front.serve(wiring, client)), stop)
+    log.info("registrar ends; what is registered stays")
+
+
+async def _keep_equal(wiring: Wiring, client: ConsulClient | None, shown: "_Shown", stop: Stop) -> None:
+    settings, timing = wiring.settings, wiring.timing
+    parts, view = shown.parts, shown.view
+    aside = [
+        tell_progress(view.progress, settings.backend.backend),
+        parts.selection.keep(is_settled=lambda: _is_settled(parts), timing=timing),
+        shown.gate.run(),
+    ]
+    if client is not None:
+        aside.append(_clear_previous_locations(settings, parts, client, timing))
+    keeper = None
+    if settings.state_file:
+        keeper = StateKeeper(
+            Path(settings.state_file), wiring.origin, view, is_settled=lambda: parts.selection.is_settled
+        )
+        aside.append(keeper.run())
+    await _run(stop, parts, shown.elector, aside)
+    if keeper is not None:
+        await stop.unless_urgent(keeper.save_at_end())
+
+
+class _Shown(NamedTuple):
+    """The parts of the registrar that run, and what shows them."""
+
+    parts: RegistrarParts
+    view: View
+    gate: SavedTargetsGate
+    elector: Elector | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Front:
+    """Everything that a registrar is served with, whatever its backend."""
+
+    kube: KubeClient
+    elector: Elector | None
+    saved: SavedState | None
+    registry: CollectorRegistry
+    metrics: RegistrarMetrics
+
+    @asynccontextmanager
+    async def serve(self, wiring: Wiring, client: ConsulClient | None) -> AsyncIterator[_Shown]:
+        """Build the core, and serve its state at the admin port, and where it is wanted at that of http_sd."""
+        settings, saved, elector = wiring.settings, self.saved, self.elector
         parts = wiring.core(
-            kube=kube,
+            kube=self.kube,
             client=client,
-            metrics=RegistrarMetrics(registry),
+            metrics=self.metrics,
             elector=elector,
             saved_cluster_uid=saved.cluster_uid if saved is not None and saved.is_settled else "",
         )
@@ -75,24 +138,41 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
         )
         census = Census(view, parts.reflectors.stats)
         gate = SavedTargetsGate(saved, view, parts.cluster_uid)
-        await _serve(settings, view, registry, stack, access=wiring.access, census=census, gate=gate)
-        aside = [
-            tell_progress(view.progress, settings.backend.backend),
-            parts.selection.keep(is_settled=lambda: _is_settled(parts), timing=timing),
-            gate.run(),
-        ]
-        if client is not None:
-            aside.append(_clear_previous_locations(settings, parts, client, timing))
-        keeper = None
-        if settings.state_file:
-            keeper = StateKeeper(
-                Path(settings.state_file), wiring.origin, view, is_settled=lambda: parts.selection.is_settled
-            )
-            aside.append(keeper.run())
-        await _run(stop, parts, elector, aside)
-        if keeper is not None:
-            await stop.unless_urgent(keeper.save_at_end())
-    log.info("registrar ends; what is registered stays")
+        async with AsyncExitStack() as stack:
+            await _serve(settings, view, self.registry, stack, access=wiring.access, census=census, gate=gate)
+            yield _Shown(parts, view, gate, elector)
+
+
+async def _with_backend(wiring: Wiring, client: ConsulClient, front: _Front, stop: Stop) -> Wiring | None:
+    """Return the wiring with its backend, None if a stop is asked for before `auto` could choose one.
+
+    While `auto` waits for Consul, the cluster is followed and served, and nothing is written.
+    """
+    core: Core | None = None
+    latest = ""
+
+    def tell(problem: str) -> None:
+        nonlocal latest
+        latest = problem
+        if core is not None and problem:
+            core.status.ticked_at = time.monotonic()
+            core.reporter.consul(problem, is_up=False)
+
+    choosing = asyncio.create_task(decided_in_time(wiring, client, tell))
+    stopping = asyncio.create_task(stop.requested.wait())
+    either = {choosing, stopping}
+    try:
+        await asyncio.wait(either, timeout=SHORT_WAIT, return_when=asyncio.FIRST_COMPLETED)
+        if not any(one.done() for one in either):
+            async with front.serve(wiring, None) as shown:
+                core, over = shown.parts.core, Stop()
+                tell(latest)
+                for one in either:
+                    one.add_done_callback(lambda _: over.requested.set())
+                await run_until_stopped(over, shown.parts.reflectors.run(), shown.gate.run())
+        return choosing.result() if choosing.done() else None
+    finally:
+        await end_tasks([choosing, stopping])
 
 
 def _about(settings: RegistrarSettings) -> About:
@@ -102,6 +182,7 @@ def _about(settings: RegistrarSettings) -> About:
         settings.backend.backend,
         settings.consul.socket or settings.consul.url,
         shown_settings(settings.common.environment),
+        backend_reason=settings.backend.reason,
     )
 
 
@@ -143,7 +224,9 @@ async def _serve(
     gate: SavedTargetsGate,
 ) -> None:
     """Open the admin port, and the port of http_sd where it is wanted."""
-    registry.register(RegistrarCollector(census.figures))
+    figures = RegistrarCollector(census.figures)
+    registry.register(figures)
+    stack.callback(registry.unregister, figures)
     ports = {}
     if settings.http_sd is not None:
         server = http_sd_server(settings.http_sd, view, gate.current)
@@ -160,8 +243,9 @@ async def _serve(
             before_metrics=census.refresh,
         )
     )
+    is_chosen = settings.backend.backend != AUTO
     log.info(
-        "registrar starts",
+        "registrar starts" if is_chosen else "CONSUL_BACKEND=auto waits for Consul; nothing is written",
         version=__version__,
         cluster=settings.cluster_name,
         instance=settings.instance,

@@ -235,9 +235,13 @@ class GhostCollector:
 class AgentWatch:
     """Reports agents that the agent backend cannot rely on."""
 
-    def __init__(self, metrics: RegistrarMetrics, status: RegistrarStatus) -> None:
+    def __init__(
+        self, metrics: RegistrarMetrics, status: RegistrarStatus, *, accepts_server: bool = False
+    ) -> None:
+        """Make the watch; with `accepts_server` the agent may be a single server."""
         self._metrics = metrics
         self._status = status
+        self._accepts_server = accepts_server
         self._seen = AgentsSeen()
         self._logged = LogOnce()
 
@@ -245,7 +249,7 @@ class AgentWatch:
         """Take over which agents answer now."""
         servers = [one.node for one in agents if one.is_server]
         self._seen = self._seen.looked([one.node for one in agents], servers)
-        self._status.agent_problems = problems = self._seen.problems()
+        self._status.agent_problems = problems = self._seen.problems(accepts_server=self._accepts_server)
         for about, text in self._logged.only(problems):
             log.warning("CONSUL_ADDRESS does not suit the agent backend", about=about, problem=text)
         for problem in AgentProblem:

@@ -101,13 +101,14 @@ class AgentsSeen(msgspec.Struct, frozen=True):
             return AgentsSeen(latest, latest, steady, frozenset(servers))
         return AgentsSeen(self.nodes | latest, latest, steady, self.servers.union(servers))
 
-    def problems(self) -> dict[str, str]:
+    def problems(self, *, accepts_server: bool = False) -> dict[str, str]:
         """Return what is wrong with these agents, with the remedy, by `AgentProblem`."""
         found = {}
-        if self.servers:
+        if self.servers and not accepts_server:
             found[AgentProblem.SERVER.value] = (
                 f"a Consul server answers, so the services belong to its node {', '.join(sorted(self.servers))}. "
-                "Where CONSUL_ADDRESS leads to several servers, set CONSUL_BACKEND=catalog"
+                "Where CONSUL_ADDRESS leads to several servers, set CONSUL_BACKEND=catalog; for a single one that "
+                "is meant, CONSUL_AGENT_IS_SERVER=true"
             )
         if len(self.nodes) > 1:
             found[AgentProblem.SEVERAL_NODES.value] = (

@@ -13,7 +13,8 @@ CONSUL = "Consul"
 AGENT = "agent"
 CATALOG = "catalog"
 NONE = "none"
-BACKENDS = (AGENT, CATALOG, NONE)
+AUTO = "auto"
+BACKENDS = (AGENT, CATALOG, AUTO, NONE)
 # Consul compares node names without case and warns of those that DNS cannot look up. A space is a mistake.
 _NODE_NAME = r"[A-Za-z0-9._-]{1,128}"
 _UNIX = "unix://"
@@ -142,12 +143,15 @@ def _with_default_nodes(given: frozenset[str], reader: Reader) -> frozenset[str]
 class BackendSettings(Section, group=CONSUL):
     """Where in Consul services are kept, and at which nodes they may have been kept before.
 
-    `concurrency` is 0 for the default of the backend.
+    `concurrency` is 0 for the default of the backend. `reason` tells why `auto` chose the backend, and is empty
+    for one that was set.
     """
 
     backend: str = Setting("CONSUL_BACKEND", parse.choice(*BACKENDS), AGENT).means(
         "`agent`: services belong to the agent at `CONSUL_ADDRESS`. `catalog`: services belong to a node of "
-        "their own in the catalog and are written in transactions. `none`: no Consul, targets are served at "
+        "their own in the catalog and are written in transactions. `auto`: chosen once at the start, `catalog` "
+        "where Consul's servers, or agents of several nodes, answer, with `LEADER_ELECTION`, and where services of "
+        "this registrar are in the catalog already, else `agent`. `none`: no Consul, targets are served at "
         "`HTTP_SD_PORT` only"
     )
     node_name: str = Setting(
@@ -170,6 +174,10 @@ class BackendSettings(Section, group=CONSUL):
     concurrency: int = Setting("CONSUL_CONCURRENCY", parse.integer(1, 200, unset=0)).means(
         "Concurrent requests to Consul, 1 to 200. Unset: 32 for an agent, 8 transactions for the catalog"
     )
+    accepts_server: bool = Setting("CONSUL_AGENT_IS_SERVER", parse.boolean, "false").means(
+        "`true`: the agent at `CONSUL_ADDRESS` is a single Consul server on purpose, so that is not reported. With "
+        "`CONSUL_BACKEND=agent` only"
+    )
     has_readiness: bool = Setting("REGISTER_READINESS", parse.boolean, "false").means(
         "`true`: write whether a Pod or Node is ready as a health check of its service. Needs "
         "`CONSUL_BACKEND=catalog`"
@@ -177,10 +185,4 @@ class BackendSettings(Section, group=CONSUL):
     follows: bool = Setting("WATCH", parse.boolean, "true", group=DISCOVERY).means(
         "`false`: list the cluster every `SYNC_PERIOD` instead of watching it"
     )
-
-    def check(self, reader: Reader) -> None:
-        """Report readiness at a backend that has no place for it."""
-        if self.has_readiness and self.backend != CATALOG:
-            reader.problem(
-                "REGISTER_READINESS", "needs CONSUL_BACKEND=catalog: an agent runs its checks itself"
-            )
+    reason: str = ""

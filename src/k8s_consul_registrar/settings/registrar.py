@@ -2,13 +2,21 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.election import ElectionTiming
 from k8s_consul_registrar.settings import parsers as parse
 from k8s_consul_registrar.settings.common import ModeSettings
-from k8s_consul_registrar.settings.consul import AGENT, NONE, BackendSettings, ConsulSettings
+from k8s_consul_registrar.settings.consul import (
+    AGENT,
+    AUTO,
+    CATALOG,
+    NONE,
+    BackendSettings,
+    ConsulSettings,
+)
 from k8s_consul_registrar.settings.field import Reader, Section, Setting, section
 from k8s_consul_registrar.settings.parsers import TEXT, Parser
 from k8s_consul_registrar.settings.selection import DISCOVERY, HASH, NamingSettings, SelectionSettings
@@ -222,8 +230,24 @@ class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
         if self.backend.backend == NONE and self.naming.shard_paths and self.naming.shard_strategy != HASH:
             problem = "must be hash with CONSUL_BACKEND=none: nothing remembers a random shard"
             reader.problem("SHARD_STRATEGY", problem)
-        if problem := election_problem(self.backend.backend, self.election):
-            reader.problem("LEADER_ELECTION", problem)
+        for name, problem in self.backend_problems().items():
+            reader.problem(name, problem)
+
+    def decided(self, backend: str, reason: str) -> "RegistrarSettings":
+        """Return the settings with the backend that `auto` chose; raises a `SettingsError` if they do not fit it."""
+        settings = replace(self, backend=replace(self.backend, backend=backend, reason=reason))
+        if problems := settings.backend_problems():
+            why = f"CONSUL_BACKEND=auto chose {backend}: {reason}"
+            raise SettingsError([f"{name}: {problem} ({why})" for name, problem in problems.items()])
+        return settings
+
+    def backend_problems(self) -> dict[str, str]:
+        """Return why settings do not fit the backend, by name; those of `auto` are judged once it has chosen."""
+        backend = self.backend.backend
+        found = {"LEADER_ELECTION": election_problem(backend, self.election)}
+        if self.backend.has_readiness and backend not in (CATALOG, AUTO):
+            found["REGISTER_READINESS"] = "needs CONSUL_BACKEND=catalog: an agent runs its checks itself"
+        return {name: problem for name, problem in found.items() if problem}
 
 
 def selection_digest(settings: RegistrarSettings) -> str:

@@ -242,7 +242,7 @@ class Wiring:
         upkeep = None
         # Only there a service has an agent to lose.
         if client is not None and isinstance(registry, AgentRegistry):
-            watch = AgentWatch(metrics, status)
+            watch = AgentWatch(metrics, status, accepts_server=settings.backend.accepts_server)
             registry.on_agents = watch.looked
             upkeep = Upkeep(
                 OrphanCollector(

@@ -75,7 +75,7 @@ class TestSchema:
         assert defaults["SYNC_PERIOD"] == 600
         assert defaults["NODE_ADDRESS_TYPES"] == ["InternalIP", "ExternalIP"]
         self.validator.validate(defaults)
-        assert self.schema["properties"]["CONSUL_BACKEND"]["enum"] == ["agent", "catalog", "none"]
+        assert self.schema["properties"]["CONSUL_BACKEND"]["enum"] == ["agent", "catalog", "auto", "none"]
 
     @pytest.mark.parametrize(
         "wrong",

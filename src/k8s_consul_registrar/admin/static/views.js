@@ -153,7 +153,7 @@ function healthView({ status }) {
     heading("consul"),
     pairs([
       [word("state"), badge(consul.is_up ? "up" : "down", consul.is_up ? "good" : "bad")],
-      [word("backend"), consul.backend],
+      [word("backend"), consul.backend_reason ? `${consul.backend}: ${consul.backend_reason}` : consul.backend],
       ...(consul.address ? [[word("address"), code(consul.address)]] : []),
       ...(consul.problem ? [[word("problem"), consul.problem]] : []),
     ]),

@@ -17,12 +17,19 @@ from k8s_consul_registrar.consul.acl import (
 from k8s_consul_registrar.consul.agent import AgentRegistry
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.ghosts import AgentGhosts
-from k8s_consul_registrar.errors import AccessError, ConsulError, ConsulForbidden, ConsulUnreachable
+from k8s_consul_registrar.errors import (
+    AccessError,
+    ConsulError,
+    ConsulForbidden,
+    ConsulUnreachable,
+    SettingsError,
+)
 from k8s_consul_registrar.model import Kind
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
 from k8s_consul_registrar.settings.consul import CATALOG, NONE
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.targets.service_names import Template
+from k8s_consul_registrar.wiring.backend import decided
 from k8s_consul_registrar.wiring.consul import consul_access
 from k8s_consul_registrar.wiring.registrar import Wiring
 
@@ -36,7 +43,7 @@ IS_SERVER = warn(
     "consul agent",
     "this is a server: the services will belong to its node",
     "let CONSUL_ADDRESS be an agent beside the registrar, as in deploy/deployment.yaml, or set "
-    "CONSUL_BACKEND=catalog",
+    "CONSUL_BACKEND=catalog; for a single server that is meant, set CONSUL_AGENT_IS_SERVER=true",
 )
 UNREAD_AGENT = warn(
     "consul agent",
@@ -127,8 +134,24 @@ async def check_backend(wiring: Wiring, cluster: Awaitable[ClusterView]) -> list
     except AccessError as error:
         return [fail("consul", str(error))]
     async with ConsulClient(access, wiring.timing) as client:
-        is_catalog = settings.backend.backend == CATALOG
-        found, node = await check_consul(client, str(access.address), is_catalog=is_catalog)
+        try:
+            wiring = await decided(wiring, client)
+        except SettingsError as error:
+            return [fail("consul backend", str(error))]
+        except ConsulError as error:
+            return [fail("consul", str(error), _unreachable_hint(error))]
+        settings = wiring.settings
+        chosen = settings.backend
+        of_choice = (
+            [ok("consul backend", f"auto: {chosen.backend}, since {chosen.reason}")] if chosen.reason else []
+        )
+        found, node = await check_consul(
+            client,
+            str(access.address),
+            is_catalog=chosen.backend == CATALOG,
+            accepts_server=chosen.accepts_server,
+        )
+        found = [*of_choice, *found]
         if any(finding.outcome is Result.FAIL for finding in found):
             return [*found, skipped("consul token", "not checked, since the check of Consul failed")]
         has_token = bool(access.token or access.token_file)
@@ -190,10 +213,13 @@ async def check_ghosts(agent: AgentGhosts, who: Identity, uid: str) -> list[Find
     return [ok(name, f"the catalog shows nothing at {ghosts.node} that the agent does not hold")]
 
 
-async def check_consul(client: ConsulClient, address: str, *, is_catalog: bool) -> tuple[list[Finding], str]:
+async def check_consul(
+    client: ConsulClient, address: str, *, is_catalog: bool, accepts_server: bool = False
+) -> tuple[list[Finding], str]:
     """Check that Consul answers and has a leader; returns findings and the name of the agent's node, if known.
 
-    `is_catalog` is True if services are written to the catalog, so that the agent does not matter.
+    `is_catalog` is True if services are written to the catalog, so that the agent does not matter, and
+    `accepts_server` if the agent may be a server.
     """
     name = "consul"
     try:
@@ -218,7 +244,7 @@ async def check_consul(client: ConsulClient, address: str, *, is_catalog: bool) 
     if len(nodes) > 1:
         said = f"agents of several nodes answer ({', '.join(nodes)}): services would be there twice and stay"
         found.append(fail("consul agent", said, "set CONSUL_BACKEND=catalog, or CONSUL_ADDRESS to one agent"))
-    elif agent.is_server and not is_catalog:
+    elif agent.is_server and not is_catalog and not accepts_server:
         found.append(IS_SERVER)
     return found, agent.node
 
