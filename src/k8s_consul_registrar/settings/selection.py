@@ -37,7 +37,7 @@ class SelectionSettings(PodSelection, group=DISCOVERY):
         "DISCOVER",
         Parser(lambda given: frozenset(_KINDS[one] for one in _KIND_NAMES.parse(given)), _KIND_NAMES.schema),
         complete=lambda kinds, reader: (
-            kinds or frozenset({Kind.POD} if reader.is_set("NAMESPACES") else Kind)
+            kinds or frozenset({Kind.POD} if reader.is_set("NAMESPACES") else _KINDS.values())
         ),
     ).means(
         "Comma-separated kinds to discover: `pods`, `nodes`. Unset: both, or only Pods if `NAMESPACES` is set"
@@ -70,7 +70,7 @@ class SelectionSettings(PodSelection, group=DISCOVERY):
     @property
     def is_whole_cluster(self) -> bool:
         """True if every Pod and Node of the cluster is seen."""
-        return self.kinds == frozenset(Kind) and not self.namespaces and not self.selectors
+        return self.kinds == frozenset(_KINDS.values()) and not self.namespaces and not self.selectors
 
     def check(self, reader: Reader) -> None:
         """Warn of settings without effect, and of a selector that may remove another registrar's services."""
