@@ -108,6 +108,21 @@ COMMANDS = (
         _OF_REGISTRAR,
     ),
     Command(
+        "lint",
+        "say which Pods of manifests would be rejected, without a cluster",
+        (
+            Argument(
+                "files",
+                "manifests in YAML or JSON, folders of them, or - for standard input",
+                {"nargs": "+", "metavar": "FILE"},
+            ),
+            _output("how to show the findings", "text", "json", "github"),
+        ),
+        "Pods and the templates of workloads are decided as the daemon decides a running Pod. Exit codes: "
+        "0 nothing is rejected, 3 something is, 1 a file cannot be read, 2 wrong settings.",
+        _OF_REGISTRAR,
+    ),
+    Command(
         "sync",
         "make one resync, and end",
         (_switch("--once", "has no effect, as there is always one resync"),),
@@ -161,11 +176,17 @@ def start_logs(common: CommonSettings) -> None:
         get_logger("app").warning(warning)
 
 
-def settings_for_consul(command: str, environment: Mapping[str, str]) -> RegistrarSettings:
-    """Return the settings of a command that works on Consul once, and log only warnings unless LOG_LEVEL is set."""
+def settings_offline(environment: Mapping[str, str]) -> RegistrarSettings:
+    """Return the settings of a command that ends soon, and log only warnings unless LOG_LEVEL is set."""
     settings = read_registrar(environment)
-    if settings.backend.backend == NONE:
-        raise SettingsError([f"{command}: there is no Consul with CONSUL_BACKEND=none"])
     level = settings.common.log_level if environment.get("LOG_LEVEL") else "warning"
     configure_logging(level, settings.common.log_format)
+    return settings
+
+
+def settings_for_consul(command: str, environment: Mapping[str, str]) -> RegistrarSettings:
+    """Return the settings of a command that works on Consul once; raises a `SettingsError` without a Consul."""
+    settings = settings_offline(environment)
+    if settings.backend.backend == NONE:
+        raise SettingsError([f"{command}: there is no Consul with CONSUL_BACKEND=none"])
     return settings

@@ -1,0 +1,326 @@
+"""The command lint: says which Pods of manifests the registrar would reject, before they are applied."""
+
+import argparse
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import yaml
+
+from k8s_consul_registrar.commands import settings_offline
+from k8s_consul_registrar.kube.objects import decode_object
+from k8s_consul_registrar.model import Kind, Node, Pod, Rejection, Undecodable
+from k8s_consul_registrar.runner import EXIT_CHANGES, EXIT_FAILURE, EXIT_OK
+from k8s_consul_registrar.targets.resolve import TargetRules, resolve
+from k8s_consul_registrar.wiring.registrar import Wiring
+
+ERROR, WARNING = "error", "warning"
+LARGEST = 16 * 2**20  # bytes of one file
+MOST_VALUES = 1_000_000  # of one document: aliases of YAML can make a small file huge
+SUFFIXES = (".yaml", ".yml", ".json")
+STDIN = "-"
+DEFAULT_NAMESPACE = "default"
+
+# Where each kind keeps the template of its Pods, and how Kubernetes goes on from its name to theirs.
+_TEMPLATE = ("spec", "template")
+WORKLOADS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "CronJob": (("spec", "jobTemplate", "spec", "template"), "-29000000-abcde"),
+    "DaemonSet": (_TEMPLATE, "-abcde"),
+    "Deployment": (_TEMPLATE, "-7d9f8c6b5-abcde"),
+    "Job": (_TEMPLATE, "-abcde"),
+    "PodTemplate": (("template",), ""),
+    "ReplicaSet": (_TEMPLATE, "-abcde"),
+    "ReplicationController": (_TEMPLATE, "-abcde"),
+    "StatefulSet": (_TEMPLATE, "-0"),
+}
+# A Pod that runs, as far as a manifest cannot say it; the addresses are documentation's (RFC 5737).
+_RUNNING = {"phase": "Running", "podIP": "192.0.2.1", "hostIP": "192.0.2.2"}
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LintFinding:
+    """Something wrong in a file; `line` counts from 1."""
+
+    level: str
+    file: str
+    line: int
+    object: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One object of a file, and the line to show for it."""
+
+    file: str
+    line: int
+    values: Values
+
+
+@dataclass(frozen=True, slots=True)
+class LintReport:
+    """What lint found: the findings, and the Pods that are targets or not annotated."""
+
+    findings: tuple[LintFinding, ...]
+    targets: int
+    unannotated: int
+
+    @property
+    def exit_code(self) -> int:
+        """3 if an object would be rejected, 1 if a file cannot be read."""
+        errors = [one for one in self.findings if one.level == ERROR]
+        if any(not one.object for one in errors):
+            return EXIT_FAILURE
+        return EXIT_CHANGES if errors else EXIT_OK
+
+
+def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    """Lint the files: exit 0 nothing rejected, 3 something is, 1 a file cannot be read."""
+    settings = settings_offline(environment)
+    report = lint(parsed.files, Wiring(settings).targets, stdin=sys.stdin.buffer.read)
+    if parsed.output == "json":
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(report.findings)) + b"\n")
+    else:
+        for finding in report.findings:
+            print(_github(finding) if parsed.output == "github" else _text(finding))
+        rejected = sum(one.level == ERROR for one in report.findings)
+        print(
+            f"{report.targets} targets, {rejected} errors, {report.unannotated} not annotated",
+            file=sys.stderr,
+        )
+    return report.exit_code
+
+
+def lint(names: Iterable[str], rules: TargetRules, *, stdin: Any = None) -> LintReport:
+    """Decide every Pod and Pod template in files, folders and standard input."""
+    findings: list[LintFinding] = []
+    targets = unannotated = 0
+    for file, text in _texts(names, stdin):
+        if isinstance(text, LintFinding):
+            findings.append(text)
+            continue
+        for document in documents(file, text, rules.annotation_prefix):
+            if isinstance(document, LintFinding):
+                findings.append(document)
+                continue
+            for outcome in _decided(document, rules):
+                if isinstance(outcome, LintFinding):
+                    findings.append(outcome)
+                else:
+                    targets += outcome
+                    unannotated += not outcome
+    return LintReport(tuple(findings), targets, unannotated)
+
+
+def _texts(names: Iterable[str], stdin: Any) -> Iterator[tuple[str, bytes | LintFinding]]:
+    for name in names:
+        if name == STDIN:
+            yield "<stdin>", stdin()
+            continue
+        path = Path(name)
+        files = sorted(one for one in path.rglob("*") if one.suffix in SUFFIXES) if path.is_dir() else [path]
+        for file in files:
+            try:
+                if file.stat().st_size > LARGEST:
+                    yield str(file), _unreadable(str(file), f"larger than {LARGEST >> 20} MiB")
+                else:
+                    yield str(file), file.read_bytes()
+            except OSError as error:
+                yield str(file), _unreadable(str(file), error.strerror or type(error).__name__)
+
+
+def _unreadable(file: str, detail: str, line: int = 1) -> LintFinding:
+    return LintFinding(ERROR, file, line, "", "unreadable", detail)
+
+
+def documents(file: str, text: bytes, prefix: str) -> Iterator[Manifest | LintFinding]:
+    """Yield the objects of a file of YAML or JSON documents; a list yields its items."""
+    try:
+        loader = yaml.CSafeLoader(text)
+    except yaml.YAMLError as error:
+        yield _unreadable(file, _yaml_problem(error, text))
+        return
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            if node is None or not _is_bounded(node):
+                yield _unreadable(file, f"a document of more than {MOST_VALUES:,} values", _line(node))
+                return
+            for part in _parts(node):
+                values = loader.construct_document(part)
+                if isinstance(values, dict) and isinstance(values.get("kind"), str):
+                    yield Manifest(file, _line(_find(part, f"{prefix}scrape") or part), values)
+                elif values is not None:
+                    yield _unreadable(file, "a document that is no Kubernetes object", _line(part))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        yield _unreadable(file, _yaml_problem(error, text), _line_of(error))
+    finally:
+        loader.dispose()
+
+
+def _parts(node: yaml.Node) -> Iterable[yaml.Node]:
+    """Return the items of a list (`kind: List`, `PodList` and the like), or the object itself."""
+    if isinstance(node, yaml.MappingNode):
+        fields = {key.value: value for key, value in node.value if isinstance(key, yaml.ScalarNode)}
+        kind, items = fields.get("kind"), fields.get("items")
+        if (
+            isinstance(items, yaml.SequenceNode)
+            and isinstance(kind, yaml.ScalarNode)
+            and kind.value.endswith("List")
+        ):
+            return cast("list[yaml.Node]", items.value)
+    return (node,)
+
+
+def _children(node: yaml.Node) -> Iterable[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [one for pair in node.value for one in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else ()
+
+
+def _is_bounded(node: yaml.Node) -> bool:
+    """Return True if the document with all its aliases written out has at most `MOST_VALUES` values."""
+    waiting, seen = [node], 0
+    while waiting:
+        seen += 1
+        if seen > MOST_VALUES:
+            return False
+        waiting += _children(waiting.pop())
+    return True
+
+
+def _find(node: yaml.Node, key: str) -> yaml.Node | None:
+    """Return the first key of this name, at any depth."""
+    waiting = deque([node])
+    while waiting:
+        one = waiting.popleft()
+        if isinstance(one, yaml.MappingNode):
+            for name, _ in one.value:
+                if isinstance(name, yaml.ScalarNode) and name.value == key:
+                    return name
+        waiting += _children(one)
+    return None
+
+
+def _line(node: yaml.Node | None) -> int:
+    return 1 if node is None else node.start_mark.line + 1
+
+
+def _line_of(error: Exception) -> int:
+    mark = getattr(error, "problem_mark", None)
+    return 1 if mark is None else mark.line + 1
+
+
+def _yaml_problem(error: Exception, text: bytes) -> str:
+    problem = getattr(error, "problem", None) or str(error) or type(error).__name__
+    hint = "; render the template first, for example with helm template" if b"{{" in text else ""
+    return f"not YAML: {problem}{hint}".replace("\n", " ")
+
+
+def _decided(document: Manifest, rules: TargetRules) -> Iterator[LintFinding | int]:
+    """Yield the number of targets of each Pod that a document stands for, or what is wrong with it."""
+    values, kind = document.values, str(document.values["kind"])
+    meta = _mapping(values.get("metadata"))
+    shown = _shown(kind, meta)
+    workload = WORKLOADS.get(kind)
+    if workload is None:
+        if kind in ("Pod", "Node"):
+            is_node = kind == "Node"
+            if not is_node or values.get("status"):
+                pod = values if is_node else _pod(values, meta, meta)
+                yield from _judged(document, shown, pod, Kind.NODE if is_node else Kind.POD, rules)
+        return
+    path, suffix = workload
+    template: Any = values
+    for key in path:
+        template = _mapping(template).get(key)
+    own = _mapping(meta.get("annotations"))
+    if f"{rules.annotation_prefix}scrape" in own:
+        where = ".".join((*path, "metadata.annotations"))
+        yield _warning(
+            document,
+            shown,
+            "misplaced",
+            f"{rules.annotation_prefix}… belongs in {where}: the {kind} is not scraped",
+        )
+    if not isinstance(template, dict):
+        return
+    inner = _mapping(template.get("metadata"))
+    name = f"{meta.get('name') or meta.get('generateName') or 'unnamed'}{suffix}"
+    pod = _pod(template, inner, {"name": name, "namespace": meta.get("namespace")})
+    yield from _judged(document, shown, pod, Kind.POD, rules)
+
+
+def _judged(
+    document: Manifest, shown: str, values: Values, kind: Kind, rules: TargetRules
+) -> Iterator[LintFinding | int]:
+    meta = _mapping(values.get("metadata"))
+    scrape = _mapping(meta.get("annotations")).get(f"{rules.annotation_prefix}scrape")
+    if isinstance(scrape, str) and scrape not in ("true", "false", ""):
+        yield _warning(
+            document,
+            shown,
+            "not_a_target",
+            f'{rules.annotation_prefix}scrape is {scrape[:40]!r}; only "true" counts',
+        )
+    try:
+        item = cast("Pod | Node | Undecodable", decode_object(msgspec.json.encode(values), kind))
+        resolved = resolve(item, rules)
+    except (TypeError, ValueError, RecursionError) as error:
+        yield LintFinding(ERROR, document.file, document.line, shown, "undecodable", str(error))
+        return
+    if isinstance(resolved, Rejection):
+        yield LintFinding(ERROR, document.file, document.line, shown, resolved.reason, resolved.detail)
+    else:
+        yield len(resolved or ())
+
+
+def _pod(values: Values, meta: Values, named: Values) -> Values:
+    """Return the Pod that Kubernetes would make of a manifest or template; one with a status stays as it is."""
+    name = named.get("name") or f"{named.get('generateName') or 'unnamed-'}abcde"
+    namespace = named.get("namespace") or DEFAULT_NAMESPACE
+    spec = {"nodeName": "node"} | _mapping(values.get("spec"))
+    status = values.get("status") or _RUNNING
+    return {"metadata": {**meta, "name": name, "namespace": namespace}, "spec": spec, "status": status}
+
+
+def _mapping(value: object) -> Values:
+    return value if isinstance(value, dict) else {}
+
+
+def _shown(kind: str, meta: Values) -> str:
+    name = meta.get("name") or meta.get("generateName") or "unnamed"
+    namespace = meta.get("namespace")
+    full = f"{kind} {namespace}/{name}" if namespace else f"{kind} {name}"
+    return " ".join(full.split())[:200]
+
+
+def _warning(document: Manifest, shown: str, reason: str, detail: str) -> LintFinding:
+    return LintFinding(WARNING, document.file, document.line, shown, reason, detail)
+
+
+def _text(finding: LintFinding) -> str:
+    what = f"{finding.object}: " if finding.object else ""
+    return f"{finding.file}:{finding.line}: {finding.level}: {what}{finding.reason}: {finding.detail}"
+
+
+def _github(finding: LintFinding) -> str:
+    """Format a finding as a workflow command, which GitHub shows beside the line."""
+    message = _escaped(f"{finding.object}: {finding.detail}" if finding.object else finding.detail)
+    place = f"file={_property(finding.file)},line={finding.line},title={_property(finding.reason)}"
+    return f"::{finding.level} {place}::{message}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _escaped(text).replace(":", "%3A").replace(",", "%2C")

@@ -1,0 +1,181 @@
+"""The command lint: manifests decided as the daemon decides what runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from k8s_consul_registrar.cli import main
+from k8s_consul_registrar.commands.lint import MOST_VALUES, LintFinding, LintReport, lint
+from k8s_consul_registrar.targets.resolve import TargetRules
+
+RULES = TargetRules()
+
+POD = """
+apiVersion: v1
+kind: Pod
+metadata:
+  name: cart
+  annotations: {prometheus.io/scrape: "true"}
+spec:
+  containers: [{name: app, ports: [{containerPort: 9102, name: metrics}]}]
+"""
+PORTLESS = POD.replace("[{containerPort: 9102, name: metrics}]", "[]")
+TEMPLATE = """
+metadata:
+  annotations:
+    prometheus.io/scrape: "true"
+    prometheus.io/port: "99999"
+spec:
+  containers: [{name: app}]
+"""
+
+
+def linted(tmp_path: Path, text: str | bytes, name: str = "manifest.yaml") -> LintReport:
+    """Return the report on one file."""
+    file = tmp_path / name
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return lint([str(file)], RULES)
+
+
+def reasons(report: LintReport) -> list[tuple[str, str, int]]:
+    """Return level, reason and line of each finding."""
+    return [(one.level, one.reason, one.line) for one in report.findings]
+
+
+def indented(text: str, depth: int) -> str:
+    """Return a text as a value below a key."""
+    return text.replace("\n", "\n" + " " * depth)
+
+
+def workload(kind: str, path: tuple[str, ...]) -> str:
+    """Return a workload with the template at its place."""
+    text = f"apiVersion: apps/v1\nkind: {kind}\nmetadata: {{name: cart, namespace: shop}}"
+    for depth, key in enumerate(path):
+        text += f"\n{'  ' * depth}{key}:"
+    return text + indented(TEMPLATE, 2 * len(path))
+
+
+def test_pod_that_runs_well_is_a_target(tmp_path: Path) -> None:
+    """Nothing is found, and the exit code is 0."""
+    report = linted(tmp_path, POD)
+    assert (report.findings, report.targets, report.exit_code) == ((), 1, 0)
+
+
+def test_rejected_pod_is_found_at_the_line_of_its_annotation(tmp_path: Path) -> None:
+    """With the daemon's reason; the exit code is 3."""
+    report = linted(tmp_path, f"{POD}---{PORTLESS}")
+    assert reasons(report) == [("error", "no_port", 14)]
+    assert (report.targets, report.exit_code) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        ("Deployment", ("spec", "template")),
+        ("StatefulSet", ("spec", "template")),
+        ("DaemonSet", ("spec", "template")),
+        ("ReplicaSet", ("spec", "template")),
+        ("ReplicationController", ("spec", "template")),
+        ("Job", ("spec", "template")),
+        ("CronJob", ("spec", "jobTemplate", "spec", "template")),
+        ("PodTemplate", ("template",)),
+    ],
+)
+def test_template_of_a_workload_is_decided(tmp_path: Path, kind: str, path: tuple[str, ...]) -> None:
+    """Every kind that makes Pods, wherever it keeps their template."""
+    (finding,) = linted(tmp_path, workload(kind, path)).findings
+    assert (finding.object, finding.reason) == (f"{kind} shop/cart", "invalid_port")
+
+
+def test_annotation_on_the_workload_itself_is_a_warning(tmp_path: Path) -> None:
+    """It scrapes nothing, which is the commonest mistake."""
+    text = workload("Deployment", ("spec", "template")).replace(
+        "namespace: shop}", 'namespace: shop, annotations: {prometheus.io/scrape: "true"}}'
+    )
+    report = linted(tmp_path, text.replace('"99999"', '"9102"'))
+    assert [(one.level, one.reason) for one in report.findings] == [("warning", "misplaced")]
+    assert "spec.template.metadata.annotations" in report.findings[0].detail
+    assert report.exit_code == 0
+
+
+def test_scrape_that_is_no_text_or_no_true_is_found(tmp_path: Path) -> None:
+    """A bare `true` is refused by the API server; "yes" is no target."""
+    bare = linted(tmp_path, POD.replace('"true"', "true"))
+    assert reasons(bare) == [("error", "undecodable", 6)]
+    other = linted(tmp_path, POD.replace('"true"', '"yes"'))
+    assert reasons(other) == [("warning", "not_a_target", 6)]
+    assert other.unannotated == 1
+
+
+def test_items_of_a_list_are_objects(tmp_path: Path) -> None:
+    """As `kubectl get -o yaml` prints them, in JSON too."""
+    items = [json.loads(json.dumps({"kind": "Pod", "metadata": {"name": name}})) for name in ("a", "b")]
+    items[0]["metadata"]["annotations"] = {"prometheus.io/scrape": "true"}
+    report = linted(tmp_path, json.dumps({"kind": "PodList", "items": items}), "list.json")
+    assert [(one.object, one.reason) for one in report.findings] == [("Pod a", "no_port")]
+    assert report.unannotated == 1
+
+
+def test_pod_with_a_status_is_decided_as_it_is(tmp_path: Path) -> None:
+    """A live Pod without an IP is rejected as the daemon rejects it, one that ended is no target."""
+    assert reasons(linted(tmp_path, f"{POD}status: {{phase: Running}}")) == [("error", "no_ip", 6)]
+    assert linted(tmp_path, f"{POD}status: {{phase: Succeeded}}").unannotated == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\x00\x01\xff",
+        b"kind: [",
+        b"- just\n- a list",
+        b"{{ if .Values.x }}\nkind: Pod\n{{ end }}",
+        b"kind: Pod\nmetadata: &a {x: *a}",
+        b"a: &a [x, x]\n"
+        + b"".join(b"%c: &%c [*%c, *%c, *%c, *%c]\n" % (c + 1, c + 1, c, c, c, c) for c in range(97, 117)),
+        b"? [a]\n: b",
+        b"kind: Pod\nmetadata: {creationTimestamp: 2024-99-99}",
+    ],
+)
+def test_garbage_is_an_error_of_the_file(tmp_path: Path, text: bytes) -> None:
+    """Never a traceback, never a minute of work; the exit code is 1."""
+    report = linted(tmp_path, text)
+    assert [one.reason for one in report.findings] == ["unreadable"]
+    assert report.exit_code == 1
+
+
+def test_other_kinds_and_empty_documents_are_passed_over(tmp_path: Path) -> None:
+    """A chart has more than Pods in it."""
+    report = linted(tmp_path, "---\n---\n# nothing\n---\nkind: ConfigMap\ndata: {a: b}\n")
+    assert report == LintReport((), 0, 0)
+
+
+def test_missing_file_is_said_and_the_rest_is_linted(tmp_path: Path) -> None:
+    """A folder stands for the manifests in it."""
+    (tmp_path / "chart").mkdir()
+    (tmp_path / "chart" / "pod.yml").write_text(PORTLESS)
+    report = lint([str(tmp_path / "none.yaml"), str(tmp_path)], RULES)
+    assert [one.reason for one in report.findings] == ["unreadable", "no_port"]
+    assert report.exit_code == 1
+
+
+def test_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Text for people, JSON for programs, workflow commands for GitHub; settings are heeded."""
+    file = tmp_path / "a,b.yaml"
+    file.write_text(PORTLESS.replace("prometheus.io/", "scrape.example.com/"))
+    arguments = ["lint", str(file), "--annotation-prefix", "scrape.example.com/"]
+    assert main(arguments, {}) == 3
+    assert f"{file}:6: error: Pod cart: no_port: " in capsys.readouterr().out
+    assert main([*arguments, "--output", "json"], {}) == 3
+    (finding,) = json.loads(capsys.readouterr().out)
+    assert LintFinding(**finding).reason == "no_port"
+    assert main([*arguments, "--output", "github"], {}) == 3
+    assert capsys.readouterr().out.startswith(
+        f"::error file={tmp_path}/a%2Cb.yaml,line=6,title=no_port::Pod cart"
+    )
+    assert main(["lint", str(file)], {}) == 0
+
+
+def test_bound_of_values_is_above_real_lists() -> None:
+    """A list of 10,000 Pods with 50 values each still passes."""
+    assert MOST_VALUES >= 500_000
