@@ -244,6 +244,26 @@ def test_placeholder_is_marked_change() -> None:
                 assert "# CHANGE" in line, f"{path.name}: {line}"
 
 
+def test_every_line_to_fill_in_is_in_the_table() -> None:
+    """Each overlay and component with a line marked CHANGE has a row, and so has each overlay to go back from."""
+    page = (DEPLOY.parent / "docs" / "operations.md").read_text()
+    fill_in = page.partition("### Lines to fill in")[2].partition("\n#")[0]
+    going_back = page.partition("### Going back from an overlay")[2].partition("\n#")[0]
+    for folder in (*(DEPLOY / "overlays").iterdir(), *(DEPLOY / "components").iterdir()):
+        is_marked = any("# CHANGE" in path.read_text() for path in folder.iterdir())
+        assert is_marked == (f"{folder.name}`" in fill_in), folder.name
+        assert folder.parent.name == "components" or f"`{folder.name}`" in going_back, folder.name
+
+
+def test_purge_job_is_valid_and_restricted() -> None:
+    """Its Pod passes the restricted profile and runs as the registrar's account."""
+    (job,) = yaml.safe_load_all((DEPLOY / "purge-job.yaml").read_text())
+    assert_valid(job)
+    pod = job["spec"]["template"]["spec"]
+    assert violations(pod) == []
+    assert pod["serviceAccountName"] == "k8s-consul-registrar-sa"
+
+
 @each_overlay
 def test_each_overlay_is_described(overlay: str) -> None:
     """It begins with what it is for, and the operations page lists it."""

@@ -42,6 +42,9 @@ async def test_without_consul_targets_are_served() -> None:
             await lab.cluster.delete_pod()
             await daemon.until(lambda: _serves(daemon))
             await daemon.ready()
+            (start,) = daemon.said("registrar starts")
+            assert start["backend"] == "none"
+            assert "consul" not in start
 
 
 async def test_blindness_keeps_what_is_served() -> None:

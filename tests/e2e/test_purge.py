@@ -1,10 +1,13 @@
 """purge: whose services it takes, which node goes with them, and what it says of the rest."""
 
+import yaml
+
 from e2e.test_once import WEB, run
 from e2e.test_orphans import agent_at, at, put
 from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.sandbox.consul_release import NEWEST, ConsulOptions, ConsulRelease
 from support.builders import our_pod_service
+from support.files import DEPLOY
 from support.lab import SandboxLab, each_release, running_lab
 
 NOWHERE = {"KUBECONFIG": "/nonexistent/kubeconfig"}
@@ -47,6 +50,24 @@ async def test_cluster_at_hand_says_which_is_meant() -> None:
         assert (code, left(lab)) == (0, {"there"}), output
         assert "removed 1" in output
         assert "pod--shop--there" not in output
+
+
+async def test_purge_job_takes_this_cluster_s_services_and_no_other_s() -> None:
+    """The Job's own arguments and variables, on the lab's Consul: also what is left at a lost agent's node."""
+    (job,) = yaml.safe_load_all((DEPLOY / "purge-job.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    given = {one["name"]: one["value"] for one in container["env"]}
+    assert given.keys() == {"CLUSTER_NAME", "CONSUL_ADDRESS"}  # the lab gives both
+    async with running_lab() as lab:
+        ours = our_pod_service("web-2", cluster_uid=await lab.cluster.uid())
+        await agent_at(lab, "old", "critical", ours, our_pod_service("web-3", cluster_uid=THERE))
+        await lab.cluster.add_pod()
+        assert (await run(lab, "sync"))[0] == 0
+        await lab.seed_pod("there", cluster_uid=THERE)
+        code, output = await run(lab, *container["args"])
+        assert (code, left(lab), at(lab)) == (0, {"there"}, {"web-3"}), output
+        code, output = await run(lab, *container["args"])
+        assert code == 0, "a second run finds nothing"
 
 
 async def test_one_cluster_needs_no_telling() -> None:

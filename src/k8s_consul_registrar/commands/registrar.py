@@ -180,10 +180,15 @@ def _about(settings: RegistrarSettings) -> About:
         settings.cluster_name,
         settings.instance,
         settings.backend.backend,
-        settings.consul.socket or settings.consul.url,
+        _consul_address(settings),
         shown_settings(settings.common.environment),
         backend_reason=settings.backend.reason,
     )
+
+
+def _consul_address(settings: RegistrarSettings) -> str:
+    """Return where Consul is, empty where none is written to."""
+    return "" if settings.backend.backend == NONE else settings.consul.socket or settings.consul.url
 
 
 def _is_settled(parts: RegistrarParts) -> bool:
@@ -228,6 +233,7 @@ async def _serve(
     registry.register(figures)
     stack.callback(registry.unregister, figures)
     ports = {}
+    consul = {"consul": address} if (address := _consul_address(settings)) else {}
     if settings.http_sd is not None:
         server = http_sd_server(settings.http_sd, view, gate.current)
         await stack.enter_async_context(server)
@@ -251,9 +257,9 @@ async def _serve(
         instance=settings.instance,
         api_server=access.server,
         credentials=access.origin,
-        consul=settings.consul.socket or settings.consul.url,
         backend=settings.backend.backend,
         admin_port=admin.port,
+        **consul,
         **ports,
     )
 

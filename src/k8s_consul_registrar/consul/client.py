@@ -354,9 +354,10 @@ class ConsulClient:
 
     def _unreachable(self, error: Exception) -> ConsulUnreachable:
         tls = self._access.tls
-        why = explain(error, CONSUL, tls.value.context if tls else None) or (
-            "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
-        )
+        # Behind aiohttp's own text, which speaks of TLS where there is none.
+        text = str(getattr(error, "os_error", error)) or type(error).__name__
+        text = "no answer in time" if isinstance(error, TimeoutError) else text
+        why = explain(error, CONSUL, tls.value.context if tls else None) or text
         return ConsulUnreachable(f"Consul at {self._access.address}: {why}")
 
 

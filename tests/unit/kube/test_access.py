@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
+from structlog.testing import capture_logs
 
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.access import Access, load_access
@@ -130,6 +131,30 @@ def test_new_ca_of_the_cluster_is_followed(tmp_path: Path) -> None:
     assert cluster_ca(access) == OTHER_CA.cert_pem.bytes().decode()
     (trusted,) = second.get_ca_certs(binary_form=True)
     assert ssl.DER_cert_to_PEM_cert(trusted).split() == OTHER_CA.cert_pem.bytes().decode().split()
+
+
+@pytest.mark.usefixtures("looks_at_once")
+async def test_new_token_is_logged_as_the_token_only(tmp_path: Path) -> None:
+    """The kubelet replaces the whole folder; `ca.crt` is another file then, and the same authority."""
+
+    def mount(token: str) -> None:
+        (tmp_path / token).mkdir()
+        (tmp_path / token / "token").write_text(token)
+        (tmp_path / token / "ca.crt").write_bytes(CA_PEM)
+        (tmp_path / "..new").symlink_to(token)
+        (tmp_path / "..new").rename(tmp_path / "..data")
+
+    mount("first")
+    for name in ("token", "ca.crt"):
+        (tmp_path / name).symlink_to(f"..data/{name}")
+    access = load_access(IN_CLUSTER, home=tmp_path, service_account=tmp_path)
+    context = access.ssl_context(await access.credentials.identity())
+    mount("second")
+    with capture_logs() as logs:
+        identity = await access.credentials.identity()
+        assert identity.token == "second"
+        assert access.ssl_context(identity) is context
+    assert [line["of"] for line in logs] == ["service account token"]
 
 
 @pytest.mark.usefixtures("looks_at_once")

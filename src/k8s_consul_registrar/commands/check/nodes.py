@@ -264,4 +264,8 @@ async def _problem(place: Place, seconds: float) -> str:
     except (aiohttp.ClientError, OSError, ValueError) as error:
         return f"breaks off: {type(error).__name__}"
     is_proxy = (status, UNKNOWN_PATH.reason.encode() in body) == (404, True) or status == 401
-    return "" if is_proxy else f"answers {status}, and not as the proxy does"
+    return (
+        ""
+        if is_proxy
+        else f"answers {status}, and not as the proxy does (the original program's may still run)"
+    )
