@@ -51,6 +51,9 @@ async def test_nodes_and_pods_stand_with_their_latest_scrape_and_failures() -> N
         text = await page.evaluate("document.body.innerText")
         assert "https://10.96.0.1:443" in text
         assert "The certificate of KUBELET_CLIENT_CERT_FILE expires in 9 days" in text
+        assert "in 14 hr" in await page.evaluate(
+            "document.querySelector('#view .badge.bad').closest('table').innerText"
+        )
         await page.evaluate("document.querySelector('a[href=\"#upstreams?state=fails\"]').click()")
         await page.wait(f"{ROWS} > 0 && {ROWS} < 20")
         text = await page.evaluate(VIEW)

@@ -89,9 +89,13 @@ class SeenProxy:
         self.pods.put(namespace, name, ProxiedPod((Route(endpoint, "/metrics"),), has_host_network=False))
         return endpoint
 
-    def scraped(self, endpoint: Endpoint, seconds: float, ago: float = 1.0) -> None:
-        """Note a scrape that was answered."""
-        self.relay.latest[endpoint] = LastScrape(time.time() - ago, seconds, Outcome.OK)
+    def scraped(
+        self, endpoint: Endpoint, seconds: float, ago: float = 1.0, expires_in: float | None = None
+    ) -> None:
+        """Note a scrape that was answered, by an upstream whose certificate expires in some seconds."""
+        now = time.time()
+        expires_at = None if expires_in is None else now + expires_in
+        self.relay.latest[endpoint] = LastScrape(now - ago, seconds, Outcome.OK, expires_at)
 
     def failed(self, endpoint: Endpoint, outcome: Outcome, reason: str, ago: float = 1.0) -> None:
         """Note a scrape that failed."""
@@ -111,7 +115,8 @@ def busy_proxy(nodes: int = 60, pods: int = 240) -> SeenProxy:
         if number % 13 == 5:
             seen.failed(endpoint, Outcome.UNVERIFIED, UNVERIFIED, ago=number / 5)
         elif number % 29 != 7:
-            seen.scraped(endpoint, 0.012 + number % 7 / 100, ago=number / 5)
+            days = 0.6 if number == 3 else 40.5 + number
+            seen.scraped(endpoint, 0.012 + number % 7 / 100, ago=number / 5, expires_in=days * 86400)
     for number in range(pods):
         team = ("shop", "search", "media")[number % 3]
         endpoint = seen.put_pod(team, f"cart-{number:03}", f"198.18.0.{number + 1}")

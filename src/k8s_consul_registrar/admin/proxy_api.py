@@ -202,6 +202,7 @@ def _shown(row: UpstreamRow) -> dict[str, Any]:
         "state": row.state,
         "at": None if last is None else last.at,
         "seconds": None if last is None else last.seconds,
+        "expires_at": None if last is None else last.expires_at,
         "failures": row.failures,
         "failed_at": None if failure is None else failure.at,
         "outcome": "" if failure is None else failure.outcome,

@@ -195,7 +195,7 @@ class Scrape:
         else:
             connection.close()
         if self._end(Outcome.OK):
-            self._remember(Outcome.OK)
+            self._remember(Outcome.OK, connection.expires_at)
             self._client.finish(can_go_on=is_exact)
 
     def on_failure(self, refusal: Refusal, *, has_answered: bool) -> None:
@@ -261,9 +261,9 @@ class Scrape:
             self._relay.failures.note(self._routed.route.endpoint, refusal.outcome, refusal.reason)
             self._remember(refusal.outcome)
 
-    def _remember(self, outcome: Outcome) -> None:
+    def _remember(self, outcome: Outcome, expires_at: float | None = None) -> None:
         seconds = monotonic() - self._began_at
-        self._relay.last_scrapes.note(self._routed.route.endpoint, seconds, outcome)
+        self._relay.last_scrapes.note(self._routed.route.endpoint, seconds, outcome, expires_at)
 
     def _end(self, outcome: Outcome) -> bool:
         """Give everything back; True the first time."""

@@ -151,11 +151,15 @@ class Failure(NamedTuple):
 
 
 class LastScrape(NamedTuple):
-    """The latest scrape of an upstream: its end in epoch seconds, its duration, and how it ended."""
+    """The latest scrape of an upstream: its end in epoch seconds, its duration, and how it ended.
+
+    `expires_at` is when the certificate expires that the upstream showed, None if it is unknown.
+    """
 
     at: float
     seconds: float
     outcome: Outcome
+    expires_at: float | None = None
 
 
 class LastScrapes:
@@ -166,11 +170,13 @@ class LastScrapes:
     def __init__(self) -> None:
         self.by_endpoint: dict[Endpoint, LastScrape] = {}
 
-    def note(self, endpoint: Endpoint, seconds: float, outcome: Outcome) -> None:
+    def note(
+        self, endpoint: Endpoint, seconds: float, outcome: Outcome, expires_at: float | None = None
+    ) -> None:
         """Remember a scrape in place of the one before."""
         if len(self.by_endpoint) >= MAX_UPSTREAMS:
             self.by_endpoint.clear()
-        self.by_endpoint[endpoint] = LastScrape(time.time(), seconds, outcome)
+        self.by_endpoint[endpoint] = LastScrape(time.time(), seconds, outcome, expires_at)
 
     def take(self) -> dict[Endpoint, LastScrape]:
         """Return what was noted since the last call."""

@@ -3,6 +3,7 @@
 import contextlib
 import ssl
 from collections.abc import Callable
+from typing import Any
 
 # The most that is read off a socket at once.
 RECEIVE_SIZE = 64 * 1024
@@ -60,6 +61,9 @@ class PlainStep:
     def advance_handshake(self, received: memoryview | bytes = b"") -> bool:  # noqa: ARG002 - of a `TlsStep`
         """Return True: there is nothing to agree on."""
         return True
+
+    def peer_expires_at(self) -> None:
+        """Return None: there is no certificate."""
 
     def encrypt(self, plain: bytes) -> bytes:
         """Return `plain` itself."""
@@ -150,6 +154,14 @@ class TlsStep:
     def peer_certificate(self) -> bytes | None:
         """Return the certificate that the peer has shown, None for none."""
         return self._object.getpeercert(binary_form=True)
+
+    def peer_expires_at(self) -> float | None:
+        """Return when the peer's certificate expires (Unix time), None if it was not verified or is odd."""
+        facts: Any = self._object.getpeercert()
+        try:
+            return ssl.cert_time_to_seconds(facts["notAfter"])
+        except (KeyError, TypeError, ValueError):
+            return None
 
     @property
     def has_output(self) -> bool:

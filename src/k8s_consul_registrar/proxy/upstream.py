@@ -29,8 +29,9 @@ class ConnectionState(Enum):
 # On the path of every read: a global is found faster than the member of an enum.
 CONNECTING, IDLE, HEAD, BODY, CLOSED = ConnectionState
 
-# Full buffers read off one connection before others have their turn: enough for 1 MB, which then costs no pause.
-MAX_READS = 20
+# Full buffers (64 KB) read off one connection before others have their turn: at 1 MB 1 costs 33 % more CPU than 20,
+# 2 cost 6 % and 4 cost 2 %. Beside eight endless bodies the p99 of small scrapes is 80 ms with 4, 126 ms with 20.
+MAX_READS = 4
 # Reasons not to read, as bits: the client is slower, the upstream takes nothing from us, others have their turn.
 CLIENT_SLOWER, UNSENT, TURN = 1, 2, 4
 
@@ -63,7 +64,8 @@ class Exchange(Protocol):
 class UpstreamConnection(asyncio.BufferedProtocol):
     """A connection to a kubelet or a Pod, kept between scrapes; without TLS if it has no context.
 
-    `idle_since` is the loop's time at which it was last put into the pool.
+    `idle_since` is the loop's time at which it was last put into the pool, `expires_at` the Unix time at which
+    the upstream's certificate expires.
     """
 
     __slots__ = (
@@ -88,6 +90,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         "_turn",
         "context",
         "endpoint",
+        "expires_at",
         "idle_since",
     )
 
@@ -96,21 +99,18 @@ class UpstreamConnection(asyncio.BufferedProtocol):
     ) -> None:
         self.endpoint = endpoint
         self.context = context
-        self.idle_since = 0.0
+        self.expires_at: float | None = None
+        self.idle_since = self._turn = 0.0
         self._buffers = buffers
         self._heads = heads
         self._loop = asyncio.get_running_loop()
         self._state = CONNECTING
         self._exchange: Exchange | None = None
         self._framing: Counted | Chunked | UntilClose = WHOLE
-        self._is_legacy = False
-        self._has_answered = False
-        self._holds = 0
-        self._interim = self._interim_size = 0
+        self._is_legacy = self._has_answered = False
+        self._holds = self._interim = self._interim_size = self._reads = 0
         self._keeps = True
         self._partial = b""
-        self._reads = 0
-        self._turn = 0.0
         self._connecting: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._tls: TlsStep | PlainStep
@@ -160,6 +160,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         if is_complete and self._exchange is not None:
             self._cancel_timer()
             self._state = IDLE
+            self.expires_at = self._tls.peer_expires_at()
             self._exchange.on_connected()
 
     def _flush(self) -> None:

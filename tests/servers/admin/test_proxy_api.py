@@ -56,8 +56,8 @@ async def test_each_node_and_pod_is_shown_with_its_latest_scrape(served: Served)
         a_node("a", "192.0.2.1", "2001:db8::1"), a_node("b", "192.0.2.2"), a_node("c", "192.0.2.3")
     )
     table = seen.nodes.current
-    seen.scraped(table.by_name["a"], 0.5, ago=60)
-    seen.scraped(table.by_address["2001:db8::1", 10250], 0.25)
+    seen.scraped(table.by_name["a"], 0.5, ago=60, expires_in=-1.0)
+    seen.scraped(table.by_address["2001:db8::1", 10250], 0.25, expires_in=3600.0)
     seen.failed(table.by_name["b"], Outcome.UNREACHABLE, "refused", ago=5)
     seen.failed(table.by_name["b"], Outcome.TIMEOUT, "too late")
     seen.put_pod("shop", "web-1", "198.18.0.1")
@@ -73,7 +73,8 @@ async def test_each_node_and_pod_is_shown_with_its_latest_scrape(served: Served)
     }
     assert (rows["a"]["seconds"], rows["a"]["address"], rows["a"]["failures"]) == (0.25, "192.0.2.1:10250", 0)
     assert (rows["b"]["outcome"], rows["b"]["reason"], rows["b"]["failures"]) == ("timeout", "too late", 2)
-    assert (rows["c"]["at"], rows["c"]["seconds"]) == (None, None)
+    assert rows["a"]["expires_at"] > rows["a"]["at"]
+    assert (rows["c"]["at"], rows["c"]["seconds"], rows["c"]["expires_at"]) == (None, None, None)
     assert rows["web-1"]["object"] == {"kind": "pod", "namespace": "shop", "name": "web-1"}
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import trustme
+import uvloop
 
 from k8s_consul_registrar.model import Node
 from k8s_consul_registrar.proxy.tls_stream import MAX_EMPTY_RECORDS
+from k8s_consul_registrar.proxy.upstream import MAX_READS
 from support.proxy_lab import (
     METRICS,
     Files,
@@ -207,3 +209,21 @@ async def test_a_kubelet_that_is_not_read_is_read_no_further() -> None:
         assert not transport.is_reading()
         connection.resume_writing()
         assert transport.is_reading()
+
+
+async def test_a_connection_that_always_has_more_lets_others_have_their_turn() -> None:
+    """Stops reading after a few full buffers, and goes on in the loop's next turn."""
+    if not isinstance(asyncio.get_running_loop(), uvloop.Loop):
+        pytest.skip("asyncio's own loop reads once a turn")
+    kubelet = Kubelet()
+    async with kubelet.serving(), proxying(kubelet.node()) as proxy:
+        assert (await proxy.get(cadvisor(kubelet))).status == 200
+        connection = next(iter(proxy.server._relay.kubelets.pool._in_order))
+        transport = connection._transport
+        assert transport is not None
+        await asyncio.sleep(0)
+        for _ in range(MAX_READS):
+            assert transport.is_reading()
+            connection._take_turns()
+        assert not transport.is_reading()
+        await until(transport.is_reading)

@@ -581,3 +581,22 @@ async def test_client_of_http_1_0_reads_a_kubelet_that_ends_its_answer_by_close(
             assert head.startswith(b"HTTP/1.1 200 ")
             assert b"chunked" not in head
             assert got == body
+
+
+@pytest.mark.parametrize("is_verified", [True, False])
+async def test_expiry_of_a_kubelets_certificate_is_noted_with_its_scrape(is_verified: bool) -> None:
+    """Knows when the certificate expires that a kubelet showed, on a kept connection too; not without verification."""
+    context = Trust(authority_pem()).context
+    if not is_verified:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    async with Kubelet().serving() as kubelet, proxying(kubelet.node(), context=context) as proxy:
+        for _ in range(2):
+            assert (await proxy.get(cadvisor(kubelet))).status == 200
+            ((_, last),) = proxy.server.take_last_scrapes().items()
+            if is_verified:
+                assert last.expires_at is not None
+                assert last.expires_at > last.at
+            else:
+                assert last.expires_at is None
+        assert kubelet.connections == 1

@@ -9,6 +9,7 @@ export const TABS = ["upstreams", "health", "configuration"];
 export const FILTERED = { upstreams: "state" };
 
 const SOON = 14 * 86400; // seconds before a certificate expires
+const ROTATED = 2 * 86400; // the same for one that a kubelet has to have replaced by itself long before
 
 export const header = (status) => ({ name: status.api_server, role: status.unready ? "not ready" : "ready", detail: status.unready });
 export const facets = ({ counts }) => ({ upstreams: counts.states });
@@ -40,11 +41,12 @@ function upstreamsView({ answer, status }) {
         cell("address", {}, code(one.address)),
         cell("last_scrape", {}, moment(one.at, status.now)),
         cell("took", {}, one.seconds === null ? dim("–") : took(one.seconds)),
+        cell("certificate", {}, expiry(one, status.now, ROTATED)),
         cell("failures", {}, failureText(one, status.now)),
       ),
     (one) => `${JSON.stringify(one)}${one.at === null ? "" : ago(one.at, status.now)}`,
   );
-  return { columns: ["state", "kind", "object", "address", "last_scrape", "took", "failures"], rows: made };
+  return { columns: ["state", "kind", "object", "address", "last_scrape", "took", "certificate", "failures"], rows: made };
 }
 
 function contestsView({ contests }) {
@@ -60,9 +62,9 @@ function contestsView({ contests }) {
   return [heading("contested"), notice(word("contested_why")), table(["address", "winner", "losers"], list)];
 }
 
-const expiry = (one, now) => {
+const expiry = (one, now, soon = SOON) => {
   if (one.expires_at === null) return dim("–");
-  return one.expires_at - now < SOON ? element("span", { class: "badge bad" }, moment(one.expires_at, now)) : moment(one.expires_at, now);
+  return one.expires_at - now < soon ? element("span", { class: "badge bad" }, moment(one.expires_at, now)) : moment(one.expires_at, now);
 };
 
 function healthView({ status }) {

@@ -4,7 +4,7 @@ export const WORDS = {
   en: {
     upstreams: "Nodes and Pods", failing: "Failing", scrapes: "Scrapes", connections: "Connections", workers: "Workers",
     certificates: "Certificates", answers: "answers", fails: "fails", idle: "idle", ready: "ready",
-    last_scrape: "Last scrape", failures: "Failures", since: "Since", expires: "Expires", first_expiry: "until the first expires", of: "Of",
+    last_scrape: "Last scrape", failures: "Failures", since: "Since", expires: "Expires", certificate: "Certificate expires", first_expiry: "until the first expires", of: "Of",
     clients: "of clients", kept: "kept to kubelets and Pods", under_way: "scrapes under way", running: "Scrapes under way", waiting: "Scrapes waiting",
     running_workers: "Accept clients", restarted: "restarted", deaths: "Ended and started again", count: "Number", port: "Port", tls: "TLS",
     authentication: "Authentication", api_server: "API server", no_certificates: "No certificate is used.",
@@ -21,7 +21,7 @@ export const WORDS = {
   zh: {
     upstreams: "Node 与 Pod", failing: "失败", scrapes: "采集", connections: "连接", workers: "工作进程",
     certificates: "证书", answers: "正常", fails: "失败", idle: "未采集", ready: "就绪",
-    last_scrape: "最近采集", failures: "失败次数", since: "自", expires: "到期", first_expiry: "后首个证书到期", of: "用途",
+    last_scrape: "最近采集", failures: "失败次数", since: "自", expires: "到期", certificate: "证书到期", first_expiry: "后首个证书到期", of: "用途",
     clients: "客户端", kept: "保持到 kubelet 和 Pod", under_way: "个采集进行中", running: "进行中的采集", waiting: "等待中的采集",
     running_workers: "接受客户端", restarted: "次重启", deaths: "结束后重新启动", count: "数量", port: "端口", tls: "TLS",
     authentication: "身份验证", api_server: "API server", no_certificates: "没有使用证书。",
