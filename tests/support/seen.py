@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from k8s_consul_registrar.admin.view import EVERYTHING, About, Scope, TargetRow, TargetState
+from k8s_consul_registrar.admin.view import EVERYTHING, About, Owner, Scope, TargetRow, TargetState
 from k8s_consul_registrar.consul.codec import MetaKeys
 from k8s_consul_registrar.kube.source_state import SourceStatus, Synced
 from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Source
@@ -107,6 +107,7 @@ class Registrar:
     known: dict[Source, SourceStatus] = field(default_factory=dict)
     holder: str | None = None
     meta_keys: MetaKeys = field(default_factory=MetaKeys)
+    owner: Owner = field(default_factory=lambda: Owner("lab", "", "uid-1"))
     generation: int = 1
     walks: int = 0
 

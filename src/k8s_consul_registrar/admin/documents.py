@@ -5,7 +5,7 @@ import hashlib
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from k8s_consul_registrar.admin.target_groups import GroupEncoder, SdQuery
@@ -19,18 +19,24 @@ _PIECE = 64 * 1024
 # can make the registrar render, and not hold more than this.
 _MAX_KEPT = 64
 _MAX_KEPT_BYTES = 16 * 1024 * 1024
+# Seconds between two renderings of one document for clients that wait for changes, and the multiple of what
+# all documents of the last minute took.
+_PACE = 1.0
+_COST = 10.0
+_LATELY = 60.0
 _GZIP = zlib.MAX_WBITS | 16
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One rendered document: gzip bytes, the size without gzip, and the moment it shows."""
+    """One rendered document: gzip bytes, the size without gzip, the moment it shows, and the seconds it took."""
 
     packed: bytes
     size: int
     etag: str
     generation: int
     begun: float
+    seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -42,11 +48,26 @@ class Documents:
     _kept: OrderedDict[SdQuery, Document] = field(default_factory=OrderedDict)
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def get(self, query: SdQuery) -> Document:
-        """Return the document of this moment or a later one."""
+    def is_old(self, document: Document) -> bool:
+        """Return True if the targets have changed since a document was rendered."""
+        return document.generation != self.view.generation
+
+    def due(self, document: Document) -> float:
+        """Return when a document may be rendered again for a client that waits, by the monotonic clock.
+
+        All documents together take a tenth of the time at most.
+        """
+        lately = document.begun - _LATELY
+        cost = sum(one.seconds for one in self._kept.values() if one.begun > lately)
+        return document.begun + max(_PACE, _COST * cost)
+
+    async def get(self, query: SdQuery, *, may_be_old: bool = False) -> Document:
+        """Return the document of this moment or a later one, or with `may_be_old` one that is not `due` again."""
         asked = time.monotonic()
         async with self._turn:
             kept = self._kept.get(query)
+            if may_be_old and kept is not None and asked < self.due(kept):
+                return kept
             if kept is None or (kept.generation != self.view.generation and kept.begun < asked):
                 kept = self._kept[query] = await self._render(query)
             self._kept.move_to_end(query)
@@ -64,7 +85,7 @@ class Documents:
         packed, size, text = [], 0, bytearray(b"[")
         for count, target in enumerate(self.view.targets(), 1):
             if query.matches(target):
-                self.encoder.append(target, text)
+                self.encoder.append(target, text, query.names)
             if count % _SLICE == 0:
                 await asyncio.sleep(0)
             if len(text) >= _PIECE:
@@ -80,14 +101,15 @@ class Documents:
         text += b"]\n"
         digest.update(text)
         packed += (packing.compress(text), packing.flush())
-        return Document(b"".join(packed), size + len(text), digest.hexdigest(), generation, begun)
+        size += len(text)
+        seconds = time.monotonic() - begun
+        return Document(b"".join(packed), size, digest.hexdigest(), generation, begun, seconds)
 
 
-async def unpacked(packed: bytes) -> AsyncIterator[bytes]:
-    """Yield the document piece by piece; Prometheus asks for no compression, and there may be 80 MB of it."""
+def pieces(packed: bytes) -> Iterator[bytes]:
+    """Yield a document without its packing, piece by piece: there may be 80 MB of it."""
     unpacking = zlib.decompressobj(wbits=_GZIP)
     rest = packed
     while not unpacking.eof:
         yield unpacking.decompress(rest, _PIECE)
         rest = unpacking.unconsumed_tail
-        await asyncio.sleep(0)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import glob
 import os
 import stat
@@ -18,6 +19,19 @@ from k8s_consul_registrar.rotating import reason
 
 # Seconds after which blocking work that is to end is left to itself.
 HUNG_AFTER = 5.0
+# Seconds after which a file system does not answer.
+HUNG_WITHIN = 30.0
+_SPACE, _RIGHT = "free some space there", "let user {user} write in {folder}"
+_REMEDIES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EACCES: _RIGHT,
+    errno.EPERM: _RIGHT,
+    errno.EROFS: "mount {folder} for writing",
+    errno.ENOENT: "make {folder}, or mount it again",
+    errno.ENOTDIR: "make {folder} a folder",
+    errno.ESTALE: "mount {folder} again",
+}
 # Seconds after which a temporary file belongs to a process that was killed.
 LEFT_AFTER = 900.0
 
@@ -55,6 +69,11 @@ class Replacement:
         """Return a function that writes a piece."""
         assert self._file is not None
         return partial(self._file.write, piece)
+
+    def write(self, piece: bytes) -> None:
+        """Write a piece."""
+        assert self._file is not None
+        self._file.write(piece)
 
     def commit(self) -> None:
         """Put the file in the place of the other; what is no regular file is never replaced."""
@@ -121,6 +140,39 @@ async def in_thread(work: Callable[[], T]) -> T:
     except asyncio.CancelledError:
         await asyncio.wait({doing}, timeout=HUNG_AFTER)
         raise
+
+
+class Blocking:
+    """Blocking work on a file system that may hang: one piece at a time, given up after `HUNG_WITHIN`."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+
+    async def do(self, work: Callable[[], T]) -> T:
+        """Do the work off the loop; raises TimeoutError if it, or the one before, does not end."""
+
+        def in_turn() -> T:
+            if not self._turn.acquire(blocking=False):
+                raise TimeoutError
+            try:
+                return work()
+            finally:
+                self._turn.release()
+
+        async with asyncio.timeout(HUNG_WITHIN):
+            return await in_thread(in_turn)
+
+
+def write_problem(path: Path, error: Exception) -> str:
+    """Say why a file cannot be replaced, and what repairs it."""
+    if isinstance(error, TimeoutError):
+        return f"cannot write {path}: its file system does not answer"
+    why = reason(error) if isinstance(error, OSError) else str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    remedy = _REMEDIES.get(number or 0, "")
+    return f"cannot write {path}: {why}" + (
+        f"; {remedy.format(folder=path.parent, user=os.geteuid())}" if remedy else ""
+    )
 
 
 def remove_leftovers(path: Path) -> None:

@@ -20,7 +20,7 @@ from k8s_consul_registrar.admin.saved_state import (
     encode_head,
     encode_target,
 )
-from k8s_consul_registrar.admin.view import View
+from k8s_consul_registrar.admin.view import Completeness, View
 from k8s_consul_registrar.asyncio_tools import in_slices
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.cluster_uid import ClusterUid
@@ -35,8 +35,6 @@ SAVE_EVERY = 30.0
 RENEW_EVERY = 300.0
 # Seconds between two checks for something to save.
 LOOK_EVERY = 1.0
-# Seconds that the first save waits for Consul, which knows the shards and the services that are kept.
-CONSUL_PATIENCE = 30.0
 # Seconds that the API server has to tell the cluster's UID, before it counts as one that cannot be asked.
 UID_PATIENCE = 2.0
 # Seconds that the last save may take.
@@ -169,7 +167,7 @@ class StateKeeper:
         self._status = LoadStatus(
             SETTING, failing="targets cannot be saved", working="targets are saved again"
         )
-        self._complete_since: float | None = None
+        self._complete = Completeness(view, clock)
         self._tried_at = float("-inf")
         # The generation, the digest and the time of the targets in the file.
         self._generation: int | None = None
@@ -180,7 +178,7 @@ class StateKeeper:
         """Save when it is due; ends only by cancellation."""
         while True:
             await asyncio.sleep(min(LOOK_EVERY, self._every))
-            if self._is_complete() and self._clock() - self._tried_at >= self._every and self._is_due():
+            if self._complete and self._clock() - self._tried_at >= self._every and self._is_due():
                 await self.save()
 
     async def save_at_end(self) -> None:
@@ -206,16 +204,6 @@ class StateKeeper:
             return
         self._status.succeeded(is_new=False)
         self._generation = generation
-
-    def _is_complete(self) -> bool:
-        """Return True if every source was listed, and Consul was read or did not answer in time."""
-        if self._view.unlisted():
-            return False
-        now = self._clock()
-        if self._complete_since is None:
-            self._complete_since = now
-        is_read = self._view.observed.is_complete or self._generation is not None
-        return is_read or now - self._complete_since >= CONSUL_PATIENCE
 
     def _is_due(self) -> bool:
         if self._view.generation != self._generation:

@@ -2,34 +2,70 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from enum import StrEnum
+from typing import NamedTuple
 
 import msgspec
 
 from k8s_consul_registrar.admin.view import Scope, TargetRow
 from k8s_consul_registrar.consul.codec import MetaKeys
-from k8s_consul_registrar.model import Kind
+from k8s_consul_registrar.model import Kind, Service
+from k8s_consul_registrar.targets.resolve import LABEL_PREFIX, PARAM_PREFIX
+from k8s_consul_registrar.targets.service_names import bucket_of
+from k8s_consul_registrar.targets.target_labels import TARGET_PREFIX
 
 FILTERS = ("kind", "namespace", "shard_path")
+PARAMETERS = (*FILTERS, "labels", "shard", "of", "wait")
+# Every target is hashed once for each shard, so their number is bounded.
+MOST_SHARDS = 64
+# The longest time that a request may wait for a change, in seconds.
+LONGEST_WAIT = 60.0
 # The names Prometheus' own consul_sd gives, so that one set of relabelling rules serves both
 # (discovery/consul/consul.go).
 _META = "__meta_consul_service_metadata_"
+# The names of kubernetes_sd (discovery/kubernetes/{pod,node}.go) for what is known of a target.
+_KUBERNETES = "__meta_kubernetes_"
+_OF_POD = {"namespace": "namespace", "pod": "pod_name", "node": "pod_node_name"}
+_OF_NODE = {"node": "node_name", "zone": "node_label_topology_kubernetes_io_zone"}
+# The labels that Prometheus itself reads.
+_SCRAPE = {"metrics_path": "__metrics_path__", "scheme": "__scheme__"}
+# Keys whose labels are remembered; Pods choose some of them.
+_MOST_KEYS = 4096
 _NOT_IN_A_LABEL = re.compile(r"[^a-zA-Z0-9_]")
+_NUMBER = re.compile(r"[0-9]{1,4}")
+_WAIT = re.compile(r"([0-9]{1,4}(?:\.[0-9]{1,3})?)s?")
 
 
 class BadQuery(ValueError):
     """A query that makes no sense; the text is fit for the client."""
 
 
+class LabelNames(StrEnum):
+    """The discoveries whose names the labels of a target have."""
+
+    CONSUL = "consul"
+    KUBERNETES = "kubernetes"
+    BOTH = "both"
+
+
+class Part(NamedTuple):
+    """One of several parts into which targets are divided by their IDs."""
+
+    number: int
+    of: int
+
+
 @dataclass(frozen=True, slots=True)
 class SdQuery:
-    """The filters of a request; an empty filter lets everything pass, several values of one are alternatives."""
+    """A query for targets; an empty filter lets everything pass, several values of one are alternatives."""
 
     kinds: frozenset[str] = frozenset()
     namespaces: frozenset[str] = frozenset()
     shard_paths: frozenset[str] = frozenset()
+    names: LabelNames = LabelNames.CONSUL
+    part: Part | None = None
 
     @property
     def scope(self) -> Scope:
@@ -42,65 +78,158 @@ class SdQuery:
             (not self.kinds or target.key.kind in self.kinds)
             and (not self.namespaces or target.key.namespace in self.namespaces)
             and (not self.shard_paths or target.service.value("shard_path") in self.shard_paths)
+            and (self.part is None or bucket_of(target.service.id, self.part.of) == self.part.number)
         )
 
 
 def parse_sd_query(pairs: Iterable[tuple[str, str]]) -> SdQuery:
-    """Parse the pairs of a query string.
+    """Parse the pairs of a query string but for `wait`.
 
-    Raises BadQuery for an unknown name or kind: ignoring a slip would hand out every target.
+    Raises BadQuery for an unknown name or value: ignoring a slip would hand out every target.
     """
-    given: dict[str, set[str]] = {name: set() for name in FILTERS}
+    given: dict[str, list[str]] = {name: [] for name in PARAMETERS}
     for name, value in pairs:
         if name not in given:
-            raise BadQuery(f"the filters are {', '.join(FILTERS)}")
-        given[name].add(value)
-    if not given["kind"] <= set(Kind):
+            raise BadQuery(f"the parameters are {', '.join(PARAMETERS)}")
+        given[name].append(value)
+    if not set(given["kind"]) <= set(Kind):
         raise BadQuery(f"kind is one of {', '.join(Kind)}")
-    return SdQuery(*(frozenset(given[name]) for name in FILTERS))
+    names = _only(given, "labels")
+    if names is not None and names not in set(LabelNames):
+        raise BadQuery(f"labels is one of {', '.join(LabelNames)}")
+    kinds, namespaces, shard_paths = (frozenset(given[name]) for name in FILTERS)
+    part = _part(_only(given, "shard"), _only(given, "of"))
+    return SdQuery(kinds, namespaces, shard_paths, LabelNames(names or LabelNames.CONSUL), part)
+
+
+def parse_wait(values: Iterable[str]) -> float:
+    """Return the seconds of `wait`, 0 if it is not given; raises BadQuery."""
+    text = _only({"wait": list(values)}, "wait")
+    if text is None:
+        return 0.0
+    match = _WAIT.fullmatch(text)
+    if match is None or float(match[1]) > LONGEST_WAIT:
+        raise BadQuery(f"wait is a number of seconds such as 25s, at most {LONGEST_WAIT:g}")
+    return float(match[1])
+
+
+def _only(given: dict[str, list[str]], name: str) -> str | None:
+    """Return the value of a parameter that may be given once, None if it is not given."""
+    values = given[name]
+    if len(values) > 1:
+        raise BadQuery(f"{name} is given more than once")
+    return values[0] if values else None
+
+
+def _part(number: str | None, of: str | None) -> Part | None:
+    if number is None and of is None:
+        return None
+    if number is None or of is None:
+        raise BadQuery("shard and of need each other, such as shard=0&of=3")
+    if not _NUMBER.fullmatch(of) or not 1 <= int(of) <= MOST_SHARDS:
+        raise BadQuery(f"of is the number of shards, 1 to {MOST_SHARDS}")
+    if not _NUMBER.fullmatch(number) or int(number) >= int(of):
+        raise BadQuery("shard is a number from 0, less than of")
+    return Part(int(number), int(of))
 
 
 @dataclass(slots=True)
 class GroupEncoder:
-    """Encodes targets as groups of Prometheus' HTTP service discovery (docs/http_sd), one group a target."""
+    """Encodes targets as groups of Prometheus' HTTP service discovery (docs/http_sd), one group a target.
+
+    `target_labels` are the labels that a Pod's annotations may set. With `pods_through_proxy` the address of a
+    Pod's target is its Node's.
+    """
 
     meta_keys: MetaKeys = field(default_factory=MetaKeys)
-    _labels: dict[str, str] = field(default_factory=dict)
+    annotation_prefix: str = "prometheus.io/"
+    target_labels: frozenset[str] = frozenset()
+    pods_through_proxy: bool = False
+    _known: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _json: msgspec.json.Encoder = field(default_factory=msgspec.json.Encoder)
 
-    def append(self, target: TargetRow, to: bytearray) -> None:
-        """Append one group and a comma."""
-        group = {"targets": [socket_address(target)], "labels": self._labels_of(target)}
+    def append(self, target: TargetRow, to: bytearray, names: LabelNames = LabelNames.CONSUL) -> None:
+        """Append one group on a line of its own, and a comma."""
+        service, known = target.service, self._known
+        labels = {} if names is LabelNames.KUBERNETES else _of_service(service)
+        first = 1 if names is LabelNames.KUBERNETES else 0
+        for key, value in service.meta:
+            for label in (known.get(key) or self._labels_of(key))[first:]:
+                labels[label] = value
+        if names is not LabelNames.CONSUL:
+            labels.update(self._kubernetes(target))
+        if names is LabelNames.KUBERNETES and target.key.kind is Kind.NODE:
+            labels["instance"] = target.key.name
+        group = {"targets": [socket_address(target)], "labels": labels}
+        to += b"\n"
         try:
             to += self._json.encode(group)
         except UnicodeEncodeError:  # half of a surrogate pair has no UTF-8; JSON can spell it
             to += json.dumps(group).encode()
         to += b","
 
-    def _labels_of(self, target: TargetRow) -> dict[str, Any]:
-        """Return the labels that consul_sd would give, and how to scrape as the labels Prometheus itself reads."""
-        service = target.service
-        labels = {
-            "__meta_consul_service": service.name,
-            "__meta_consul_service_id": service.id,
-            "__meta_consul_service_address": service.address,
-            "__meta_consul_service_port": str(service.port),
-        }
-        if service.tags:
-            labels["__meta_consul_tags"] = f",{','.join(service.tags)},"
-        for key, value in service.meta:
-            labels[self._labels.get(key) or self._label(key)] = value
-            if key == "metrics_path":
-                labels["__metrics_path__"] = value
-            elif key == "scheme":
-                labels["__scheme__"] = value
-            elif key.startswith("param_"):
-                labels[f"__{_as_label(key)}"] = value
-        return labels
+    def _labels_of(self, key: str) -> tuple[str, ...]:
+        """Return the label that consul_sd gives to a meta key, and the one that Prometheus itself reads."""
+        labels = [_META + _as_label(self.meta_keys.wire(key))]
+        if key in _SCRAPE:
+            labels.append(_SCRAPE[key])
+        elif key.startswith(PARAM_PREFIX):
+            labels.append(f"__{_as_label(key)}")
+        elif (
+            key.startswith(TARGET_PREFIX) and (name := key.removeprefix(TARGET_PREFIX)) in self.target_labels
+        ):
+            labels.append(name)
+        if len(self._known) >= _MOST_KEYS:
+            self._known.clear()
+        found = self._known[key] = tuple(labels)
+        return found
 
-    def _label(self, key: str) -> str:
-        label = self._labels[key] = _META + _as_label(self.meta_keys.wire(key))
-        return label
+    def _kubernetes(self, target: TargetRow) -> Iterator[tuple[str, str]]:
+        """Yield the labels that kubernetes_sd would give with the role of the target's kind, as far as known."""
+        meta, is_pod = dict(target.service.meta), target.key.kind is Kind.POD
+        known = {name: meta[key] for key, name in _OF_NODE.items() if key in meta}
+        if is_pod:
+            known |= {name: meta[key] for key, name in _OF_POD.items() if key in meta}
+            known |= {
+                "pod_host_ip" if self.pods_through_proxy else "pod_ip": target.service.address,
+                "pod_container_port_number": str(target.service.port),
+                "pod_phase": "Running",
+            }
+            for key, value in meta.items():
+                if key.startswith(LABEL_PREFIX):
+                    name = key.removeprefix(LABEL_PREFIX)
+                    known |= {f"pod_label_{name}": value, f"pod_labelpresent_{name}": "true"}
+            for key, value in self._annotations(target, meta):
+                name = _as_label(self.annotation_prefix + key)
+                known |= {f"pod_annotation_{name}": value, f"pod_annotationpresent_{name}": "true"}
+        if target.service.ready is not None and is_pod:
+            known["pod_ready"] = str(target.service.ready).lower()
+        for name, value in known.items():
+            yield _KUBERNETES + name, value
+
+    def _annotations(self, target: TargetRow, meta: dict[str, str]) -> Iterator[tuple[str, str]]:
+        """Yield the annotations that lead to this scrape, by their names after the prefix."""
+        yield "scrape", "true"
+        yield "port", str(target.service.port)
+        for key, name in (("metrics_path", "path"), ("scheme", "scheme")):
+            if key in meta:
+                yield name, meta[key]
+        for key, value in meta.items():
+            if key.startswith(PARAM_PREFIX):
+                yield f"param-{key.removeprefix(PARAM_PREFIX)}", value
+
+
+def _of_service(service: Service) -> dict[str, str]:
+    """Return the labels that consul_sd gives to a service without its meta."""
+    labels = {
+        "__meta_consul_service": service.name,
+        "__meta_consul_service_id": service.id,
+        "__meta_consul_service_address": service.address,
+        "__meta_consul_service_port": str(service.port),
+    }
+    if service.tags:
+        labels["__meta_consul_tags"] = f",{','.join(service.tags)},"
+    return labels
 
 
 def socket_address(target: TargetRow) -> str:

@@ -19,6 +19,9 @@ from k8s_consul_registrar.registrar.status import RegistrarStatus
 from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.service_names import HashShards
 
+# Seconds that what is saved or written for the first time waits for Consul.
+CONSUL_PATIENCE = 30.0
+
 
 class TargetState(StrEnum):
     """The state of a target in Consul."""
@@ -83,6 +86,14 @@ class About:
     backend_reason: str = ""
 
 
+class Owner(NamedTuple):
+    """The registrar that targets belong to; `cluster_uid` is empty while it is unknown."""
+
+    cluster: str
+    instance: str = ""
+    cluster_uid: str = ""
+
+
 class Targets(Protocol):
     """Targets that can be rendered."""
 
@@ -102,12 +113,20 @@ class SavedTargets(Targets, Protocol):
     """The targets that an earlier process saved."""
 
     @property
+    def cluster_uid(self) -> str:
+        """The UID of their cluster, empty if it was unknown."""
+
+    @property
     def since(self) -> float:
         """The time until which they were up to date, in seconds of the epoch."""
 
 
 class TargetsView(Targets, Protocol):
     """The targets of a registrar."""
+
+    @property
+    def owner(self) -> Owner:
+        """The registrar that they belong to."""
 
     @property
     def meta_keys(self) -> MetaKeys:
@@ -160,6 +179,11 @@ class View:
         state = self.status
         odd = hash((frozenset(state.refused), frozenset(state.conflicts), state.is_standby))
         return hash((self.desired.generation, self.observed.generation, odd))
+
+    @property
+    def owner(self) -> Owner:
+        """The registrar that the targets belong to."""
+        return Owner(self.about.cluster, self.about.instance, self.desired.cluster_uid)
 
     def sources(self) -> Mapping[Source, SourceStatus]:
         """Return how well each source is known."""
@@ -249,6 +273,27 @@ class View:
         if shard or isinstance(self.rules.shards, HashShards):
             shard = self.rules.shards.choose(service_id, shard)
         return AsDesired(target, shard, self.desired.cluster_uid).service(self.rules.identity)
+
+
+class Completeness:
+    """True once every source was listed, and Consul was read or did not answer in `CONSUL_PATIENCE`.
+
+    Consul knows the shards, and the services that are kept.
+    """
+
+    def __init__(self, view: View, clock: Callable[[], float]) -> None:
+        self._view = view
+        self._clock = clock
+        self._listed_at: float | None = None
+        self._is_complete = False
+
+    def __bool__(self) -> bool:
+        if self._view.unlisted():
+            return False
+        if self._listed_at is None:
+            self._listed_at = self._clock()
+        self._is_complete |= self._view.observed.is_complete
+        return self._is_complete or self._clock() - self._listed_at >= CONSUL_PATIENCE
 
 
 class Census:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 from prometheus_client import CollectorRegistry
 
 from k8s_consul_registrar import __version__
+from k8s_consul_registrar.admin.documents import Documents
+from k8s_consul_registrar.admin.file_sd import FileSd, groups_before
 from k8s_consul_registrar.admin.metrics import new_registry
 from k8s_consul_registrar.admin.saved_state import SavedState
 from k8s_consul_registrar.admin.server import AdminServer
@@ -61,6 +63,9 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
     saved = None
     if settings.state_file:
         saved = await asyncio.to_thread(open_state, Path(settings.state_file), wiring.origin)
+    before: Mapping[str, bytes] = {}
+    if settings.file_sd_path:
+        before = await asyncio.to_thread(groups_before, Path(settings.file_sd_path))
     registry = new_registry("registrar")
     async with wiring.kube() as kube, AsyncExitStack() as stack:
         elector = wiring.elector(kube)
@@ -72,11 +77,14 @@ async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing 
             if chosen is None:
                 return
             wiring = chosen
-        await _keep_equal(wiring, client, await stack.enter_async_context(front.serve(wiring, client)), stop)
+        shown = await stack.enter_async_context(front.serve(wiring, client))
+        await _keep_equal(wiring, client, shown, stop, before)
     log.info("registrar ends; what is registered stays")
 
 
-async def _keep_equal(wiring: Wiring, client: ConsulClient | None, shown: "_Shown", stop: Stop) -> None:
+async def _keep_equal(
+    wiring: Wiring, client: ConsulClient | None, shown: "_Shown", stop: Stop, before: Mapping[str, bytes]
+) -> None:
     settings, timing = wiring.settings, wiring.timing
     parts, view = shown.parts, shown.view
     aside = [
@@ -92,7 +100,14 @@ async def _keep_equal(wiring: Wiring, client: ConsulClient | None, shown: "_Show
             Path(settings.state_file), wiring.origin, view, is_settled=lambda: parts.selection.is_settled
         )
         aside.append(keeper.run())
+    file_sd = None
+    if settings.file_sd_path:
+        path = Path(settings.file_sd_path)
+        file_sd = FileSd(path, view, shown.documents, before=before, brake=settings.brake)
+        aside.append(file_sd.run())
     await _run(stop, parts, shown.elector, aside)
+    if file_sd is not None:
+        await stop.unless_urgent(file_sd.write_at_end())
     if keeper is not None:
         await stop.unless_urgent(keeper.save_at_end())
 
@@ -102,6 +117,7 @@ class _Shown(NamedTuple):
 
     parts: RegistrarParts
     view: View
+    documents: Documents
     gate: SavedTargetsGate
     elector: Elector | None
 
@@ -139,8 +155,18 @@ class _Front:
         census = Census(view, parts.reflectors.stats)
         gate = SavedTargetsGate(saved, view, parts.cluster_uid)
         async with AsyncExitStack() as stack:
-            await _serve(settings, view, self.registry, stack, access=wiring.access, census=census, gate=gate)
-            yield _Shown(parts, view, gate, elector)
+            documents = wiring.documents(view)
+            await _serve(
+                settings,
+                view,
+                self.registry,
+                stack,
+                access=wiring.access,
+                census=census,
+                gate=gate,
+                documents=documents,
+            )
+            yield _Shown(parts, view, documents, gate, elector)
 
 
 async def _with_backend(wiring: Wiring, client: ConsulClient, front: _Front, stop: Stop) -> Wiring | None:
@@ -227,6 +253,7 @@ async def _serve(
     access: Access,
     census: Census,
     gate: SavedTargetsGate,
+    documents: Documents,
 ) -> None:
     """Open the admin port, and the port of http_sd where it is wanted."""
     figures = RegistrarCollector(census.figures)
@@ -235,7 +262,7 @@ async def _serve(
     ports = {}
     consul = {"consul": address} if (address := _consul_address(settings)) else {}
     if settings.http_sd is not None:
-        server = http_sd_server(settings.http_sd, view, gate.current)
+        server = http_sd_server(settings.http_sd, view, gate.current, documents)
         await stack.enter_async_context(server)
         refreshing = asyncio.create_task(server.keep_fresh())
         stack.callback(refreshing.cancel)

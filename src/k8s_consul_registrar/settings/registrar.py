@@ -79,6 +79,12 @@ def _state_file(given: str) -> str:
     return given
 
 
+def _json_file(given: str) -> str:
+    if parse.file.parse(given) and not given.endswith(".json"):
+        raise ValueError(f"{given!r} must end with .json: Prometheus reads no other file so")
+    return given
+
+
 @dataclass(frozen=True, slots=True)
 class BrakeSettings(BrakeRules, Section, group=BRAKE):
     """The rules of the brake."""
@@ -197,6 +203,10 @@ class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
         "File in which the targets are saved, at most every 30 seconds. After a restart they are served, marked "
         "as stale, until the cluster was listed. Its folder must survive the restart"
     )
+    file_sd_path: str = Setting("FILE_SD_PATH", Parser(_json_file, TEXT), group=HTTP_SD).means(
+        "File in which Prometheus finds the targets by file service discovery, such as `/targets/cluster.json`. "
+        "Replaced when they change, at most once a second, and kept when the registrar ends. Unset: off"
+    )
     brake: BrakeSettings = section(BrakeSettings)
     orphan_after: float = Setting("ORPHAN_AFTER", parse.seconds(1), "600", group=BRAKE).means(
         "Seconds for which an agent must be lost before this registrar's services on its node are removed, at "
@@ -225,8 +235,9 @@ class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
                 f"CLUSTER_NAME is not set: {self.cluster_name!r} is used, and only services that the cluster's "
                 "UID proves to be this cluster's are deregistered"
             )
-        if self.backend.backend == NONE and self.http_sd is None:
-            reader.problem("CONSUL_BACKEND", "none serves targets on HTTP_SD_PORT only, which is not set")
+        if self.backend.backend == NONE and self.http_sd is None and not self.file_sd_path:
+            problem = "none gives targets on HTTP_SD_PORT and in FILE_SD_PATH only, neither of which is set"
+            reader.problem("CONSUL_BACKEND", problem)
         if self.backend.backend == NONE and self.naming.shard_paths and self.naming.shard_strategy != HASH:
             problem = "must be hash with CONSUL_BACKEND=none: nothing remembers a random shard"
             reader.problem("SHARD_STRATEGY", problem)
@@ -273,6 +284,7 @@ def selection_digest(settings: RegistrarSettings) -> str:
         "node_name": _text(naming.node_name),
         "tags": sorted(map(_text, naming.tags)),
         "labels": sorted(naming.labels),
+        **({"target_labels": sorted(naming.target_labels)} if naming.target_labels else {}),
         "meta_keys": naming.meta_keys.text,
         "shard_paths": sorted(naming.shard_paths),
         "shard_strategy": naming.shard_strategy if naming.shard_paths else "",

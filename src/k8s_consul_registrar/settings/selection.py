@@ -21,6 +21,7 @@ from k8s_consul_registrar.targets.service_names import (
     parse_name,
     parse_tag,
 )
+from k8s_consul_registrar.targets.target_labels import TargetLabel, parse_target_label
 
 DISCOVERY = "Discovery"
 RANDOM = "random"
@@ -102,6 +103,15 @@ def _shard_path(given: str) -> str:
     return given
 
 
+def _target_labels(given: str) -> tuple[TargetLabel, ...]:
+    labels = parse.entries(parse_target_label).parse(given)
+    by_annotation = {one.annotation: one.name for one in labels}
+    for one in labels:
+        if (other := by_annotation[one.annotation]) != one.name:
+            raise ValueError(f"{one.name!r} and {other!r} would both be set by {one.annotation}")
+    return labels
+
+
 @dataclass(frozen=True, slots=True)
 class NamingSettings(Section, group="Names, tags, labels and shards"):
     """The names, tags, labels and shards of services; templates are parsed once."""
@@ -109,12 +119,14 @@ class NamingSettings(Section, group="Names, tags, labels and shards"):
     pod_name: Template = Setting(
         "POD_SERVICE_NAME", Parser(lambda given: parse_name(given, Kind.POD), TEXT), DEFAULT_POD_NAME
     ).means(
-        f"Template of a Pod's service name. Fields: {_fields_of(Kind.POD)} and `{{label:<key>}}`. "
+        f"Template of a Pod's service name. Fields: {_fields_of(Kind.POD)}, `{{bucket:<number>}}` and `{{label:<key>}}`. "
         "`{cluster}-pods` puts all Pods under one name"
     )
     node_name: Template = Setting(
         "NODE_SERVICE_NAME", Parser(lambda given: parse_name(given, Kind.NODE), TEXT), DEFAULT_NODE_NAME
-    ).means(f"Template of a Node's service name. Fields: {_fields_of(Kind.NODE)} and `{{label:<key>}}`")
+    ).means(
+        f"Template of a Node's service name. Fields: {_fields_of(Kind.NODE)}, `{{bucket:<number>}}` and `{{label:<key>}}`"
+    )
     id_prefix: str = Setting("SERVICE_ID_PREFIX", Parser(_id_prefix, parse.name.schema)).means(
         "Prefix of every service ID, for registrars that share an agent: letters, digits, `.`, `_`, `-`, at "
         "most 50"
@@ -128,6 +140,11 @@ class NamingSettings(Section, group="Names, tags, labels and shards"):
     ).means(
         "Comma-separated Pod labels to write as meta `label_<name>`, with `_` for characters other than letters "
         "and digits"
+    )
+    target_labels: tuple[TargetLabel, ...] = Setting("TARGET_LABELS", Parser(_target_labels, TEXTS)).means(
+        "Comma-separated labels, such as `__sample_limit__`, that a Pod's annotations may set for its targets: "
+        "`prometheus.io/label-sample_limit`. They are meta `target_<label>`, and labels in HTTP and file service "
+        "discovery"
     )
     meta_keys: MetaKeys = Setting(
         "META_KEYS",
@@ -152,7 +169,10 @@ class NamingSettings(Section, group="Names, tags, labels and shards"):
         return max((len(path.encode()) for path in self.shard_paths), default=0)
 
     def check(self, reader: Reader) -> None:
-        """Report names with a shard path that there is none for, or that fits no name."""
+        """Report names with a shard path that there is none for, or that fits no name, and keys that collide."""
+        taken = {theirs for _, theirs in self.meta_keys.renamed} & {one.key for one in self.target_labels}
+        for key in sorted(taken):
+            reader.problem("META_KEYS", f"cannot use {key}, which TARGET_LABELS uses")
         templates = {"POD_SERVICE_NAME": self.pod_name, "NODE_SERVICE_NAME": self.node_name}
         for one in (one for one, template in templates.items() if template.has_shard):
             if not self.shard_paths:

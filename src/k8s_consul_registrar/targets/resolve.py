@@ -34,6 +34,7 @@ from k8s_consul_registrar.targets.service_names import (
     service_name,
     service_tags,
 )
+from k8s_consul_registrar.targets.target_labels import TargetLabel
 
 # Consul's limits on meta: agent/structs/structs.go, validateMetaPair and metaMaxKeyPairs. 8 of the 64 pairs
 # are reserved for what the registrar adds to each service (cluster, instance, shard and the like).
@@ -128,6 +129,7 @@ class TargetRules(msgspec.Struct, frozen=True):
     endpoint_name: Template = ENDPOINT_NAME
     tags: tuple[Template, ...] = ()
     labels: tuple[LabelMeta, ...] = ()
+    target_labels: tuple[TargetLabel, ...] = ()
     node_address_types: tuple[str, ...] = NODE_ADDRESS_TYPES
     longest_shard: int = 0
     has_readiness: bool = False
@@ -157,7 +159,7 @@ def resolve_pod(pod: Pod, rules: TargetRules) -> Resolved:
         scrape = pod_scrape(pod, rules.annotation_prefix)
         find_endpoints = _proxy_endpoints if rules.pods_through_proxy else _endpoints
         endpoints = find_endpoints(pod, scrape, rules)
-        subject = _pod_subject(pod, rules)
+        subject = _pod_subject(pod, service_id, rules)
         name = service_name(rules.pod_name, subject, rules.longest_shard)
         tags = service_tags(rules.tags, subject, rules.longest_shard)
     except Rejected as rejected:
@@ -197,7 +199,7 @@ def resolve_node(node: Node, rules: TargetRules) -> Resolved:
         )
     service_id = node_service_id(node_ip, rules.id_prefix)
     try:
-        subject = _node_subject(node, node_ip, rules)
+        subject = _node_subject(node, node_ip, service_id, rules)
         target = Target(
             key=node.key,
             id=service_id,
@@ -246,6 +248,8 @@ def _proxy_endpoints(pod: Pod, scrape: ScrapeConfig, rules: TargetRules) -> list
 
 def _pod_meta(pod: Pod, rules: TargetRules) -> dict[str, str]:
     meta = {"kind": "pod", "namespace": pod.namespace, "node": pod.node, "pod": pod.name}
+    for one in rules.target_labels:
+        meta[one.key] = pod.annotations.get(f"{rules.annotation_prefix}{one.annotation}", "")
     return meta | {one.key: pod.labels.get(one.label, "") for one in rules.labels} if rules.labels else meta
 
 
@@ -259,7 +263,7 @@ def _node_meta(node: Node, node_ip: str, scheme: str) -> Mapping[str, str]:
     }
 
 
-def _pod_subject(pod: Pod, rules: TargetRules) -> Subject:
+def _pod_subject(pod: Pod, service_id: str, rules: TargetRules) -> Subject:
     values = {
         "cluster": rules.cluster,
         "kind": Kind.POD.value,
@@ -268,12 +272,12 @@ def _pod_subject(pod: Pod, rules: TargetRules) -> Subject:
         "node": pod.node,
         "node_ip": _canonical_ip(pod.host_ip),
     }
-    return Subject(values, pod.labels)
+    return Subject(values, pod.labels, service_id)
 
 
-def _node_subject(node: Node, node_ip: str, rules: TargetRules) -> Subject:
+def _node_subject(node: Node, node_ip: str, service_id: str, rules: TargetRules) -> Subject:
     values = {"cluster": rules.cluster, "kind": Kind.NODE.value, "node": node.name, "node_ip": node_ip}
-    return Subject(values, node.labels)
+    return Subject(values, node.labels, service_id)
 
 
 @lru_cache(maxsize=1024)

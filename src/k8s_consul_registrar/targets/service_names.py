@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from functools import lru_cache
 from hashlib import blake2b
 from typing import NamedTuple, Protocol
 
@@ -28,6 +29,7 @@ FIELDS: Mapping[Kind, AbstractSet[str]] = {
 }
 ALL_FIELDS = frozenset().union(*FIELDS.values())
 
+_COUNT = re.compile(r"[0-9]{1,3}")
 _PART = re.compile(r"\{([^{}]*)\}|([^{}]+)|(.)", re.DOTALL)
 # Kubernetes, "Labels and Selectors": an optional DNS subdomain and a slash, then a name of at most 63.
 _LABEL = re.compile(r"(?:(?=.{1,253}/)[a-z0-9][a-z0-9.-]*/)?[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
@@ -48,26 +50,35 @@ DEFAULT_NODE_NAME = "node--{node_ip}"
 DEFAULT_ENDPOINT_NAME = "svc--{namespace}--{service}"
 
 
+# Every object is hashed once for each bucket, so their number is bounded.
+MOST_BUCKETS = 64
+
+
 class Field(NamedTuple):
-    """A field of a template; `label` is the label's key in `{label:key}`."""
+    """A field of a template; `label` is the label's key in `{label:key}`, `buckets` their number in `{bucket:8}`."""
 
     name: str
     label: str = ""
+    buckets: int = 0
 
     def __str__(self) -> str:
-        return f"{{{self.name}:{self.label}}}" if self.label else f"{{{self.name}}}"
+        detail = self.label or (str(self.buckets) if self.buckets else "")
+        return f"{{{self.name}:{detail}}}" if detail else f"{{{self.name}}}"
 
 
 class Subject(msgspec.Struct, frozen=True, gc=False):
-    """The values and labels of one object that fill in a template."""
+    """The values and labels of one object that fill in a template, and the ID that determines its bucket."""
 
     values: Mapping[str, str]
     labels: Mapping[str, str] = {}
+    id: str = ""
 
     def value(self, place: Field) -> str:
         """Return the value of a field, empty if the object has none."""
         if place.label:
             return self.labels.get(place.label, "")
+        if place.buckets:
+            return str(bucket_of(self.id, place.buckets))
         return SHARD_PLACEHOLDER if place.name == SHARD else self.values.get(place.name, "")
 
 
@@ -133,9 +144,13 @@ def _field(text: str, known: AbstractSet[str]) -> Field:
         if not is_label_key(label):
             raise ValueError(f"{{{text}}} does not name a label as Kubernetes has them")
         return Field(name, label)
+    if name == "bucket" and colon:
+        if not _COUNT.fullmatch(label) or not 1 <= int(label) <= MOST_BUCKETS:
+            raise ValueError(f"{{{text}}} does not name a number of buckets, 1 to {MOST_BUCKETS}")
+        return Field(name, buckets=int(label))
     if text not in known:
         choices = ", ".join(f"{{{one}}}" for one in sorted(known))
-        raise ValueError(f"{{{text}}} is none of {choices} and {{label:…}}")
+        raise ValueError(f"{{{text}}} is none of {choices}, {{bucket:…}} and {{label:…}}")
     return Field(text)
 
 
@@ -306,6 +321,17 @@ class HashShards(msgspec.Struct, frozen=True):
         if len(self.paths) < 2:
             return self.paths[0] if self.paths else ""
         return max(self.paths, key=lambda path: (_bid(path, service_id), path))
+
+
+@lru_cache(maxsize=100_000)
+def bucket_of(service_id: str, buckets: int) -> int:
+    """Return the number of a service's bucket, below `buckets`: by rendezvous hashing, as of shard paths."""
+    return int(HashShards(_numbers(buckets)).choose(service_id, ""))
+
+
+@lru_cache(maxsize=64)
+def _numbers(count: int) -> tuple[str, ...]:
+    return tuple(map(str, range(count)))
 
 
 def _bid(path: str, service_id: str) -> bytes:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
+from k8s_consul_registrar.admin.documents import Documents
 from k8s_consul_registrar.admin.http_sd import HttpSdServer, no_saved_targets
 from k8s_consul_registrar.admin.saved_state import Origin
-from k8s_consul_registrar.admin.view import SavedTargets, TargetsView
+from k8s_consul_registrar.admin.target_groups import GroupEncoder
+from k8s_consul_registrar.admin.view import SavedTargets, Targets, TargetsView
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.agent import AgentRegistry
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
@@ -127,10 +129,22 @@ class Wiring:
             node_name=naming.node_name,
             tags=naming.tags,
             labels=naming.labels,
+            target_labels=naming.target_labels,
             node_address_types=selection.node_address_types,
             longest_shard=naming.longest_shard,
             has_readiness=settings.backend.has_readiness,
         )
+
+    def documents(self, view: Targets) -> Documents:
+        """Build the documents of service discovery."""
+        settings, naming = self.settings, self.settings.naming
+        encoder = GroupEncoder(
+            naming.meta_keys,
+            settings.selection.annotation_prefix,
+            frozenset(one.name for one in naming.target_labels),
+            settings.pods_through_proxy,
+        )
+        return Documents(view, encoder)
 
     @cached_property
     def digest(self) -> str:
@@ -294,12 +308,14 @@ def http_sd_server(
     settings: HttpSdSettings,
     view: TargetsView,
     saved: Callable[[], SavedTargets | None] = no_saved_targets,
+    documents: Documents | None = None,
 ) -> HttpSdServer:
     """Build what serves targets to collectors; raises an `AccessError` naming the setting at fault."""
     return HttpSdServer(
         port=settings.port,
         view=view,
         saved=saved,
+        documents=documents,
         bearer=http_sd_bearer(settings) if settings.bearer_token_file else None,
         tls=http_sd_tls(settings) if settings.cert_file else None,
     )

@@ -1,5 +1,6 @@
 """`check` of serving targets to collectors: the port, the token's file, the files of TLS."""
 
+import asyncio
 import socket
 import ssl
 import time
@@ -11,7 +12,7 @@ import trustme
 
 from k8s_consul_registrar.admin.http_sd import HttpSdServer
 from k8s_consul_registrar.admin.saved_state import Origin
-from k8s_consul_registrar.commands.check.http_sd import check_http_sd, check_state_file
+from k8s_consul_registrar.commands.check.http_sd import check_file_sd, check_http_sd, check_state_file
 from k8s_consul_registrar.commands.check.report import Finding, Result
 from k8s_consul_registrar.rotating import bearer_tokens
 from k8s_consul_registrar.settings.reading import read_registrar
@@ -169,3 +170,14 @@ async def test_file_of_saved_targets_is_looked_at(
     assert (finding.name, finding.outcome) == ("http_sd state", outcome)
     assert text in finding.detail
     assert names(tmp_path) == before
+
+
+async def test_folder_of_the_targets_file_is_checked(tmp_path: Path) -> None:
+    """A folder that is there will do, a missing one and a directory in the file's place will not; nothing is left."""
+    (found,) = await check_file_sd(tmp_path / "targets.json")
+    assert found.outcome == Result.OK
+    (missing,) = await check_file_sd(tmp_path / "nowhere" / "targets.json")
+    (taken,) = await check_file_sd(tmp_path)
+    assert {missing.outcome, taken.outcome} == {Result.FAIL}
+    assert "volume" in missing.hint
+    await asyncio.to_thread(tmp_path.rmdir)

@@ -35,6 +35,7 @@ def digest(**changes: str) -> str:
         ("SERVICE_TAGS", "cluster={cluster}"),
         ("POD_LABELS_AS_META", "app"),
         ("META_KEYS", "cluster=cluster_name"),
+        ("TARGET_LABELS", "__sample_limit__"),
         ("SHARD_PATHS", "s1"),
         ("SHARD_STRATEGY", "hash"),
         ("PROXY_NODE_PORT", "31113"),
@@ -59,6 +60,7 @@ def test_setting_that_selects_or_shapes_objects_changes_it(name: str, value: str
         ("BRAKE_CONFIRM", "5"),
         ("HTTP_SD_STATE_FILE", "/var/lib/registrar/state.json"),
         ("LOG_LEVEL", "debug"),
+        ("FILE_SD_PATH", "/targets/cluster.json"),
         ("PREVIOUS_INSTANCES", "old"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import aiohttp
 
+from k8s_consul_registrar.admin.file_sd import SETTING as FILE_SETTING
 from k8s_consul_registrar.admin.http_sd import HEADERS, SD_PATH
 from k8s_consul_registrar.admin.replacement import check_folder
 from k8s_consul_registrar.admin.saved_state import Origin
@@ -19,6 +20,7 @@ from k8s_consul_registrar.tls import Trust, out_of_date
 from k8s_consul_registrar.wiring.registrar import http_sd_bearer, http_sd_tls
 
 PORT, TOKEN, TLS, STATE = "http_sd port", "http_sd token", "http_sd tls", "http_sd state"
+FILE = "file_sd"
 WHERE = "the registrar reads the files: is their Secret mounted in its Pod, and readable to its user?"
 
 
@@ -47,6 +49,23 @@ def _state_file(path: Path, origin: Origin) -> Finding:
         return fail(STATE, str(error), hint)
     held = "no targets are saved yet" if saved is None else f"{saved.count} targets are saved"
     return ok(STATE, f"{path.parent} can be written in; {held}")
+
+
+async def check_file_sd(path: Path) -> list[Finding]:
+    """Check the folder of FILE_SD_PATH; nothing is left there."""
+    return [await asyncio.to_thread(_file_sd, path)]
+
+
+def _file_sd(path: Path) -> Finding:
+    try:
+        check_folder(path, FILE_SETTING)
+    except AccessError as error:
+        hint = "FILE_SD_PATH needs a folder that the registrar can write in: is a volume mounted there?"
+        return fail(FILE, str(error), hint)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        hint = "let FILE_SD_PATH name a file of its own, which need not be there yet"
+        return fail(FILE, f"{path} is not a regular file", hint)
+    return ok(FILE, f"{path.parent} can be written in")
 
 
 def _token(settings: HttpSdSettings) -> list[Finding]:

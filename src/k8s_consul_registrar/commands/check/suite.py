@@ -20,7 +20,7 @@ from k8s_consul_registrar.commands.check.cluster import (
     source_permissions,
 )
 from k8s_consul_registrar.commands.check.consul import check_backend
-from k8s_consul_registrar.commands.check.http_sd import check_http_sd, check_state_file
+from k8s_consul_registrar.commands.check.http_sd import check_file_sd, check_http_sd, check_state_file
 from k8s_consul_registrar.commands.check.nodes import check_node_port, check_proxied
 from k8s_consul_registrar.commands.check.report import Finding, as_json, as_table, fail, is_passed, ok, warn
 from k8s_consul_registrar.errors import AccessError, SettingsError
@@ -99,6 +99,8 @@ async def check(modes: CheckedModes, timing: Timing = TIMING) -> list[Finding]:
             add("http_sd", check_http_sd(modes.registrar.http_sd, timing.read_timeout))
         if modes.registrar.state_file:
             add("http_sd", check_state_file(Path(modes.registrar.state_file), wiring.origin))
+        if modes.registrar.file_sd_path:
+            add("file_sd", check_file_sd(Path(modes.registrar.file_sd_path)))
         add("node port", check_node_port(wiring, cluster))
     if modes.proxy:
         add("kubelets", check_proxied(modes.proxy, cluster, timing.read_timeout))

@@ -1,0 +1,197 @@
+"""The file of FILE_SD_PATH: the groups of HTTP service discovery, replaced whenever they change."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+
+from k8s_consul_registrar.admin.documents import Document, Documents, pieces
+from k8s_consul_registrar.admin.replacement import (
+    Blocking,
+    Replacement,
+    check_folder,
+    remove_leftovers,
+    write_problem,
+)
+from k8s_consul_registrar.admin.target_groups import SdQuery
+from k8s_consul_registrar.admin.view import Completeness, View
+from k8s_consul_registrar.errors import AccessError
+from k8s_consul_registrar.registrar.brake import LEAST, SHARE, BrakeRules
+from k8s_consul_registrar.rotating import LoadStatus, read_file
+from k8s_consul_registrar.telemetry import get_logger
+
+SETTING = "FILE_SD_PATH"
+# Prometheus runs as another user; the file holds addresses and names, no secrets.
+MODE = 0o644
+# Seconds between two looks for a change, and between two looks at the file itself.
+LOOK_EVERY = 0.1
+CHECK_EVERY = 5.0
+# Seconds after a failure until the next try.
+RETRY_EVERY = 5.0
+# Seconds that the last write may take.
+LAST_WRITE = 10.0
+# The longest file that is read: that of 300,000 targets.
+SIZE_LIMIT = 256 << 20  # bytes
+
+log = get_logger("file_sd")
+
+
+class _Labels(msgspec.Struct):
+    id: str = msgspec.field(name="__meta_consul_service_id", default="")
+
+
+class _Group(msgspec.Struct):
+    labels: _Labels
+
+
+_decoder = msgspec.json.Decoder(_Group)
+
+
+def groups_by_id(content: bytes) -> Mapping[str, bytes]:
+    """Return the groups of a file that a registrar wrote, by service ID; of other content what looks like them."""
+    found: dict[str, bytes] = {}
+    for line in content.splitlines():
+        group = line.rstrip(b",]")
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            if service_id := _decoder.decode(group).labels.id:
+                found[service_id] = group
+    return found
+
+
+def groups_before(path: Path) -> Mapping[str, bytes]:
+    """Return the groups that an earlier process wrote; raises an AccessError if no file can ever be written."""
+    check_folder(path, SETTING)
+    remove_leftovers(path)
+    try:
+        return groups_by_id(read_file(path, SETTING, size_limit=SIZE_LIMIT, follows_links=False))
+    except AccessError as error:
+        if path.exists():
+            log.warning("targets of an earlier process cannot be read", problem=str(error))
+        return {}
+
+
+class FileSd:
+    """Replaces the file when the targets have changed, at most once a second, and only by complete knowledge.
+
+    `before` are the groups of an earlier process. The brake does not know them: without Consul, or while it cannot
+    be read, a wrong kubeconfig would empty the file. So if the first targets of this process lack so many of
+    them that it would be a mass removal, those stay in the file for `confirm_start` seconds.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        view: View,
+        documents: Documents,
+        *,
+        before: Mapping[str, bytes],
+        brake: BrakeRules,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._path = path
+        self._view = view
+        self._documents = documents
+        self._before = dict(before)
+        self._brake = brake
+        self._clock = clock
+        self._complete = Completeness(view, clock)
+        self._status = LoadStatus(
+            SETTING, failing="targets cannot be written", working="targets are written again"
+        )
+        self._blocking = Blocking()
+        self._written: Document | None = None
+        self._checked_at = self._failed_at = float("-inf")
+        # None until the first targets were compared with those of an earlier process.
+        self._keeps_until: float | None = None
+
+    async def run(self) -> None:
+        """Write when it is due; ends only by cancellation."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY)
+            if self._complete and await self._is_due():
+                await self.write()
+
+    async def write_at_end(self) -> None:
+        """Write what changed before the process ends; the file stays."""
+        if self._complete:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LAST_WRITE):
+                    await self.write()
+
+    async def write(self) -> None:
+        """Replace the file unless it holds these targets already; a failure is logged and the file stays."""
+        document = await self._documents.get(SdQuery())
+        is_there = self._written is not None and self._written.etag == document.etag
+        if is_there and not self._before and not self._status.problem:
+            self._written = document
+            return
+        try:
+            await self._blocking.do(lambda: self._replace(document))
+        except (OSError, ValueError) as error:
+            self._written, self._failed_at = None, self._clock()
+            self._status.failed(f"{SETTING}: {write_problem(self._path, error)}", has_value=True)
+            return
+        self._status.succeeded(is_new=False)
+        self._written = document
+
+    async def _is_due(self) -> bool:
+        now = self._clock()
+        if self._written is None:
+            return now - self._failed_at >= RETRY_EVERY
+        if self._documents.is_old(self._written) or self._is_over(now):
+            return time.monotonic() >= self._documents.due(self._written)
+        if now - self._checked_at < CHECK_EVERY:
+            return False
+        self._checked_at = now
+        with contextlib.suppress(OSError):
+            if not await self._blocking.do(self._path.exists):
+                self._written = None
+        return self._written is None
+
+    def _replace(self, document: Document) -> None:
+        """Write the file; blocks."""
+        file = Replacement(self._path, MODE)
+        file.open()
+        try:
+            for piece in self._pieces(document):
+                file.write(piece)
+            file.commit()
+        finally:
+            file.discard()
+
+    def _pieces(self, document: Document) -> Iterator[bytes]:
+        if not self._before:
+            yield from pieces(document.packed)
+            return
+        content = b"".join(pieces(document.packed))
+        now, held = groups_by_id(content), len(self._before)
+        # What this process has shown itself follows its own rules from then on.
+        self._before = {one: group for one, group in self._before.items() if one not in now}
+        if not self._is_kept(held, shown=len(now)):
+            self._before = {}
+            yield content
+            return
+        yield b"[\n" + b",\n".join([*now.values(), *self._before.values()]) + b"]\n"
+
+    def _is_kept(self, held: int, *, shown: int) -> bool:
+        """Return True if what is left of `held` groups of an earlier process stays in the file for now."""
+        now, missing = self._clock(), len(self._before)
+        if self._keeps_until is None:
+            is_mass = missing >= LEAST and missing > SHARE * held
+            is_held = (is_mass or (missing and not shown)) and not self._brake.allow_mass
+            self._keeps_until = now + self._brake.confirm_start if is_held else now
+            if is_held:
+                log.warning(
+                    "the file keeps targets of an earlier process that the cluster does not show",
+                    targets=missing,
+                    seconds=self._brake.confirm_start,
+                )
+        elif missing and self._is_over(now):
+            log.info("the file drops targets of an earlier process", targets=missing)
+        return bool(missing) and not self._is_over(now)
+
+    def _is_over(self, now: float) -> bool:
+        return bool(self._before) and self._keeps_until is not None and now >= self._keeps_until

@@ -1,0 +1,155 @@
+"""Queries for targets, and the labels of kubernetes_sd and of annotations."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from k8s_consul_registrar.admin.target_groups import (
+    MOST_SHARDS,
+    BadQuery,
+    GroupEncoder,
+    LabelNames,
+    parse_sd_query,
+    parse_wait,
+)
+from k8s_consul_registrar.admin.view import TargetRow
+from support.seen import node_target, pod_target
+
+KUBERNETES = "__meta_kubernetes_"
+
+
+def labels_of(
+    target: TargetRow, encoder: GroupEncoder | None = None, names: LabelNames = LabelNames.KUBERNETES
+) -> dict[str, str]:
+    """Return the labels of a target's group."""
+    text = bytearray()
+    (encoder or GroupEncoder()).append(target, text, names)
+    found: dict[str, str] = json.loads(text[:-1])["labels"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        ([("shards", "1")], "parameters are"),
+        ([("labels", "both"), ("labels", "both")], "more than once"),
+        ([("labels", "Consul")], "one of consul"),
+        ([("labels", "")], "one of consul"),
+        ([("shard", "0")], "need each other"),
+        ([("of", "3")], "need each other"),
+        ([("shard", "3"), ("of", "3")], "less than of"),
+        ([("shard", "-1"), ("of", "3")], "less than of"),
+        ([("shard", "1.0"), ("of", "3")], "less than of"),
+        ([("shard", "\u0663"), ("of", "4")], "less than of"),
+        ([("shard", "0"), ("of", "0")], "number of shards"),
+        ([("shard", "0"), ("of", str(MOST_SHARDS + 1))], "number of shards"),
+        ([("shard", "0"), ("shard", "1"), ("of", "3")], "more than once"),
+    ],
+)
+def test_query_that_is_wrong_is_refused_with_words(pairs: list[tuple[str, str]], words: str) -> None:
+    """Each mistake is named; none hands out every target."""
+    with pytest.raises(BadQuery, match=words):
+        parse_sd_query(pairs)
+
+
+@pytest.mark.parametrize(
+    ("values", "seconds"),
+    [((), 0.0), (("25s",), 25.0), (("25",), 25.0), (("0.5s",), 0.5), (("0",), 0.0), (("60s",), 60.0)],
+)
+def test_wait_is_a_number_of_seconds(values: tuple[str, ...], seconds: float) -> None:
+    """With or without its unit."""
+    assert parse_wait(values) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "s", "-1", "61", "1m", "nan", "inf", "1e1", " 5", "5 ", "\u0665", "99999999"]
+)
+def test_wait_that_is_no_time_or_too_long_is_refused(text: str) -> None:
+    """A request cannot wait without end."""
+    with pytest.raises(BadQuery, match="at most 60"):
+        parse_wait([text])
+    with pytest.raises(BadQuery, match="more than once"):
+        parse_wait(["1s", "1s"])
+
+
+def test_shards_divide_the_targets_and_move_few_when_one_is_added() -> None:
+    """Each target is in one shard; a fourth one takes about a quarter, and moves nothing between the others."""
+    targets = [pod_target(f"web-{number}") for number in range(600)]
+
+    def shard_of(target: TargetRow, of: int) -> int:
+        """Return the only shard of a target."""
+        (found,) = [
+            number
+            for number in range(of)
+            if parse_sd_query([("shard", str(number)), ("of", str(of))]).matches(target)
+        ]
+        return found
+
+    before, after = [shard_of(one, 3) for one in targets], [shard_of(one, 4) for one in targets]
+    assert all(150 < count < 250 for count in Counter(before).values())
+    assert all(new in (old, 3) for old, new in zip(before, after, strict=True))
+    assert 100 < after.count(3) < 200
+
+
+def test_pod_has_the_names_of_kubernetes_sd() -> None:
+    """An existing job's usual rules find what they read: annotations, labels, phase, names and the port."""
+    target = pod_target("web-1", meta={"label_app": "web", "param_module": "x", "zone": "a"}, ready=True)
+    labels = labels_of(target)
+    assert {name: value for name, value in labels.items() if not name.startswith(KUBERNETES)} == {
+        "__metrics_path__": "/metrics",
+        "__scheme__": "http",
+        "__param_module": "x",
+    }
+    assert {name.removeprefix(KUBERNETES): labels[name] for name in labels if name.startswith(KUBERNETES)} == {
+        "namespace": "shop",
+        "pod_name": "web-1",
+        "pod_node_name": "node-1",
+        "node_name": "node-1",
+        "node_label_topology_kubernetes_io_zone": "a",
+        "pod_ip": "198.51.100.10",
+        "pod_container_port_number": "9102",
+        "pod_phase": "Running",
+        "pod_ready": "true",
+        "pod_label_app": "web",
+        "pod_labelpresent_app": "true",
+        **{
+            f"pod_annotation{kind}_prometheus_io_{name}": value if not kind else "true"
+            for kind in ("", "present")
+            for name, value in (
+                ("scrape", "true"), ("port", "9102"), ("path", "/metrics"), ("scheme", "http"),
+                ("param_module", "x"),
+            )
+        },
+    }  # fmt: skip
+
+
+def test_node_has_the_names_and_the_instance_of_kubernetes_sd() -> None:
+    """With the names of kubernetes_sd alone a Node's instance is its name, as there."""
+    labels = labels_of(node_target(7))
+    assert (labels[f"{KUBERNETES}node_name"], labels["instance"]) == ("node-7", "node-7")
+    assert not any("_pod_" in name for name in labels)
+    both = labels_of(node_target(7), names=LabelNames.BOTH)
+    assert "instance" not in both
+    assert {f"{KUBERNETES}node_name", "__meta_consul_service_id"} <= both.keys()
+    assert not any(name.startswith(KUBERNETES) for name in labels_of(node_target(7), names=LabelNames.CONSUL))
+
+
+def test_pod_behind_the_proxy_has_its_nodes_address_and_the_operators_prefix() -> None:
+    """Its own address is not known; annotations have the configured prefix."""
+    encoder = GroupEncoder(annotation_prefix="scrape.example/", pods_through_proxy=True)
+    labels = labels_of(pod_target("web-1"), encoder)
+    assert labels[f"{KUBERNETES}pod_host_ip"] == "198.51.100.10"
+    assert f"{KUBERNETES}pod_ip" not in labels
+    assert labels[f"{KUBERNETES}pod_annotation_scrape_example_scrape"] == "true"
+
+
+@pytest.mark.parametrize("names", LabelNames)
+def test_only_labels_of_the_list_are_set_by_annotations(names: LabelNames) -> None:
+    """What Consul holds beyond the list, by an earlier list or another's hand, is meta and no label."""
+    meta = {"target___sample_limit__": "500", "target___address__": "198.51.100.66:80"}
+    labels = labels_of(
+        pod_target("web-1", meta=meta), GroupEncoder(target_labels=frozenset({"__sample_limit__"})), names
+    )
+    assert labels["__sample_limit__"] == "500"
+    assert "__address__" not in labels
