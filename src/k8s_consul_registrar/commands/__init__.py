@@ -108,6 +108,21 @@ COMMANDS = (
         _OF_REGISTRAR,
     ),
     Command(
+        "explain",
+        "say why an object is a target or is not, and what Consul has of it",
+        (
+            Argument(
+                "what",
+                "pod NAMESPACE/NAME, node NAME, or the address of a target",
+                {"nargs": "+", "metavar": "WHAT"},
+            ),
+            _output("how to show it", "text", "json"),
+        ),
+        "It reads the cluster and Consul as a sync would, and changes nothing. Exit codes: 0 it is a target, "
+        "3 it is not, 1 failure, 2 wrong settings or no such kind.",
+        _OF_REGISTRAR,
+    ),
+    Command(
         "lint",
         "say which Pods of manifests would be rejected, without a cluster",
         (

@@ -132,7 +132,7 @@ async def _compared(parts: RegistrarParts, found: Comparison) -> Plan:
         parts.core.desired.depart(service_id, key)
     actions: dict[str, Action] = {}
     for service_id in (*found.differing, *found.removals, *found.judged.released):
-        actions[service_id] = await _decided(parts, service_id)
+        actions[service_id] = await action_for(parts, service_id)
     updates = [
         service_id for service_id, action in actions.items() if isinstance(action, Update | Deregister)
     ]
@@ -147,7 +147,7 @@ async def _compared(parts: RegistrarParts, found: Comparison) -> Plan:
                 lines.append(PlanLine("+", service_id, _described(action.entry.service(who))))
             case Update():
                 after = action.entry.service(who)
-                lines.append(PlanLine("~", service_id, _differences(before.get(service_id, after), after)))
+                lines.append(PlanLine("~", service_id, differences(before.get(service_id, after), after)))
             case Deregister():
                 gone = before.get(service_id)
                 lines.append(PlanLine("-", service_id, "" if gone is None else _described(gone)))
@@ -181,7 +181,8 @@ async def _compared(parts: RegistrarParts, found: Comparison) -> Plan:
     )
 
 
-async def _decided(parts: RegistrarParts, service_id: str) -> Action:
+async def action_for(parts: RegistrarParts, service_id: str) -> Action:
+    """Return the decision about one service ID, with its name looked up if that is needed."""
     record = parts.core.observed.get(service_id)
     action = decide(parts.core.desired.ask(service_id, record), record, parts.core.rules)
     if isinstance(action, CheckName):
@@ -209,7 +210,8 @@ def _described(service: Service) -> str:
     return f"{service.address}:{service.port} {service.value('metrics_path')} {service.value('shard_path')}".strip()
 
 
-def _differences(before: Service, after: Service) -> str:
+def differences(before: Service, after: Service) -> str:
+    """Return what differs between two versions of a service, empty if nothing does."""
     """Return the fields that an update changes, with their old and new values."""
     old = {"name": before.name, "address": before.address, "port": str(before.port), **dict(before.meta)}
     new = {"name": after.name, "address": after.address, "port": str(after.port), **dict(after.meta)}

@@ -83,7 +83,7 @@ _URL_START = re.compile(r"https?:|[a-z][a-z0-9+.-]*:[/\\]{2}|//[^/]+/.|//[^/]*:[
 # Pods of one template have equal annotations and ports, so the result of reading them is cached. The limits
 # keep a user who may create Pods from filling the memory.
 TEMPLATES, LONGEST_KEPT, MOST_PORTS_KEPT = 1024, 256, 16
-_SCRAPED_PHASES = frozenset({"Running", "Unknown"})
+SCRAPED_PHASES = frozenset({"Running", "Unknown"})
 
 
 class ScrapeConfig(msgspec.Struct, frozen=True, gc=False):
@@ -102,7 +102,7 @@ def is_scraped(pod: Pod, prefix: str) -> bool:
     The IP of a Succeeded or Failed Pod may already belong to another Pod, so its targets are dropped at
     once. A Pod that is being deleted is scraped until it leaves these phases.
     """
-    return pod.annotations.get(f"{prefix}scrape") == "true" and pod.phase in _SCRAPED_PHASES
+    return pod.annotations.get(f"{prefix}scrape") == "true" and pod.phase in SCRAPED_PHASES
 
 
 def pod_scrape(pod: Pod, prefix: str) -> ScrapeConfig:

@@ -63,10 +63,11 @@ class RegistrarParts:
     reflectors: Reflectors
     cluster_uid: ClusterUid
     selection: SelectionRecord
+    cluster: "ClusterReads"
 
 
 @dataclass(frozen=True, slots=True)
-class _KubeCluster:
+class ClusterReads:
     """Reads of the API server beside those of the reflectors."""
 
     kube: KubeClient
@@ -250,7 +251,7 @@ class Wiring:
         )
         core = Core(desired, observed, queue, registry, rules, names, contests, reporter, status)
         reconciler = Reconciler(core)
-        cluster = _KubeCluster(kube, reflectors, settings.selection.selectors)
+        cluster = ClusterReads(kube, reflectors, settings.selection.selectors)
         absences = Absences(desired, cluster, settings.brake, is_same_selection=selection.is_same)
         resync = Resync(core, absences, id_prefix=settings.naming.id_prefix)
         upkeep = None
@@ -295,7 +296,9 @@ class Wiring:
             orphans=upkeep,
             probe_consul=probe_consul,
         )
-        return RegistrarParts(core, controller, reconciler, resync, reflectors, cluster_uid, selection)
+        return RegistrarParts(
+            core, controller, reconciler, resync, reflectors, cluster_uid, selection, cluster
+        )
 
     def _kinds_with_template(self) -> frozenset[Kind]:
         """Return the kinds whose service names are not the default, which contains the object's own name."""
