@@ -6,11 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from k8s_consul_registrar.proxy.config import ProxyConfig
-from k8s_consul_registrar.proxy.deadlines import Deadlines
 from k8s_consul_registrar.proxy.headers import request_start
-from k8s_consul_registrar.proxy.limits import Limits
+from k8s_consul_registrar.proxy.limits import Deadlines, Limits
 from k8s_consul_registrar.proxy.nodes import POD_TLS, Nodes
-from k8s_consul_registrar.proxy.pool import Pool
 from k8s_consul_registrar.proxy.refusals import Refusal
 from k8s_consul_registrar.proxy.request import RequestCache
 from k8s_consul_registrar.proxy.response import AnswerRules, HeadCache
@@ -21,6 +19,7 @@ from k8s_consul_registrar.proxy.upstreams import (
     CredentialSource,
     KubeletUpstream,
     PodUpstream,
+    Pool,
     Upstream,
 )
 
