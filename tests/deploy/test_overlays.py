@@ -173,27 +173,6 @@ def test_namespaced_asks_for_no_right_on_the_cluster(tmp_path: Path) -> None:
 
 
 @needs_kubectl
-def test_network_policies_let_through_every_declared_port(tmp_path: Path) -> None:
-    """Each container port of ours is let in, and kubelets and API server are let out to."""
-    objects = build(tmp_path, "network-policy")
-    for name, needed in (
-        ("k8s-consul-registrar", {6443, 8300, 8301}),
-        ("k8s-consul-registrar-svc", {6443, 10250}),
-    ):
-        policy = objects["NetworkPolicy", "default", name]["spec"]
-        deployment = objects["Deployment", "default", name]["spec"]
-        assert policy["podSelector"] == deployment["selector"]
-        let_in = {port["port"] for rule in policy["ingress"] for port in rule["ports"]}
-        declared = {
-            port["containerPort"]
-            for one in deployment["template"]["spec"]["containers"]
-            for port in one["ports"]
-        }
-        assert let_in == declared
-        assert needed <= {port["port"] for rule in policy["egress"] for port in rule["ports"]}
-
-
-@needs_kubectl
 def test_budget_never_blocks_a_drain(tmp_path: Path) -> None:
     """One proxy may go at a time, and there are two."""
     objects = build(tmp_path, "pod-disruption-budget")

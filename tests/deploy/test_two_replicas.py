@@ -126,7 +126,7 @@ def test_one_is_always_there(deployment: dict[str, Any], added: Objects) -> None
         "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0},
     }
     budget = added["PodDisruptionBudget", REGISTRAR]["spec"]
-    labels = deployment["template"]["metadata"]["labels"]
+    labels = deployment["selector"]["matchLabels"]
     assert budget == {"maxUnavailable": 1, "selector": {"matchLabels": labels}}
     (preferred,) = deployment["template"]["spec"]["affinity"]["podAntiAffinity"][
         "preferredDuringSchedulingIgnoredDuringExecution"
