@@ -30,11 +30,11 @@ async def beside(
         listing = (await run_small("bare.py", "list", api.url, str(api.ca), api.token))["seconds"]
         writing = await _transactions(folder, services)
         limit = startup + max(listing, writing)
-        parts = f"start-up {startup:.2f} s, list alone {listing:.2f} s, transactions alone {writing:.2f} s"
+        parts = f"start-up {startup:.2f} s, bare list {listing:.2f} s, bare transactions {writing:.2f} s"
         notes = [f"bare limit {limit:.2f} s ({parts}), {took / limit:.2f} times it"]
     else:
         writing = await _puts(folder, services)
-        notes = [f"PUTs alone {writing:.2f} s, {took / writing:.2f} times it"]
+        notes = [f"bare PUTs {writing:.2f} s, {took / writing:.2f} times it"]
     if len(services) <= _MOST_FOR_ORIGINAL:
         said = await original(api, len(services))
         notes.append(f"original {said['wall']:.1f} s, {said['peak_mb']:.0f} MB")

@@ -63,7 +63,7 @@ class LongPolls:
         return len(self._waiting)
 
     async def wait(self, request: web.Request, is_over: Callable[[], bool], ends: float) -> bool:
-        """Return True as soon as `is_over` does; False when a request must be answered, or nobody waits for it."""
+        """Return True as soon as `is_over` does; False when a request must be answered, or no client waits for it."""
         answer = asyncio.Event()
         self._waiting[answer] = None
         if len(self._waiting) > self._most:

@@ -66,7 +66,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class LintReport:
-    """What lint found: the findings, and the Pods that are targets or not annotated."""
+    """The findings of a run, and the counts of targets and of Pods that are not annotated."""
 
     findings: tuple[LintFinding, ...]
     targets: int

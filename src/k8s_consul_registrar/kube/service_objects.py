@@ -23,7 +23,7 @@ class Wire(msgspec.Struct, gc=False, rename="camel"):
 
 
 class Metadata(Wire):
-    """What the metadata of every kind has."""
+    """The metadata that every kind has."""
 
     name: Annotated[str, msgspec.Meta(min_length=1)]
     namespace: str = ""

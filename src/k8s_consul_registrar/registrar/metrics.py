@@ -156,7 +156,7 @@ class Figures(msgspec.Struct, frozen=True):
     """The counts of one moment, each with every value its labels can have.
 
     `targets` are by kind and state, `rejections` by reason, `restarts` by kind and cause, `lists` by kind;
-    `heard_at` is in seconds of the epoch by kind, 0 before anything was heard.
+    `heard_at` is in seconds of the epoch by kind, 0 before the first message.
     """
 
     targets: Mapping[tuple[str, str], int] = msgspec.field(default_factory=dict)

@@ -15,7 +15,7 @@ log = get_logger("names")
 def is_of_a_registrar(service: Service) -> bool:
     """Return whether any registrar wrote a service: another cluster's, another instance's or the original.
 
-    Registrars may share a name, since their services are told apart by meta.
+    Registrars may share a name, since meta shows whose each service is.
     """
     manager = service.value("managed_by")
     if manager:

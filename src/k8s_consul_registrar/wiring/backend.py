@@ -71,7 +71,7 @@ async def decided(wiring: Wiring, client: ConsulClient) -> Wiring:
 
 
 async def decided_in_time(wiring: Wiring, client: ConsulClient, tell: Callable[[str], None]) -> Wiring:
-    """Return what `decided` does, as soon as Consul answers; `tell` is told each time why it is waited for."""
+    """Return what `decided` does, as soon as Consul answers; `tell` receives the reason each time it has to wait."""
     for delay in delays(wiring.timing.retry_first, wiring.timing.retry_cap):
         try:
             return await decided(wiring, client)
