@@ -42,6 +42,10 @@ def _output(help: str, first: str, *others: str) -> Argument:  # noqa: A002 - as
     return Argument("--output", help, {"choices": (first, *others), "default": first})
 
 
+def _each_url(name: str, help: str) -> Argument:  # noqa: A002 - as in argparse
+    return Argument(name, help, {"action": "append", "default": [], "metavar": "…"})
+
+
 @dataclass(frozen=True, slots=True)
 class Command:
     """A command; the settings of the modes in `settings_of` are flags of it."""
@@ -65,7 +69,7 @@ class Command:
     def run(self, parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
         """Run it and return its exit code; raises an `OperationalError`."""
         with without_authorities():
-            module = import_module(f"{__name__}.{self.name}")
+            module = import_module(f"{__name__}.{self.name.replace('-', '_')}")
         code: int = module.run(parsed, environment)
         return code
 
@@ -162,6 +166,41 @@ COMMANDS = (
         "agents that are gone are removed too, and its node in the catalog once nothing is left on it. Exit codes: "
         "0 done, 1 not agreed to or failed, 2 wrong settings.",
         _OF_REGISTRAR,
+    ),
+    Command(
+        "fetch-targets",
+        "keep files for Prometheus equal to what registrars serve at HTTP_SD_PORT",
+        (
+            Argument(
+                "urls",
+                "URL of a registrar's HTTP_SD_PORT, such as https://registrar.example:8443/sd/targets?kind=pod; "
+                "with NAME= before it that names its file",
+                {"nargs": "+", "metavar": "[NAME=]URL"},
+            ),
+            Argument(
+                "--output",
+                "file that ends in .json, or a folder in which each URL has a file",
+                {"required": True, "metavar": "…"},
+            ),
+            _each_url("--bearer-token-file", "file with the token to send"),
+            _each_url("--ca-file", "file with the CAs of the registrar; unset: the system's"),
+            _each_url("--cert-file", "file with a certificate to show"),
+            _each_url("--key-file", "file with the key of that certificate"),
+            Argument(
+                "--wait",
+                "seconds for which a request waits for a change, at most 60; default 25",
+                {"type": float, "default": 25.0, "metavar": "…"},
+            ),
+            Argument(
+                "--admin-port",
+                "port of /healthz, /readyz and /metrics; unset: off",
+                {"type": int, "metavar": "…"},
+            ),
+            _switch("--once", "fetch each once, and end"),
+        ),
+        "Runs beside a Prometheus that cannot reach the cluster's Consul, or that must keep its targets over a restart. "
+        "An option for each URL is given once for all, or once for each in order. The last good state of each file "
+        "stays, whatever its registrar does. Exit codes: 0 done, 1 one was not fetched (--once), 2 wrong arguments.",
     ),
     Command(
         "settings",
