@@ -48,6 +48,11 @@ class Source(NamedTuple):
     kind: Kind
     namespace: str = ""
 
+    @property
+    def needed(self) -> tuple["Source", ...]:
+        """The sources that show its objects together: endpoints are known by their slices and their Service."""
+        return (self, Source(Kind.SERVICE, self.namespace)) if self.kind is Kind.ENDPOINT else (self,)
+
     def __str__(self) -> str:
         return f"{self.kind}s of {self.namespace}" if self.namespace else f"{self.kind}s"
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 from msgspec.structs import replace
 
@@ -9,28 +10,29 @@ from k8s_consul_registrar.errors import ClusterUnreachable, ConsulUnreachable
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.model import (
     Drift,
+    EndpointSlice,
     Kind,
+    KubeService,
     Node,
     ObjectKey,
     Pod,
     Service,
+    ServiceWithSlices,
     Source,
-    Undecodable,
     WriteFailure,
     Written,
 )
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.observed import ObservedState
-from k8s_consul_registrar.targets.resolve import Resolved, TargetRules, resolve
+from k8s_consul_registrar.registrar.service_join import ServiceJoin
+from k8s_consul_registrar.targets.endpoints import resolve_item
+from k8s_consul_registrar.targets.resolve import TargetRules
 
 PODS = Source(Kind.POD)
+SERVICES = Source(Kind.SERVICE)
+SLICES = Source(Kind.ENDPOINT)
+Thing: TypeAlias = Pod | Node | KubeService | EndpointSlice
 NODES = Source(Kind.NODE)
-
-
-def resolve_one(item: Item, rules: TargetRules) -> Resolved | None:
-    """Resolve a Pod or Node."""
-    assert isinstance(item, Pod | Node | Undecodable)
-    return resolve(item, rules)
 
 
 class MemoryCluster:
@@ -50,8 +52,9 @@ class MemoryCluster:
     ) -> None:
         target = rules or TargetRules()
         self.observed = observed or ObservedState()
+        join = ServiceJoin(target) if any(one.kind is Kind.ENDPOINT for one in sources) else None
         self.desired = DesiredState(
-            sources, lambda item: resolve_one(item, target), self.observed, clock=clock
+            sources, lambda item: resolve_item(item, target), self.observed, join=join, clock=clock
         )
         self.store = self.desired.store
         self.clock = clock
@@ -61,13 +64,13 @@ class MemoryCluster:
         self.reads: list[ObjectKey] = []
         self.is_down = False
 
-    def put_list(self, items: Iterable[Pod | Node], source: Source = PODS) -> None:
+    def put_list(self, items: Iterable[Thing], source: Source = PODS) -> None:
         """Complete a list."""
         items = list(items)
         self.start_list(items, source)
         self.store.finish_listing(source, self.clock())
 
-    def start_list(self, items: Iterable[Pod | Node], source: Source = PODS) -> None:
+    def start_list(self, items: Iterable[Thing], source: Source = PODS) -> None:
         """Begin a list that shows these objects so far."""
         items = list(items)
         gone = [key for key in self.objects if self.store.source_of(key) == source]
@@ -78,14 +81,14 @@ class MemoryCluster:
         for item in items:
             self.store.put(source, item)
 
-    def put(self, item: Pod | Node) -> None:
+    def put(self, item: Thing) -> None:
         """Add or modify an object by an event."""
         self.objects[item.key] = item
         source = self.store.source_of(item.key)
         assert source is not None
         self.store.put(source, item, is_added=False)
 
-    def remove(self, item: Pod | Node) -> None:
+    def remove(self, item: Thing) -> None:
         """Delete an object by an event."""
         self.objects.pop(item.key, None)
         source = self.store.source_of(item.key)
@@ -97,7 +100,14 @@ class MemoryCluster:
         self.reads.append(key)
         if self.is_down:
             raise ClusterUnreachable("the API server is down")
-        return self.objects.get(key)
+        if key.kind is not Kind.ENDPOINT:
+            return self.objects.get(key)
+        service = self.objects.get(ObjectKey(Kind.SERVICE, key.namespace, key.name))
+        if not isinstance(service, KubeService):
+            return None
+        slices = (one for one in self.objects.values() if isinstance(one, EndpointSlice))
+        mine = tuple(one for one in slices if (one.namespace, one.service) == key[1:])
+        return ServiceWithSlices(key, service, mine)
 
     async def is_selected(self, key: ObjectKey) -> bool:
         """Return whether lists show an object."""

@@ -2,7 +2,7 @@
 
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -24,6 +24,12 @@ LINE_LIMIT = 1 << 20  # bytes
 _PIECE = 64 * 1024
 _HEAD_END = b',"targets":['
 _END = b"]}"
+
+_KINDS: Mapping[Kind, Literal["pod", "node", "endpoint"]] = {
+    Kind.POD: "pod",
+    Kind.NODE: "node",
+    Kind.ENDPOINT: "endpoint",
+}
 
 _encoder = msgspec.json.Encoder()
 
@@ -60,7 +66,7 @@ class _Head(msgspec.Struct, kw_only=True):
 class _Record(msgspec.Struct, frozen=True, gc=False):
     """One target."""
 
-    kind: Literal["pod", "node"]
+    kind: Literal["pod", "node", "endpoint"]
     namespace: str
     object: str
     id: Annotated[str, msgspec.Meta(min_length=1)]
@@ -128,9 +134,8 @@ def encode_head(origin: Origin, *, cluster_uid: str, written_at: float, is_settl
 def encode_target(target: TargetRow, *, is_first: bool) -> bytes:
     """Return a target with what separates it from the one before; raises ValueError."""
     key, service = target.key, target.service
-    kind: Literal["pod", "node"] = "pod" if key.kind is Kind.POD else "node"
     record = _Record(
-        kind,
+        _KINDS[key.kind],
         key.namespace,
         key.name,
         service.id,

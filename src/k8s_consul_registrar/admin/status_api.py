@@ -15,7 +15,7 @@ from k8s_consul_registrar import __version__
 from k8s_consul_registrar.admin.index import Index, IndexRules, Search, Snapshot, T, parse_terms
 from k8s_consul_registrar.admin.target_groups import BadQuery, socket_address
 from k8s_consul_registrar.admin.view import RegistrarView, TargetRow, TargetState
-from k8s_consul_registrar.model import Kind, ObjectKey, Rejection
+from k8s_consul_registrar.model import TARGET_KINDS, ObjectKey, Rejection
 from k8s_consul_registrar.registrar.status import Activity
 
 DEFAULT_LIMIT = 100
@@ -85,7 +85,7 @@ def target_index(view: RegistrarView, clock: Callable[[], float] = time.monotoni
             "kind": lambda row: row.key.kind,
             "namespace": lambda row: row.key.namespace,
         },
-        zeros={"state": TargetState, "kind": Kind},
+        zeros={"state": TargetState, "kind": TARGET_KINDS},
         order=lambda row: row.service.id,
         texts=_texts_of_target,
         fresh_for=1.0,  # the page asks every few seconds
@@ -218,7 +218,7 @@ def _search(request: web.Request, known_states: Iterable[str]) -> Search:
     query = request.query
     states = frozenset(query.getall("state", ()))
     _one_of("state", states, known_states)
-    _one_of("kind", {query.get("kind", "")} - {""}, Kind)
+    _one_of("kind", {query.get("kind", "")} - {""}, TARGET_KINDS)
     single = ((name, frozenset({query.get(name, "")}) - {""}) for name in ("kind", "namespace", "reason"))
     facets = tuple((name, values) for name, values in (("state", states), *single) if values)
     return Search(parse_terms(query.get("q", "")), facets)

@@ -11,7 +11,7 @@ import msgspec
 
 from k8s_consul_registrar.admin.view import Scope, TargetRow
 from k8s_consul_registrar.consul.codec import MetaKeys
-from k8s_consul_registrar.model import Kind, Service
+from k8s_consul_registrar.model import TARGET_KINDS, Kind, Service
 from k8s_consul_registrar.targets.resolve import LABEL_PREFIX, PARAM_PREFIX
 from k8s_consul_registrar.targets.service_names import bucket_of
 from k8s_consul_registrar.targets.target_labels import TARGET_PREFIX
@@ -25,9 +25,16 @@ LONGEST_WAIT = 60.0
 # The names Prometheus' own consul_sd gives, so that one set of relabelling rules serves both
 # (discovery/consul/consul.go).
 _META = "__meta_consul_service_metadata_"
-# The names of kubernetes_sd (discovery/kubernetes/{pod,node}.go) for what is known of a target.
+# The names of kubernetes_sd (discovery/kubernetes/{pod,node,endpointslice}.go) for what is known of a target.
 _KUBERNETES = "__meta_kubernetes_"
 _OF_POD = {"namespace": "namespace", "pod": "pod_name", "node": "pod_node_name"}
+_OF_ENDPOINT = {
+    "namespace": "namespace",
+    "service": "service_name",
+    "pod": "pod_name",
+    "node": "endpoint_node_name",
+    "zone": "node_label_topology_kubernetes_io_zone",
+}
 _OF_NODE = {"node": "node_name", "zone": "node_label_topology_kubernetes_io_zone"}
 # The labels that Prometheus itself reads.
 _SCRAPE = {"metrics_path": "__metrics_path__", "scheme": "__scheme__"}
@@ -92,8 +99,8 @@ def parse_sd_query(pairs: Iterable[tuple[str, str]]) -> SdQuery:
         if name not in given:
             raise BadQuery(f"the parameters are {', '.join(PARAMETERS)}")
         given[name].append(value)
-    if not set(given["kind"]) <= set(Kind):
-        raise BadQuery(f"kind is one of {', '.join(Kind)}")
+    if not set(given["kind"]) <= set(TARGET_KINDS):
+        raise BadQuery(f"kind is one of {', '.join(TARGET_KINDS)}")
     names = _only(given, "labels")
     if names is not None and names not in set(LabelNames):
         raise BadQuery(f"labels is one of {', '.join(LabelNames)}")
@@ -187,7 +194,8 @@ class GroupEncoder:
     def _kubernetes(self, target: TargetRow) -> Iterator[tuple[str, str]]:
         """Yield the labels that kubernetes_sd would give with the role of the target's kind, as far as known."""
         meta, is_pod = dict(target.service.meta), target.key.kind is Kind.POD
-        known = {name: meta[key] for key, name in _OF_NODE.items() if key in meta}
+        names = _OF_ENDPOINT if target.key.kind is Kind.ENDPOINT else _OF_NODE
+        known = {name: meta[key] for key, name in names.items() if key in meta}
         if is_pod:
             known |= {name: meta[key] for key, name in _OF_POD.items() if key in meta}
             known |= {

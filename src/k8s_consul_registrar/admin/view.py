@@ -9,12 +9,13 @@ from typing import NamedTuple, Protocol
 from k8s_consul_registrar.admin.index import Index, IndexRules
 from k8s_consul_registrar.consul.codec import MetaKeys
 from k8s_consul_registrar.kube.source_state import CAUSES, SourceStatus, WatchStats
-from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Service, Source, Target
+from k8s_consul_registrar.model import TARGET_KINDS, Kind, ObjectKey, Rejection, Service, Source, Target
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.metrics import Figures
 from k8s_consul_registrar.registrar.observed import AsDesired, ObservedState, Other
 from k8s_consul_registrar.registrar.reporter import Progress
+from k8s_consul_registrar.registrar.service_join import Winner
 from k8s_consul_registrar.registrar.status import RegistrarStatus
 from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.service_names import HashShards
@@ -58,11 +59,12 @@ class Scope:
 
     def includes(self, source: Source) -> bool:
         """Return True if a source can show an object of this scope."""
-        if self.kinds and source.kind not in self.kinds:
+        kind = Kind.ENDPOINT if source.kind is Kind.SERVICE else source.kind
+        if self.kinds and kind not in self.kinds:
             return False
         if not self.namespaces:
             return True
-        if source.kind is Kind.POD and not source.namespace:
+        if kind is not Kind.NODE and not source.namespace:
             return bool(self.namespaces - {""})
         return source.namespace in self.namespaces
 
@@ -305,6 +307,7 @@ class Census:
         self._targets = Index(view.states, lambda: view.generation, targets)
         self._rejections = Index(view.rejections, lambda: view.generation, rejections)
         self._stats = stats
+        self._desired = view.desired
         self._counts: tuple[Mapping[tuple[str, str], int], Mapping[str, int]] = (
             dict.fromkeys(_PAIRS, 0),
             dict.fromkeys(Reason, 0),
@@ -328,7 +331,9 @@ class Census:
             lists[kind] = lists.get(kind, 0) + stats.lists
             at = 0.0 if stats.heard_at is None else boot + stats.heard_at
             heard[kind] = min(heard.get(kind, at), at)
-        return Figures(*self._counts, restarts, lists, heard)
+        join = self._desired.join
+        yielded = {} if join is None else {winner.value: join.yielded[winner] for winner in Winner}
+        return Figures(*self._counts, restarts, lists, heard, yielded)
 
 
-_PAIRS = tuple((kind.value, state.value) for kind in Kind for state in TargetState)
+_PAIRS = tuple((kind.value, state.value) for kind in TARGET_KINDS for state in TargetState)

@@ -29,10 +29,11 @@ from k8s_consul_registrar.model import (
     NodeAddress,
     ObjectKey,
     Pod,
+    ServiceWithSlices,
     Undecodable,
 )
 
-Item: TypeAlias = Pod | Node | KubeService | EndpointSlice | Undecodable
+Item: TypeAlias = Pod | Node | KubeService | EndpointSlice | ServiceWithSlices | Undecodable
 ItemT = TypeVar("ItemT")
 
 KUBELET_PORT = 10250

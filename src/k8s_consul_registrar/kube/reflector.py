@@ -32,8 +32,8 @@ from k8s_consul_registrar.kube.watch_decoder import Broken, Changed, Deleted, Wa
 from k8s_consul_registrar.model import Kind, Source
 from k8s_consul_registrar.telemetry import get_logger
 
-# The longest that Pods wait for the first list of Nodes.
-NODES_FIRST_TIMEOUT = 1.0  # seconds
+# Kinds whose first list waits for that of another, for so many seconds at most.
+_AFTER = {Kind.POD: (Kind.NODE, 1.0), Kind.SERVICE: (Kind.POD, 60.0), Kind.ENDPOINT: (Kind.SERVICE, 60.0)}
 # Timers may fire early by the resolution of the loop's clock.
 TIMER_SLACK = 0.01  # seconds
 # A request for a list so shortly after another is served by the same one.
@@ -74,7 +74,7 @@ class Reflector:
         watches: bool = True,
         label_selector: str = "",
         cluster_uid: ClusterUid | None = None,
-        before_objects: Callable[[], Awaitable[None]] | None = None,
+        before_objects: Callable[[Kind], Awaitable[None]] | None = None,
         on_internal_error: Callable[[str, Exception], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -253,7 +253,7 @@ class Reflector:
             async with aclosing(pages):
                 async for page in pages:
                     if not version and self._before_objects is not None:
-                        await self._before_objects()
+                        await self._before_objects(self._source.kind)
                     version = version or page.resource_version
                     for item in page.items:
                         self._store.put(self._source, item)
@@ -360,7 +360,6 @@ class Reflectors:
         on_internal_error: Callable[[str, Exception], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        has_nodes = Source(Kind.NODE) in sources
         self._reflectors = {
             source: Reflector(
                 source,
@@ -371,7 +370,7 @@ class Reflectors:
                 watches=watches,
                 label_selector=selectors.get(source.kind, ""),
                 cluster_uid=cluster_uid,
-                before_objects=self._nodes_tried if has_nodes and source.kind is Kind.POD else None,
+                before_objects=self._others_tried,
                 on_internal_error=on_internal_error,
                 clock=clock,
             )
@@ -384,11 +383,13 @@ class Reflectors:
             for reflector in self._reflectors.values():
                 group.create_task(reflector.run())
 
-    async def _nodes_tried(self) -> None:
-        """Wait until Nodes were listed or have failed, so that Pods are written with their zones at once."""
+    async def _others_tried(self, kind: Kind) -> None:
+        """Wait until the kinds that one depends on were listed or have failed, so that it is written once."""
+        first, patience = _AFTER.get(kind, (None, 0.0))
         with suppress(TimeoutError):
-            async with asyncio.timeout(NODES_FIRST_TIMEOUT):
-                await self._reflectors[Source(Kind.NODE)].tried.wait()
+            async with asyncio.timeout(patience):
+                for other in [one for source, one in self._reflectors.items() if source.kind is first]:
+                    await other.tried.wait()
 
     def relist(self, source: Source, at: float) -> None:
         """Request a new complete list of a source at a moment of the clock."""

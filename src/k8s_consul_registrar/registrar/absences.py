@@ -4,6 +4,7 @@ Many absences at once may come of other settings, so the selection of each run i
 """
 
 import asyncio
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -107,6 +108,7 @@ class Absences:
         unconfirmed: list[Candidate] = []
         for one in findings.candidates:
             answer = None if one.key is None else by_name.get(one.key)
+            answer = None if answer is None else answer.about(one.id)
             if answer is not None and answer.is_rejected:
                 continue
             if answer is not None and answer.asks_otherwise(one.id):
@@ -127,7 +129,7 @@ class Absences:
                 source: SourceAbsences(
                     absent[source],
                     findings.held[source],
-                    is_empty=not status.objects,
+                    is_empty=self._is_empty(source),
                     unconfirmed=missing[source],
                 )
                 for source, status in statuses.items()
@@ -163,18 +165,21 @@ class Absences:
         """
         if answer is not None:
             is_node_gone = bool(one.node) and one.node in gone_nodes
-            is_source_empty = not self._desired.store.status(one.source).objects
-            is_proven = is_node_gone or (self._is_same_selection() and not is_source_empty)
+            is_proven = is_node_gone or (self._is_same_selection() and not self._is_empty(one.source))
             return Absence(
                 answer.asked_at,
                 # In another cluster neither the object nor its Node would exist.
                 is_proven_at_start=is_proven and self._is_same_cluster(one) and not answer.exists,
                 is_unselected=answer.exists,
             )
-        began_at = self._desired.store.status(one.source).list_began_at
-        if began_at is not None and began_at >= self._noticed_at[one.id][0]:
+        lists = [self._desired.store.status(needed).list_began_at for needed in one.source.needed]
+        began_at = min(-math.inf if at is None else at for at in lists)
+        if began_at >= self._noticed_at[one.id][0]:
             return Absence(began_at, is_unselected=was_asked and one.key is not None)
         return None
+
+    def _is_empty(self, source: Source) -> bool:
+        return not all(self._desired.store.status(one).objects for one in source.needed)
 
     def _is_same_cluster(self, one: Candidate) -> bool:
         return bool(one.cluster_uid) and one.cluster_uid == self._desired.cluster_uid
@@ -197,13 +202,14 @@ class Absences:
                 is_selected = await self._cluster.is_selected(key)
             except ClusterError:
                 continue
-            ids = () if resolved is None or isinstance(resolved, Rejection) else resolved
+            ids = resolved if isinstance(resolved, tuple) else ()
             answers[key] = _Answer(
                 asked_at,
                 exists=True,
                 is_rejected=is_rejected,
                 is_selected=is_selected,
                 ids=frozenset(target.id for target in ids),
+                is_service=key.kind is Kind.ENDPOINT and resolved is not None,
             )
         return answers
 
@@ -230,7 +236,7 @@ class Absences:
                 continue
             since = status.state.since if isinstance(status.state, Failed) else self._clock()
             if now - since < PATIENCE_WITH_FAILED:
-                unready.add(source.kind)
+                unready.add(Kind.ENDPOINT if source.kind is Kind.SERVICE else source.kind)
         return frozenset(unready)
 
     def _ask_again(
@@ -259,13 +265,23 @@ class Absences:
 
 
 class _Answer(NamedTuple):
-    """An object asked for by name: when, whether it exists and is selected, and which service IDs it asks for."""
+    """An object asked for by name: when, whether it exists and is selected, and which service IDs it asks for.
+
+    `is_service` is True for an annotated Service, of whose endpoints each exists or not.
+    """
 
     asked_at: float
     exists: bool = False
     is_rejected: bool = False
     is_selected: bool = False
     ids: frozenset[str] = frozenset()
+    is_service: bool = False
+
+    def about(self, service_id: str) -> "_Answer":
+        """Return what the answer says of one service: an endpoint that its Service lacks does not exist."""
+        if self.is_service and service_id not in self.ids:
+            return _Answer(self.asked_at)
+        return self
 
     def asks_otherwise(self, service_id: str) -> bool:
         """Return whether the object exists and does not ask for an ID: a fact."""

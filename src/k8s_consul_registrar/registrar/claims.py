@@ -1,9 +1,19 @@
-"""Claims on service IDs: who asks for one, who gave way at a shared endpoint, and who departed. Pure."""
+"""Claims on service IDs: who asks for one, who is rejected, who gave way at a shared endpoint, who departed. Pure."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
-from k8s_consul_registrar.model import ObjectKey, Target
+import msgspec
+
+from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Target
+from k8s_consul_registrar.registrar.observed import (
+    AsDesired,
+    ObservedState,
+    Other,
+    Unknown,
+    object_behind,
+)
 
 # Departures that are remembered at most. One that is forgotten becomes an inference, which is safe.
 MOST_DEPARTURES = 50_000
@@ -11,6 +21,20 @@ MOST_DEPARTURES = 50_000
 MOST_CLAIMS = 100
 
 _Place: TypeAlias = tuple[str, ObjectKey]
+
+
+class Change(msgspec.Struct, frozen=True, gc=False):
+    """Service IDs to decide again: those an object asks for, then those it no longer asks for.
+
+    `heard_at` is when an event told of it, None if a list did. `rejection` is why the object has no targets.
+    `wait` is how many seconds what was dropped waits.
+    """
+
+    asked: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    heard_at: float | None = None
+    rejection: Rejection | None = None
+    wait: float = 0.0
 
 
 class Claims:
@@ -171,6 +195,7 @@ class Departures:
     def __init__(self) -> None:
         self._by_id: dict[str, dict[ObjectKey | None, int]] = {}
         self._by_key: dict[ObjectKey | None, set[str]] = {}
+        self._dues: dict[str, float] = {}
         self.generation = 0
         # Departures up to this generation were seen while another replica led.
         self.stale_until = 0
@@ -182,9 +207,11 @@ class Departures:
         """Return every service ID with a departure."""
         return tuple(self._by_id)
 
-    def record(self, service_id: str, key: ObjectKey | None) -> None:
-        """Record a departure, as a new generation."""
+    def record(self, service_id: str, key: ObjectKey | None, due: float = 0.0) -> None:
+        """Record a departure, as a new generation; `due` is when the service may go."""
         self.generation += 1
+        if due:
+            self._dues[service_id] = due
         self._by_id.setdefault(service_id, {})[key] = self.generation
         self._by_key.setdefault(key, set()).add(service_id)
         while len(self._by_id) > MOST_DEPARTURES:
@@ -195,6 +222,10 @@ class Departures:
         found = self._by_id.get(service_id)
         return None if found is None else found.get(key)
 
+    def is_due(self, service_id: str, now: float) -> bool:
+        """Return True if a service that its object departed from may go now."""
+        return not self._dues or self._dues.get(service_id, now) <= now
+
     def keys(self, service_id: str) -> Mapping[ObjectKey | None, int]:
         """Return the objects that departed from an ID, with their generations."""
         return self._by_id.get(service_id, {})
@@ -203,6 +234,27 @@ class Departures:
         """Return the IDs that an object departed from."""
         return tuple(self._by_key.get(key, ()))
 
+    def settle(self, service_id: str, generation: int) -> None:
+        """End the departures from an ID up to a generation."""
+        for key, recorded in tuple(self.keys(service_id).items()):
+            if recorded <= generation:
+                self.end(service_id, key)
+
+    def settle_by_read(self, read: ObservedState, generation: int) -> None:
+        """End departures up to a generation by a complete read that began after them.
+
+        What it shows as absent, foreign or another object's has nothing left of the object that departed.
+        """
+        for service_id in self.ids():
+            record = read.get(service_id)
+            if isinstance(record, Unknown) or not (record or read.is_absent(service_id)):
+                continue
+            is_ours = isinstance(record, AsDesired | Other)
+            holder = object_behind(record)
+            for key, recorded in tuple(self.keys(service_id).items()):
+                if recorded <= generation and not (is_ours and holder == key):
+                    self.end(service_id, key)
+
     def end(self, service_id: str, key: ObjectKey | None) -> None:
         """Forget one departure."""
         found = self._by_id.get(service_id, {})
@@ -210,6 +262,7 @@ class Departures:
             return
         if not found:
             del self._by_id[service_id]
+            self._dues.pop(service_id, None)
         ids = self._by_key[key]
         ids.discard(service_id)
         if not ids:
@@ -219,3 +272,39 @@ class Departures:
         """Forget every departure from an ID."""
         for key in tuple(self.keys(service_id)):
             self.end(service_id, key)
+
+
+class Rejections:
+    """The rejected objects, and the service IDs that they protect."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[ObjectKey, Rejection] = {}
+        self._ids: Counter[str] = Counter()
+        self._without_id: Counter[Kind] = Counter()
+
+    def put(self, key: ObjectKey, rejection: Rejection | None) -> bool:
+        """Note why an object is rejected, None if it is not; return True if that is new."""
+        before = self.by_key.get(key)
+        if before == rejection:
+            return False
+        self.by_key.pop(key, None)
+        if before is not None:
+            self._count(before, -1)
+        if rejection is not None:
+            self.by_key[key] = rejection
+            self._count(rejection, 1)
+        return True
+
+    def protects(self, service_id: str, kind: Kind, key: ObjectKey | None) -> bool:
+        """Return True if what Consul holds under an ID is that of a rejected object; `key` None may be any."""
+        if service_id in self._ids:
+            return True
+        return key in self.by_key if key is not None else bool(self._without_id[kind])
+
+    def _count(self, rejection: Rejection, step: int) -> None:
+        if not rejection.id:
+            self._without_id[rejection.key.kind] += step
+            return
+        self._ids[rejection.id] += step
+        if not self._ids[rejection.id]:
+            del self._ids[rejection.id]

@@ -8,13 +8,15 @@ from contextlib import suppress
 from enum import Enum
 from typing import TypeVar
 
+from msgspec.structs import replace
+
 from k8s_consul_registrar.asyncio_tools import end_tasks
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.errors import ConsulError, ConsulFenced
 from k8s_consul_registrar.kube.source_state import SourceStatus, Synced
 from k8s_consul_registrar.model import Drift, Source
+from k8s_consul_registrar.registrar.claims import Change
 from k8s_consul_registrar.registrar.decide import Kept
-from k8s_consul_registrar.registrar.desired import Change
 from k8s_consul_registrar.registrar.interfaces import Health, Leadership, NoElection, Orphans
 from k8s_consul_registrar.registrar.queue import Batch, Priority
 from k8s_consul_registrar.registrar.reconciler import Core, Reconciler
@@ -117,7 +119,11 @@ class Controller:
             core.queue.add(service_id, now, priority, change.heard_at)
         if change.dropped:
             removal = max(priority, Priority.REMOVAL)
-            core.queue.add_after(change.dropped, change.asked, now, removal, change.heard_at)
+            if change.wait:
+                loop = asyncio.get_running_loop()
+                loop.call_later(change.wait, self.on_change, replace(change, asked=(), wait=0.0))
+            else:
+                core.queue.add_after(change.dropped, change.asked, now, removal, change.heard_at)
         self._has_changes = True
         self._wake.set()
 

@@ -191,14 +191,14 @@ def decide(desired: Desired, observed: Observed, rules: Rules) -> Action:
 def settle(claims: Sequence[Target], holder: ObjectKey | None) -> tuple[Target, tuple[Rejection, ...]]:
     """Choose the target that gets a service ID, and reject the others.
 
-    Among Pods the one that holds the ID in Consul keeps it, otherwise the older gets it: an ID that changed
+    Among Pods and endpoints the one that holds the ID in Consul keeps it, otherwise the older gets it: an ID that changed
     hands at every write would be worse than either. Among Nodes with one address only the `rank` decides
     (Ready, then older), since the holder may be the Node that is gone.
     """
     if len(claims) == 1:
         return claims[0], ()
     first = min(claims, key=lambda target: target.rank)
-    if first.key.kind is Kind.POD and holder is not None:
+    if first.key.kind is not Kind.NODE and holder is not None:
         first = next((target for target in claims if target.key == holder), first)
     return first, tuple(_lost(target, first) for target in claims if target.key != first.key)
 
@@ -224,7 +224,7 @@ def _decide_absent(desired: Desired, rules: Rules) -> Action:
 
 def _decide_claimed(desired: Desired, observed: AsDesired | Other, rules: Rules) -> Action:
     holder = desired.holder
-    if holder is not None and holder.kind is Kind.POD and desired.standing in _MAY_EXIST:
+    if holder is not None and holder.kind is not Kind.NODE and desired.standing in _MAY_EXIST:
         losers = tuple(
             Rejection(target.key, Reason.ID_TAKEN, f"{target.id} is held by {holder}, not seen to be gone")
             for target in desired.claims

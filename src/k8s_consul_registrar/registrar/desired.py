@@ -1,16 +1,13 @@
 """Desired state: what should exist under each service ID, and which objects stopped asking for one. Pure."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-
-import msgspec
 
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.source_state import Listing, SourceStatus
 from k8s_consul_registrar.kube.store import Evidence, Store
-from k8s_consul_registrar.model import Kind, Node, ObjectKey, Rejection, Source, Target
-from k8s_consul_registrar.registrar.claims import Claims, Departures, Endpoints
+from k8s_consul_registrar.model import EndpointSlice, Kind, Node, ObjectKey, Rejection, Source, Target
+from k8s_consul_registrar.registrar.claims import Change, Claims, Departures, Endpoints, Rejections
 from k8s_consul_registrar.registrar.decide import Desired, Standing
 from k8s_consul_registrar.registrar.observed import (
     AsDesired,
@@ -19,21 +16,14 @@ from k8s_consul_registrar.registrar.observed import (
     ObservedState,
     Other,
     Unknown,
-    object_behind,
 )
+from k8s_consul_registrar.registrar.service_join import Joined, ServiceJoin
+from k8s_consul_registrar.targets.endpoints import ServiceScrape, Value, endpoints_key
 from k8s_consul_registrar.targets.resolve import Resolved, Zones
 
-
-class Change(msgspec.Struct, frozen=True, gc=False):
-    """Service IDs to decide again: those an object asks for, then those it no longer asks for.
-
-    `heard_at` is when an event told of it, None if a list did. `rejection` is why the object has no targets.
-    """
-
-    asked: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
-    heard_at: float | None = None
-    rejection: Rejection | None = None
+# Seconds that an endpoint which left its slice is kept: it may be on its way to another slice.
+GRACE = 2.0
+_PARTS = (ServiceScrape, EndpointSlice)
 
 
 class DesiredState:
@@ -48,9 +38,10 @@ class DesiredState:
     def __init__(
         self,
         sources: Sequence[Source],
-        resolve: Callable[[Item], Resolved | None],
+        resolve: Callable[[Item], Value | None],
         observed: ObservedState,
         *,
+        join: ServiceJoin | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._resolve = resolve
@@ -59,19 +50,18 @@ class DesiredState:
         self._source_changed: Callable[[Source, SourceStatus], None] = _ignore
         self._clock = clock
         self._zones = Zones() if Source(Kind.NODE) in sources else None
+        self.join = join
         self._claims = Claims()
-        self._rejections: dict[ObjectKey, Rejection] = {}
-        self._rejected_ids: Counter[str] = Counter()
-        self._rejected_without_id: Counter[Kind] = Counter()
+        self._rejections = Rejections()
         self._departures = Departures()
-        # IDs that an object asked for before it was rejected, or missing from a list: they depart with it.
+        # IDs asked for before an object was rejected, or missing from a list: they depart with it.
         self._earlier_ids: dict[ObjectKey, tuple[str, ...]] = {}
         self._cluster_uid = ""
         # True once a list lacked an object that was known: a resync has absences to judge.
         self.has_absences = False
         # Moves with every change, for caches of what is shown.
         self.generation = 0
-        self.store: Store[Resolved] = Store(sources, self.resolve, self, clock=clock)
+        self.store: Store[Value] = Store(sources, self.resolve, self, clock=clock)
 
     def subscribe(
         self, changed: Callable[[Change], None], source_changed: Callable[[Source, SourceStatus], None]
@@ -89,7 +79,7 @@ class DesiredState:
     @property
     def rejections(self) -> Mapping[ObjectKey, Rejection]:
         """The rejected objects; changes under the reader."""
-        return self._rejections
+        return self._rejections.by_key
 
     @property
     def cluster_uid(self) -> str:
@@ -142,18 +132,23 @@ class DesiredState:
         source = self.source_of(kind, key)
         if source is None:
             return Standing.UNWATCHED
-        if service_id in self._rejected_ids:
-            return Standing.REJECTED
-        if key in self._rejections if key is not None else self._rejected_without_id[source.kind]:
-            return Standing.REJECTED
-        status = self.store.status(source)
+        is_synced = all(self.store.status(one).proves_absence for one in source.needed)
         departed = self._departures.get(service_id, key)
-        if departed is not None and (departed > self._departures.stale_until or status.proves_absence):
-            return Standing.DEPARTED
-        if not status.proves_absence:
+        has_departed = departed is not None and (departed > self._departures.stale_until or is_synced)
+        is_endpoint = source.kind is Kind.ENDPOINT
+        # Of a Service that is rejected in part, what departs departs.
+        if self._rejections.protects(service_id, source.kind, key) and not (is_endpoint and has_departed):
+            return Standing.REJECTED
+        if has_departed:
+            return Standing.DEPARTED if self._departures.is_due(service_id, self._clock()) else Standing.STALE
+        if not is_synced:
             return Standing.STALE
-        # An object that a synced source shows, and that asks for other IDs, does not ask for this one.
-        is_there = key is not None and self.store.get(key) is not None
+        if key is None:
+            return Standing.ABSENT
+        # An object that a synced source shows, and that asks for other IDs, does not ask for this one. A Service
+        # that is there says nothing of an endpoint; one that something else is scraped in place of is known.
+        is_yielded = is_endpoint and self.join is not None and self.join.has_yielded(service_id, key)
+        is_there = is_yielded if is_endpoint else self.store.get(key) is not None
         return Standing.DEPARTED if is_there else Standing.ABSENT
 
     def source_of(self, kind: Kind | None, key: ObjectKey | None) -> Source | None:
@@ -165,7 +160,7 @@ class DesiredState:
 
     # What the Store tells
 
-    def resolve(self, item: Item) -> Resolved | None:
+    def resolve(self, item: Item) -> Value | None:
         """Resolve an object, with the zone of its Node; a Node moves its Pods to its own zone."""
         resolved = self._resolve(item)
         if self._zones is not None:
@@ -173,9 +168,37 @@ class DesiredState:
                 self._learn_zone(item)
             if isinstance(resolved, tuple):
                 resolved = self._zones.place(resolved)
+        if self.join is not None and isinstance(resolved, tuple):
+            resolved = self.join.mark(resolved)
         return resolved or None
 
     def on_object(
+        self,
+        key: ObjectKey,
+        before: Value | None,
+        after: Value | None,
+        evidence: Evidence,
+        heard_at: float | None,
+    ) -> None:
+        """Take over what became of one object."""
+        if self.join is not None and key.kind is Kind.SERVICE:
+            self._follow(self.join.on_service(key, after), None, is_fact=evidence is not Evidence.ABSENT)
+            if after is None and evidence is not Evidence.ABSENT:
+                key = endpoints_key(key.namespace, key.name)
+                self._depart(key, self._ids_left(key), None)
+        elif self.join is not None and key.kind is Kind.ENDPOINT:
+            # Another slice that the list has yet to show may hold what this one lacks.
+            is_fact = evidence is Evidence.EVENT
+            self._follow(self.join.on_slice(before, after), heard_at, is_fact=is_fact, wait=GRACE)
+        else:
+            assert not isinstance(before, _PARTS)
+            assert not isinstance(after, _PARTS)
+            self._on_targets(key, before, after, evidence, heard_at)
+            if self.join is not None and key.kind is Kind.POD:
+                was, now = (one if isinstance(one, tuple) else () for one in (before, after))
+                self._follow(self.join.on_pod(was, now), heard_at, asked=_ids(after))
+
+    def _on_targets(
         self,
         key: ObjectKey,
         before: Resolved | None,
@@ -183,7 +206,7 @@ class DesiredState:
         evidence: Evidence,
         heard_at: float | None,
     ) -> None:
-        """Take over what became of one object."""
+        """Take over what became of an object that has targets of its own."""
         if before is None and after is None:
             self._depart(key, self._ids_left(key), heard_at)
             return
@@ -217,8 +240,46 @@ class DesiredState:
         self._source_changed(source, status)
 
     def resolved(self, item: Item) -> Resolved | None:
-        """Resolve an object that was read by name, without taking it over."""
-        return self._resolve(item)
+        """Resolve an object that was read by name, a Service with its slices, without taking it over."""
+        value = self._resolve(item)
+        assert not isinstance(value, _PARTS)
+        return value
+
+    def _follow(
+        self,
+        joined: Joined,
+        heard_at: float | None,
+        *,
+        asked: tuple[str, ...] = (),
+        is_fact: bool = True,
+        wait: float = 0.0,
+    ) -> None:
+        """Take over what the join of Services made of a change; `asked` are IDs that go before removals."""
+        assert self.join is not None
+        self.generation += 1
+        for target in joined.removed:
+            self._claims.remove((target,))
+        for target in joined.added:
+            self._claims.add((target,))
+            self._departures.end(target.id, target.key)
+        for key in joined.services:
+            after = self.join.rejection(key)
+            if self._rejections.put(key, after) and after is not None:
+                self._changed(Change((), (), heard_at, after))
+        ids = [one.id for one in joined.added]
+        dropped: list[str] = []
+        for target in joined.left:
+            if not is_fact or target.id in joined.protected:
+                self.has_absences = True
+                self._remember_ids(target.key, (target.id,))
+                ids += [target.id] if target.id in self._claims.by_id else ()
+                continue
+            if not self._observed.is_absent(target.id):
+                self._departures.record(target.id, target.key, self._clock() + wait if wait else 0.0)
+            dropped.append(target.id)
+        self._tell((*asked, *ids) if dropped else tuple(ids), tuple(dropped), heard_at, wait)
+        for key in joined.pods:
+            self._revise(key, self.join.mark, heard_at)
 
     def learn_cluster_uid(self, uid: str) -> bool:
         """Take over the cluster's UID; return whether it is another one than was known."""
@@ -236,24 +297,11 @@ class DesiredState:
 
     def settle(self, service_id: str, generation: int) -> None:
         """End the departures from an ID up to a generation: Consul acknowledged a write decided after them."""
-        for key, recorded in tuple(self._departures.keys(service_id).items()):
-            if recorded <= generation:
-                self._departures.end(service_id, key)
+        self._departures.settle(service_id, generation)
 
     def settle_by_read(self, generation: int) -> None:
-        """End departures up to a generation by a complete read that began after them.
-
-        What it shows as absent, foreign or another object's has nothing left of the object that departed.
-        """
-        for service_id in self._departures.ids():
-            observed = self._observed.get(service_id)
-            if isinstance(observed, Unknown) or not (observed or self._observed.is_absent(service_id)):
-                continue
-            is_ours = isinstance(observed, AsDesired | Other)
-            holder = object_behind(observed)
-            for key, recorded in tuple(self._departures.keys(service_id).items()):
-                if recorded <= generation and not (is_ours and holder == key):
-                    self._departures.end(service_id, key)
+        """End departures up to a generation by a complete read that began after them."""
+        self._departures.settle_by_read(self._observed, generation)
         for key in tuple(self._earlier_ids):
             self._remember_ids(key, ())
 
@@ -282,30 +330,19 @@ class DesiredState:
         if asked or dropped:
             self._tell(asked, tuple(dropped), heard_at)
 
-    def _tell(self, asked: tuple[str, ...], dropped: tuple[str, ...], heard_at: float | None) -> None:
+    def _tell(
+        self, asked: tuple[str, ...], dropped: tuple[str, ...], heard_at: float | None, wait: float = 0.0
+    ) -> None:
         if asked or dropped:
-            self._changed(Change(asked, dropped, heard_at))
+            self._changed(Change(asked, dropped, heard_at, wait=wait))
 
     # Claims and rejections
 
     def _replace(self, key: ObjectKey, before: Resolved | None, after: Resolved | None) -> None:
-        if isinstance(before, Rejection):
-            del self._rejections[key]
-            if before.id:
-                self._rejected_ids[before.id] -= 1
-                if not self._rejected_ids[before.id]:
-                    del self._rejected_ids[before.id]
-            else:
-                self._rejected_without_id[key.kind] -= 1
-        elif before is not None:
+        if isinstance(before, tuple):
             self._claims.remove(before)
-        if isinstance(after, Rejection):
-            self._rejections[key] = after
-            if after.id:
-                self._rejected_ids[after.id] += 1
-            else:
-                self._rejected_without_id[key.kind] += 1
-        elif after is not None:
+        self._rejections.put(key, after if isinstance(after, Rejection) else None)
+        if isinstance(after, tuple):
             self._claims.add(after)
 
     def _share_endpoints(
@@ -329,17 +366,26 @@ class DesiredState:
         is_listed = isinstance(self.store.status(Source(Kind.NODE)).state, Listing)
         heard_at = None if is_listed else self._clock()
         for key in self._zones.learn(node):
-            before = self.store.get(key)
-            if not isinstance(before, tuple):
-                continue
-            after = self._zones.place(before)
-            if after != before:
-                self.generation += 1
-                self.store.revise(key, after)
-                self._claims.remove(before)
-                self._claims.add(after)
-                self._share_endpoints(before, after, heard_at)
-                self._tell(_ids(after), (), heard_at)
+            self._revise(key, self._zones.place, heard_at)
+
+    def _revise(
+        self,
+        key: ObjectKey,
+        change: Callable[[tuple[Target, ...]], tuple[Target, ...]],
+        heard_at: float | None,
+    ) -> None:
+        """Replace an object's targets by what a change of another object makes of them."""
+        before = self.store.get(key)
+        if not isinstance(before, tuple):
+            return
+        after = change(before)
+        if after != before:
+            self.generation += 1
+            self.store.revise(key, after)
+            self._claims.remove(before)
+            self._claims.add(after)
+            self._share_endpoints(before, after, heard_at)
+            self._tell(_ids(after), (), heard_at)
 
 
 def _ignore(*_: object) -> None:

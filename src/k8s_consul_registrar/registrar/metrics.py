@@ -156,7 +156,8 @@ class Figures(msgspec.Struct, frozen=True):
     """The counts of one moment, each with every value its labels can have.
 
     `targets` are by kind and state, `rejections` by reason, `restarts` by kind and cause, `lists` by kind;
-    `heard_at` is in seconds of the epoch by kind, 0 before the first message.
+    `heard_at` is in seconds of the epoch by kind, 0 before the first message. `yielded` are endpoints of Services by
+    winner, empty if no Services are followed.
     """
 
     targets: Mapping[tuple[str, str], int] = msgspec.field(default_factory=dict)
@@ -164,6 +165,7 @@ class Figures(msgspec.Struct, frozen=True):
     restarts: Mapping[tuple[str, str], int] = msgspec.field(default_factory=dict)
     lists: Mapping[str, int] = msgspec.field(default_factory=dict)
     heard_at: Mapping[str, float] = msgspec.field(default_factory=dict)
+    yielded: Mapping[str, int] = msgspec.field(default_factory=dict)
 
 
 class RegistrarCollector(Collector):
@@ -204,4 +206,11 @@ class RegistrarCollector(Collector):
         )
         for kind, at in figures.heard_at.items():
             heard.add_metric([kind], at)
-        yield from (targets, rejections, restarts, lists, heard)
+        yielded = GaugeMetricFamily(
+            f"{PREFIX}_yielded_endpoints",
+            "Endpoints of Services at whose place something else is scraped, by what.",
+            labels=["winner"],
+        )
+        for winner, count in figures.yielded.items():
+            yielded.add_metric([winner], count)
+        yield from (targets, rejections, restarts, lists, heard, yielded)

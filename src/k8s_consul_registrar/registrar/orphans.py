@@ -110,8 +110,8 @@ class Judge:
             case Keep(reason=reason):
                 self._stays[Stays(reason.value)] += 1
             case Infer() if source is not None:
-                listed_at = self._desired.store.status(source).listed_at
-                self._absent[source][service.id] = Absence(listed_at or 0.0)
+                lists = [self._desired.store.status(one).listed_at or 0.0 for one in source.needed]
+                self._absent[source][service.id] = Absence(min(lists))
 
     def judge(self, rules: BrakeRules, memory: Memory, now: float) -> OrphanJudgement:
         """Return the judgement over everything that was considered."""

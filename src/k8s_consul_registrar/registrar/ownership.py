@@ -5,6 +5,7 @@ from enum import Enum
 import msgspec
 
 from k8s_consul_registrar.model import MANAGED_BY, Kind, ObjectKey, Service
+from k8s_consul_registrar.targets.endpoints import endpoints_key
 from k8s_consul_registrar.targets.service_names import kind_of_id, pod_of_id
 
 
@@ -78,6 +79,8 @@ def object_of(service: Service) -> ObjectKey | None:
             if pod:
                 return ObjectKey(Kind.POD, namespace, pod)
             return pod_of_id(service.id, namespace)
+        case Kind.ENDPOINT if name := service.value("service"):
+            return endpoints_key(service.value("namespace"), name)
         case Kind.NODE if node := service.value("node"):
             return ObjectKey(Kind.NODE, "", node)
     return None

@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass, replace
 
 from k8s_consul_registrar.errors import SettingsError
+from k8s_consul_registrar.model import Kind
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.election import ElectionTiming
 from k8s_consul_registrar.settings import parsers as parse
@@ -235,6 +236,9 @@ class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
                 f"CLUSTER_NAME is not set: {self.cluster_name!r} is used, and only services that the cluster's "
                 "UID proves to be this cluster's are deregistered"
             )
+        renamed = next((ours for ours, theirs in self.naming.meta_keys.renamed if theirs == "service"), "")
+        if Kind.ENDPOINT in self.selection.kinds and renamed:
+            reader.problem("META_KEYS", f"names {renamed} service, a key that DISCOVER=services needs itself")
         if self.backend.backend == NONE and self.http_sd is None and not self.file_sd_path:
             problem = "none gives targets on HTTP_SD_PORT and in FILE_SD_PATH only, neither of which is set"
             reader.problem("CONSUL_BACKEND", problem)
@@ -292,6 +296,10 @@ def selection_digest(settings: RegistrarSettings) -> str:
         "proxy_scheme": settings.proxy_scheme,
         "pods_through_proxy": settings.pods_through_proxy,
     }
+    if Kind.ENDPOINT in selection.kinds:
+        # Left out otherwise, so that an update alone is no other selection.
+        parts["service_label_selector"] = selection.service_label_selector
+        parts["endpoint_name"] = _text(naming.endpoint_name)
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
 

@@ -12,6 +12,7 @@ from k8s_consul_registrar.settings.parsers import TEXT, TEXTS, Parser
 from k8s_consul_registrar.targets.resolve import LONGEST_META_VALUE, LabelMeta, parse_labels
 from k8s_consul_registrar.targets.scrape_config import NODE_ADDRESS_TYPES
 from k8s_consul_registrar.targets.service_names import (
+    DEFAULT_ENDPOINT_NAME,
     DEFAULT_NODE_NAME,
     DEFAULT_POD_NAME,
     FIELDS,
@@ -26,7 +27,8 @@ from k8s_consul_registrar.targets.target_labels import TargetLabel, parse_target
 DISCOVERY = "Discovery"
 RANDOM = "random"
 HASH = "hash"
-_KINDS = {"pods": Kind.POD, "nodes": Kind.NODE}
+_KINDS = {"pods": Kind.POD, "nodes": Kind.NODE, "services": Kind.ENDPOINT}
+_DEFAULT_KINDS = frozenset({Kind.POD, Kind.NODE})
 _KIND_NAMES = parse.choices(*_KINDS, empty="names no kind")
 
 
@@ -38,10 +40,14 @@ class SelectionSettings(PodSelection, group=DISCOVERY):
         "DISCOVER",
         Parser(lambda given: frozenset(_KINDS[one] for one in _KIND_NAMES.parse(given)), _KIND_NAMES.schema),
         complete=lambda kinds, reader: (
-            kinds or frozenset({Kind.POD} if reader.is_set("NAMESPACES") else _KINDS.values())
+            kinds or (frozenset({Kind.POD}) if reader.is_set("NAMESPACES") else _DEFAULT_KINDS)
         ),
     ).means(
-        "Comma-separated kinds to discover: `pods`, `nodes`. Unset: both, or only Pods if `NAMESPACES` is set"
+        "Comma-separated kinds to discover: `pods`, `nodes`, `services` (the endpoints of annotated Services). "
+        "Unset: Pods and Nodes, or only Pods if `NAMESPACES` is set"
+    )
+    service_label_selector: str = Setting("SERVICE_LABEL_SELECTOR", parse.selector).means(
+        "Kubernetes label selector for Services"
     )
     node_label_selector: str = Setting("NODE_LABEL_SELECTOR", parse.selector).means(
         "Kubernetes label selector for Nodes"
@@ -60,25 +66,40 @@ class SelectionSettings(PodSelection, group=DISCOVERY):
         """The sources that are listed separately."""
         nodes = [Source(Kind.NODE)] if Kind.NODE in self.kinds else []
         pods = [Source(Kind.POD, namespace) for namespace in self.namespaces or ("",)]
-        return (*nodes, *(pods if Kind.POD in self.kinds else ()))
+        services = [one for part in pods for one in Source(Kind.ENDPOINT, part.namespace).needed]
+        return (
+            *nodes,
+            *(pods if Kind.POD in self.kinds else ()),
+            *(services if Kind.ENDPOINT in self.kinds else ()),
+        )
 
     @property
     def selectors(self) -> Mapping[Kind, str]:
         """The label selector of each kind that has one."""
-        selectors = {Kind.POD: self.pod_label_selector, Kind.NODE: self.node_label_selector}
+        selectors = {
+            Kind.POD: self.pod_label_selector,
+            Kind.NODE: self.node_label_selector,
+            Kind.SERVICE: self.service_label_selector,
+        }
         return {kind: given for kind, given in selectors.items() if given}
 
     @property
     def is_whole_cluster(self) -> bool:
         """True if every Pod and Node of the cluster is seen."""
-        return self.kinds == frozenset(_KINDS.values()) and not self.namespaces and not self.selectors
+        return self.kinds >= _DEFAULT_KINDS and not self.namespaces and not self.selectors
 
     def check(self, reader: Reader) -> None:
         """Warn of settings without effect, and of a selector that may remove another registrar's services."""
-        kinds = {"POD_LABEL_SELECTOR": Kind.POD, "NAMESPACES": Kind.POD, "NODE_LABEL_SELECTOR": Kind.NODE}
+        kinds = {
+            "POD_LABEL_SELECTOR": "pods",
+            "NAMESPACES": "pods",
+            "NODE_LABEL_SELECTOR": "nodes",
+            "SERVICE_LABEL_SELECTOR": "services",
+        }
         for one, kind in kinds.items():
-            if reader.is_set(one) and kind not in self.kinds:
-                reader.warnings.append(f"{one} has no effect: DISCOVER leaves out {kind}s")
+            is_used = _KINDS[kind] in self.kinds or (one == "NAMESPACES" and Kind.ENDPOINT in self.kinds)
+            if reader.is_set(one) and not is_used:
+                reader.warnings.append(f"{one} has no effect: DISCOVER leaves out {kind}")
         if self.selectors and not reader.is_set("INSTANCE"):
             reader.warnings.append(
                 "a label selector without INSTANCE: services of objects that it does not match are removed, "
@@ -127,6 +148,14 @@ class NamingSettings(Section, group="Names, tags, labels and shards"):
     ).means(
         f"Template of a Node's service name. Fields: {_fields_of(Kind.NODE)}, `{{bucket:<number>}}` and `{{label:<key>}}`"
     )
+    endpoint_name: Template = Setting(
+        "ENDPOINT_SERVICE_NAME",
+        Parser(lambda given: parse_name(given, Kind.ENDPOINT), TEXT),
+        DEFAULT_ENDPOINT_NAME,
+    ).means(
+        "Template of the service name of a Service's endpoints. Fields: "
+        f"{_fields_of(Kind.ENDPOINT)}, `{{bucket:<number>}}` and `{{label:<key>}}` of the Service"
+    )
     id_prefix: str = Setting("SERVICE_ID_PREFIX", Parser(_id_prefix, parse.name.schema)).means(
         "Prefix of every service ID, for registrars that share an agent: letters, digits, `.`, `_`, `-`, at "
         "most 50"
@@ -173,7 +202,11 @@ class NamingSettings(Section, group="Names, tags, labels and shards"):
         taken = {theirs for _, theirs in self.meta_keys.renamed} & {one.key for one in self.target_labels}
         for key in sorted(taken):
             reader.problem("META_KEYS", f"cannot use {key}, which TARGET_LABELS uses")
-        templates = {"POD_SERVICE_NAME": self.pod_name, "NODE_SERVICE_NAME": self.node_name}
+        templates = {
+            "POD_SERVICE_NAME": self.pod_name,
+            "NODE_SERVICE_NAME": self.node_name,
+            "ENDPOINT_SERVICE_NAME": self.endpoint_name,
+        }
         for one in (one for one, template in templates.items() if template.has_shard):
             if not self.shard_paths:
                 reader.problem(one, "has {shard_path}, and SHARD_PATHS names none")

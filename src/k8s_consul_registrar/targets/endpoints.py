@@ -141,17 +141,22 @@ def resolve_slice(
     counting = [one for one in part.endpoints if scrape.counts(one)]
     if not counting or (scrape.family and part.family != scrape.family):
         return SliceTargets({})
-    rejection: Rejection | None = None
+    rejected: Rejected | None = None
     targets: dict[SliceEndpoint, tuple[Target, ...]] = {}
     try:
         ports = scrape_ports(scrape.port, part.ports)
-        for endpoint in counting:
+    except Rejected as error:
+        counting, rejected = [], error
+    for endpoint in counting:
+        try:
             found = known.get(endpoint)
             targets[endpoint] = _targets(scrape, endpoint, ports, rules) if found is None else found
-    except Rejected as rejected:
-        detail = f"EndpointSlice {quoted(part.name, 300)}: {rejected.detail}"
-        rejection = Rejection(scrape.key, rejected.reason, detail)
-    return SliceTargets(targets, rejection)
+        except Rejected as error:
+            rejected = rejected or error
+    if rejected is None:
+        return SliceTargets(targets)
+    detail = f"EndpointSlice {quoted(part.name, 300)}: {rejected.detail}"
+    return SliceTargets(targets, Rejection(scrape.key, rejected.reason, detail))
 
 
 def _targets(
@@ -171,6 +176,7 @@ def _targets(
             "node": endpoint.node,
         },
         scrape.labels,
+        endpoint_service_id(scrape.key, endpoint.pod or address, ports[0], rules.id_prefix),
     )
     name = service_name(rules.endpoint_name, subject, rules.longest_shard)
     tags = service_tags(rules.tags, subject, rules.longest_shard)
@@ -203,13 +209,13 @@ def _usable_zone(zone: str) -> str:
     return "" if is_long or has_control(zone) else zone
 
 
-def _resolve_whole(item: ServiceWithSlices, rules: TargetRules) -> Resolved:
-    """Return the targets of a whole Service, or the first rejection among its parts."""
+def _resolve_whole(item: ServiceWithSlices, rules: TargetRules) -> Resolved | None:
+    """Return the targets of a whole Service, or the first rejection among its parts; None if it is not annotated."""
     if isinstance(item.service, Undecodable):
         return Rejection(item.key, Reason.UNDECODABLE, item.service.problem)
     scrape = resolve_service(item.service, rules)
     if scrape is None or isinstance(scrape, Rejection):
-        return scrape or ()
+        return scrape
     found: dict[str, Target] = {}
     for part in item.slices:
         targets, rejection = resolve_slice(scrape, part, rules, {})

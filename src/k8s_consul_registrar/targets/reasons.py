@@ -18,6 +18,7 @@ class Reason(StrEnum):
     TOO_MANY_PORTS = "too_many_ports"
     UNDECLARED_PORT = "undeclared_port"
     NO_HOST_IP = "no_host_ip"
+    NOT_PROXIED = "not_proxied"
     INVALID_PATH = "invalid_path"
     INVALID_SCHEME = "invalid_scheme"
     INVALID_PARAM = "invalid_param"

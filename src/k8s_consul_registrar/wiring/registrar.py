@@ -18,13 +18,23 @@ from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient, Fence
 from k8s_consul_registrar.consul.ghosts import AgentGhosts
 from k8s_consul_registrar.consul.lost_agents import LostAgents
+from k8s_consul_registrar.errors import ClusterRefused
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.cluster_uid import ClusterUid
 from k8s_consul_registrar.kube.lease import LeaseClient, default_lease_name, new_identity, pod_namespace
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.reflector import Reflectors
-from k8s_consul_registrar.model import Kind, ObjectKey, Source
+from k8s_consul_registrar.kube.service_objects import SERVICE_LABEL
+from k8s_consul_registrar.model import (
+    EndpointSlice,
+    Kind,
+    KubeService,
+    ObjectKey,
+    ServiceWithSlices,
+    Source,
+    Undecodable,
+)
 from k8s_consul_registrar.registrar.absences import Absences, SelectionRecord
 from k8s_consul_registrar.registrar.controller import Controller
 from k8s_consul_registrar.registrar.decide import Rules
@@ -42,12 +52,21 @@ from k8s_consul_registrar.registrar.reconciler import Core, Reconciler
 from k8s_consul_registrar.registrar.reporter import Reporter
 from k8s_consul_registrar.registrar.resync import Resync
 from k8s_consul_registrar.registrar.schedule import FULL_READ_GAP, GhostChecks, ScheduleRules
+from k8s_consul_registrar.registrar.service_join import ServiceJoin
 from k8s_consul_registrar.registrar.status import RegistrarStatus
 from k8s_consul_registrar.rotating import BearerTokens, Rotating, bearer_tokens
 from k8s_consul_registrar.settings.registrar import HttpSdSettings, RegistrarSettings, selection_digest
 from k8s_consul_registrar.settings.selection import HASH
-from k8s_consul_registrar.targets.resolve import TargetRules, resolve
-from k8s_consul_registrar.targets.service_names import NODE_NAME, POD_NAME, HashShards, RandomShards, Shards
+from k8s_consul_registrar.targets.endpoints import resolve_item
+from k8s_consul_registrar.targets.resolve import TargetRules
+from k8s_consul_registrar.targets.service_names import (
+    ENDPOINT_NAME,
+    NODE_NAME,
+    POD_NAME,
+    HashShards,
+    RandomShards,
+    Shards,
+)
 from k8s_consul_registrar.tls import ServerTls, server_tls
 from k8s_consul_registrar.wiring.consul import consul_access, consul_registry
 
@@ -76,16 +95,34 @@ class ClusterReads:
 
     async def read_object(self, key: ObjectKey) -> Item | None:
         """Return an object as it is now, None if there is none; raises a `ClusterError`."""
-        return await self.kube.read_object(key)
+        if key.kind is not Kind.ENDPOINT:
+            return await self.kube.read_object(key)
+        service_key = ObjectKey(Kind.SERVICE, key.namespace, key.name)
+        service = await self.kube.read_object(service_key)
+        if service is None:
+            return None
+        assert isinstance(service, KubeService | Undecodable)
+        slices: list[EndpointSlice] = []
+        async for page in self.kube.pages(
+            Kind.ENDPOINT, namespace=key.namespace, label_selector=f"{SERVICE_LABEL}={key.name}"
+        ):
+            for part in page.items:
+                if not isinstance(part, EndpointSlice):
+                    raise ClusterRefused(f"an EndpointSlice of {service_key} cannot be read", 200)
+                slices.append(part)
+        return ServiceWithSlices(key, service, tuple(slices))
 
     async def is_selected(self, key: ObjectKey) -> bool:
         """Return True if lists show an object that exists; raises a `ClusterError`."""
+        if key.kind is Kind.ENDPOINT:
+            key = ObjectKey(Kind.SERVICE, key.namespace, key.name)
         text = self.selectors.get(key.kind, "")
         return not text or await self.kube.read_object(key, label_selector=text) is not None
 
     def relist(self, source: Source, at: float) -> None:
         """Ask for a new complete list."""
-        self.reflectors.relist(source, at)
+        for one in source.needed:
+            self.reflectors.relist(one, at)
 
 
 class Wiring:
@@ -128,6 +165,7 @@ class Wiring:
             id_prefix=naming.id_prefix,
             pod_name=naming.pod_name,
             node_name=naming.node_name,
+            endpoint_name=naming.endpoint_name,
             tags=naming.tags,
             labels=naming.labels,
             target_labels=naming.target_labels,
@@ -224,7 +262,9 @@ class Wiring:
         status = RegistrarStatus()
         reporter = Reporter(metrics, status)
         observed = ObservedState()
-        desired = DesiredState(settings.selection.sources, partial(resolve, rules=self.targets), observed)
+        join = ServiceJoin(self.targets) if Kind.ENDPOINT in settings.selection.kinds else None
+        resolve = partial(resolve_item, rules=self.targets)
+        desired = DesiredState(settings.selection.sources, resolve, observed, join=join)
         queue = WorkQueue(
             first=timing.retry_first, cap=settings.sync_period, min_interval=timing.write_interval
         )
@@ -303,7 +343,11 @@ class Wiring:
     def _kinds_with_template(self) -> frozenset[Kind]:
         """Return the kinds whose service names are not the default, which contains the object's own name."""
         naming = self.settings.naming
-        templates = {Kind.POD: naming.pod_name != POD_NAME, Kind.NODE: naming.node_name != NODE_NAME}
+        templates = {
+            Kind.POD: naming.pod_name != POD_NAME,
+            Kind.NODE: naming.node_name != NODE_NAME,
+            Kind.ENDPOINT: naming.endpoint_name != ENDPOINT_NAME,
+        }
         return frozenset(kind for kind, is_template in templates.items() if is_template)
 
 

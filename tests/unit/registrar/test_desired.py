@@ -12,8 +12,8 @@ from msgspec.structs import replace
 from k8s_consul_registrar.kube.store import SLICE, Evidence
 from k8s_consul_registrar.model import Kind, Node, ObjectKey, Pod, Rejection, Source, Target, Undecodable
 from k8s_consul_registrar.registrar import claims
+from k8s_consul_registrar.registrar.claims import Change
 from k8s_consul_registrar.registrar.decide import Standing
-from k8s_consul_registrar.registrar.desired import Change
 from k8s_consul_registrar.registrar.observed import AsDesired, Observed, Unknown, observe
 from k8s_consul_registrar.registrar.ownership import Identity
 from support.builders import SCRAPED, annotated, make_node, make_pod, our_pod_service

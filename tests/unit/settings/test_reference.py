@@ -89,7 +89,7 @@ class TestSchema:
             {"NAMESPACES": "a"},
             {"LEASE_NAME": "-a"},
             {"ANNOTATION_PREFIX": "prometheus.io"},
-            {"DISCOVER": ["services"]},
+            {"DISCOVER": ["jobs"]},
             {"WATCH": 1},
             {"META_KEYS": ["a=b"]},
             {"CONSUL_HTTP_TOKEN": "x"},

@@ -116,7 +116,7 @@ def test_identity_of_a_part_does_not_cover_the_cluster(environment: dict[str, st
         ("META_KEYS", "managed_by=owner", "cannot be renamed"),
         ("SHARD_STRATEGY", "sticky", "is none of random, hash"),
         ("SHARD_PATHS", "\udc80", "not printable"),
-        ("DISCOVER", "pods,services", "'services' is none of pods, nodes"),
+        ("DISCOVER", "pods,jobs", "'jobs' is none of pods, nodes, services"),
         ("DISCOVER", ",", "names no kind"),
         ("NAMESPACES", "a,B", "'B' is no namespace"),
         ("NAMESPACES", "x" * 64, "is no namespace"),

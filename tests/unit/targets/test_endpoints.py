@@ -30,8 +30,8 @@ def targets_of(
 ) -> list[Target] | Rejection:
     """Return everything that a Service and its slices ask for, in order of the IDs, or the rejection."""
     made = resolve_item(ServiceWithSlices(KEY, service or make_kube_service(), parts), rules)
-    if isinstance(made, Rejection):
-        return made
+    if isinstance(made, Rejection) or made is None:
+        return made or []
     assert isinstance(made, tuple)
     return sorted(made, key=lambda one: one.id)
 
@@ -147,6 +147,15 @@ def test_names_for_addresses_are_rejected() -> None:
 def test_address_that_cannot_be_scraped_is_rejected(address: str) -> None:
     """An unspecified or multicast address is no target."""
     assert reason_of(make_slice("web-1", SliceEndpoint(address))) == Reason.INVALID_IP
+
+
+def test_endpoint_that_is_rejected_takes_no_other_with_it() -> None:
+    """The endpoints beside one that cannot be scraped are targets all the same."""
+    scrape = resolve_service(make_kube_service(), RULES)
+    assert isinstance(scrape, ServiceScrape)
+    made = resolve_slice(scrape, make_slice("web-1", SliceEndpoint("nonsense"), WEB), RULES, {})
+    assert [one.id for one in made.targets[WEB]] == ["svc--shop--web--web-1--9102"]
+    assert made.rejection is not None
 
 
 def test_external_name_is_rejected() -> None:

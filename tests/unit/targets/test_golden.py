@@ -188,7 +188,10 @@ def texts_of(settings: Mapping[str, str]) -> list[str]:
         f"{one.reason} {one.detail}"
         if isinstance(one, Rejection)
         else " ".join(
-            registrations((AsDesired(target, "", "uid-1") for target in one or ()), wiring.identity)
+            registrations(
+                (AsDesired(target, "", "uid-1") for target in (one if isinstance(one, tuple) else ())),
+                wiring.identity,
+            )
         )
         for one in resolved
     ]

@@ -168,7 +168,7 @@ function showFilter() {
   q.placeholder = word(`search_${tab}`);
   q.setAttribute("aria-label", q.placeholder);
   if (document.activeElement !== q) q.value = state.q;
-  fill($("kind"), [["", word("any_kind")], ...["pod", "node"].map((kind) => [kind, word(kind)])], state.kind);
+  fill($("kind"), [["", word("any_kind")], ...["pod", "node", "endpoint"].filter((kind) => kind in status.counts.kinds).map((kind) => [kind, word(kind)])], state.kind);
   $("kind").setAttribute("aria-label", word("kind"));
   const names = status.namespaces.includes(state.namespace) || !state.namespace ? status.namespaces : [state.namespace, ...status.namespaces];
   fill($("namespace"), [["", word("any_namespace")], ...names.map((name) => [name, name])], state.namespace);

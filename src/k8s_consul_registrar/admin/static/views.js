@@ -210,7 +210,8 @@ export function cards(status) {
     card(
       "targets", "targets", counts.states.refused ? "wait" : "good", number(counts.targets),
       unwell.map((name) => `${number(counts.states[name])} ${word(name)}`).join(" · ") ||
-        `${number(counts.kinds.pod)} ${word("pod")} · ${number(counts.kinds.node)} ${word("node")}`,
+        ["pod", "node", "endpoint"].filter((kind) => kind !== "endpoint" || counts.kinds.endpoint)
+          .map((kind) => `${number(counts.kinds[kind])} ${word(kind)}`).join(" · "),
     ),
     card("rejections", "rejections", rejected ? "wait" : "good", number(rejected), Object.keys(counts.rejections).slice(0, 2).join(", ")),
     card("conflicts", "conflicts", counts.conflicts ? "bad" : "good", number(counts.conflicts)),

@@ -12,7 +12,7 @@ from k8s_consul_registrar.errors import AccessError, ClusterError, ClusterForbid
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.cluster_uid import IDENTITY_NAMESPACE
-from k8s_consul_registrar.kube.watch_decoder import RESOURCES
+from k8s_consul_registrar.kube.watch_decoder import GROUPS, RESOURCES
 from k8s_consul_registrar.model import Kind, Node, Source
 
 # Nodes from which a sample is picked.
@@ -41,7 +41,9 @@ class Permission(NamedTuple):
 def source_permissions(sources: Iterable[Source]) -> tuple[Permission, ...]:
     """Return the permissions to follow these sources."""
     return tuple(
-        Permission(verb, RESOURCES[source.kind], namespace=source.namespace)
+        Permission(
+            verb, RESOURCES[source.kind], namespace=source.namespace, group=GROUPS.get(source.kind, "")
+        )
         for source in sources
         for verb in ("list", "watch")
     )
@@ -145,7 +147,8 @@ async def _needed(client: KubeClient, permission: Permission) -> Finding:
     if is_allowed:
         return ok(name, "allowed")
     role = f"a Role in {permission.namespace}" if permission.namespace else "the ClusterRole"
-    grant = f'grant verbs ["{permission.verb}"] on resources ["{permission.what}"] in {role}'
+    of = f' of apiGroups ["{permission.group}"]' if permission.group else ""
+    grant = f'grant verbs ["{permission.verb}"] on resources ["{permission.what}"]{of} in {role}'
     return fail(name, "not allowed", f"{grant} of our account (deploy/rbac.yaml)")
 
 

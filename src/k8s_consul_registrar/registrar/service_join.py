@@ -1,0 +1,356 @@
+"""The join of Services, EndpointSlices and Pods: which endpoints are asked for, and what one change moves. Pure.
+
+A Service says how its endpoints are scraped, its slices say where they are. One endpoint may be in two slices for a
+moment, and one place (address, port and path) may be asked for by a Pod and by several Services: the Pod wins,
+then the older Service. Every change costs what it changes, not what the Service has.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from typing import NamedTuple, TypeAlias, TypeVar
+
+import msgspec
+from msgspec.structs import replace
+
+from k8s_consul_registrar.model import (
+    ContainerPort,
+    EndpointSlice,
+    Kind,
+    ObjectKey,
+    Rejection,
+    SliceEndpoint,
+    Target,
+)
+from k8s_consul_registrar.targets.endpoints import (
+    ServiceScrape,
+    SliceTargets,
+    Value,
+    endpoints_key,
+    resolve_slice,
+)
+from k8s_consul_registrar.targets.reasons import Reason
+from k8s_consul_registrar.targets.resolve import TargetRules, shared_pair
+
+SERVICE = "service"
+NOT_PROXIED = "through the proxy only Pods that are annotated themselves can be scraped"
+
+_Place: TypeAlias = tuple[str, int, str]
+KeyT = TypeVar("KeyT")
+ValueT = TypeVar("ValueT")
+
+
+class Winner(StrEnum):
+    """Object that is scraped in place of an endpoint; fit for a metric's label."""
+
+    POD = "pod"
+    SERVICE = "service"
+
+
+class Joined(msgspec.Struct):
+    """What one change led to: targets to take away and to add, by key and ID, and what else is to be looked at.
+
+    `protected` are IDs taken away whose endpoint is still there and rejected. `services` are the keys whose
+    rejection may be another one now, and `pods` the Pods whose meta `service` may.
+    """
+
+    removed: list[Target] = msgspec.field(default_factory=list)
+    added: list[Target] = msgspec.field(default_factory=list)
+    protected: set[str] = msgspec.field(default_factory=set)
+    services: set[ObjectKey] = msgspec.field(default_factory=set)
+    pods: set[ObjectKey] = msgspec.field(default_factory=set)
+
+    @property
+    def left(self) -> list[Target]:
+        """The targets whose Service does not ask for their ID any more, wherever it is."""
+        added = {(one.id, one.key) for one in self.added}
+        return [one for one in self.removed if (one.id, one.key) not in added]
+
+
+class _Part(msgspec.Struct):
+    """One EndpointSlice and what became of it."""
+
+    slice: EndpointSlice
+    made: SliceTargets = SliceTargets({})
+
+
+class _Standing(NamedTuple):
+    """Who is scraped at one place, and who is not: targets asked for, and those that lost to whom."""
+
+    asked: tuple[Target, ...] = ()
+    yielded: tuple[Target, ...] = ()
+    winner: Winner | None = None
+    service: ObjectKey | None = None
+
+
+class ServiceJoin:
+    """Joins Services with their EndpointSlices, and endpoints with Pods at the same place."""
+
+    def __init__(self, rules: TargetRules) -> None:
+        self._rules = rules
+        self._services: dict[ObjectKey, ServiceScrape | Rejection] = {}
+        self._parts: dict[ObjectKey, dict[str, _Part]] = {}
+        self._rejected: defaultdict[ObjectKey, dict[str, Rejection]] = defaultdict(dict)
+        # Every target of every slice, by ID; several only while two slices, or two Services, have one ID.
+        self._offers: dict[str, tuple[Target, ...]] = {}
+        # One target of each Service and ID, by place.
+        self._places: dict[_Place, tuple[Target, ...]] = {}
+        self._pods: dict[_Place, tuple[ObjectKey, ...]] = {}
+        # Endpoints that are not asked for, by what is scraped instead of them.
+        self.yielded: Counter[Winner] = Counter()
+        # Endpoints of a Service that only the proxy could reach, and that it does not serve.
+        self._unproxied: Counter[ObjectKey] = Counter()
+
+    # What is known
+
+    def rejection(self, key: ObjectKey) -> Rejection | None:
+        """Return why a Service, or some of its endpoints, are rejected: the first reason there is."""
+        service = self._services.get(key)
+        if isinstance(service, Rejection):
+            return service
+        if parts := self._rejected.get(key):
+            return parts[min(parts)]
+        return Rejection(key, Reason.NOT_PROXIED, NOT_PROXIED) if self._unproxied[key] else None
+
+    def has_yielded(self, service_id: str, key: ObjectKey) -> bool:
+        """Return True if an endpoint is there, and something else is scraped at its place."""
+        mine = next((one for one in self._chosen(service_id) if one.key == key), None)
+        if mine is None:
+            return False
+        standing = self._standing(self._place(mine))
+        return standing.winner is not None and mine in standing.yielded
+
+    def mark(self, targets: tuple[Target, ...]) -> tuple[Target, ...]:
+        """Return a Pod's targets with the Service whose endpoint each of them is, or without one."""
+        if not targets or targets[0].key.kind is not Kind.POD:
+            return targets
+        marked = tuple([self._marked(one) for one in targets])
+        return targets if all(one is other for one, other in zip(targets, marked, strict=True)) else marked
+
+    # Changes
+
+    def on_service(self, key: ObjectKey, value: Value | None) -> Joined:
+        """Take over a Service; all its endpoints are resolved again."""
+        key = endpoints_key(key.namespace, key.name)
+        if isinstance(value, ServiceScrape | Rejection):
+            self._services[key] = value
+        else:
+            self._services.pop(key, None)
+        gone: list[Target] = []
+        come: list[Target] = []
+        for part in self._parts.get(key, {}).values():
+            before, made = part.made.targets, self._resolve(key, part.slice, {})
+            # What is the same stays the same object, for its memory.
+            same = {
+                one: before[one] if before.get(one) == some else some for one, some in made.targets.items()
+            }
+            part.made = SliceTargets(same, made.rejection)
+            _difference(before, same, gone, come)
+            self._note_rejection(key, part)
+        joined = self._swap(gone, come)
+        joined.services.add(key)
+        if isinstance(value, Rejection):
+            joined.protected = {one.id for one in gone}
+        return joined
+
+    def on_slice(self, before: Value | None, after: Value | None) -> Joined:
+        """Take over an EndpointSlice; only endpoints that changed are resolved."""
+        gone: list[Target] = []
+        come: list[Target] = []
+        keys: set[ObjectKey] = set()
+        made = SliceTargets({})
+        old = before if isinstance(before, EndpointSlice) else None
+        new = after if isinstance(after, EndpointSlice) else None
+        if old is not None:
+            key = endpoints_key(old.namespace, old.service)
+            keys.add(key)
+            made = self._parts[key].pop(old.name).made
+            if not self._parts[key]:
+                del self._parts[key]
+            self._forget_rejection(key, old.name)
+        protected: set[str] = set()
+        if new is not None:
+            key = endpoints_key(new.namespace, new.service)
+            keys.add(key)
+            is_alike = old is not None and _shape(old) == _shape(new)
+            part = _Part(new, self._resolve(key, new, made.targets if is_alike else {}))
+            self._parts.setdefault(key, {})[new.name] = part
+            self._note_rejection(key, part)
+            _difference(made.targets, part.made.targets, gone, come)
+            if part.made.rejection is not None:
+                protected = self._still_there(key, new, made.targets)
+        else:
+            _difference(made.targets, {}, gone, come)
+        joined = self._swap(gone, come)
+        joined.services |= keys
+        joined.protected = protected
+        return joined
+
+    def on_pod(self, before: tuple[Target, ...], after: tuple[Target, ...]) -> Joined:
+        """Take over the targets of a Pod, at whose places endpoints give way or come back."""
+        was = {self._place(one): one.key for one in before}
+        now = {self._place(one): one.key for one in after}
+        places = was.keys() ^ now.keys()
+        standings = {place: self._standing(place) for place in places}
+        for place in places:
+            if place in was:
+                _take(self._pods, place, was[place])
+            else:
+                self._pods[place] = (*self._pods.get(place, ()), now[place])
+        return self._compare(standings)
+
+    def _resolve(
+        self, key: ObjectKey, part: EndpointSlice, known: Mapping[SliceEndpoint, tuple[Target, ...]]
+    ) -> SliceTargets:
+        service = self._services.get(key)
+        if not isinstance(service, ServiceScrape):
+            return SliceTargets({})
+        return resolve_slice(service, part, self._rules, known)
+
+    def _still_there(
+        self, key: ObjectKey, part: EndpointSlice, before: Mapping[SliceEndpoint, tuple[Target, ...]]
+    ) -> set[str]:
+        """Return the IDs of endpoints that a rejected slice still has: nothing says that they are to go."""
+        service = self._services[key]
+        assert isinstance(service, ServiceScrape)
+        there = {one.pod or one.address for one in part.endpoints if service.counts(one)}
+        return {
+            one.id for point, some in before.items() if (point.pod or point.address) in there for one in some
+        }
+
+    def _note_rejection(self, key: ObjectKey, part: _Part) -> None:
+        if part.made.rejection is None:
+            self._forget_rejection(key, part.slice.name)
+        else:
+            self._rejected[key][part.slice.name] = part.made.rejection
+
+    def _forget_rejection(self, key: ObjectKey, name: str) -> None:
+        if parts := self._rejected.get(key):
+            parts.pop(name, None)
+            if not parts:
+                del self._rejected[key]
+
+    # Places
+
+    def _swap(self, gone: Iterable[Target], come: Iterable[Target]) -> Joined:
+        """Take some offers away and add others; return what that changes at their places."""
+        ids = {one.id for one in (*gone, *come)}
+        before = {service_id: self._chosen(service_id) for service_id in ids}
+        for target in gone:
+            _take(self._offers, target.id, target)
+        for target in come:
+            # The usual case of one offer shares the tuple, for its memory.
+            self._offers[target.id] = (*self._offers.get(target.id, ()), target)
+        less: list[Target] = []
+        more: list[Target] = []
+        for service_id, was in before.items():
+            now = self._chosen(service_id)
+            less += [one for one in was if one not in now]
+            more += [one for one in now if one not in was]
+        standings = {place: self._standing(place) for place in {self._place(one) for one in (*less, *more)}}
+        for target in less:
+            _take(self._places, self._place(target), target)
+        for target in more:
+            place = self._place(target)
+            self._places[place] = (*self._places.get(place, ()), target)
+        return self._compare(standings)
+
+    def _compare(self, standings: Mapping[_Place, _Standing]) -> Joined:
+        """Return what changed at some places since they stood as given."""
+        joined = Joined()
+        for place, was in standings.items():
+            now = self._standing(place)
+            joined.removed += [one for one in was.asked if one not in now.asked]
+            joined.added += [one for one in now.asked if one not in was.asked]
+            self._count(was, -1)
+            self._count(now, 1)
+            joined.services |= {one.key for one in (*was.yielded, *now.yielded) if not one.address}
+            if was.service != now.service:
+                joined.pods |= set(self._pods.get(place, ()))
+        return joined
+
+    def _count(self, standing: _Standing, step: int) -> None:
+        if standing.winner is not None:
+            self.yielded[standing.winner] += step * len(standing.yielded)
+            return
+        for target in standing.yielded:
+            self._unproxied[target.key] += step
+            if not self._unproxied[target.key]:
+                del self._unproxied[target.key]
+
+    def _chosen(self, service_id: str) -> tuple[Target, ...]:
+        """Return one target of each Service that offers an ID."""
+        offers = self._offers.get(service_id, ())
+        if len(offers) < 2:
+            return offers
+        chosen: dict[ObjectKey, Target] = {}
+        for target in sorted(offers, key=lambda one: (one.address, one.port, one.meta)):
+            chosen.setdefault(target.key, target)
+        return tuple(chosen.values())
+
+    def _standing(self, place: _Place) -> _Standing:
+        chosen = self._places.get(place, ())
+        if not chosen:
+            return _Standing()
+        first = min(chosen, key=_rank)
+        if place in self._pods:
+            return _Standing((), chosen, Winner.POD, first.key)
+        if not first.address:
+            return _Standing((), chosen, None, first.key)
+        others = tuple([one for one in chosen if one is not first]) if len(chosen) > 1 else ()
+        return _Standing(
+            chosen if not others else (first,), others, Winner.SERVICE if others else None, first.key
+        )
+
+    def _place(self, target: Target) -> _Place:
+        """Return where a target is scraped; through the proxy that is the Pod, at whatever port."""
+        path = pod = ""
+        for name, value in target.meta:
+            if name == "metrics_path":
+                path = value
+            elif name == "pod":
+                pod = value
+        if self._rules.pods_through_proxy and pod:
+            return "", 0, f"{target.key.namespace}/{pod}"
+        return target.address, target.port, path
+
+    def _marked(self, target: Target) -> Target:
+        service = self._standing(self._place(target)).service
+        name = service.name if service is not None and service.namespace == target.key.namespace else ""
+        rest = tuple([pair for pair in target.meta if pair[0] != SERVICE])
+        meta = tuple(sorted((*rest, shared_pair((SERVICE, name))))) if name else rest
+        return target if meta == target.meta else replace(target, meta=meta)
+
+
+def _shape(part: EndpointSlice) -> tuple[str, str, tuple[ContainerPort, ...]]:
+    """Return what a slice's targets depend on beside their endpoints."""
+    return part.service, part.family, part.ports
+
+
+def _rank(target: Target) -> tuple[tuple[int, str, str], ObjectKey, str]:
+    return target.rank, target.key, target.id
+
+
+def _difference(
+    before: Mapping[SliceEndpoint, tuple[Target, ...]],
+    after: Mapping[SliceEndpoint, tuple[Target, ...]],
+    gone: list[Target],
+    come: list[Target],
+) -> None:
+    """Add to the lists the targets of endpoints that are no longer the same."""
+    for endpoint, targets in before.items():
+        if after.get(endpoint) != targets:
+            gone += targets
+    for endpoint, targets in after.items():
+        if before.get(endpoint) != targets:
+            come += targets
+
+
+def _take(table: dict[KeyT, tuple[ValueT, ...]], key: KeyT, value: ValueT) -> None:
+    """Take one value out of a table of tuples."""
+    values = list(table[key])
+    values.remove(value)
+    if values:
+        table[key] = tuple(values)
+    else:
+        del table[key]
