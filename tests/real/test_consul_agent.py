@@ -7,6 +7,7 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from k8s_consul_registrar.consul import agent
+from k8s_consul_registrar.consul.access import ConsulTokenFile
 from k8s_consul_registrar.consul.agent import AgentRegistry
 from k8s_consul_registrar.consul.previous_location import PreviousLocation
 from k8s_consul_registrar.model import UNSYNCED, Drift
@@ -166,8 +167,8 @@ async def test_changed_token_makes_everything_unsynced_once(tmp_path: Path) -> N
             await registry.register(services)
             assert {one.index for one in (await held(registry)).values()} == {0}
             file.write_text(new.secret)
-            assert client._token_file is not None
-            client._token_file._file.expire()  # the file is looked at again now
+            assert isinstance(client._tokens, ConsulTokenFile)
+            client._tokens._file.expire()  # the file is looked at again now
             for _ in range(2):
                 there = await held(registry)
                 assert {one.index for one in there.values()} == {UNSYNCED}

@@ -80,6 +80,10 @@ class Daemon:
             self.assert_clean()
             assert not errors, f"{errors:g} internal errors:\n{self.output}"
 
+    def keep_secret(self, *secrets: str) -> None:
+        """Fail at the end if one of these is in the output."""
+        self._secrets = (*self._secrets, *secrets)
+
     @property
     def output(self) -> str:
         """Everything it wrote so far, on stdout and stderr."""

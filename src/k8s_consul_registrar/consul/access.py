@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from k8s_consul_registrar.rotating import Derived, token_file
 from k8s_consul_registrar.tls import Trust
@@ -38,6 +39,37 @@ class ConsulAccess:
     partition: str = ""
 
 
+class TokenSource(Protocol):
+    """Our ACL token, as each request asks for it."""
+
+    @property
+    def version(self) -> int:
+        """The number of times that the token was seen to change."""
+
+    async def token(self) -> str:
+        """Return the token, empty for none; raises an `AccessError` or a `ConsulError` if it cannot be had."""
+
+    def is_unknown(self, token: str) -> bool:
+        """Note that Consul does not know a token; return True if another attempt is worthwhile."""
+
+
+class FixedToken:
+    """An ACL token that stays, empty for none."""
+
+    version = 0
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    async def token(self) -> str:
+        """Return the token."""
+        return self._token
+
+    def is_unknown(self, token: str) -> bool:  # noqa: ARG002 - there is no other one
+        """Return False."""
+        return False
+
+
 class ConsulTokenFile:
     """An ACL token in a file, which is read again when the file changes."""
 
@@ -53,3 +85,11 @@ class ConsulTokenFile:
             self.version += bool(self._token)
             self._token = token
         return token
+
+    async def token(self) -> str:
+        """Return what `current` does."""
+        return self.current()
+
+    def is_unknown(self, token: str) -> bool:  # noqa: ARG002 - the file has no other one before it changes
+        """Return False."""
+        return False

@@ -26,8 +26,9 @@ from k8s_consul_registrar.consul.acl import (
     read_agents,
     read_own_node,
 )
+from k8s_consul_registrar.consul.answers import is_filtered
 from k8s_consul_registrar.consul.batches import Blame, Outcomes, for_each, write_each
-from k8s_consul_registrar.consul.client import ConsulClient, is_filtered
+from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.codec import (
     MetaKeys,
     decode_agent_services,

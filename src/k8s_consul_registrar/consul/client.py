@@ -14,15 +14,14 @@ import msgspec
 from yarl import URL
 
 from k8s_consul_registrar.backoff import Timing, delays
-from k8s_consul_registrar.consul.access import ConsulAccess, ConsulTokenFile
+from k8s_consul_registrar.consul.access import ConsulAccess, ConsulTokenFile, FixedToken, TokenSource
+from k8s_consul_registrar.consul.answers import LONGEST_HEAD, ConsulAnswer, StreamedAnswer, refusal
 from k8s_consul_registrar.consul.health import TOO_MANY_REQUESTS, ConsulHealth, RequestKind
 from k8s_consul_registrar.errors import (
     AccessError,
     ConsulBusy,
     ConsulError,
     ConsulFenced,
-    ConsulForbidden,
-    ConsulRefused,
     ConsulTokenUnknown,
     ConsulUnreachable,
 )
@@ -36,12 +35,6 @@ MOST_BODY = 256 << 20  # bytes of an answer that is kept whole; one without end 
 # A streamed body may take this many times as long: each byte of a Consul that drips ends the wait for the next.
 STREAM_PATIENCE = 20
 ATTEMPTS = 4  # for a request that is answered 429, the first included
-# An error's text is Consul's and may quote what we sent, so it is shown shortened.
-LONGEST_PROBLEM = 200
-LONGEST_HEAD = 4 * LONGEST_PROBLEM
-MOST_INDEX = 2**63 - 1
-# What Consul says of a token that it does not know; the second is of later versions.
-_TOKEN_UNKNOWN = ("acl not found", "token not found", "token does not exist")
 # Nothing has this name, so the read costs nothing and shows nothing.
 _PROBE = b'[{"Service":{"Verb":"get","Node":"k8s-consul-registrar-probe","Service":{"ID":"none"}}}]'
 
@@ -56,32 +49,6 @@ _LEAST_PATIENCE = 1.0
 _BROKEN = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
 
 T = TypeVar("T")
-
-
-class ConsulAnswer(msgspec.Struct, frozen=True):
-    """A whole answer."""
-
-    body: bytes
-    headers: Mapping[str, str]
-    status: int = 200
-
-    @property
-    def index(self) -> int:
-        """The index of the state that a read shows (`X-Consul-Index`), 0 where the answer names none."""
-        return index_of(self.headers)
-
-    @property
-    def text(self) -> str:
-        """The beginning of the body, fit for a log line."""
-        text = self.body[:LONGEST_HEAD].decode("utf-8", "replace").strip()
-        return "".join(char if char.isprintable() else " " for char in text)
-
-
-class StreamedAnswer(msgspec.Struct, frozen=True):
-    """A successful answer whose body is still coming; `chunks` raises `ConsulUnreachable` if it breaks off."""
-
-    chunks: AsyncIterator[bytes]
-    headers: Mapping[str, str]
 
 
 class _Request(msgspec.Struct, frozen=True):
@@ -137,13 +104,16 @@ class ConsulClient:
         connections: int = CONNECTIONS,
         fence: Fence | None = None,
         health: ConsulHealth | None = None,
+        tokens: TokenSource | None = None,
     ) -> None:
+        """Make the client; `tokens` takes the place of the token that `access` names."""
         self.health = health or ConsulHealth(timing)
         self._access = access
         self._fence = fence
         self._timing = timing
         self._connections = connections
-        self._token_file = ConsulTokenFile(access.token_file) if access.token_file else None
+        named = ConsulTokenFile(access.token_file) if access.token_file else FixedToken(access.token)
+        self._tokens: TokenSource = tokens or named
         self._session: aiohttp.ClientSession | None = None
         self._background: set[asyncio.Task[Any]] = set()
         scope = {"ns": access.namespace, "partition": access.partition}
@@ -162,11 +132,18 @@ class ConsulClient:
     @property
     def token_version(self) -> int:
         """The number of times that the token was seen to change while requests were sent."""
-        return 0 if self._token_file is None else self._token_file.version
+        return self._tokens.version
 
     def single(self) -> "ConsulClient":
         """Return a client of the same Consul with one new connection, which one agent answers; it is not open yet."""
-        return ConsulClient(self._access, self._timing, connections=1, fence=self._fence, health=self.health)
+        return ConsulClient(
+            self._access,
+            self._timing,
+            connections=1,
+            fence=self._fence,
+            health=self.health,
+            tokens=self._tokens,
+        )
 
     async def __aenter__(self) -> Self:
         """Open the pool of connections; nothing is sent yet."""
@@ -233,15 +210,17 @@ class ConsulClient:
         waits: Iterator[float] | None = None
         for left in reversed(range(1 if wait else ATTEMPTS)):
             attempt = self.health.begin(access, is_blocking=bool(wait))
+            token = ""
             try:
-                answer = await self._exchange(asking, wait)
+                token = await self._token()
+                answer = await self._exchange(asking, token, wait)
                 is_accepted = answer.status in accepts or (
                     accepts_text and accepts_text in answer.text.lower()
                 )
                 if not is_accepted:
                     raise refusal(answer.status, path, answer)
             except ConsulError as error:
-                is_last = not (left and isinstance(error, ConsulBusy) and error.status == TOO_MANY_REQUESTS)
+                is_last = not self._is_worth_another(error, token) or not left
                 self.health.raised(attempt, error, is_last=is_last)
                 if is_last:
                     raise
@@ -280,10 +259,7 @@ class ConsulClient:
         )
         attempt = self.health.begin(RequestKind.READ)
         try:
-            async with await self._send(_Request("GET", path, params), limits) as response:
-                if response.status != 200:
-                    head = await self._read(response.content.read(LONGEST_HEAD))
-                    raise refusal(response.status, path, ConsulAnswer(head, response.headers))
+            async with await self._begin(_Request("GET", path, params), limits) as response:
                 yield StreamedAnswer(self._chunks(response), response.headers)
                 if response.content.at_eof():
                     self.health.succeeded(attempt)
@@ -293,12 +269,27 @@ class ConsulClient:
         finally:
             self.health.end(attempt)
 
-    async def _exchange(self, asking: _Request, wait: float) -> ConsulAnswer:
+    async def _begin(self, asking: _Request, limits: aiohttp.ClientTimeout) -> aiohttp.ClientResponse:
+        """Return an answer that succeeds and is still to be read; a token that has ended is replaced once."""
+        for left in (True, False):
+            token = await self._token()
+            response = await self._send(asking, token, limits)
+            if response.status == 200:
+                return response
+            async with response:
+                head = await self._read(response.content.read(LONGEST_HEAD))
+            error = refusal(response.status, asking.path, ConsulAnswer(head, response.headers))
+            if not (left and isinstance(error, ConsulTokenUnknown) and self._tokens.is_unknown(token)):
+                break
+            await asyncio.sleep(self._timing.retry_first)
+        raise error
+
+    async def _exchange(self, asking: _Request, token: str, wait: float) -> ConsulAnswer:
         longest = self._timing.read_timeout + wait * 17 / 16
         fenced = math.inf if asking.access is RequestKind.READ else self._time_left()
         limits = aiohttp.ClientTimeout(total=min(longest, fenced), sock_connect=self._timing.connect_timeout)
         try:
-            async with await self._send(asking, limits) as response:
+            async with await self._send(asking, token, limits) as response:
                 return ConsulAnswer(await self._read(_whole(response)), response.headers, response.status)
         except ConsulUnreachable as error:
             # The lead may have been renewed while the write hung: then Consul is at fault, not the fence.
@@ -316,9 +307,10 @@ class ConsulClient:
             raise ConsulFenced("no write, or one broken off: this replica does not lead")
         return left
 
-    async def _send(self, asking: _Request, limits: aiohttp.ClientTimeout) -> aiohttp.ClientResponse:
+    async def _send(
+        self, asking: _Request, token: str, limits: aiohttp.ClientTimeout
+    ) -> aiohttp.ClientResponse:
         assert self._session is not None
-        headers = self._headers()
         try:
             url = URL(self._access.address.url.rstrip("/") + asking.path, encoded=True)
             query = {**self._scope, **(asking.params or {})}
@@ -326,7 +318,7 @@ class ConsulClient:
                 asking.method,
                 url.update_query(query) if query else url,
                 data=asking.body,
-                headers=headers,
+                headers={"X-Consul-Token": token} if token else {},
                 ssl=self._access.tls.current().context if self._access.tls else True,
                 server_hostname=self._access.tls_server_name or None,
                 allow_redirects=False,
@@ -345,12 +337,17 @@ class ConsulClient:
         except _BROKEN as error:
             raise self._unreachable(error) from error
 
-    def _headers(self) -> dict[str, str]:
+    async def _token(self) -> str:
         try:
-            token = self._access.token if self._token_file is None else self._token_file.current()
+            return await self._tokens.token()
         except AccessError as error:
             raise ConsulTokenUnknown(str(error)) from None
-        return {"X-Consul-Token": token} if token else {}
+
+    def _is_worth_another(self, error: ConsulError, token: str) -> bool:
+        """Return True for a 429, and where the next attempt may show another token."""
+        if isinstance(error, ConsulTokenUnknown):
+            return self._tokens.is_unknown(token)
+        return isinstance(error, ConsulBusy) and error.status == TOO_MANY_REQUESTS
 
     def _unreachable(self, error: Exception) -> ConsulUnreachable:
         tls = self._access.tls
@@ -368,33 +365,3 @@ async def _whole(response: aiohttp.ClientResponse) -> bytes:
         if len(body) > MOST_BODY:
             raise aiohttp.ClientPayloadError("the answer is longer than any that Consul sends")
     return bytes(body)
-
-
-def number_of(text: str) -> int | None:
-    """Read a number of a header; None for what is none, or is absurd."""
-    is_number = text.isascii() and text.isdigit() and len(text) <= len(str(MOST_INDEX))
-    return int(text) if is_number and int(text) <= MOST_INDEX else None
-
-
-def index_of(headers: Mapping[str, str]) -> int:
-    """Return the index that a read's headers name, 0 where they name none."""
-    return number_of(headers.get("X-Consul-Index", "")) or 0
-
-
-def is_filtered(headers: Mapping[str, str]) -> bool:
-    """Return whether Consul says that it left out what the token may not see; versions before 1.13 do not."""
-    return headers.get("X-Consul-Results-Filtered-By-ACLs", "") == "true"
-
-
-def refusal(status: int, path: str, answer: ConsulAnswer) -> ConsulError:
-    """Turn an answer that is no success into the error that says what to do about it."""
-    text = answer.text[:LONGEST_PROBLEM]
-    problem = f"Consul answers {status} to {path.partition('?')[0]}: {text or 'without a reason'}"
-    if status == 403 and any(known in text.lower() for known in _TOKEN_UNKNOWN):
-        return ConsulTokenUnknown(f"{problem} (Consul does not know the token)")
-    if status == 403:
-        return ConsulForbidden(f"{problem} (the token lacks a right, or is not known)")
-    if status == TOO_MANY_REQUESTS or status >= 500:
-        retry_after = number_of(answer.headers.get("Retry-After", ""))
-        return ConsulBusy(problem, None if retry_after is None else float(retry_after), status)
-    return ConsulRefused(problem, status)

@@ -70,6 +70,15 @@ class Tokens:
         """Forget a token."""
         self._known.pop(secret, None)
 
+    def add_method(self, method: AuthMethod) -> None:
+        """Create an auth method, or replace the one of its name."""
+        self._methods[method.name] = method
+
+    @property
+    def logged_in(self) -> tuple[str, ...]:
+        """The secrets of the tokens that logins made and that are still known."""
+        return tuple(one for one, token in self._known.items() if token.method and self._find(one))
+
     def is_known(self, secret: str) -> bool:
         """Return True if Consul knows the token, or has no ACLs."""
         return not self.is_enabled or self._find(secret or ANONYMOUS) is not None

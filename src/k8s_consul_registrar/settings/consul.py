@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from k8s_consul_registrar.settings import parsers as parse
-from k8s_consul_registrar.settings.field import Reader, Section, Setting
+from k8s_consul_registrar.settings.field import Reader, Section, Setting, section
 from k8s_consul_registrar.settings.parsers import TEXT, Parser
 from k8s_consul_registrar.settings.selection import DISCOVERY
 from k8s_consul_registrar.urls import check_host, check_url
@@ -76,6 +76,38 @@ def _without_userinfo(given: str) -> str:
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
+def _pair(entry: str) -> tuple[str, str]:
+    key, separator, value = entry.partition("=")
+    if not (key and separator):
+        raise ValueError(f"{entry!r} must be a name, '=' and a value")
+    return key, value
+
+
+@dataclass(frozen=True, slots=True)
+class LoginSettings(Section, group=CONSUL):
+    """The auth method of Consul at which the registrar logs in for its token."""
+
+    auth_method: str = Setting("CONSUL_LOGIN_AUTH_METHOD", parse.text).means(
+        "Auth method of Consul. The registrar logs in there at its start, again before its token expires or when "
+        "Consul no longer knows it, and logs out at its end. Takes precedence over `CONSUL_HTTP_TOKEN` and its file. "
+        "Needs `CONSUL_BACKEND=catalog`"
+    )
+    bearer_token_file: str = Setting(
+        "CONSUL_LOGIN_BEARER_TOKEN_FILE",
+        parse.secret_file,
+        "/var/run/secrets/kubernetes.io/serviceaccount/token",
+    ).means("File with the token that is shown to the auth method, read again when it changes")
+    meta: tuple[tuple[str, str], ...] = Setting("CONSUL_LOGIN_META", parse.entries(_pair)).means(
+        "Comma-separated `name=value`, by which Consul describes the tokens of these logins, such as `pod=ns/name`"
+    )
+    datacenter: str = Setting("CONSUL_LOGIN_DATACENTER", parse.text).means(
+        "Datacenter of the auth method, for tokens that are valid in all of them. Unset: that of the server"
+    )
+    namespace: str = Setting("CONSUL_LOGIN_NAMESPACE", parse.text).means(
+        "Consul Enterprise namespace of the auth method. Unset: `CONSUL_NAMESPACE`"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class ConsulSettings(Section, group=CONSUL):
     """The address of Consul and the credentials for it; files are read when a connection needs them."""
@@ -112,6 +144,7 @@ class ConsulSettings(Section, group=CONSUL):
     )
     namespace: str = Setting("CONSUL_NAMESPACE", parse.text).means("Consul Enterprise namespace")
     partition: str = Setting("CONSUL_PARTITION", parse.text).means("Consul Enterprise admin partition")
+    login: LoginSettings | None = section(LoginSettings, when="CONSUL_LOGIN_AUTH_METHOD")
 
     @property
     def socket(self) -> str:

@@ -262,6 +262,11 @@ class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
         found = {"LEADER_ELECTION": election_problem(backend, self.election)}
         if self.backend.has_readiness and backend not in (CATALOG, AUTO):
             found["REGISTER_READINESS"] = "needs CONSUL_BACKEND=catalog: an agent runs its checks itself"
+        if self.consul.login is not None and backend not in (CATALOG, AUTO):
+            found["CONSUL_LOGIN_AUTH_METHOD"] = (
+                "needs CONSUL_BACKEND=catalog: an agent keeps the token that a service was registered with, and "
+                "the token of a login ends"
+            )
         return {name: problem for name, problem in found.items() if problem}
 
 

@@ -1,12 +1,16 @@
 """Consul's side of a registrar: access, the registry of the chosen backend, and earlier locations."""
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 
+from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress, ConsulTokenFile
 from k8s_consul_registrar.consul.agent import CONCURRENCY, AgentRegistry
 from k8s_consul_registrar.consul.catalog import CONCURRENCY as TRANSACTIONS
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
-from k8s_consul_registrar.consul.client import ConsulClient
+from k8s_consul_registrar.consul.client import ConsulClient, Fence
+from k8s_consul_registrar.consul.login import AuthMethod, Login
 from k8s_consul_registrar.consul.previous_location import PreviousLocation
 from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.registrar.interfaces import Registry
@@ -35,6 +39,31 @@ def consul_access(settings: ConsulSettings) -> ConsulAccess:
     if access.token_file:
         ConsulTokenFile(access.token_file).current()  # one that cannot be read ends the start
     return access
+
+
+@asynccontextmanager
+async def consul_client(
+    settings: ConsulSettings, timing: Timing, fence: Fence | None = None
+) -> AsyncIterator[ConsulClient]:
+    """Open the client of Consul, and log out at its end where it logs in; raises an `AccessError`."""
+    access = consul_access(settings)
+    if settings.login is None:
+        async with ConsulClient(access, timing, fence=fence) as client:
+            yield client
+        return
+    method = AuthMethod(
+        settings.login.auth_method,
+        settings.login.bearer_token_file,
+        dict(settings.login.meta),
+        settings.login.datacenter,
+        settings.login.namespace,
+    )
+    login = Login(method, partial(ConsulClient, access, timing, connections=1), timing)
+    try:
+        async with ConsulClient(access, timing, fence=fence, tokens=login) as client:
+            yield client
+    finally:
+        await login.close()
 
 
 def consul_registry(settings: RegistrarSettings, client: ConsulClient) -> Registry:

@@ -3,6 +3,7 @@
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -68,7 +69,7 @@ from k8s_consul_registrar.targets.service_names import (
     Shards,
 )
 from k8s_consul_registrar.tls import ServerTls, server_tls
-from k8s_consul_registrar.wiring.consul import consul_access, consul_registry
+from k8s_consul_registrar.wiring.consul import consul_client, consul_registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,9 +227,9 @@ class Wiring:
             settings.cluster_name, settings.instance
         )
 
-    def consul(self, elector: Elector | None = None) -> ConsulClient:
-        """Build the client of Consul, which writes only while we lead; raises an `AccessError`."""
-        return ConsulClient(consul_access(self.settings.consul), self.timing, fence=self._fence(elector))
+    def consul(self, elector: Elector | None = None) -> AbstractAsyncContextManager[ConsulClient]:
+        """Open the client of Consul, which writes only while we lead; raises an `AccessError`."""
+        return consul_client(self.settings.consul, self.timing, self._fence(elector))
 
     def _fence(self, elector: Elector | None) -> Fence | None:
         election = self.settings.election

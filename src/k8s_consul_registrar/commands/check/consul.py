@@ -30,12 +30,15 @@ from k8s_consul_registrar.settings.consul import CATALOG, NONE
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.targets.service_names import Template
 from k8s_consul_registrar.wiring.backend import decided
-from k8s_consul_registrar.wiring.consul import consul_access
 from k8s_consul_registrar.wiring.registrar import Wiring
 
 HOW_TO_GET_ONE = (
     "CONSUL_HTTP_TOKEN or CONSUL_HTTP_TOKEN_FILE must hold the secret ID of a token of this Consul "
     "(consul acl token create -policy-name k8s-consul-registrar)"
+)
+HOW_TO_LOG_IN = (
+    "CONSUL_LOGIN_AUTH_METHOD must name an auth method of this Consul, and one of its binding rules must match the "
+    "token in CONSUL_LOGIN_BEARER_TOKEN_FILE (deploy/overlays/consul-login names the commands)"
 )
 # A name that no service has: a right on it is one on the services of others.
 OTHERS_NAME = "k8s-consul-registrar-check"
@@ -130,35 +133,40 @@ async def check_backend(wiring: Wiring, cluster: Awaitable[ClusterView]) -> list
     if settings.backend.backend == NONE:
         return [ok("consul", "not used (CONSUL_BACKEND=none)")]
     try:
-        access = consul_access(settings.consul)
+        async with wiring.consul() as client:
+            return await _check_with(client, wiring, cluster)
     except AccessError as error:
         return [fail("consul", str(error))]
-    async with ConsulClient(access, wiring.timing) as client:
-        try:
-            wiring = await decided(wiring, client)
-        except SettingsError as error:
-            return [fail("consul backend", str(error))]
-        except ConsulError as error:
-            return [fail("consul", str(error), _unreachable_hint(error))]
-        settings = wiring.settings
-        chosen = settings.backend
-        of_choice = (
-            [ok("consul backend", f"auto: {chosen.backend}, since {chosen.reason}")] if chosen.reason else []
-        )
-        found, node = await check_consul(
-            client,
-            str(access.address),
-            is_catalog=chosen.backend == CATALOG,
-            accepts_server=chosen.accepts_server,
-        )
-        found = [*of_choice, *found]
-        if any(finding.outcome is Result.FAIL for finding in found):
-            return [*found, skipped("consul token", "not checked, since the check of Consul failed")]
-        has_token = bool(access.token or access.token_file)
-        of_token = await check_token(client, _needs(settings, node), has_token=has_token)
-        sees_all = all(one.outcome is Result.OK for one in of_token)
-        of_services = await _check_services(client, wiring, (await cluster).uid, sees_all=sees_all)
-        return [*found, *of_token, *of_services]
+
+
+async def _check_with(client: ConsulClient, wiring: Wiring, cluster: Awaitable[ClusterView]) -> list[Finding]:
+    try:
+        wiring = await decided(wiring, client)
+    except SettingsError as error:
+        return [fail("consul backend", str(error))]
+    except ConsulError as error:
+        return [fail("consul", str(error), _unreachable_hint(error))]
+    settings = wiring.settings
+    chosen = settings.backend
+    of_choice = (
+        [ok("consul backend", f"auto: {chosen.backend}, since {chosen.reason}")] if chosen.reason else []
+    )
+    found, node = await check_consul(
+        client,
+        settings.consul.address,
+        is_catalog=chosen.backend == CATALOG,
+        accepts_server=chosen.accepts_server,
+    )
+    found = [*of_choice, *found]
+    if any(finding.outcome is Result.FAIL for finding in found):
+        return [*found, skipped("consul token", "not checked, since the check of Consul failed")]
+    of_consul = settings.consul
+    has_token = bool(of_consul.token or of_consul.token_file or of_consul.login)
+    remedy = HOW_TO_LOG_IN if of_consul.login else HOW_TO_GET_ONE
+    of_token = await check_token(client, _needs(settings, node), has_token=has_token, remedy=remedy)
+    sees_all = all(one.outcome is Result.OK for one in of_token)
+    of_services = await _check_services(client, wiring, (await cluster).uid, sees_all=sees_all)
+    return [*found, *of_token, *of_services]
 
 
 def _namings(settings: RegistrarSettings) -> list[Naming]:
@@ -256,14 +264,14 @@ def _unreachable_hint(error: ConsulError) -> str:
 
 
 async def check_token(
-    client: ConsulClient, needs: Sequence[NeededRight], *, has_token: bool
+    client: ConsulClient, needs: Sequence[NeededRight], *, has_token: bool, remedy: str = HOW_TO_GET_ONE
 ) -> list[Finding]:
     """Ask Consul, without writing anything, about each right the registrar uses."""
     name = "consul token"
     try:
         granted = await rights(client, [need.right for need in needs])
     except ConsulForbidden as error:
-        return [fail(name, str(error), HOW_TO_GET_ONE)]
+        return [fail(name, str(error), remedy)]
     except ConsulError as error:
         return [skipped(name, f"this Consul cannot be asked about rights: {error}")]
     if granted is None:
