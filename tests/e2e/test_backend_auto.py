@@ -10,7 +10,7 @@ from support.cluster import REGISTRAR_RULES
 from support.daemon import Daemon
 from support.doors import TcpProxy
 from support.lab import SandboxLab, running_lab
-from support.processes import LOOPBACK
+from support.processes import LOOPBACK, reserve_ports
 
 AUTO = {"CONSUL_BACKEND": "auto"}
 CLIENT = ConsulOptions(NEWEST, is_server=False)
@@ -91,7 +91,8 @@ async def test_choice_waits_for_consul(fault: str) -> None:
             lab.consul_door.refuse()
         else:
             lab.consul_door.stall()
-        async with await lab.registrar(**AUTO, HTTP_SD_PORT="0") as daemon:
+        admin, sd = map(str, reserve_ports(2))
+        async with await lab.registrar(**AUTO, ADMIN_PORT=admin, HTTP_SD_PORT=sd) as daemon:
             await daemon.until_said(WAITS)
             assert (await daemon.admin("/healthz"))[0] == 200
             status, text = await daemon.admin("/readyz")
@@ -110,7 +111,21 @@ async def test_choice_waits_for_consul(fault: str) -> None:
             await daemon.until(is_served)
             await lab.consul_door.heal()
             await daemon.until(lambda: lab.has(WEB))
+            await daemon.ready()
+            await daemon.until(is_served)
             assert len(daemon.said(CHOSEN)) == 1
+
+
+async def test_denied_answer_after_the_wait_ends_the_process() -> None:
+    """Consul answers at last, and lets the token read nothing: exit 2, as at once."""
+    options = ConsulOptions(NEWEST, is_server=False, token=SECRET, blind_tokens=frozenset({"blind"}))
+    async with running_lab(options) as lab:
+        lab.consul_door.refuse()
+        async with await lab.registrar(**AUTO, CONSUL_HTTP_TOKEN="blind") as daemon:
+            await daemon.until_said(WAITS)
+            await lab.consul_door.heal()
+            assert await daemon.ended() == 2
+            assert "CONSUL_BACKEND: auto cannot choose" in daemon.output
 
 
 async def test_stop_ends_the_wait() -> None:

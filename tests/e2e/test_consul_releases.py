@@ -236,6 +236,26 @@ async def test_agent_backend_says_that_servers_answer_it() -> None:
         assert len(daemon.said(UNFIT)) == logged, "nothing new is not logged again"
 
 
+async def test_agent_whose_node_is_renamed_is_another_one_until_it_is_steady() -> None:
+    """It is reported and holds everything soon; nothing at the former node is removed on the new one's word."""
+    async with running_lab(ConsulOptions(NEWEST, is_server=False)) as lab:
+        renamed = lab.consul.peer("agent-renamed", is_server=False)
+        await populate(lab)
+        async with (
+            renamed,
+            TcpProxy(LOOPBACK, _port(lab.consul)) as door,
+            await lab.registrar(CONSUL_ADDRESS=door.address) as daemon,
+        ):
+            await daemon.until(lambda: lab.has(*IDS))
+            door.lead_to(_port(renamed))
+            door.cut()
+            await daemon.until(lambda: set(renamed.agent.services) == IDS)
+            line = await daemon.until_said(UNFIT, "agent-1, agent-renamed")
+            assert line["about"] == "several_nodes"
+            await daemon.measures('agent_problem{problem="several_nodes"}', 0)
+            assert set(held(lab, "agent-1")) == IDS
+
+
 async def test_agent_backend_at_a_single_server_works_and_says_so() -> None:
     """A server that is the local agent as well keeps one set of services, and removes them again."""
     async with running_lab(ConsulOptions(NEWEST)) as lab:

@@ -33,6 +33,42 @@ async def test_from_the_agent_to_the_catalog_and_back(release: ConsulRelease) ->
 
 
 @each_release()
+async def test_auto_follows_the_services_and_moves_only_for_a_reason(release: ConsulRelease) -> None:
+    """A client agent keeps them; once `catalog` has moved them they stay there, until `agent` takes them back."""
+    web, auto = {WEB, "pod--shop--web-2"}, {"CONSUL_BACKEND": "auto"}
+    async with running_lab(ConsulOptions(release, is_server=False)) as lab:
+        await lab.cluster.add_pod()
+        await lab.cluster.add_pod("web-2")
+        async with await lab.registrar() as daemon:
+            await daemon.until(lambda: lab.has(*web))
+        async with await lab.registrar(**auto) as daemon:
+            await daemon.ready()
+            assert (lab.has(*web), at_node(lab, "k8s-lab")) == (True, set())
+        async with await lab.registrar(CONSUL_BACKEND="catalog") as daemon:
+            await daemon.until(lambda: at_node(lab, "k8s-lab") == web and not lab.services)
+        lab.consul.writes.clear()
+        async with await lab.registrar(**auto) as daemon:
+            await daemon.ready()
+            await daemon.passes(2)
+        assert lab.consul.writes == []
+        async with await lab.registrar() as daemon:
+            await daemon.until(lambda: lab.has(*web) and not at_node(lab, "k8s-lab"))
+        async with await lab.registrar(**auto) as daemon:
+            await daemon.ready()
+            assert (lab.has(*web), at_node(lab, "k8s-lab")) == (True, set())
+
+
+async def test_auto_takes_services_from_an_agent_that_turned_out_to_be_a_server() -> None:
+    """What the agent backend left at the server's own node goes, once everything is in the catalog."""
+    async with running_lab() as lab:
+        await lab.cluster.add_pod()
+        async with await lab.registrar() as daemon:
+            await daemon.until(lambda: lab.has(WEB))
+        async with await lab.registrar(CONSUL_BACKEND="auto") as daemon:
+            await daemon.until(lambda: at_node(lab, "k8s-lab") == {WEB} and not lab.services)
+
+
+@each_release()
 async def test_to_another_node_of_the_catalog(release: ConsulRelease) -> None:
     """The default node of this cluster is cleared by itself, another where it is named."""
     async with running_lab(ConsulOptions(release)) as lab:

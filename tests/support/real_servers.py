@@ -228,6 +228,28 @@ async def real_consul(
             await consul.program.stop(signal.SIGKILL)
 
 
+@contextlib.asynccontextmanager
+async def real_servers(count: int) -> AsyncIterator[tuple[RealConsul, ...]]:
+    """Run so many Consul servers of one cluster, named `server-0` and so on, and wait until each takes writes."""
+    binary = consul_binary()
+    with tempfile.TemporaryDirectory(prefix="consul-", ignore_cleanup_errors=True) as folder:
+        servers: list[RealConsul] = []
+        for number in range(count):
+            flags = [f"-bootstrap-expect={count}", "-retry-interval=1s"]
+            flags += [f"-retry-join={one.serf}" for one in servers[:1]]
+            home = Path(tempfile.mkdtemp(dir=folder))
+            servers.append(RealConsul(binary, home, flags, join="", acl=False, node=f"server-{number}"))
+        try:
+            for one in servers:
+                one.program.launch()
+            for one in servers:
+                await one.program.ready(one.is_ready, START_WITHIN)
+            yield tuple(servers)
+        finally:
+            for one in servers:
+                await one.program.stop(signal.SIGKILL)
+
+
 @contextlib.contextmanager
 def shared_consul(*flags: str) -> Iterator[RealConsul]:
     """Run one Consul agent for tests on several loops, such as all of a module."""
