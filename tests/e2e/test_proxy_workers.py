@@ -63,6 +63,7 @@ async def test_one_port_and_one_set_of_figures() -> None:
             assert (await daemon.admin("/"))[0] == 200
             (row,) = json.loads((await daemon.admin("/api/v1/upstreams"))[1])["upstreams"]
             assert (row["object"]["name"], row["state"], row["failures"]) == ("node-a", "answers", 0)
+            assert row["expires_at"] > row["at"]
             status = json.loads((await daemon.admin("/api/v1/status"))[1])
             assert status["workers"] == [WORKERS, 0]
             assert status["sources"][0] == {"name": "nodes", "objects": 1, "behind": 0.0, "problem": ""}

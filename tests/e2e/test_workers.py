@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import ssl
 import sys
 from collections.abc import AsyncIterator
@@ -27,7 +28,7 @@ from k8s_consul_registrar.proxy.worker_protocol import Begin, WorkerCredentials
 from k8s_consul_registrar.proxy.workers import Workers, WorkerTiming
 from k8s_consul_registrar.rotating import BearerTokens
 from k8s_consul_registrar.tls import KeyPair, ServerCertificate, Trust
-from support.processes import is_running
+from support.processes import is_running, reserve_ports
 from support.proxy_lab import (
     METRICS,
     TOKEN,
@@ -330,3 +331,26 @@ def test_failures_since() -> None:
         failures.note(endpoint, Outcome.TIMEOUT, str(number))
     assert [failure.reason for failure in failures.since(1)] == ["1", "2"]
     assert failures.since(failures.noted) == []
+
+
+async def test_worker_whose_parent_reads_no_more_ends_without_a_traceback() -> None:
+    """Ends quietly when a write to its parent fails, as after the parent was killed."""
+    ours, theirs = socket.socketpair()
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, str(theirs.fileno()), pass_fds=[theirs.fileno()], stderr=asyncio.subprocess.PIPE
+    )
+    theirs.close()
+    reader, writer = await asyncio.open_unix_connection(sock=ours)
+    try:
+        begin = Parent(Nodes(), Pods()).begin(reserve_ports(1)[0])
+        for message in (begin, HELD, frames.Table(NodeTable(), known=False)):
+            writer.write(frames.frame(message))
+        assert isinstance(await frames.read_from_worker(reader), frames.Serving)
+        ours.shutdown(socket.SHUT_RD)
+        async with asyncio.timeout(PATIENCE):
+            _, said = await process.communicate()
+        assert (process.returncode, said) == (0, b"")
+    finally:
+        writer.transport.abort()
+        if process.returncode is None:
+            process.kill()

@@ -22,6 +22,7 @@ from k8s_consul_registrar.proxy.worker_protocol import (
     Begin,
     Drain,
     Ending,
+    FromWorker,
     PodPut,
     PodsKnown,
     Serving,
@@ -112,7 +113,7 @@ class Worker:
                         self._take(told)
                         if reporting is None:
                             await self._server.start(listen(self._port, reuse_port=True))
-                            writer.write(frame(Serving()))
+                            _tell(writer, Serving())
                             reporting = asyncio.create_task(self._report(writer))
                     case WorkerCredentials():
                         self._held.take(told)
@@ -129,7 +130,7 @@ class Worker:
             if reporting is not None:
                 await self._server.drain(grace)
                 reporting.cancel()
-                writer.write(frame(self._figures()))
+                _tell(writer, self._figures())
                 writer.close()
 
     def _take(self, told: Table) -> None:
@@ -147,12 +148,18 @@ class Worker:
 
     async def _report(self, writer: asyncio.StreamWriter) -> None:
         while True:
-            writer.write(frame(self._figures()))
+            _tell(writer, self._figures())
             await asyncio.sleep(FIGURES_EVERY)
 
     def _figures(self) -> WorkerFigures:
         failures, self._noted = self._server.failures_since(self._noted)
         return WorkerFigures(self._server.stats(), failures, [*self._server.take_last_scrapes().items()])
+
+
+def _tell(writer: asyncio.StreamWriter, message: FromWorker) -> None:
+    """Send a message to the parent, unless that is gone: uvloop raises RuntimeError for a closed connection."""
+    if not writer.is_closing():
+        writer.write(frame(message))
 
 
 async def _main(parent: socket.socket) -> None:
