@@ -1,11 +1,14 @@
 """Services that a real agent leaves in the catalog: a rotated token, and an agent whose data was wiped."""
 
+import functools
 import shutil
 import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
+from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from k8s_consul_registrar.commands.check.consul import check_ghosts
@@ -18,9 +21,12 @@ from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.schedule import GhostChecks
 from k8s_consul_registrar.targets.service_names import RandomShards
+from servers.consul.test_ghosts import SlowDoor
 from support.builders import make_pod, our_pod_service
 from support.memory import MemoryCluster
-from support.real_servers import REAL, RealConsul, connected, make_token, real_consul, revoke
+from support.processes import LOOPBACK
+from support.real_servers import PATIENT, REAL, RealConsul, Token, connected, make_token, real_consul, revoke
+from support.scripted import client_of
 from support.waiting import Clock, until
 
 pytestmark = REAL
@@ -30,6 +36,11 @@ RIGHTS = 'node_prefix "" { policy = "read" } service_prefix "" { policy = "write
 # The agent's own token, set when it starts: Consul does not know it, so it may not change the agent's node.
 POWERLESS = "7c1f5a1e-3c0d-4e0b-9a54-6f0d4f3b2a10"
 AGENT_TOKEN = f'-hcl=acl {{ tokens {{ agent = "{POWERLESS}" default = "{POWERLESS}" }} }}'
+
+
+# Requests of two looks and of a removal, at least: the agent's name and its services around the catalog's list, and
+# the agent's name and the service around the transaction.
+LEAST_REQUESTS = 2 * 4 + 7
 
 
 class Lab:
@@ -66,22 +77,34 @@ async def in_catalog(consul: RealConsul) -> set[str]:
 
 
 @asynccontextmanager
-async def agent_with_three() -> AsyncIterator[tuple[RealConsul, RealConsul, Lab]]:
-    """Run a server and an agent without rights that has the three services, by a token that is revoked then."""
+async def powerless_agent() -> AsyncIterator[tuple[RealConsul, RealConsul, Token]]:
+    """Run a server and an agent whose own token has no rights; yields a registrar's token besides."""
     async with (
         real_consul(acl=True, node="server") as server,
         real_consul(AGENT_TOKEN, join=server.serf, acl=True, node="agent") as agent,
     ):
-        old, new = await make_token(server, "old", RIGHTS), await make_token(server, "new", RIGHTS)
-        async with connected(agent, token=old.secret) as client:
-            services = [our_pod_service(name, cluster_uid=UID) for name in "abc"]
-            assert (await AgentRegistry(client).register(services)).done == len(services)
+        yield server, agent, await make_token(server, "new", RIGHTS)
 
-        async def are_shown() -> bool:
-            return await in_catalog(agent) == set("abc")
 
-        await until(are_shown)
-        await revoke(server, old)
+async def seed(server: RealConsul, agent: RealConsul, names: str) -> None:
+    """Register services at the agent by a token that is revoked once the catalog shows them."""
+    old = await make_token(server, f"old-{time.monotonic_ns()}", RIGHTS)
+    async with connected(agent, token=old.secret) as client:
+        services = [our_pod_service(name, cluster_uid=UID) for name in names]
+        assert (await AgentRegistry(client).register(services)).done == len(services)
+
+    async def are_shown() -> bool:
+        return set(names) <= await in_catalog(agent)
+
+    await until(are_shown)
+    await revoke(server, old)
+
+
+@asynccontextmanager
+async def agent_with_three() -> AsyncIterator[tuple[RealConsul, RealConsul, Lab]]:
+    """Run a server and an agent without rights that has the three services, by a token that is revoked then."""
+    async with powerless_agent() as (server, agent, new):
+        await seed(server, agent, "abc")
         async with connected(agent, token=new.secret) as client:
             yield server, agent, Lab(AgentRegistry(client))
 
@@ -125,3 +148,44 @@ async def test_wiped_agent_leaves_no_ghost_and_loses_nothing_that_is_wanted() ->
         await until(is_empty)
         await lab.look_for(90)
         assert await in_catalog(agent) == set("bc")
+
+
+@pytest.mark.long
+async def test_service_that_comes_back_at_any_request_of_both_looks_or_of_the_removal_stays() -> None:
+    """It is registered with the same content just before each request in turn; left out, it is removed."""
+    a, count = our_pod_service("a", cluster_uid=UID), 0
+    async with (
+        powerless_agent() as (server, agent, new),
+        SlowDoor(agent.url) as door,
+        client_of(f"http://{LOOPBACK}:{door.port}", token=new.secret, timing=PATIENT) as client,
+        connected(agent, token=new.secret) as direct,
+    ):
+        other = AgentRegistry(direct)
+        has_returned = True
+        while has_returned:
+            await seed(server, agent, "a")
+            lab = Lab(AgentRegistry(client))
+            lab.cluster.remove(make_pod("a"))
+            assert (await lab.registry.deregister([a])).done == 1
+            count += 1
+            left, has_returned = count, False
+
+            async def delay(_: web.Request) -> None:
+                nonlocal left, has_returned
+                left -= 1
+                if not left:
+                    has_returned = True
+                    await other.register([a])
+
+            door.delay = delay
+            await lab.look_for(90)
+            door.delay = None
+
+            async def is_settled(wanted: set[str]) -> bool:
+                held = {one.id async for one in other.services()}
+                return held == {a.id for _ in wanted} and await in_catalog(agent) == wanted
+
+            await until(functools.partial(is_settled, {"a"} if has_returned else set()), f"request {count}")
+            # Anti-entropy, which would repair a removal later, has nothing to repair.
+            assert await in_catalog(agent) == ({"a"} if has_returned else set())
+    assert count > LEAST_REQUESTS
