@@ -1,6 +1,9 @@
 """Noticing foreign changes: what counts as whose, told by a server that says what it is told."""
 
 import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
 import pytest
 from aiohttp import web
@@ -55,6 +58,179 @@ async def woken(watch: NodeDrift) -> None:
     await until(lambda: watch._querying is None or watch._querying.done())
 
 
+@dataclass(slots=True)
+class Story:
+    """A watch, its clock and its Consul, while the steps of one case are taken."""
+
+    indexes: Indexes
+    watch: NodeDrift
+    clock: Clock
+    writing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+
+Step = Callable[[Story], Awaitable[None]]
+
+
+def change(index: int) -> Step:
+    """Change the node, and wait until the blocking query has ended."""
+
+    async def step(story: Story) -> None:
+        story.indexes.change(index, here=True)
+        await woken(story.watch)
+
+    return step
+
+
+def elsewhere(index: int) -> Step:
+    """Change another node."""
+
+    async def step(story: Story) -> None:
+        story.indexes.change(index, here=False)
+
+    return step
+
+
+def wrote(index: int) -> Step:
+    """Note a write of ours, 0 for one whose index is unknown."""
+
+    async def step(story: Story) -> None:
+        story.watch.wrote(index)
+
+    return step
+
+
+def read(index: int) -> Step:
+    """End a full read that shows this index."""
+
+    async def step(story: Story) -> None:
+        story.watch.read(index)
+
+    return step
+
+
+def later(seconds: float) -> Step:
+    """Let time pass."""
+
+    async def step(story: Story) -> None:
+        story.clock.now += seconds
+
+    return step
+
+
+def status(code: int) -> Step:
+    """Have Consul answer with another status."""
+
+    async def step(story: Story) -> None:
+        story.indexes.status = code
+
+    return step
+
+
+async def begin(story: Story) -> None:
+    """Begin a full read."""
+    await story.watch.begin("n")
+
+
+async def write_begins(story: Story) -> None:
+    """Begin a write of ours."""
+    story.writing.enter_context(story.watch.writing())
+
+
+async def write_ends(story: Story) -> None:
+    """End a write of ours."""
+    story.writing.close()
+
+
+async def drifts(story: Story) -> None:
+    """Fail unless a full read is due."""
+    assert await story.watch.has_drifted()
+
+
+async def steady(story: Story) -> None:
+    """Fail if a full read is due."""
+    assert not await story.watch.has_drifted()
+
+
+async def fails(story: Story) -> None:
+    """Fail unless the look does."""
+    with pytest.raises(ConsulBusy):
+        await story.watch.has_drifted()
+
+
+HALF = later(HIDDEN / 2)
+# Each begins after a full read that showed index 100.
+CASES: dict[str, list[Step]] = {
+    "change of another writer, until the next full read": [
+        *(change(101), drifts, drifts, begin, read(101), later(100), steady),
+    ],
+    "our own write and none beyond its index": [
+        *(write_begins, change(101), steady, write_ends, wrote(101), later(100), steady),
+        *(change(102), later(100), drifts),
+    ],
+    "foreign change before ours: the query woke too low": [
+        *(change(101), change(102), wrote(102), later(100), drifts),
+    ],
+    "foreign change after ours: the index goes beyond": [
+        *(change(101), change(102), wrote(101), later(100), drifts),
+    ],
+    "write without an index explains what follows soon": [
+        *(change(101), wrote(0), steady, later(10), steady, change(102), drifts),
+    ],
+    "write without an index explains no lower one": [
+        *(status(500), change(7), status(200), wrote(0), later(100), drifts),
+    ],
+    "history goes back": [change(7), later(100), drifts],
+    "history goes back: at once, during a write, until a read that began after": [
+        *(write_begins, change(7), drifts, write_ends, wrote(9), read(9), drifts, begin, read(9), steady),
+    ],
+    "history goes back in an outage": [
+        *(status(500), change(7), fails, status(200), later(100), drifts),
+    ],
+    "history went back and caught up": [change(7), elsewhere(100), later(100), drifts],
+    "full read shows an older history: one more, and no more": [
+        *(begin, read(7), drifts, begin, read(7), steady),
+    ],
+    "full read sent before the wake-up is no older history": [
+        *(begin, wrote(105), change(105), read(102), later(100), steady),
+    ],
+    "look that fails is made again": [
+        *(status(500), change(101), fails, status(200), later(100), drifts),
+    ],
+    "one write whose index is the node's hides nothing": [
+        *(change(101), wrote(101), steady, HALF, steady, HALF, steady, read(101), later(2 * HIDDEN), steady),
+    ],
+    "two writes may hide another's between them": [
+        *(change(101), wrote(101), change(103), wrote(103), steady, HALF, steady, HALF, drifts),
+        *(read(103), later(2 * HIDDEN), steady),
+    ],
+    "write without an index may hide another's": [
+        *(change(101), wrote(0), steady, HALF, steady, HALF, drifts, read(101), later(2 * HIDDEN), steady),
+    ],
+    "one write during a full read hides nothing": [
+        *(begin, change(101), wrote(101), read(100), steady, later(HIDDEN), steady),
+    ],
+    "two writes during a full read may hide another's": [
+        *(begin, change(101), wrote(101), change(103), wrote(103), read(100), steady, later(HIDDEN), drifts),
+    ],
+    "write without an index during a full read may hide another's": [
+        *(begin, change(101), wrote(0), read(100), steady, later(HIDDEN), drifts),
+    ],
+    "foreign change after our write during a full read": [
+        *(begin, change(101), wrote(101), change(102), read(100), later(1), drifts),
+    ],
+}
+
+
+@pytest.mark.parametrize("steps", CASES.values(), ids=CASES.keys())
+async def test_node_drift_tells_foreign_changes_from_ours(steps: list[Step]) -> None:
+    """Each step of a case is taken in turn; `drifts` and `steady` say what is to be found there."""
+    indexes = Indexes()
+    async with serving(indexes.answer) as url, client_of(url) as client:
+        story = Story(indexes, *await started(client, indexes))
+        for step in steps:
+            await step(story)
+
+
 async def test_at_rest_nothing_is_asked() -> None:
     """One blocking query answers for as long as nothing changes on this node."""
     indexes = Indexes()
@@ -64,165 +240,6 @@ async def test_at_rest_nothing_is_asked() -> None:
             indexes.change(index, here=False)
             assert not await watch.has_drifted()
         assert indexes.looks == 1
-
-
-async def test_change_of_another_writer_makes_a_full_read_due() -> None:
-    """It is noticed, and stays so until the next full read."""
-    indexes = Indexes()
-    async with serving(indexes.answer) as url, client_of(url) as client:
-        watch, clock = await started(client, indexes)
-        indexes.change(101, here=True)
-        await woken(watch)
-        assert await watch.has_drifted()
-        assert await watch.has_drifted()
-        await watch.begin("n")
-        watch.read(101)
-        clock.now += 100
-        assert not await watch.has_drifted()
-
-
-async def test_our_own_writes_are_explained_by_their_indexes() -> None:
-    """The last index is ours: nothing else happened."""
-    indexes = Indexes()
-    async with serving(indexes.answer) as url, client_of(url) as client:
-        watch, clock = await started(client, indexes)
-        with watch.writing():
-            indexes.change(101, here=True)
-            await woken(watch)
-            assert not await watch.has_drifted(), "nobody can tell while it is under way"
-        watch.wrote(101)
-        clock.now += 100
-        assert not await watch.has_drifted()
-        indexes.change(102, here=True)
-        await woken(watch)
-        clock.now += 100
-        assert await watch.has_drifted()
-
-
-@pytest.mark.parametrize(("foreign", "ours"), [(101, 102), (102, 101)])
-async def test_foreign_change_beside_our_own(foreign: int, ours: int) -> None:
-    """Before our write the blocking query woke too low; after it the index goes beyond ours."""
-    indexes = Indexes()
-    async with serving(indexes.answer) as url, client_of(url) as client:
-        watch, clock = await started(client, indexes)
-        for index in sorted((foreign, ours)):
-            indexes.change(index, here=True)
-            await woken(watch)
-        watch.wrote(ours)
-        clock.now += 100
-        assert await watch.has_drifted()
-
-
-async def test_write_without_an_index_explains_what_follows_soon() -> None:
-    """A delete tells no index; once it must have shown, a further change is foreign."""
-    indexes = Indexes()
-    async with serving(indexes.answer) as url, client_of(url) as client:
-        watch, clock = await started(client, indexes)
-        indexes.change(101, here=True)
-        watch.wrote(0)
-        await woken(watch)
-        assert not await watch.has_drifted()
-        clock.now += 10
-        assert not await watch.has_drifted()
-        indexes.change(102, here=True)
-        await woken(watch)
-        assert await watch.has_drifted()
-
-
-async def test_history_that_goes_backwards_is_drift() -> None:
-    """Consul was restored, or starts with nothing."""
-    indexes = Indexes()
-    async with serving(indexes.answer) as url, client_of(url) as client:
-        watch, clock = await started(client, indexes)
-        indexes.change(7, here=True)
-        await woken(watch)
-        clock.now += 100
-        assert await watch.has_drifted()
-
-
-async def test_history_that_goes_back_is_drift_at_once_and_until_a_full_read() -> None:
-    """No wait for a look, and writes under way do not hide it; a full read that began afterwards ends it."""
-    indexes = Indexes()
-    async with serving(indexes.answer) as url, client_of(url) as client:
-        watch, _ = await started(client, indexes)
-        with watch.writing():
-            indexes.change(7, here=True)
-            await woken(watch)
-            assert await watch.has_drifted()
-        watch.wrote(9)
-        watch.read(9)
-        assert await watch.has_drifted(), "that read began before"
-        await watch.begin("n")
-        watch.read(9)
-        assert not await watch.has_drifted()
-
-
-async def test_full_read_that_shows_an_older_history_is_drift() -> None:
-    """Part of it may be from before; one more full read, and no more."""
-    indexes = Indexes()
-    async with serving(indexes.answer) as url, client_of(url) as client:
-        watch, _ = await started(client, indexes)
-        await watch.begin("n")
-        watch.read(7)
-        assert await watch.has_drifted()
-        await watch.begin("n")
-        watch.read(7)
-        assert not await watch.has_drifted()
-
-
-async def test_full_read_older_than_a_wake_up_is_no_older_history() -> None:
-    """The list was sent before the change that the blocking query woke for."""
-    indexes = Indexes()
-    async with serving(indexes.answer) as url, client_of(url) as client:
-        watch, clock = await started(client, indexes)
-        await watch.begin("n")
-        watch.wrote(105)
-        indexes.change(105, here=True)
-        await woken(watch)
-        watch.read(102)
-        clock.now += 100
-        assert not await watch.has_drifted()
-
-
-async def test_history_that_goes_back_in_an_outage_is_drift() -> None:
-    """The blocking query broke off; the first look afterwards tells."""
-    indexes = Indexes()
-    async with serving(indexes.answer) as url, client_of(url) as client:
-        watch, clock = await started(client, indexes)
-        indexes.status = 500
-        indexes.change(7, here=True)
-        await woken(watch)
-        with pytest.raises(ConsulBusy):
-            await watch.has_drifted()
-        indexes.status = 200
-        clock.now += 100
-        assert await watch.has_drifted()
-
-
-async def test_history_that_went_backwards_and_caught_up_is_drift() -> None:
-    """The blocking query woke too low, though the index is what it was by now."""
-    indexes = Indexes()
-    async with serving(indexes.answer) as url, client_of(url) as client:
-        watch, clock = await started(client, indexes)
-        indexes.change(7, here=True)
-        await woken(watch)
-        indexes.change(100, here=False)
-        clock.now += 100
-        assert await watch.has_drifted()
-
-
-async def test_write_without_an_index_explains_no_lower_one() -> None:
-    """When the blocking query broke off, the index alone tells that history went backwards."""
-    indexes = Indexes()
-    async with serving(indexes.answer) as url, client_of(url) as client:
-        watch, clock = await started(client, indexes)
-        indexes.status = 500
-        indexes.change(7, here=True)
-        await woken(watch)
-        indexes.status = 200
-        watch.wrote(0)
-        clock.now += 100
-        assert await watch.has_drifted()
 
 
 async def test_server_that_cannot_block_is_not_polled_in_a_loop() -> None:
@@ -259,48 +276,10 @@ async def test_looking_takes_a_small_share_of_the_time() -> None:
         assert await watch.has_drifted()
 
 
-async def test_consul_that_does_not_answer_is_an_error() -> None:
-    """When the blocking query ends and a look fails, that is told, and later it is tried again."""
-    indexes = Indexes()
-    async with serving(indexes.answer) as url, client_of(url) as client:
-        watch, clock = await started(client, indexes)
-        indexes.status = 500
-        indexes.change(101, here=True)
-        await woken(watch)
-        with pytest.raises(ConsulBusy):
-            await watch.has_drifted()
-        indexes.status = 200
-        clock.now += 100
-        assert await watch.has_drifted()
-
-
 async def test_before_the_first_full_read_nothing_is_known() -> None:
     """There is nothing yet that could have changed."""
     async with client_of("http://127.0.0.1:9") as client:
         assert not await NodeDrift(client).has_drifted()
-
-
-@pytest.mark.parametrize(("writes", "is_hidden"), [((101,), False), ((101, 103), True), ((0,), True)])
-async def test_gap_between_our_writes_makes_a_full_read_due(writes: tuple[int, ...], is_hidden: bool) -> None:
-    """Between two of our writes, or beside one without an index, others may have written: a full read is due.
-
-    Not at once, and not after a single write whose index is the node's: that one is accounted for.
-    """
-    indexes = Indexes()
-    async with serving(indexes.answer) as url, client_of(url) as client:
-        watch, clock = await started(client, indexes)
-        for index in writes:
-            indexes.change(index or 101, here=True)
-            watch.wrote(index)
-            await woken(watch)
-        assert not await watch.has_drifted()
-        clock.now += HIDDEN / 2
-        assert not await watch.has_drifted()
-        clock.now += HIDDEN / 2
-        assert await watch.has_drifted() is is_hidden
-        watch.read(indexes.index)
-        clock.now += 2 * HIDDEN
-        assert not await watch.has_drifted()
 
 
 async def test_writes_without_a_pause_hide_for_no_longer() -> None:
@@ -320,35 +299,3 @@ async def test_writes_without_a_pause_hide_for_no_longer() -> None:
             clock.now += HIDDEN / 6
         assert looks[:6] == [False] * 6
         assert looks[-1]
-
-
-@pytest.mark.parametrize("writes", [(101,), (101, 103), (0,)])
-async def test_our_writes_during_a_full_read(writes: tuple[int, ...]) -> None:
-    """They are ours, whether the read shows them or not; and what may hide between them is looked for."""
-    indexes = Indexes()
-    async with serving(indexes.answer) as url, client_of(url) as client:
-        watch, clock = await started(client, indexes)
-        await watch.begin("n")
-        for index in writes:
-            indexes.change(index or 101, here=True)
-            watch.wrote(index)
-            await woken(watch)
-        watch.read(100)
-        assert not await watch.has_drifted()
-        clock.now += HIDDEN
-        assert await watch.has_drifted() is (writes != (101,))
-
-
-async def test_foreign_change_after_our_write_during_a_full_read() -> None:
-    """Our write explains no index beyond its own."""
-    indexes = Indexes()
-    async with serving(indexes.answer) as url, client_of(url) as client:
-        watch, clock = await started(client, indexes)
-        await watch.begin("n")
-        indexes.change(101, here=True)
-        watch.wrote(101)
-        await woken(watch)
-        indexes.change(102, here=True)
-        watch.read(100)
-        clock.now += 1
-        assert await watch.has_drifted()
