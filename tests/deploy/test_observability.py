@@ -48,7 +48,15 @@ def families() -> dict[str, Family]:
     """Return every metric of ours, as both modes would show them at their start."""
     registry: CollectorRegistry = new_registry("registrar")
     RegistrarMetrics(registry)
-    counted = Figures({("pod", "pending"): 0}, {"no_ip": 0}, {("pod", "ended"): 0}, {"pod": 0}, {"pod": 0.0})
+    counted = Figures(
+        {("pod", "pending"): 0},
+        {"no_ip": 0},
+        {("pod", "ended"): 0},
+        {"pod": 0},
+        {"pod": 0.0},
+        {"pod": 0},
+        {"interval_raised": 0},
+    )
     registry.register(RegistrarCollector(lambda: counted))
     stats = ProxyStats(dict.fromkeys(Outcome, 0), 0, 0, 0, 0, 0, 0, 0, 0, 0, nodes_known=True, workers=2)
     found: dict[str, Family] = {}

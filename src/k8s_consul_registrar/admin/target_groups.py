@@ -12,9 +12,8 @@ import msgspec
 from k8s_consul_registrar.admin.view import Scope, TargetRow
 from k8s_consul_registrar.consul.codec import MetaKeys
 from k8s_consul_registrar.model import TARGET_KINDS, Kind, Service
-from k8s_consul_registrar.targets.resolve import LABEL_PREFIX, PARAM_PREFIX
+from k8s_consul_registrar.targets.meta import LABEL_PREFIX, PARAM_PREFIX, TARGET_PREFIX
 from k8s_consul_registrar.targets.service_names import bucket_of
-from k8s_consul_registrar.targets.target_labels import TARGET_PREFIX
 
 FILTERS = ("kind", "namespace", "shard_path")
 PARAMETERS = (*FILTERS, "labels", "shard", "of", "wait")
@@ -37,7 +36,19 @@ _OF_ENDPOINT = {
 }
 _OF_NODE = {"node": "node_name", "zone": "node_label_topology_kubernetes_io_zone"}
 # The labels that Prometheus itself reads.
-_SCRAPE = {"metrics_path": "__metrics_path__", "scheme": "__scheme__"}
+_SCRAPE = {
+    "metrics_path": "__metrics_path__",
+    "scheme": "__scheme__",
+    "scrape_interval": "__scrape_interval__",
+    "scrape_timeout": "__scrape_timeout__",
+}
+# The annotations that lead to meta.
+_ANNOTATIONS = {
+    "metrics_path": "path",
+    "scheme": "scheme",
+    "scrape_interval": "scrape-interval",
+    "scrape_timeout": "scrape-timeout",
+}
 # Keys whose labels are remembered; Pods choose some of them.
 _MOST_KEYS = 4096
 _NOT_IN_A_LABEL = re.compile(r"[^a-zA-Z0-9_]")
@@ -219,7 +230,7 @@ class GroupEncoder:
         """Yield the annotations that lead to this scrape, by their names after the prefix."""
         yield "scrape", "true"
         yield "port", str(target.service.port)
-        for key, name in (("metrics_path", "path"), ("scheme", "scheme")):
+        for key, name in _ANNOTATIONS.items():
             if key in meta:
                 yield name, meta[key]
         for key, value in meta.items():

@@ -17,7 +17,7 @@ from k8s_consul_registrar.registrar.observed import AsDesired, ObservedState, Ot
 from k8s_consul_registrar.registrar.reporter import Progress
 from k8s_consul_registrar.registrar.service_join import Winner
 from k8s_consul_registrar.registrar.status import RegistrarStatus
-from k8s_consul_registrar.targets.reasons import Reason
+from k8s_consul_registrar.targets.reasons import Note, Reason
 from k8s_consul_registrar.targets.service_names import HashShards
 
 # Seconds that what is saved or written for the first time waits for Consul.
@@ -333,7 +333,8 @@ class Census:
             heard[kind] = min(heard.get(kind, at), at)
         join = self._desired.join
         yielded = {} if join is None else {winner.value: join.yielded[winner] for winner in Winner}
-        return Figures(*self._counts, restarts, lists, heard, yielded)
+        notes = {note.value: self._desired.notes.get(note, 0) for note in Note}
+        return Figures(*self._counts, restarts, lists, heard, yielded, notes)
 
 
 _PAIRS = tuple((kind.value, state.value) for kind in TARGET_KINDS for state in TargetState)

@@ -17,6 +17,7 @@ from k8s_consul_registrar.model import Kind, ObjectKey, Pod
 from k8s_consul_registrar.registrar.decide import Action, Conflict, InSync, Register, Reject, Update
 from k8s_consul_registrar.runner import EXIT_CHANGES, EXIT_OK, run_loop
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
+from k8s_consul_registrar.targets.annotations import asks_for_scrapes
 from k8s_consul_registrar.targets.scrape_config import SCRAPED_PHASES
 from k8s_consul_registrar.wiring.registrar import RegistrarParts
 
@@ -145,10 +146,9 @@ async def _conditions(
     if isinstance(item, Pod):
         scrape = item.annotations.get(f"{selection.annotation_prefix}scrape")
         said = "is absent" if scrape is None else f"is {scrape[:40]!r}"
-        ask = "" if scrape == "true" else '; it must be the text "true"'
-        yield Condition(
-            "annotated", f"{selection.annotation_prefix}scrape {said}{ask}", is_met=scrape == "true"
-        )
+        is_asking = asks_for_scrapes(item.annotations, selection.annotation_prefix)
+        ask = "" if is_asking else '; it must be the text "true"'
+        yield Condition("annotated", f"{selection.annotation_prefix}scrape {said}{ask}", is_met=is_asking)
         is_running = item.phase in SCRAPED_PHASES
         ask = "" if is_running else f"; it must be {' or '.join(sorted(SCRAPED_PHASES))}"
         yield Condition("phase", f"{item.phase or 'none yet'}{ask}", is_met=is_running)

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from k8s_consul_registrar.errors import ConsulRefused
 from k8s_consul_registrar.model import Service
-from k8s_consul_registrar.targets.resolve import (
+from k8s_consul_registrar.targets.meta import (
     LABEL_PREFIX,
     LONGEST_META_KEY,
     LONGEST_META_VALUE,

@@ -8,9 +8,9 @@ from urllib.parse import quote, urlencode, urljoin, urlsplit
 from k8s_consul_registrar.model import Pod
 from k8s_consul_registrar.proxy.nodes import KUBELET, POD, POD_TLS, Endpoint, NodeTable, dialable_spelling
 from k8s_consul_registrar.proxy.refusals import Outcome, Refusal
+from k8s_consul_registrar.targets.annotations import ScrapeSet
 from k8s_consul_registrar.targets.reasons import Rejected
 from k8s_consul_registrar.targets.scrape_config import (
-    ScrapeConfig,
     is_scraped,
     parse_ip,
     pod_scrape,
@@ -109,7 +109,7 @@ _POD_TARGET = re.compile(
     rb"/api/v1/namespaces/(?P<namespace>[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)"
     rb"/pods/(?P<name>[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?)"
     rb"(?::(?P<port>[1-9][0-9]{0,4}))?"
-    rb"/metrics"
+    rb"/metrics(?:/(?P<ordinal>[2-9]|1[0-6]))?"
     rb"(?:\?[\x21\x22\x24-\x7e]*)?"
 )
 
@@ -159,20 +159,26 @@ def proxied_pod(pod: Pod, prefix: str, *, allow_loopback: bool = False) -> Proxi
     if not is_scraped(pod, prefix):
         return None
     try:
-        scrape = pod_scrape(pod, prefix)
-        require_declared(pod, scrape.ports)
+        config = pod_scrape(pod, prefix)
+        require_declared(pod, config.ports)
     except Rejected:
         return None
-    address = dialable_spelling(scrape.address, allow_loopback=allow_loopback)
-    path = _asked_path(scrape)
-    if not address or len(path) > LONGEST_PATH:
+    address = dialable_spelling(config.address, allow_loopback=allow_loopback)
+    routes = tuple(
+        Route(
+            Endpoint(
+                address, port.number, address, pod.uid, POD_TLS if port.scrape.scheme == "https" else POD
+            ),
+            _asked_path(port.scrape),
+        )
+        for port in config.ports
+    )
+    if not address or any(len(route.path) > LONGEST_PATH for route in routes):
         return None
-    peer = POD_TLS if scrape.scheme == "https" else POD
-    routes = tuple(Route(Endpoint(address, port, address, pod.uid, peer), path) for port in scrape.ports)
     return ProxiedPod(routes, pod.host_network)
 
 
-def _asked_path(scrape: ScrapeConfig) -> str:
+def _asked_path(scrape: ScrapeSet) -> str:
     """Return path and query as Prometheus would write them; a parameter without a value is left out."""
     path = quote(scrape.path, safe=_UNESCAPED, errors="replace")
     query = urlencode(
@@ -240,7 +246,8 @@ def find_pod(target: bytes, pods: Pods, nodes: NodeTable) -> Route | Refusal:
     """Return the route to the Pod that a request target names, or why there is none.
 
     The whole target must match one shape byte for byte, without any escape. A query is dropped: the Pod's
-    annotations say what is asked. Without a port the first one counts.
+    annotations say what is asked. Without a port the first one counts, without an ordinal the first scrape of
+    that port.
     """
     match = _POD_TARGET.fullmatch(target)
     if match is None:
@@ -251,10 +258,12 @@ def find_pod(target: bytes, pods: Pods, nodes: NodeTable) -> Route | Refusal:
     if pod is None:
         return UNKNOWN_POD
     port = int(match["port"]) if match["port"] else pod.routes[0].endpoint.port
-    for route in pod.routes:
-        if route.endpoint.port == port:
-            return UNKNOWN_POD if _is_forbidden(route.endpoint, pod, nodes) else route
-    return UNKNOWN_POD
+    routes = [route for route in pod.routes if route.endpoint.port == port]
+    ordinal = int(match["ordinal"] or 1)
+    if ordinal > len(routes):
+        return UNKNOWN_POD
+    route = routes[ordinal - 1]
+    return UNKNOWN_POD if _is_forbidden(route.endpoint, pod, nodes) else route
 
 
 def _is_forbidden(endpoint: Endpoint, pod: ProxiedPod, nodes: NodeTable) -> bool:

@@ -14,6 +14,7 @@ from k8s_consul_registrar.registrar.observed import (
     Unknown,
     object_behind,
 )
+from k8s_consul_registrar.targets.resolve import Resolved
 
 # Departures that are remembered at most. One that is forgotten becomes an inference, which is safe.
 MOST_DEPARTURES = 50_000
@@ -43,18 +44,24 @@ class Claims:
     def __init__(self) -> None:
         self.by_id: dict[str, tuple[Target, ...]] = {}
         self.endpoints = Endpoints()
+        # Number of targets with each note, those that gave way included.
+        self.notes: Counter[str] = Counter()
 
     def add(self, targets: tuple[Target, ...]) -> None:
         """Note the targets of one object."""
         for target in targets:
             if target.has_own_address:
                 self.endpoints.add(target)
+            if target.notes:
+                self.notes.update(target.notes)
             # The usual case of one target and one claim shares one tuple, for its memory.
             self._add(target, targets if len(targets) == 1 else (target,))
 
     def remove(self, targets: tuple[Target, ...]) -> None:
         """Forget the targets of one object."""
         for target in targets:
+            if target.notes:
+                self.notes.subtract(target.notes)
             if not (target.has_own_address and self.endpoints.remove(target)):
                 self._remove(target)
 
@@ -308,3 +315,12 @@ class Rejections:
         self._ids[rejection.id] += step
         if not self._ids[rejection.id]:
             del self._ids[rejection.id]
+
+
+def ids_asked(resolved: Resolved | None) -> tuple[str, ...]:
+    """Return the service IDs that an object asks for, or would if it were not rejected."""
+    if resolved is None:
+        return ()
+    if isinstance(resolved, Rejection):
+        return (resolved.id,) if resolved.id else ()
+    return tuple([target.id for target in resolved])

@@ -7,7 +7,7 @@ from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.source_state import Listing, SourceStatus
 from k8s_consul_registrar.kube.store import Evidence, Store
 from k8s_consul_registrar.model import EndpointSlice, Kind, Node, ObjectKey, Rejection, Source, Target
-from k8s_consul_registrar.registrar.claims import Change, Claims, Departures, Endpoints, Rejections
+from k8s_consul_registrar.registrar.claims import Change, Claims, Departures, Endpoints, Rejections, ids_asked
 from k8s_consul_registrar.registrar.decide import Desired, Standing
 from k8s_consul_registrar.registrar.observed import (
     AsDesired,
@@ -19,7 +19,8 @@ from k8s_consul_registrar.registrar.observed import (
 )
 from k8s_consul_registrar.registrar.service_join import Joined, ServiceJoin
 from k8s_consul_registrar.targets.endpoints import ServiceScrape, Value, endpoints_key
-from k8s_consul_registrar.targets.resolve import Resolved, Zones
+from k8s_consul_registrar.targets.resolve import Resolved
+from k8s_consul_registrar.targets.zones import Zones
 
 # Seconds that an endpoint which left its slice is kept: it may be on its way to another slice.
 GRACE = 2.0
@@ -52,6 +53,7 @@ class DesiredState:
         self._zones = Zones() if Source(Kind.NODE) in sources else None
         self.join = join
         self._claims = Claims()
+        self.notes: Mapping[str, int] = self._claims.notes
         self._rejections = Rejections()
         self._departures = Departures()
         # IDs asked for before an object was rejected, or missing from a list: they depart with it.
@@ -196,7 +198,7 @@ class DesiredState:
             self._on_targets(key, before, after, evidence, heard_at)
             if self.join is not None and key.kind is Kind.POD:
                 was, now = (one if isinstance(one, tuple) else () for one in (before, after))
-                self._follow(self.join.on_pod(was, now), heard_at, asked=_ids(after))
+                self._follow(self.join.on_pod(was, now), heard_at, asked=ids_asked(after))
 
     def _on_targets(
         self,
@@ -215,23 +217,23 @@ class DesiredState:
             self._zones.moved(key, before or (), after or ())
         self._replace(key, before, after)
         self._share_endpoints(before, after, heard_at)
-        asked = self._claims.endpoints.without_yielded(key, _ids(after))
+        asked = self._claims.endpoints.without_yielded(key, ids_asked(after))
         if evidence is Evidence.ABSENT:
             # Only a resync judges what a list does not show; an ID with another claim changes hands.
             self.has_absences = True
-            self._remember_ids(key, _ids(before))
-            self._tell(tuple(one for one in _ids(before) if one in self._claims.by_id), (), None)
+            self._remember_ids(key, ids_asked(before))
+            self._tell(tuple(one for one in ids_asked(before) if one in self._claims.by_id), (), None)
             return
         if isinstance(after, Rejection):
-            self._remember_ids(key, _ids(before))
+            self._remember_ids(key, ids_asked(before))
             for service_id in self._departures.of(key):
                 self._departures.end(service_id, key)
-            self._changed(Change((*_ids(before), *asked), (), heard_at, after))
+            self._changed(Change((*ids_asked(before), *asked), (), heard_at, after))
             return
         if self._departures:
             for service_id in asked:
                 self._departures.end(service_id, key)
-        earlier = (*_ids(before), *self._ids_left(key))
+        earlier = (*ids_asked(before), *self._ids_left(key))
         self._depart(key, set(earlier).difference(asked) if earlier else (), heard_at, asked)
 
     def on_source(self, source: Source, status: SourceStatus) -> None:
@@ -385,16 +387,8 @@ class DesiredState:
             self._claims.remove(before)
             self._claims.add(after)
             self._share_endpoints(before, after, heard_at)
-            self._tell(_ids(after), (), heard_at)
+            self._tell(ids_asked(after), (), heard_at)
 
 
 def _ignore(*_: object) -> None:
     pass
-
-
-def _ids(resolved: Resolved | None) -> tuple[str, ...]:
-    if resolved is None:
-        return ()
-    if isinstance(resolved, Rejection):
-        return (resolved.id,) if resolved.id else ()
-    return tuple([target.id for target in resolved])

@@ -157,7 +157,7 @@ class Figures(msgspec.Struct, frozen=True):
 
     `targets` are by kind and state, `rejections` by reason, `restarts` by kind and cause, `lists` by kind;
     `heard_at` is in seconds of the epoch by kind, 0 before the first message. `yielded` are endpoints of Services by
-    winner, empty if no Services are followed.
+    winner, empty if no Services are followed; `notes` are targets by note.
     """
 
     targets: Mapping[tuple[str, str], int] = msgspec.field(default_factory=dict)
@@ -166,6 +166,7 @@ class Figures(msgspec.Struct, frozen=True):
     lists: Mapping[str, int] = msgspec.field(default_factory=dict)
     heard_at: Mapping[str, float] = msgspec.field(default_factory=dict)
     yielded: Mapping[str, int] = msgspec.field(default_factory=dict)
+    notes: Mapping[str, int] = msgspec.field(default_factory=dict)
 
 
 class RegistrarCollector(Collector):
@@ -213,4 +214,11 @@ class RegistrarCollector(Collector):
         )
         for winner, count in figures.yielded.items():
             yielded.add_metric([winner], count)
-        yield from (targets, rejections, restarts, lists, heard, yielded)
+        adjusted = GaugeMetricFamily(
+            f"{PREFIX}_adjusted_targets",
+            "Targets that differ from what is annotated, by why.",
+            labels=["why"],
+        )
+        for note, count in figures.notes.items():
+            adjusted.add_metric([note], count)
+        yield from (targets, rejections, restarts, lists, heard, yielded, adjusted)

@@ -8,7 +8,7 @@ import msgspec
 
 from k8s_consul_registrar.model import MANAGED_BY, UNSYNCED, Kind, ObjectKey, Service, Target
 from k8s_consul_registrar.registrar.ownership import Claim, Identity, kind_of, object_of
-from k8s_consul_registrar.targets.resolve import NODE, ZONE
+from k8s_consul_registrar.targets.meta import NODE, ZONE
 from k8s_consul_registrar.targets.service_names import sharded_name, sharded_tags
 
 # Repairs of a record that another writer changed: the first change may be an accident, the second shows a

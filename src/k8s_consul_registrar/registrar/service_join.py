@@ -29,8 +29,9 @@ from k8s_consul_registrar.targets.endpoints import (
     endpoints_key,
     resolve_slice,
 )
+from k8s_consul_registrar.targets.meta import shared_pair
 from k8s_consul_registrar.targets.reasons import Reason
-from k8s_consul_registrar.targets.resolve import TargetRules, shared_pair
+from k8s_consul_registrar.targets.resolve import TargetRules
 
 SERVICE = "service"
 NOT_PROXIED = "through the proxy only Pods that are annotated themselves can be scraped"

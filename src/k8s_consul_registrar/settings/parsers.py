@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from k8s_consul_registrar.targets.annotations import Duration, parse_duration
+
 T = TypeVar("T")
 
 # A longer time is a mistake, and timers cannot hold one that is much longer.
@@ -128,6 +130,23 @@ def seconds(minimum: float = 0.0) -> Parser[float]:
         return value
 
     return Parser(parse, {"type": "number", "minimum": minimum, "maximum": LONGEST})
+
+
+def duration(*, is_zero_allowed: bool = False) -> Parser[Duration | None]:
+    """Take a duration as Prometheus writes it, or none."""
+
+    def parse(given: str) -> Duration | None:
+        if not given:
+            return None
+        try:
+            value = parse_duration(given)
+        except ValueError as error:
+            raise ValueError(f"{given[:80]!r} {error}") from None
+        if not (value.milliseconds or is_zero_allowed):
+            raise ValueError(f"{given!r} must be more than 0")
+        return value
+
+    return Parser(parse, TEXT)
 
 
 def number(given: str) -> float | None:

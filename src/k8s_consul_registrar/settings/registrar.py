@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from typing import Any
 
 from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.model import Kind
@@ -20,7 +21,13 @@ from k8s_consul_registrar.settings.consul import (
 )
 from k8s_consul_registrar.settings.field import Reader, Section, Setting, section
 from k8s_consul_registrar.settings.parsers import TEXT, Parser
-from k8s_consul_registrar.settings.selection import DISCOVERY, HASH, NamingSettings, SelectionSettings
+from k8s_consul_registrar.settings.selection import (
+    DISCOVERY,
+    HASH,
+    IntervalSettings,
+    NamingSettings,
+    SelectionSettings,
+)
 from k8s_consul_registrar.targets.service_names import Template
 
 HTTP_SD = "HTTP service discovery"
@@ -196,6 +203,7 @@ class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
         "Seconds between resyncs, which compare everything with Consul. Text, zero and negative numbers become "
         "the default, less than a second becomes 1, each with a warning"
     )
+    intervals: IntervalSettings = section(IntervalSettings)
     naming: NamingSettings = section(NamingSettings)
     consul: ConsulSettings = section(ConsulSettings)
     backend: BackendSettings = section(BackendSettings)
@@ -305,8 +313,21 @@ def selection_digest(settings: RegistrarSettings) -> str:
         # Left out otherwise, so that an update alone is no other selection.
         parts["service_label_selector"] = selection.service_label_selector
         parts["endpoint_name"] = _text(naming.endpoint_name)
+    parts |= _newer_parts(settings)
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
+
+
+def _newer_parts(settings: RegistrarSettings) -> dict[str, Any]:
+    """Return the settings that came later, as far as they are not the default: an upgrade is no other selection."""
+    default = RegistrarSettings()
+    parts = {"intervals": (_durations(settings.intervals), _durations(default.intervals))}
+    return {name: value for name, (value, usual) in parts.items() if value != usual}
+
+
+def _durations(intervals: IntervalSettings) -> list[int]:
+    given = (intervals.least, intervals.default, intervals.slow, intervals.slow_timeout)
+    return [one.milliseconds if one else -1 for one in given]
 
 
 def _text(template: Template) -> str:

@@ -9,7 +9,14 @@ from k8s_consul_registrar.settings import parsers as parse
 from k8s_consul_registrar.settings.common import PodSelection
 from k8s_consul_registrar.settings.field import Reader, Section, Setting
 from k8s_consul_registrar.settings.parsers import TEXT, TEXTS, Parser
-from k8s_consul_registrar.targets.resolve import LONGEST_META_VALUE, LabelMeta, parse_labels
+from k8s_consul_registrar.targets.annotations import Duration, IntervalRules
+from k8s_consul_registrar.targets.meta import (
+    LONGEST_META_VALUE,
+    LabelMeta,
+    TargetLabel,
+    parse_labels,
+    parse_target_label,
+)
 from k8s_consul_registrar.targets.scrape_config import NODE_ADDRESS_TYPES
 from k8s_consul_registrar.targets.service_names import (
     DEFAULT_ENDPOINT_NAME,
@@ -22,7 +29,6 @@ from k8s_consul_registrar.targets.service_names import (
     parse_name,
     parse_tag,
 )
-from k8s_consul_registrar.targets.target_labels import TargetLabel, parse_target_label
 
 DISCOVERY = "Discovery"
 RANDOM = "random"
@@ -105,6 +111,40 @@ class SelectionSettings(PodSelection, group=DISCOVERY):
                 "a label selector without INSTANCE: services of objects that it does not match are removed, "
                 "even those that another registrar of this cluster wrote"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class IntervalSettings(Section, group=DISCOVERY):
+    """Bounds and defaults of annotated intervals."""
+
+    least: Duration | None = Setting(
+        "SCRAPE_INTERVAL_MIN", parse.duration(is_zero_allowed=True), "10s"
+    ).means(
+        "Least `scrape-interval` of an annotation, as `10s` or `1m30s`; a lower one is raised to it. `0`: no bound"
+    )
+    default: Duration | None = Setting("SCRAPE_INTERVAL_DEFAULT", parse.duration()).means(
+        "The `scrape_interval` of the collector's job, against which a `scrape-timeout` without a `scrape-interval` "
+        "is checked. Unset: such a timeout is rejected"
+    )
+    slow: Duration | None = Setting("SLOW_INTERVAL", parse.duration(), "5m").means(
+        'Interval of a target with the annotation `scrape-slow: "true"`'
+    )
+    slow_timeout: Duration | None = Setting("SLOW_TIMEOUT", parse.duration(), "30s").means(
+        "Timeout of such a target, not longer than `SLOW_INTERVAL`"
+    )
+
+    @property
+    def rules(self) -> IntervalRules:
+        """The settings as the annotations are read with them."""
+        assert self.least
+        assert self.slow
+        assert self.slow_timeout
+        return IntervalRules(self.least, self.default, self.slow, self.slow_timeout)
+
+    def check(self, reader: Reader) -> None:
+        """Report a timeout that is longer than its interval: Prometheus drops such a target."""
+        if self.rules.slow_timeout.milliseconds > self.rules.slow.milliseconds:
+            reader.problem("SLOW_TIMEOUT", "is longer than SLOW_INTERVAL")
 
 
 def _fields_of(kind: Kind) -> str:

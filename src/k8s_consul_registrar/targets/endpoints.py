@@ -19,24 +19,16 @@ from k8s_consul_registrar.model import (
     Target,
     Undecodable,
 )
+from k8s_consul_registrar.targets.annotations import (
+    ScrapeSet,
+    asks_for_scrapes,
+    parse_scrapes,
+    scrape_annotations,
+)
+from k8s_consul_registrar.targets.meta import LONGEST_META_VALUE, checked_meta
 from k8s_consul_registrar.targets.reasons import Reason, Rejected, has_control, quoted
-from k8s_consul_registrar.targets.resolve import (
-    LONGEST_META_VALUE,
-    PARAM_PREFIX,
-    Resolved,
-    TargetRules,
-    checked_meta,
-    resolve,
-)
-from k8s_consul_registrar.targets.scrape_config import (
-    DEFAULT_PATH,
-    named_params,
-    scrape_params,
-    scrape_path,
-    scrape_ports,
-    scrape_scheme,
-    scraped_address,
-)
+from k8s_consul_registrar.targets.resolve import Resolved, TargetRules, resolve
+from k8s_consul_registrar.targets.scrape_config import ScrapedPort, scraped_address, scraped_ports
 from k8s_consul_registrar.targets.service_names import (
     Subject,
     endpoint_service_id,
@@ -51,16 +43,15 @@ EXTERNAL_NAME = "ExternalName"
 class ServiceScrape(msgspec.Struct, frozen=True, gc=False):
     """The scrape settings of an annotated Service, which all its endpoints share.
 
-    `key` is the one of its endpoints' targets. An empty `family` stands for every address family. `meta` is
-    what the annotations say; the port stays a text, since each EndpointSlice has ports of its own.
+    `key` is the one of its endpoints' targets. An empty `family` stands for every address family. In
+    `scrapes` the ports stay texts, since each EndpointSlice has ports of its own.
     """
 
     key: ObjectKey
     rank: tuple[int, str, str]
     family: str
     publishes_unready: bool
-    port: str | None
-    meta: Mapping[str, str]
+    scrapes: tuple[ScrapeSet, ...]
     labels: Mapping[str, str]
 
     def counts(self, endpoint: SliceEndpoint) -> bool:
@@ -105,16 +96,13 @@ def resolve_item(
 def resolve_service(service: KubeService, rules: TargetRules) -> ServiceScrape | Rejection | None:
     """Return how the endpoints of an annotated Service are scraped, None if it is not annotated."""
     prefix, given = rules.annotation_prefix, service.annotations
-    if given.get(f"{prefix}scrape") != "true":
+    if not asks_for_scrapes(given, prefix):
         return None
     key = endpoints_key(service.namespace, service.name)
     if service.type == EXTERNAL_NAME:
         return Rejection(key, Reason.NO_ADDRESS, "a Service of type ExternalName has no endpoints")
     try:
-        path, query = scrape_path(given.get(f"{prefix}path", DEFAULT_PATH))
-        params = scrape_params(query, named_params(given, prefix))
-        meta = {f"{PARAM_PREFIX}{name}": value for name, value in params.items()}
-        meta |= {"metrics_path": path, "scheme": scrape_scheme(given.get(f"{prefix}scheme", ""))}
+        scrapes = parse_scrapes(scrape_annotations(given, prefix), rules.intervals)
     except Rejected as rejected:
         return Rejection(key, rejected.reason, rejected.detail)
     return ServiceScrape(
@@ -122,8 +110,7 @@ def resolve_service(service: KubeService, rules: TargetRules) -> ServiceScrape |
         rank=(0, service.created, service.uid),
         family=service.families[0] if service.families else "",
         publishes_unready=service.publishes_unready,
-        port=given.get(f"{prefix}port"),
-        meta=meta,
+        scrapes=scrapes,
         labels=service.labels,
     )
 
@@ -144,7 +131,7 @@ def resolve_slice(
     rejected: Rejected | None = None
     targets: dict[SliceEndpoint, tuple[Target, ...]] = {}
     try:
-        ports = scrape_ports(scrape.port, part.ports)
+        ports = scraped_ports(scrape.scrapes, part.ports)
     except Rejected as error:
         counting, rejected = [], error
     for endpoint in counting:
@@ -160,7 +147,7 @@ def resolve_slice(
 
 
 def _targets(
-    scrape: ServiceScrape, endpoint: SliceEndpoint, ports: tuple[int, ...], rules: TargetRules
+    scrape: ServiceScrape, endpoint: SliceEndpoint, ports: tuple[ScrapedPort, ...], rules: TargetRules
 ) -> tuple[Target, ...]:
     address = scraped_address(endpoint.address)
     if address is None:
@@ -176,26 +163,28 @@ def _targets(
             "node": endpoint.node,
         },
         scrape.labels,
-        endpoint_service_id(scrape.key, endpoint.pod or address, ports[0], rules.id_prefix),
+        endpoint_service_id(scrape.key, endpoint.pod or address, ports[0].suffix, rules.id_prefix),
     )
     name = service_name(rules.endpoint_name, subject, rules.longest_shard)
     tags = service_tags(rules.tags, subject, rules.longest_shard)
     own = {"kind": Kind.ENDPOINT.value, "namespace": namespace, "service": service, "pod": endpoint.pod}
-    meta = checked_meta({**scrape.meta, **own, "node": endpoint.node, "zone": _usable_zone(endpoint.zone)})
+    own |= {"node": endpoint.node, "zone": _usable_zone(endpoint.zone)}
+    metas = {id(one): checked_meta({**one.meta, **own}) for one in scrape.scrapes}
     is_proxied = bool(rules.pods_through_proxy and endpoint.pod)
     return tuple(
         [
             Target(
                 key=scrape.key,
-                id=endpoint_service_id(scrape.key, endpoint.pod or address, port, rules.id_prefix),
+                id=endpoint_service_id(scrape.key, endpoint.pod or address, port.suffix, rules.id_prefix),
                 name=name,
                 # Through the proxy only the Pod's own target can be scraped: there is no address to fall back to.
                 address="" if is_proxied else address,
-                port=port,
-                meta=meta,
+                port=port.number,
+                meta=metas[id(port.scrape)],
                 rank=scrape.rank,
                 tags=tags,
                 ready=endpoint.ready if rules.has_readiness else None,
+                notes=port.scrape.notes,
             )
             for port in ports
         ]

@@ -22,6 +22,7 @@ class Reason(StrEnum):
     INVALID_PATH = "invalid_path"
     INVALID_SCHEME = "invalid_scheme"
     INVALID_PARAM = "invalid_param"
+    INVALID_INTERVAL = "invalid_interval"
     META_TOO_LONG = "meta_too_long"
     META_TOO_MANY = "meta_too_many"
     INVALID_META = "invalid_meta"
@@ -34,6 +35,12 @@ class Reason(StrEnum):
     ADDRESS_TAKEN = "address_taken"
     ID_TAKEN = "id_taken"
     UNDECODABLE = "undecodable"
+
+
+class Note(StrEnum):
+    """Ways in which a target differs from what its object asks for: label values of a metric."""
+
+    INTERVAL_RAISED = "interval_raised"
 
 
 class Rejected(Exception):

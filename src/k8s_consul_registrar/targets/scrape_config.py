@@ -4,14 +4,20 @@ import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from types import MappingProxyType
 from typing import NamedTuple
-from urllib.parse import parse_qsl
 
 import msgspec
 
 from k8s_consul_registrar.model import ContainerPort, Node, Pod
-from k8s_consul_registrar.targets.reasons import Reason, Rejected, has_control, quoted
+from k8s_consul_registrar.targets.annotations import (
+    IntervalRules,
+    Pairs,
+    ScrapeSet,
+    asks_for_scrapes,
+    parse_scrapes,
+    scrape_annotations,
+)
+from k8s_consul_registrar.targets.reasons import Reason, Rejected, quoted
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -66,19 +72,11 @@ def url_host(address: str) -> str:
     return f"[{address}]" if ":" in address else address
 
 
-DEFAULT_PATH = "/metrics"
 PORT_NAMES = ("metrics", "http-metrics", "prometheus", "prom")
 TCP = "TCP"
-MOST_PARAMS = 40
 # Each port of a Pod is a service, so without a limit one annotation could create thousands.
 MOST_PORTS = 16
-
-# Prometheus reads a parameter from the label `__param_<name>`, so the name must be valid in a label name.
-_PARAM_NAME = re.compile(r"[A-Za-z0-9_]{1,100}")
 _NUMBER = re.compile(r"[0-9]{1,9}")
-# The start of a URL that names a host: a scheme, `//host/path` or `//host:80` (RFC 3986, 4.2). `//metrics` is
-# only a doubled slash, and in `/http://host` the slash says that all of it is a path.
-_URL_START = re.compile(r"https?:|[a-z][a-z0-9+.-]*:[/\\]{2}|//[^/]+/.|//[^/]*:[0-9]", re.IGNORECASE)
 
 # Pods of one template have equal annotations and ports, so the result of reading them is cached. The limits
 # keep a user who may create Pods from filling the memory.
@@ -86,14 +84,24 @@ TEMPLATES, LONGEST_KEPT, MOST_PORTS_KEPT = 1024, 256, 16
 SCRAPED_PHASES = frozenset({"Running", "Unknown"})
 
 
+class ScrapedPort(NamedTuple):
+    """A port of a Pod and how it is scraped; `ordinal` is 1 for the first scrape of a port, 2 for the second."""
+
+    number: int
+    scrape: ScrapeSet
+    ordinal: int = 1
+
+    @property
+    def suffix(self) -> str:
+        """The port in a service ID, with the number of its scrape where it has several, such as of two paths."""
+        return str(self.number) if self.ordinal == 1 else f"{self.number}--{self.ordinal}"
+
+
 class ScrapeConfig(msgspec.Struct, frozen=True, gc=False):
-    """Scrape settings of a Pod; path, parameters (values decoded) and scheme are the same for all ports."""
+    """Address and ports at which a Pod is scraped, in the order of its annotations."""
 
     address: str
-    ports: tuple[int, ...]
-    path: str
-    params: Mapping[str, str]
-    scheme: str
+    ports: tuple[ScrapedPort, ...]
 
 
 def is_scraped(pod: Pod, prefix: str) -> bool:
@@ -102,48 +110,49 @@ def is_scraped(pod: Pod, prefix: str) -> bool:
     The IP of a Succeeded or Failed Pod may already belong to another Pod, so its targets are dropped at
     once. A Pod that is being deleted is scraped until it leaves these phases.
     """
-    return pod.annotations.get(f"{prefix}scrape") == "true" and pod.phase in SCRAPED_PHASES
+    return asks_for_scrapes(pod.annotations, prefix) and pod.phase in SCRAPED_PHASES
 
 
-def pod_scrape(pod: Pod, prefix: str) -> ScrapeConfig:
+def pod_scrape(pod: Pod, prefix: str, intervals: IntervalRules | None = None) -> ScrapeConfig:
     """Read the annotations of a Pod that `is_scraped`; raises `Rejected` for invalid ones."""
-    given, keys = pod.annotations, _keys(prefix)
-    path, scheme, port = given.get(keys.path, DEFAULT_PATH), given.get(keys.scheme, ""), given.get(keys.port)
-    params = named_params(given, prefix)
     address = _pod_address(pod)
-    size = len(path) + len(scheme) + len(port or "")
-    is_kept = not params and size <= LONGEST_KEPT and len(pod.ports) <= MOST_PORTS_KEPT
-    read = _read if is_kept else _read.__wrapped__
-    return ScrapeConfig(address, *read(path, scheme, port, params, pod.ports))
-
-
-class _Keys(NamedTuple):
-    path: str
-    scheme: str
-    port: str
-
-
-@lru_cache(maxsize=4)
-def _keys(prefix: str) -> _Keys:
-    return _Keys(f"{prefix}path", f"{prefix}scheme", f"{prefix}port")
+    pairs = scrape_annotations(pod.annotations, prefix)
+    size = 0
+    for name, value in pairs:
+        # The value of a parameter may be another one for each Pod.
+        size += len(value) if name[:5] != "param" else LONGEST_KEPT + 1
+    read = _read if size <= LONGEST_KEPT and len(pod.ports) <= MOST_PORTS_KEPT else _read.__wrapped__
+    return ScrapeConfig(address, read(pairs, pod.ports, intervals))
 
 
 @lru_cache(maxsize=TEMPLATES)
 def _read(
-    path: str,
-    scheme: str,
-    port: str | None,
-    named: tuple[tuple[str, str], ...],
-    ports: tuple[ContainerPort, ...],
-) -> tuple[tuple[int, ...], str, Mapping[str, str], str]:
-    """Parse the texts of the annotations; returns the fields of a `ScrapeConfig` after the address."""
-    path, query = scrape_path(path)
-    params = scrape_params(query, named)
-    scheme = scrape_scheme(scheme)
-    return scrape_ports(port, ports), path, MappingProxyType(params), scheme
+    pairs: Pairs, ports: tuple[ContainerPort, ...], intervals: IntervalRules | None
+) -> tuple[ScrapedPort, ...]:
+    return scraped_ports(parse_scrapes(pairs, intervals), ports)
 
 
-def require_declared(pod: Pod, ports: tuple[int, ...]) -> None:
+def scraped_ports(scrapes: Sequence[ScrapeSet], ports: Sequence[ContainerPort]) -> tuple[ScrapedPort, ...]:
+    """Return the ports of every set of annotations; one that repeats an earlier scrape adds nothing."""
+    found: list[ScrapedPort] = []
+    seen: dict[int, list[tuple[str, str, Mapping[str, str]]]] = {}
+    for scrape in scrapes:
+        place = (scrape.scheme, scrape.path, scrape.params)
+        for number in scrape_ports(scrape.port, ports):
+            places = seen.setdefault(number, [])
+            if place not in places:
+                places.append(place)
+                found.append(ScrapedPort(number, scrape, len(places)))
+    _check_count(len(found))
+    return tuple(found)
+
+
+def _check_count(ports: int) -> None:
+    if ports > MOST_PORTS:
+        raise Rejected(Reason.TOO_MANY_PORTS, f"{ports} ports are more than {MOST_PORTS}")
+
+
+def require_declared(pod: Pod, ports: Sequence[ScrapedPort]) -> None:
     """Raise `Rejected` if a Pod on its Node's network asks for a port that none of its containers declares.
 
     An undeclared port could be another process's on the Node, such as the kubelet's or etcd's. A declared
@@ -154,17 +163,18 @@ def require_declared(pod: Pod, ports: tuple[int, ...]) -> None:
         return
     declared = {port.number for port in pod.ports if port.protocol == TCP}
     for port in ports:
-        if port not in declared:
+        if port.number not in declared:
             raise Rejected(
                 Reason.UNDECLARED_PORT,
-                f"the Pod has its node's network and no container declares the TCP port {port}",
+                f"the Pod has its node's network and no container declares the TCP port {port.number}",
             )
 
 
-def proxied_path(namespace: str, name: str, port: int | None = None) -> str:
+def proxied_path(namespace: str, name: str, port: ScrapedPort | None = None) -> str:
     """Return the path at which the proxy serves a Pod; `port` is needed only if the Pod has several."""
-    which = name if port is None else f"{name}:{port}"
-    return f"/api/v1/namespaces/{namespace}/pods/{which}/metrics"
+    which = name if port is None else f"{name}:{port.number}"
+    ordinal = "" if port is None or port.ordinal == 1 else f"/{port.ordinal}"
+    return f"/api/v1/namespaces/{namespace}/pods/{which}/metrics{ordinal}"
 
 
 def _pod_address(pod: Pod) -> str:
@@ -174,66 +184,6 @@ def _pod_address(pod: Pod) -> str:
     if address is None:
         raise Rejected(Reason.INVALID_IP, f"the Pod's IP {quoted(pod.ip)} cannot be scraped")
     return address
-
-
-def scrape_path(text: str) -> tuple[str, list[tuple[str, str]]]:
-    """Split a path annotation into the path, with a leading slash, and the parameters of its query.
-
-    Raises `Rejected` for control characters, for a URL in place of a path, and for a query that is too long
-    or not UTF-8 in percent encoding. Everything else in the path is kept: Prometheus escapes it.
-    """
-    text = text.strip()
-    if has_control(text):
-        raise Rejected(Reason.INVALID_PATH, f"the path {quoted(text)} has control characters")
-    path, _, query = text.partition("?")
-    if _URL_START.match(path):
-        raise Rejected(
-            Reason.INVALID_PATH, f"{quoted(text)} is a URL: give the path only, such as {DEFAULT_PATH}"
-        )
-    path = path or DEFAULT_PATH
-    if not path.startswith("/"):
-        path = f"/{path}"
-    if not query:
-        return path, []
-    try:
-        pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=MOST_PARAMS)
-    except (ValueError, UnicodeError):
-        raise Rejected(Reason.INVALID_PATH, f"the query of {quoted(text)} is too long or not UTF-8") from None
-    return path, pairs
-
-
-def named_params(annotations: Mapping[str, str], prefix: str) -> tuple[tuple[str, str], ...]:
-    """Return the names and values of the annotations `<prefix>param-<name>`, sorted."""
-    start = f"{prefix}param-"
-    keys = [key for key in annotations if key.startswith(start)]
-    return tuple([(key[len(start) :], annotations[key]) for key in sorted(keys)]) if keys else ()
-
-
-def scrape_params(query: Sequence[tuple[str, str]], named: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Merge the parameters of the query and of `named_params`.
-
-    Raises `Rejected` for a name that is not valid in Prometheus, a repeated name and control characters.
-    """
-    params: dict[str, str] = {}
-    for name, value in (*query, *named):
-        if not _PARAM_NAME.fullmatch(name):
-            raise Rejected(
-                Reason.INVALID_PARAM, f"the parameter name {quoted(name)} is not made of A-Z a-z 0-9 _"
-            )
-        if name in params:
-            raise Rejected(Reason.INVALID_PARAM, f"the parameter {name} is given twice")
-        if has_control(value):
-            raise Rejected(Reason.INVALID_PARAM, f"the parameter {name} has control characters")
-        params[name] = value
-    return params
-
-
-def scrape_scheme(text: str) -> str:
-    """Return `http` (the default) or `https`; raises `Rejected` for anything else."""
-    scheme = text.strip().lower() or "http"
-    if scheme not in ("http", "https"):
-        raise Rejected(Reason.INVALID_SCHEME, f"the scheme {quoted(text)} is neither http nor https")
-    return scheme
 
 
 def scrape_ports(text: str | None, ports: Sequence[ContainerPort]) -> tuple[int, ...]:
@@ -246,8 +196,7 @@ def scrape_ports(text: str | None, ports: Sequence[ContainerPort]) -> tuple[int,
     if text is not None and text.strip():
         entries = [entry.strip() for entry in text.split(",")]
         numbers = dict.fromkeys(_annotated_port(entry, ports) for entry in entries)
-        if len(numbers) > MOST_PORTS:
-            raise Rejected(Reason.TOO_MANY_PORTS, f"{len(numbers)} ports are more than {MOST_PORTS}")
+        _check_count(len(numbers))
         return tuple(numbers)
     return (_implied_port(ports),)
 

@@ -254,7 +254,7 @@ def pod_service_id(namespace: str, name: str, prefix: str = "") -> str:
     return f"{prefix}{POD_PREFIX}{namespace}--{name}"
 
 
-def pod_port_id(service_id: str, port: int) -> str:
+def pod_port_id(service_id: str, port: str) -> str:
     """Return the service ID of another port of the Pod whose first port has `service_id`."""
     return f"{service_id}--{port}"
 
@@ -264,7 +264,7 @@ def node_service_id(address: str, prefix: str = "") -> str:
     return f"{prefix}{NODE_PREFIX}{address}"
 
 
-def endpoint_service_id(key: ObjectKey, which: str, port: int, prefix: str = "") -> str:
+def endpoint_service_id(key: ObjectKey, which: str, port: str, prefix: str = "") -> str:
     """Return the service ID of one port of an endpoint; `which` is its Pod's name, or its address."""
     return f"{prefix}{ENDPOINT_PREFIX}{key.namespace}--{key.name}--{which}--{port}"
 

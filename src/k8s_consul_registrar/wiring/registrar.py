@@ -159,6 +159,7 @@ class Wiring:
         settings, selection, naming = self.settings, self.settings.selection, self.settings.naming
         return TargetRules(
             annotation_prefix=selection.annotation_prefix,
+            intervals=settings.intervals.rules,
             proxy_node_port=settings.proxy_node_port,
             proxy_scheme=settings.proxy_scheme,
             pods_through_proxy=settings.pods_through_proxy,

@@ -5,7 +5,7 @@ import pytest
 from k8s_consul_registrar.commands.check.report import Result
 from k8s_consul_registrar.commands.check.services import holdings, judge_holdings
 from k8s_consul_registrar.registrar.ownership import Identity
-from k8s_consul_registrar.targets.resolve import OWN_KEYS
+from k8s_consul_registrar.targets.meta import OWN_KEYS
 from support.builders import make_service
 
 LAB = Identity("lab")

@@ -41,6 +41,10 @@ def digest(**changes: str) -> str:
         ("PROXY_NODE_PORT", "31113"),
         ("PROXY_SCHEME", "https"),
         ("POD_ADDRESS", "proxy"),
+        ("SCRAPE_INTERVAL_MIN", "30s"),
+        ("SCRAPE_INTERVAL_DEFAULT", "1m"),
+        ("SLOW_INTERVAL", "10m"),
+        ("SLOW_TIMEOUT", "1m"),
     ],
 )
 def test_setting_that_selects_or_shapes_objects_changes_it(name: str, value: str) -> None:
@@ -62,11 +66,17 @@ def test_setting_that_selects_or_shapes_objects_changes_it(name: str, value: str
         ("LOG_LEVEL", "debug"),
         ("FILE_SD_PATH", "/targets/cluster.json"),
         ("PREVIOUS_INSTANCES", "old"),
+        ("SCRAPE_INTERVAL_MIN", "10000ms"),
     ],
 )
 def test_other_settings_and_spellings_of_the_same_leave_it(name: str, value: str) -> None:
     """Where to write, how long to wait, and the order of a set."""
     assert digest(**{name: value}) == digest()
+
+
+def test_digest_of_settings_before_there_were_intervals_stays() -> None:
+    """An upgrade is no other selection: otherwise it would make the brake wait longer."""
+    assert digest() == "7ce0bbbb97ca8c4971e92336"
 
 
 def test_digest_is_the_same_in_every_process() -> None:

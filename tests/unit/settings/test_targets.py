@@ -7,7 +7,8 @@ from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.model import Kind, Source
 from k8s_consul_registrar.settings.reading import read_registrar
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
-from k8s_consul_registrar.targets.resolve import LabelMeta, TargetRules
+from k8s_consul_registrar.targets.meta import LabelMeta
+from k8s_consul_registrar.targets.resolve import TargetRules
 from k8s_consul_registrar.targets.service_names import HashShards, RandomShards
 from k8s_consul_registrar.wiring.registrar import Wiring
 

@@ -1,11 +1,6 @@
 """Equal parts of targets' meta are one object, and what is kept for it is bounded."""
 
-from k8s_consul_registrar.targets.resolve import (
-    LONGEST_META_VALUE,
-    MOST_META_PAIRS,
-    checked_meta,
-    shared_pair,
-)
+from k8s_consul_registrar.targets.meta import LONGEST_META_VALUE, MOST_META_PAIRS, checked_meta, shared_pair
 
 
 def test_equal_pairs_are_one_object() -> None:

@@ -7,10 +7,10 @@ import pytest
 from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.model import Kind, Rejection
 from k8s_consul_registrar.settings.reading import read_registrar
+from k8s_consul_registrar.targets.meta import parse_target_label
 from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from k8s_consul_registrar.targets.service_names import parse_name, parse_template
-from k8s_consul_registrar.targets.target_labels import parse_target_label
 from support.builders import annotated, make_node, make_pod
 
 LIMIT = parse_target_label("__sample_limit__")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from k8s_consul_registrar.commands.check.report import Finding, fail, ok, warn
 from k8s_consul_registrar.model import MANAGED_BY, Service
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
-from k8s_consul_registrar.targets.resolve import OWN_KEYS
+from k8s_consul_registrar.targets.meta import OWN_KEYS
 from k8s_consul_registrar.targets.service_names import kind_of_id
 
 MOST_NAMED = 3  # examples shown of each sort
