@@ -59,6 +59,14 @@ class _HeadReader:
         self.is_complete = True
 
 
+def check_beginning(part: bytes) -> None:
+    """Raise Malformed for the beginning of an answer that no end would make a sound head."""
+    if part[: len(VERSION)] != VERSION[: len(part)]:
+        raise Malformed("it does not speak HTTP/1.1")
+    if b"\n\n" in part:
+        raise Malformed("its head ends its lines without a carriage return")
+
+
 def read_head(head: memoryview) -> Head:
     """Parse a whole head, its empty line included; raises Malformed."""
     if head[: len(VERSION)] != VERSION:

@@ -290,8 +290,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
                 raise Malformed("its head is too long")
             if not is_complete:
                 self._partial = view[start:count].tobytes()
-                if self._partial[: len(response.VERSION)] != response.VERSION[: len(self._partial)]:
-                    raise Malformed("it does not speak HTTP/1.1")
+                response.check_beginning(self._partial)
                 return
             answer = self._heads.read(view[start:end].tobytes())
             if answer.status >= 200 or answer.status == response.SWITCHING_PROTOCOLS:

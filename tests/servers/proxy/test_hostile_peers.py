@@ -110,6 +110,15 @@ async def test_a_banner_ends_the_scrape_at_once(banner: bytes) -> None:
         assert b"does not speak HTTP" in got.body
 
 
+async def test_a_head_of_bare_line_feeds_ends_the_scrape_at_once() -> None:
+    """Does not wait for an end that such a head never has."""
+    head = b"HTTP/1.1 200 OK\nContent-Length: 3\n\na 1"
+    async with Kubelet(always(head)).serving() as kubelet, proxying(kubelet.node()) as proxy:
+        got = await proxy.get(cadvisor(kubelet))
+        assert got.status == 502
+        assert b"without a carriage return" in got.body
+
+
 # TLS records without data
 
 
