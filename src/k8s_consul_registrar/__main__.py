@@ -15,9 +15,11 @@ def run() -> int:
     """
     # Python's default of 700 made collections that found nothing: a tenth of the start, a fortieth of a first sync.
     gc.set_threshold(YOUNG_OBJECTS)
+    gc.disable()  # modules are no garbage
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     from k8s_consul_registrar.cli import main  # noqa: PLC0415 - only now: see above
 
+    gc.enable()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return main()
 
