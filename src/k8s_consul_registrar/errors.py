@@ -109,3 +109,7 @@ class ConsulRefused(ConsulError):
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
         self.status = status
+
+
+class NotConsul(ConsulRefused):
+    """An answer that no Consul gives: something else is at its address."""

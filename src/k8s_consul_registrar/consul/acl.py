@@ -11,6 +11,7 @@ from k8s_consul_registrar.errors import (
     ConsulForbidden,
     ConsulRefused,
     ConsulTokenUnknown,
+    NotConsul,
 )
 
 # Consul's own web interface asks here; there since 1.7, and it writes nothing.
@@ -101,7 +102,7 @@ async def read_leader(client: ConsulClient) -> str:
 async def read_self(client: ConsulClient) -> AgentSelf | None:
     """Return what the agent says of itself, None where the token may not read it; raises a `ConsulError`.
 
-    A token that Consul does not know raises `ConsulTokenUnknown`.
+    A token that Consul does not know raises `ConsulTokenUnknown`, an answer without a node `NotConsul`.
     """
     try:
         answer = await client.request("GET", AGENT_SELF)
@@ -109,14 +110,19 @@ async def read_self(client: ConsulClient) -> AgentSelf | None:
         raise
     except ConsulForbidden:
         return None
-    config = decode(_self, answer.body, AGENT_SELF).config
+    try:
+        config = decode(_self, answer.body, AGENT_SELF).config
+    except ConsulRefused as error:
+        raise NotConsul(f"this is no Consul: {error}") from None
+    if not config.node_name:
+        raise NotConsul(f"this is no Consul: {AGENT_SELF} names no node")
     return AgentSelf(config.version, config.node_name, config.server)
 
 
 async def read_own_node(client: ConsulClient) -> str:
     """Return the node of the agent we talk to; raises a `ConsulError`."""
     agent = await read_self(client)
-    if agent is None or not agent.node:
+    if agent is None:
         raise ConsulForbidden(UNREADABLE)
     return agent.node
 
@@ -127,7 +133,7 @@ async def read_agents(client: ConsulClient) -> tuple[AgentSelf, ...]:
     for _ in range(CONNECTIONS):
         async with client.single() as single:
             agent = await read_self(single)
-        if agent is None or not agent.node:
+        if agent is None:
             raise ConsulForbidden(UNREADABLE)
         agents.append(agent)
     return tuple(agents)

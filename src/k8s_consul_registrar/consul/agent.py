@@ -46,6 +46,7 @@ from k8s_consul_registrar.errors import (
     ConsulRefused,
     ConsulTokenUnknown,
     ConsulUnreachable,
+    NotConsul,
 )
 from k8s_consul_registrar.model import UNSYNCED, Drift, Service, Written
 from k8s_consul_registrar.telemetry import get_logger
@@ -300,12 +301,17 @@ class _AgentNode:
         self._is_readable = True
 
     async def begin(self, on_agents: Callable[[Sequence[AgentSelf]], None]) -> None:
-        """Watch the node from now on, before a full read of the agent, and tell which agents answer."""
+        """Watch the node from now on, before a full read of the agent, and tell which agents answer.
+
+        Raises `NotConsul`: a list of services without any means nothing if no agent sent it.
+        """
         try:
             agents = await read_agents(self._client)
             on_agents(agents)
             self._name = agents[-1].node
             await self._drift.begin(self._name)
+        except NotConsul:
+            raise
         except ConsulError as error:
             self._unreadable(error)
 

@@ -160,7 +160,8 @@ class Store(Generic[ValueT]):
     def put(self, source: Source, item: Item, *, is_added: bool = True) -> None:
         """Record an object as it is now; `is_added` is False for one that was there before."""
         record, key = self._records[source], item.key
-        _count(record, int(is_added))
+        if is_added:
+            _count(record, 1)
         if key is None:
             self._note_nameless(source, record)
             return
@@ -235,10 +236,10 @@ class Store(Generic[ValueT]):
             record.values[key] = value
         elif before is not None:
             del record.values[key]
-        evidence, heard_at = (
-            (Evidence.EVENT, self._clock()) if record.unseen is None else (Evidence.LISTED, None)
-        )
-        self._observer.on_object(key, before, value, evidence, heard_at)
+        if record.unseen is None:
+            self._observer.on_object(key, before, value, Evidence.EVENT, self._clock())
+        else:
+            self._observer.on_object(key, before, value, Evidence.LISTED, None)
 
     def _note_nameless(self, source: Source, record: _Record[ValueT]) -> None:
         record.arrived_nameless = True

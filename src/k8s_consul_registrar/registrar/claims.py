@@ -1,7 +1,7 @@
 """Claims on service IDs: who asks for one, who is rejected, who gave way at a shared endpoint, who departed. Pure."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import msgspec
@@ -18,7 +18,7 @@ from k8s_consul_registrar.targets.resolve import Resolved
 
 # Departures that are remembered at most. One that is forgotten becomes an inference, which is safe.
 MOST_DEPARTURES = 50_000
-# An endpoint that more targets claim is none that moves from one Pod to the next: no Pod gives way there.
+# Where more targets claim one endpoint, not all of them are looked at for each change.
 MOST_CLAIMS = 100
 
 _Place: TypeAlias = tuple[str, ObjectKey]
@@ -65,7 +65,7 @@ class Claims:
             if not (target.has_own_address and self.endpoints.remove(target)):
                 self._remove(target)
 
-    def settle(self, changed: Iterable[Target]) -> tuple[list[Target], list[Target]]:
+    def settle(self, changed: Sequence[Target]) -> tuple[list[Target], list[Target]]:
         """Return the targets that give way now, and those that come back, at the endpoints of some targets."""
         given_way, back = self.endpoints.settle(changed)
         for target in given_way:
@@ -86,6 +86,18 @@ class Claims:
             del self.by_id[target.id]
 
 
+class _Shared(msgspec.Struct):
+    """The targets at one endpoint, if there are several.
+
+    `living` is the number of those whose Pod is not being deleted, `had_living` says whether there were any when
+    all of them were last settled, None before that.
+    """
+
+    members: dict[_Place, Target]
+    living: int
+    had_living: bool | None = None
+
+
 class Endpoints:
     """Which targets are at which address and port; only of Pods that have an address of their own.
 
@@ -94,7 +106,7 @@ class Endpoints:
 
     def __init__(self) -> None:
         self._alone: dict[int, Target] = {}
-        self._shared: dict[int, dict[_Place, Target]] = {}
+        self._shared: dict[int, _Shared] = {}
         # Number of targets of Pods that are being deleted: without them none gives way.
         self.terminating = 0
         # Moves whenever `shared` may yield anything else.
@@ -106,9 +118,10 @@ class Endpoints:
         """Note a target."""
         self.terminating += target.is_terminating
         key = _key(target)
-        if key in self._shared:
+        if (shared := self._shared.get(key)) is not None:
             self.generation += 1
-            self._shared[key][_place(target)] = target
+            shared.members[_place(target)] = target
+            shared.living += not target.is_terminating
             return
         before = self._alone.get(key)
         if before is None or _place(before) == _place(target):
@@ -116,41 +129,57 @@ class Endpoints:
         else:
             del self._alone[key]
             self.generation += 1
-            self._shared[key] = {_place(before): before, _place(target): target}
+            members = {_place(one): one for one in (before, target)}
+            self._shared[key] = _Shared(members, sum(not one.is_terminating for one in members.values()))
 
     def remove(self, target: Target) -> bool:
         """Forget a target; return whether it had given way."""
         key = _key(target)
-        members = self._shared.get(key)
-        if members is not None:
+        shared = self._shared.get(key)
+        removed: Target | None = None
+        if shared is not None:
             self.generation += 1
-            removed = members.pop(_place(target), None)
-            if len(members) == 1:
+            removed = shared.members.pop(_place(target), None)
+            shared.living -= removed is not None and not removed.is_terminating
+            if len(shared.members) == 1:
                 del self._shared[key]
-                (self._alone[key],) = members.values()
+                (self._alone[key],) = shared.members.values()
         elif key in self._alone and _place(self._alone[key]) == _place(target):
             removed = self._alone.pop(key)
-        else:
-            removed = None
         self.terminating -= removed is not None and removed.is_terminating
         return self._yielded.pop(_place(target), None) is not None
 
-    def settle(self, changed: Iterable[Target]) -> tuple[list[Target], list[Target]]:
+    def settle(self, changed: Sequence[Target]) -> tuple[list[Target], list[Target]]:
         """Return the targets that give way now, and those that come back, at the endpoints of some targets."""
         given_way: list[Target] = []
         back: list[Target] = []
-        for target in {(one.address, one.port): one for one in changed if one.has_own_address}.values():
-            alone = self._alone.get(_key(target))
-            members = self.at(target) or (() if alone is None else (alone,))
-            yields = {_place(one) for one in yielding(members)}
+        for key in dict.fromkeys(_key(one) for one in changed if one.has_own_address):
+            members, has_living = self._unsettled(key, changed)
             for member in members:
                 place = _place(member)
-                if place in yields and place not in self._yielded:
+                gives_way = has_living and member.is_terminating
+                if gives_way and place not in self._yielded:
                     self._yielded[place] = member
                     given_way.append(member)
-                elif place not in yields and place in self._yielded:
+                elif not gives_way and place in self._yielded:
                     back.append(self._yielded.pop(place))
         return given_way, back
+
+    def _unsettled(self, key: int, changed: Sequence[Target]) -> tuple[Sequence[Target], bool]:
+        """Return the targets to settle at an endpoint, and whether a living Pod is there.
+
+        In a crowd these are only the ones that changed, unless the first living Pod came or the last one went.
+        """
+        shared = self._shared.get(key)
+        if shared is None:
+            alone = self._alone.get(key)
+            return () if alone is None else (alone,), False
+        has_living = shared.living > 0
+        if len(shared.members) > MOST_CLAIMS and shared.had_living is has_living:
+            places = dict.fromkeys(_place(one) for one in changed)
+            return [shared.members[one] for one in places if one in shared.members], has_living
+        shared.had_living = has_living
+        return tuple(shared.members.values()), has_living
 
     @property
     def is_settled(self) -> bool:
@@ -161,28 +190,11 @@ class Endpoints:
         """Return those of an object's IDs whose targets have not given way: the others are not asked for now."""
         return tuple(one for one in ids if (one, key) not in self._yielded) if self._yielded else ids
 
-    def at(self, target: Target) -> tuple[Target, ...]:
-        """Return the targets at the endpoint of a target, if there are several and no more than usual."""
-        members = self._shared.get(_key(target), {})
-        if len(members) > MOST_CLAIMS:
-            return ()
-        return tuple(
-            one for one in members.values() if (one.address, one.port) == (target.address, target.port)
-        )
-
     def shared(self) -> Iterator[tuple[Target, ...]]:
         """Yield the targets of each endpoint that several living Pods claim."""
-        for members in self._shared.values():
-            living = tuple(one for one in members.values() if not one.is_terminating)
-            if len(living) > 1:
-                yield living
-
-
-def yielding(members: Sequence[Target]) -> list[Target]:
-    """Return the targets that give way at one endpoint: of Pods being deleted, while another one lives."""
-    if all(one.is_terminating for one in members):
-        return []
-    return [one for one in members if one.is_terminating]
+        for shared in self._shared.values():
+            if shared.living > 1:
+                yield tuple(one for one in shared.members.values() if not one.is_terminating)
 
 
 def _key(target: Target) -> int:

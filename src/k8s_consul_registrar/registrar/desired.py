@@ -354,7 +354,7 @@ class DesiredState:
         if self._claims.endpoints.is_settled:
             return
         given_way, back = self._claims.settle(
-            target for resolved in (before, after) if isinstance(resolved, tuple) for target in resolved
+            [target for resolved in (before, after) if isinstance(resolved, tuple) for target in resolved]
         )
         for target in given_way:
             self._depart(target.key, (target.id,), heard_at)

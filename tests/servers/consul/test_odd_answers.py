@@ -78,6 +78,22 @@ async def test_odd_answer_to_a_transaction_is_no_success(call: str, body: bytes)
             await CALLS[call](client)
 
 
+@pytest.mark.parametrize("body", [b"{}", b'{"Config":{}}', b'{"Config":{"NodeName":""}}', b"null"])
+@pytest.mark.parametrize(
+    "call", ["agent services", "catalog services", "own node", "leader", "failing agents"]
+)
+async def test_server_that_answers_everything_alike_is_no_consul(call: str, body: bytes) -> None:
+    """A 200 to whatever is asked is an error: it would pass for a Consul without services, to be filled."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(body=body)
+
+    async with serving(answer) as url, client_of(url) as client:
+        problem = "no Consul|not what Consul sends|is not shown"
+        with pytest.raises(ConsulError, match=problem):
+            await CALLS[call](client)
+
+
 @pytest.mark.parametrize(
     ("text", "index"),
     [

@@ -517,6 +517,26 @@ def test_desired_change_costs_little_beside_many_pods_at_its_address() -> None:
     assert _fastest(_one_change(crowded)) < 100 * _fastest(_one_change(alone))
 
 
+def test_desired_pods_in_a_crowd_at_one_address_give_way_as_two_do() -> None:
+    """Beyond `MOST_CLAIMS` each change settles its own Pod; the first living one and the last settle all."""
+    count = claims.MOST_CLAIMS + 20
+    world = synced(*(make_pod(f"p{number}", deleted=True) for number in range(count)))
+    assert len(world.desired.claims) == count
+    world.cluster.put(make_pod("living"))
+    assert set(world.desired.claims) == {"pod--shop--living"}
+    world.cluster.put(make_pod("late", deleted=True))
+    assert set(world.desired.claims) == {"pod--shop--living"}
+    world.cluster.put(make_pod("second"))
+    world.cluster.remove(make_pod("living"))
+    world.cluster.put(make_pod("p0"))
+    assert set(world.desired.claims) == {"pod--shop--second", "pod--shop--p0"}
+    world.cluster.remove(make_pod("second"))
+    assert set(world.desired.claims) == {"pod--shop--p0"}
+    world.cluster.remove(make_pod("p0"))
+    assert len(world.desired.claims) == count
+    assert "pod--shop--late" in world.desired.claims
+
+
 def _one_change(world: World) -> Callable[[], None]:
     pods = make_pod("probe"), make_pod("probe", ip="198.51.100.99"), make_pod("probe", ip="")
 
