@@ -21,11 +21,7 @@ from urllib.parse import quote
 
 from msgspec.structs import replace
 
-from k8s_consul_registrar.consul.acl import (
-    AgentSelf,
-    read_agents,
-    read_own_node,
-)
+from k8s_consul_registrar.consul.acl import AgentSelf, read_agents, read_own_node
 from k8s_consul_registrar.consul.answers import is_filtered
 from k8s_consul_registrar.consul.batches import Blame, Outcomes, for_each, write_each
 from k8s_consul_registrar.consul.client import ConsulClient
@@ -301,10 +297,7 @@ class _AgentNode:
         self._is_readable = True
 
     async def begin(self, on_agents: Callable[[Sequence[AgentSelf]], None]) -> None:
-        """Watch the node from now on, before a full read of the agent, and tell which agents answer.
-
-        Raises `NotConsul`: a list of services without any means nothing if no agent sent it.
-        """
+        """Watch the node, before a full read of the agent, and tell which agents answer; `NotConsul` if none does."""
         try:
             agents = await read_agents(self._client)
             on_agents(agents)

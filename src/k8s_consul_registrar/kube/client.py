@@ -25,8 +25,10 @@ from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.objects import Item, Page, RawPage, split_page
 from k8s_consul_registrar.kube.responses import (
     ApiAction,
+    Paging,
     cluster_error,
     decode_status,
+    read_body,
     transport_error,
     unpacker,
 )
@@ -141,19 +143,16 @@ class KubeClient:
         action = ApiAction(verb, RESOURCES[kind], namespace)
         query = _selecting(label_selector) if page_size is None else _selecting(label_selector, page_size)
         request = self._reading(action, kind, query)
+        paging = Paging(action)
         coming: asyncio.Task[bytes] | None = None
         body = await self._send(request)
         try:
             while True:
                 raw = _split(body, kind, action)
                 del body
-                token = raw.continue_token
-                if token:
-                    if token == request.query.get("continue"):
-                        raise ClusterRefused(
-                            f"cannot {action}: the API server repeats a page without end", 200
-                        )
-                    request = replace(request, query={**query, "continue": token})
+                if raw.continue_token:
+                    paging.add(raw.decode(slice(1)).items)
+                    request = replace(request, query={**query, "continue": raw.continue_token})
                     coming = asyncio.create_task(self._send(request))
                     await asyncio.sleep(0)  # so that the request leaves before the decoding begins
                 # The page's bytes go before its objects are used, while the next page's are arriving.
@@ -277,7 +276,7 @@ class KubeClient:
     async def _send(self, request: _Request) -> bytes:
         """Return the whole body of a success."""
         async with self._success(request, self._timeout) as response:
-            body, unpack = await response.read(), unpacker(response)
+            body, unpack = await read_body(response, request.action), unpacker(response)
             return await asyncio.to_thread(unpack, body) if len(body) > SMALL else unpack(body)
 
     async def _stream(self, request: _Request) -> AsyncGenerator[bytes, None]:

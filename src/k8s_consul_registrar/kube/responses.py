@@ -4,7 +4,7 @@ Requests meet a Status under an HTTP status, watches in an ERROR event under a 2
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -20,6 +20,8 @@ from k8s_consul_registrar.errors import (
     ClusterUnauthorized,
     ClusterUnreachable,
 )
+from k8s_consul_registrar.kube.objects import Item
+from k8s_consul_registrar.model import ObjectKey
 from k8s_consul_registrar.tls import API_SERVER, Trust, explain
 
 MESSAGE_LENGTH = 300
@@ -27,6 +29,10 @@ RETRY_AFTER_CAP = 3600.0
 ANY_HEAD = 32 + zlib.MAX_WBITS  # that of gzip or of zlib
 # What a body may unpack to, in bytes or as a multiple: objects shrink to a thirtieth at best, a bomb to a thousandth.
 MOST_UNPACKED, MOST_TIMES = 64 << 20, 100
+# Bytes of a body as it is sent. A page has a few MB; as much as this, uncompressed, would be a list of 75,000 Pods.
+MOST_SENT = 512 << 20
+# Pages in a row that may begin with no new object, and pages that a list may have: 5,000,000 objects.
+MOST_IDLE_PAGES, MOST_PAGES = 20, 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +182,37 @@ def _broken(error: Exception, server: str, trust: Trust | None) -> str:
         case _:
             why = f"the connection to {server} broke: {clipped(str(error)) or type(error).__name__}"
     return why
+
+
+class Paging:
+    """The progress of one list in pages, which a server could go on with without end."""
+
+    def __init__(self, action: ApiAction) -> None:
+        self._action = action
+        self._pages = self._idle = 0
+        self._firsts: set[ObjectKey] = set()
+
+    def add(self, beginning: Sequence[Item]) -> None:
+        """Note a page by its first object, if it has any; raises ClusterRefused for a list that gets nowhere."""
+        first = beginning[0].key if beginning else None
+        self._pages += 1
+        self._idle = self._idle + 1 if first is None or first in self._firsts else 0
+        if first is not None:
+            self._firsts.add(first)
+        if self._idle > MOST_IDLE_PAGES or self._pages > MOST_PAGES:
+            raise ClusterRefused(f"cannot {self._action}: the API server repeats pages without end", 200)
+
+
+async def read_body(response: aiohttp.ClientResponse, action: ApiAction) -> bytes:
+    """Read a whole body as it was sent; raises ClusterRefused for one over `MOST_SENT` bytes."""
+    pieces: list[bytes] = []
+    size = 0
+    async for piece in response.content.iter_any():
+        pieces.append(piece)
+        size += len(piece)
+        if size > MOST_SENT:
+            raise ClusterRefused(f"cannot {action}: the answer is over {MOST_SENT >> 20} MB", 200)
+    return b"".join(pieces)
 
 
 def unpacker(response: aiohttp.ClientResponse, *, is_part: bool = False) -> Callable[[bytes], bytes]:

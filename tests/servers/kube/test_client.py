@@ -25,10 +25,12 @@ from k8s_consul_registrar.errors import (
     ClusterUnauthorized,
     ClusterUnreachable,
 )
+from k8s_consul_registrar.kube import responses
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.client import JSON, LEAN_JSON, KubeClient
 from k8s_consul_registrar.kube.credentials import ClientIdentity, Credentials, StoredCredentials
 from k8s_consul_registrar.kube.objects import Page
+from k8s_consul_registrar.kube.responses import MOST_IDLE_PAGES
 from k8s_consul_registrar.kube.watch_decoder import Broken
 from k8s_consul_registrar.model import Kind, ObjectKey, Pod, Undecodable
 from k8s_consul_registrar.rotating import fixed
@@ -158,6 +160,38 @@ async def test_page_that_repeats_ends_the_list() -> None:
     error = await failure(answering(200, recorded("k8s-pods-list-page1").body))
     assert isinstance(error, ClusterRefused)
     assert "repeats" in str(error)
+
+
+@pytest.mark.parametrize("items", ["[]", '[{"metadata":{"name":"a","namespace":"b"}}]', "[5]"])
+async def test_pages_with_new_tokens_that_bring_nothing_new_end_the_list(items: str) -> None:
+    """A server that always has another page would keep its source from ever being synced."""
+    asked = 0
+
+    async def handle(_: web.Request) -> web.Response:
+        nonlocal asked
+        asked += 1
+        metadata = f'{{"resourceVersion":"5","continue":"{asked}"}}'
+        return web.Response(text=f'{{"kind":"PodList","metadata":{metadata},"items":{items}}}')
+
+    error = await failure(handle)
+    assert isinstance(error, ClusterRefused)
+    assert "without end" in str(error)
+    assert asked < 2 * MOST_IDLE_PAGES
+
+
+async def test_few_empty_pages_do_not_end_the_list() -> None:
+    """With a selector a page may have nothing that is selected."""
+
+    async def handle(request: web.Request) -> web.Response:
+        number = int(request.query.get("continue", 0)) + 1
+        token = f',"continue":"{number}"' if number < MOST_IDLE_PAGES else ""
+        return web.Response(
+            text=f'{{"kind":"PodList","metadata":{{"resourceVersion":"5"{token}}},"items":[]}}'
+        )
+
+    async with serve(handle) as port:
+        pages = await list_all(Access(f"http://127.0.0.1:{port}", ANONYMOUS))
+    assert len(pages) == MOST_IDLE_PAGES
 
 
 async def test_snapshot_that_expires_midway_is_expired() -> None:
@@ -376,6 +410,23 @@ async def test_compressed_body_that_unpacks_without_end() -> None:
     )
     error = await failure(answering(200, body, **{"Content-Encoding": "gzip"}))
     assert isinstance(error, ClusterUnreachable)
+
+
+async def test_uncompressed_body_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory is not filled by a body that is sent as it is, either."""
+    monkeypatch.setattr(responses, "MOST_SENT", 1 << 20)
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        answer = web.StreamResponse()
+        await answer.prepare(request)
+        with suppress(ConnectionError):
+            while True:
+                await answer.write(b" " * (1 << 16))
+        return answer
+
+    error = await failure(handle)
+    assert isinstance(error, ClusterRefused)
+    assert "over 1 MB" in str(error)
 
 
 async def test_cut_that_keeps_the_framing_is_no_list_either() -> None:
