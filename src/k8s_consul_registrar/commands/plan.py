@@ -6,7 +6,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from k8s_consul_registrar.asyncio_tools import end_tasks
-from k8s_consul_registrar.commands import settings_for_consul
+from k8s_consul_registrar.commands import settings_offline
 from k8s_consul_registrar.errors import OperationalError
 from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.registrar.decide import (
@@ -32,6 +33,7 @@ from k8s_consul_registrar.registrar.decide import (
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.resync import Comparison
 from k8s_consul_registrar.runner import EXIT_CHANGES, EXIT_FAILURE, EXIT_OK, run_loop
+from k8s_consul_registrar.settings.consul import NONE
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.wiring.backend import decided
 from k8s_consul_registrar.wiring.registrar import RegistrarParts, Wiring
@@ -53,7 +55,12 @@ class PlanLine:
 
 def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Show what a resync would do now: exit 0 nothing, 3 changes, 1 failure."""
-    return run_loop(_plan(settings_for_consul("plan", environment), output=parsed.output))
+    given = copy(environment)
+    if isinstance(given, dict):
+        given.setdefault(
+            "HTTP_SD_PORT", "0"
+        )  # without Consul nothing is served either, and no port is needed
+    return run_loop(_plan(settings_offline(given), output=parsed.output))
 
 
 class Plan(NamedTuple):
@@ -85,8 +92,11 @@ async def _plan(settings: RegistrarSettings, *, output: str) -> int:
 async def listed(settings: RegistrarSettings) -> AsyncIterator[RegistrarParts]:
     """Watch the cluster once every source was listed or has failed; raises `OperationalError`."""
     wiring = Wiring(settings)
-    async with wiring.kube() as kube, wiring.consul() as client:
-        wiring = await decided(wiring, client)
+    async with wiring.kube() as kube, AsyncExitStack() as stack:
+        client = None
+        if settings.backend.backend != NONE:  # otherwise everything that would be served is shown as new
+            client = await stack.enter_async_context(wiring.consul())
+            wiring = await decided(wiring, client)
         parts = wiring.core(kube=kube, client=client, metrics=RegistrarMetrics(CollectorRegistry()))
         watching = asyncio.create_task(parts.reflectors.run())
         try:
