@@ -20,6 +20,7 @@ ALERTS = ROOT / "deploy" / "alerts.yaml"
 RULE = ROOT / "deploy" / "overlays" / "prometheus-rule" / "prometheus-rule.yaml"
 RULE_HEAD = """\
 # Written by `make docs` from deploy/alerts.yaml.
+# CHANGE: https://docs.example.internal in each runbook_url, to the place where you publish the site of `make docs`.
 apiVersion: monitoring.coreos.com/v1
 kind: PrometheusRule
 metadata:

@@ -224,7 +224,7 @@ def test_schema_refuses_what_is_misspelt_or_misplaced(path: str, value: Any, com
         ("consul.address", "", "consul.address is required"),
         ("consul.agent", {"enabled": True}, "retryJoin is required"),
         ("consul.agent", {"enabled": True, "retryJoin": ["consul"]}, "nodeId is required"),
-        ("consul", {"backend": "catalog", "agent": {"enabled": True}}, "agent or auto only"),
+        ("consul", {"backend": "none", "agent": {"enabled": True}}, "does not go with consul.backend=none"),
         ("networkPolicy", {"enabled": True}, "networkPolicy.nodes is required"),
         ("networkPolicy", {"enabled": True, "nodes": ["192.0.2.0/24"]}, "networkPolicy.consul is required"),
     ],
