@@ -53,7 +53,7 @@ test-chart: chart-tools ## the tests of the chart and the manifests
 	$(BIN)/python -m pytest -n 2 tests/deploy $(ARGS)
 
 audit: $(STAMP) ## ask a vulnerability database about the locked versions
-	$(BIN)/uv tool run --quiet pip-audit --disable-pip --require-hashes -r requirements/runtime.txt
+	$(BIN)/uv tool run --quiet pip-audit --strict --disable-pip --require-hashes -r requirements/runtime.txt
 
 release: $(STAMP) chart-tools ## sdist, wheel, chart, bill of materials and checksums, in dist/
 	$(BIN)/python scripts/release.py
