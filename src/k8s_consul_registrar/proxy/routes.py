@@ -16,9 +16,10 @@ from k8s_consul_registrar.targets.scrape_config import (
     pod_scrape,
     require_declared,
 )
+from k8s_consul_registrar.targets.service_names import KUBELET_PATHS
 
-# Paths that a kubelet's `nodes/metrics` permission covers (pkg/kubelet/server/auth.go); no other is ever relayed.
-PERMITTED_PATHS = ("/metrics/cadvisor", "/metrics", "/metrics/resource", "/metrics/probes")
+# No other path of a kubelet is ever relayed.
+PERMITTED_PATHS = KUBELET_PATHS
 
 # Our own form names a Node by address and port, the API server's form by name: a Node may be named like
 # another's address, so neither is looked up as the other.

@@ -13,7 +13,7 @@ from k8s_consul_registrar.settings.field import SERVICE_LINK
 _SERVICE_NAME = re.compile(r".+_SERVICE_(HOST|PORT(_.+)?)|.+_PORT_[0-9]+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?")
 # Variables of Kubernetes manifests, of Consul and of other programs that are close to a setting.
 _OTHERS = re.compile(
-    "MODE|(POD|NODE|SERVICE)_NAME|SERVICE_ID|SCRAPE_INTERVAL|(HTTP|PROXY)_PORT"
+    "MODE|(POD|NODE|SERVICE)_NAME|SERVICE_ID|SCRAPE_INTERVAL|NODE_PATH|(HTTP|PROXY)_PORT"
     "|CONSUL_(HTTP_AUTH|DATACENTER|(GRPC_)?CAPATH|GRPC_(ADDR|CACERT))"
 )
 _MOST_WRONG = 2  # letters of a misspelt name

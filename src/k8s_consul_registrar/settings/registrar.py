@@ -321,7 +321,12 @@ def selection_digest(settings: RegistrarSettings) -> str:
 def _newer_parts(settings: RegistrarSettings) -> dict[str, Any]:
     """Return the settings that came later, as far as they are not the default: an upgrade is no other selection."""
     default = RegistrarSettings()
-    parts = {"intervals": (_durations(settings.intervals), _durations(default.intervals))}
+    paths, usual_paths = settings.selection.node_paths, default.selection.node_paths
+    parts: dict[str, tuple[Any, Any]] = {
+        "intervals": (_durations(settings.intervals), _durations(default.intervals)),
+        "node_paths": ([paths.linux, paths.windows], [usual_paths.linux, usual_paths.windows]),
+        "is_node_path_told": (paths.is_told, usual_paths.is_told),
+    }
     return {name: value for name, (value, usual) in parts.items() if value != usual}
 
 

@@ -17,12 +17,14 @@ from k8s_consul_registrar.targets.meta import (
     parse_labels,
     parse_target_label,
 )
+from k8s_consul_registrar.targets.resolve import NodePaths
 from k8s_consul_registrar.targets.scrape_config import NODE_ADDRESS_TYPES
 from k8s_consul_registrar.targets.service_names import (
     DEFAULT_ENDPOINT_NAME,
     DEFAULT_NODE_NAME,
     DEFAULT_POD_NAME,
     FIELDS,
+    KUBELET_PATHS,
     Template,
     is_fit_for_name,
     kind_of_id,
@@ -36,6 +38,9 @@ HASH = "hash"
 _KINDS = {"pods": Kind.POD, "nodes": Kind.NODE, "services": Kind.ENDPOINT}
 _DEFAULT_KINDS = frozenset({Kind.POD, Kind.NODE})
 _KIND_NAMES = parse.choices(*_KINDS, empty="names no kind")
+
+
+_KUBELET_PATHS = parse.choices(*KUBELET_PATHS, empty=f"names none of {', '.join(KUBELET_PATHS)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,23 @@ class SelectionSettings(PodSelection, group=DISCOVERY):
         "Comma-separated types of Node addresses that Prometheus can reach. The first type that a Node has an "
         "address of gives its service's address"
     )
+    given_paths: tuple[str, ...] = Setting("NODE_PATHS", _KUBELET_PATHS).means(
+        "Comma-separated kubelet paths to scrape of each Node, each a service: `/metrics/cadvisor`, `/metrics`, "
+        "`/metrics/resource`, `/metrics/probes`. The proxy must relay them (`PROXY_PATHS`). Unset: `/metrics/cadvisor`"
+    )
+    windows_paths: tuple[str, ...] = Setting("NODE_PATHS_WINDOWS", _KUBELET_PATHS).means(
+        "The same for Windows Nodes. Unset: `NODE_PATHS` with `/metrics/resource` in place of `/metrics/cadvisor`, "
+        "which is empty there; `/metrics/cadvisor` if neither is set"
+    )
+
+    @property
+    def node_paths(self) -> NodePaths:
+        """The kubelet paths that are scraped."""
+        if not (self.given_paths or self.windows_paths):
+            return NodePaths()
+        linux = self.given_paths or NodePaths().linux
+        useful = dict.fromkeys("/metrics/resource" if path == "/metrics/cadvisor" else path for path in linux)
+        return NodePaths(linux, self.windows_paths or tuple(useful), is_told=True)
 
     @property
     def sources(self) -> tuple[Source, ...]:

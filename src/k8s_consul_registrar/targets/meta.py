@@ -16,7 +16,7 @@ LONGEST_META_VALUE = 512
 
 # Every key the registrar writes, except those that begin with one of the two prefixes below.
 OWN_KEYS = frozenset({
-    "cluster", "cluster_uid", "instance", "kind", "managed_by", "metrics_path", "namespace", "node", "pod",
+    "cluster", "cluster_uid", "instance", "kind", "managed_by", "metrics_path", "namespace", "node", "node_os", "node_path", "pod",
     "scheme", "scrape_interval", "scrape_timeout", "service", "shard_path", "zone",
 })  # fmt: skip
 PARAM_PREFIX = "param_"

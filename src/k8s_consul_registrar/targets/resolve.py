@@ -27,6 +27,7 @@ from k8s_consul_registrar.targets.service_names import (
     POD_NAME,
     Subject,
     Template,
+    node_path_id,
     node_service_id,
     pod_port_id,
     pod_service_id,
@@ -34,7 +35,18 @@ from k8s_consul_registrar.targets.service_names import (
     service_tags,
 )
 
+# Kubernetes, "Well-Known Labels, Annotations and Taints".
+OS_LABEL, WINDOWS = "kubernetes.io/os", "windows"
+
 Resolved = tuple[Target, ...] | Rejection
+
+
+class NodePaths(msgspec.Struct, frozen=True):
+    """The kubelet paths that are scraped of each Node, and of a Windows Node; `is_told` if their services say which."""
+
+    linux: tuple[str, ...] = ("/metrics/cadvisor",)
+    windows: tuple[str, ...] = ("/metrics/cadvisor",)
+    is_told: bool = False
 
 
 class TargetRules(msgspec.Struct, frozen=True):
@@ -56,6 +68,7 @@ class TargetRules(msgspec.Struct, frozen=True):
     labels: tuple[LabelMeta, ...] = ()
     target_labels: tuple[TargetLabel, ...] = ()
     node_address_types: tuple[str, ...] = NODE_ADDRESS_TYPES
+    node_paths: NodePaths = NodePaths()
     longest_shard: int = 0
     has_readiness: bool = False
     intervals: IntervalRules = IntervalRules()
@@ -114,7 +127,7 @@ def resolve_pod(pod: Pod, rules: TargetRules) -> Resolved:
 
 
 def resolve_node(node: Node, rules: TargetRules) -> Resolved:
-    """Return the target of a Node: the proxy's NodePort at an address that Prometheus reaches.
+    """Return the targets of a Node, one for each path: the proxy's NodePort at an address that Prometheus reaches.
 
     Its ID and path contain the address at which the proxy reaches the kubelet. A Node and its replacement
     can claim the same one: `rank` prefers the Ready one, then the older.
@@ -127,20 +140,29 @@ def resolve_node(node: Node, rules: TargetRules) -> Resolved:
     service_id = node_service_id(node_ip, rules.id_prefix)
     try:
         subject = _node_subject(node, node_ip, service_id, rules)
-        target = Target(
-            key=node.key,
-            id=service_id,
-            name=service_name(rules.node_name, subject, rules.longest_shard),
-            address=_reached_address(node, rules.node_address_types),
-            port=rules.proxy_node_port,
-            meta=checked_meta(_node_meta(node, node_ip, rules.proxy_scheme)),
-            rank=(0 if node.ready else 1, node.created, node.uid),
-            tags=service_tags(rules.tags, subject, rules.longest_shard),
-            ready=node.ready if rules.has_readiness else None,
+        name = service_name(rules.node_name, subject, rules.longest_shard)
+        tags = service_tags(rules.tags, subject, rules.longest_shard)
+        address = _reached_address(node, rules.node_address_types)
+        is_windows = node.labels.get(OS_LABEL) == WINDOWS
+        paths = rules.node_paths.windows if is_windows else rules.node_paths.linux
+        return tuple(
+            [
+                Target(
+                    key=node.key,
+                    id=node_path_id(service_id, path) if place else service_id,
+                    name=name,
+                    address=address,
+                    port=rules.proxy_node_port,
+                    meta=checked_meta(_node_meta(node, node_ip, path, rules)),
+                    rank=(0 if node.ready else 1, node.created, node.uid),
+                    tags=tags,
+                    ready=node.ready if rules.has_readiness else None,
+                )
+                for place, path in enumerate(paths)
+            ]
         )
     except Rejected as rejected:
         return Rejection(node.key, rejected.reason, rejected.detail, service_id)
-    return (target,)
 
 
 class _Endpoint(msgspec.Struct, frozen=True, gc=False):
@@ -187,14 +209,18 @@ def _pod_meta(pod: Pod, rules: TargetRules) -> dict[str, str]:
     return meta | {one.key: pod.labels.get(one.label, "") for one in rules.labels} if rules.labels else meta
 
 
-def _node_meta(node: Node, node_ip: str, scheme: str) -> Mapping[str, str]:
-    return {
+def _node_meta(node: Node, node_ip: str, path: str, rules: TargetRules) -> Mapping[str, str]:
+    meta = {
         "kind": Kind.NODE.value,
-        "metrics_path": f"/api/v1/nodes/{url_host(node_ip)}:{node.kubelet_port}/metrics/cadvisor",
+        "metrics_path": f"/api/v1/nodes/{url_host(node_ip)}:{node.kubelet_port}{path}",
         "node": node.name,
-        "scheme": scheme,
+        "scheme": rules.proxy_scheme,
         "zone": node.labels.get(ZONE_LABEL, ""),
     }
+    if not rules.node_paths.is_told:
+        return meta
+    system = node.labels.get(OS_LABEL, "")
+    return meta | {"node_path": path, "node_os": "" if system == "linux" else system}
 
 
 def _pod_subject(pod: Pod, service_id: str, rules: TargetRules) -> Subject:

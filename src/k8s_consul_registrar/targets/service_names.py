@@ -264,6 +264,17 @@ def node_service_id(address: str, prefix: str = "") -> str:
     return f"{prefix}{NODE_PREFIX}{address}"
 
 
+# Paths that a kubelet's `nodes/metrics` permission covers (pkg/kubelet/server/auth.go), and their names in the IDs of
+# further services of a Node.
+KUBELET_PATHS = ("/metrics/cadvisor", "/metrics", "/metrics/resource", "/metrics/probes")
+_PATH_NAMES = dict(zip(KUBELET_PATHS, ("cadvisor", "kubelet", "resource", "probes"), strict=True))
+
+
+def node_path_id(service_id: str, path: str) -> str:
+    """Return the service ID of a further path of the Node whose first path has `service_id`."""
+    return f"{service_id}--{_PATH_NAMES[path]}"
+
+
 def endpoint_service_id(key: ObjectKey, which: str, port: str, prefix: str = "") -> str:
     """Return the service ID of one port of an endpoint; `which` is its Pod's name, or its address."""
     return f"{prefix}{ENDPOINT_PREFIX}{key.namespace}--{key.name}--{which}--{port}"

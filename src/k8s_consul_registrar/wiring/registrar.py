@@ -160,6 +160,7 @@ class Wiring:
         return TargetRules(
             annotation_prefix=selection.annotation_prefix,
             intervals=settings.intervals.rules,
+            node_paths=selection.node_paths,
             proxy_node_port=settings.proxy_node_port,
             proxy_scheme=settings.proxy_scheme,
             pods_through_proxy=settings.pods_through_proxy,

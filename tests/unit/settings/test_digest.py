@@ -41,6 +41,8 @@ def digest(**changes: str) -> str:
         ("PROXY_NODE_PORT", "31113"),
         ("PROXY_SCHEME", "https"),
         ("POD_ADDRESS", "proxy"),
+        ("NODE_PATHS", "/metrics/cadvisor,/metrics"),
+        ("NODE_PATHS_WINDOWS", "/metrics"),
         ("SCRAPE_INTERVAL_MIN", "30s"),
         ("SCRAPE_INTERVAL_DEFAULT", "1m"),
         ("SLOW_INTERVAL", "10m"),
