@@ -134,8 +134,10 @@ class Daemon:
             return response.status, await response.text()
 
     async def is_ready(self) -> bool:
-        """Return whether its readiness probe succeeds."""
-        return (await self.admin("/readyz"))[0] == 200
+        """Return whether its readiness probe succeeds; the port may be opened again meanwhile."""
+        with contextlib.suppress(aiohttp.ClientConnectionError):
+            return (await self.admin("/readyz"))[0] == 200
+        return False
 
     async def ready(self) -> None:
         """Wait until it is ready."""

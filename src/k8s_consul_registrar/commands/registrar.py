@@ -44,7 +44,7 @@ from k8s_consul_registrar.wiring.consul import previous_locations
 from k8s_consul_registrar.wiring.registrar import RegistrarParts, Wiring, http_sd_server
 
 # Seconds that `auto` may take to choose before the ports are opened without its choice.
-SHORT_WAIT = 1.0
+SHORT_WAIT = 3.0
 
 log = get_logger("app")
 
