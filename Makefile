@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # The tests are compiled once, not again by each process that runs them.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help setup check fix docs chart-tools test-chart audit release image unit test test-long soak bench-registrar bench-proxy demo lock real-servers clean
+.PHONY: help setup check fix docs chart-tools test-chart audit release image unit test test-long soak bench-registrar bench-proxy bench-delivery demo lock real-servers clean
 
 help: ## list the targets
 	@awk '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{split($$0, at, ":.*## "); printf "  %-16s%s\n", at[1], at[2]}' $(MAKEFILE_LIST)
@@ -86,6 +86,10 @@ bench-proxy: $(STAMP) ## what a relayed scrape costs, beside nginx and Go (needs
 	@$(if $(BASE),BENCH_BASE=$(BASE) BENCH_ONLY=cost) PYTHONPATH=tests $(BIN)/python benchmarks/proxy.py
 
 ##@ Maintain
+
+bench-delivery: $(STAMP) ## how long a change takes to reach real collectors, and what it costs under large names
+	@scripts/fetch-real-servers
+	@$(BIN)/python benchmarks/delivery.py $(ARGS)
 
 lock: $(STAMP) ## rewrite the hashed lock files after a change of dependencies
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements/runtime.txt

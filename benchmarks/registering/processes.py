@@ -193,11 +193,18 @@ def consul_version() -> str:
 @contextlib.asynccontextmanager
 async def consul(*flags: str) -> AsyncIterator[str]:
     """Run a Consul, one agent that is its own server, and yield its HTTP address."""
+    async with consul_program(*flags) as (_, address):
+        yield address
+
+
+@contextlib.asynccontextmanager
+async def consul_program(*flags: str) -> AsyncIterator[tuple[Program, str]]:
+    """Run a Consul, and yield its process and its HTTP address."""
     with tempfile.TemporaryDirectory(prefix="bench-consul-", ignore_cleanup_errors=True) as folder:
         program, address = await _started_consul(Path(folder), flags)
         try:
             await asyncio.sleep(_SETTLE)
-            yield address
+            yield program, address
         finally:
             await program.stop()
 

@@ -19,9 +19,10 @@ _PIECE = 64 * 1024
 # can make the registrar render, and not hold more than this.
 _MAX_KEPT = 64
 _MAX_KEPT_BYTES = 16 * 1024 * 1024
-# Seconds between two renderings of one document for clients that wait for changes, and the multiple of what
-# all documents of the last minute took.
+# For clients that wait for changes: seconds between two different documents, between two renderings, and the
+# multiple of the CPU time of all documents of the last minute.
 _PACE = 1.0
+_LEAST = 0.1
 _COST = 10.0
 _LATELY = 60.0
 _GZIP = zlib.MAX_WBITS | 16
@@ -29,14 +30,18 @@ _GZIP = zlib.MAX_WBITS | 16
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One rendered document: gzip bytes, the size without gzip, the moment it shows, and the seconds it took."""
+    """One rendered document: gzip bytes, the size without gzip, the moment it shows, and its CPU time.
+
+    `since` is the moment of the first document with this content.
+    """
 
     packed: bytes
     size: int
     etag: str
     generation: int
     begun: float
-    seconds: float = 0.0
+    seconds: float
+    since: float
 
 
 @dataclass(slots=True)
@@ -55,11 +60,11 @@ class Documents:
     def due(self, document: Document) -> float:
         """Return when a document may be rendered again for a client that waits, by the monotonic clock.
 
-        All documents together take a tenth of the time at most.
+        All documents together take a tenth of a CPU at most.
         """
         lately = document.begun - _LATELY
         cost = sum(one.seconds for one in self._kept.values() if one.begun > lately)
-        return document.begun + max(_PACE, _COST * cost)
+        return max(document.since + _PACE, document.begun + max(_LEAST, _COST * cost))
 
     async def get(self, query: SdQuery, *, may_be_old: bool = False) -> Document:
         """Return the document of this moment or a later one, or with `may_be_old` one that is not `due` again."""
@@ -80,7 +85,7 @@ class Documents:
         return len(self._kept) > _MAX_KEPT or size > _MAX_KEPT_BYTES
 
     async def _render(self, query: SdQuery) -> Document:
-        begun, generation = time.monotonic(), self.view.generation
+        begun, used, generation = time.monotonic(), time.thread_time(), self.view.generation
         packing, digest = zlib.compressobj(1, wbits=_GZIP), hashlib.blake2b(digest_size=12)
         packed, size, text = [], 0, bytearray(b"[")
         for count, target in enumerate(self.view.targets(), 1):
@@ -102,8 +107,10 @@ class Documents:
         digest.update(text)
         packed += (packing.compress(text), packing.flush())
         size += len(text)
-        seconds = time.monotonic() - begun
-        return Document(b"".join(packed), size, digest.hexdigest(), generation, begun, seconds)
+        seconds = time.thread_time() - used
+        etag, before = digest.hexdigest(), self._kept.get(query)
+        since = before.since if before is not None and before.etag == etag else begun
+        return Document(b"".join(packed), size, etag, generation, begun, seconds, since)
 
 
 def pieces(packed: bytes) -> Iterator[bytes]:

@@ -93,8 +93,19 @@ COMMANDS = (
         (
             Argument(
                 "what",
-                "mode to check; unset: the one that the variable MODE names, or all if it names none",
-                {"choices": (*MODES, "all"), "nargs": "?"},
+                "mode to check; unset: the one that the variable MODE names, or all if it names none. delivery: which "
+                "targets a collector has",
+                {"choices": (*MODES, "all", "delivery"), "nargs": "?"},
+            ),
+            Argument(
+                "--prometheus",
+                "with delivery: URL of a Prometheus or VictoriaMetrics",
+                {"default": "", "metavar": "…"},
+            ),
+            Argument(
+                "--prometheus-token-file",
+                "with delivery: file with the bearer token that it asks for",
+                {"default": "", "metavar": "…"},
             ),
             _output("how to show the findings", "table", "json"),
         ),

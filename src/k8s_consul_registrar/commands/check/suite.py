@@ -20,6 +20,7 @@ from k8s_consul_registrar.commands.check.cluster import (
     source_permissions,
 )
 from k8s_consul_registrar.commands.check.consul import check_backend
+from k8s_consul_registrar.commands.check.delivery import URL_FLAG, check_delivery
 from k8s_consul_registrar.commands.check.http_sd import check_file_sd, check_http_sd, check_state_file
 from k8s_consul_registrar.commands.check.nodes import check_node_port, check_proxied
 from k8s_consul_registrar.commands.check.report import Finding, as_json, as_table, fail, is_passed, ok, warn
@@ -49,14 +50,29 @@ class CheckedModes:
 
 def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Check what the chosen modes need, and show the findings; exit 1 if anything failed."""
+    if parsed.what == "delivery":
+        return _run_delivery(parsed, environment)
     mode = parsed.what or environment.get("MODE", "").strip().lower()
     modes = read_modes((mode,) if mode in MODES else MODES, environment)
     configure_logging("error", "console")
     return run_loop(_check_and_show(modes, output=parsed.output))
 
 
+def _run_delivery(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    if not parsed.prometheus:
+        raise SettingsError([f"{URL_FLAG} is missing: check delivery asks that collector"])
+    settings = read_registrar(environment)
+    configure_logging("error", "console")
+    found = check_delivery(settings, parsed.prometheus, parsed.prometheus_token_file, TIMING)
+    return run_loop(_show(found, output=parsed.output))
+
+
 async def _check_and_show(modes: CheckedModes, *, output: str) -> int:
-    findings = await check(modes)
+    return await _show(check(modes), output=output)
+
+
+async def _show(checking: Awaitable[list[Finding]], *, output: str) -> int:
+    findings = await checking
     is_terminal = output == "table" and sys.stdout.isatty()
     if output == "json":
         print(as_json(findings))
