@@ -383,3 +383,11 @@ async def test_ctrl_c_is_quiet(lab: Lab) -> None:
         assert command.program.tail() == ""
     finally:
         await command.program.stop(signal.SIGKILL)
+
+
+async def test_server_in_place_of_an_agent_is_warned_of() -> None:
+    """The agent backend works with it, and its services would belong to the server's node."""
+    async with running_lab(ConsulOptions(is_server=True)) as server:
+        found = (await findings(server))["consul agent"]
+    assert (found.outcome, "this is a server" in found.detail) == (Result.WARN, True)
+    assert "CONSUL_BACKEND=catalog" in found.hint
