@@ -197,8 +197,8 @@ class Target(msgspec.Struct, frozen=True, gc=False):
     (`targets.service_names`). `ready` is None if readiness is not registered. While a Pod's Node is not known
     (`targets.resolve`) nothing is said of its zone. `has_own_address` is True for a Pod that is scraped at an IP
     of its own: no other Pod can rightly be at the same address and port, as can happen on a Node's network or
-    behind the proxy. `is_terminating` is True while the Pod is being deleted. `notes` say in what it differs
-    from what the object asks for (`targets.reasons`).
+    behind the proxy. `is_terminating` is True while the Pod is being deleted. With `has_own_zone` the Pod's own
+    labels name the zone. `notes` say in what it differs from what the object asks for (`targets.reasons`).
     """
 
     key: ObjectKey
@@ -211,6 +211,7 @@ class Target(msgspec.Struct, frozen=True, gc=False):
     tags: tuple[str, ...] = ()
     ready: bool | None = None
     is_zone_known: bool = True
+    has_own_zone: bool = False
     has_own_address: bool = False
     is_terminating: bool = False
     notes: tuple[str, ...] = ()

@@ -75,6 +75,14 @@ def checked_meta(meta: Mapping[str, str]) -> Meta:
     return tuple([shared_pair((key, meta[key])) for key in sorted(meta) if meta[key]])
 
 
+def own_zone(labels: Mapping[str, str]) -> Meta:
+    """Return the pair of the zone that an object's labels name, none without one or if it exceeds Consul's limits."""
+    try:
+        return checked_meta({ZONE: labels.get(ZONE_LABEL, "")})
+    except Rejected:
+        return ()
+
+
 def _check(meta: Mapping[str, str], text: str) -> None:
     """Raise `Rejected` for meta over Consul's limits; `text` is all values joined."""
     if len(meta) > MOST_META_PAIRS:

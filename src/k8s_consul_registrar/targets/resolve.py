@@ -7,7 +7,7 @@ import msgspec
 
 from k8s_consul_registrar.model import Kind, Node, Pod, Rejection, Target, Undecodable
 from k8s_consul_registrar.targets.annotations import IntervalRules, ScrapeSet
-from k8s_consul_registrar.targets.meta import ZONE_LABEL, LabelMeta, Meta, TargetLabel, checked_meta
+from k8s_consul_registrar.targets.meta import ZONE_LABEL, LabelMeta, Meta, TargetLabel, checked_meta, own_zone
 from k8s_consul_registrar.targets.reasons import Reason, Rejected
 from k8s_consul_registrar.targets.scrape_config import (
     NODE_ADDRESS_TYPES,
@@ -103,7 +103,7 @@ def resolve_pod(pod: Pod, rules: TargetRules) -> Resolved:
         tags = service_tags(rules.tags, subject, rules.longest_shard)
     except Rejected as rejected:
         return Rejection(pod.key, rejected.reason, rejected.detail, service_id)
-    key = pod.key
+    key, zone = pod.key, own_zone(pod.labels)
     return tuple(
         [
             Target(
@@ -112,11 +112,13 @@ def resolve_pod(pod: Pod, rules: TargetRules) -> Resolved:
                 name=name,
                 address=endpoint.address,
                 port=endpoint.port,
-                meta=endpoint.meta,
+                # `zone` sorts after every other key.
+                meta=endpoint.meta + zone,
                 rank=(0, pod.created, pod.uid),
                 tags=tags,
                 ready=pod.ready if rules.has_readiness else None,
-                is_zone_known=False,
+                is_zone_known=bool(zone),
+                has_own_zone=bool(zone),
                 has_own_address=not (pod.host_network or rules.pods_through_proxy),
                 is_terminating=pod.deleted,
                 notes=port.scrape.notes,

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from k8s_consul_registrar.model import Kind, Node, ObjectKey, Rejection, Target
-from k8s_consul_registrar.targets.meta import NODE, ZONE, ZONE_LABEL, checked_meta, shared_pair
-from k8s_consul_registrar.targets.reasons import Rejected
+from k8s_consul_registrar.targets.meta import NODE, ZONE, own_zone, shared_pair
 from k8s_consul_registrar.targets.resolve import Resolved
 
 
@@ -32,8 +31,8 @@ class Zones:
         return tuple(self._pods.get(node.name, ()))
 
     def place(self, targets: tuple[Target, ...]) -> tuple[Target, ...]:
-        """Return the targets of one Pod with their Node's zone; unchanged if that is unknown."""
-        if not targets or targets[0].key.kind is not Kind.POD:
+        """Return the targets of one Pod with their Node's zone; unchanged if that is unknown, or if the Pod names its own."""
+        if not targets or targets[0].key.kind is not Kind.POD or targets[0].has_own_zone:
             return targets
         zone = self._zones.get(_value(targets[0], NODE))
         return targets if zone is None else tuple(in_zone(target, zone) for target in targets)
@@ -66,10 +65,7 @@ class Zones:
 
 def zone_of(node: Node) -> str:
     """Return a Node's zone, empty if it has none or one that exceeds Consul's limits."""
-    try:
-        pairs = checked_meta({ZONE: node.labels.get(ZONE_LABEL, "")})
-    except Rejected:
-        return ""
+    pairs = own_zone(node.labels)
     return pairs[0][1] if pairs else ""
 
 
