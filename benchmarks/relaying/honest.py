@@ -71,6 +71,9 @@ class Client:
 def figures_of(job: Job) -> Figures:
     """Scrape, and return the figures; a failed scrape counts as one of `PATIENCE`."""
     client: Client | None = None
+    if not job.reconnect:
+        client = Client(job)
+        client.scrape()
     times, failed = [], 0
     start = time.perf_counter()
     for number in range(int(job.rate * job.seconds)):
