@@ -27,10 +27,21 @@ ROWS = (
     "cold-catalog-10000", "cold-catalog-100000", "cold-agent-10000", "steady-10000", "steady-100000",
     "resync-10000", "removals-catalog-10000", "removals-agent-10000", "rejected-100000", "failed-20000",
     "foreign-agent-50000", "foreign-catalog-50000", "rest-10000",
+    "endpoint-5000", "endpoints-100000",
 )  # fmt: skip
 # Their budgets are values, not ratios, and each run takes minutes.
 FEW_PAIRS = frozenset(
-    {"rejected", "failed", "foreign-agent", "foreign-catalog", "removals-agent", "rest", "hour"}
+    {
+        "rejected",
+        "failed",
+        "foreign-agent",
+        "foreign-catalog",
+        "removals-agent",
+        "rest",
+        "hour",
+        "endpoint",
+        "endpoints",
+    }
 )
 MOST_OF_FEW = 2
 RUN_WITHIN = 1500.0  # seconds that one run may take

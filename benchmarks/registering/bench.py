@@ -25,15 +25,15 @@ class Bench:
     seconds: float
     with_limits: bool
     hour: float = 3600.0
-    _sandboxes: dict[tuple[int, int, int], Api] = field(default_factory=dict)
+    _sandboxes: dict[tuple[int, int, int, int], Api] = field(default_factory=dict)
     _agents: dict[int, str] = field(default_factory=dict)
     _stack: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
 
-    async def api(self, pods: int, *, small: int = 0, rejected: int = 0) -> Api:
+    async def api(self, pods: int, *, small: int = 0, rejected: int = 0, endpoints: int = 0) -> Api:
         """Return a sandbox with these objects, one for all runs of a row."""
-        key = (pods, small, rejected)
+        key = (pods, small, rejected, endpoints)
         if key not in self._sandboxes:
-            stage = sandbox_api(self.folder, pods=pods, small=small, rejected=rejected)
+            stage = sandbox_api(self.folder, pods=pods, small=small, rejected=rejected, endpoints=endpoints)
             self._sandboxes[key] = await self._stack.enter_async_context(stage)
         return self._sandboxes[key]
 

@@ -9,6 +9,7 @@ from registering.beside import (
     beside_foreign_in_catalog,
     beside_rejected,
 )
+from registering.endpoints import endpoint_change, endpoint_memory
 from registering.following import (
     at_rest,
     cold_start,
@@ -33,6 +34,8 @@ SCENARIOS: dict[str, Scenario] = {
     "failed": beside_failed,
     "foreign-agent": beside_foreign_at_agent,
     "foreign-catalog": beside_foreign_in_catalog,
+    "endpoint": endpoint_change,
+    "endpoints": endpoint_memory,
     "rest": at_rest,
     "hour": hour_of_churn,
 }

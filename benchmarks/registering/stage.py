@@ -94,12 +94,18 @@ class Api:
 
 @contextlib.asynccontextmanager
 async def sandbox_api(
-    folder: Path, *, pods: int, nodes: int = NODES, small: int = 0, rejected: int = 0
+    folder: Path, *, pods: int, nodes: int = NODES, small: int = 0, rejected: int = 0, endpoints: int = 0
 ) -> AsyncIterator[Api]:
     """Run the sandbox with so many synthetic objects; its lists come in pages, never as initial events."""
     home = Path(tempfile.mkdtemp(dir=folder, prefix="sandbox-"))
     port_file, kubeconfig, ca = home / "places.json", home / "kubeconfig", home / "ca.pem"
-    counts = {"pods": pods, "nodes": nodes, "small-pods": small, "rejected-pods": rejected}
+    counts = {
+        "pods": pods,
+        "nodes": nodes,
+        "small-pods": small,
+        "rejected-pods": rejected,
+        "endpoints": endpoints,
+    }
     arguments = [f"--{name}={count}" for name, count in counts.items()]
     arguments += [f"--port-file={port_file}", f"--kubeconfig={kubeconfig}", "--no-streamed-lists"]
     program = Program(

@@ -26,6 +26,7 @@ COMBINED = (
     "pod-monitor",
     "priority-class",
     "prometheus-rule",
+    "services",
 )
 Objects = dict[tuple[str, str, str], dict[str, Any]]
 

@@ -169,3 +169,15 @@ async def test_http_sd_without_consul_names_what_it_needs(tmp_path: Path) -> Non
     assert "HTTP_SD_BEARER_TOKEN_FILE" in said.failed["http_sd token"]
     assert random.code == 2
     assert "SHARD_STRATEGY" in random.text
+
+
+async def test_check_asks_for_the_rights_to_services() -> None:
+    """With DISCOVER=services each right that is missing is named, and the overlay that grants it."""
+    async with running_lab() as lab:
+        lab.token_file.write_text(await lab.cluster.token(REGISTRAR_RULES))
+        said = await said_by_check(lab, "registrar", DISCOVER="pods,nodes,services")
+        assert said.code == 1
+        assert {name.split()[1] for name in said.failed} == {"services", "endpointslices"}, said.text
+        hint = said.failed["list endpointslices"]
+        assert 'apiGroups ["discovery.k8s.io"]' in hint
+        assert "deploy/overlays/services" in hint

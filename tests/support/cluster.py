@@ -320,7 +320,12 @@ class Cluster:
         return kubelet
 
     async def wipe(self) -> None:
-        """Delete every Pod and Node: a real API server is shared by the tests of a process."""
+        """Delete every Pod, Node, Service and EndpointSlice: the tests of a process share a real API server."""
+        home = f"namespaces/{NAMESPACE}"
+        services = (f"/api/v1/{home}/services", f"/apis/discovery.k8s.io/v1/{home}/endpointslices")
+        for path in services:
+            for item in (await self.request("GET", path))["items"]:
+                await self.request("DELETE", f"{path}/{item['metadata']['name']}", but=404)
         for path in ("/api/v1/pods", "/api/v1/nodes"):
             for item in (await self.request("GET", path))["items"]:
                 metadata = item["metadata"]

@@ -23,6 +23,7 @@ from k8s_consul_registrar.sandbox.synthetic import (
     synthetic_nodes,
     synthetic_pod,
     synthetic_pods,
+    synthetic_services,
 )
 from k8s_consul_registrar.sandbox.workloads import MOST, Workloads
 
@@ -40,6 +41,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         default=0,
         help=f"Pods in the namespace {REJECTED} whose port does not exist",
     )
+    parser.add_argument("--endpoints", type=int, default=0, help="endpoints of annotated synthetic Services")
     parser.add_argument("--nodes", type=int, default=0, help="synthetic Nodes, without kubelets")
     parser.add_argument("--kubelets", type=int, default=0, help="Nodes with kubelets, from 127.0.0.2 on")
     parser.add_argument(
@@ -99,7 +101,7 @@ async def run(arguments: argparse.Namespace) -> None:
 
 
 async def create_objects(sandbox: Sandbox, workloads: Workloads, arguments: argparse.Namespace) -> None:
-    """Create the Nodes and Pods of the command line."""
+    """Create the Nodes, Pods and Services of the command line."""
     for node in synthetic_nodes(arguments.nodes):
         sandbox.kube.create(node)
     first_ip = FIRST_POD_IP
@@ -109,6 +111,8 @@ async def create_objects(sandbox: Sandbox, workloads: Workloads, arguments: argp
         sandbox.kube.create(pod)
         if arguments.live and 0 < index < MOST:
             await workloads.run(pod)
+    for thing in synthetic_services(arguments.endpoints):
+        sandbox.kube.create(thing)
     for pod in small_pods(arguments.small_pods, SMALL):
         sandbox.kube.create(pod)
     for pod in small_pods(arguments.rejected_pods, REJECTED, is_rejected=True):

@@ -12,6 +12,10 @@ APPS = 97
 _ENVIRONMENT = 68  # variables, for a Pod of about 7 KB
 FIRST_POD_IP = ipaddress.IPv4Address("127.64.0.1")
 _FIRST_SMALL_POD_IP = int(ipaddress.IPv4Address("127.128.0.1"))
+SERVICES_NAMESPACE = "services"
+SERVICE_ENDPOINTS = 5000
+SLICE_ENDPOINTS = 100
+_FIRST_ENDPOINT_IP = int(ipaddress.IPv4Address("127.160.0.1"))
 _FIRST_NODE_IP = int(ipaddress.IPv4Address("127.32.0.1"))
 
 
@@ -68,6 +72,39 @@ def small_pods(count: int, namespace: str, *, is_rejected: bool = False) -> Iter
             ports={"metrics": 9102},
             annotations={"prometheus.io/scrape": "true", "prometheus.io/port": port},
         )
+
+
+def synthetic_services(endpoints: int) -> Iterator[dict[str, Any]]:
+    """Return annotated Services of 5,000 endpoints each, with their slices of 100."""
+    for service in range(-(-endpoints // SERVICE_ENDPOINTS)):
+        left = min(SERVICE_ENDPOINTS, endpoints - service * SERVICE_ENDPOINTS)
+        yield objects.service(
+            f"service-{service:03d}",
+            namespace=SERVICES_NAMESPACE,
+            annotations={"prometheus.io/scrape": "true", "prometheus.io/port": "9102"},
+        )
+        for part in range(-(-left // SLICE_ENDPOINTS)):
+            yield synthetic_slice(service, part, min(SLICE_ENDPOINTS, left - part * SLICE_ENDPOINTS))
+
+
+def synthetic_slice(service: int, part: int, count: int = SLICE_ENDPOINTS) -> dict[str, Any]:
+    """Return one slice of a synthetic Service; equal numbers give equal slices."""
+    first = service * SERVICE_ENDPOINTS + part * SLICE_ENDPOINTS
+    endpoints = [
+        objects.endpoint(
+            str(ipaddress.IPv4Address(_FIRST_ENDPOINT_IP + number)),
+            pod=f"backend-{service:03d}-7d9f8c6b5-{number:06d}",
+            node=node_name(number % 200),
+            zone=f"eu-1{'abc'[number % ZONES]}",
+        )
+        for number in range(first, first + count)
+    ]
+    return objects.endpoint_slice(
+        f"service-{service:03d}-{part:03d}",
+        f"service-{service:03d}",
+        endpoints,
+        namespace=SERVICES_NAMESPACE,
+    )
 
 
 def node_name(number: int) -> str:

@@ -55,6 +55,8 @@ def lease_permissions(namespace: str, name: str) -> tuple[Permission, ...]:
     return (lease, *(lease._replace(verb=verb, name=name) for verb in ("get", "update")))
 
 
+# What only DISCOVER=services needs.
+OF_SERVICES = frozenset({RESOURCES[Kind.SERVICE], RESOURCES[Kind.ENDPOINT]})
 # A kubelet asks for the last before it serves its metrics (kubernetes pkg/kubelet/server/auth.go).
 PROXY_PERMISSIONS = (
     Permission("list", "nodes"),
@@ -147,9 +149,10 @@ async def _needed(client: KubeClient, permission: Permission) -> Finding:
     if is_allowed:
         return ok(name, "allowed")
     role = f"a Role in {permission.namespace}" if permission.namespace else "the ClusterRole"
+    where = "deploy/overlays/services" if permission.resource in OF_SERVICES else "deploy/rbac.yaml"
     of = f' of apiGroups ["{permission.group}"]' if permission.group else ""
     grant = f'grant verbs ["{permission.verb}"] on resources ["{permission.what}"]{of} in {role}'
-    return fail(name, "not allowed", f"{grant} of our account (deploy/rbac.yaml)")
+    return fail(name, "not allowed", f"{grant} of our account ({where})")
 
 
 async def _unneeded(client: KubeClient) -> list[Finding]:

@@ -171,7 +171,11 @@ async def _check_with(client: ConsulClient, wiring: Wiring, cluster: Awaitable[C
 
 def _namings(settings: RegistrarSettings) -> list[Naming]:
     naming = settings.naming
-    templates = {Kind.POD: naming.pod_name, Kind.NODE: naming.node_name}
+    templates = {
+        Kind.POD: naming.pod_name,
+        Kind.NODE: naming.node_name,
+        Kind.ENDPOINT: naming.endpoint_name,
+    }
     shard = next(iter(naming.shard_paths), "")
     kinds = sorted(settings.selection.kinds, reverse=True)
     return [naming_of(kind, templates[kind], settings.cluster_name, shard) for kind in kinds]
