@@ -9,7 +9,7 @@ import yaml
 
 from support.cluster import MERGE_PATCH, NAMESPACE, REGISTRAR_RULES, Rules, rule
 from support.files import DEPLOY
-from support.lab import SandboxLab, running_lab
+from support.lab import Lab, SandboxLab, running_lab
 from support.processes import LOOPBACK
 
 SERVICES = f"/api/v1/namespaces/{NAMESPACE}/services"
@@ -25,7 +25,7 @@ def overlay_rules() -> Rules:
     return [one for document in documents for one in document.get("rules", ())]
 
 
-async def add_service(lab: SandboxLab, name: str = "web", **annotations: str) -> None:
+async def add_service(lab: Lab, name: str = "web", **annotations: str) -> None:
     """Create an annotated Service without a selector."""
     given = {
         "prometheus.io/scrape": "true",
