@@ -2,10 +2,11 @@
 
 import asyncio
 import time
+from typing import Any
 
 import aiohttp
 
-from k8s_consul_registrar.sandbox.synthetic import SERVICES_NAMESPACE, synthetic_slice
+from k8s_consul_registrar.sandbox.synthetic import SERVICES_NAMESPACE, SLICE_ENDPOINTS, synthetic_slice
 from registering.bench import Bench, Measured, targets_of
 from registering.churn import annotated_pods, change_only
 from registering.observing import require, until_count
@@ -31,13 +32,14 @@ async def endpoint_change(bench: Bench, checkout: Checkout, size: int) -> Measur
         await asyncio.sleep(10)
         idle = of_pods = of_endpoints = 0.0
         pod_changes = endpoint_changes = 0
+        parts = [synthetic_slice(0, part) for part in range(size // SLICE_ENDPOINTS)]
         for _ in range(_ROUNDS):
             marks = [run.program.precise_cpu_seconds]
             await asyncio.sleep(_ROUND)
             marks.append(run.program.precise_cpu_seconds)
             pod_changes += await change_only(api, pods, rate=_RATE, seconds=_ROUND)
             marks.append(run.program.precise_cpu_seconds)
-            endpoint_changes += await _change_endpoints(api, size, endpoint_changes)
+            endpoint_changes += await _change_endpoints(api, parts, endpoint_changes)
             marks.append(run.program.precise_cpu_seconds)
             idle += marks[1] - marks[0]
             of_pods += marks[2] - marks[1]
@@ -65,20 +67,20 @@ async def endpoint_memory(bench: Bench, checkout: Checkout, size: int) -> Measur
     return Measured({"peak": peak}, (f"everything in Consul after {seconds:.0f} s",))
 
 
-async def _change_endpoints(api: Api, size: int, done: int) -> int:
+async def _change_endpoints(api: Api, parts: list[dict[str, Any]], done: int) -> int:
     """Give one endpoint after another a new address, each in its slice; return how many."""
     began, count = time.monotonic(), int(_RATE * _ROUND)
     async with api.session() as kube:
         for number in range(count):
             await asyncio.sleep(max(0.0, began + number / _RATE - time.monotonic()))
-            await _change_one(kube, (done + number) * 37 % size, done + number)
+            await _change_one(kube, parts[(done + number) % len(parts)], done + number)
     await asyncio.sleep(max(0.0, began + _ROUND - time.monotonic()))
     return count
 
 
-async def _change_one(kube: aiohttp.ClientSession, number: int, change: int) -> None:
-    part = synthetic_slice(0, number // 100)
-    part["endpoints"][number % 100]["addresses"] = [f"10.{200 + change // 250}.{change % 250}.1"]
+async def _change_one(kube: aiohttp.ClientSession, part: dict[str, Any], change: int) -> None:
+    endpoint = part["endpoints"][change % SLICE_ENDPOINTS]
+    endpoint["addresses"] = [f"10.{200 + change // 250}.{change % 250}.1"]
     path = (
         f"/apis/discovery.k8s.io/v1/namespaces/{SERVICES_NAMESPACE}/endpointslices/{part['metadata']['name']}"
     )
