@@ -34,6 +34,8 @@ from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.resolve import TargetRules
 
 SERVICE = "service"
+# Endpoints between equal ones that are compared one by one; more are compared as a whole.
+FEW = 8
 NOT_PROXIED = "through the proxy only Pods that are annotated themselves can be scraped"
 
 _Place: TypeAlias = tuple[str, int, str]
@@ -174,10 +176,19 @@ class ServiceJoin:
             key = endpoints_key(new.namespace, new.service)
             keys.add(key)
             is_alike = old is not None and _shape(old) == _shape(new)
-            part = _Part(new, self._resolve(key, new, made.targets if is_alike else {}))
+            few = _few_changed(old, new) if is_alike and old is not None and made.rejection is None else None
+            if few is None:
+                part = _Part(new, self._resolve(key, new, made.targets if is_alike else {}))
+                _difference(made.targets, part.made.targets, gone, come)
+            else:
+                left, fresh = few
+                found = self._resolve(key, replace(new, endpoints=fresh), {})
+                kept = dict(made.targets)
+                gone += [target for one in left for target in kept.pop(one, ())]
+                come += [target for some in found.targets.values() for target in some]
+                part = _Part(new, SliceTargets(kept | dict(found.targets), found.rejection))
             self._parts.setdefault(key, {})[new.name] = part
             self._note_rejection(key, part)
-            _difference(made.targets, part.made.targets, gone, come)
             if part.made.rejection is not None:
                 protected = self._still_there(key, new, made.targets)
         else:
@@ -330,6 +341,22 @@ def _shape(part: EndpointSlice) -> tuple[str, str, tuple[ContainerPort, ...]]:
 
 def _rank(target: Target) -> tuple[tuple[int, str, str], ObjectKey, str]:
     return target.rank, target.key, target.id
+
+
+def _few_changed(
+    old: EndpointSlice, new: EndpointSlice
+) -> tuple[tuple[SliceEndpoint, ...], tuple[SliceEndpoint, ...]] | None:
+    """Return the endpoints that left and that came between the same others, None if they are many."""
+    before, after = old.endpoints, new.endpoints
+    start, end, shortest = 0, 0, min(len(before), len(after))
+    while start < shortest and before[start] == after[start]:
+        start += 1
+    while end < shortest - start and before[-1 - end] == after[-1 - end]:
+        end += 1
+    left, came = before[start : len(before) - end], after[start : len(after) - end]
+    if len(left) > FEW or len(came) > FEW:
+        return None
+    return tuple([one for one in left if one not in after]), tuple([one for one in came if one not in before])
 
 
 def _difference(
