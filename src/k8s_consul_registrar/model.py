@@ -7,7 +7,7 @@ collector does not visit those that come by the ten thousand.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 
@@ -229,6 +229,9 @@ class Rejection(msgspec.Struct, frozen=True):
     detail: str
     id: str = ""
 
+
+# An object's targets, none if it asks for none, or its rejection.
+Resolved: TypeAlias = tuple[Target, ...] | Rejection
 
 # What `managed_by` says, in the meta of all that a registrar wrote.
 MANAGED_BY = "k8s-consul-registrar"

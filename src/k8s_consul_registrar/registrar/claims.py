@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Target
+from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Resolved, Target
 from k8s_consul_registrar.registrar.observed import (
     AsDesired,
     ObservedState,
@@ -14,7 +14,6 @@ from k8s_consul_registrar.registrar.observed import (
     Unknown,
     object_behind,
 )
-from k8s_consul_registrar.targets.resolve import Resolved
 
 # Departures that are remembered at most. One that is forgotten becomes an inference, which is safe.
 MOST_DEPARTURES = 50_000

@@ -10,9 +10,9 @@ import msgspec
 from k8s_consul_registrar.model import MANAGED_BY, Kind, ObjectKey, Rejection, Target
 from k8s_consul_registrar.registrar.observed import AsDesired, Foreign, Observed, Other, Unknown, zone_of
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
+from k8s_consul_registrar.targets.meta import keep_zone
 from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.service_names import Shards
-from k8s_consul_registrar.targets.zones import keep_zone
 
 CONTESTED = "another writer with this registrar's identity, which keeps changing it"
 

@@ -6,7 +6,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.source_state import Listing, SourceStatus
 from k8s_consul_registrar.kube.store import Evidence, Store
-from k8s_consul_registrar.model import EndpointSlice, Kind, Node, ObjectKey, Rejection, Source, Target
+from k8s_consul_registrar.model import (
+    EndpointSlice,
+    Kind,
+    Node,
+    ObjectKey,
+    Rejection,
+    Resolved,
+    Source,
+    Target,
+)
 from k8s_consul_registrar.registrar.claims import Change, Claims, Departures, Endpoints, Rejections, ids_asked
 from k8s_consul_registrar.registrar.decide import Desired, Standing
 from k8s_consul_registrar.registrar.observed import (
@@ -19,8 +28,7 @@ from k8s_consul_registrar.registrar.observed import (
 )
 from k8s_consul_registrar.registrar.service_join import Joined, ServiceJoin
 from k8s_consul_registrar.targets.endpoints import ServiceScrape, Value, endpoints_key
-from k8s_consul_registrar.targets.resolve import Resolved
-from k8s_consul_registrar.targets.zones import Zones
+from k8s_consul_registrar.targets.meta import Zones
 
 # Seconds that an endpoint which left its slice is kept: it may be on its way to another slice.
 GRACE = 2.0
@@ -70,8 +78,6 @@ class DesiredState:
     ) -> None:
         """Have every change reported from now on."""
         self._changed, self._source_changed = changed, source_changed
-
-    # What is known
 
     @property
     def claims(self) -> Mapping[str, tuple[Target, ...]]:

@@ -14,6 +14,7 @@ from k8s_consul_registrar.model import (
     ObjectKey,
     Pod,
     Rejection,
+    Resolved,
     ServiceWithSlices,
     SliceEndpoint,
     Target,
@@ -27,7 +28,7 @@ from k8s_consul_registrar.targets.annotations import (
 )
 from k8s_consul_registrar.targets.meta import LONGEST_META_VALUE, checked_meta
 from k8s_consul_registrar.targets.reasons import Reason, Rejected, has_control, quoted
-from k8s_consul_registrar.targets.resolve import Resolved, TargetRules, resolve
+from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from k8s_consul_registrar.targets.scrape_config import ScrapedPort, scraped_address, scraped_ports
 from k8s_consul_registrar.targets.service_names import (
     Subject,

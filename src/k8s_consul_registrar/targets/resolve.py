@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import msgspec
 
-from k8s_consul_registrar.model import Kind, Node, Pod, Rejection, Target, Undecodable
+from k8s_consul_registrar.model import Kind, Node, Pod, Rejection, Resolved, Target, Undecodable
 from k8s_consul_registrar.targets.annotations import IntervalRules, ScrapeSet
 from k8s_consul_registrar.targets.meta import ZONE_LABEL, LabelMeta, Meta, TargetLabel, checked_meta, own_zone
 from k8s_consul_registrar.targets.reasons import Reason, Rejected
@@ -37,8 +37,6 @@ from k8s_consul_registrar.targets.service_names import (
 
 # Kubernetes, "Well-Known Labels, Annotations and Taints".
 OS_LABEL, WINDOWS = "kubernetes.io/os", "windows"
-
-Resolved = tuple[Target, ...] | Rejection
 
 
 class NodePaths(msgspec.Struct, frozen=True):

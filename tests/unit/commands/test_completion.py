@@ -60,7 +60,7 @@ class TestBash:
         assert bash_completions("registrar", "--allow-mass-deregister", "t") == ["true"]
         assert bash_completions("check", "--output", "") == ["table", "json"]
         assert bash_completions("proxy", "--log-level", "") == list(LEVELS)
-        assert bash_completions("check", "") == ["registrar", "proxy", "all"]
+        assert bash_completions("check", "") == ["registrar", "proxy", "all", "delivery"]
         assert bash_completions("completion", "") == list(SHELLS)
         assert bash_completions("registrar", "") == []
 

@@ -34,10 +34,10 @@ from k8s_consul_registrar.registrar.decide import (
 )
 from k8s_consul_registrar.registrar.observed import AsDesired, Foreign, Observed, Other, Unknown, observe
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
+from k8s_consul_registrar.targets.meta import in_zone
 from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from k8s_consul_registrar.targets.service_names import HashShards, RandomShards, parse_name, parse_tag
-from k8s_consul_registrar.targets.zones import in_zone
 from support.builders import annotated, make_node, make_pod, make_service, our_pod_service
 from support.memory import NODES, PODS, MemoryCluster
 

@@ -4,9 +4,8 @@ from k8s_consul_registrar.model import Kind, Pod, Source, Target
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.observed import ObservedState
 from k8s_consul_registrar.targets.endpoints import resolve_item
-from k8s_consul_registrar.targets.meta import ZONE_LABEL
+from k8s_consul_registrar.targets.meta import ZONE_LABEL, Zones, keep_zone
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve_pod
-from k8s_consul_registrar.targets.zones import Zones, keep_zone
 from support.builders import make_node, make_pod
 
 OWN = {ZONE_LABEL: "zone-own"}
