@@ -14,7 +14,7 @@ import uvloop
 
 from k8s_consul_registrar.model import Node
 from k8s_consul_registrar.proxy.tls_stream import MAX_EMPTY_RECORDS
-from k8s_consul_registrar.proxy.upstream import MAX_READS
+from k8s_consul_registrar.proxy.upstream import BULK_READS, MAX_READS
 from support.proxy_lab import (
     METRICS,
     Files,
@@ -236,3 +236,21 @@ async def test_a_connection_that_always_has_more_lets_others_have_their_turn() -
             connection._take_turns()
         assert not transport.is_reading()
         await until(transport.is_reading)
+
+
+async def test_a_body_without_end_is_paced_after_its_first_megabytes() -> None:
+    """Pauses after each full buffer of a long answer; the next answer on the connection begins again."""
+    kubelet = Kubelet()
+    async with kubelet.serving(), proxying(kubelet.node()) as proxy:
+        for _ in range(2):
+            assert (await proxy.get(cadvisor(kubelet))).status == 200
+            connection = next(iter(proxy.server._relay.kubelets.pool._in_order))
+            transport = connection._transport
+            assert transport is not None
+            connection._take_turns()
+            assert transport.is_reading()
+            connection._full_reads = BULK_READS
+            connection._take_turns()
+            await asyncio.sleep(0)
+            assert not transport.is_reading()
+            await until(transport.is_reading)
