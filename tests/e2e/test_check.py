@@ -312,6 +312,23 @@ async def test_node_port_without_answer_fails(lab: Lab) -> None:
     assert "203.0.113.9" in found["node port"].detail
 
 
+async def test_paths_that_the_proxy_does_not_relay_are_named(lab: Lab) -> None:
+    """NODE_PATHS against the proxy's PROXY_PATHS, which the remedy spells out."""
+    await lab.cluster.add_kubelet("n1", "127.0.0.2")
+    async with await lab.proxy(PROXY_PATHS="/metrics/resource") as proxy:
+        await proxy.ready()
+        port = str((await proxy.until_said("proxy starts"))["port"])
+        found = await findings(lab, PROXY_NODE_PORT=port)
+        assert "node paths" not in found
+        paths = "/metrics/cadvisor,/metrics/resource"
+        found = await findings(lab, PROXY_NODE_PORT=port, NODE_PATHS=paths)
+        assert found["node paths"].outcome is Result.OK
+        found = await findings(lab, PROXY_NODE_PORT=port, NODE_PATHS=f"{paths},/metrics/probes")
+    assert found["node paths"].outcome is Result.FAIL
+    assert found["node paths"].detail.endswith(" /metrics/probes")
+    assert found["node paths"].hint == "PROXY_PATHS=/metrics/probes,/metrics/resource"
+
+
 class Command:
     """One run of `k8s-consul-registrar check` as a process."""
 

@@ -14,7 +14,7 @@ from k8s_consul_registrar.commands.check.report import Finding, fail, ok, skippe
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.model import Kind, Node
 from k8s_consul_registrar.proxy.nodes import is_dialable, usable_addresses
-from k8s_consul_registrar.proxy.routes import UNKNOWN_PATH
+from k8s_consul_registrar.proxy.routes import CLOSED_PATH, UNKNOWN_PATH
 from k8s_consul_registrar.settings.proxy import ProxySettings
 from k8s_consul_registrar.targets.scrape_config import node_address, parse_ip, url_host
 from k8s_consul_registrar.tls import KUBELET, Cause, Explanation, Trust, explain
@@ -24,6 +24,8 @@ from k8s_consul_registrar.wiring.registrar import Wiring
 SAMPLE = 5
 PATH = "/metrics/cadvisor"
 NODE_PORT = "node port"
+NODE_PATHS = "node paths"
+NOWHERE = "/api/v1/nodes/0.0.0.0:1"  # no Node has this address
 LONGEST_BODY = 1024
 NO_TOKEN = warn(
     "kubelet token",
@@ -236,10 +238,31 @@ async def check_node_port(wiring: Wiring, cluster: Awaitable[ClusterView]) -> li
     asked = sample(places)
     problems = await asyncio.gather(*(_problem(place, wiring.timing.connect_timeout) for place in asked))
     failed = [f"{place} {problem}" for place, problem in zip(asked, problems, strict=True) if problem]
-    if not failed:
-        return [ok(NODE_PORT, f"the proxy answers on port {port} of {', '.join(one.node for one in asked)}")]
-    finding = fail if len(failed) == len(asked) else warn
-    return [finding(NODE_PORT, "; ".join(failed), NODE_PORT_HINT)]
+    if failed:
+        finding = fail if len(failed) == len(asked) else warn
+        return [finding(NODE_PORT, "; ".join(failed), NODE_PORT_HINT)]
+    reached = ok(NODE_PORT, f"the proxy answers on port {port} of {', '.join(one.node for one in asked)}")
+    return [reached, *await _check_node_paths(wiring, asked[0])]
+
+
+async def _check_node_paths(wiring: Wiring, place: Place) -> list[Finding]:
+    """Ask the proxy for each path of NODE_PATHS of a Node that cannot exist: it refuses a path before a Node."""
+    paths = wiring.settings.selection.node_paths
+    asked = sorted({*paths.linux, *paths.windows} - {PATH})
+    answers = [await _answer(place, f"{NOWHERE}{path}", wiring.timing.connect_timeout) for path in asked]
+    closed = [
+        path
+        for path, answer in zip(asked, answers, strict=True)
+        if isinstance(answer, _Answer) and CLOSED_PATH.reason.encode() in answer.body
+    ]
+    if closed:
+        return [
+            fail(
+                NODE_PATHS, f"the proxy does not relay {', '.join(closed)}", f"PROXY_PATHS={','.join(asked)}"
+            )
+        ]
+    is_known = all(isinstance(answer, _Answer) and answer.status == 404 for answer in answers)
+    return [ok(NODE_PATHS, f"the proxy relays {', '.join(asked)} too")] if asked and is_known else []
 
 
 def _may_be_asked(address: str) -> bool:
@@ -247,25 +270,37 @@ def _may_be_asked(address: str) -> bool:
     return parsed is not None and is_dialable(parsed, allow_loopback=True)
 
 
-async def _problem(place: Place, seconds: float) -> str:
-    """Return why Prometheus does not reach the proxy there, empty if it does."""
+class _Answer(NamedTuple):
+    status: int
+    body: bytes
+
+
+async def _answer(place: Place, target: str, seconds: float) -> _Answer | str:
+    """Return the answer to a request, or the reason why there is none."""
     try:
         async with (
             asyncio.timeout(seconds),
             aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), trust_env=False) as session,
-            session.get(f"http://{place}/", allow_redirects=False) as response,
+            session.get(f"http://{place}{target}", allow_redirects=False) as response,
         ):
-            body = await response.content.read(LONGEST_BODY)
-            status = response.status
+            return _Answer(response.status, await response.content.read(LONGEST_BODY))
     except TimeoutError:
         return f"does not answer within {seconds:g} s"
     except aiohttp.ClientConnectorError as error:
         return f"cannot be reached: {os_reason(error)}"
     except (aiohttp.ClientError, OSError, ValueError) as error:
         return f"breaks off: {type(error).__name__}"
-    is_proxy = (status, UNKNOWN_PATH.reason.encode() in body) == (404, True) or status == 401
-    return (
-        ""
-        if is_proxy
-        else f"answers {status}, and not as the proxy does (the original program's may still run)"
-    )
+
+
+async def _problem(place: Place, seconds: float) -> str:
+    """Return why Prometheus does not reach the proxy there, empty if it does."""
+    answer = await _answer(place, "/", seconds)
+    if isinstance(answer, str):
+        return answer
+    is_proxy = (answer.status, UNKNOWN_PATH.reason.encode() in answer.body) == (
+        404,
+        True,
+    ) or answer.status == 401
+    if is_proxy:
+        return ""
+    return f"answers {answer.status}, and not as the proxy does (the original program's may still run)"
