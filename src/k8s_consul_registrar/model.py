@@ -26,6 +26,8 @@ class Kind(StrEnum):
 
 # The kinds that a target can have; Services only say how their endpoints are scraped.
 TARGET_KINDS = (Kind.POD, Kind.NODE, Kind.ENDPOINT)
+# Those counted from the start, even where there is none.
+USUAL_KINDS = (Kind.POD, Kind.NODE)
 
 
 class ObjectKey(NamedTuple):

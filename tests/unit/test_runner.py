@@ -57,4 +57,5 @@ def test_exit_code_of_a_fault_is_not_hidden() -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_command_has_a_module_of_its_name(command: Command) -> None:
     """The module or package that a command loads has the function `run`."""
-    assert callable(import_module(f"k8s_consul_registrar.commands.{command.name}").run)
+    module = command.name.replace("-", "_")
+    assert callable(import_module(f"k8s_consul_registrar.commands.{module}").run)

@@ -15,7 +15,7 @@ from k8s_consul_registrar import __version__
 from k8s_consul_registrar.admin.index import Index, IndexRules, Search, Snapshot, T, parse_terms
 from k8s_consul_registrar.admin.target_groups import BadQuery, socket_address
 from k8s_consul_registrar.admin.view import RegistrarView, TargetRow, TargetState
-from k8s_consul_registrar.model import TARGET_KINDS, ObjectKey, Rejection
+from k8s_consul_registrar.model import TARGET_KINDS, USUAL_KINDS, ObjectKey, Rejection
 from k8s_consul_registrar.registrar.status import Activity
 
 DEFAULT_LIMIT = 100
@@ -85,7 +85,7 @@ def target_index(view: RegistrarView, clock: Callable[[], float] = time.monotoni
             "kind": lambda row: row.key.kind,
             "namespace": lambda row: row.key.namespace,
         },
-        zeros={"state": TargetState, "kind": TARGET_KINDS},
+        zeros={"state": TargetState, "kind": USUAL_KINDS},
         order=lambda row: row.service.id,
         texts=_texts_of_target,
         fresh_for=1.0,  # the page asks every few seconds

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from k8s_consul_registrar.admin.index import Index, IndexRules
 from k8s_consul_registrar.consul.codec import MetaKeys
 from k8s_consul_registrar.kube.source_state import CAUSES, SourceStatus, WatchStats
-from k8s_consul_registrar.model import TARGET_KINDS, Kind, ObjectKey, Rejection, Service, Source, Target
+from k8s_consul_registrar.model import USUAL_KINDS, Kind, ObjectKey, Rejection, Service, Source, Target
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.metrics import Figures
@@ -337,4 +337,4 @@ class Census:
         return Figures(*self._counts, restarts, lists, heard, yielded, notes)
 
 
-_PAIRS = tuple((kind.value, state.value) for kind in TARGET_KINDS for state in TargetState)
+_PAIRS = tuple((kind.value, state.value) for kind in USUAL_KINDS for state in TargetState)

@@ -28,6 +28,7 @@ from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve_pod
 from support.builders import annotated, make_kube_service, make_pod, make_slice, tcp
 from support.memory import PODS, SERVICES, SLICES, MemoryCluster, Thing
+from support.waiting import Clock
 
 SOURCES = (PODS, SERVICES, SLICES)
 RULES = TargetRules()
@@ -37,22 +38,13 @@ TWO = SliceEndpoint("198.51.100.2", pod="web-2", node="node-a")
 ID_ONE, ID_TWO = "svc--shop--web--web-1--9102", "svc--shop--web--web-2--9102"
 
 
-class Clock:
-    """A clock that a test moves."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @dataclass
 class Scene:
     """A listed cluster without objects, everything it told since, and a complete read of an empty Consul."""
 
     rules: TargetRules = RULES
     sources: tuple[Source, ...] = SOURCES
-    clock: Clock = field(default_factory=Clock)
+    clock: Clock = field(default_factory=lambda: Clock(100.0))
     changes: list[Change] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -108,7 +100,7 @@ def test_endpoint_that_leaves_its_slice_departs_after_the_grace() -> None:
     assert (scene.asked, scene.dropped) == ({ID_TWO}, [ID_ONE])
     assert scene.changes[-1].wait == GRACE
     assert scene.standing(ID_ONE) is Standing.STALE
-    scene.clock.now += GRACE
+    scene.clock.offset += GRACE
     assert scene.standing(ID_ONE) is Standing.DEPARTED
 
 
@@ -218,7 +210,7 @@ def test_slice_that_is_rejected_keeps_its_endpoints_and_those_that_leave_go() ->
     scene.cluster.put(make_slice("web-a", ONE, ports=(tcp(9102, "other"),)))
     assert scene.desired.rejections[WEB].reason == Reason.UNKNOWN_PORT_NAME
     assert scene.dropped == [ID_TWO]
-    scene.clock.now += GRACE
+    scene.clock.offset += GRACE
     assert scene.standing(ID_ONE) is Standing.REJECTED
     assert scene.standing(ID_TWO) is Standing.DEPARTED
 

@@ -52,6 +52,7 @@ export const HINTS = {
   en: {
     no_host_ip: "Wait: the Pod is still starting. If it stays, look at its events.",
     undeclared_port: "Declare the port in the container, or set prometheus.io/port to a declared one.",
+    not_proxied: "Annotate the Pod itself: through the proxy an endpoint that is a Pod is scraped as that Pod.",
     no_ip: "Wait: the Pod is still starting. If it stays, look at its events.",
     invalid_ip: "The cluster's network gave the Pod an address that cannot be scraped: look at the CNI.",
     no_port: "Set prometheus.io/port, or declare the container's TCP port.",
@@ -60,6 +61,7 @@ export const HINTS = {
     unknown_port_name: "No container has a TCP port of this name: correct prometheus.io/port or the port's name.",
     invalid_path: "Correct prometheus.io/path: the path only and no URL, no control characters, and a short query string in UTF-8.",
     invalid_scheme: "Set prometheus.io/scheme to http or https, or remove it.",
+    invalid_interval: "Correct prometheus.io/scrape-interval or scrape-timeout: durations like 30s, the timeout not longer than the interval.",
     invalid_param: "Correct prometheus.io/param-…: a name of A-Z a-z 0-9 _, given once, without control characters.",
     meta_too_long: "Shorten the value: Consul accepts 512 bytes for one meta value.",
     meta_too_many: "Remove some parameters or labels: Consul accepts 64 meta pairs.",
@@ -78,6 +80,7 @@ export const HINTS = {
   zh: {
     no_host_ip: "请稍候：Pod 还在启动。若长期如此，请查看它的事件。",
     undeclared_port: "请在容器里声明该端口，或把 prometheus.io/port 设为已声明的端口。",
+    not_proxied: "请给 Pod 自身加注解：经由代理时，属于 Pod 的端点按该 Pod 采集。",
     no_ip: "请稍候：Pod 还在启动。若长期如此，请查看它的事件。",
     invalid_ip: "集群网络给 Pod 分配了无法采集的地址：请检查 CNI。",
     no_port: "请设置 prometheus.io/port，或为容器声明 TCP 端口。",
@@ -86,6 +89,7 @@ export const HINTS = {
     unknown_port_name: "没有容器声明这个名称的 TCP 端口：请更正 prometheus.io/port 或端口名称。",
     invalid_path: "请更正 prometheus.io/path：只写路径，不写 URL，不能有控制字符，查询串要短且为 UTF-8。",
     invalid_scheme: "请把 prometheus.io/scheme 设为 http 或 https，或删除它。",
+    invalid_interval: "请更正 prometheus.io/scrape-interval 或 scrape-timeout：形如 30s 的时长，超时不能长于间隔。",
     invalid_param: "请更正 prometheus.io/param-…：名称只用 A-Z a-z 0-9 _，只写一次，不含控制字符。",
     meta_too_long: "请缩短该值：Consul 的一个 meta 值最多 512 字节。",
     meta_too_many: "请减少参数或标签：Consul 最多接受 64 对 meta。",
