@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # The tests are compiled once, not again by each process that runs them.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help setup check fix docs chart-tools test-chart audit release image unit test test-long soak bench-registrar bench-proxy bench-delivery demo lock real-servers clean
+.PHONY: help setup check fix docs chart-tools test-chart audit release image unit test test-long test-image soak bench-registrar bench-proxy bench-delivery demo lock real-servers clean
 
 help: ## list the targets
 	@awk '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{split($$0, at, ":.*## "); printf "  %-16s%s\n", at[1], at[2]}' $(MAKEFILE_LIST)
@@ -66,11 +66,14 @@ unit: $(STAMP) ## the tests of single parts, without servers (under a minute)
 
 test: $(STAMP) ## the tests for every change, those on real servers included (about 7 minutes)
 	-scripts/fetch-real-servers
-	$(BIN)/python -m pytest -n 8 -m "not long" $(ARGS)
+	$(BIN)/python -m pytest -n 8 -m "not long and not image" $(ARGS)
 
 test-long: $(STAMP) ## the tests that take longer: chaos, scale, whole stories on real servers (at most 18 minutes)
 	-scripts/fetch-real-servers
-	$(BIN)/python -m pytest -n 4 -m long $(ARGS)
+	$(BIN)/python -m pytest -n 4 -m long --durations=15 $(ARGS)
+
+test-image: $(STAMP) ## the image, built on a base of its own (needs root, buildah and debootstrap; ten minutes)
+	$(BIN)/python -m pytest -m image $(ARGS)
 
 soak: $(STAMP) ## the long versions of the tests of faults, with their figures as bounds (about an hour)
 	-scripts/fetch-real-servers

@@ -14,7 +14,7 @@ from k8s_consul_registrar import __version__
 from support.files import ROOT
 
 pytestmark = [
-    pytest.mark.long,
+    pytest.mark.image,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(os.geteuid() != 0, reason="chroot needs root"),
     pytest.mark.skipif(shutil.which("buildah") is None, reason="buildah is not installed (apt)"),
