@@ -73,7 +73,7 @@ class Way:
 
 
 def percentile(times: Sequence[float], percent: float) -> float:
-    """Return the smallest time that so many percent of the times do not exceed."""
+    """Return the smallest time that this percentage of the times does not exceed."""
     return times[min(len(times) - 1, round(percent / 100 * len(times) + 0.5) - 1)]
 
 
@@ -167,7 +167,7 @@ class Stage:
 
 
 def default_of(way: str) -> str:
-    """Return the interval of a way that nobody set, as the documents of both collectors give it."""
+    """Return the interval that applies if none is set, as documented for both collectors."""
     return {"consul_sd": "30s (default)", "http_sd": "60s (default)"}.get(way, "at once")
 
 
@@ -378,7 +378,7 @@ async def cost(
 
 
 def has(received: Sequence[object], count: int) -> bool:
-    """Return True if so many answers were received."""
+    """Return True if this number of answers was received."""
     return len(received) >= count
 
 

@@ -51,7 +51,7 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """What a relay asks of clients and shows to them: a token, and a certificate with its key in the same file."""
+    """The token that a relay asks of clients, and the file of the certificate and key that it shows to them."""
 
     token: str
     token_file: Path

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from k8s_consul_registrar.cli import main
-from k8s_consul_registrar.commands.lint import MOST_VALUES, LintFinding, LintReport, lint
+from k8s_consul_registrar.commands.lint import LintFinding, LintReport, lint
 from k8s_consul_registrar.targets.resolve import TargetRules
 
 RULES = TargetRules()
@@ -176,6 +176,13 @@ def test_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lint", str(file)], {}) == 0
 
 
-def test_bound_of_values_is_above_real_lists() -> None:
-    """A list of 10,000 Pods with 50 values each still passes."""
-    assert MOST_VALUES >= 500_000
+def test_list_of_a_large_cluster_is_within_the_bound_of_values(tmp_path: Path) -> None:
+    """Two thousand Pods with their labels, as one list."""
+    labels = {f"label-{number}": "value" for number in range(40)}
+    annotations = {"prometheus.io/scrape": "true", "prometheus.io/port": "9102"}
+    pods = [
+        {"kind": "Pod", "metadata": {"name": f"pod-{number}", "labels": labels, "annotations": annotations}}
+        for number in range(2000)
+    ]
+    report = linted(tmp_path, json.dumps({"kind": "PodList", "items": pods}), "list.json")
+    assert (report.findings, report.targets) == ((), 2000)
