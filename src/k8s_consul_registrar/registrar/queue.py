@@ -18,6 +18,8 @@ import msgspec
 BULK_SHARE = 4
 # Seconds between two writes of one ID at least, so that an object that flaps does not starve the others.
 MIN_INTERVAL = 0.2
+# An ID that moves to another queue leaves its entry behind; beyond this many they are dropped.
+MOST_LEFT_BEHIND = 1000
 
 
 class Priority(IntEnum):
@@ -112,13 +114,17 @@ class WorkQueue:
     def add(
         self, service_id: str, now: float, priority: Priority = Priority.CHANGE, heard_at: float | None = None
     ) -> None:
-        """Queue an ID; a change overtakes bulk work and makes an ID that backs off due at once."""
+        """Queue an ID; a change overtakes bulk work and makes an ID that backs off due at once.
+
+        Of several events the last one decides: a Pod is changed before it is deleted, and its removal must not
+        take the place of a change.
+        """
         item = self._items.get(service_id)
         if item is None:
             item = self._items[service_id] = _Item(priority, heard_at=heard_at)
             self._schedule(service_id, item, self._resting.get(service_id, now), now)
             return
-        if priority < item.priority:
+        if priority is not item.priority and priority is not Priority.BULK:
             item.priority, item.is_ready = priority, False
         if heard_at is not None and item.heard_at is None:
             item.heard_at = heard_at
@@ -256,10 +262,15 @@ class WorkQueue:
     def _schedule(self, service_id: str, item: _Item, due: float, now: float) -> None:
         item.due = due
         item.is_ready = due <= now
-        if item.is_ready:
-            self._ready_of(item).append(service_id)
-        else:
+        if not item.is_ready:
             heapq.heappush(self._later, (due, service_id))
+            return
+        ready = self._ready_of(item)
+        ready.append(service_id)
+        if len(ready) > 2 * len(self._items) + MOST_LEFT_BEHIND:
+            waiting = dict.fromkeys(one for one in ready if self._waits_in(ready, one) is not None)
+            ready.clear()
+            ready.extend(waiting)
 
     def _ready_of(self, item: _Item) -> deque[str]:
         return self._retries if item.failures else self._first_tries[item.priority]
@@ -276,13 +287,17 @@ class WorkQueue:
         )
 
     def _first_of(self, ready: deque[str]) -> _Item | None:
-        """Return the first item of one queue, None if it is empty; an ID that overtook bulk work is dropped there."""
+        """Return the first item of one queue, None if it is empty; entries of IDs that moved are dropped."""
         while ready:
-            item = self._items.get(ready[0])
-            if item is not None and item.is_ready and self._ready_of(item) is ready:
+            item = self._waits_in(ready, ready[0])
+            if item is not None:
                 return item
             ready.popleft()
         return None
+
+    def _waits_in(self, ready: deque[str], service_id: str) -> _Item | None:
+        item = self._items.get(service_id)
+        return item if item is not None and item.is_ready and self._ready_of(item) is ready else None
 
     def _wake(self, now: float) -> None:
         while self._later and self._later[0][0] <= now:

@@ -21,19 +21,24 @@ AGENT_WRITE = 0.032
 PROBES = 40
 
 
-@pytest.mark.parametrize("work", ["removals", "renames"])
+@pytest.mark.parametrize("work", ["removals", "deletions", "renames"])
 async def test_new_pod_during_bulk_work_on_an_agent_waits_for_one_batch(work: str) -> None:
-    """4,000 removals or 3,000 renames take seconds; a Pod that comes meanwhile is there long before their end."""
+    """4,000 removals or 3,000 renames take seconds; a Pod that comes meanwhile is there long before their end.
+
+    In a deletion the API server first sends the Pod with its `deletionTimestamp`, then its removal.
+    """
     lab = ControllerLab(checks_versions=False, brake=BrakeRules(allow_mass=True))
-    names = [f"p{number}" for number in range(4000 if work == "removals" else 3000)]
+    names = [f"p{number}" for number in range(3000 if work == "renames" else 4000)]
     for name in names:
         lab.consul.put_by_hand(our_pod_service(name))
     async with lab.running():
         await lab.synced(*names)
         lab.consul.write_seconds = AGENT_WRITE
         done = len(lab.consul.writes)
-        if work == "removals":
+        if work != "renames":
             for name in names:
+                if work == "deletions":
+                    lab.cluster.put(make_pod(name, ip="198.51.100.11", deleted=True))
                 lab.cluster.remove(make_pod(name))
         else:
             for service_id, service in list(lab.consul.held.items()):

@@ -2,6 +2,7 @@
 
 import math
 import random
+import tracemalloc
 from itertools import pairwise
 
 import pytest
@@ -86,6 +87,50 @@ def test_queue_change_overtakes_bulk_work() -> None:
     queue.add("a", 0.0, Priority.BULK)
     queue.done("a", 0.0)
     assert take(queue) == ("a",)
+
+
+def test_queue_removals_of_changed_ids_let_a_new_one_ahead() -> None:
+    """A Pod changes before it is deleted: its removal takes a removal's turn, not that of the change."""
+    queue = new_queue()
+    for number in range(100):
+        queue.add(f"gone-{number}", 0.0)
+        queue.add(f"gone-{number}", 0.0, Priority.REMOVAL)
+    queue.add("new", 0.0)
+    assert "new" in take(queue) + take(queue)
+
+
+def test_queue_change_of_an_id_that_was_to_be_removed_is_a_change() -> None:
+    """What comes back waits behind no removals."""
+    queue = new_queue()
+    for service_id in ("gone-1", "back", "gone-2"):
+        queue.add(service_id, 0.0, Priority.REMOVAL)
+    queue.add("back", 0.0)
+    assert take(queue, limit=1) == ("back",)
+
+
+def test_queue_removal_of_an_id_in_flight_takes_a_removals_turn() -> None:
+    """An event during the write counts for the next turn."""
+    queue = new_queue()
+    queue.add("gone", 0.0)
+    take(queue)
+    queue.add("gone", 0.0, Priority.REMOVAL)
+    queue.add("new", 0.0)
+    queue.done("gone", 0.0)
+    assert take(queue) == ("new",)
+
+
+def test_queue_flapping_id_that_cannot_be_taken_takes_no_room() -> None:
+    """While Consul is down nothing is taken; an object that comes and goes must not fill the memory."""
+    queue = new_queue()
+    tracemalloc.start()
+    try:
+        for _ in range(100_000):
+            queue.add("flapping", 0.0)
+            queue.add("flapping", 0.0, Priority.REMOVAL)
+        assert tracemalloc.get_traced_memory()[0] < 100_000
+    finally:
+        tracemalloc.stop()
+    assert (take(queue), take(queue), len(queue)) == (("flapping",), (), 1)
 
 
 def test_queue_bulk_work_beside_endless_changes_gets_one_batch_in_four() -> None:
