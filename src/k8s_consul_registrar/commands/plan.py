@@ -14,13 +14,13 @@ from typing import NamedTuple
 import msgspec
 from prometheus_client import CollectorRegistry
 
+from k8s_consul_registrar.admin.explain import action_for, differences
 from k8s_consul_registrar.asyncio_tools import end_tasks
 from k8s_consul_registrar.commands import settings_offline
 from k8s_consul_registrar.errors import OperationalError
 from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.registrar.decide import (
     Action,
-    CheckName,
     Conflict,
     Deregister,
     InSync,
@@ -28,7 +28,6 @@ from k8s_consul_registrar.registrar.decide import (
     Register,
     Reject,
     Update,
-    decide,
 )
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.resync import Comparison
@@ -142,7 +141,7 @@ async def _compared(parts: RegistrarParts, found: Comparison) -> Plan:
         parts.core.desired.depart(service_id, key)
     actions: dict[str, Action] = {}
     for service_id in (*found.differing, *found.removals, *found.judged.released):
-        actions[service_id] = await action_for(parts, service_id)
+        actions[service_id] = await action_for(parts.core, service_id)
     updates = [
         service_id for service_id, action in actions.items() if isinstance(action, Update | Deregister)
     ]
@@ -191,16 +190,6 @@ async def _compared(parts: RegistrarParts, found: Comparison) -> Plan:
     )
 
 
-async def action_for(parts: RegistrarParts, service_id: str) -> Action:
-    """Return the decision about one service ID, with its name looked up if that is needed."""
-    record = parts.core.observed.get(service_id)
-    action = decide(parts.core.desired.ask(service_id, record), record, parts.core.rules)
-    if isinstance(action, CheckName):
-        await parts.core.names.check(action.name)
-        action = decide(parts.core.desired.ask(service_id, record), record, parts.core.rules)
-    return action
-
-
 def source_problems(parts: RegistrarParts) -> list[str]:
     """Return why sources cannot be listed."""
     return [status.problem for status in parts.core.desired.store.statuses().values() if status.problem]
@@ -218,13 +207,3 @@ def print_changes(plan: Plan, problems: Iterable[str], *, colour: bool) -> None:
 
 def _described(service: Service) -> str:
     return f"{service.address}:{service.port} {service.value('metrics_path')} {service.value('shard_path')}".strip()
-
-
-def differences(before: Service, after: Service) -> str:
-    """Return what differs between two versions of a service, empty if nothing does."""
-    """Return the fields that an update changes, with their old and new values."""
-    old = {"name": before.name, "address": before.address, "port": str(before.port), **dict(before.meta)}
-    new = {"name": after.name, "address": after.address, "port": str(after.port), **dict(after.meta)}
-    old["tags"], new["tags"] = ",".join(before.tags), ",".join(after.tags)
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    return ", ".join(f"{key}: {old.get(key, '')!r} -> {new.get(key, '')!r}" for key in changed)

@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from k8s_consul_registrar.admin.documents import Documents
+from k8s_consul_registrar.admin.explain import Explainer
 from k8s_consul_registrar.admin.http_sd import HttpSdServer, no_saved_targets
 from k8s_consul_registrar.admin.saved_state import Origin
 from k8s_consul_registrar.admin.target_groups import GroupEncoder
@@ -177,16 +178,27 @@ class Wiring:
             has_readiness=settings.backend.has_readiness,
         )
 
-    def documents(self, view: Targets) -> Documents:
-        """Build the documents of service discovery."""
+    @cached_property
+    def encoder(self) -> GroupEncoder:
+        """The encoder of targets for collectors."""
         settings, naming = self.settings, self.settings.naming
-        encoder = GroupEncoder(
+        return GroupEncoder(
             naming.meta_keys,
             settings.selection.annotation_prefix,
             frozenset(one.name for one in naming.target_labels),
             settings.pods_through_proxy,
         )
-        return Documents(view, encoder)
+
+    def documents(self, view: Targets) -> Documents:
+        """Build the documents of service discovery."""
+        return Documents(view, self.encoder)
+
+    def explainer(self, parts: RegistrarParts) -> Explainer:
+        """Build what explains objects."""
+        selection = self.settings.selection
+        return Explainer(
+            parts.core, parts.cluster, self.encoder, selection.annotation_prefix, selection.selectors
+        )
 
     @cached_property
     def digest(self) -> str:

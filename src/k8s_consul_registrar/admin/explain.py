@@ -1,0 +1,227 @@
+"""Why an object is a target or is not, condition by condition, and what Consul has of it."""
+
+import ipaddress
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from k8s_consul_registrar.admin.target_groups import BadQuery, GroupEncoder
+from k8s_consul_registrar.admin.view import TargetRow, TargetState
+from k8s_consul_registrar.errors import ClusterError
+from k8s_consul_registrar.model import Kind, ObjectKey, Pod, Service
+from k8s_consul_registrar.registrar.decide import (
+    Action,
+    CheckName,
+    Conflict,
+    InSync,
+    LookUp,
+    Register,
+    Reject,
+    Update,
+    decide,
+)
+from k8s_consul_registrar.registrar.interfaces import ClusterReader
+from k8s_consul_registrar.registrar.reconciler import Core
+from k8s_consul_registrar.targets.annotations import asks_for_scrapes
+from k8s_consul_registrar.targets.scrape_config import SCRAPED_PHASES
+
+USAGE = "pod NAMESPACE/NAME, node NAME, or ADDRESS"
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A condition for a target, and whether an object meets it."""
+
+    name: str
+    detail: str
+    is_met: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceState:
+    """A service that an object asks for; `labels` are those that Prometheus discovers, empty if it gets none."""
+
+    id: str
+    conditions: tuple[Condition, ...]
+    address: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedObject:
+    """The conditions of one object in order, up to the first that is not met, and its services."""
+
+    object: str
+    conditions: tuple[Condition, ...]
+    services: tuple[ServiceState, ...] = ()
+
+    @property
+    def is_target(self) -> bool:
+        """True if every condition is met."""
+        conditions = (
+            *self.conditions,
+            *(condition for service in self.services for condition in service.conditions),
+        )
+        return bool(self.services) and all(condition.is_met for condition in conditions)
+
+
+def parse_question(words: Sequence[str]) -> ObjectKey | str:
+    """Return the object or the address that is asked about; raises BadQuery."""
+    match words:
+        case ["node", name] if name and "/" not in name:
+            return ObjectKey(Kind.NODE, "", name)
+        case ["pod", name] if name.count("/") == 1 and all(name.split("/")):
+            return ObjectKey(Kind.POD, *name.split("/"))
+        case [address]:
+            try:
+                return str(ipaddress.ip_address(address.strip("[]")))
+            except ValueError:
+                pass
+    raise BadQuery(f"{' '.join(words)!r} is none of these: {USAGE}")
+
+
+@dataclass(frozen=True, slots=True)
+class Explainer:
+    """Explains objects as a registrar knows them; `selectors` are the label selectors by kind.
+
+    It reads the object, and what Consul has of its services, and changes nothing.
+    """
+
+    core: Core
+    cluster: ClusterReader
+    encoder: GroupEncoder
+    annotation_prefix: str
+    selectors: Mapping[Kind, str]
+
+    async def explain(self, asked: ObjectKey | str) -> list[ExplainedObject]:
+        """Explain an object, or every object with a target at an address; raises a `ConsulError`."""
+        keys = self._at(asked) if isinstance(asked, str) else [asked]
+        return [await self._explain(key) for key in keys]
+
+    def _at(self, address: str) -> list[ObjectKey]:
+        """Return the objects that have a target at an address, or a Node whose kubelet is there."""
+        claims = self.core.desired.claims
+        found = {
+            target.key
+            for targets in claims.values()
+            for target in targets
+            if address in (target.address, target.id.partition("node--")[2])
+        }
+        return sorted(found)
+
+    async def _explain(self, key: ObjectKey) -> ExplainedObject:
+        """Go through the conditions in order; the first one that is not met ends it."""
+        conditions: list[Condition] = []
+        async for condition in self._conditions(key):
+            conditions.append(condition)
+            if not condition.is_met:
+                return ExplainedObject(str(key), tuple(conditions))
+        targets = self.core.desired.store.get(key)
+        ids = [target.id for target in targets] if isinstance(targets, tuple) else []
+        return ExplainedObject(
+            str(key), tuple(conditions), tuple([await self._service(key, one) for one in ids])
+        )
+
+    async def _conditions(self, key: ObjectKey) -> AsyncIterator[Condition]:
+        desired = self.core.desired
+        source = desired.store.source_of(key)
+        if source is None:
+            yield Condition("watched", "DISCOVER or NAMESPACES leaves it out", is_met=False)
+            return
+        problem = desired.store.status(source).problem
+        yield Condition("watched", problem or f"as {source}", is_met=not problem)
+        try:
+            item = await self.cluster.read_object(key)
+            is_selected = item is not None and await self.cluster.is_selected(key)
+        except ClusterError as error:
+            yield Condition("exists", str(error), is_met=False)
+            return
+        yield Condition(
+            "exists",
+            "yes" if item is not None else "the API server has no such object",
+            is_met=item is not None,
+        )
+        selector = self.selectors.get(key.kind, "")
+        matches = f"{selector!r} {'matches' if is_selected else 'does not match'}"
+        yield Condition("selected", matches if selector else "no selector", is_met=is_selected)
+        if isinstance(item, Pod):
+            for condition in self._conditions_of_pod(item):
+                yield condition
+        rejection, targets = desired.rejections.get(key), desired.store.get(key)
+        if rejection is not None:
+            yield Condition("accepted", f"rejected: {rejection.reason}: {rejection.detail}", is_met=False)
+        elif isinstance(targets, tuple):
+            yield Condition("accepted", f"{len(targets)} target{'s' if len(targets) != 1 else ''}")
+        else:
+            yield Condition("accepted", "the list does not have it yet; ask again", is_met=False)
+
+    def _conditions_of_pod(self, pod: Pod) -> tuple[Condition, Condition]:
+        scrape = pod.annotations.get(f"{self.annotation_prefix}scrape")
+        said = "is absent" if scrape is None else f"is {scrape[:40]!r}"
+        is_asking = asks_for_scrapes(pod.annotations, self.annotation_prefix)
+        ask = "" if is_asking else '; it must be the text "true"'
+        annotated = Condition("annotated", f"{self.annotation_prefix}scrape {said}{ask}", is_met=is_asking)
+        is_running = pod.phase in SCRAPED_PHASES
+        ask = "" if is_running else f"; it must be {' or '.join(sorted(SCRAPED_PHASES))}"
+        return annotated, Condition("phase", f"{pod.phase or 'none yet'}{ask}", is_met=is_running)
+
+    async def _service(self, key: ObjectKey, service_id: str) -> ServiceState:
+        """Decide one service ID as a sync would, and compare the service with what Consul has."""
+        action = await action_for(self.core, service_id)
+        if not isinstance(action, Register | Update | InSync) or action.entry.target.key != key:
+            return ServiceState(service_id, (Condition("owner", _closed(action, key), is_met=False),))
+        after = action.entry.service(self.core.rules.identity)
+        before = [service async for service in self.core.registry.lookup([service_id])]
+        if not before:
+            state = "not there yet; the registrar writes it"
+        else:
+            changed = differences(before[0], after)
+            state = f"differs; the registrar writes {changed}" if changed else "as it should be"
+        row = TargetRow(after, key, TargetState.REGISTERED if before else TargetState.PENDING)
+        group = bytearray()
+        self.encoder.append(row, group)
+        labels: dict[str, str] = msgspec.json.decode(bytes(group[:-1]))["labels"]
+        conditions = (
+            Condition("name", after.name),
+            Condition("owner", "this registrar"),
+            Condition("in Consul", state),
+        )
+        return ServiceState(service_id, conditions, f"{after.address}:{after.port}", labels)
+
+
+async def action_for(core: Core, service_id: str) -> Action:
+    """Return the decision about one service ID, with its name looked up if that is needed."""
+    record = core.observed.get(service_id)
+    is_contested = core.contests.is_contested(service_id, time.monotonic())
+    action = decide(core.desired.ask(service_id, record, is_contested=is_contested), record, core.rules)
+    if isinstance(action, CheckName):
+        await core.names.check(action.name)
+        action = decide(core.desired.ask(service_id, record, is_contested=is_contested), record, core.rules)
+    return action
+
+
+def _closed(action: Action, key: ObjectKey) -> str:
+    """Say why an object does not get a service ID that it asks for."""
+    losers = getattr(action, "losers", ())
+    match action:
+        case Conflict():
+            return f"conflict: {action.holder} holds the service ID"
+        case Reject():
+            return f"rejected: {action.rejection.reason}: {action.rejection.detail}"
+        case LookUp() | CheckName():
+            return "the registrar has to look into Consul first; ask again"
+    for loser in losers:
+        if loser.key == key:
+            return f"rejected: {loser.reason}: {loser.detail}"
+    return "it gives way to another object with the same address and port"
+
+
+def differences(before: Service, after: Service) -> str:
+    """Return the fields that an update changes, with their old and new values; empty if there are none."""
+    old = {"name": before.name, "address": before.address, "port": str(before.port), **dict(before.meta)}
+    new = {"name": after.name, "address": after.address, "port": str(after.port), **dict(after.meta)}
+    old["tags"], new["tags"] = ",".join(before.tags), ",".join(after.tags)
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return ", ".join(f"{key}: {old.get(key, '')!r} -> {new.get(key, '')!r}" for key in changed)
