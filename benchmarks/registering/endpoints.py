@@ -8,7 +8,7 @@ import aiohttp
 
 from k8s_consul_registrar.sandbox.synthetic import SERVICES_NAMESPACE, SLICE_ENDPOINTS, synthetic_slice
 from registering.bench import Bench, Measured, targets_of
-from registering.churn import annotated_pods, change_only
+from registering.churn import annotated_pods, change_only, next_address
 from registering.observing import require, until_count
 from registering.processes import BenchmarkError, consul
 from registering.stage import Api, Checkout, registrar
@@ -18,6 +18,7 @@ _MANY_PODS = 10_000
 _ROUNDS, _ROUND = 5, 5.0  # rounds, and seconds of each without changes, with those of Pods and of endpoints
 _RATE = 8.0  # changes a second, slow enough for each to be written apart
 _SERVICES = "pods,nodes,services"
+_SLICES = f"/apis/discovery.k8s.io/v1/namespaces/{SERVICES_NAMESPACE}/endpointslices"
 
 
 async def endpoint_change(bench: Bench, checkout: Checkout, size: int) -> Measured:
@@ -32,7 +33,7 @@ async def endpoint_change(bench: Bench, checkout: Checkout, size: int) -> Measur
         await asyncio.sleep(10)
         idle = of_pods = of_endpoints = 0.0
         pod_changes = endpoint_changes = 0
-        parts = [synthetic_slice(0, part) for part in range(size // SLICE_ENDPOINTS)]
+        parts = await _slices(api, size // SLICE_ENDPOINTS)
         for _ in range(_ROUNDS):
             marks = [run.program.precise_cpu_seconds]
             await asyncio.sleep(_ROUND)
@@ -67,23 +68,32 @@ async def endpoint_memory(bench: Bench, checkout: Checkout, size: int) -> Measur
     return Measured({"peak": peak}, (f"everything in Consul after {seconds:.0f} s",))
 
 
+async def _slices(api: Api, count: int) -> list[dict[str, Any]]:
+    """Return the slices of the first Service as they are: an earlier run has changed some."""
+    parts = []
+    async with api.session() as kube:
+        for number in range(count):
+            async with kube.get(f"{_SLICES}/{synthetic_slice(0, number)['metadata']['name']}") as answer:
+                parts.append(await answer.json())
+            del parts[-1]["metadata"]["resourceVersion"]
+    return parts
+
+
 async def _change_endpoints(api: Api, parts: list[dict[str, Any]], done: int) -> int:
     """Give one endpoint after another a new address, each in its slice; return how many."""
     began, count = time.monotonic(), int(_RATE * _ROUND)
     async with api.session() as kube:
         for number in range(count):
             await asyncio.sleep(max(0.0, began + number / _RATE - time.monotonic()))
-            await _change_one(kube, parts[(done + number) % len(parts)], done + number)
+            part = parts[(done + number) % len(parts)]
+            await _change_one(kube, part, done + number, next_address(api))
     await asyncio.sleep(max(0.0, began + _ROUND - time.monotonic()))
     return count
 
 
-async def _change_one(kube: aiohttp.ClientSession, part: dict[str, Any], change: int) -> None:
-    endpoint = part["endpoints"][change % SLICE_ENDPOINTS]
-    endpoint["addresses"] = [f"10.{200 + change // 250}.{change % 250}.1"]
-    path = (
-        f"/apis/discovery.k8s.io/v1/namespaces/{SERVICES_NAMESPACE}/endpointslices/{part['metadata']['name']}"
-    )
+async def _change_one(kube: aiohttp.ClientSession, part: dict[str, Any], change: int, address: str) -> None:
+    part["endpoints"][change % SLICE_ENDPOINTS]["addresses"] = [address]
+    path = f"{_SLICES}/{part['metadata']['name']}"
     async with kube.put(path, json=part) as answer:
         if answer.status != 200:
             raise BenchmarkError(f"{path} got {answer.status}: {await answer.text()}")

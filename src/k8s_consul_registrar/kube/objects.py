@@ -17,6 +17,7 @@ from k8s_consul_registrar.kube.service_objects import (
     Wire,
     WireService,
     WireSlice,
+    problem_of,
     service_of,
     slice_of,
 )
@@ -37,7 +38,6 @@ Item: TypeAlias = Pod | Node | KubeService | EndpointSlice | ServiceWithSlices |
 ItemT = TypeVar("ItemT")
 
 KUBELET_PORT = 10250
-PROBLEM_LENGTH = 200
 # A version is a number of at most 20 digits in practice; a longer one would not fit into a request.
 VERSION_LENGTH = 256
 LIST_KINDS = {
@@ -203,7 +203,7 @@ def _split_list(body: bytes, expected: str) -> _List[msgspec.Raw]:
     try:
         return _RAW_LIST.decode(body)
     except (ValueError, RecursionError) as error:
-        raise ClusterRefused(f"the answer is not a {expected}: {_problem(error)}", 200) from None
+        raise ClusterRefused(f"the answer is not a {expected}: {problem_of(error)}", 200) from None
 
 
 def _item(item: Wire | msgspec.Raw, kind: Kind) -> Item:
@@ -221,7 +221,7 @@ def decode_versioned(raw: bytes | msgspec.Raw, kind: Kind) -> tuple[Item, str]:
         wire = _OBJECTS[kind].decode(raw)
         return _MAKERS[kind](wire), wire.metadata.resource_version
     except (ValueError, RecursionError) as error:
-        return _undecodable(raw, kind, _problem(error))
+        return _undecodable(raw, kind, problem_of(error))
 
 
 def decode_event(line: bytes, kind: Kind) -> tuple[str, Item, str] | None:
@@ -318,8 +318,3 @@ def _undecodable(raw: bytes | msgspec.Raw, kind: Kind, problem: str) -> tuple[Un
     is_named = bool(meta.name and (namespace or kind is Kind.NODE))
     key = ObjectKey(kind, namespace, meta.name) if is_named else None
     return Undecodable(kind, key, problem), meta.resource_version
-
-
-def _problem(error: Exception) -> str:
-    """Say what is wrong and where; msgspec's texts hold types and paths, never values."""
-    return str(error)[:PROBLEM_LENGTH]

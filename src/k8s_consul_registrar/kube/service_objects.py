@@ -1,5 +1,7 @@
 """Services and EndpointSlices out of the API server's JSON, and what the JSON of every kind has in common."""
 
+from collections.abc import Sequence
+from functools import lru_cache
 from sys import intern
 from typing import Annotated
 
@@ -16,6 +18,10 @@ from k8s_consul_registrar.model import (
 
 # The label with which every EndpointSlice names its Service.
 SERVICE_LABEL = "kubernetes.io/service-name"
+# An event about a slice repeats all its endpoints, and all but one were seen before. The bounds hold the memory
+# of what is remembered at a few megabytes.
+ENDPOINTS_KEPT, LONGEST_KEPT = 8192, 512
+PROBLEM_LENGTH = 200
 
 
 class Wire(msgspec.Struct, gc=False, rename="camel"):
@@ -73,15 +79,21 @@ class _WireEndpoint(Wire):
 
 
 class WireSlice(Wire):
-    """An EndpointSlice as it is sent."""
+    """An EndpointSlice as it is sent, its endpoints still bytes."""
 
     metadata: Metadata
     address_type: str = ""
     ports: list[_SlicePort] | None = None
-    endpoints: list[_WireEndpoint] | None = None
+    endpoints: list[msgspec.Raw] | None = None
 
 
 _EMPTY_SPEC = _ServiceSpec()
+_ENDPOINT = msgspec.json.Decoder(_WireEndpoint)
+
+
+def problem_of(error: Exception) -> str:
+    """Say what is wrong and where; msgspec's texts hold types and paths, never values."""
+    return str(error)[:PROBLEM_LENGTH]
 
 
 def service_of(wire: WireService) -> KubeService | Undecodable:
@@ -107,6 +119,10 @@ def slice_of(wire: WireSlice) -> EndpointSlice | Undecodable:
     meta = wire.metadata
     if not meta.namespace:
         return Undecodable(Kind.ENDPOINT, None, "an EndpointSlice without a namespace")
+    try:
+        endpoints = _endpoints(wire.endpoints or ())
+    except (ValueError, RecursionError) as error:
+        return Undecodable(Kind.ENDPOINT, None, problem_of(error))
     return EndpointSlice(
         namespace=intern(meta.namespace),
         name=meta.name,
@@ -118,16 +134,25 @@ def slice_of(wire: WireSlice) -> EndpointSlice | Undecodable:
             for one in wire.ports or ()
             if one.port is not None
         ),
-        endpoints=tuple([_endpoint(one) for one in wire.endpoints or () if one.addresses]),
+        endpoints=tuple([one for one in endpoints if one is not None]),
     )
 
 
-def _endpoint(wire: _WireEndpoint) -> SliceEndpoint:
-    """Return an endpoint at the first of its addresses, which all lead to the same place.
+def _endpoints(parts: Sequence[msgspec.Raw]) -> list[SliceEndpoint | None]:
+    texts = list(map(bytes, parts))
+    is_kept = max(map(len, texts), default=0) <= LONGEST_KEPT
+    return list(map(_endpoint if is_kept else _endpoint.__wrapped__, texts))
+
+
+@lru_cache(maxsize=ENDPOINTS_KEPT)
+def _endpoint(raw: bytes) -> SliceEndpoint | None:
+    """Return an endpoint at the first of its addresses, which all lead to the same place; None without one.
 
     A condition that is missing means ready, or as ready as the endpoint is (Kubernetes: EndpointConditions).
     """
-    assert wire.addresses
+    wire = _ENDPOINT.decode(raw)
+    if not wire.addresses:
+        return None
     conditions, reference = wire.conditions, wire.target_ref
     ready = conditions is None or conditions.ready is not False
     return SliceEndpoint(

@@ -14,7 +14,6 @@ import msgspec
 from msgspec.structs import replace
 
 from k8s_consul_registrar.model import (
-    ContainerPort,
     EndpointSlice,
     Kind,
     ObjectKey,
@@ -26,16 +25,17 @@ from k8s_consul_registrar.targets.endpoints import (
     ServiceScrape,
     SliceTargets,
     Value,
+    difference,
     endpoints_key,
+    few_changed,
     resolve_slice,
+    shape_of,
 )
-from k8s_consul_registrar.targets.meta import shared_pair
+from k8s_consul_registrar.targets.meta import PARAM_PREFIX, shared_pair
 from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.resolve import TargetRules
 
 SERVICE = "service"
-# Endpoints between equal ones that are compared one by one; more are compared as a whole.
-FEW = 8
 NOT_PROXIED = "through the proxy only Pods that are annotated themselves can be scraped"
 
 _Place: TypeAlias = tuple[str, int, str]
@@ -103,6 +103,9 @@ class ServiceJoin:
         self.yielded: Counter[Winner] = Counter()
         # Endpoints of a Service that only the proxy could reach, and that it does not serve.
         self._unproxied: Counter[ObjectKey] = Counter()
+        # Services of which different endpoints lead to one ID, by ID, and these IDs by Service.
+        self._clashing: dict[str, set[ObjectKey]] = {}
+        self._clashes: defaultdict[ObjectKey, dict[str, None]] = defaultdict(dict)
 
     # What is known
 
@@ -113,6 +116,11 @@ class ServiceJoin:
             return service
         if parts := self._rejected.get(key):
             return parts[min(parts)]
+        if ids := self._clashes.get(key):
+            detail = (
+                f"several of its endpoints lead to the service ID {next(iter(ids))}, and only one can have it"
+            )
+            return Rejection(key, Reason.ID_TAKEN, detail)
         return Rejection(key, Reason.NOT_PROXIED, NOT_PROXIED) if self._unproxied[key] else None
 
     def has_yielded(self, service_id: str, key: ObjectKey) -> bool:
@@ -148,7 +156,7 @@ class ServiceJoin:
                 one: before[one] if before.get(one) == some else some for one, some in made.targets.items()
             }
             part.made = SliceTargets(same, made.rejection)
-            _difference(before, same, gone, come)
+            difference(before, same, gone, come)
             self._note_rejection(key, part)
         joined = self._swap(gone, come)
         joined.services.add(key)
@@ -175,11 +183,11 @@ class ServiceJoin:
         if new is not None:
             key = endpoints_key(new.namespace, new.service)
             keys.add(key)
-            is_alike = old is not None and _shape(old) == _shape(new)
-            few = _few_changed(old, new) if is_alike and old is not None and made.rejection is None else None
+            is_alike = old is not None and shape_of(old) == shape_of(new)
+            few = few_changed(old, new) if is_alike and old is not None and made.rejection is None else None
             if few is None:
                 part = _Part(new, self._resolve(key, new, made.targets if is_alike else {}))
-                _difference(made.targets, part.made.targets, gone, come)
+                difference(made.targets, part.made.targets, gone, come)
             else:
                 left, fresh = few
                 found = self._resolve(key, replace(new, endpoints=fresh), {})
@@ -192,7 +200,7 @@ class ServiceJoin:
             if part.made.rejection is not None:
                 protected = self._still_there(key, new, made.targets)
         else:
-            _difference(made.targets, {}, gone, come)
+            difference(made.targets, {}, gone, come)
         joined = self._swap(gone, come)
         joined.services |= keys
         joined.protected = protected
@@ -255,8 +263,10 @@ class ServiceJoin:
             self._offers[target.id] = (*self._offers.get(target.id, ()), target)
         less: list[Target] = []
         more: list[Target] = []
+        touched: set[ObjectKey] = set()
         for service_id, was in before.items():
             now = self._chosen(service_id)
+            touched |= self._note_clashes(service_id)
             less += [one for one in was if one not in now]
             more += [one for one in now if one not in was]
         standings = {place: self._standing(place) for place in {self._place(one) for one in (*less, *more)}}
@@ -265,7 +275,26 @@ class ServiceJoin:
         for target in more:
             place = self._place(target)
             self._places[place] = (*self._places.get(place, ()), target)
-        return self._compare(standings)
+        joined = self._compare(standings)
+        joined.services |= touched
+        return joined
+
+    def _note_clashes(self, service_id: str) -> set[ObjectKey]:
+        """Note of which Services different endpoints lead to an ID; return those that began or ceased to."""
+        before, now = self._clashing.pop(service_id, set()), set[ObjectKey]()
+        offers = self._offers.get(service_id, ())
+        if len(offers) > 1:
+            ends = {(one.key, one.address, one.port, _pod(one)) for one in offers}
+            now = {key for key, count in Counter(end[0] for end in ends).items() if count > 1}
+        if now:
+            self._clashing[service_id] = now
+        for key in now - before:
+            self._clashes[key][service_id] = None
+        for key in before - now:
+            del self._clashes[key][service_id]
+            if not self._clashes[key]:
+                del self._clashes[key]
+        return before ^ now
 
     def _compare(self, standings: Mapping[_Place, _Standing]) -> Joined:
         """Return what changed at some places since they stood as given."""
@@ -309,10 +338,15 @@ class ServiceJoin:
             return _Standing((), chosen, Winner.POD, first.key)
         if not first.address:
             return _Standing((), chosen, None, first.key)
-        others = tuple([one for one in chosen if one is not first]) if len(chosen) > 1 else ()
-        return _Standing(
-            chosen if not others else (first,), others, Winner.SERVICE if others else None, first.key
-        )
+        if len(chosen) == 1:
+            return _Standing(chosen, (), None, first.key)
+        # Scrapes of one Service with other parameters are different ones, as they are of one Pod.
+        of_first = {
+            _query(one): one for one in sorted(chosen, key=_rank, reverse=True) if one.key == first.key
+        }
+        asked = tuple(of_first.values())
+        others = tuple([one for one in chosen if one not in asked])
+        return _Standing(asked, others, Winner.SERVICE if others else None, first.key)
 
     def _place(self, target: Target) -> _Place:
         """Return where a target is scraped; through the proxy that is the Pod, at whatever port."""
@@ -334,44 +368,17 @@ class ServiceJoin:
         return target if meta == target.meta else replace(target, meta=meta)
 
 
-def _shape(part: EndpointSlice) -> tuple[str, str, tuple[ContainerPort, ...]]:
-    """Return what a slice's targets depend on beside their endpoints."""
-    return part.service, part.family, part.ports
-
-
 def _rank(target: Target) -> tuple[tuple[int, str, str], ObjectKey, str]:
     return target.rank, target.key, target.id
 
 
-def _few_changed(
-    old: EndpointSlice, new: EndpointSlice
-) -> tuple[tuple[SliceEndpoint, ...], tuple[SliceEndpoint, ...]] | None:
-    """Return the endpoints that left and that came between the same others, None if they are many."""
-    before, after = old.endpoints, new.endpoints
-    start, end, shortest = 0, 0, min(len(before), len(after))
-    while start < shortest and before[start] == after[start]:
-        start += 1
-    while end < shortest - start and before[-1 - end] == after[-1 - end]:
-        end += 1
-    left, came = before[start : len(before) - end], after[start : len(after) - end]
-    if len(left) > FEW or len(came) > FEW:
-        return None
-    return tuple([one for one in left if one not in after]), tuple([one for one in came if one not in before])
+def _pod(target: Target) -> str:
+    return next((value for name, value in target.meta if name == "pod"), "")
 
 
-def _difference(
-    before: Mapping[SliceEndpoint, tuple[Target, ...]],
-    after: Mapping[SliceEndpoint, tuple[Target, ...]],
-    gone: list[Target],
-    come: list[Target],
-) -> None:
-    """Add to the lists the targets of endpoints that are no longer the same."""
-    for endpoint, targets in before.items():
-        if after.get(endpoint) != targets:
-            gone += targets
-    for endpoint, targets in after.items():
-        if before.get(endpoint) != targets:
-            come += targets
+def _query(target: Target) -> tuple[tuple[str, str], ...]:
+    """Return what tells scrapes of one address, port and path apart."""
+    return tuple([pair for pair in target.meta if pair[0] == "scheme" or pair[0].startswith(PARAM_PREFIX)])
 
 
 def _take(table: dict[KeyT, tuple[ValueT, ...]], key: KeyT, value: ValueT) -> None:

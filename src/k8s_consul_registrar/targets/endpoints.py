@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 
 from k8s_consul_registrar.model import (
+    ContainerPort,
     EndpointSlice,
     Kind,
     KubeService,
@@ -39,13 +40,16 @@ from k8s_consul_registrar.targets.service_names import (
 
 FQDN = "FQDN"
 EXTERNAL_NAME = "ExternalName"
+# Endpoints between equal ones that are compared one by one; more are compared as a whole.
+FEW = 8
 
 
 class ServiceScrape(msgspec.Struct, frozen=True, gc=False):
     """The scrape settings of an annotated Service, which all its endpoints share.
 
     `key` is the one of its endpoints' targets. An empty `family` stands for every address family. In
-    `scrapes` the ports stay texts, since each EndpointSlice has ports of its own.
+    `scrapes` the ports stay texts, since each EndpointSlice has ports of its own. `target_labels` are those that
+    annotations set, by their meta keys.
     """
 
     key: ObjectKey
@@ -54,6 +58,7 @@ class ServiceScrape(msgspec.Struct, frozen=True, gc=False):
     publishes_unready: bool
     scrapes: tuple[ScrapeSet, ...]
     labels: Mapping[str, str]
+    target_labels: Mapping[str, str]
 
     def counts(self, endpoint: SliceEndpoint) -> bool:
         """Return True if an endpoint is scraped in its present condition."""
@@ -113,6 +118,11 @@ def resolve_service(service: KubeService, rules: TargetRules) -> ServiceScrape |
         publishes_unready=service.publishes_unready,
         scrapes=scrapes,
         labels=service.labels,
+        target_labels={
+            one.key: given[f"{prefix}{one.annotation}"]
+            for one in rules.target_labels
+            if f"{prefix}{one.annotation}" in given
+        },
     )
 
 
@@ -147,6 +157,42 @@ def resolve_slice(
     return SliceTargets(targets, Rejection(scrape.key, rejected.reason, detail))
 
 
+def shape_of(part: EndpointSlice) -> tuple[str, str, tuple[ContainerPort, ...]]:
+    """Return what a slice's targets depend on beside their endpoints."""
+    return part.service, part.family, part.ports
+
+
+def few_changed(
+    old: EndpointSlice, new: EndpointSlice
+) -> tuple[tuple[SliceEndpoint, ...], tuple[SliceEndpoint, ...]] | None:
+    """Return the endpoints that left and that came between the same others, None if they are many."""
+    before, after = old.endpoints, new.endpoints
+    start, end, shortest = 0, 0, min(len(before), len(after))
+    while start < shortest and before[start] == after[start]:
+        start += 1
+    while end < shortest - start and before[-1 - end] == after[-1 - end]:
+        end += 1
+    left, came = before[start : len(before) - end], after[start : len(after) - end]
+    if len(left) > FEW or len(came) > FEW:
+        return None
+    return tuple([one for one in left if one not in after]), tuple([one for one in came if one not in before])
+
+
+def difference(
+    before: Mapping[SliceEndpoint, tuple[Target, ...]],
+    after: Mapping[SliceEndpoint, tuple[Target, ...]],
+    gone: list[Target],
+    come: list[Target],
+) -> None:
+    """Add to the lists the targets of endpoints that are no longer the same."""
+    for endpoint, targets in before.items():
+        if after.get(endpoint) != targets:
+            gone += targets
+    for endpoint, targets in after.items():
+        if before.get(endpoint) != targets:
+            come += targets
+
+
 def _targets(
     scrape: ServiceScrape, endpoint: SliceEndpoint, ports: tuple[ScrapedPort, ...], rules: TargetRules
 ) -> tuple[Target, ...]:
@@ -170,7 +216,7 @@ def _targets(
     tags = service_tags(rules.tags, subject, rules.longest_shard)
     own = {"kind": Kind.ENDPOINT.value, "namespace": namespace, "service": service, "pod": endpoint.pod}
     own |= {"node": endpoint.node, "zone": _usable_zone(endpoint.zone)}
-    metas = {id(one): checked_meta({**one.meta, **own}) for one in scrape.scrapes}
+    metas = {id(one): checked_meta({**one.meta, **scrape.target_labels, **own}) for one in scrape.scrapes}
     is_proxied = bool(rules.pods_through_proxy and endpoint.pod)
     return tuple(
         [

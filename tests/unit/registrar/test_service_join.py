@@ -319,6 +319,30 @@ def test_same_id_of_two_services_is_two_claims() -> None:
     assert {one.key.name for one in scene.desired.claims[service_id]} == {"a--b", "a"}
 
 
+def test_endpoints_of_one_service_that_lead_to_one_id_are_said() -> None:
+    """The second scrape of one port and a Pod with a number in its name can end as one ID."""
+    service = make_kube_service(annotations=annotated(port="9102,2", path2="/more"))
+    alike = SliceEndpoint("198.51.100.3", pod="web-1--9102")
+    scene = Scene()
+    scene.put(service, make_slice("web-a", ONE), make_slice("web-b", alike))
+    shared = "svc--shop--web--web-1--9102--2"
+    assert len(scene.desired.claims[shared]) == 1
+    assert scene.desired.rejections[WEB].reason == Reason.ID_TAKEN
+    assert shared in scene.desired.rejections[WEB].detail
+    scene.cluster.remove(make_slice("web-b", alike))
+    assert dict(scene.desired.rejections) == {}
+
+
+def test_scrapes_of_one_path_with_other_parameters_are_all_asked_for() -> None:
+    """As for a Pod: a probe of two modules through one exporter is two targets."""
+    given = annotated(port="9102", path="/probe?module=a", path2="/probe?module=b", port2="9102")
+    scene = Scene()
+    scene.put(make_kube_service(annotations=given), make_slice("web-a", ONE))
+    assert scene.asked == {ID_ONE, f"{ID_ONE}--2"}
+    scene.put(make_pod("web-1", ip=ONE.address, annotations=annotated(port="9102", path="/probe")))
+    assert scene.asked == {"pod--shop--web-1"}
+
+
 # Through the proxy
 
 
@@ -372,6 +396,16 @@ def place(target: Target) -> Place:
     return target.address, target.port, dict(target.meta)["metrics_path"]
 
 
+def query(target: Target) -> tuple[tuple[str, str], ...]:
+    """Return what tells scrapes of one place apart."""
+    return tuple(pair for pair in target.meta if pair[0] == "scheme" or pair[0].startswith("param_"))
+
+
+def end(target: Target) -> tuple[str, int, str]:
+    """Return the endpoint that a target is of."""
+    return target.address, target.port, dict(target.meta).get("pod", "")
+
+
 def offered(objects: Iterable[Thing]) -> tuple[list[Target], dict[ObjectKey, str]]:
     """Compute from scratch every endpoint's target, one for each Service and ID, and the rejected Services."""
     objects = list(objects)
@@ -390,6 +424,9 @@ def offered(objects: Iterable[Thing]) -> tuple[list[Target], dict[ObjectKey, str
                 rejected.setdefault(scrape.key, rejection.reason)
             for one in (target for some in targets.values() for target in some):
                 offers.setdefault((one.id, one.key), []).append(one)
+    for (_, key), some in offers.items():
+        if len({end(one) for one in some}) > 1:
+            rejected.setdefault(key, Reason.ID_TAKEN)
     chosen = [min(some, key=lambda one: (one.address, one.port, one.meta)) for some in offers.values()]
     return chosen, rejected
 
@@ -399,8 +436,10 @@ def fresh(objects: Iterable[Thing]) -> tuple[dict[str, set[Target]], dict[Object
     objects = list(objects)
     chosen, rejected = offered(objects)
     first: dict[Place, Target] = {}
+    scraped: dict[tuple[Place, tuple[tuple[str, str], ...]], Target] = {}
     for target in sorted(chosen, key=lambda one: (one.rank, one.key, one.id)):
-        first.setdefault(place(target), target)
+        if first.setdefault(place(target), target).key == target.key:
+            scraped.setdefault((place(target), query(target)), target)
     resolved = [resolve_pod(item, RULES) for item in objects if isinstance(item, Pod)]
     of_pods = [target for some in resolved if isinstance(some, tuple) for target in some]
     claims: dict[str, set[Target]] = {}
@@ -411,7 +450,7 @@ def fresh(objects: Iterable[Thing]) -> tuple[dict[str, set[Target]], dict[Object
             meta["service"] = winner.key.name
         claims.setdefault(target.id, set()).add(replace(target, meta=tuple(sorted(meta.items()))))
     taken = {place(target) for target in of_pods}
-    for where, target in first.items():
+    for (where, _), target in scraped.items():
         if where not in taken:
             claims.setdefault(target.id, set()).add(target)
     return claims, rejected
@@ -422,7 +461,16 @@ addresses = st.sampled_from([f"10.0.0.{number}" for number in range(1, 5)] + ["0
 pod_names = st.sampled_from(["", "p", "q", "b--p"])
 ages = st.sampled_from(["2026-11-22T10:00:00Z", "2026-11-23T10:00:00Z"])
 ports = st.sampled_from([(tcp(80),), (tcp(81),), (tcp(80, "x"), tcp(81, "y")), ()])
-texts = st.sampled_from([{}, annotated(), annotated(port="x"), annotated(path="/p"), annotated(scheme="ftp")])
+texts = st.sampled_from(
+    [
+        {},
+        annotated(),
+        annotated(port="x"),
+        annotated(path="/p"),
+        annotated(scheme="ftp"),
+        annotated(path="/p", path2="/p?a=1", port2="80,81"),
+    ]
+)
 namespaces = st.sampled_from(["shop", "other"])
 endpoints = st.builds(SliceEndpoint, addresses, pod=pod_names, ready=st.booleans(), serving=st.booleans())
 services = st.builds(

@@ -1,19 +1,30 @@
 """Intervals, timeouts and numbered sets of annotations."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from k8s_consul_registrar.model import Pod, Rejection, Target
+from k8s_consul_registrar.model import (
+    Kind,
+    ObjectKey,
+    Pod,
+    Rejection,
+    ServiceWithSlices,
+    SliceEndpoint,
+    Target,
+)
 from k8s_consul_registrar.proxy.nodes import NodeTable
 from k8s_consul_registrar.proxy.routes import UNKNOWN_POD, Pods, Route, find_pod, proxied_pod
 from k8s_consul_registrar.targets.annotations import IntervalRules, parse_duration
+from k8s_consul_registrar.targets.endpoints import resolve_item
+from k8s_consul_registrar.targets.meta import parse_target_label
 from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
-from support.builders import annotated, make_pod, tcp
+from support.builders import annotated, make_kube_service, make_pod, make_slice, tcp
 
 P = "prometheus.io/"
 
@@ -318,3 +329,32 @@ def test_any_pod_ends_as_targets_of_different_ids_or_as_one_rejection(pod: Pod, 
         interval, timeout = times(target)
         if interval and timeout:
             assert parse_duration(timeout).milliseconds <= parse_duration(interval).milliseconds
+
+
+IDENTITY = {"kind", "namespace", "pod", "node", "service"}
+
+
+@given(pods())
+def test_service_reads_the_same_annotations_as_a_pod(pod: Pod) -> None:
+    """Same ports, paths, parameters, schemes, intervals, notes and labels, or the same reason."""
+    rules = TargetRules(target_labels=(parse_target_label("team"),))
+    pod = replace(pod, annotations={f"{P}label-team": "blue", **pod.annotations})
+    service = make_kube_service(annotations=pod.annotations)
+    part = make_slice("web-a", SliceEndpoint(pod.ip, pod=pod.name), ports=pod.ports)
+    whole = ServiceWithSlices(ObjectKey(Kind.ENDPOINT, "shop", "web"), service, (part,))
+    of_pod, of_service = resolve_item(pod, rules), resolve_item(whole, rules)
+    if isinstance(of_pod, Rejection):
+        assert isinstance(of_service, Rejection)
+        assert of_service.reason == of_pod.reason
+        return
+    assert isinstance(of_pod, tuple)
+    assert of_service is None or isinstance(of_service, tuple)
+    assert readings(of_service or ()) == readings(of_pod)
+
+
+def readings(targets: Iterable[Target]) -> list[tuple[Any, ...]]:
+    """Return what targets say of their scrapes, without what tells whose they are."""
+    return [
+        (one.address, one.port, one.notes, tuple(pair for pair in one.meta if pair[0] not in IDENTITY))
+        for one in targets
+    ]
