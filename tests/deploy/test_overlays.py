@@ -143,17 +143,16 @@ def test_overlay_without_an_agent_overlaps_only_where_one_pod_writes(
     assert objects["Deployment", "default", "k8s-consul-registrar"]["spec"]["strategy"] == strategy
 
 
-def test_operations_page_leads_to_two_replicas_by_way_of_catalog() -> None:
+def test_upgrade_page_leads_to_two_replicas_by_way_of_catalog() -> None:
     """The pages and the overlay itself name `catalog` as the step between."""
-    page = (DEPLOY.parent / "docs" / "operations.md").read_text()
-    section = page.partition("### From one replica with an agent to two replicas")[2].partition("\n#")[0]
+    page = (DEPLOY.parent / "docs" / "upgrade.md").read_text()
+    section = page.partition("## From one replica with an agent to two replicas")[2].partition("\n#")[0]
     assert 0 < section.index("Apply `catalog`") < section.index("Replace `catalog` by `two-replicas`")
     assert (
         "apply `catalog` first" in (DEPLOY / "overlays" / "two-replicas" / "kustomization.yaml").read_text()
     )
-    for name in ("deployment.md", "deployment.zh-CN.md"):
-        text = (DEPLOY.parent / "docs" / name).read_text()
-        assert "operations.md#from-one-replica-with-an-agent-to-two-replicas" in text
+    deployment = (DEPLOY.parent / "docs" / "deployment.md").read_text()
+    assert "upgrade.md#from-one-replica-with-an-agent-to-two-replicas" in deployment
 
 
 @needs_kubectl
@@ -226,9 +225,9 @@ def test_placeholder_is_marked_change() -> None:
 
 def test_every_line_to_fill_in_is_in_the_table() -> None:
     """Each overlay and component with a line marked CHANGE has a row, and so has each overlay to go back from."""
-    page = (DEPLOY.parent / "docs" / "operations.md").read_text()
-    fill_in = page.partition("### Lines to fill in")[2].partition("\n#")[0]
-    going_back = page.partition("### Going back from an overlay")[2].partition("\n#")[0]
+    page = (DEPLOY.parent / "docs" / "overlays.md").read_text()
+    fill_in = page.partition("## Lines to fill in")[2].partition("\n#")[0]
+    going_back = page.partition("## Going back from an overlay")[2].partition("\n#")[0]
     for folder in (*(DEPLOY / "overlays").iterdir(), *(DEPLOY / "components").iterdir()):
         is_marked = any("# CHANGE" in path.read_text() for path in folder.iterdir())
         assert is_marked == (f"{folder.name}`" in fill_in), folder.name
@@ -246,9 +245,9 @@ def test_purge_job_is_valid_and_restricted() -> None:
 
 @each_overlay
 def test_each_overlay_is_described(overlay: str) -> None:
-    """It begins with what it is for, and the operations page lists it."""
+    """It begins with what it is for, and the page of the variations lists it."""
     assert (DEPLOY / "overlays" / overlay / "kustomization.yaml").read_text().startswith("# ")
-    page = (DEPLOY.parent / "docs" / "operations.md").read_text()
+    page = (DEPLOY.parent / "docs" / "overlays.md").read_text()
     assert re.search(rf"^\| `{overlay}` \|", page, re.MULTILINE)
 
 

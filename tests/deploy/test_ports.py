@@ -16,7 +16,7 @@ from support.files import DEPLOY
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not on PATH")
 
-# Each of these says where Consul is, so one at most is chosen (docs/operations.md).
+# Each of these says where Consul is, so one at most is chosen (docs/overlays.md).
 PLACES_OF_CONSUL = frozenset({"catalog", "http-sd", "two-replicas"})
 # `namespaced` takes the proxy out, which these change.
 OF_THE_PROXY = frozenset({"pod-disruption-budget", "priority-class", "proxy-pods"})
@@ -137,7 +137,7 @@ def test_ports_are_open_exactly_where_pods_use_them(overlays: tuple[str, ...], t
 
 
 def test_pairs_that_do_not_go_together_are_documented() -> None:
-    """The operations page says which overlays exclude each other."""
-    page = (Path(DEPLOY.parent) / "docs" / "operations.md").read_text()
+    """The page of the variations says which overlays exclude each other."""
+    page = (Path(DEPLOY.parent) / "docs" / "overlays.md").read_text()
     assert "Of `catalog`, `http-sd` and `two-replicas`, choose one at most." in page
     assert "`namespaced` has no proxy, so `pod-disruption-budget`, `priority-class` and `proxy-pods`" in page

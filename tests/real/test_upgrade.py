@@ -1,4 +1,4 @@
-"""The order in which docs/operations.md replaces the original program, tried on real Consul agents."""
+"""The order in which docs/original-program.md replaces the original program, tried on real Consul agents."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ from support.waiting import PATIENCE, until
 
 pytestmark = [REAL, pytest.mark.long]
 
-OPERATIONS = ROOT / "docs" / "operations.md"
+MOVING = ROOT / "docs" / "original-program.md"
 PODS = tuple(f"web-{number}" for number in range(8))
 CLUSTER = "lab"
 # As a user of the original has it: nothing is known of `managed_by`.
@@ -176,7 +176,7 @@ def test_documented_copy_is_what_it_says() -> None:
     jq = shutil.which("jq")
     if jq is None:
         pytest.skip("jq is not on PATH")
-    (written,) = re.findall(r"jq '(.*?)'", OPERATIONS.read_text(), re.DOTALL)
+    (written,) = re.findall(r"jq '(.*?)'", MOVING.read_text(), re.DOTALL)
     labels = {"app": "k8s-consul-registrar"}
     pod = {"serviceAccountName": "k8s-consul-registrar-sa", "containers": [{"name": "consul-agent"}]}
     deployment = {

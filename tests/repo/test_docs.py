@@ -50,7 +50,12 @@ SHORTER = {"metrics.md"}
 MOST_LINES_OF_README = 200
 UNSET = "–"  # noqa: RUF001 - how a table shows a setting without a default
 
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+COMMENT = re.compile(r"(^|\s)# .*$", re.MULTILINE)
+# What stays in its own spelling whatever the language: settings, metrics, headers, labels, paths, flags.
+NAME = re.compile(
+    r"`(?:[A-Z][A-Z0-9]*_[A-Z0-9_]+|k8s_consul_registrar\w+|X-[\w-]+|__\w+|/[\w/.-]+|--[\w-]+)`"
+)
 HEADING = re.compile(r"^(#+) (.+)$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -79,6 +84,16 @@ def headings(document: Path) -> list[tuple[int, str]]:
 def sections(page: Path) -> list[str]:
     """Return what stands under each heading; the same index means the same section in both languages."""
     return re.split(r"^#+ .+$", prose_of(page), flags=re.MULTILINE)
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Return language and text of each fenced block, without comments, which are translated."""
+    return [(language, COMMENT.sub("", text)) for language, text in FENCE.findall(text_of(page))]
+
+
+def first_cells(text: str) -> list[list[str]]:
+    """Return the pieces of code in the first cell of each row of tables."""
+    return [re.findall(r"`[^`]+`", cell) for cell in re.findall(r"^\| (.*?) \|", text, re.MULTILINE)]
 
 
 def rows(text: str) -> dict[str, str]:
@@ -185,16 +200,19 @@ def test_every_page_is_in_the_index(language: str) -> None:
     "page", [one for one in TRANSLATED if one.name not in SHORTER], ids=lambda path: path.name
 )
 def test_languages_are_level(page: Path) -> None:
-    """Both languages have headings of the same levels, the same blocks, tables and list entries."""
+    """Both languages have headings of the same levels, the same commands, tables, list entries and names."""
     chinese = page.parent / f"{page.stem}{CHINESE}"
     assert [level for level, _ in headings(page)] == [level for level, _ in headings(chinese)]
-    assert FENCE.findall(text_of(page)) == FENCE.findall(text_of(chinese))
+    assert blocks(page) == blocks(chinese)
     for start in ("|", "- "):
         english, translated = (
             [sum(line.startswith(start) for line in part.splitlines()) for part in sections(one)]
             for one in (page, chinese)
         )
         assert english == translated
+    for part, its_chinese in zip(sections(page), sections(chinese), strict=True):
+        assert first_cells(part) == first_cells(its_chinese)
+        assert set(NAME.findall(part)) == set(NAME.findall(its_chinese))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
