@@ -59,6 +59,16 @@ class Source(NamedTuple):
         return f"{self.kind}s of {self.namespace}" if self.namespace else f"{self.kind}s"
 
 
+class Selector(NamedTuple):
+    """The objects of a kind that the API server lists and watches, by labels and by fields; empty texts select all."""
+
+    labels: str = ""
+    fields: str = ""
+
+
+EVERY_OBJECT = Selector()
+
+
 class ContainerPort(msgspec.Struct, frozen=True, gc=False):
     """A port a container declares; `number` is 1 to 65535."""
 

@@ -61,6 +61,7 @@ class MemoryCluster:
         self.objects: dict[ObjectKey, Item] = {}
         self.relists: list[tuple[Source, float]] = []
         self.unselected: set[ObjectKey] = set()
+        self.excluded_namespaces: set[str] = set()
         self.reads: list[ObjectKey] = []
         self.is_down = False
 
@@ -112,6 +113,10 @@ class MemoryCluster:
     async def is_selected(self, key: ObjectKey) -> bool:
         """Return whether lists show an object."""
         return key not in self.unselected
+
+    def is_excluded(self, key: ObjectKey) -> bool:
+        """Return whether the settings leave an object's namespace out."""
+        return key.namespace in self.excluded_namespaces
 
     def relist(self, source: Source, at: float) -> None:
         """Note that a list was asked for."""

@@ -10,7 +10,7 @@ import msgspec
 from k8s_consul_registrar.admin.target_groups import BadQuery, GroupEncoder
 from k8s_consul_registrar.admin.view import TargetRow, TargetState
 from k8s_consul_registrar.errors import ClusterError
-from k8s_consul_registrar.model import Kind, ObjectKey, Pod, Service
+from k8s_consul_registrar.model import Kind, ObjectKey, Pod, Selector, Service
 from k8s_consul_registrar.registrar.decide import (
     Action,
     CheckName,
@@ -84,7 +84,7 @@ def parse_question(words: Sequence[str]) -> ObjectKey | str:
 
 @dataclass(frozen=True, slots=True)
 class Explainer:
-    """Explains objects as a registrar knows them; `selectors` are the label selectors by kind.
+    """Explains objects as a registrar knows them; `selectors` are by kind.
 
     It reads the object, and what Consul has of its services, and changes nothing.
     """
@@ -93,7 +93,7 @@ class Explainer:
     cluster: ClusterReader
     encoder: GroupEncoder
     annotation_prefix: str
-    selectors: Mapping[Kind, str]
+    selectors: Mapping[Kind, Selector]
 
     async def explain(self, asked: ObjectKey | str) -> list[ExplainedObject]:
         """Explain an object, or every object with a target at an address; raises a `ConsulError`."""
@@ -143,7 +143,7 @@ class Explainer:
             "yes" if item is not None else "the API server has no such object",
             is_met=item is not None,
         )
-        selector = self.selectors.get(key.kind, "")
+        selector = ", ".join(filter(None, self.selectors.get(key.kind, ())))
         matches = f"{selector!r} {'matches' if is_selected else 'does not match'}"
         yield Condition("selected", matches if selector else "no selector", is_met=is_selected)
         if isinstance(item, Pod):

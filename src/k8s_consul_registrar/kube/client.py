@@ -33,7 +33,7 @@ from k8s_consul_registrar.kube.responses import (
     unpacker,
 )
 from k8s_consul_registrar.kube.watch_decoder import RESOURCES, WatchDecoder, WatchEvent, collection_path
-from k8s_consul_registrar.model import Kind, ObjectKey
+from k8s_consul_registrar.model import EVERY_OBJECT, Kind, ObjectKey, Selector
 
 # Half of kubectl's pages: a first sync holds 6 MB less at its peak and takes no longer.
 PAGE_SIZE = 250
@@ -129,7 +129,7 @@ class KubeClient:
         kind: Kind,
         *,
         namespace: str = "",
-        label_selector: str = "",
+        selector: Selector = EVERY_OBJECT,
         page_size: int | None = PAGE_SIZE,
         verb: str = "list",
     ) -> AsyncGenerator[Page, None]:
@@ -141,7 +141,7 @@ class KubeClient:
         rights that are missing when the list is denied.
         """
         action = ApiAction(verb, RESOURCES[kind], namespace)
-        query = _selecting(label_selector) if page_size is None else _selecting(label_selector, page_size)
+        query = _selecting(selector) | ({} if page_size is None else {"limit": str(page_size)})
         request = self._reading(action, kind, query)
         paging = Paging(action)
         coming: asyncio.Task[bytes] | None = None
@@ -175,7 +175,7 @@ class KubeClient:
         kind: Kind,
         *,
         namespace: str = "",
-        label_selector: str = "",
+        selector: Selector = EVERY_OBJECT,
         resource_version: str,
         timeout_seconds: int,
     ) -> AsyncGenerator[list[WatchEvent], None]:
@@ -186,7 +186,7 @@ class KubeClient:
         """
         action = ApiAction("watch", RESOURCES[kind], namespace)
         query = {"watch": "1", "allowWatchBookmarks": "true", "timeoutSeconds": str(timeout_seconds)}
-        query |= {"resourceVersion": resource_version, **_selecting(label_selector)}
+        query |= {"resourceVersion": resource_version, **_selecting(selector)}
         decoder = WatchDecoder(kind, namespace)
         pieces = self._stream(self._reading(action, kind, query))
         try:
@@ -206,13 +206,14 @@ class KubeClient:
         reading = self._reading(action, kind, {"limit": "1"})
         return _split(await self._send(reading), kind, action).resource_version
 
-    async def read_object(self, key: ObjectKey, *, label_selector: str = "") -> Item | None:
+    async def read_object(self, key: ObjectKey, selector: Selector = EVERY_OBJECT) -> Item | None:
         """Return an object as it is now, None where there is none; the right to list suffices.
 
-        Without a label selector an object that is no longer selected is found all the same.
+        Without a selector an object that is no longer selected is found all the same.
         """
         action = ApiAction("list", RESOURCES[key.kind], key.namespace)
-        query = {"fieldSelector": f"metadata.name={_escaped(key.name)}", **_selecting(label_selector)}
+        fields = ",".join(filter(None, (f"metadata.name={_escaped(key.name)}", selector.fields)))
+        query = _selecting(selector._replace(fields=fields))
         raw = _split(await self._send(self._reading(action, key.kind, query)), key.kind, action)
         items = raw.decode().items
         found = next((item for item in items if item.key == key), None)
@@ -375,9 +376,9 @@ async def _next_events(
     return None
 
 
-def _selecting(label_selector: str, page_size: int | None = None) -> dict[str, str]:
-    limit = {} if page_size is None else {"limit": str(page_size)}
-    return limit | ({"labelSelector": label_selector} if label_selector else {})
+def _selecting(selector: Selector) -> dict[str, str]:
+    query = {"labelSelector": selector.labels, "fieldSelector": selector.fields}
+    return {name: text for name, text in query.items() if text}
 
 
 def _escaped(name: str) -> str:

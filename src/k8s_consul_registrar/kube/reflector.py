@@ -29,7 +29,7 @@ from k8s_consul_registrar.kube.source_state import (
 )
 from k8s_consul_registrar.kube.store import Store
 from k8s_consul_registrar.kube.watch_decoder import Broken, Changed, Deleted, WatchEvent
-from k8s_consul_registrar.model import Kind, Source
+from k8s_consul_registrar.model import EVERY_OBJECT, Kind, Selector, Source
 from k8s_consul_registrar.telemetry import get_logger
 
 # Kinds whose first list waits for that of another, for so many seconds at most.
@@ -72,7 +72,7 @@ class Reflector:
         timing: Timing,
         period: float,
         watches: bool = True,
-        label_selector: str = "",
+        selector: Selector = EVERY_OBJECT,
         cluster_uid: ClusterUid | None = None,
         before_objects: Callable[[Kind], Awaitable[None]] | None = None,
         on_internal_error: Callable[[str, Exception], None] | None = None,
@@ -85,7 +85,7 @@ class Reflector:
         self._timing = timing
         self._period = period
         self._watches = watches
-        self._label_selector = label_selector
+        self._selector = selector
         self._cluster_uid = cluster_uid
         self._before_objects = before_objects
         self._on_internal_error = on_internal_error
@@ -244,7 +244,7 @@ class Reflector:
         pages = self._client.pages(
             self._source.kind,
             namespace=self._source.namespace,
-            label_selector=self._label_selector,
+            selector=self._selector,
             page_size=None if is_whole else PAGE_SIZE,
             # Following takes both rights, so that both are named where one is missing.
             verb="list and watch" if self._watches else "list",
@@ -297,7 +297,7 @@ class Reflector:
         batches = self._client.watch(
             self._source.kind,
             namespace=self._source.namespace,
-            label_selector=self._label_selector,
+            selector=self._selector,
             resource_version=self._version,
             timeout_seconds=max(1, int(random.uniform(shortest, 2 * shortest))),  # noqa: S311 - spreads load
         )
@@ -344,7 +344,7 @@ class Reflector:
 
 
 class Reflectors:
-    """All reflectors of a mode, one per source, into one Store. `selectors` are label selectors by kind."""
+    """All reflectors of a mode, one per source, into one Store. `selectors` are by kind."""
 
     def __init__(
         self,
@@ -355,7 +355,7 @@ class Reflectors:
         timing: Timing,
         period: float,
         watches: bool = True,
-        selectors: Mapping[Kind, str] = MappingProxyType({}),
+        selectors: Mapping[Kind, Selector] = MappingProxyType({}),
         cluster_uid: ClusterUid | None = None,
         on_internal_error: Callable[[str, Exception], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -368,7 +368,7 @@ class Reflectors:
                 timing=timing,
                 period=period,
                 watches=watches,
-                label_selector=selectors.get(source.kind, ""),
+                selector=selectors.get(source.kind, EVERY_OBJECT),
                 cluster_uid=cluster_uid,
                 before_objects=self._others_tried,
                 on_internal_error=on_internal_error,

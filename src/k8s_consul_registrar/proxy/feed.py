@@ -15,7 +15,16 @@ from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.reflector import Reflectors
 from k8s_consul_registrar.kube.source_state import Failed, SourceStatus
 from k8s_consul_registrar.kube.store import KEEP, Evidence, Store, Unreadable
-from k8s_consul_registrar.model import Kind, Node, ObjectKey, Pod, Source, Undecodable
+from k8s_consul_registrar.model import (
+    EVERY_OBJECT,
+    Kind,
+    Node,
+    ObjectKey,
+    Pod,
+    Selector,
+    Source,
+    Undecodable,
+)
 from k8s_consul_registrar.proxy.nodes import Contest, Nodes, NodeTable
 from k8s_consul_registrar.proxy.routes import Pods, ProxiedPod, proxied_pod
 from k8s_consul_registrar.telemetry import Failures, get_logger
@@ -57,7 +66,7 @@ class Feed(Generic[ValueT]):
         sources: Sequence[Source],
         rules: FeedRules,
         resolve: Callable[[Item], ValueT | Unreadable | None],
-        label_selector: str = "",
+        selector: Selector = EVERY_OBJECT,
     ) -> None:
         self.rules = rules
         self.has_known = False
@@ -71,7 +80,7 @@ class Feed(Generic[ValueT]):
             client,
             timing=rules.timing,
             period=CATCH_UP_PERIOD,
-            selectors={self.kind: label_selector},
+            selectors={self.kind: selector},
             clock=rules.clock,
         )
 
@@ -271,7 +280,7 @@ class PodFeed(Feed[ProxiedPod]):
         rules: FeedRules,
         *,
         sources: Sequence[Source],
-        label_selector: str = "",
+        selector: Selector = EVERY_OBJECT,
         annotation_prefix: str,
     ) -> None:
         def resolve(item: Item) -> ProxiedPod | Unreadable | None:
@@ -281,7 +290,7 @@ class PodFeed(Feed[ProxiedPod]):
                 return None
             return proxied_pod(item, annotation_prefix, allow_loopback=rules.allow_loopback)
 
-        super().__init__(client, sources, rules, resolve, label_selector)
+        super().__init__(client, sources, rules, resolve, selector)
         self._pods = pods
 
     @property

@@ -175,7 +175,8 @@ class Absences:
         lists = [self._desired.store.status(needed).list_began_at for needed in one.source.needed]
         began_at = min(-math.inf if at is None else at for at in lists)
         if began_at >= self._noticed_at[one.id][0]:
-            return Absence(began_at, is_unselected=was_asked and one.key is not None)
+            is_unselected = one.key is not None and (was_asked or self._cluster.is_excluded(one.key))
+            return Absence(began_at, is_unselected=is_unselected)
         return None
 
     def _is_empty(self, source: Source) -> bool:

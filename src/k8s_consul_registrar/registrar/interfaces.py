@@ -22,6 +22,9 @@ class ClusterReader(Protocol):
     async def is_selected(self, key: ObjectKey) -> bool:
         """Return whether lists of its source show an object that exists; raises a `ClusterError`."""
 
+    def is_excluded(self, key: ObjectKey) -> bool:
+        """Return True if the settings leave an object's namespace out, whatever a list shows."""
+
     def relist(self, source: Source, at: float) -> None:
         """Ask for a new complete list of a source at a moment of the monotonic clock."""
 

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from k8s_consul_registrar.model import Selector
 from k8s_consul_registrar.settings import parsers as parse
-from k8s_consul_registrar.settings.field import Section, Setting, section
+from k8s_consul_registrar.settings.field import Reader, Section, Setting, section
 from k8s_consul_registrar.telemetry import FORMATS, LEVELS
 
 COMMON = "Both modes"
@@ -42,9 +43,32 @@ class PodSelection(Section):
     pod_label_selector: str = Setting("POD_LABEL_SELECTOR", parse.selector, group=COMMON).means(
         "Kubernetes label selector for Pods. Set `INSTANCE` with it if several registrars share a cluster"
     )
+    excluded_namespaces: tuple[str, ...] = Setting(
+        "EXCLUDE_NAMESPACES", parse.namespaces, group=COMMON
+    ).means(
+        "Comma-separated namespaces of which nothing is discovered, such as `kube-system`: the API server leaves them "
+        "out. Not with `NAMESPACES`, which names what is discovered"
+    )
     annotation_prefix: str = Setting(
         "ANNOTATION_PREFIX", parse.annotation_prefix, "prometheus.io/", group=COMMON
     ).means("Prefix of the Pod annotations that are read: a DNS name and a slash")
+
+    @property
+    def pod_selector(self) -> Selector:
+        """The Pods that are listed and watched."""
+        return self.outside_excluded(self.pod_label_selector)
+
+    def outside_excluded(self, labels: str = "") -> Selector:
+        """Return the selector of objects with these labels that are in no excluded namespace."""
+        excluded = [f"metadata.namespace!={one}" for one in sorted(self.excluded_namespaces)]
+        return Selector(labels, "" if self.namespaces else ",".join(excluded))
+
+    def check(self, reader: Reader) -> None:
+        """Report namespaces that are both chosen and excluded, and warn of an exclusion without effect."""
+        if both := sorted({*self.namespaces} & {*self.excluded_namespaces}):
+            reader.problem("EXCLUDE_NAMESPACES", f"names {', '.join(both)}, which NAMESPACES names too")
+        elif self.namespaces and self.excluded_namespaces:
+            reader.warnings.append("EXCLUDE_NAMESPACES has no effect: NAMESPACES leaves those namespaces out")
 
 
 @dataclass(frozen=True, slots=True)

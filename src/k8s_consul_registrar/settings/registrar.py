@@ -326,6 +326,7 @@ def _newer_parts(settings: RegistrarSettings) -> dict[str, Any]:
         "intervals": (_durations(settings.intervals), _durations(default.intervals)),
         "node_paths": ([paths.linux, paths.windows], [usual_paths.linux, usual_paths.windows]),
         "is_node_path_told": (paths.is_told, usual_paths.is_told),
+        "excluded": (settings.selection.outside_excluded().fields, ""),
     }
     return {name: value for name, (value, usual) in parts.items() if value != usual}
 

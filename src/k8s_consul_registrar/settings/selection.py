@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from k8s_consul_registrar.consul.codec import MetaKeys, parse_meta_keys
-from k8s_consul_registrar.model import Kind, Source
+from k8s_consul_registrar.model import EVERY_OBJECT, Kind, Selector, Source
 from k8s_consul_registrar.settings import parsers as parse
 from k8s_consul_registrar.settings.common import PodSelection
 from k8s_consul_registrar.settings.field import Reader, Section, Setting
@@ -102,14 +102,15 @@ class SelectionSettings(PodSelection, group=DISCOVERY):
         )
 
     @property
-    def selectors(self) -> Mapping[Kind, str]:
-        """The label selector of each kind that has one."""
+    def selectors(self) -> Mapping[Kind, Selector]:
+        """The selector of each kind that has one."""
         selectors = {
-            Kind.POD: self.pod_label_selector,
-            Kind.NODE: self.node_label_selector,
-            Kind.SERVICE: self.service_label_selector,
+            Kind.POD: self.pod_selector,
+            Kind.NODE: Selector(self.node_label_selector),
+            Kind.SERVICE: self.outside_excluded(self.service_label_selector),
+            Kind.ENDPOINT: self.outside_excluded(),
         }
-        return {kind: given for kind, given in selectors.items() if given}
+        return {kind: given for kind, given in selectors.items() if given != EVERY_OBJECT}
 
     @property
     def is_whole_cluster(self) -> bool:
@@ -118,17 +119,20 @@ class SelectionSettings(PodSelection, group=DISCOVERY):
 
     def check(self, reader: Reader) -> None:
         """Warn of settings without effect, and of a selector that may remove another registrar's services."""
+        PodSelection.check(self, reader)
         kinds = {
             "POD_LABEL_SELECTOR": "pods",
             "NAMESPACES": "pods",
+            "EXCLUDE_NAMESPACES": "pods",
             "NODE_LABEL_SELECTOR": "nodes",
             "SERVICE_LABEL_SELECTOR": "services",
         }
         for one, kind in kinds.items():
-            is_used = _KINDS[kind] in self.kinds or (one == "NAMESPACES" and Kind.ENDPOINT in self.kinds)
+            is_of_services = one in ("NAMESPACES", "EXCLUDE_NAMESPACES") and Kind.ENDPOINT in self.kinds
+            is_used = _KINDS[kind] in self.kinds or is_of_services
             if reader.is_set(one) and not is_used:
                 reader.warnings.append(f"{one} has no effect: DISCOVER leaves out {kind}")
-        if self.selectors and not reader.is_set("INSTANCE"):
+        if any(one.labels for one in self.selectors.values()) and not reader.is_set("INSTANCE"):
             reader.warnings.append(
                 "a label selector without INSTANCE: services of objects that it does not match are removed, "
                 "even those that another registrar of this cluster wrote"

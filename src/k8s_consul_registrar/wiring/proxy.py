@@ -244,7 +244,7 @@ def build_feeds(
         pod_side.pods,
         rules,
         sources=pod_side.wanted.sources,
-        label_selector=pod_side.wanted.pod_label_selector,
+        selector=pod_side.wanted.pod_selector,
         annotation_prefix=pod_side.wanted.annotation_prefix,
     )
     return of_nodes, of_pods

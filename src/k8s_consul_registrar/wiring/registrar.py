@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -33,6 +33,7 @@ from k8s_consul_registrar.model import (
     Kind,
     KubeService,
     ObjectKey,
+    Selector,
     ServiceWithSlices,
     Source,
     Undecodable,
@@ -93,7 +94,8 @@ class ClusterReads:
 
     kube: KubeClient
     reflectors: Reflectors
-    selectors: Mapping[Kind, str]
+    selectors: Mapping[Kind, Selector]
+    excluded_namespaces: Collection[str] = ()
 
     async def read_object(self, key: ObjectKey) -> Item | None:
         """Return an object as it is now, None if there is none; raises a `ClusterError`."""
@@ -106,7 +108,7 @@ class ClusterReads:
         assert isinstance(service, KubeService | Undecodable)
         slices: list[EndpointSlice] = []
         async for page in self.kube.pages(
-            Kind.ENDPOINT, namespace=key.namespace, label_selector=f"{SERVICE_LABEL}={key.name}"
+            Kind.ENDPOINT, namespace=key.namespace, selector=Selector(f"{SERVICE_LABEL}={key.name}")
         ):
             for part in page.items:
                 if not isinstance(part, EndpointSlice):
@@ -118,8 +120,12 @@ class ClusterReads:
         """Return True if lists show an object that exists; raises a `ClusterError`."""
         if key.kind is Kind.ENDPOINT:
             key = ObjectKey(Kind.SERVICE, key.namespace, key.name)
-        text = self.selectors.get(key.kind, "")
-        return not text or await self.kube.read_object(key, label_selector=text) is not None
+        selector = self.selectors.get(key.kind)
+        return selector is None or await self.kube.read_object(key, selector) is not None
+
+    def is_excluded(self, key: ObjectKey) -> bool:
+        """Return True if the settings leave an object's namespace out."""
+        return key.namespace in self.excluded_namespaces
 
     def relist(self, source: Source, at: float) -> None:
         """Ask for a new complete list."""
@@ -306,7 +312,8 @@ class Wiring:
         )
         core = Core(desired, observed, queue, registry, rules, names, contests, reporter, status)
         reconciler = Reconciler(core)
-        cluster = ClusterReads(kube, reflectors, settings.selection.selectors)
+        selecting = settings.selection
+        cluster = ClusterReads(kube, reflectors, selecting.selectors, selecting.excluded_namespaces)
         absences = Absences(desired, cluster, settings.brake, is_same_selection=selection.is_same)
         resync = Resync(core, absences, id_prefix=settings.naming.id_prefix)
         upkeep = None

@@ -32,7 +32,7 @@ from k8s_consul_registrar.kube.credentials import ClientIdentity, Credentials, S
 from k8s_consul_registrar.kube.objects import Page
 from k8s_consul_registrar.kube.responses import MOST_IDLE_PAGES
 from k8s_consul_registrar.kube.watch_decoder import Broken
-from k8s_consul_registrar.model import Kind, ObjectKey, Pod, Undecodable
+from k8s_consul_registrar.model import Kind, ObjectKey, Pod, Selector, Undecodable
 from k8s_consul_registrar.rotating import fixed
 from k8s_consul_registrar.tls import KeyPair, Trust
 from support.files import recorded, recorded_refusal
@@ -134,7 +134,7 @@ async def test_recorded_pages_make_one_list() -> None:
 
     async with serve(handle) as port:
         pages = await list_all(
-            Access(f"http://127.0.0.1:{port}", ANONYMOUS), label_selector="app in (a,b),!x", page_size=4
+            Access(f"http://127.0.0.1:{port}", ANONYMOUS), selector=Selector("app in (a,b),!x"), page_size=4
         )
     assert [len(page.items) for page in pages] == [4, 4]
     common = {"limit": "4", "labelSelector": "app in (a,b),!x"}
@@ -677,8 +677,9 @@ async def test_object_that_is_not_selected_is_none_with_the_selector() -> None:
         KubeClient(Access(f"http://127.0.0.1:{port}", ANONYMOUS), TIMING) as client,
     ):
         key = ObjectKey(Kind.POD, "shop", "a")
-        assert await client.read_object(key, label_selector="app=web") is None
-    assert asked == [{"fieldSelector": "metadata.name=a", "labelSelector": "app=web"}]
+        assert await client.read_object(key, Selector("app=web", "metadata.namespace!=b")) is None
+    fields = "metadata.name=a,metadata.namespace!=b"
+    assert asked == [{"fieldSelector": fields, "labelSelector": "app=web"}]
 
 
 POD: dict[str, Any] = {"spec": {}, "status": {}}

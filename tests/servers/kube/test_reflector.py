@@ -26,7 +26,7 @@ from k8s_consul_registrar.kube.source_state import (
     WatchStats,
 )
 from k8s_consul_registrar.kube.store import Evidence, Store
-from k8s_consul_registrar.model import Kind, ObjectKey, Pod, Source, Undecodable
+from k8s_consul_registrar.model import EVERY_OBJECT, Kind, ObjectKey, Pod, Selector, Source, Undecodable
 from support.scripted import (
     Always,
     ApiAnswer,
@@ -137,7 +137,7 @@ async def following(
     timing: Timing = TIMING,
     watches: bool = True,
     period: float = 600.0,
-    selector: str = "",
+    selector: Selector = EVERY_OBJECT,
     resolve: Callable[[Item], str | None] = address,
     seen: Seen | None = None,
 ) -> AsyncIterator[Followed]:
@@ -156,7 +156,7 @@ async def following(
             timing=timing,
             period=period,
             watches=watches,
-            label_selector=selector,
+            selector=selector,
             cluster_uid=cluster_uid,
         )
         task = asyncio.create_task(reflector.run())
@@ -178,7 +178,7 @@ async def test_list_then_events_from_its_version() -> None:
             ("MODIFIED", pod_object("b", 103)),
         )
     )
-    async with following(api, selector="app=x") as followed:
+    async with following(api, selector=Selector("app=x")) as followed:
         await followed.settled("b", "c")
         assert followed.gone == set()
         assert ("a", Evidence.EVENT) in followed.seen.evidence

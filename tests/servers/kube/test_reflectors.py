@@ -16,7 +16,7 @@ from k8s_consul_registrar.kube.objects import Item, Page
 from k8s_consul_registrar.kube.reflector import Reflectors
 from k8s_consul_registrar.kube.source_state import Failed, SourceStatus
 from k8s_consul_registrar.kube.store import Evidence, Store
-from k8s_consul_registrar.model import Kind, Node, ObjectKey, Pod, Source
+from k8s_consul_registrar.model import Kind, Node, ObjectKey, Pod, Selector, Source
 from k8s_consul_registrar.sandbox import objects
 from k8s_consul_registrar.sandbox.access import Rule
 from k8s_consul_registrar.sandbox.resources import NAMESPACES
@@ -45,7 +45,7 @@ class Cluster:
         timing: Timing,
         *,
         watches: bool,
-        selectors: Mapping[Kind, str],
+        selectors: Mapping[Kind, Selector],
     ) -> None:
         self.reported: list[tuple[ObjectKey, Evidence]] = []
         self.failures = 0
@@ -108,7 +108,7 @@ async def followed(
     token: str = "",
     timing: Timing = TIMING,
     watches: bool = True,
-    selectors: Mapping[Kind, str] | None = None,
+    selectors: Mapping[Kind, Selector] | None = None,
     client_type: type[KubeClient] = KubeClient,
 ) -> AsyncIterator[Cluster]:
     """Follow a sandbox with a kubeconfig of its own."""
@@ -247,7 +247,7 @@ async def test_selectors_choose_by_kind(tmp_path: Path) -> None:
         kube.create(objects.node("node-a", addresses=(("InternalIP", "192.0.2.10"),)))
         kube.create(pod("a"))
         kube.create(pod("b"))
-        async with followed(sandbox, tmp_path, selectors={Kind.POD: "app in (a,c)"}) as cluster:
+        async with followed(sandbox, tmp_path, selectors={Kind.POD: Selector("app in (a,c)")}) as cluster:
             await until(lambda: cluster.is_settled() and cluster.names() == {"a", "node-a"})
             kube.create(pod("c"))
             await until(lambda: cluster.names() == {"a", "c", "node-a"})
@@ -255,6 +255,20 @@ async def test_selectors_choose_by_kind(tmp_path: Path) -> None:
             changed["metadata"]["labels"] = {"app": "z"}
             kube.update(changed)
             await until(lambda: cluster.names() == {"a", "node-a"})
+
+
+async def test_excluded_namespaces_are_left_out_by_the_server(tmp_path: Path) -> None:
+    """Of lists and of watches, by a field selector."""
+    async with Sandbox() as sandbox:
+        kube = sandbox.kube
+        kube.create(pod("a"))
+        kube.create(objects.pod("b", namespace="kube-system", ip="198.51.100.9"))
+        selector = Selector(fields="metadata.namespace!=ci,metadata.namespace!=kube-system")
+        async with followed(sandbox, tmp_path, sources=(PODS,), selectors={Kind.POD: selector}) as cluster:
+            await until(lambda: cluster.is_settled() and cluster.names() == {"a"})
+            kube.create(objects.pod("c", namespace="ci", ip="198.51.100.10"))
+            kube.create(pod("d"))
+            await until(lambda: cluster.names() == {"a", "d"})
 
 
 async def test_at_rest_nothing_is_listed_and_noise_changes_nothing(tmp_path: Path) -> None:

@@ -138,6 +138,23 @@ async def test_absence_of_an_object_that_is_no_longer_selected_is_kept() -> None
     assert set((await world.resync()).released) == ids("lost")
 
 
+async def test_services_of_a_newly_excluded_namespace_wait_however_few_they_are() -> None:
+    """More than are asked for by name, and too few for a mass removal: a list cannot tell why they are missing."""
+    here = [f"here-{number}" for number in range(4 * MOST_BY_NAME)]
+    gone = [our_pod_service(f"p{number}", "ci") for number in range(MOST_BY_NAME + 1)]
+    world = World(*map(our_pod_service, here), *gone)
+    world.cluster.excluded_namespaces.add("ci")
+    world.lists(*map(make_pod, here))
+    for _ in range(2):
+        world.now += 50
+        judged = await world.resync(read_at=world.now - 50)
+        world.lists(*map(make_pod, here))
+    assert (dict(judged.released), set(held_by(judged).values())) == ({}, {600.0})
+    world.now += 600
+    world.lists(*map(make_pod, here))
+    assert set((await world.resync()).released) == {one.id for one in gone}
+
+
 @pytest.mark.parametrize(
     "pod", [make_pod("job", phase="Succeeded"), make_pod("job", annotations={})], ids=["finished", "asks not"]
 )

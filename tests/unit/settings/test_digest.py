@@ -76,6 +76,13 @@ def test_other_settings_and_spellings_of_the_same_leave_it(name: str, value: str
     assert digest(**{name: value}) == digest()
 
 
+def test_excluded_namespaces_change_it_where_they_have_an_effect() -> None:
+    """In any order; beside NAMESPACES they have none."""
+    assert digest(EXCLUDE_NAMESPACES="c") == digest()
+    assert digest(NAMESPACES="", EXCLUDE_NAMESPACES="c,d") == digest(NAMESPACES="", EXCLUDE_NAMESPACES="d,c")
+    assert digest(NAMESPACES="", EXCLUDE_NAMESPACES="c") != digest(NAMESPACES="")
+
+
 def test_digest_of_settings_before_there_were_intervals_stays() -> None:
     """An upgrade is no other selection: otherwise it would make the brake wait longer."""
     assert digest() == "7ce0bbbb97ca8c4971e92336"

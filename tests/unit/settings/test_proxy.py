@@ -3,7 +3,7 @@
 import pytest
 
 from k8s_consul_registrar.errors import SettingsError
-from k8s_consul_registrar.model import Kind, Source
+from k8s_consul_registrar.model import Kind, Selector, Source
 from k8s_consul_registrar.settings.reading import read_proxy, read_registrar
 from k8s_consul_registrar.wiring.registrar import Wiring
 
@@ -67,6 +67,7 @@ def test_which_pods() -> None:
         "PROXY_PODS": "true",
         "PROXY_BEARER_TOKEN_FILE": "/token",
         "NAMESPACES": "shop,pay",
+        "EXCLUDE_NAMESPACES": "ci",
         "POD_LABEL_SELECTOR": "tier=web",
         "ANNOTATION_PREFIX": "scrape.example/",
     }
@@ -75,6 +76,10 @@ def test_which_pods() -> None:
     assert pods.sources == (Source(Kind.POD, "shop"), Source(Kind.POD, "pay"))
     assert (pods.pod_label_selector, pods.annotation_prefix) == ("tier=web", "scrape.example/")
     assert "NAMESPACES" in problems(**{**environment, "NAMESPACES": "a_b"})
+    assert pods.pod_selector == Selector("tier=web")
+    others = read_proxy({**environment, "NAMESPACES": ""}).pods
+    assert others is not None
+    assert others.pod_selector == Selector("tier=web", "metadata.namespace!=ci")
 
 
 def test_setting_without_effect_is_a_warning() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from k8s_consul_registrar.cli import main
 from k8s_consul_registrar.errors import SettingsError
-from k8s_consul_registrar.model import Kind, Source
+from k8s_consul_registrar.model import Kind, Selector, Source
 from k8s_consul_registrar.settings.reading import read_registrar
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.targets.meta import LabelMeta
@@ -66,7 +66,10 @@ def test_every_setting_reaches_its_place() -> None:
     assert rules.longest_shard == 3
     assert settings.naming.meta_keys.text == "cluster=cluster_name,metrics_path=path"
     assert Wiring(settings).shards == HashShards(("s1", "s22"))
-    assert settings.selection.selectors == {Kind.POD: "app in (a, b)", Kind.NODE: "!gpu"}
+    assert settings.selection.selectors == {
+        Kind.POD: Selector("app in (a, b)"),
+        Kind.NODE: Selector("!gpu"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -98,6 +101,27 @@ def test_identity_of_a_part_does_not_cover_the_cluster(environment: dict[str, st
     assert not Wiring(read(**environment)).identity.covers_cluster
 
 
+def test_excluded_namespaces_are_left_out_of_every_kind_that_has_namespaces() -> None:
+    """Pods, Services and slices alike, with the labels that their kind has."""
+    settings = read(EXCLUDE_NAMESPACES="b, a", POD_LABEL_SELECTOR="app", DISCOVER="pods,nodes,services")
+    fields = "metadata.namespace!=a,metadata.namespace!=b"
+    assert settings.selection.selectors == {
+        Kind.POD: Selector("app", fields),
+        Kind.SERVICE: Selector("", fields),
+        Kind.ENDPOINT: Selector("", fields),
+    }
+    assert not Wiring(settings).identity.covers_cluster
+
+
+def test_excluded_namespaces_beside_chosen_ones_have_no_effect() -> None:
+    """That is said; to name one in both is a mistake."""
+    settings = read(NAMESPACES="a,b", EXCLUDE_NAMESPACES="c")
+    assert settings.selection.selectors == {}
+    assert "EXCLUDE_NAMESPACES has no effect: NAMESPACES leaves" in settings.common.warnings[0]
+    (problem,) = problems(NAMESPACES="a,b", EXCLUDE_NAMESPACES="b,c")
+    assert problem == "EXCLUDE_NAMESPACES: names b, which NAMESPACES names too"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
@@ -122,6 +146,7 @@ def test_identity_of_a_part_does_not_cover_the_cluster(environment: dict[str, st
         ("NAMESPACES", "a,B", "'B' is no namespace"),
         ("NAMESPACES", "x" * 64, "is no namespace"),
         ("NAMESPACES", ",", "names no namespace"),
+        ("EXCLUDE_NAMESPACES", "a,B", "'B' is no namespace"),
         ("POD_LABEL_SELECTOR", "a\x00b", "not printable"),
         ("ANNOTATION_PREFIX", "prometheus.io", "a slash"),
         ("ANNOTATION_PREFIX", "Prometheus.io/", "a slash"),
