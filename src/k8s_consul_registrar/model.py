@@ -210,7 +210,7 @@ class Target(msgspec.Struct, frozen=True, gc=False):
     (`targets.resolve`) nothing is said of its zone. `has_own_address` is True for a Pod that is scraped at an IP
     of its own: no other Pod can rightly be at the same address and port, as can happen on a Node's network or
     behind the proxy. `is_terminating` is True while the Pod is being deleted. With `has_own_zone` the Pod's own
-    labels name the zone. `notes` say in what it differs from what the object asks for (`targets.reasons`).
+    labels name the zone. `notes` say in what it differs from what the object asks for (`errors`).
     """
 
     key: ObjectKey
@@ -232,7 +232,7 @@ class Target(msgspec.Struct, frozen=True, gc=False):
 class Rejection(msgspec.Struct, frozen=True):
     """Why an object that asks to be scraped is not a target.
 
-    `reason` is one of a fixed set (`targets.reasons`), fit for a metric's label; `detail` is for people.
+    `reason` is one of a fixed set (`errors`), fit for a metric's label; `detail` is for people.
     What Consul already holds of the object, `id` included, is left as it is while it is rejected.
     """
 

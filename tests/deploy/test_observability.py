@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from k8s_consul_registrar.admin.metrics import new_registry
 from k8s_consul_registrar.admin.view import TargetState
+from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.kube.source_state import CAUSES
 from k8s_consul_registrar.model import Kind
 from k8s_consul_registrar.proxy.metrics import ProxyCollector
@@ -22,7 +23,6 @@ from k8s_consul_registrar.registrar.decide import Kept
 from k8s_consul_registrar.registrar.metrics import Figures, RegistrarCollector, RegistrarMetrics
 from k8s_consul_registrar.registrar.orphans import Stays
 from k8s_consul_registrar.rotating import LoadStatus
-from k8s_consul_registrar.targets.reasons import Reason
 from support.files import ROOT
 from support.real_servers import REAL, prometheus_tools
 

@@ -16,7 +16,7 @@ from k8s_consul_registrar.errors import (
     ConsulTokenUnknown,
 )
 from k8s_consul_registrar.model import Drift, Service, Written
-from k8s_consul_registrar.registrar.names import is_of_a_registrar
+from k8s_consul_registrar.registrar.ownership import is_of_a_registrar
 from support.builders import make_service, our_pod_service
 from support.real_servers import REAL, RealConsul, connected, held, make_token, real_consul, restart_empty
 from support.waiting import PATIENCE, until

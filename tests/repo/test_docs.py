@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from k8s_consul_registrar import runner
 from k8s_consul_registrar.admin.metrics import new_registry
 from k8s_consul_registrar.cli import build_parser
+from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.proxy.metrics import ProxyCollector
 from k8s_consul_registrar.proxy.refusals import Outcome
 from k8s_consul_registrar.proxy.stats import ProxyStats
@@ -27,7 +28,6 @@ from k8s_consul_registrar.registrar.metrics import (
 )
 from k8s_consul_registrar.registrar.orphans import Stays
 from k8s_consul_registrar.settings.reading import PROXY, REGISTRAR, SETTINGS, modes_of
-from k8s_consul_registrar.targets.reasons import Reason
 from support.files import ROOT
 from support.waiting import PATIENCE
 

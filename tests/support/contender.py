@@ -15,7 +15,7 @@ import uvloop
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.kube.access import load_access
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.lease import LeaseClient
+from k8s_consul_registrar.kube.cluster import LeaseClient
 from k8s_consul_registrar.registrar.election import ElectionTiming
 from k8s_consul_registrar.registrar.elector import Elector
 from k8s_consul_registrar.telemetry import configure_logging

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from k8s_consul_registrar.admin.view import About, TargetRow, View
 from k8s_consul_registrar.backoff import Timing
-from k8s_consul_registrar.kube.cluster_uid import ClusterUid
+from k8s_consul_registrar.kube.cluster import ClusterUid
 from k8s_consul_registrar.model import Drift, Pod, Source
 from k8s_consul_registrar.registrar.absences import Absences, SelectionRecord
 from k8s_consul_registrar.registrar.brake import BrakeRules
@@ -18,9 +18,8 @@ from k8s_consul_registrar.registrar.controller import Controller
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.interfaces import Leadership, Orphans
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
-from k8s_consul_registrar.registrar.names import NameGuard
 from k8s_consul_registrar.registrar.observed import Contests, ObservedState
-from k8s_consul_registrar.registrar.ownership import Identity
+from k8s_consul_registrar.registrar.ownership import Identity, NameGuard
 from k8s_consul_registrar.registrar.queue import WorkQueue
 from k8s_consul_registrar.registrar.reconciler import Core, Reconciler
 from k8s_consul_registrar.registrar.reporter import Reporter
@@ -114,7 +113,9 @@ class ControllerLab:
         self.reporter = Reporter(RegistrarMetrics(self.metrics), self.status, self.clock)
         self.queue = WorkQueue(first=timing.retry_first, cap=backoff_cap, min_interval=timing.write_interval)
         checked = frozenset(source.kind for source in sources) if checked_names else frozenset()
-        self.names = NameGuard(self.consul.is_name_taken, checked=checked)
+        self.names = NameGuard(
+            self.consul.is_name_taken, checked=checked, unchecked=self.reporter.names_unchecked
+        )
         self.rules = Rules(identity, shards or RandomShards(), self.names.names)
         self.contests = Contests(schedule.period)
         self.absences = Absences(self.desired, self.cluster, brake, clock=self.clock)

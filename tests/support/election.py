@@ -16,7 +16,7 @@ from typing import Any
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.kube.access import load_access
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.lease import LeaseClient
+from k8s_consul_registrar.kube.cluster import LeaseClient
 from k8s_consul_registrar.model import Lease
 from k8s_consul_registrar.registrar.election import (
     CreateLease,

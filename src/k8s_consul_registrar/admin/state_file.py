@@ -23,7 +23,7 @@ from k8s_consul_registrar.admin.saved_state import (
 from k8s_consul_registrar.admin.view import Completeness, View
 from k8s_consul_registrar.asyncio_tools import in_slices
 from k8s_consul_registrar.errors import AccessError
-from k8s_consul_registrar.kube.cluster_uid import ClusterUid
+from k8s_consul_registrar.kube.cluster import ClusterUid
 from k8s_consul_registrar.kube.source_state import Failed
 from k8s_consul_registrar.rotating import LoadStatus, contained, read_file, reason
 from k8s_consul_registrar.telemetry import get_logger

@@ -8,16 +8,15 @@ from typing import NamedTuple, Protocol
 
 from k8s_consul_registrar.admin.index import Index, IndexRules
 from k8s_consul_registrar.consul.codec import MetaKeys
+from k8s_consul_registrar.errors import Note, Reason
 from k8s_consul_registrar.kube.source_state import CAUSES, SourceStatus, WatchStats
 from k8s_consul_registrar.model import USUAL_KINDS, Kind, ObjectKey, Rejection, Service, Source, Target
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.metrics import Figures
 from k8s_consul_registrar.registrar.observed import AsDesired, ObservedState, Other
-from k8s_consul_registrar.registrar.reporter import Progress
 from k8s_consul_registrar.registrar.service_join import Winner
-from k8s_consul_registrar.registrar.status import RegistrarStatus
-from k8s_consul_registrar.targets.reasons import Note, Reason
+from k8s_consul_registrar.registrar.status import Progress, RegistrarStatus
 from k8s_consul_registrar.targets.service_names import HashShards
 
 # Seconds that what is saved or written for the first time waits for Consul.

@@ -26,7 +26,7 @@ from k8s_consul_registrar.errors import (
     ConsulRefused,
     SettingsError,
 )
-from k8s_consul_registrar.kube.cluster_uid import IDENTITY_NAMESPACE
+from k8s_consul_registrar.kube.cluster import IDENTITY_NAMESPACE
 from k8s_consul_registrar.model import Service, Written
 from k8s_consul_registrar.registrar.interfaces import Registry
 from k8s_consul_registrar.registrar.orphans import observe_agents

@@ -33,7 +33,7 @@ from k8s_consul_registrar.registrar.metrics import RegistrarCollector, Registrar
 from k8s_consul_registrar.registrar.observed import AsDesired
 from k8s_consul_registrar.registrar.ownership import Claim
 from k8s_consul_registrar.registrar.reconciler import Core
-from k8s_consul_registrar.registrar.reporter import tell_progress
+from k8s_consul_registrar.registrar.status import tell_progress
 from k8s_consul_registrar.runner import Stop, run_mode, run_until_stopped
 from k8s_consul_registrar.settings.consul import AUTO, NONE
 from k8s_consul_registrar.settings.reading import read_registrar, shown_settings

@@ -53,23 +53,6 @@ class TokenSource(Protocol):
         """Note that Consul does not know a token; return True if another attempt is worthwhile."""
 
 
-class FixedToken:
-    """An ACL token that stays, empty for none."""
-
-    version = 0
-
-    def __init__(self, token: str) -> None:
-        self._token = token
-
-    async def token(self) -> str:
-        """Return the token."""
-        return self._token
-
-    def is_unknown(self, token: str) -> bool:  # noqa: ARG002 - there is no other one
-        """Return False."""
-        return False
-
-
 class ConsulTokenFile:
     """An ACL token in a file, which is read again when the file changes."""
 

@@ -14,7 +14,7 @@ import msgspec
 from yarl import URL
 
 from k8s_consul_registrar.backoff import Timing, delays
-from k8s_consul_registrar.consul.access import ConsulAccess, ConsulTokenFile, FixedToken, TokenSource
+from k8s_consul_registrar.consul.access import ConsulAccess, ConsulTokenFile, TokenSource
 from k8s_consul_registrar.consul.answers import LONGEST_HEAD, ConsulAnswer, StreamedAnswer, refusal
 from k8s_consul_registrar.consul.health import TOO_MANY_REQUESTS, ConsulHealth, RequestKind
 from k8s_consul_registrar.errors import (
@@ -112,8 +112,9 @@ class ConsulClient:
         self._fence = fence
         self._timing = timing
         self._connections = connections
-        named = ConsulTokenFile(access.token_file) if access.token_file else FixedToken(access.token)
-        self._tokens: TokenSource = tokens or named
+        if tokens is None and access.token_file:
+            tokens = ConsulTokenFile(access.token_file)
+        self._tokens = tokens  # None where the token stays
         self._session: aiohttp.ClientSession | None = None
         self._background: set[asyncio.Task[Any]] = set()
         scope = {"ns": access.namespace, "partition": access.partition}
@@ -132,7 +133,7 @@ class ConsulClient:
     @property
     def token_version(self) -> int:
         """The number of times that the token was seen to change while requests were sent."""
-        return self._tokens.version
+        return 0 if self._tokens is None else self._tokens.version
 
     def single(self) -> "ConsulClient":
         """Return a client of the same Consul with one new connection, which one agent answers; it is not open yet."""
@@ -279,7 +280,7 @@ class ConsulClient:
             async with response:
                 head = await self._read(response.content.read(LONGEST_HEAD))
             error = refusal(response.status, asking.path, ConsulAnswer(head, response.headers))
-            if not (left and isinstance(error, ConsulTokenUnknown) and self._tokens.is_unknown(token)):
+            if not (left and isinstance(error, ConsulTokenUnknown) and self._is_worth_another(error, token)):
                 break
             await asyncio.sleep(self._timing.retry_first)
         raise error
@@ -338,6 +339,8 @@ class ConsulClient:
             raise self._unreachable(error) from error
 
     async def _token(self) -> str:
+        if self._tokens is None:
+            return self._access.token
         try:
             return await self._tokens.token()
         except AccessError as error:
@@ -346,7 +349,7 @@ class ConsulClient:
     def _is_worth_another(self, error: ConsulError, token: str) -> bool:
         """Return True for a 429, and where the next attempt may show another token."""
         if isinstance(error, ConsulTokenUnknown):
-            return self._tokens.is_unknown(token)
+            return self._tokens is not None and self._tokens.is_unknown(token)
         return isinstance(error, ConsulBusy) and error.status == TOO_MANY_REQUESTS
 
     def _unreachable(self, error: Exception) -> ConsulUnreachable:

@@ -4,16 +4,16 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 
 from k8s_consul_registrar.asyncio_tools import end_tasks
 from k8s_consul_registrar.backoff import Timing, delays
-from k8s_consul_registrar.consul.access import FixedToken, TokenSource
+from k8s_consul_registrar.consul.access import ConsulAccess
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.codec import decode
 from k8s_consul_registrar.errors import (
@@ -60,13 +60,6 @@ class AuthMethod:
         return {key: value for key, value in params.items() if value}
 
 
-class Connect(Protocol):
-    """Makes a client that shows the tokens of a source."""
-
-    def __call__(self, *, tokens: TokenSource) -> ConsulClient:
-        """Make the client; it is not open yet."""
-
-
 class _Answer(msgspec.Struct):
     secret: str = msgspec.field(name="SecretID")
     created: datetime | None = msgspec.field(name="CreateTime", default=None)
@@ -105,14 +98,14 @@ class Login:
     def __init__(
         self,
         method: AuthMethod,
-        connect: Connect,
+        access: ConsulAccess,
         timing: Timing,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Make it, without a login yet; raises an `AccessError` if the bearer token cannot be read."""
+        """Make it, without a login yet; the token of `access` is not shown. Raises an `AccessError` if the bearer token cannot be read."""
         self._method = method
-        self._connect = connect
+        self._access = access
         self._timing = timing
         self._clock = clock
         self._bearer = token_file(Path(method.bearer_file), BEARER_FILE, clock=clock)
@@ -158,7 +151,7 @@ class Login:
         try:
             async with (
                 asyncio.timeout(LOGOUT_WITHIN),
-                self._connect(tokens=FixedToken(held.secret)) as client,
+                self._client(held.secret) as client,
             ):
                 await client.request("POST", LOGOUT, params=self._method.params)
         except (ConsulError, TimeoutError) as error:
@@ -166,6 +159,11 @@ class Login:
             log.info("not logged out of Consul; the token is left to expire", problem=problem)
         else:
             log.info("logged out of Consul")
+
+    def _client(self, token: str) -> ConsulClient:
+        """Return a client that shows a token, empty for none; it is not open yet."""
+        access = replace(self._access, token=token, token_file="")
+        return ConsulClient(access, self._timing, connections=1)
 
     def _begin(self) -> "asyncio.Task[_Held | ConsulError]":
         """Return the login that is under way, or begin one."""
@@ -198,7 +196,7 @@ class Login:
             raise ConsulTokenUnknown(str(error)) from None
         asked = {"AuthMethod": self._method.name, "BearerToken": bearer, "Meta": self._method.meta}
         try:
-            async with self._connect(tokens=FixedToken("")) as client:
+            async with self._client("") as client:
                 body = msgspec.json.encode(asked)
                 answer = await client.request(
                     "POST", LOGIN, params=self._method.params, body=body, is_read=True

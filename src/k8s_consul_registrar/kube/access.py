@@ -14,13 +14,15 @@ from urllib.parse import SplitResult, urlsplit
 
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.credentials import (
+    API_VERSIONS,
     ClientIdentity,
     Credentials,
+    ExecCredentials,
+    ExecPlugin,
     StoredCredentials,
     basic_credentials,
     rotating_token,
 )
-from k8s_consul_registrar.kube.exec_plugin import API_VERSIONS, ExecCredentials, ExecPlugin
 from k8s_consul_registrar.kube.kubeconfig import Cluster, Entry, Exec, User, choose_context
 from k8s_consul_registrar.rotating import Rotating, clean_token, contained, fixed, read_file
 from k8s_consul_registrar.tls import KeyPair, Trust, checked, trust_in

@@ -18,7 +18,7 @@ from k8s_consul_registrar.errors import (
     ClusterRefused,
 )
 from k8s_consul_registrar.kube.client import PAGE_SIZE, KubeClient
-from k8s_consul_registrar.kube.cluster_uid import ClusterUid
+from k8s_consul_registrar.kube.cluster import ClusterUid
 from k8s_consul_registrar.kube.source_state import (
     ENDED,
     RELIST,

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
+from k8s_consul_registrar.errors import Rejected
 from k8s_consul_registrar.model import Pod
 from k8s_consul_registrar.proxy.nodes import KUBELET, POD, POD_TLS, Endpoint, NodeTable, dialable_spelling
 from k8s_consul_registrar.proxy.refusals import Outcome, Refusal
 from k8s_consul_registrar.targets.annotations import ScrapeSet
-from k8s_consul_registrar.targets.reasons import Rejected
 from k8s_consul_registrar.targets.scrape_config import (
     is_scraped,
     parse_ip,

@@ -1,17 +1,16 @@
 """The decision about one service ID: desired state and observed state in, an action out. Pure."""
 
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 from enum import Enum, StrEnum
 from typing import TypeAlias
 
 import msgspec
 
+from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.model import MANAGED_BY, Kind, ObjectKey, Rejection, Target
 from k8s_consul_registrar.registrar.observed import AsDesired, Foreign, Observed, Other, Unknown, zone_of
-from k8s_consul_registrar.registrar.ownership import Claim, Identity
+from k8s_consul_registrar.registrar.ownership import Claim, Identity, Names, NameStatus, comparable_name
 from k8s_consul_registrar.targets.meta import keep_zone
-from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.service_names import Shards
 
 CONTESTED = "another writer with this registrar's identity, which keeps changing it"
@@ -51,45 +50,6 @@ class Desired(msgspec.Struct, frozen=True, gc=False):
     cluster_uid: str = ""
     shard: str = ""
     is_contested: bool = False
-
-
-class NameStatus(Enum):
-    """Answer to "may a service be given this name?"."""
-
-    FREE = "free"
-    TAKEN = "taken"
-    UNCHECKED = "unchecked"
-
-
-def comparable_name(name: str) -> str:
-    """Return a name as Consul looks it up: case does not count.
-
-    Source: agent/consul/state/catalog.go, the index `service` of the services, `Lowercase: true`.
-    """
-    return name.lower()
-
-
-class Names(msgspec.Struct):
-    """Knowledge of the names in the catalog, each as Consul compares them.
-
-    `taken` belong to others at this registrar's own node. New names of the `checked` kinds are looked up in
-    the whole catalog first: `looked_up` says which of them are taken.
-    """
-
-    checked: AbstractSet[Kind] = frozenset()
-    taken: AbstractSet[str] = frozenset()
-    looked_up: dict[str, bool] = {}
-
-    def status(self, kind: Kind, name: str) -> NameStatus:
-        """Return whether a service may be given a name."""
-        compared = comparable_name(name)
-        if compared in self.taken or self.looked_up.get(compared, False):
-            return NameStatus.TAKEN
-        return (
-            NameStatus.UNCHECKED
-            if kind in self.checked and compared not in self.looked_up
-            else NameStatus.FREE
-        )
 
 
 class Rules(msgspec.Struct, frozen=True):

@@ -24,7 +24,6 @@ from k8s_consul_registrar.registrar.decide import (
 )
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.interfaces import Registry
-from k8s_consul_registrar.registrar.names import NameGuard
 from k8s_consul_registrar.registrar.observed import (
     Contests,
     Foreign,
@@ -33,6 +32,7 @@ from k8s_consul_registrar.registrar.observed import (
     observe,
     with_known_zone,
 )
+from k8s_consul_registrar.registrar.ownership import NameGuard
 from k8s_consul_registrar.registrar.queue import Batch, WorkQueue
 from k8s_consul_registrar.registrar.reporter import Reporter
 from k8s_consul_registrar.registrar.status import Counts, RegistrarStatus

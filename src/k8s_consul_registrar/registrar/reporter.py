@@ -1,12 +1,9 @@
 """Log lines, metrics and status: what the registrar says about its work."""
 
-import asyncio
 import math
 import time
 from collections.abc import Callable, Container, Iterable, Mapping
-from typing import TypeVar
 
-import msgspec
 from msgspec.structs import replace
 
 from k8s_consul_registrar.kube.source_state import SourceStatus
@@ -24,14 +21,10 @@ MOST_NAMED = 20
 CHANGES_INTERVAL = 1.0
 # Seconds between two looks at the addresses that Pods share.
 ENDPOINTS_INTERVAL = 5.0
-# Seconds between two lines about a first sync; one that is done sooner has none.
-PROGRESS_INTERVAL = 5.0
 # Internal errors that are remembered as logged at most: each names an ID.
 MOST_ERRORS = 1000
 
-AboutT = TypeVar("AboutT", bound=str)
-
-log = get_logger("registrar")
+log, log_names = get_logger("registrar"), get_logger("names")
 
 
 class LogOnce:
@@ -205,6 +198,13 @@ class Reporter:
         if self._errors.new(where, f"{type(error).__name__}: {error}"):
             log.error("internal error; please report it", where=where, exc_info=error)
 
+    def names_unchecked(self, problem: str) -> None:
+        """Report that service names can be checked at this registrar's own node only."""
+        log_names.warning(
+            "service names cannot be checked in the whole catalog; only this registrar's own node is",
+            problem=problem,
+        )
+
     def prefix_differs_in_case(self, prefix: str, service_id: str) -> None:
         """Report services under a prefix that Consul's catalog takes for the same one."""
         log.warning(
@@ -336,55 +336,3 @@ def _log(write: Callable[..., object], event: str, counts: Counts, **more: int) 
         seconds=round(counts.seconds, 3),
         **more,
     )
-
-
-class Progress(msgspec.Struct, frozen=True):
-    """A first sync at one moment.
-
-    `listed` objects were read of the API server; `is_listed` says that those were all. `targets` came of them,
-    `registered` of which are known to stand in Consul, `rejected` objects cannot be targets.
-    """
-
-    listed: int
-    is_listed: bool
-    targets: int
-    registered: int
-    rejected: int = 0
-
-
-def describe(now: Progress, before: Progress | None, seconds: float) -> Mapping[str, object]:
-    """Return what to say of a first sync, given where it stood at the previous line (None: at its beginning).
-
-    How long it will take is said once the lists are complete and targets are being registered.
-    """
-    registered = now.registered - (before.registered if before else 0)
-    listed = now.listed - (before.listed if before else 0)
-    facts: dict[str, object] = {
-        "doing": "registering" if now.is_listed else "listing",
-        "listed": now.listed,
-        "targets": now.targets,
-        "registered": now.registered,
-        "rejected": now.rejected,
-        "per_second": round(max(0, registered if now.is_listed else listed) / seconds, 1),
-    }
-    left = now.targets - now.registered
-    if now.is_listed and registered > 0 and left > 0:
-        facts["seconds_left"] = round(left * seconds / registered)
-    return facts
-
-
-async def tell_progress(
-    read: Callable[[], Progress | None],
-    backend: str,
-    every: float = PROGRESS_INTERVAL,
-    clock: Callable[[], float] = time.monotonic,
-) -> None:
-    """Log how far the first sync is each `every` seconds, until `read` returns None: it is done."""
-    before, then = None, clock()
-    while True:
-        await asyncio.sleep(every)
-        if (now := read()) is None:
-            return
-        at = clock()
-        log.info("first sync under way", backend=backend, **describe(now, before, max(at - then, 0.001)))
-        before, then = now, at

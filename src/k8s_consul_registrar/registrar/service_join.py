@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import msgspec
 from msgspec.structs import replace
 
+from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.model import (
     EndpointSlice,
     Kind,
@@ -32,7 +33,6 @@ from k8s_consul_registrar.targets.endpoints import (
     shape_of,
 )
 from k8s_consul_registrar.targets.meta import PARAM_PREFIX, shared_pair
-from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.resolve import TargetRules
 
 SERVICE = "service"

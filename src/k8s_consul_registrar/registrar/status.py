@@ -1,8 +1,9 @@
-"""Where the registrar stands, as values that the admin endpoints read."""
+"""Where the registrar stands, as values that the admin endpoints read, and how far its first sync is."""
 
+import asyncio
 import time
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -12,13 +13,18 @@ from msgspec.structs import astuple
 from k8s_consul_registrar.model import Rejection
 from k8s_consul_registrar.registrar.brake import Held
 from k8s_consul_registrar.registrar.decide import Conflict
+from k8s_consul_registrar.telemetry import get_logger
 
 # Resyncs and seconds of changes that are remembered for the status page.
 RECENT = 20
 # Seconds after which a loop that has not turned hangs: no request may take a tenth of that.
 HANG = 600.0
+# Seconds between two lines about a first sync; one that is done sooner has none.
+PROGRESS_INTERVAL = 5.0
 # Looks in a row that show one node, after which no other is expected; nodes that are remembered until then.
 STEADY_LOOKS, MOST_NODES = 3, 10
+
+log = get_logger("registrar")
 
 
 class Counts(msgspec.Struct, frozen=True):
@@ -158,3 +164,55 @@ class RegistrarStatus(msgspec.Struct):
     def lost_rejections(self) -> list[Rejection]:
         """Return the objects that lost a service ID to another, each once."""
         return list({one.key: one for losers in self.lost.values() for one in losers}.values())
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """A first sync at one moment.
+
+    `listed` objects were read of the API server; `is_listed` says that those were all. `targets` came of them,
+    `registered` of which are known to stand in Consul, `rejected` objects cannot be targets.
+    """
+
+    listed: int
+    is_listed: bool
+    targets: int
+    registered: int
+    rejected: int = 0
+
+
+def describe(now: Progress, before: Progress | None, seconds: float) -> Mapping[str, object]:
+    """Return what to say of a first sync, given where it stood at the previous line (None: at its beginning).
+
+    How long it will take is said once the lists are complete and targets are being registered.
+    """
+    registered = now.registered - (before.registered if before else 0)
+    listed = now.listed - (before.listed if before else 0)
+    facts: dict[str, object] = {
+        "doing": "registering" if now.is_listed else "listing",
+        "listed": now.listed,
+        "targets": now.targets,
+        "registered": now.registered,
+        "rejected": now.rejected,
+        "per_second": round(max(0, registered if now.is_listed else listed) / seconds, 1),
+    }
+    left = now.targets - now.registered
+    if now.is_listed and registered > 0 and left > 0:
+        facts["seconds_left"] = round(left * seconds / registered)
+    return facts
+
+
+async def tell_progress(
+    read: Callable[[], Progress | None],
+    backend: str,
+    every: float = PROGRESS_INTERVAL,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Log how far the first sync is each `every` seconds, until `read` returns None: it is done."""
+    before, then = None, clock()
+    while True:
+        await asyncio.sleep(every)
+        if (now := read()) is None:
+            return
+        at = clock()
+        log.info("first sync under way", backend=backend, **describe(now, before, max(at - then, 0.001)))
+        before, then = now, at

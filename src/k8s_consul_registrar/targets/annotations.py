@@ -9,8 +9,8 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
+from k8s_consul_registrar.errors import Note, Reason, Rejected, has_control, quoted
 from k8s_consul_registrar.targets.meta import PARAM_PREFIX
-from k8s_consul_registrar.targets.reasons import Note, Reason, Rejected, has_control, quoted
 
 DEFAULT_PATH = "/metrics"
 MOST_PARAMS = 40

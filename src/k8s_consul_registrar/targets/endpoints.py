@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeAlias
 
 import msgspec
 
+from k8s_consul_registrar.errors import Reason, Rejected, has_control, quoted
 from k8s_consul_registrar.model import (
     ContainerPort,
     EndpointSlice,
@@ -28,7 +29,6 @@ from k8s_consul_registrar.targets.annotations import (
     scrape_annotations,
 )
 from k8s_consul_registrar.targets.meta import LONGEST_META_VALUE, checked_meta
-from k8s_consul_registrar.targets.reasons import Reason, Rejected, has_control, quoted
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from k8s_consul_registrar.targets.scrape_config import ScrapedPort, scraped_address, scraped_ports
 from k8s_consul_registrar.targets.service_names import (

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from k8s_consul_registrar.errors import Reason, Rejected, has_control
 from k8s_consul_registrar.model import Kind, Node, ObjectKey, Rejection, Resolved, Target
-from k8s_consul_registrar.targets.reasons import Reason, Rejected, has_control
 from k8s_consul_registrar.targets.service_names import is_label_key
 
 # Consul's limits on meta: agent/structs/structs.go, validateMetaPair and metaMaxKeyPairs. 8 of the 64 pairs

@@ -5,10 +5,10 @@ from functools import lru_cache
 
 import msgspec
 
+from k8s_consul_registrar.errors import Reason, Rejected
 from k8s_consul_registrar.model import Kind, Node, Pod, Rejection, Resolved, Target, Undecodable
 from k8s_consul_registrar.targets.annotations import IntervalRules, ScrapeSet
 from k8s_consul_registrar.targets.meta import ZONE_LABEL, LabelMeta, Meta, TargetLabel, checked_meta, own_zone
-from k8s_consul_registrar.targets.reasons import Reason, Rejected
 from k8s_consul_registrar.targets.scrape_config import (
     NODE_ADDRESS_TYPES,
     ScrapeConfig,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from k8s_consul_registrar.errors import Reason, Rejected, quoted
 from k8s_consul_registrar.model import ContainerPort, Node, Pod
 from k8s_consul_registrar.targets.annotations import (
     IntervalRules,
@@ -17,7 +18,6 @@ from k8s_consul_registrar.targets.annotations import (
     parse_scrapes,
     scrape_annotations,
 )
-from k8s_consul_registrar.targets.reasons import Reason, Rejected, quoted
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 

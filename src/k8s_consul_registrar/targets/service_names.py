@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
+from k8s_consul_registrar.errors import Reason, Rejected, quoted
 from k8s_consul_registrar.model import Kind, ObjectKey
-from k8s_consul_registrar.targets.reasons import Reason, Rejected, quoted
 
 # IDs have the format of the original program.
 POD_PREFIX = "pod--"

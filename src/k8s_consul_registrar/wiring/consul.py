@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress, ConsulTokenFile
@@ -14,7 +13,7 @@ from k8s_consul_registrar.consul.login import AuthMethod, Login
 from k8s_consul_registrar.consul.previous_location import PreviousLocation
 from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.registrar.interfaces import Registry
-from k8s_consul_registrar.registrar.names import is_of_a_registrar
+from k8s_consul_registrar.registrar.ownership import is_of_a_registrar
 from k8s_consul_registrar.settings.consul import CATALOG, ConsulSettings
 from k8s_consul_registrar.settings.registrar import RegistrarSettings, selection_digest
 from k8s_consul_registrar.tls import CONSUL, client_tls
@@ -58,7 +57,7 @@ async def consul_client(
         settings.login.datacenter,
         settings.login.namespace,
     )
-    login = Login(method, partial(ConsulClient, access, timing, connections=1), timing)
+    login = Login(method, access, timing)
     try:
         async with ConsulClient(access, timing, fence=fence, tokens=login) as client:
             yield client

@@ -23,8 +23,13 @@ from k8s_consul_registrar.consul.lost_agents import LostAgents
 from k8s_consul_registrar.errors import ClusterRefused
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.cluster_uid import ClusterUid
-from k8s_consul_registrar.kube.lease import LeaseClient, default_lease_name, new_identity, pod_namespace
+from k8s_consul_registrar.kube.cluster import (
+    ClusterUid,
+    LeaseClient,
+    default_lease_name,
+    new_identity,
+    pod_namespace,
+)
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.reflector import Reflectors
 from k8s_consul_registrar.kube.service_objects import SERVICE_LABEL
@@ -46,10 +51,9 @@ from k8s_consul_registrar.registrar.elector import Elector
 from k8s_consul_registrar.registrar.ghosts import AgentWatch, GhostCollector, Upkeep
 from k8s_consul_registrar.registrar.interfaces import AlwaysAvailable, MemoryRegistry, Registry
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
-from k8s_consul_registrar.registrar.names import NameGuard
 from k8s_consul_registrar.registrar.observed import Contests, ObservedState
 from k8s_consul_registrar.registrar.orphan_collector import OrphanCollector, OrphanRules
-from k8s_consul_registrar.registrar.ownership import Identity
+from k8s_consul_registrar.registrar.ownership import Identity, NameGuard
 from k8s_consul_registrar.registrar.queue import WorkQueue
 from k8s_consul_registrar.registrar.reconciler import Core, Reconciler
 from k8s_consul_registrar.registrar.reporter import Reporter
@@ -61,7 +65,7 @@ from k8s_consul_registrar.rotating import BearerTokens, Rotating, bearer_tokens
 from k8s_consul_registrar.settings.registrar import HttpSdSettings, RegistrarSettings, selection_digest
 from k8s_consul_registrar.settings.selection import HASH
 from k8s_consul_registrar.targets.endpoints import resolve_item
-from k8s_consul_registrar.targets.resolve import TargetRules
+from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from k8s_consul_registrar.targets.service_names import (
     ENDPOINT_NAME,
     NODE_NAME,
@@ -284,12 +288,18 @@ class Wiring:
         reporter = Reporter(metrics, status)
         observed = ObservedState()
         join = ServiceJoin(self.targets) if Kind.ENDPOINT in settings.selection.kinds else None
-        resolve = partial(resolve_item, rules=self.targets)
-        desired = DesiredState(settings.selection.sources, resolve, observed, join=join)
+        resolve_one = resolve if join is None else resolve_item
+        desired = DesiredState(
+            settings.selection.sources, partial(resolve_one, rules=self.targets), observed, join=join
+        )
         queue = WorkQueue(
             first=timing.retry_first, cap=settings.sync_period, min_interval=timing.write_interval
         )
-        names = NameGuard(registry.is_name_taken, checked=self._kinds_with_template())
+        names = NameGuard(
+            registry.is_name_taken,
+            checked=self._kinds_with_template(),
+            unchecked=reporter.names_unchecked,
+        )
         rules = Rules(self.identity, self.shards, names.names)
         contests = Contests(settings.sync_period)
         selection = SelectionRecord(

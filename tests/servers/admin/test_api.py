@@ -20,10 +20,10 @@ from k8s_consul_registrar.admin.status_api import (
     target_index,
 )
 from k8s_consul_registrar.admin.view import TargetState
+from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.model import Kind, ObjectKey
 from k8s_consul_registrar.registrar.decide import Conflict
 from k8s_consul_registrar.registrar.status import RegistrarStatus
-from k8s_consul_registrar.targets.reasons import Reason
 from support.seen import Healthy, Registrar, many_targets, node_target, pod_rejection, pod_target
 from support.waiting import PATIENCE, until
 

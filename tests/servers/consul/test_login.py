@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +136,7 @@ async def logging_in(
         access = ConsulAccess(ConsulAddress(url))
         login = Login(
             AuthMethod("kubernetes", str(bearer), **method),
-            partial(ConsulClient, access, timing, connections=1),
+            access,
             timing,
             clock=clock,
         )
@@ -441,8 +440,7 @@ async def test_login_at_each_release(release: ConsulRelease, bearer: Path) -> No
 
         def login_as(name: str, shown: str) -> Login:
             bearer.write_text(shown)
-            connect = partial(ConsulClient, access, QUICK, connections=1)
-            return Login(AuthMethod(name, str(bearer)), connect, QUICK)
+            return Login(AuthMethod(name, str(bearer)), access, QUICK)
 
         for name, shown in (("nomad", BEARER), ("kubernetes", "stranger"), ("kubernetes", "stale")):
             with pytest.raises(ConsulError, match=f"no login by auth method {name}"):

@@ -1,4 +1,4 @@
-"""`kube.exec_plugin`: real programs, run as kubectl runs its credential plugins."""
+"""Exec plugins of `kube.credentials`: real programs, run as kubectl runs its credential plugins."""
 
 import asyncio
 import base64
@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.kube.access import Access, load_access
-from k8s_consul_registrar.kube.exec_plugin import ExecCredentials, ExecPlugin
+from k8s_consul_registrar.kube.credentials import ExecCredentials, ExecPlugin
 from k8s_consul_registrar.rotating import LoadStatus
 from support.processes import is_running
 from support.waiting import SLACK, until

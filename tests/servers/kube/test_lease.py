@@ -1,4 +1,4 @@
-"""`kube.lease` on recorded conversations: what is sent, what is read, what each refusal means."""
+"""The Lease of `kube.cluster` on recorded conversations: what is sent, what is read, what each refusal means."""
 
 import json
 from collections.abc import AsyncIterator
@@ -19,8 +19,7 @@ from k8s_consul_registrar.errors import (
 )
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.credentials import ClientIdentity, StoredCredentials
-from k8s_consul_registrar.kube.lease import (
+from k8s_consul_registrar.kube.cluster import (
     LeaseClient,
     decode_lease,
     default_lease_name,
@@ -28,6 +27,7 @@ from k8s_consul_registrar.kube.lease import (
     new_identity,
     pod_namespace,
 )
+from k8s_consul_registrar.kube.credentials import ClientIdentity, StoredCredentials
 from k8s_consul_registrar.model import Lease
 from support.files import exchange
 

@@ -13,7 +13,7 @@ from k8s_consul_registrar.backoff import Backoff, Timing
 from k8s_consul_registrar.errors import ClusterError, ClusterUnreachable
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.client import PAGE_SIZE, KubeClient
-from k8s_consul_registrar.kube.cluster_uid import ClusterUid
+from k8s_consul_registrar.kube.cluster import ClusterUid
 from k8s_consul_registrar.kube.credentials import ClientIdentity, StoredCredentials
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.reflector import Reflector

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from k8s_consul_registrar.kube.lease import LeaseClient
+from k8s_consul_registrar.kube.cluster import LeaseClient
 from k8s_consul_registrar.model import Lease
 from k8s_consul_registrar.registrar.elector import Elector, clock
 from support.cluster import MERGE_PATCH, Rules

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.model import UNSYNCED, Kind, Node, ObjectKey, Pod, Service, Source, Target
 from k8s_consul_registrar.registrar.decide import (
     Action,
@@ -20,22 +21,18 @@ from k8s_consul_registrar.registrar.decide import (
     Keep,
     Kept,
     LookUp,
-    Names,
-    NameStatus,
     Nothing,
     Register,
     Reject,
     Rules,
     Standing,
     Update,
-    comparable_name,
     decide,
     settle,
 )
 from k8s_consul_registrar.registrar.observed import AsDesired, Foreign, Observed, Other, Unknown, observe
-from k8s_consul_registrar.registrar.ownership import Claim, Identity
+from k8s_consul_registrar.registrar.ownership import Claim, Identity, Names, NameStatus, comparable_name
 from k8s_consul_registrar.targets.meta import in_zone
-from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from k8s_consul_registrar.targets.service_names import HashShards, RandomShards, parse_name, parse_tag
 from support.builders import annotated, make_node, make_pod, make_service, our_pod_service

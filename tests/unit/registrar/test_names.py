@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from k8s_consul_registrar.errors import (
     ConsulBusy,
@@ -13,8 +14,10 @@ from k8s_consul_registrar.errors import (
     ConsulUnreachable,
 )
 from k8s_consul_registrar.model import Kind, Service
-from k8s_consul_registrar.registrar.decide import NameStatus, comparable_name
-from k8s_consul_registrar.registrar.names import NameGuard, is_of_a_registrar
+from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.ownership import NameGuard, NameStatus, comparable_name, is_of_a_registrar
+from k8s_consul_registrar.registrar.reporter import Reporter
+from k8s_consul_registrar.registrar.status import RegistrarStatus
 from support.builders import make_service, our_pod_service
 
 PODS_CHECKED = frozenset({Kind.POD})
@@ -134,7 +137,8 @@ async def test_name_that_may_not_be_looked_up_is_judged_by_our_node(
     """With one warning, however many names there are."""
     catalog = Catalog()
     catalog.problem = error
-    guard = NameGuard(catalog.is_name_taken, checked=PODS_CHECKED)
+    reporter = Reporter(RegistrarMetrics(CollectorRegistry()), RegistrarStatus())
+    guard = NameGuard(catalog.is_name_taken, checked=PODS_CHECKED, unchecked=reporter.names_unchecked)
     for name in ("one", "two", "one"):
         await guard.check(name)
     assert statuses(guard, "one", "two") == [NameStatus.FREE] * 2

@@ -3,7 +3,7 @@
 import pytest
 import structlog
 
-from k8s_consul_registrar.registrar.reporter import Progress, describe, tell_progress
+from k8s_consul_registrar.registrar.status import Progress, describe, tell_progress
 
 
 def test_while_lists_stream_the_objects_are_counted() -> None:

@@ -8,6 +8,7 @@ import pytest
 import structlog
 from prometheus_client import CollectorRegistry
 
+from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.kube.source_state import Failed, SourceStatus, Synced
 from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Source, Written
 from k8s_consul_registrar.registrar.brake import Held
@@ -21,7 +22,6 @@ from k8s_consul_registrar.registrar.reporter import (
     Reporter,
 )
 from k8s_consul_registrar.registrar.status import RECENT, Counts, RegistrarStatus
-from k8s_consul_registrar.targets.reasons import Reason
 from support.builders import make_pod
 from support.controller_lab import ControllerLab
 from support.memory import PODS

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.model import (
     EndpointSlice,
     Kind,
@@ -24,7 +25,6 @@ from k8s_consul_registrar.registrar.desired import GRACE
 from k8s_consul_registrar.registrar.observed import AsDesired
 from k8s_consul_registrar.registrar.service_join import Winner
 from k8s_consul_registrar.targets.endpoints import ServiceScrape, resolve_service, resolve_slice
-from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve_pod
 from support.builders import annotated, make_kube_service, make_pod, make_slice, tcp
 from support.memory import PODS, SERVICES, SLICES, MemoryCluster, Thing

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.model import (
     Kind,
     ObjectKey,
@@ -22,7 +23,6 @@ from k8s_consul_registrar.proxy.routes import UNKNOWN_POD, Pods, Route, find_pod
 from k8s_consul_registrar.targets.annotations import IntervalRules, parse_duration
 from k8s_consul_registrar.targets.endpoints import resolve_item
 from k8s_consul_registrar.targets.meta import parse_target_label
-from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from support.builders import annotated, make_kube_service, make_pod, make_slice, tcp
 

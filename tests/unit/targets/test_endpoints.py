@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.model import (
     EndpointSlice,
     Kind,
@@ -16,7 +17,6 @@ from k8s_consul_registrar.model import (
     Undecodable,
 )
 from k8s_consul_registrar.targets.endpoints import ServiceScrape, resolve_item, resolve_service, resolve_slice
-from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.resolve import TargetRules
 from support.builders import annotated, make_kube_service, make_slice, tcp
 

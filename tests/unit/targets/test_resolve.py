@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.model import (
     ContainerPort,
     Kind,
@@ -14,7 +15,6 @@ from k8s_consul_registrar.model import (
     Target,
     Undecodable,
 )
-from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from k8s_consul_registrar.targets.scrape_config import PORT_NAMES
 from support.builders import annotated, make_node, make_pod, tcp

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.model import Kind, Node, ObjectKey, Pod, Rejection, Target, Undecodable
 from k8s_consul_registrar.targets.meta import OWN_KEYS, parse_labels
-from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from k8s_consul_registrar.targets.scrape_config import MOST_PORTS
 from k8s_consul_registrar.targets.service_names import parse_name, parse_tag

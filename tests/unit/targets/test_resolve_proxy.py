@@ -2,10 +2,10 @@
 
 import pytest
 
+from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.model import Pod, Rejection, Target
 from k8s_consul_registrar.proxy.nodes import NodeTable
 from k8s_consul_registrar.proxy.routes import Pods, Route, find_pod, proxied_pod
-from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from support.builders import annotated, make_node, make_pod, tcp
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from k8s_consul_registrar.errors import Rejected
 from k8s_consul_registrar.model import ContainerPort
-from k8s_consul_registrar.targets.reasons import Rejected
 from k8s_consul_registrar.targets.scrape_config import (
     LONGEST_KEPT,
     MOST_PORTS_KEPT,

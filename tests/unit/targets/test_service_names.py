@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from k8s_consul_registrar.errors import Reason, Rejected
 from k8s_consul_registrar.model import Kind
-from k8s_consul_registrar.targets.reasons import Reason, Rejected
 from k8s_consul_registrar.targets.service_names import (
     ALL_FIELDS,
     LONGEST_NAME,

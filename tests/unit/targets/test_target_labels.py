@@ -4,11 +4,10 @@ from collections import Counter
 
 import pytest
 
-from k8s_consul_registrar.errors import SettingsError
+from k8s_consul_registrar.errors import Reason, SettingsError
 from k8s_consul_registrar.model import Kind, Rejection
 from k8s_consul_registrar.settings.reading import read_registrar
 from k8s_consul_registrar.targets.meta import parse_target_label
-from k8s_consul_registrar.targets.reasons import Reason
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from k8s_consul_registrar.targets.service_names import parse_name, parse_template
 from support.builders import annotated, make_node, make_pod

@@ -47,7 +47,7 @@ export const WORDS = {
   },
 };
 
-// Keyed by the reasons of `targets/reasons.py`; a test compares them.
+// Keyed by the reasons of `errors.py`; a test compares them.
 export const HINTS = {
   en: {
     no_host_ip: "Wait: the Pod is still starting. If it stays, look at its events.",

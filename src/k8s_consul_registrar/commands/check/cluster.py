@@ -11,7 +11,7 @@ from k8s_consul_registrar.commands.check.report import Finding, Result, fail, ok
 from k8s_consul_registrar.errors import AccessError, ClusterError, ClusterForbidden, ClusterUnauthorized
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.kube.client import KubeClient
-from k8s_consul_registrar.kube.cluster_uid import IDENTITY_NAMESPACE
+from k8s_consul_registrar.kube.cluster import IDENTITY_NAMESPACE
 from k8s_consul_registrar.kube.watch_decoder import GROUPS, RESOURCES
 from k8s_consul_registrar.model import Kind, Node, Source
 
