@@ -1,15 +1,32 @@
-"""The Protocols of Kubernetes and Consul that the registrar uses, and the parts that stand in for Consul.
+"""The Protocols of Kubernetes and Consul that the registrar uses, reads by name, and what stands in for Consul.
 
 `wiring` passes the real objects in.
 """
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+from k8s_consul_registrar.errors import ClusterRefused
+from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.objects import Item
-from k8s_consul_registrar.model import Drift, ObjectKey, Service, Source, Written
+from k8s_consul_registrar.kube.reflector import Reflectors
+from k8s_consul_registrar.kube.service_objects import SERVICE_LABEL
+from k8s_consul_registrar.model import (
+    Drift,
+    EndpointSlice,
+    Kind,
+    KubeService,
+    ObjectKey,
+    Selector,
+    Service,
+    ServiceWithSlices,
+    Source,
+    Undecodable,
+    Written,
+)
 from k8s_consul_registrar.registrar.status import LostAgent
 
 
@@ -27,6 +44,51 @@ class ClusterReader(Protocol):
 
     def relist(self, source: Source, at: float) -> None:
         """Ask for a new complete list of a source at a moment of the monotonic clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterReads:
+    """Reads of the API server beside those of the reflectors."""
+
+    kube: KubeClient
+    reflectors: Reflectors
+    selectors: Mapping[Kind, Selector]
+    excluded_namespaces: Collection[str] = ()
+
+    async def read_object(self, key: ObjectKey) -> Item | None:
+        """Return an object as it is now, None if there is none; raises a `ClusterError`."""
+        if key.kind is not Kind.ENDPOINT:
+            return await self.kube.read_object(key)
+        service_key = ObjectKey(Kind.SERVICE, key.namespace, key.name)
+        service = await self.kube.read_object(service_key)
+        if service is None:
+            return None
+        assert isinstance(service, KubeService | Undecodable)
+        slices: list[EndpointSlice] = []
+        async for page in self.kube.pages(
+            Kind.ENDPOINT, namespace=key.namespace, selector=Selector(f"{SERVICE_LABEL}={key.name}")
+        ):
+            for part in page.items:
+                if not isinstance(part, EndpointSlice):
+                    raise ClusterRefused(f"an EndpointSlice of {service_key} cannot be read", 200)
+                slices.append(part)
+        return ServiceWithSlices(key, service, tuple(slices))
+
+    async def is_selected(self, key: ObjectKey) -> bool:
+        """Return True if lists show an object that exists; raises a `ClusterError`."""
+        if key.kind is Kind.ENDPOINT:
+            key = ObjectKey(Kind.SERVICE, key.namespace, key.name)
+        selector = self.selectors.get(key.kind)
+        return selector is None or await self.kube.read_object(key, selector) is not None
+
+    def is_excluded(self, key: ObjectKey) -> bool:
+        """Return True if the settings leave an object's namespace out."""
+        return key.namespace in self.excluded_namespaces
+
+    def relist(self, source: Source, at: float) -> None:
+        """Ask for a new complete list."""
+        for one in source.needed:
+            self.reflectors.relist(one, at)
 
 
 class Registry(Protocol):

@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,7 +20,6 @@ from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient, Fence
 from k8s_consul_registrar.consul.ghosts import AgentGhosts
 from k8s_consul_registrar.consul.lost_agents import LostAgents
-from k8s_consul_registrar.errors import ClusterRefused
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.cluster import (
@@ -30,18 +29,9 @@ from k8s_consul_registrar.kube.cluster import (
     new_identity,
     pod_namespace,
 )
-from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.reflector import Reflectors
-from k8s_consul_registrar.kube.service_objects import SERVICE_LABEL
 from k8s_consul_registrar.model import (
-    EndpointSlice,
     Kind,
-    KubeService,
-    ObjectKey,
-    Selector,
-    ServiceWithSlices,
-    Source,
-    Undecodable,
 )
 from k8s_consul_registrar.registrar.absences import Absences, SelectionRecord
 from k8s_consul_registrar.registrar.controller import Controller
@@ -49,7 +39,7 @@ from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.elector import Elector
 from k8s_consul_registrar.registrar.ghosts import AgentWatch, GhostCollector, Upkeep
-from k8s_consul_registrar.registrar.interfaces import AlwaysAvailable, MemoryRegistry, Registry
+from k8s_consul_registrar.registrar.interfaces import AlwaysAvailable, ClusterReads, MemoryRegistry, Registry
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.observed import Contests, ObservedState
 from k8s_consul_registrar.registrar.orphan_collector import OrphanCollector, OrphanRules
@@ -89,52 +79,7 @@ class RegistrarParts:
     reflectors: Reflectors
     cluster_uid: ClusterUid
     selection: SelectionRecord
-    cluster: "ClusterReads"
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterReads:
-    """Reads of the API server beside those of the reflectors."""
-
-    kube: KubeClient
-    reflectors: Reflectors
-    selectors: Mapping[Kind, Selector]
-    excluded_namespaces: Collection[str] = ()
-
-    async def read_object(self, key: ObjectKey) -> Item | None:
-        """Return an object as it is now, None if there is none; raises a `ClusterError`."""
-        if key.kind is not Kind.ENDPOINT:
-            return await self.kube.read_object(key)
-        service_key = ObjectKey(Kind.SERVICE, key.namespace, key.name)
-        service = await self.kube.read_object(service_key)
-        if service is None:
-            return None
-        assert isinstance(service, KubeService | Undecodable)
-        slices: list[EndpointSlice] = []
-        async for page in self.kube.pages(
-            Kind.ENDPOINT, namespace=key.namespace, selector=Selector(f"{SERVICE_LABEL}={key.name}")
-        ):
-            for part in page.items:
-                if not isinstance(part, EndpointSlice):
-                    raise ClusterRefused(f"an EndpointSlice of {service_key} cannot be read", 200)
-                slices.append(part)
-        return ServiceWithSlices(key, service, tuple(slices))
-
-    async def is_selected(self, key: ObjectKey) -> bool:
-        """Return True if lists show an object that exists; raises a `ClusterError`."""
-        if key.kind is Kind.ENDPOINT:
-            key = ObjectKey(Kind.SERVICE, key.namespace, key.name)
-        selector = self.selectors.get(key.kind)
-        return selector is None or await self.kube.read_object(key, selector) is not None
-
-    def is_excluded(self, key: ObjectKey) -> bool:
-        """Return True if the settings leave an object's namespace out."""
-        return key.namespace in self.excluded_namespaces
-
-    def relist(self, source: Source, at: float) -> None:
-        """Ask for a new complete list."""
-        for one in source.needed:
-            self.reflectors.relist(one, at)
+    cluster: ClusterReads
 
 
 class Wiring:
