@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from support.cluster import REGISTRAR_RULES, SCRAPED
+from e2e.test_services import DISCOVER, ONE, POINTS, SLICES, TWO, add_service, allow, slice_body
+from support.cluster import NAMESPACE, REGISTRAR_RULES, SCRAPED
 from support.lab import SandboxLab, running_lab
 
 WEB = "pod--shop--web-1"
@@ -78,3 +79,65 @@ async def test_what_others_hold_or_nothing_has_is_no_target() -> None:
         assert (code, last_condition(missing)) == (3, ("exists", False))
         code, nothing = await explained(lab, "203.0.113.200")
         assert (code, nothing) == (3, [])
+
+
+async def test_service_is_explained_by_its_name_and_by_the_address_of_an_endpoint() -> None:
+    """Each endpoint with its labels, or with the Pod that is scraped in its place."""
+    async with running_lab() as lab:
+        await lab.cluster.add_namespace(NAMESPACE)
+        await allow(lab)
+        await add_service(lab, path="/stats")
+        await lab.cluster.request("POST", SLICES, slice_body("web-a", POINTS))
+        code, (found,) = await explained(lab, "service", "shop/web", **DISCOVER)
+        assert (code, found["object"]) == (0, "service shop/web")
+        assert [one["name"] for one in found["conditions"]] == [
+            "watched", "exists", "selected", "annotated", "accepted",
+        ]  # fmt: skip
+        assert [one["id"] for one in found["services"]] == [ONE, TWO]
+        assert found["services"][0]["labels"]["__metrics_path__"] == "/stats"
+        code, (by_address,) = await explained(lab, POINTS[1]["ip"], **DISCOVER)
+        assert (code, [one["id"] for one in by_address["services"]]) == (0, [TWO])
+        await lab.cluster.add_pod(
+            annotations={**SCRAPED, "prometheus.io/path": "/stats"}
+        )  # at the first address
+        code, explanations = await explained(lab, POINTS[0]["ip"], **DISCOVER)
+        assert (code, [one["object"] for one in explanations]) == (3, ["service shop/web", "pod shop/web-1"])
+        (condition,) = explanations[0]["services"][0]["conditions"]
+        assert (condition["name"], condition["is_met"]) == ("owner", False)
+        assert condition["detail"].startswith("it gives way to pod shop/web-1")
+
+
+@pytest.mark.parametrize(
+    ("annotations", "environment", "condition"),
+    [
+        ({"scrape": "yes"}, {}, "annotated"),
+        ({"port": "none"}, {}, "accepted"),
+        ({}, {"DISCOVER": "pods,nodes"}, "watched"),
+        ({}, {"NAMESPACES": "other"}, "watched"),
+        ({}, {"SERVICE_LABEL_SELECTOR": "app=no", "INSTANCE": "one"}, "selected"),
+    ],
+)
+async def test_first_unmet_condition_of_a_service_is_named(
+    annotations: dict[str, str], environment: dict[str, str], condition: str
+) -> None:
+    """As for a Pod: nothing after it, and exit code 3."""
+    async with running_lab() as lab:
+        await lab.cluster.add_namespace(NAMESPACE)
+        await allow(lab)
+        await add_service(lab, **annotations)
+        await lab.cluster.request("POST", SLICES, slice_body("web-a", POINTS))
+        code, (found,) = await explained(lab, "service", "shop/web", **{**DISCOVER, **environment})
+        assert (code, last_condition(found), found["services"]) == (3, (condition, False), [])
+
+
+async def test_service_without_endpoints_that_count_is_no_target() -> None:
+    """Neither one that has none, nor one that is not there."""
+    async with running_lab() as lab:
+        await lab.cluster.add_namespace(NAMESPACE)
+        await allow(lab)
+        await add_service(lab)
+        code, (found,) = await explained(lab, "service", "shop/web", **DISCOVER)
+        assert (code, last_condition(found)) == (3, ("accepted", False))
+        assert found["conditions"][-1]["detail"] == "no endpoint is ready or serving"
+        code, (missing,) = await explained(lab, "service", "shop/none", **DISCOVER)
+        assert (code, last_condition(missing)) == (3, ("exists", False))

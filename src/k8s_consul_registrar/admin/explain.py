@@ -4,13 +4,23 @@ import ipaddress
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import msgspec
 
 from k8s_consul_registrar.admin.target_groups import BadQuery, GroupEncoder
 from k8s_consul_registrar.admin.view import TargetRow, TargetState
 from k8s_consul_registrar.errors import ClusterError
-from k8s_consul_registrar.model import Kind, ObjectKey, Pod, Selector, Service
+from k8s_consul_registrar.model import (
+    Kind,
+    KubeService,
+    ObjectKey,
+    Pod,
+    Selector,
+    Service,
+    ServiceWithSlices,
+    Target,
+)
 from k8s_consul_registrar.registrar.decide import (
     Action,
     CheckName,
@@ -27,7 +37,9 @@ from k8s_consul_registrar.registrar.reconciler import Core
 from k8s_consul_registrar.targets.annotations import asks_for_scrapes
 from k8s_consul_registrar.targets.scrape_config import SCRAPED_PHASES
 
-USAGE = "pod NAMESPACE/NAME, node NAME, or ADDRESS"
+USAGE = "pod NAMESPACE/NAME, node NAME, service NAMESPACE/NAME, or ADDRESS"
+# Endpoints of one Service that are compared with Consul, each by a request.
+MOST_ENDPOINTS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +84,8 @@ def parse_question(words: Sequence[str]) -> ObjectKey | str:
     match words:
         case ["node", name] if name and "/" not in name:
             return ObjectKey(Kind.NODE, "", name)
-        case ["pod", name] if name.count("/") == 1 and all(name.split("/")):
-            return ObjectKey(Kind.POD, *name.split("/"))
+        case ["pod" | "service" as kind, name] if name.count("/") == 1 and all(name.split("/")):
+            return ObjectKey(Kind.POD if kind == "pod" else Kind.ENDPOINT, *name.split("/"))
         case [address]:
             try:
                 return str(ipaddress.ip_address(address.strip("[]")))
@@ -97,40 +109,47 @@ class Explainer:
 
     async def explain(self, asked: ObjectKey | str) -> list[ExplainedObject]:
         """Explain an object, or every object with a target at an address; raises a `ConsulError`."""
-        keys = self._at(asked) if isinstance(asked, str) else [asked]
-        return [await self._explain(key) for key in keys]
+        if isinstance(asked, ObjectKey):
+            return [await self._explain(asked)]
+        join = self.core.desired.join
+        targets = chain(self.core.desired.claims.values(), join.offers.values() if join else ())
+        keys = {target.key for some in targets for target in some if _is_at(target, asked)}
+        return [await self._explain(key, asked) for key in sorted(keys)]
 
-    def _at(self, address: str) -> list[ObjectKey]:
-        """Return the objects that have a target at an address, or a Node whose kubelet is there."""
-        claims = self.core.desired.claims
-        found = {
-            target.key
-            for targets in claims.values()
-            for target in targets
-            if address in (target.address, target.id.partition("node--")[2])
-        }
-        return sorted(found)
+    async def _explain(self, key: ObjectKey, address: str = "") -> ExplainedObject:
+        """Go through the conditions in order; the first one that is not met ends it.
 
-    async def _explain(self, key: ObjectKey) -> ExplainedObject:
-        """Go through the conditions in order; the first one that is not met ends it."""
+        Of a Service, only the endpoints at an address are explained if one is given.
+        """
+        name = f"service {key.namespace}/{key.name}" if key.kind is Kind.ENDPOINT else str(key)
+        targets = self._targets(key)
         conditions: list[Condition] = []
-        async for condition in self._conditions(key):
+        async for condition in self._conditions(key, len(targets)):
             conditions.append(condition)
             if not condition.is_met:
-                return ExplainedObject(str(key), tuple(conditions))
-        targets = self.core.desired.store.get(key)
-        ids = [target.id for target in targets] if isinstance(targets, tuple) else []
+                return ExplainedObject(name, tuple(conditions))
+        if key.kind is Kind.ENDPOINT:
+            targets = [one for one in targets if not address or _is_at(one, address)][:MOST_ENDPOINTS]
         return ExplainedObject(
-            str(key), tuple(conditions), tuple([await self._service(key, one) for one in ids])
+            name, tuple(conditions), tuple([await self._service(key, one.id) for one in targets])
         )
 
-    async def _conditions(self, key: ObjectKey) -> AsyncIterator[Condition]:
+    def _targets(self, key: ObjectKey) -> Sequence[Target]:
+        """Return the targets of an object, those of a Service's endpoints that gave way included."""
+        desired = self.core.desired
+        if desired.join is not None and key.kind is Kind.ENDPOINT:
+            found = {one.id: one for some in desired.join.offers.values() for one in some if one.key == key}
+            return [found[service_id] for service_id in sorted(found)]
+        targets = desired.store.get(key)
+        return targets if isinstance(targets, tuple) else ()
+
+    async def _conditions(self, key: ObjectKey, targets: int) -> AsyncIterator[Condition]:
         desired = self.core.desired
         source = desired.store.source_of(key)
         if source is None:
             yield Condition("watched", "DISCOVER or NAMESPACES leaves it out", is_met=False)
             return
-        problem = desired.store.status(source).problem
+        problem = " ".join(desired.store.status(one).problem for one in source.needed).strip()
         yield Condition("watched", problem or f"as {source}", is_met=not problem)
         try:
             item = await self.cluster.read_object(key)
@@ -143,32 +162,40 @@ class Explainer:
             "yes" if item is not None else "the API server has no such object",
             is_met=item is not None,
         )
-        selector = ", ".join(filter(None, self.selectors.get(key.kind, ())))
+        listed = Kind.SERVICE if key.kind is Kind.ENDPOINT else key.kind
+        selector = ", ".join(filter(None, self.selectors.get(listed, ())))
         matches = f"{selector!r} {'matches' if is_selected else 'does not match'}"
         yield Condition("selected", matches if selector else "no selector", is_met=is_selected)
+        if isinstance(item, ServiceWithSlices) and isinstance(item.service, KubeService):
+            yield self._is_annotated(item.service.annotations)
         if isinstance(item, Pod):
-            for condition in self._conditions_of_pod(item):
-                yield condition
-        rejection, targets = desired.rejections.get(key), desired.store.get(key)
+            yield self._is_annotated(item.annotations)
+            is_running = item.phase in SCRAPED_PHASES
+            ask = "" if is_running else f"; it must be {' or '.join(sorted(SCRAPED_PHASES))}"
+            yield Condition("phase", f"{item.phase or 'none yet'}{ask}", is_met=is_running)
+        rejection = desired.rejections.get(key)
         if rejection is not None:
             yield Condition("accepted", f"rejected: {rejection.reason}: {rejection.detail}", is_met=False)
-        elif isinstance(targets, tuple):
-            yield Condition("accepted", f"{len(targets)} target{'s' if len(targets) != 1 else ''}")
+        elif targets:
+            yield Condition("accepted", f"{targets} target{'s' if targets != 1 else ''}")
+        elif key.kind is Kind.ENDPOINT and desired.store.get(ObjectKey(Kind.SERVICE, *key[1:])) is not None:
+            yield Condition("accepted", "no endpoint is ready or serving", is_met=False)
         else:
             yield Condition("accepted", "the list does not have it yet; ask again", is_met=False)
 
-    def _conditions_of_pod(self, pod: Pod) -> tuple[Condition, Condition]:
-        scrape = pod.annotations.get(f"{self.annotation_prefix}scrape")
+    def _is_annotated(self, annotations: Mapping[str, str]) -> Condition:
+        scrape = annotations.get(f"{self.annotation_prefix}scrape")
         said = "is absent" if scrape is None else f"is {scrape[:40]!r}"
-        is_asking = asks_for_scrapes(pod.annotations, self.annotation_prefix)
+        is_asking = asks_for_scrapes(annotations, self.annotation_prefix)
         ask = "" if is_asking else '; it must be the text "true"'
-        annotated = Condition("annotated", f"{self.annotation_prefix}scrape {said}{ask}", is_met=is_asking)
-        is_running = pod.phase in SCRAPED_PHASES
-        ask = "" if is_running else f"; it must be {' or '.join(sorted(SCRAPED_PHASES))}"
-        return annotated, Condition("phase", f"{pod.phase or 'none yet'}{ask}", is_met=is_running)
+        return Condition("annotated", f"{self.annotation_prefix}scrape {said}{ask}", is_met=is_asking)
 
     async def _service(self, key: ObjectKey, service_id: str) -> ServiceState:
         """Decide one service ID as a sync would, and compare the service with what Consul has."""
+        join = self.core.desired.join
+        if join is not None and (winner := join.winner_over(service_id, key)) is not None:
+            detail = f"it gives way to {winner}, which is scraped at the same address, port and path"
+            return ServiceState(service_id, (Condition("owner", detail, is_met=False),))
         action = await action_for(self.core, service_id)
         if not isinstance(action, Register | Update | InSync) or action.entry.target.key != key:
             return ServiceState(service_id, (Condition("owner", _closed(action, key), is_met=False),))
@@ -189,6 +216,11 @@ class Explainer:
             Condition("in Consul", state),
         )
         return ServiceState(service_id, conditions, f"{after.address}:{after.port}", labels)
+
+
+def _is_at(target: Target, address: str) -> bool:
+    """Return True for a target at an address, or of a Node whose kubelet is there."""
+    return address in (target.address, target.id.partition("node--")[2])
 
 
 async def action_for(core: Core, service_id: str) -> Action:

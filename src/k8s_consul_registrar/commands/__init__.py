@@ -128,7 +128,7 @@ COMMANDS = (
         (
             Argument(
                 "what",
-                "pod NAMESPACE/NAME, node NAME, or the address of a target",
+                "pod NAMESPACE/NAME, node NAME, service NAMESPACE/NAME, or the address of a target",
                 {"nargs": "+", "metavar": "WHAT"},
             ),
             _output("how to show it", "text", "json"),
@@ -139,7 +139,7 @@ COMMANDS = (
     ),
     Command(
         "lint",
-        "say which Pods of manifests would be rejected, without a cluster",
+        "say which Pods and Services of manifests would be rejected, without a cluster",
         (
             Argument(
                 "files",
@@ -148,7 +148,8 @@ COMMANDS = (
             ),
             _output("how to show the findings", "text", "json", "github"),
         ),
-        "Pods and the templates of workloads are decided as the daemon decides a running Pod. Exit codes: "
+        "Pods and the templates of workloads are decided as the daemon decides a running Pod, Services as it decides "
+        "one with an endpoint, if DISCOVER has services. Exit codes: "
         "0 nothing is rejected, 3 something is, 1 a file cannot be read, 2 wrong settings.",
         _OF_REGISTRAR,
     ),

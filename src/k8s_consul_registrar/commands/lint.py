@@ -1,10 +1,11 @@
-"""The command lint: says which Pods of manifests the registrar would reject, before they are applied."""
+"""The command lint: says which Pods and Services the registrar would reject, before they are applied."""
 
 import argparse
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,10 +13,20 @@ import msgspec
 import yaml
 
 from k8s_consul_registrar.commands import settings_offline
-from k8s_consul_registrar.kube.objects import decode_object
-from k8s_consul_registrar.model import Kind, Node, Pod, Rejection, Undecodable
+from k8s_consul_registrar.kube.objects import Item, decode_object
+from k8s_consul_registrar.model import (
+    ContainerPort,
+    EndpointSlice,
+    Kind,
+    KubeService,
+    Rejection,
+    ServiceWithSlices,
+    SliceEndpoint,
+)
 from k8s_consul_registrar.runner import EXIT_CHANGES, EXIT_FAILURE, EXIT_OK
-from k8s_consul_registrar.targets.resolve import TargetRules, resolve
+from k8s_consul_registrar.targets.annotations import asks_for_scrapes
+from k8s_consul_registrar.targets.endpoints import endpoints_key, resolve_item
+from k8s_consul_registrar.targets.resolve import TargetRules
 from k8s_consul_registrar.wiring.registrar import Wiring
 
 ERROR, WARNING = "error", "warning"
@@ -39,6 +50,8 @@ WORKLOADS: Mapping[str, tuple[tuple[str, ...], str]] = {
 }
 # A Pod that runs, as far as a manifest cannot say it; the addresses are documentation's (RFC 5737).
 _RUNNING = {"phase": "Running", "podIP": "192.0.2.1", "hostIP": "192.0.2.2"}
+_ADDRESSES = {"IPv4": "192.0.2.1", "IPv6": "2001:db8::1"}
+_SLICE = "of-the-manifest"
 
 Values = dict[str, Any]
 
@@ -66,7 +79,10 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class LintReport:
-    """The findings of a run, and the counts of targets and of Pods that are not annotated."""
+    """The findings of a run, and the counts of targets and of objects that are not annotated.
+
+    A Service counts as many targets as each of its endpoints has.
+    """
 
     findings: tuple[LintFinding, ...]
     targets: int
@@ -84,7 +100,12 @@ class LintReport:
 def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Lint the files: exit 0 nothing rejected, 3 something is, 1 a file cannot be read."""
     settings = settings_offline(environment)
-    report = lint(parsed.files, Wiring(settings).targets, stdin=sys.stdin.buffer.read)
+    report = lint(
+        parsed.files,
+        Wiring(settings).targets,
+        reads_services=Kind.ENDPOINT in settings.selection.kinds,
+        stdin=sys.stdin.buffer.read,
+    )
     if parsed.output == "json":
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(report.findings)) + b"\n")
     else:
@@ -98,8 +119,10 @@ def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     return report.exit_code
 
 
-def lint(names: Iterable[str], rules: TargetRules, *, stdin: Any = None) -> LintReport:
-    """Decide every Pod and Pod template in files, folders and standard input."""
+def lint(
+    names: Iterable[str], rules: TargetRules, *, reads_services: bool = False, stdin: Any = None
+) -> LintReport:
+    """Decide every Pod, Pod template and, with `reads_services`, Service in files, folders and standard input."""
     findings: list[LintFinding] = []
     targets = unannotated = 0
     for file, text in _texts(names, stdin):
@@ -110,7 +133,7 @@ def lint(names: Iterable[str], rules: TargetRules, *, stdin: Any = None) -> Lint
             if isinstance(document, LintFinding):
                 findings.append(document)
                 continue
-            for outcome in _decided(document, rules):
+            for outcome in _decided(document, rules, reads_services=reads_services):
                 if isinstance(outcome, LintFinding):
                     findings.append(outcome)
                 else:
@@ -224,18 +247,21 @@ def _yaml_problem(error: Exception, text: bytes) -> str:
     return f"not YAML: {problem}{hint}".replace("\n", " ")
 
 
-def _decided(document: Manifest, rules: TargetRules) -> Iterator[LintFinding | int]:
-    """Yield the number of targets of each Pod that a document stands for, or what is wrong with it."""
+def _decided(document: Manifest, rules: TargetRules, *, reads_services: bool) -> Iterator[LintFinding | int]:
+    """Yield the number of targets of each object that a document stands for, or what is wrong with it."""
     values, kind = document.values, str(document.values["kind"])
     meta = _mapping(values.get("metadata"))
     shown = _shown(kind, meta)
     workload = WORKLOADS.get(kind)
+    if kind == "Service" and values.get("apiVersion", "v1") == "v1":  # not Knative's
+        yield from _decided_service(document, shown, meta, rules, reads=reads_services)
     if workload is None:
         if kind in ("Pod", "Node"):
             is_node = kind == "Node"
             if not is_node or values.get("status"):
                 pod = values if is_node else _pod(values, meta, meta)
-                yield from _judged(document, shown, pod, Kind.NODE if is_node else Kind.POD, rules)
+                decode = partial(_decoded, pod, Kind.NODE if is_node else Kind.POD)
+                yield from _judged(document, shown, pod, decode, rules)
         return
     path, suffix = workload
     template: Any = values
@@ -255,11 +281,24 @@ def _decided(document: Manifest, rules: TargetRules) -> Iterator[LintFinding | i
     inner = _mapping(template.get("metadata"))
     name = f"{meta.get('name') or meta.get('generateName') or 'unnamed'}{suffix}"
     pod = _pod(template, inner, {"name": name, "namespace": meta.get("namespace")})
-    yield from _judged(document, shown, pod, Kind.POD, rules)
+    yield from _judged(document, shown, pod, partial(_decoded, pod, Kind.POD), rules)
+
+
+def _decided_service(
+    document: Manifest, shown: str, meta: Values, rules: TargetRules, *, reads: bool
+) -> Iterator[LintFinding | int]:
+    """Decide a Service as if it had one endpoint."""
+    if reads:
+        named = {**meta, "name": meta.get("name") or "unnamed"}
+        named["namespace"] = meta.get("namespace") or DEFAULT_NAMESPACE
+        service = {"metadata": named, "spec": _mapping(document.values.get("spec"))}
+        yield from _judged(document, shown, service, partial(_with_endpoint, service), rules)
+    elif asks_for_scrapes(_mapping(meta.get("annotations")), rules.annotation_prefix):
+        yield _warning(document, shown, "not_watched", "annotated, but DISCOVER does not have services")
 
 
 def _judged(
-    document: Manifest, shown: str, values: Values, kind: Kind, rules: TargetRules
+    document: Manifest, shown: str, values: Values, decode: Callable[[], Item], rules: TargetRules
 ) -> Iterator[LintFinding | int]:
     meta = _mapping(values.get("metadata"))
     scrape = _mapping(meta.get("annotations")).get(f"{rules.annotation_prefix}scrape")
@@ -271,15 +310,44 @@ def _judged(
             f'{rules.annotation_prefix}scrape is {scrape[:40]!r}; only "true" counts',
         )
     try:
-        item = cast("Pod | Node | Undecodable", decode_object(msgspec.json.encode(values), kind))
-        resolved = resolve(item, rules)
+        resolved = resolve_item(decode(), rules)
     except (TypeError, ValueError, RecursionError) as error:
         yield LintFinding(ERROR, document.file, document.line, shown, "undecodable", str(error))
         return
     if isinstance(resolved, Rejection):
-        yield LintFinding(ERROR, document.file, document.line, shown, resolved.reason, resolved.detail)
+        detail = resolved.detail.removeprefix(f"EndpointSlice {_SLICE!r}: ")
+        yield LintFinding(ERROR, document.file, document.line, shown, resolved.reason, detail)
     else:
-        yield len(resolved or ())
+        yield len(resolved) if isinstance(resolved, tuple) else 0
+
+
+def _decoded(values: Values, kind: Kind) -> Item:
+    return decode_object(msgspec.json.encode(values), kind)
+
+
+def _with_endpoint(values: Values) -> Item:
+    """Return a Service with an EndpointSlice of one endpoint."""
+    service = _decoded(values, Kind.SERVICE)
+    if not isinstance(service, KubeService):
+        return service
+    spec = values["spec"]
+    family = service.families[0] if service.families else "IPv4"
+    pod = f"{service.name}-abcde" if spec.get("selector") else ""
+    endpoint = SliceEndpoint(_ADDRESSES.get(family, ""), pod=pod, node="node")
+    part = EndpointSlice(
+        service.namespace, _SLICE, service.name, family, tuple(_slice_ports(spec)), (endpoint,)
+    )
+    return ServiceWithSlices(endpoints_key(service.namespace, service.name), service, (part,))
+
+
+def _slice_ports(spec: Values) -> Iterator[ContainerPort]:
+    """Yield the ports at a Service's endpoints; one that has a name there keeps the Service's number."""
+    ports = spec.get("ports")
+    for port in [_mapping(one) for one in ports] if isinstance(ports, list) else ():
+        target = port.get("targetPort")
+        number = target if isinstance(target, int) and target else port.get("port")
+        if isinstance(number, int) and 1 <= number <= 65535:
+            yield ContainerPort(str(port.get("name") or ""), number, str(port.get("protocol") or "TCP"))
 
 
 def _pod(values: Values, meta: Values, named: Values) -> Values:

@@ -155,8 +155,8 @@ class DesiredState:
             return Standing.ABSENT
         # An object that a synced source shows, and that asks for other IDs, does not ask for this one. A Service
         # that is there says nothing of an endpoint; one that something else is scraped in place of is known.
-        is_yielded = is_endpoint and self.join is not None and self.join.has_yielded(service_id, key)
-        is_there = is_yielded if is_endpoint else self.store.get(key) is not None
+        is_yielded = is_endpoint and self.join is not None and self.join.winner_over(service_id, key)
+        is_there = bool(is_yielded) if is_endpoint else self.store.get(key) is not None
         return Standing.DEPARTED if is_there else Standing.ABSENT
 
     def source_of(self, kind: Kind | None, key: ObjectKey | None) -> Source | None:

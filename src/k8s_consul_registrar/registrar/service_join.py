@@ -123,13 +123,21 @@ class ServiceJoin:
             return Rejection(key, Reason.ID_TAKEN, detail)
         return Rejection(key, Reason.NOT_PROXIED, NOT_PROXIED) if self._unproxied[key] else None
 
-    def has_yielded(self, service_id: str, key: ObjectKey) -> bool:
-        """Return True if an endpoint is there, and something else is scraped at its place."""
+    @property
+    def offers(self) -> Mapping[str, tuple[Target, ...]]:
+        """The targets of every endpoint by ID, those that gave way included; changes under the reader."""
+        return self._offers
+
+    def winner_over(self, service_id: str, key: ObjectKey) -> ObjectKey | None:
+        """Return the object that is scraped at the place of an endpoint, None if the endpoint is, or is not there."""
         mine = next((one for one in self._chosen(service_id) if one.key == key), None)
         if mine is None:
-            return False
-        standing = self._standing(self._place(mine))
-        return standing.winner is not None and mine in standing.yielded
+            return None
+        place = self._place(mine)
+        standing = self._standing(place)
+        if standing.winner is None or mine not in standing.yielded:
+            return None
+        return self._pods[place][0] if standing.winner is Winner.POD else standing.service
 
     def mark(self, targets: tuple[Target, ...]) -> tuple[Target, ...]:
         """Return a Pod's targets with the Service whose endpoint each of them is, or without one."""

@@ -186,3 +186,104 @@ def test_list_of_a_large_cluster_is_within_the_bound_of_values(tmp_path: Path) -
     ]
     report = linted(tmp_path, json.dumps({"kind": "PodList", "items": pods}), "list.json")
     assert (report.findings, report.targets) == ((), 2000)
+
+
+# Services
+
+SERVICE = """
+apiVersion: v1
+kind: Service
+metadata:
+  name: web
+  namespace: shop
+  annotations:
+    prometheus.io/scrape: "true"
+    prometheus.io/port: "{port}"
+spec:
+  selector: {{app: web}}
+  ports:
+    - {{name: http, port: 80, targetPort: 8080}}
+    - {{name: metrics, port: 81, targetPort: metrics}}
+    - {{name: dns, port: 53, protocol: UDP}}
+"""
+
+
+def linted_service(folder: Path, text: str) -> LintReport:
+    """Lint a manifest with Services read."""
+    (folder / "service.yaml").write_text(text)
+    return lint([str(folder / "service.yaml")], RULES, reads_services=True)
+
+
+@pytest.mark.parametrize(
+    ("port", "outcome"),
+    [
+        ("metrics", 1),
+        ("http,metrics", 2),
+        ("8080", 1),
+        ("", 1),
+        ("dns", "unknown_port_name"),
+        ("none", "unknown_port_name"),
+        ("99999", "invalid_port"),
+    ],
+)
+def test_service_is_decided_as_if_it_had_an_endpoint(tmp_path: Path, port: str, outcome: int | str) -> None:
+    """By the ports that its endpoints have: numbers are target ports, names are the Service's."""
+    report = linted_service(tmp_path, SERVICE.format(port=port))
+    if isinstance(outcome, int):
+        assert (report.findings, report.targets, report.exit_code) == ((), outcome, 0)
+    else:
+        assert reasons(report) == [("error", outcome, 8)]
+        assert report.findings[0].object == "Service shop/web"
+        assert "EndpointSlice" not in report.findings[0].detail
+        assert report.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("{type: ExternalName, externalName: db.example}", "no_address"),
+        ("{clusterIP: None}", "no_port"),
+        ("{ports: [{port: 80, name: a}, {port: 81, name: b}]}", "ambiguous_port"),
+        ("{ports: nonsense}", "no_port"),
+        ("[]", "no_port"),
+        ("{ports: [{port: 80}], ipFamilies: [IPv6]}", None),
+        ("{ports: [{port: 80}], type: 3}", "undecodable"),
+    ],
+)
+def test_service_of_any_spec_ends_as_a_target_or_a_reason(
+    tmp_path: Path, spec: str, reason: str | None
+) -> None:
+    """Without a selector, with other families, and with what no API server takes."""
+    head = 'kind: Service\nmetadata: {name: web, annotations: {prometheus.io/scrape: "true"}}\n'
+    report = linted_service(tmp_path, f"{head}spec: {spec}\n")
+    assert [one.reason for one in report.findings] == ([] if reason is None else [reason])
+    assert report.targets == (reason is None)
+
+
+def test_services_of_lists_and_rendered_charts_are_decided(tmp_path: Path) -> None:
+    """As `kubectl get -o yaml` and `helm template` print them, beside Pods and other kinds."""
+    (tmp_path / "pod.yaml").write_text(PORTLESS)
+    indented = SERVICE.format(port="none").replace("\n", "\n    ")
+    chart = (
+        "---\n# Source: chart/templates/service.yaml" + SERVICE.format(port="x") + "---\nkind: ConfigMap\n"
+    )
+    (tmp_path / "list.yaml").write_text(f"kind: List\nitems:\n  -{indented[4:]}\n")
+    (tmp_path / "rendered.yaml").write_text(chart)
+    report = lint([str(tmp_path)], RULES, reads_services=True)
+    assert [(Path(one.file).name, one.reason) for one in report.findings] == [
+        ("list.yaml", "unknown_port_name"),
+        ("pod.yaml", "no_port"),
+        ("rendered.yaml", "unknown_port_name"),
+    ]
+
+
+def test_service_that_is_not_watched_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only DISCOVER with services reads Services, so that nothing of them is rejected otherwise."""
+    file = tmp_path / "service.yaml"
+    file.write_text(SERVICE.format(port="99999"))
+    assert main(["lint", str(file)], {}) == 0
+    assert "warning: Service shop/web: not_watched" in capsys.readouterr().out
+    assert main(["lint", str(file)], {"DISCOVER": "pods,nodes,services"}) == 3
+    assert "error: Service shop/web: invalid_port" in capsys.readouterr().out
+    file.write_text("apiVersion: serving.knative.dev/v1" + SERVICE.format(port="99999")[15:])
+    assert main(["lint", str(file)], {"DISCOVER": "pods,nodes,services"}) == 0
