@@ -45,7 +45,7 @@ log = get_logger("login")
 
 @dataclass(frozen=True, slots=True)
 class AuthMethod:
-    """Where and as whom to log in; `datacenter` and `namespace` are the auth method's, empty for our own."""
+    """An auth method and what to show it; `datacenter` and `namespace` are the auth method's, empty for our own."""
 
     name: str
     bearer_file: str

@@ -6,8 +6,8 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
 from enum import Enum, auto
-from types import MappingProxyType
 from typing import Any
 
 from k8s_consul_registrar.backoff import Backoff, Timing
@@ -32,7 +32,7 @@ from k8s_consul_registrar.kube.watch_decoder import Broken, Changed, Deleted, Wa
 from k8s_consul_registrar.model import EVERY_OBJECT, Kind, Selector, Source
 from k8s_consul_registrar.telemetry import get_logger
 
-# Kinds whose first list waits for that of another, for so many seconds at most.
+# Kinds whose first list waits for that of another, for at most this many seconds.
 _AFTER = {Kind.POD: (Kind.NODE, 1.0), Kind.SERVICE: (Kind.POD, 60.0), Kind.ENDPOINT: (Kind.SERVICE, 60.0)}
 # Timers may fire early by the resolution of the loop's clock.
 TIMER_SLACK = 0.01  # seconds
@@ -53,44 +53,48 @@ class _Reason(Enum):
     CATCH_UP = auto()
 
 
+@dataclass(frozen=True, slots=True)
+class Following:
+    """The way in which the sources of a mode are followed.
+
+    With `watches` False a source is listed every `period` seconds. `period` is also the least time between two
+    lists whose only reason is that the source did not catch up. `selectors` are by kind. `cluster_uid` None means
+    that any cluster may answer.
+    """
+
+    client: KubeClient
+    timing: Timing
+    period: float
+    watches: bool = True
+    selectors: Mapping[Kind, Selector] = field(default_factory=dict)
+    cluster_uid: ClusterUid | None = None
+    on_internal_error: Callable[[str, Exception], None] | None = None
+    clock: Callable[[], float] = time.monotonic
+
+
 class Reflector:
     """Keeps one source of a Store level with the API server.
 
     A list comes first, then a watch from its version. A watch that ends is resumed from the last version
     received, after the server named its present version: ours being newer means that its history went
-    back. Until that version is reached the source is catching up. With `watches` False the source is listed
-    every `period` seconds instead. `period` is also the least time between two lists whose only reason is
-    that the source did not catch up. `cluster_uid` None means that any cluster may answer.
+    back. Until that version is reached the source is catching up.
     """
 
     def __init__(
         self,
         source: Source,
         store: Store[Any],
-        client: KubeClient,
-        *,
-        timing: Timing,
-        period: float,
-        watches: bool = True,
-        selector: Selector = EVERY_OBJECT,
-        cluster_uid: ClusterUid | None = None,
+        following: Following,
         before_objects: Callable[[Kind], Awaitable[None]] | None = None,
-        on_internal_error: Callable[[str, Exception], None] | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make the reflector; what a list shows waits for `before_objects`, while the list is on its way."""
         self._source = source
         self._store = store
-        self._client = client
-        self._timing = timing
-        self._period = period
-        self._watches = watches
-        self._selector = selector
-        self._cluster_uid = cluster_uid
+        self._following = following
+        self._client, self._timing, self._clock = following.client, following.timing, following.clock
+        self._selector = following.selectors.get(source.kind, EVERY_OBJECT)
         self._before_objects = before_objects
-        self._on_internal_error = on_internal_error
-        self._clock = clock
-        self._backoff = Backoff(timing)
+        self._backoff = Backoff(following.timing)
         # Set once the source was listed or has failed.
         self.tried = asyncio.Event()
         # The version to resume from, empty while a list is due, and the cluster it belongs to.
@@ -144,7 +148,7 @@ class Reflector:
 
     def _made_progress(self, error: Exception | None) -> bool:
         """Return True if the waits may be short again: a list is costly, so one that worked is not enough for a watch."""
-        if error is None and (not self._watches or not self._is_brief()):
+        if error is None and (not self._following.watches or not self._is_brief()):
             return True
         return self._has_heard and (bool(self._version) or not self._is_brief())
 
@@ -181,8 +185,8 @@ class Reflector:
     def _note_internal_error(self, error: Exception) -> None:
         """Count an exception that nothing outside may cause; log each place it comes from once."""
         self._counts.internal_errors += 1
-        if self._on_internal_error is not None:
-            self._on_internal_error(f"source {self._source}", error)
+        if self._following.on_internal_error is not None:
+            self._following.on_internal_error(f"source {self._source}", error)
             return
         place = "".join(traceback.format_tb(error.__traceback__)[-1:]) + type(error).__name__
         if place not in self._logged:
@@ -194,9 +198,9 @@ class Reflector:
 
         A version of one cluster means nothing in another.
         """
-        if self._cluster_uid is None or not self._is_cluster_doubtful:
+        if self._following.cluster_uid is None or not self._is_cluster_doubtful:
             return
-        uid = await self._cluster_uid.confirm()
+        uid = await self._following.cluster_uid.confirm()
         if uid and self._uid and uid != self._uid:
             self._version = ""
         self._uid = uid or self._uid
@@ -223,7 +227,7 @@ class Reflector:
             return
         now = self._clock()
         patience = 0.0 if order is None else self._timing.catch_up
-        due = max(now + patience, self._last_catch_up_list + self._period)
+        due = max(now + patience, self._last_catch_up_list + self._following.period)
         if due <= now:
             self._version, self._last_catch_up_list = "", now
             self._is_cluster_doubtful = True
@@ -247,7 +251,7 @@ class Reflector:
             selector=self._selector,
             page_size=None if is_whole else PAGE_SIZE,
             # Following takes both rights, so that both are named where one is missing.
-            verb="list and watch" if self._watches else "list",
+            verb="list and watch" if self._following.watches else "list",
         )
         try:
             async with aclosing(pages):
@@ -275,10 +279,10 @@ class Reflector:
         deadline = self._deadline = asyncio.timeout(None)
         try:
             async with deadline:
-                if not self._watches:
-                    self._dues[_Reason.PERIOD] = self._clock() + self._period
+                if not self._following.watches:
+                    self._dues[_Reason.PERIOD] = self._clock() + self._following.period
                 self._move_deadline()
-                await (self._watch() if self._watches else asyncio.Event().wait())
+                await (self._watch() if self._following.watches else asyncio.Event().wait())
         except TimeoutError:
             if not deadline.expired():
                 raise
@@ -289,7 +293,7 @@ class Reflector:
             self._deadline = None
         if self._version:
             self._store.resume(self._source, "")
-        if self._watches:
+        if self._following.watches:
             self._counts.ended(ENDED if self._version else RELIST)
 
     async def _watch(self) -> None:
@@ -344,37 +348,11 @@ class Reflector:
 
 
 class Reflectors:
-    """All reflectors of a mode, one per source, into one Store. `selectors` are by kind."""
+    """All reflectors of a mode, one per source, into one Store."""
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        store: Store[Any],
-        client: KubeClient,
-        *,
-        timing: Timing,
-        period: float,
-        watches: bool = True,
-        selectors: Mapping[Kind, Selector] = MappingProxyType({}),
-        cluster_uid: ClusterUid | None = None,
-        on_internal_error: Callable[[str, Exception], None] | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, sources: Sequence[Source], store: Store[Any], following: Following) -> None:
         self._reflectors = {
-            source: Reflector(
-                source,
-                store,
-                client,
-                timing=timing,
-                period=period,
-                watches=watches,
-                selector=selectors.get(source.kind, EVERY_OBJECT),
-                cluster_uid=cluster_uid,
-                before_objects=self._others_tried,
-                on_internal_error=on_internal_error,
-                clock=clock,
-            )
-            for source in sources
+            source: Reflector(source, store, following, self._others_tried) for source in sources
         }
 
     async def run(self) -> None:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.objects import Item
-from k8s_consul_registrar.kube.reflector import Reflectors
+from k8s_consul_registrar.kube.reflector import Following, Reflectors
 from k8s_consul_registrar.kube.source_state import Failed, SourceStatus
 from k8s_consul_registrar.kube.store import KEEP, Evidence, Store, Unreadable
 from k8s_consul_registrar.model import (
@@ -74,15 +74,10 @@ class Feed(Generic[ValueT]):
         self._began = rules.clock()
         self._has_failed = False
         self._failures = Failures()
-        self._reflectors = Reflectors(
-            sources,
-            self.store,
-            client,
-            timing=rules.timing,
-            period=CATCH_UP_PERIOD,
-            selectors={self.kind: selector},
-            clock=rules.clock,
+        following = Following(
+            client, rules.timing, CATCH_UP_PERIOD, selectors={self.kind: selector}, clock=rules.clock
         )
+        self._reflectors = Reflectors(sources, self.store, following)
 
     async def run(self) -> None:
         """Follow the sources; ends only by cancellation."""

@@ -1,7 +1,7 @@
 """Claims on service IDs: who asks for one, who is rejected, who gave way at a shared endpoint, who departed. Pure."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import msgspec
@@ -210,10 +210,13 @@ class Departures:
     An object of None is a Node of the original program, which its service does not name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, observed: ObservedState) -> None:
+        self._observed = observed
         self._by_id: dict[str, dict[ObjectKey | None, int]] = {}
         self._by_key: dict[ObjectKey | None, set[str]] = {}
         self._dues: dict[str, float] = {}
+        # IDs asked for before an object was rejected, or missing from a list: they depart with it.
+        self._earlier: dict[ObjectKey, tuple[str, ...]] = {}
         self.generation = 0
         # Departures up to this generation were seen while another replica led.
         self.stale_until = 0
@@ -252,26 +255,38 @@ class Departures:
         """Return the IDs that an object departed from."""
         return tuple(self._by_key.get(key, ()))
 
+    def remember(self, key: ObjectKey, ids: Iterable[str]) -> None:
+        """Remember IDs of an object that asks for nothing now, as long as there may be records under them."""
+        ids = {*ids, *self.of(key), *self._earlier.pop(key, ())}
+        if left := tuple(one for one in ids if not self._observed.is_absent(one)):
+            self._earlier[key] = left
+
+    def take_left(self, key: ObjectKey) -> tuple[str, ...]:
+        """Return the IDs under which an object that no longer asks for them may have records, and forget them."""
+        return (*self._observed.ids_of(key), *self._earlier.pop(key, ()))
+
     def settle(self, service_id: str, generation: int) -> None:
         """End the departures from an ID up to a generation."""
         for key, recorded in tuple(self.keys(service_id).items()):
             if recorded <= generation:
                 self.end(service_id, key)
 
-    def settle_by_read(self, read: ObservedState, generation: int) -> None:
+    def settle_by_read(self, generation: int) -> None:
         """End departures up to a generation by a complete read that began after them.
 
         What it shows as absent, foreign or another object's has nothing left of the object that departed.
         """
         for service_id in self.ids():
-            record = read.get(service_id)
-            if isinstance(record, Unknown) or not (record or read.is_absent(service_id)):
+            record = self._observed.get(service_id)
+            if isinstance(record, Unknown) or not (record or self._observed.is_absent(service_id)):
                 continue
             is_ours = isinstance(record, AsDesired | Other)
             holder = object_behind(record)
             for key, recorded in tuple(self.keys(service_id).items()):
                 if recorded <= generation and not (is_ours and holder == key):
                     self.end(service_id, key)
+        for one in tuple(self._earlier):
+            self.remember(one, ())
 
     def end(self, service_id: str, key: ObjectKey | None) -> None:
         """Forget one departure."""

@@ -61,12 +61,16 @@ class DesiredState:
         self._zones = Zones() if Source(Kind.NODE) in sources else None
         self.join = join
         self._claims = Claims()
-        self.notes: Mapping[str, int] = self._claims.notes
         self._rejections = Rejections()
-        self._departures = Departures()
-        # IDs asked for before an object was rejected, or missing from a list: they depart with it.
-        self._earlier_ids: dict[ObjectKey, tuple[str, ...]] = {}
-        self._cluster_uid = ""
+        self._departures = Departures(observed)
+        # Targets by the service ID they ask for, rejections by object, the addresses and ports of Pods, and
+        # targets with each note: they change under the reader.
+        self.claims: Mapping[str, tuple[Target, ...]] = self._claims.by_id
+        self.rejections: Mapping[ObjectKey, Rejection] = self._rejections.by_key
+        self.endpoints: Endpoints = self._claims.endpoints
+        self.notes: Mapping[str, int] = self._claims.notes
+        # The UID of the namespace kube-system, empty while it is unknown.
+        self.cluster_uid = ""
         # True once a list lacked an object that was known: a resync has absences to judge.
         self.has_absences = False
         # Moves with every change, for caches of what is shown.
@@ -78,26 +82,6 @@ class DesiredState:
     ) -> None:
         """Have every change reported from now on."""
         self._changed, self._source_changed = changed, source_changed
-
-    @property
-    def claims(self) -> Mapping[str, tuple[Target, ...]]:
-        """The targets by the service ID they ask for; changes under the reader."""
-        return self._claims.by_id
-
-    @property
-    def rejections(self) -> Mapping[ObjectKey, Rejection]:
-        """The rejected objects; changes under the reader."""
-        return self._rejections.by_key
-
-    @property
-    def cluster_uid(self) -> str:
-        """The UID of the namespace kube-system, empty while it is unknown."""
-        return self._cluster_uid
-
-    @property
-    def endpoints(self) -> Endpoints:
-        """The addresses and ports of Pods, and which of them are shared."""
-        return self._claims.endpoints
 
     @property
     def departures(self) -> int:
@@ -127,7 +111,7 @@ class DesiredState:
             claims,
             holder,
             standing,
-            self._cluster_uid,
+            self.cluster_uid,
             self._observed.shard(service_id),
             is_contested,
         )
@@ -193,7 +177,7 @@ class DesiredState:
             self._follow(self.join.on_service(key, after), None, is_fact=evidence is not Evidence.ABSENT)
             if after is None and evidence is not Evidence.ABSENT:
                 key = endpoints_key(key.namespace, key.name)
-                self._depart(key, self._ids_left(key), None)
+                self._depart(key, self._departures.take_left(key), None)
         elif self.join is not None and key.kind is Kind.ENDPOINT:
             # Another slice that the list has yet to show may hold what this one lacks.
             is_fact = evidence is Evidence.EVENT
@@ -216,7 +200,7 @@ class DesiredState:
     ) -> None:
         """Take over what became of an object that has targets of its own."""
         if before is None and after is None:
-            self._depart(key, self._ids_left(key), heard_at)
+            self._depart(key, self._departures.take_left(key), heard_at)
             return
         self.generation += 1
         if self._zones is not None:
@@ -227,11 +211,11 @@ class DesiredState:
         if evidence is Evidence.ABSENT:
             # Only a resync judges what a list does not show; an ID with another claim changes hands.
             self.has_absences = True
-            self._remember_ids(key, ids_asked(before))
+            self._departures.remember(key, ids_asked(before))
             self._tell(tuple(one for one in ids_asked(before) if one in self._claims.by_id), (), None)
             return
         if isinstance(after, Rejection):
-            self._remember_ids(key, ids_asked(before))
+            self._departures.remember(key, ids_asked(before))
             for service_id in self._departures.of(key):
                 self._departures.end(service_id, key)
             self._changed(Change((*ids_asked(before), *asked), (), heard_at, after))
@@ -239,7 +223,7 @@ class DesiredState:
         if self._departures:
             for service_id in asked:
                 self._departures.end(service_id, key)
-        earlier = (*ids_asked(before), *self._ids_left(key))
+        earlier = (*ids_asked(before), *self._departures.take_left(key))
         self._depart(key, set(earlier).difference(asked) if earlier else (), heard_at, asked)
 
     def on_source(self, source: Source, status: SourceStatus) -> None:
@@ -279,7 +263,7 @@ class DesiredState:
         for target in joined.left:
             if not is_fact or target.id in joined.protected:
                 self.has_absences = True
-                self._remember_ids(target.key, (target.id,))
+                self._departures.remember(target.key, (target.id,))
                 ids += [target.id] if target.id in self._claims.by_id else ()
                 continue
             if not self._observed.is_absent(target.id):
@@ -291,9 +275,9 @@ class DesiredState:
 
     def learn_cluster_uid(self, uid: str) -> bool:
         """Take over the cluster's UID; return whether it is another one than was known."""
-        if not uid or uid == self._cluster_uid:
+        if not uid or uid == self.cluster_uid:
             return False
-        self._cluster_uid = uid
+        self.cluster_uid = uid
         self.generation += 1
         return True
 
@@ -309,23 +293,11 @@ class DesiredState:
 
     def settle_by_read(self, generation: int) -> None:
         """End departures up to a generation by a complete read that began after them."""
-        self._departures.settle_by_read(self._observed, generation)
-        for key in tuple(self._earlier_ids):
-            self._remember_ids(key, ())
+        self._departures.settle_by_read(generation)
 
     def begin_leading(self) -> None:
         """Distrust departures seen while another replica led, except those that a synced source confirms."""
         self._departures.stale_until = self._departures.generation
-
-    def _ids_left(self, key: ObjectKey) -> tuple[str, ...]:
-        """Return the IDs under which an object that no longer asks for them may still have records."""
-        return (*self._observed.ids_of(key), *self._earlier_ids.pop(key, ()))
-
-    def _remember_ids(self, key: ObjectKey, ids: Iterable[str]) -> None:
-        """Remember IDs of an object that asks for nothing now, as long as there may be records under them."""
-        ids = {*ids, *self._departures.of(key), *self._earlier_ids.pop(key, ())}
-        if left := tuple(one for one in ids if not self._observed.is_absent(one)):
-            self._earlier_ids[key] = left
 
     def _depart(
         self, key: ObjectKey, ids: Iterable[str], heard_at: float | None, asked: tuple[str, ...] = ()

@@ -145,7 +145,7 @@ class NameGuard:
     A resync reports every foreign name at this registrar's own node. A new name of the `checked` kinds (those
     whose template is not the default, which contains the object's own name) is looked up once in the whole
     catalog, and the answer holds until the next resync. Where that look is denied or filtered, the resync's
-    view decides, and `unchecked` is told why, once. `names` has what is known.
+    view decides, and `unchecked` receives the reason once. `names` has what is known.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ from k8s_consul_registrar.kube.cluster import (
     new_identity,
     pod_namespace,
 )
-from k8s_consul_registrar.kube.reflector import Reflectors
+from k8s_consul_registrar.kube.reflector import Following, Reflectors
 from k8s_consul_registrar.model import (
     Kind,
 )
@@ -257,13 +257,15 @@ class Wiring:
         reflectors = Reflectors(
             settings.selection.sources,
             desired.store,
-            kube,
-            timing=timing,
-            period=settings.sync_period,
-            watches=settings.backend.follows,
-            selectors=settings.selection.selectors,
-            cluster_uid=cluster_uid,
-            on_internal_error=reporter.internal_error,
+            Following(
+                kube,
+                timing,
+                settings.sync_period,
+                watches=settings.backend.follows,
+                selectors=settings.selection.selectors,
+                cluster_uid=cluster_uid,
+                on_internal_error=reporter.internal_error,
+            ),
         )
         core = Core(desired, observed, queue, registry, rules, names, contests, reporter, status)
         reconciler = Reconciler(core)

@@ -16,7 +16,7 @@ from k8s_consul_registrar.kube.client import PAGE_SIZE, KubeClient
 from k8s_consul_registrar.kube.cluster import ClusterUid
 from k8s_consul_registrar.kube.credentials import ClientIdentity, StoredCredentials
 from k8s_consul_registrar.kube.objects import Item
-from k8s_consul_registrar.kube.reflector import Reflector
+from k8s_consul_registrar.kube.reflector import Following, Reflector
 from k8s_consul_registrar.kube.source_state import (
     CatchingUp,
     Failed,
@@ -149,16 +149,10 @@ async def following(
         seen = seen or Seen()
         store: Store[str] = Store((PODS,), resolve, seen)
         cluster_uid = ClusterUid(client)
-        reflector = Reflector(
-            PODS,
-            store,
-            client,
-            timing=timing,
-            period=period,
-            watches=watches,
-            selector=selector,
-            cluster_uid=cluster_uid,
+        following = Following(
+            client, timing, period, watches=watches, selectors={Kind.POD: selector}, cluster_uid=cluster_uid
         )
+        reflector = Reflector(PODS, store, following)
         task = asyncio.create_task(reflector.run())
         try:
             yield Followed(api, store, seen, cluster_uid, reflector)

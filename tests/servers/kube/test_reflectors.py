@@ -13,7 +13,7 @@ from k8s_consul_registrar.kube.access import load_access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.cluster import ClusterUid
 from k8s_consul_registrar.kube.objects import Item, Page
-from k8s_consul_registrar.kube.reflector import Reflectors
+from k8s_consul_registrar.kube.reflector import Following, Reflectors
 from k8s_consul_registrar.kube.source_state import Failed, SourceStatus
 from k8s_consul_registrar.kube.store import Evidence, Store
 from k8s_consul_registrar.model import Kind, Node, ObjectKey, Pod, Selector, Source
@@ -54,12 +54,14 @@ class Cluster:
         self.reflectors = Reflectors(
             sources,
             self.store,
-            client,
-            timing=timing,
-            period=600.0 if watches else 0.1,
-            watches=watches,
-            selectors=selectors,
-            cluster_uid=self.uid,
+            Following(
+                client,
+                timing,
+                600.0 if watches else 0.1,
+                watches=watches,
+                selectors=selectors,
+                cluster_uid=self.uid,
+            ),
         )
 
     def on_object(

@@ -291,9 +291,9 @@ def test_desired_earlier_ids_are_forgotten_with_their_records() -> None:
     for number in range(10):
         world.cluster.put(make_pod(f"p{number}", ip=""))
     world.lists()
-    assert len(world.desired._earlier_ids) == 20
+    assert len(world.desired._departures._earlier) == 20
     world.read_consul(p1=world.observed.get("pod--shop--p1"))
-    assert list(world.desired._earlier_ids) == [make_pod("p1").key]
+    assert list(world.desired._departures._earlier) == [make_pod("p1").key]
 
 
 def test_desired_departure_ends_when_its_object_asks_again() -> None:
