@@ -37,6 +37,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "clusterName": {"type": "string", "pattern": r"^[A-Za-z0-9._-]{0,50}$"},
     "consul.backend": {"enum": list(BACKENDS)},
     "consul.agent.nodeId": {"type": "string", "pattern": "^([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})?$"},
+    "registrar.emitEvents": {"enum": ["none", "problems", "all"]},
     "image.digest": {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"},
     "image.pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
     "nodePort": NODE_PORT,

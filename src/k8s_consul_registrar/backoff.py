@@ -18,7 +18,7 @@ class Timing:
     whose list or watch held something without a name is listed again after `relist_opaque`, and one that has
     not caught up for `catch_up` after its watch was resumed as well. Two writes of one service are at least
     `write_interval` apart. The catalog is compared with the agent `ghost_first` and `ghost_last` after a
-    deregistration.
+    deregistration. Kubernetes Events repeat the same about an object once in `event_interval`.
     """
 
     retry_first: float = 0.5
@@ -39,6 +39,7 @@ class Timing:
     watch_settle: float = 1.0
     relist_opaque: float = 300.0
     catch_up: float = 90.0
+    event_interval: float = 3600.0
 
 
 def delays(first: float, cap: float, *, pick: random.Random | None = None) -> Iterator[float]:

@@ -233,13 +233,15 @@ class Rejection(msgspec.Struct, frozen=True):
     """Why an object that asks to be scraped is not a target.
 
     `reason` is one of a fixed set (`errors`), fit for a metric's label; `detail` is for people.
-    What Consul already holds of the object, `id` included, is left as it is while it is rejected.
+    What Consul already holds of the object, `id` included, is left as it is while it is rejected. `uid` is the
+    object's, empty unless Kubernetes Events tell of it.
     """
 
     key: ObjectKey
     reason: str
     detail: str
     id: str = ""
+    uid: str = ""
 
 
 # An object's targets, none if it asks for none, or its rejection.

@@ -20,6 +20,7 @@ CUSTOM_RESOURCES = {"PodMonitor", "PrometheusRule"}  # kinds the Kubernetes sche
 PENDING: frozenset[str] = frozenset()
 COMBINED = (
     "catalog",
+    "emit-events",
     "grouped-names",
     "network-policy",
     "pod-disruption-budget",

@@ -92,6 +92,8 @@ async def _keep_equal(
         parts.selection.keep(is_settled=lambda: _is_settled(parts), timing=timing),
         shown.gate.run(),
     ]
+    if parts.events is not None:
+        aside.append(parts.events.run())
     if client is not None:
         aside.append(_clear_previous_locations(settings, parts, client, timing))
     keeper = None

@@ -37,14 +37,14 @@ from k8s_consul_registrar.model import EVERY_OBJECT, Kind, ObjectKey, Selector
 
 # Half of kubectl's pages: a first sync holds 6 MB less at its peak and takes no longer.
 PAGE_SIZE = 250
-# Objects decoded in one step; about 2 ms of work.
-SLICE = 100
+SLICE = 100  # objects decoded in one step; about 2 ms of work
 # Bytes of a compressed body that are unpacked at once; a thread costs more.
 SMALL = 1 << 14
 SUCCESSES = (200, 201)
 REFUSAL_LIMIT = 1 << 16
 READ_SIZE = 1 << 18  # about a piece of a streamed body; large ones cost less per byte
 JSON = "application/json"
+MERGE_PATCH = "application/merge-patch+json"
 # `managedFields` are up to 60 % of an object. Servers that do not know the parameter ignore it (KEP-5958).
 LEAN_JSON = "application/json;drop=metadata.managedFields, application/json;q=0.9"
 HEADERS = {"Accept": JSON, "Accept-Encoding": "gzip", "User-Agent": "k8s-consul-registrar"}
@@ -266,7 +266,7 @@ class KubeClient:
         self, action: ApiAction, path: str, *, method: str = "GET", body: bytes | None = None
     ) -> bytes:
         """Return the answer to a request about one object; a body is sent as JSON."""
-        headers = {} if body is None else {"Content-Type": JSON}
+        headers = {} if body is None else {"Content-Type": MERGE_PATCH if method == "PATCH" else JSON}
         return await self._send(_Request(action, path, method=method, headers=headers, body=body))
 
     def _reading(self, action: ApiAction, kind: Kind, query: Mapping[str, str]) -> _Request:

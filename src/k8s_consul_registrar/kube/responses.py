@@ -82,6 +82,12 @@ class Status(msgspec.Struct, frozen=True):
         """True if the version or continue token asked for is gone, whatever the code says."""
         return self.code == 410 or self.reason in ("Expired", "Gone")
 
+    @property
+    def is_terminating(self) -> bool:
+        """True if nothing can be created because the namespace is going: a 403 that is about no right."""
+        causes = (self.details.causes if self.details else None) or ()
+        return any(cause.reason == "NamespaceTerminating" for cause in causes)
+
 
 _STATUS = msgspec.json.Decoder(Status)
 
@@ -109,7 +115,7 @@ def cluster_error(
     if code == 401:
         ours = f" ({origin})" if origin else ""
         return ClusterUnauthorized(f"cannot {action}: our credentials are not accepted{ours}{said}")
-    if code == 403:
+    if code == 403 and not status.is_terminating:
         return ClusterForbidden(f"cannot {action}: grant {action.verb} on {action.resource}{said}")
     if code == 410 or status.is_expired:
         return ClusterExpired(f"cannot {action}: the version or continue token asked for is gone{said}")

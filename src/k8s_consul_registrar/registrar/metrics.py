@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from k8s_consul_registrar.kube.events import EventOutcome
 from k8s_consul_registrar.model import Kind
 from k8s_consul_registrar.registrar.decide import Kept
 from k8s_consul_registrar.registrar.orphans import Stays
@@ -116,6 +117,12 @@ class RegistrarMetrics:
             "Errors in this program, each confined to one service ID, source or task.",
             registry=registry,
         )
+        self.kubernetes_events = Counter(
+            f"{PREFIX}_kubernetes_events",
+            "Events about objects that were to be written to the API server, by outcome.",
+            ["outcome"],
+            registry=registry,
+        )
         self._zero()
         self._written = {verb: self.writes.labels(verb, "success") for verb in WRITE_VERBS}
 
@@ -126,6 +133,10 @@ class RegistrarMetrics:
                 self.source_up.remove(kind.value)
         else:
             self.source_up.labels(kind.value).set(is_followed)
+
+    def wrote_event(self, outcome: EventOutcome) -> None:
+        """Count an Event by what became of it."""
+        self.kubernetes_events.labels(outcome.value).inc()
 
     def wrote(self, verb: str, done: int, refused: int) -> None:
         """Count a batch of writes."""
@@ -144,6 +155,8 @@ class RegistrarMetrics:
         for outcome in WRITE_OUTCOMES:
             self.orphan_removals.labels(outcome)
             self.ghost_removals.labels(outcome)
+        for outcome in EventOutcome:
+            self.kubernetes_events.labels(outcome.value)
         for problem in AgentProblem:
             self.agent_problem.labels(problem.value)
         for why in Kept:

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from k8s_consul_registrar.sandbox import api_errors
+from k8s_consul_registrar.sandbox.event_rules import validate_new_event
 from k8s_consul_registrar.sandbox.resources import (
     ENDPOINT_SLICES,
+    EVENTS,
     NAMESPACES,
     NODES,
     PODS,
@@ -73,7 +75,7 @@ def generated_name(metadata: Object) -> str:
 
 
 def validate(resource: Resource, name: str, obj: Object) -> None:
-    """Raise ApiError 422 if a new object lacks a required field."""
+    """Raise ApiError 422 if a new object lacks a required field, or 400 if it cannot be read."""
     if not name:
         raise api_errors.invalid(
             resource.kind,
@@ -90,6 +92,8 @@ def validate(resource: Resource, name: str, obj: Object) -> None:
             cause="FieldValueRequired",
             problem="Required value",
         )
+    if resource is EVENTS:
+        validate_new_event(name, obj)
 
 
 def require(preconditions: Preconditions, resource: Resource, obj: Object) -> None:

@@ -10,6 +10,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from k8s_consul_registrar.sandbox import api_errors
+from k8s_consul_registrar.sandbox.event_rules import validate_event_update
 from k8s_consul_registrar.sandbox.object_rules import (
     Object,
     Preconditions,
@@ -23,7 +24,7 @@ from k8s_consul_registrar.sandbox.object_rules import (
     with_consistent_status,
     with_defaults,
 )
-from k8s_consul_registrar.sandbox.resources import NAMESPACES, PODS, RESOURCES, Resource
+from k8s_consul_registrar.sandbox.resources import EVENTS, NAMESPACES, PODS, RESOURCES, Resource
 from k8s_consul_registrar.sandbox.selection import Selection
 from k8s_consul_registrar.sandbox.store import Store, Stored
 
@@ -227,6 +228,8 @@ class Registry:
         if not metadata["managedFields"]:
             del metadata["managedFields"]
         new = with_consistent_status(resource, new)
+        if resource is EVENTS:
+            validate_event_update(old, new)
         if content(new) == content(old):
             return before
         return self._store.put(resource, before.key, self._owned(resource, new, manager, subresource))

@@ -74,7 +74,14 @@ ENDPOINT_SLICES = Resource(
     group="discovery.k8s.io",
     has_status=False,
 )
-RESOURCES = (PODS, NODES, NAMESPACES, LEASES, SERVICES, ENDPOINT_SLICES)
+EVENTS = Resource(
+    "events",
+    "Event",
+    b'"eventTime":null,"regarding":{},"deprecatedSource":{}',
+    group="events.k8s.io",
+    has_status=False,
+)
+RESOURCES = (PODS, NODES, NAMESPACES, LEASES, SERVICES, ENDPOINT_SLICES, EVENTS)
 
 
 def resource_of(kind: str) -> Resource:

@@ -33,6 +33,7 @@ from k8s_consul_registrar.targets.service_names import Template
 HTTP_SD = "HTTP service discovery"
 BRAKE = "Mass removals and lost agents"
 ELECTION = "Leader election"
+EVENTS = "Kubernetes Events"
 
 DEFAULT_PERIOD = 600.0  # seconds
 # A shorter period would compare everything with Consul without pause.
@@ -226,6 +227,12 @@ class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
         "`CONSUL_BACKEND=catalog`, or `CONSUL_AGENT_SHARED`"
     )
     election: ElectionSettings | None = section(ElectionSettings, when="LEADER_ELECTION")
+    emit_events: str = Setting(
+        "EMIT_EVENTS", parse.choice("none", "problems", "all"), "none", group=EVENTS
+    ).means(
+        "Events that the registrar writes about Pods, Nodes and Services, which `kubectl describe` shows: `none`, "
+        "`problems` (why something is not scraped), or `all` (registrations too). Needs the overlay `emit-events`"
+    )
 
     @property
     def has_default_name(self) -> bool:

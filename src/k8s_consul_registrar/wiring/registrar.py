@@ -29,6 +29,8 @@ from k8s_consul_registrar.kube.cluster import (
     new_identity,
     pod_namespace,
 )
+from k8s_consul_registrar.kube.events import EventSender
+from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.reflector import Following, Reflectors
 from k8s_consul_registrar.model import (
     Kind,
@@ -38,6 +40,7 @@ from k8s_consul_registrar.registrar.controller import Controller
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.elector import Elector
+from k8s_consul_registrar.registrar.events import EventLimits, EventPlan, EventReporter, with_uid
 from k8s_consul_registrar.registrar.ghosts import AgentWatch, GhostCollector, Upkeep
 from k8s_consul_registrar.registrar.interfaces import AlwaysAvailable, ClusterReads, MemoryRegistry, Registry
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
@@ -54,7 +57,7 @@ from k8s_consul_registrar.registrar.status import RegistrarStatus
 from k8s_consul_registrar.rotating import BearerTokens, Rotating, bearer_tokens
 from k8s_consul_registrar.settings.registrar import HttpSdSettings, RegistrarSettings, selection_digest
 from k8s_consul_registrar.settings.selection import HASH
-from k8s_consul_registrar.targets.endpoints import resolve_item
+from k8s_consul_registrar.targets.endpoints import Value, resolve_item
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from k8s_consul_registrar.targets.service_names import (
     ENDPOINT_NAME,
@@ -80,6 +83,7 @@ class RegistrarParts:
     cluster_uid: ClusterUid
     selection: SelectionRecord
     cluster: ClusterReads
+    events: EventSender | None
 
 
 class Wiring:
@@ -230,13 +234,29 @@ class Wiring:
         settings, timing = self.settings, self.timing
         registry = self.registry(client)
         status = RegistrarStatus()
-        reporter = Reporter(metrics, status)
         observed = ObservedState()
         join = ServiceJoin(self.targets) if Kind.ENDPOINT in settings.selection.kinds else None
         resolve_one = resolve if join is None else resolve_item
+        resolve_item_of: Callable[[Item], Value | None] = partial(resolve_one, rules=self.targets)
+        plan = self._event_plan()
         desired = DesiredState(
-            settings.selection.sources, partial(resolve_one, rules=self.targets), observed, join=join
+            settings.selection.sources,
+            resolve_item_of if plan is None else with_uid(resolve_item_of),
+            observed,
+            join=join,
         )
+        reporter = Reporter(metrics, status)
+        events = None
+        if plan is not None:
+            reporter = EventReporter(metrics, status, plan, desired, tells_all=settings.emit_events == "all")
+            events = EventSender(
+                kube,
+                plan,
+                timing=timing,
+                may_send=lambda: elector is None or elector.is_leader,
+                count=metrics.wrote_event,
+                on_internal_error=reporter.internal_error,
+            )
         queue = WorkQueue(
             first=timing.retry_first, cap=settings.sync_period, min_interval=timing.write_interval
         )
@@ -316,8 +336,14 @@ class Wiring:
             probe_consul=probe_consul,
         )
         return RegistrarParts(
-            core, controller, reconciler, resync, reflectors, cluster_uid, selection, cluster
+            core, controller, reconciler, resync, reflectors, cluster_uid, selection, cluster, events
         )
+
+    def _event_plan(self) -> EventPlan | None:
+        """Return what decides which Kubernetes Events are written, None if none are."""
+        if self.settings.emit_events == "none":
+            return None
+        return EventPlan(EventLimits(interval=self.timing.event_interval))
 
     def _kinds_with_template(self) -> frozenset[Kind]:
         """Return the kinds whose service names are not the default, which contains the object's own name."""

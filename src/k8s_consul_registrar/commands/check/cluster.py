@@ -12,6 +12,8 @@ from k8s_consul_registrar.errors import AccessError, ClusterError, ClusterForbid
 from k8s_consul_registrar.kube.access import Access, load_access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.cluster import IDENTITY_NAMESPACE
+from k8s_consul_registrar.kube.events import GROUP as EVENT_GROUP
+from k8s_consul_registrar.kube.events import NODE_NAMESPACE
 from k8s_consul_registrar.kube.watch_decoder import GROUPS, RESOURCES
 from k8s_consul_registrar.model import Kind, Node, Source
 
@@ -55,8 +57,23 @@ def lease_permissions(namespace: str, name: str) -> tuple[Permission, ...]:
     return (lease, *(lease._replace(verb=verb, name=name) for verb in ("get", "update")))
 
 
-# What only DISCOVER=services needs.
-OF_SERVICES = frozenset({RESOURCES[Kind.SERVICE], RESOURCES[Kind.ENDPOINT]})
+def event_permissions(sources: Iterable[Source]) -> tuple[Permission, ...]:
+    """Return the permissions to write Events about the objects of these sources."""
+    namespaces = {NODE_NAMESPACE if one.kind is Kind.NODE else one.namespace for one in sources}
+    where = {""} if "" in namespaces else namespaces
+    return tuple(
+        Permission(verb, "events", namespace=namespace, group=EVENT_GROUP)
+        for namespace in sorted(where)
+        for verb in ("create", "patch")
+    )
+
+
+# The overlay that grants what `deploy/rbac.yaml` does not.
+OVERLAYS = {
+    RESOURCES[Kind.SERVICE]: "deploy/overlays/services",
+    RESOURCES[Kind.ENDPOINT]: "deploy/overlays/services",
+    "events": "deploy/overlays/emit-events",
+}
 # A kubelet asks for the last before it serves its metrics (kubernetes pkg/kubelet/server/auth.go).
 PROXY_PERMISSIONS = (
     Permission("list", "nodes"),
@@ -149,7 +166,7 @@ async def _needed(client: KubeClient, permission: Permission) -> Finding:
     if is_allowed:
         return ok(name, "allowed")
     role = f"a Role in {permission.namespace}" if permission.namespace else "the ClusterRole"
-    where = "deploy/overlays/services" if permission.resource in OF_SERVICES else "deploy/rbac.yaml"
+    where = OVERLAYS.get(permission.resource, "deploy/rbac.yaml")
     of = f' of apiGroups ["{permission.group}"]' if permission.group else ""
     grant = f'grant verbs ["{permission.verb}"] on resources ["{permission.what}"]{of} in {role}'
     return fail(name, "not allowed", f"{grant} of our account ({where})")

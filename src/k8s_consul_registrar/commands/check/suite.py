@@ -16,6 +16,7 @@ from k8s_consul_registrar.commands.check.cluster import (
     ClusterView,
     Permission,
     check_cluster,
+    event_permissions,
     lease_permissions,
     source_permissions,
 )
@@ -154,6 +155,8 @@ def _permissions(modes: CheckedModes) -> tuple[Permission, ...]:
 
 def _registrar_permissions(settings: RegistrarSettings) -> tuple[Permission, ...]:
     followed = source_permissions(settings.selection.sources)
+    if settings.emit_events != "none":
+        followed += event_permissions(settings.selection.sources)
     if settings.election is None:
         return followed
     wiring = Wiring(settings)
