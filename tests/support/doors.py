@@ -209,14 +209,20 @@ class Emptied:
     """Answer a list with all of its items left out."""
 
 
-Fault = Refuse | CutAfter | Emptied
+class Hang(NamedTuple):
+    """Hold a request back for seconds, then let it through."""
+
+    seconds: float
+
+
+Fault = Refuse | CutAfter | Emptied | Hang
 
 
 class HttpDoor:
     """Carries requests to the server at a base URL; an asynchronous context manager.
 
     With a server side of TLS it speaks https itself. `fault` chooses what becomes of a request, by its body
-    too; None lets it through.
+    too; None lets it through. `hanging` requests are held back now.
     """
 
     def __init__(
@@ -232,6 +238,7 @@ class HttpDoor:
         self._client_tls = client_tls
         self._stack = contextlib.AsyncExitStack()
         self.port = 0
+        self.hanging = 0
 
     async def __aenter__(self) -> Self:
         connector = aiohttp.TCPConnector(limit=0, ssl=self._client_tls or True)
@@ -289,6 +296,12 @@ class HttpDoor:
             fault = None
         if isinstance(fault, Refuse):
             return _refusal(fault)
+        if isinstance(fault, Hang):
+            self.hanging += 1
+            try:
+                await asyncio.sleep(fault.seconds)
+            finally:
+                self.hanging -= 1
         headers = {key: value for key, value in request.headers.items() if key.lower() not in _PER_CONNECTION}
         if isinstance(fault, Emptied):
             headers.pop("Accept-Encoding", None)
