@@ -15,11 +15,11 @@ from k8s_consul_registrar.model import Drift, Pod, Source
 from k8s_consul_registrar.registrar.absences import Absences, SelectionRecord
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.controller import Controller
-from k8s_consul_registrar.registrar.decide import Rules
-from k8s_consul_registrar.registrar.interfaces import Leadership, Orphans
+from k8s_consul_registrar.registrar.decide import NameGuard, Rules
+from k8s_consul_registrar.registrar.interfaces import Leadership, Upkeep
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.observed import Contests, ObservedState
-from k8s_consul_registrar.registrar.ownership import Identity, NameGuard
+from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.queue import WorkQueue
 from k8s_consul_registrar.registrar.reconciler import Core, Reconciler
 from k8s_consul_registrar.registrar.reporter import Reporter
@@ -97,7 +97,7 @@ class ControllerLab:
         brake: BrakeRules = HELD,
         identity: Identity = Identity("lab"),  # noqa: B008 - an immutable value
         leadership: Leadership | None = None,
-        orphans: Orphans | None = None,
+        upkeep: Sequence[Upkeep] = (),
         timing: Timing = QUICK,
         target_rules: TargetRules | None = None,
         checked_names: bool = False,
@@ -142,7 +142,7 @@ class ControllerLab:
             schedule=schedule,
             timing=timing,
             leadership=leadership,
-            orphans=orphans,
+            upkeep=upkeep,
             probe_consul=self._probe_consul,
             clock=self.clock,
         )

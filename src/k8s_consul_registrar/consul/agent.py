@@ -9,20 +9,20 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Container,
     Iterable,
     Iterator,
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from itertools import islice
 from urllib.parse import quote
 
 from msgspec.structs import replace
 
 from k8s_consul_registrar.consul.acl import AgentSelf, read_agents, read_own_node
-from k8s_consul_registrar.consul.answers import is_filtered
 from k8s_consul_registrar.consul.batches import Blame, Outcomes, for_each, write_each
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.codec import (
@@ -33,7 +33,7 @@ from k8s_consul_registrar.consul.codec import (
     encode_registration,
 )
 from k8s_consul_registrar.consul.drift import NodeDrift
-from k8s_consul_registrar.consul.health import is_outage
+from k8s_consul_registrar.consul.health import is_filtered, is_outage
 from k8s_consul_registrar.consul.records import has_foreign_instance, is_managed, list_services, node_of
 from k8s_consul_registrar.errors import (
     ConsulError,
@@ -74,6 +74,7 @@ class AgentTraffic:
         self._removing: dict[str, asyncio.Event] = {}
         self._deregistered: dict[str, float] = {}  # when, in monotonic seconds
         self.deregistered_at = -math.inf  # the latest of them
+        self.on_deregistered: Callable[[float], None] = lambda _: None
 
     @asynccontextmanager
     async def registering(self, service_id: str) -> AsyncIterator[None]:
@@ -100,11 +101,13 @@ class AgentTraffic:
                 self._removing.pop(service_id, None)
             is_over.set()
 
-    def deregistered(self, ids: Iterable[str]) -> None:
+    def deregistered(self, ids: Collection[str]) -> None:
         """Note services that the agent says it has deregistered."""
         now = time.monotonic()
         for service_id in ids:
             self._deregistered[service_id] = self.deregistered_at = now
+        if ids:
+            self.on_deregistered(now)
         while len(self._deregistered) > MOST_REMEMBERED:
             del self._deregistered[next(iter(self._deregistered))]
 
@@ -187,14 +190,14 @@ class AgentRegistry:
 
         Raises `ConsulFiltered` for one that exists and that the token may not see.
         """
-        ids = [service_id for service_id in ids if can_be_named(service_id)]
         found: list[Service] = []
 
         async def read(service_id: str) -> None:
             if (service := await read_agent_service(self.client, service_id)) is not None:
                 found.append(self.meta_keys.decode(service))
 
-        await for_each(ids, read, self.client.health.concurrency(self.concurrency))
+        limit = self.client.health.concurrency(self.concurrency)
+        await for_each(filter(can_be_named, ids), read, limit)
         for service in found:
             yield service
 
@@ -241,10 +244,9 @@ class AgentRegistry:
         self._sample.rotate(ASKED_AT_ONCE)
         asked = missing = 0
         for service_id in tuple(islice(self._sample, ASKED_AT_ONCE)):
-            try:
+            is_missing = False
+            with suppress(ConsulFiltered):
                 is_missing = await read_agent_service(self.client, service_id) is None
-            except ConsulFiltered:
-                is_missing = False
             if service_id in self._sample:  # it may have been deregistered meanwhile
                 asked += 1
                 missing += is_missing

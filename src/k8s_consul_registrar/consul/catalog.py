@@ -165,7 +165,8 @@ class CatalogRegistry:
                 checked.append(service.id)
             elif has_check:
                 bare.append(service.id)
-            return self._operations.put(self._meta_keys.encode(service), has_check=has_check)
+            named = self._meta_keys.encode(service) if self._meta_keys.renamed else service
+            return self._operations.put(named, has_check=has_check)
 
         written = await self._write(services, put)
         with self._drift.writing():

@@ -15,8 +15,15 @@ from yarl import URL
 
 from k8s_consul_registrar.backoff import Timing, delays
 from k8s_consul_registrar.consul.access import ConsulAccess, ConsulTokenFile, TokenSource
-from k8s_consul_registrar.consul.answers import LONGEST_HEAD, ConsulAnswer, StreamedAnswer, refusal
-from k8s_consul_registrar.consul.health import TOO_MANY_REQUESTS, ConsulHealth, RequestKind
+from k8s_consul_registrar.consul.health import (
+    LONGEST_HEAD,
+    TOO_MANY_REQUESTS,
+    ConsulAnswer,
+    ConsulHealth,
+    RequestKind,
+    StreamedAnswer,
+    refusal,
+)
 from k8s_consul_registrar.errors import (
     AccessError,
     ConsulBusy,

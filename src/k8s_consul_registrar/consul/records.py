@@ -9,9 +9,9 @@ from urllib.parse import quote
 
 import msgspec
 
-from k8s_consul_registrar.consul.answers import index_of, is_filtered
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.codec import DECODE_ERRORS, MetaKeys, decode, decode_instance
+from k8s_consul_registrar.consul.health import index_of, is_filtered
 from k8s_consul_registrar.consul.transactions import CheckRecord, NodeRecord
 from k8s_consul_registrar.errors import ConsulFiltered, ConsulRefused
 from k8s_consul_registrar.model import MANAGED_BY, Service

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from k8s_consul_registrar.consul.answers import ConsulAnswer
 from k8s_consul_registrar.consul.client import ConsulClient
+from k8s_consul_registrar.consul.health import ConsulAnswer
 from k8s_consul_registrar.consul.records import CONSISTENT, scope_of_nodes
 from k8s_consul_registrar.consul.transactions import (
     MOST_OPERATIONS,

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from enum import Enum
 from typing import TypeVar
@@ -17,7 +17,7 @@ from k8s_consul_registrar.kube.source_state import SourceStatus, Synced
 from k8s_consul_registrar.model import Drift, Source
 from k8s_consul_registrar.registrar.claims import Change
 from k8s_consul_registrar.registrar.decide import Kept
-from k8s_consul_registrar.registrar.interfaces import Health, Leadership, NoElection, Orphans
+from k8s_consul_registrar.registrar.interfaces import Health, Leadership, NoElection, Upkeep
 from k8s_consul_registrar.registrar.queue import Batch, Priority
 from k8s_consul_registrar.registrar.reconciler import Core, Reconciler
 from k8s_consul_registrar.registrar.resync import Resync
@@ -60,7 +60,7 @@ class Controller:
         schedule: ScheduleRules,
         timing: Timing,
         leadership: Leadership | None = None,
-        orphans: Orphans | None = None,
+        upkeep: Sequence[Upkeep] = (),
         probe_consul: Callable[[bool], Awaitable[None]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -73,7 +73,7 @@ class Controller:
         self._rules = schedule
         self._timing = timing
         self._leadership: Leadership = leadership or NoElection()
-        self._orphans = orphans
+        self._upkeep = upkeep
         self._clock = clock
         self._wake = asyncio.Event()
         self._schedule = Schedule.start(schedule, clock())
@@ -85,7 +85,7 @@ class Controller:
         self._has_stale_services = False
         # Sources whose next list confirms absences, or not.
         self._awaited: frozenset[Source] = frozenset()
-        self._collects_orphans = False
+        self._is_upkeep_due = False
         self._listed: dict[Source, float | None] = {}
         self._standby_read_due = clock()
         self._gate = Gate(health, timing, clock)
@@ -222,9 +222,9 @@ class Controller:
             core.queue.clear()
             self._standby_read_due = self._clock()
             core.reporter.stands_by()
-            if self._orphans is not None:
-                self._orphans.rest()
-                core.status.lost_agents = self._orphans.lost
+            for one in self._upkeep:
+                one.rest()
+            self._show_lost_agents()
 
     # Batches
 
@@ -283,8 +283,8 @@ class Controller:
     # Resyncs, probes and orphans
 
     def _next_step(self, now: float) -> Step:
-        looks = self._orphans is not None and self._core.status.has_synced
-        return self._schedule.next(now, self._orphans.look_due if self._orphans and looks else math.inf)
+        looks = self._upkeep if self._core.status.has_synced else ()
+        return self._schedule.next(now, min((one.look_due for one in looks), default=math.inf))
 
     def _start_step(self, now: float) -> None:
         """Start the step that is due; one at a time, beside the batches."""
@@ -294,9 +294,9 @@ class Controller:
         if self._role is Role.STANDBY:
             if self._standby_read_due <= now:
                 work = self._read_as_standby()
-        elif self._collects_orphans and self._core.queue.is_drained:
-            self._collects_orphans = False
-            work = self._handle_orphans(collects=True)
+        elif self._is_upkeep_due and self._core.queue.is_drained:
+            self._is_upkeep_due = False
+            work = self._keep_up(collects=True)
         else:
             match kind := self._next_step(now).kind:
                 case StepKind.RESYNC | StepKind.JUDGE:
@@ -305,7 +305,7 @@ class Controller:
                 case StepKind.PROBE:
                     work = self._probe()
                 case StepKind.ORPHANS:
-                    work = self._handle_orphans(collects=False)
+                    work = self._keep_up(collects=False)
         if work is not None:
             self._step = asyncio.create_task(self._run_step(work))
 
@@ -325,7 +325,7 @@ class Controller:
         if found.read_seconds is not None:
             self._gate.open("resync", is_drained=self._core.queue.is_drained)
             self._schedule = self._schedule.resynced(self._clock(), found.read_seconds)
-            self._collects_orphans = self._orphans is not None
+            self._is_upkeep_due = bool(self._upkeep)
         self._schedule = self._schedule.judge_at(found.judged.again_at)
         self._awaited = found.judged.relisting | {one.source for one in found.judged.held}
         self._has_stale_services = bool(found.kept[Kept.BLIND])
@@ -344,14 +344,18 @@ class Controller:
             await self._probe_consul(self._core.queue.is_drained)
         return await self._core.registry.drift()
 
-    async def _handle_orphans(self, *, collects: bool) -> None:
-        """Look for lost agents, or remove what may go from their nodes."""
-        assert self._orphans is not None
-        if collects:
-            await self._orphans.collect()
-        elif await self._orphans.look():
-            self._want(Need.DRIFT)
-        self._core.status.lost_agents = self._orphans.lost
+    async def _keep_up(self, *, collects: bool) -> None:
+        """Look for services that no agent keeps, or remove those that may go."""
+        now = self._clock()
+        for one in self._upkeep:
+            if collects:
+                await one.collect()
+            elif one.look_due <= now and await one.look():
+                self._want(Need.DRIFT)
+        self._show_lost_agents()
+
+    def _show_lost_agents(self) -> None:
+        self._core.status.lost_agents = tuple(agent for one in self._upkeep for agent in one.lost)
 
     async def _read_as_standby(self) -> None:
         """Read what the leader wrote: what a standby serves has the leader's shards."""

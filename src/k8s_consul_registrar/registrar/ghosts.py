@@ -1,5 +1,6 @@
 """Care for the agent: what it left in the catalog is removed, and an agent that does not suit is reported."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -16,7 +17,7 @@ from k8s_consul_registrar.errors import (
 from k8s_consul_registrar.model import Ghosts, ObjectKey, Rejection, Service, Written
 from k8s_consul_registrar.registrar.decide import Deregister, Infer, Rules, decide
 from k8s_consul_registrar.registrar.desired import DesiredState
-from k8s_consul_registrar.registrar.interfaces import ClusterReader, Orphans
+from k8s_consul_registrar.registrar.interfaces import ClusterReader
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.observed import Other, observe
 from k8s_consul_registrar.registrar.ownership import Claim
@@ -63,6 +64,8 @@ class GhostCollector:
     must be the one that the record names, and its API server must confirm by name that the object is gone.
     """
 
+    lost: tuple[LostAgent, ...] = ()
+
     def __init__(
         self,
         agent: GhostAgent,
@@ -83,42 +86,47 @@ class GhostCollector:
         self._cluster = cluster
         self._metrics = metrics
         self._clock = clock
-        self._checks = checks.noted(clock())
-        self._noted_at = clock()
+        self._checks = checks
+        # When to look again, in seconds of the clock.
+        self.look_due = math.inf
+        self._note(clock())
+        agent.traffic.on_deregistered = self._note
         self._node = ""
         self._seen: dict[str, _Seen] = {}
         self._problems, self._named = LogOnce(), LogOnce()
 
-    @property
-    def look_due(self) -> float:
-        """When to look again, in seconds of the clock."""
-        if self._agent.traffic.deregistered_at > self._noted_at:
-            self._noted_at = self._agent.traffic.deregistered_at
-            self._checks = self._checks.noted(self._noted_at)
-        return self._checks.due
+    def _note(self, deregistered_at: float) -> None:
+        """Have looks some time after a deregistration."""
+        self._plan(self._checks.noted(deregistered_at))
 
-    def resynced(self) -> None:
+    def _plan(self, checks: GhostChecks) -> None:
+        self._checks, self.look_due = checks, checks.due
+
+    async def collect(self) -> None:
         """Have one look some time after a resync."""
-        self._checks = self._checks.noted_once(self._clock())
+        self._plan(self._checks.noted_once(self._clock()))
 
     def rest(self) -> None:
         """Forget what was seen, since another replica leads."""
         self._seen = {}
         self._metrics.ghosts.set(0)
 
-    async def look(self) -> None:
-        """Look once, and remove what may go."""
-        started = self._clock()
+    async def look(self) -> bool:
+        """Look once, and remove what may go; return False, since no resync is wanted for it."""
+        started, noted_at = self._clock(), self._agent.traffic.deregistered_at
         try:
             ghosts = await self._agent.find()
             is_pending = await self._settle(ghosts, started)
         except ConsulError as error:
             self._report(error)
-            self._checks = self._checks.failed(self._clock())
+            self._plan(self._checks.failed(self._clock()))
         else:
             self._problems.over("look")
             ended = self._clock()
-            self._checks = self._checks.looked(ended, ended - started, is_pending=is_pending)
+            self._plan(self._checks.looked(ended, ended - started, is_pending=is_pending))
+        if self._agent.traffic.deregistered_at > noted_at:
+            self._note(self._agent.traffic.deregistered_at)
+        return False
 
     async def _settle(self, ghosts: Ghosts, started: float) -> bool:
         """Compare with the looks before, and remove what may go; return True if another look can settle more."""
@@ -259,41 +267,3 @@ class AgentWatch:
     def is_steady(self) -> bool:
         """True unless the agents of several nodes answer."""
         return AgentProblem.SEVERAL_NODES not in self._status.agent_problems
-
-
-class Upkeep:
-    """The removal of services that no agent keeps: at nodes of lost agents, and at our own agent's."""
-
-    def __init__(
-        self, orphans: Orphans, ghosts: GhostCollector, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._orphans = orphans
-        self._ghosts = ghosts
-        self._clock = clock
-
-    @property
-    def look_due(self) -> float:
-        """When to look again, in seconds of the clock."""
-        return min(self._orphans.look_due, self._ghosts.look_due)
-
-    @property
-    def lost(self) -> tuple[LostAgent, ...]:
-        """The lost agents whose nodes may hold services of this registrar."""
-        return self._orphans.lost
-
-    async def look(self) -> bool:
-        """Make the looks that are due; return True if one asks for a resync."""
-        now = self._clock()
-        if self._ghosts.look_due <= now:
-            await self._ghosts.look()
-        return self._orphans.look_due <= now and await self._orphans.look()
-
-    async def collect(self) -> None:
-        """Remove what may go, after a resync."""
-        self._ghosts.resynced()
-        await self._orphans.collect()
-
-    def rest(self) -> None:
-        """Forget what was seen, since another replica leads."""
-        self._ghosts.rest()
-        self._orphans.rest()

@@ -225,20 +225,20 @@ class NoElection:
         await asyncio.Event().wait()
 
 
-class Orphans(Protocol):
-    """Removal of services from places where no agent keeps them: nodes of lost agents, and our agent's own."""
+class Upkeep(Protocol):
+    """Removal of services from places where no agent keeps them: nodes of lost agents, or our agent's own.
 
-    @property
-    def look_due(self) -> float:
-        """When to look again, in seconds of the monotonic clock."""
-        ...
+    `look_due` is when to look again, in seconds of the monotonic clock.
+    """
+
+    look_due: float
 
     @property
     def lost(self) -> tuple[LostAgent, ...]:
         """The lost agents whose nodes may hold services of this registrar."""
 
     async def look(self) -> bool:
-        """Look, at little cost, for lost agents; return whether a resync is wanted for one."""
+        """Look, at little cost, for such services; return True if a resync is wanted first."""
 
     async def collect(self) -> None:
         """Remove what may go; to be called after a resync."""

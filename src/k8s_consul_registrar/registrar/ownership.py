@@ -1,12 +1,9 @@
-"""Ownership: which of Consul's services, and which service names, are this registrar's or others'. Pure."""
+"""Ownership: which of Consul's services belong to this registrar, and which of those it may remove. Pure."""
 
-from collections.abc import Awaitable, Callable
-from collections.abc import Set as AbstractSet
 from enum import Enum
 
 import msgspec
 
-from k8s_consul_registrar.errors import ConsulFiltered, ConsulForbidden, ConsulRefused
 from k8s_consul_registrar.model import MANAGED_BY, Kind, ObjectKey, Service
 from k8s_consul_registrar.targets.endpoints import endpoints_key
 from k8s_consul_registrar.targets.service_names import kind_of_id, pod_of_id
@@ -98,93 +95,3 @@ def is_of_a_registrar(service: Service) -> bool:
     if manager:
         return manager == MANAGED_BY
     return bool(service.value("cluster")) and kind_of_id(service.id) is not None
-
-
-class NameStatus(Enum):
-    """Answer to "may a service be given this name?"."""
-
-    FREE = "free"
-    TAKEN = "taken"
-    UNCHECKED = "unchecked"
-
-
-def comparable_name(name: str) -> str:
-    """Return a name as Consul looks it up: case does not count.
-
-    Source: agent/consul/state/catalog.go, the index `service` of the services, `Lowercase: true`.
-    """
-    return name.lower()
-
-
-class Names(msgspec.Struct):
-    """Knowledge of the names in the catalog, each as Consul compares them.
-
-    `taken` belong to others at this registrar's own node. New names of the `checked` kinds are looked up in
-    the whole catalog first: `looked_up` says which of them are taken.
-    """
-
-    checked: AbstractSet[Kind] = frozenset()
-    taken: AbstractSet[str] = frozenset()
-    looked_up: dict[str, bool] = {}
-
-    def status(self, kind: Kind, name: str) -> NameStatus:
-        """Return whether a service may be given a name."""
-        compared = comparable_name(name)
-        if compared in self.taken or self.looked_up.get(compared, False):
-            return NameStatus.TAKEN
-        return (
-            NameStatus.UNCHECKED
-            if kind in self.checked and compared not in self.looked_up
-            else NameStatus.FREE
-        )
-
-
-class NameGuard:
-    """Keeps services from joining a name under which something else is looked up.
-
-    A resync reports every foreign name at this registrar's own node. A new name of the `checked` kinds (those
-    whose template is not the default, which contains the object's own name) is looked up once in the whole
-    catalog, and the answer holds until the next resync. Where that look is denied or filtered, the resync's
-    view decides, and `unchecked` receives the reason once. `names` has what is known.
-    """
-
-    def __init__(
-        self,
-        look: Callable[[str], Awaitable[bool]] | None = None,
-        *,
-        checked: AbstractSet[Kind] = frozenset(),
-        unchecked: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        self._look = look
-        self._unchecked = unchecked
-        self.names = Names(checked if look is not None else frozenset())
-        self._reading: set[str] = set()
-        self._has_warned = False
-
-    async def check(self, name: str) -> None:
-        """Look a name up in the whole catalog; raises a `ConsulError` when Consul is unavailable."""
-        compared = comparable_name(name)
-        if self._look is None or compared in self.names.looked_up:
-            return
-        try:
-            self.names.looked_up[compared] = await self._look(name)
-        except (ConsulForbidden, ConsulFiltered, ConsulRefused) as error:
-            self.names.looked_up[compared] = False
-            if not self._has_warned:
-                self._has_warned = True
-                self._unchecked(str(error))
-
-    # Called by a resync
-
-    def begin(self) -> None:
-        """Begin to collect the foreign names of a complete read."""
-        self._reading = set()
-
-    def saw(self, service: Service) -> None:
-        """Note a foreign service of the read."""
-        if service.name and not is_of_a_registrar(service):
-            self._reading.add(comparable_name(service.name))
-
-    def finish(self) -> None:
-        """Replace what the last read showed, and check names again when they are next given."""
-        self.names.taken, self.names.looked_up = self._reading, {}

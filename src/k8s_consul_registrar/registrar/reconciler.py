@@ -16,6 +16,7 @@ from k8s_consul_registrar.registrar.decide import (
     InSync,
     Keep,
     LookUp,
+    NameGuard,
     Register,
     Reject,
     Rules,
@@ -32,7 +33,6 @@ from k8s_consul_registrar.registrar.observed import (
     observe,
     with_known_zone,
 )
-from k8s_consul_registrar.registrar.ownership import NameGuard
 from k8s_consul_registrar.registrar.queue import Batch, WorkQueue
 from k8s_consul_registrar.registrar.reporter import Reporter
 from k8s_consul_registrar.registrar.status import Counts, RegistrarStatus

@@ -37,16 +37,22 @@ from k8s_consul_registrar.model import (
 )
 from k8s_consul_registrar.registrar.absences import Absences, SelectionRecord
 from k8s_consul_registrar.registrar.controller import Controller
-from k8s_consul_registrar.registrar.decide import Rules
+from k8s_consul_registrar.registrar.decide import NameGuard, Rules
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.elector import Elector
 from k8s_consul_registrar.registrar.events import EventLimits, EventPlan, EventReporter, with_uid
-from k8s_consul_registrar.registrar.ghosts import AgentWatch, GhostCollector, Upkeep
-from k8s_consul_registrar.registrar.interfaces import AlwaysAvailable, ClusterReads, MemoryRegistry, Registry
+from k8s_consul_registrar.registrar.ghosts import AgentWatch, GhostCollector
+from k8s_consul_registrar.registrar.interfaces import (
+    AlwaysAvailable,
+    ClusterReads,
+    MemoryRegistry,
+    Registry,
+    Upkeep,
+)
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.observed import Contests, ObservedState
 from k8s_consul_registrar.registrar.orphan_collector import OrphanCollector, OrphanRules
-from k8s_consul_registrar.registrar.ownership import Identity, NameGuard
+from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.queue import WorkQueue
 from k8s_consul_registrar.registrar.reconciler import Core, Reconciler
 from k8s_consul_registrar.registrar.reporter import Reporter
@@ -293,20 +299,12 @@ class Wiring:
         cluster = ClusterReads(kube, reflectors, selecting.selectors, selecting.excluded_namespaces)
         absences = Absences(desired, cluster, settings.brake, is_same_selection=selection.is_same)
         resync = Resync(core, absences, id_prefix=settings.naming.id_prefix)
-        upkeep = None
+        upkeep: tuple[Upkeep, ...] = ()
         # Only there a service has an agent to lose.
         if client is not None and isinstance(registry, AgentRegistry):
             watch = AgentWatch(metrics, status, accepts_server=settings.backend.accepts_server)
             registry.on_agents = watch.looked
-            upkeep = Upkeep(
-                OrphanCollector(
-                    LostAgents(client, settings.naming.meta_keys),
-                    desired=desired,
-                    decisions=rules,
-                    rules=OrphanRules(settings.orphan_after, timing.orphan_look, settings.brake),
-                    relist=reflectors.relist,
-                    metrics=metrics,
-                ),
+            upkeep = (
                 GhostCollector(
                     AgentGhosts(registry),
                     desired=desired,
@@ -315,6 +313,14 @@ class Wiring:
                     checks=GhostChecks(timing.ghost_first, timing.ghost_last),
                     metrics=metrics,
                     is_steady=lambda: watch.is_steady,
+                ),
+                OrphanCollector(
+                    LostAgents(client, settings.naming.meta_keys),
+                    desired=desired,
+                    decisions=rules,
+                    rules=OrphanRules(settings.orphan_after, timing.orphan_look, settings.brake),
+                    relist=reflectors.relist,
+                    metrics=metrics,
                 ),
             )
 
@@ -332,7 +338,7 @@ class Wiring:
             ),
             timing=timing,
             leadership=elector,
-            orphans=upkeep,
+            upkeep=upkeep,
             probe_consul=probe_consul,
         )
         return RegistrarParts(

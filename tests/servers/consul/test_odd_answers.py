@@ -8,10 +8,10 @@ from aiohttp import web
 
 from k8s_consul_registrar.consul.acl import Right, read_leader, read_own_node, read_service_names, rights
 from k8s_consul_registrar.consul.agent import AgentRegistry
-from k8s_consul_registrar.consul.answers import MOST_INDEX, index_of
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.codec import decode_agent_services, decode_service
+from k8s_consul_registrar.consul.health import MOST_INDEX, index_of
 from k8s_consul_registrar.consul.lost_agents import LostAgents
 from k8s_consul_registrar.errors import ConsulError, ConsulRefused
 from support.builders import our_pod_service

@@ -244,7 +244,7 @@ class Collecting:
 async def test_lost_agents_are_shown_by_the_leader_only() -> None:
     """After a look and after a collection they are shown; a standby shows none."""
     vote = Vote(is_leader=True)
-    lab = ControllerLab(leadership=vote, orphans=Collecting())
+    lab = ControllerLab(leadership=vote, upkeep=(Collecting(),))
     async with lab.running():
         await lab.synced("web")
         await lab.until_so(lambda: [one.stays for one in lab.status.lost_agents] == [{"held": 1}])

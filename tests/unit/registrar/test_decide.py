@@ -21,17 +21,20 @@ from k8s_consul_registrar.registrar.decide import (
     Keep,
     Kept,
     LookUp,
+    Names,
+    NameStatus,
     Nothing,
     Register,
     Reject,
     Rules,
     Standing,
     Update,
+    comparable_name,
     decide,
     settle,
 )
 from k8s_consul_registrar.registrar.observed import AsDesired, Foreign, Observed, Other, Unknown, observe
-from k8s_consul_registrar.registrar.ownership import Claim, Identity, Names, NameStatus, comparable_name
+from k8s_consul_registrar.registrar.ownership import Claim, Identity
 from k8s_consul_registrar.targets.meta import in_zone
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from k8s_consul_registrar.targets.service_names import HashShards, RandomShards, parse_name, parse_tag

@@ -14,8 +14,9 @@ from k8s_consul_registrar.errors import (
     ConsulUnreachable,
 )
 from k8s_consul_registrar.model import Kind, Service
+from k8s_consul_registrar.registrar.decide import NameGuard, NameStatus, comparable_name
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
-from k8s_consul_registrar.registrar.ownership import NameGuard, NameStatus, comparable_name, is_of_a_registrar
+from k8s_consul_registrar.registrar.ownership import is_of_a_registrar
 from k8s_consul_registrar.registrar.reporter import Reporter
 from k8s_consul_registrar.registrar.status import RegistrarStatus
 from support.builders import make_service, our_pod_service
