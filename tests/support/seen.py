@@ -125,6 +125,16 @@ class Registrar:
             if target := self.held.get(service_id):
                 yield target
 
+    @property
+    def position(self) -> int:
+        return self.generation
+
+    def changed_since(self, position: int) -> None:
+        return None
+
+    def row(self, service_id: str) -> TargetRow | None:
+        return self.held.get(service_id)
+
     def rejections(self) -> list[Rejection]:
         return self.rejected
 

@@ -1,19 +1,26 @@
-"""Documents of service discovery: rendered when asked for, kept packed until the targets change."""
+"""Documents of service discovery: each target is encoded when it changes, a document is made when it is asked for."""
 
 import asyncio
 import hashlib
+import struct
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from k8s_consul_registrar.admin.target_groups import GroupEncoder, SdQuery
-from k8s_consul_registrar.admin.view import Targets
+from k8s_consul_registrar.admin.target_groups import Group, GroupEncoder, LabelNames, SdQuery
+from k8s_consul_registrar.admin.view import TargetRow, Targets
+from k8s_consul_registrar.asyncio_tools import in_slices
 
-# Targets looked at before the loop gets its turn: about 2 ms.
+# Targets encoded before the loop gets its turn: about 2 ms.
 _SLICE = 200
-# Bytes compressed or decompressed at once: about 1 ms.
+# Groups that are compressed together: small enough that one change costs little, large enough to compress well.
+_BLOCK = 32
+# Blocks looked at before the loop gets its turn: about 1 ms.
+_BLOCKS = 16
+# Bytes decompressed at once: about 1 ms.
 _PIECE = 64 * 1024
 # Documents kept compressed. Every shard path of a large installation fits; a caller that makes up filters
 # can make the registrar render, and not hold more than this.
@@ -21,16 +28,25 @@ _MAX_KEPT = 64
 _MAX_KEPT_BYTES = 16 * 1024 * 1024
 # For clients that wait for changes: seconds between two different documents, between two renderings, and the
 # multiple of the CPU time of all documents of the last minute.
-_PACE = 1.0
-_LEAST = 0.1
+PACE = 1.0
+LEAST = 0.1
 _COST = 10.0
 _LATELY = 60.0
 _GZIP = zlib.MAX_WBITS | 16
+# RFC 1952: deflate, no name, no time, an unknown system; an empty last block.
+_GZIP_HEAD, _GZIP_END = b"\x1f\x8b\x08\0\0\0\0\0\0\xff", b"\x03\0"
+
+
+class _Block(NamedTuple):
+    """Some groups, compressed so that blocks can follow one another."""
+
+    packed: bytes
+    digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One rendered document: gzip bytes, the size without gzip, the moment it shows, and its CPU time.
+    """One rendered document: gzip bytes, the size without gzip, the position it shows, and its CPU time.
 
     `since` is the moment of the first document with this content.
     """
@@ -38,10 +54,65 @@ class Document:
     packed: bytes
     size: int
     etag: str
-    generation: int
+    position: int
     begun: float
     seconds: float
     since: float
+    blocks: Mapping[tuple[bytes, ...], _Block]
+
+
+class Groups:
+    """The groups of all targets, 1 KB each; one that changes is encoded again and keeps its place.
+
+    `version` moves when a group does, `position` is that of the view they show.
+    """
+
+    def __init__(self, view: Targets, encoder: GroupEncoder, names: LabelNames) -> None:
+        self._view = view
+        self._encoder = encoder
+        self._names = names
+        self._place_of: dict[str, int] = {}
+        self._free: list[int] = []
+        self.places: list[Group | None] = []
+        self.version = 0
+        self.position = -1
+
+    async def refresh(self) -> None:
+        """Take over what has changed."""
+        position = self._view.position
+        if position == self.position:
+            return
+        changed = None if self.position < 0 else self._view.changed_since(self.position)
+        if changed is None:
+            gone = set(self._place_of)
+            async for target in in_slices(self._view.targets(), _SLICE):
+                gone.discard(target.service.id)
+                self._put(target.service.id, target)
+            for service_id in gone:
+                self._put(service_id, None)
+        else:
+            async for service_id in in_slices(changed, _SLICE):
+                self._put(service_id, self._view.row(service_id))
+        self.position = position
+
+    def _put(self, service_id: str, target: TargetRow | None) -> None:
+        place = self._place_of.get(service_id)
+        if target is None:
+            if place is not None:
+                del self._place_of[service_id]
+                self.places[place] = None
+                self._free.append(place)
+                self.version += 1
+            return
+        group = self._encoder.encode(target, self._names)
+        if place is None:
+            if not self._free:
+                self._free.append(len(self.places))
+                self.places.append(None)
+            place = self._place_of[service_id] = self._free.pop()
+        if self.places[place] != group:
+            self.places[place] = group
+            self.version += 1
 
 
 @dataclass(slots=True)
@@ -50,12 +121,13 @@ class Documents:
 
     view: Targets
     encoder: GroupEncoder
+    _groups: dict[LabelNames, Groups] = field(default_factory=dict)
     _kept: OrderedDict[SdQuery, Document] = field(default_factory=OrderedDict)
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    def is_old(self, document: Document) -> bool:
-        """Return True if the targets have changed since a document was rendered."""
-        return document.generation != self.view.generation
+    def is_old(self, position: int) -> bool:
+        """Return True if the targets may have changed since a position."""
+        return position != self.view.position
 
     def due(self, document: Document) -> float:
         """Return when a document may be rendered again for a client that waits, by the monotonic clock.
@@ -64,7 +136,12 @@ class Documents:
         """
         lately = document.begun - _LATELY
         cost = sum(one.seconds for one in self._kept.values() if one.begun > lately)
-        return max(document.since + _PACE, document.begun + max(_LEAST, _COST * cost))
+        return max(document.since + PACE, document.begun + max(LEAST, _COST * cost))
+
+    async def groups(self) -> Groups:
+        """Return the groups of every target at this moment, with the labels of consul_sd."""
+        async with self._turn:
+            return await self._refreshed(LabelNames.CONSUL)
 
     async def get(self, query: SdQuery, *, may_be_old: bool = False) -> Document:
         """Return the document of this moment or a later one, or with `may_be_old` one that is not `due` again."""
@@ -73,7 +150,7 @@ class Documents:
             kept = self._kept.get(query)
             if may_be_old and kept is not None and asked < self.due(kept):
                 return kept
-            if kept is None or (kept.generation != self.view.generation and kept.begun < asked):
+            if kept is None or (self.is_old(kept.position) and kept.begun < asked):
                 kept = self._kept[query] = await self._render(query)
             self._kept.move_to_end(query)
             while len(self._kept) > 1 and self._is_too_much():
@@ -84,33 +161,55 @@ class Documents:
         size = sum(len(one.packed) for one in self._kept.values())
         return len(self._kept) > _MAX_KEPT or size > _MAX_KEPT_BYTES
 
+    async def _refreshed(self, names: LabelNames) -> Groups:
+        """Return the groups with labels of these names; beside those of consul_sd only the others asked for last stay."""
+        found = self._groups.get(names)
+        if found is None:
+            for other in self._groups.keys() - {LabelNames.CONSUL}:
+                del self._groups[other]
+            found = self._groups[names] = Groups(self.view, self.encoder, names)
+        await found.refresh()
+        return found
+
     async def _render(self, query: SdQuery) -> Document:
-        begun, used, generation = time.monotonic(), time.thread_time(), self.view.generation
-        packing, digest = zlib.compressobj(1, wbits=_GZIP), hashlib.blake2b(digest_size=12)
-        packed, size, text = [], 0, bytearray(b"[")
-        for count, target in enumerate(self.view.targets(), 1):
-            if query.matches(target):
-                self.encoder.append(target, text, query.names)
-            if count % _SLICE == 0:
-                await asyncio.sleep(0)
-            if len(text) >= _PIECE:
-                last = text[-1:]
-                del text[-1:]
-                size += len(text)
-                digest.update(text)
-                packed.append(packing.compress(text))
-                text = last  # the comma stays behind, because nothing may follow it
-                await asyncio.sleep(0)
-        if text[-1:] == b",":
-            del text[-1:]
-        text += b"]\n"
-        digest.update(text)
-        packed += (packing.compress(text), packing.flush())
-        size += len(text)
-        seconds = time.thread_time() - used
-        etag, before = digest.hexdigest(), self._kept.get(query)
+        """Render a document; blocks that are as they were are not compressed again."""
+        begun, used, before = time.monotonic(), time.thread_time(), self._kept.get(query)
+        groups = await self._refreshed(query.names)
+        known = {} if before is None else before.blocks
+        blocks: dict[tuple[bytes, ...], _Block] = {}
+        size = checksum = 0
+        packed, digest = [_GZIP_HEAD], hashlib.blake2b(digest_size=12)
+        async for texts in in_slices(_texts(groups.places, query), _BLOCKS):
+            text = b"".join(texts)
+            block = blocks[texts] = known.get(texts) or _pack(text)
+            packed.append(block.packed)
+            digest.update(block.digest)
+            checksum, size = zlib.crc32(text, checksum), size + len(text)
+        packed += (_GZIP_END, struct.pack("<II", checksum, size & 0xFFFFFFFF))
+        seconds, etag = time.thread_time() - used, digest.hexdigest()
         since = before.since if before is not None and before.etag == etag else begun
-        return Document(b"".join(packed), size, etag, generation, begun, seconds, since)
+        return Document(b"".join(packed), size, etag, groups.position, begun, seconds, since, blocks)
+
+
+def _texts(places: Sequence[Group | None], query: SdQuery) -> Iterator[tuple[bytes, ...]]:
+    """Yield the document in blocks of texts; the last group has no comma."""
+    yield (b"[",)
+    last: tuple[bytes, ...] = ()
+    for start in range(0, len(places), _BLOCK):
+        found = (one for one in places[start : start + _BLOCK] if one is not None)
+        if texts := tuple(one.text for one in found if query.matches(one)):
+            if last:
+                yield last
+            last = texts
+    if last:
+        yield (*last[:-1], last[-1][:-1])
+    yield (b"]\n",)
+
+
+def _pack(text: bytes) -> _Block:
+    packing = zlib.compressobj(1, wbits=-zlib.MAX_WBITS)
+    packed = packing.compress(text) + packing.flush(zlib.Z_FULL_FLUSH)
+    return _Block(packed, hashlib.blake2b(text, digest_size=12).digest())
 
 
 def pieces(packed: bytes) -> Iterator[bytes]:

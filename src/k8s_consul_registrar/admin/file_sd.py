@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from k8s_consul_registrar.admin.documents import Document, Documents, pieces
+from k8s_consul_registrar.admin.documents import LEAST as LEAST_PAUSE
+from k8s_consul_registrar.admin.documents import PACE, Documents
 from k8s_consul_registrar.admin.replacement import (
     Blocking,
     Replacement,
@@ -16,7 +17,7 @@ from k8s_consul_registrar.admin.replacement import (
     remove_leftovers,
     write_problem,
 )
-from k8s_consul_registrar.admin.target_groups import SdQuery
+from k8s_consul_registrar.admin.target_groups import Group
 from k8s_consul_registrar.admin.view import Completeness, View
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.registrar.brake import LEAST, SHARE, BrakeRules
@@ -29,6 +30,11 @@ MODE = 0o644
 # Seconds between two looks for a change, and between two looks at the file itself.
 LOOK_EVERY = 0.1
 CHECK_EVERY = 5.0
+# Seconds between two changes of the file at most, and the multiple of a write's CPU time that is waited for.
+LONGEST_PACE = 5.0
+COST = 250.0
+# Groups that are written at once.
+PIECE = 500
 # Seconds after a failure until the next try.
 RETRY_EVERY = 5.0
 # Seconds that the last write may take.
@@ -102,8 +108,10 @@ class FileSd:
             SETTING, failing="targets cannot be written", working="targets are written again"
         )
         self._blocking = Blocking()
-        self._written: Document | None = None
-        self._checked_at = self._failed_at = float("-inf")
+        # The version of the groups in the file, None if it is not known to hold any, and the position of the view.
+        self._written: int | None = None
+        self._position = -1
+        self._due = self._checked_at = self._failed_at = float("-inf")
         # None until the first targets were compared with those of an earlier process.
         self._keeps_until: float | None = None
 
@@ -123,26 +131,28 @@ class FileSd:
 
     async def write(self) -> None:
         """Replace the file unless it holds these targets already; a failure is logged and the file stays."""
-        document = await self._documents.get(SdQuery())
-        is_there = self._written is not None and self._written.etag == document.etag
-        if is_there and not self._before and not self._status.problem:
-            self._written = document
+        begun, groups = time.monotonic(), await self._documents.groups()
+        version, self._position = groups.version, groups.position
+        self._due = begun + LEAST_PAUSE
+        if self._written == version and not self._before and not self._status.problem:
             return
+        shown = [one for one in groups.places if one is not None]
         try:
-            await self._blocking.do(lambda: self._replace(document))
+            cost = await self._blocking.do(lambda: self._replace(shown))
         except (OSError, ValueError) as error:
             self._written, self._failed_at = None, self._clock()
             self._status.failed(f"{SETTING}: {write_problem(self._path, error)}", has_value=True)
             return
         self._status.succeeded(is_new=False)
-        self._written = document
+        self._written = version
+        self._due = begun + min(LONGEST_PACE, max(PACE, COST * cost))
 
     async def _is_due(self) -> bool:
         now = self._clock()
         if self._written is None:
             return now - self._failed_at >= RETRY_EVERY
-        if self._documents.is_old(self._written) or self._is_over(now):
-            return time.monotonic() >= self._documents.due(self._written)
+        if self._documents.is_old(self._position) or self._is_over(now):
+            return time.monotonic() >= self._due
         if now - self._checked_at < CHECK_EVERY:
             return False
         self._checked_at = now
@@ -151,30 +161,34 @@ class FileSd:
                 self._written = None
         return self._written is None
 
-    def _replace(self, document: Document) -> None:
-        """Write the file; blocks."""
+    def _replace(self, groups: Sequence[Group]) -> float:
+        """Write the file and return the CPU time of that; blocks."""
+        used = time.thread_time()
+        texts = [*(one.text for one in groups), *self._texts_before(groups)]
+        if texts:
+            texts[-1] = texts[-1].removesuffix(b",")
         file = Replacement(self._path, MODE)
         file.open()
         try:
-            for piece in self._pieces(document):
-                file.write(piece)
+            for start in range(0, len(texts) + 1, PIECE):
+                file.write(b"".join((b"" if start else b"[", *texts[start : start + PIECE])))
+            file.write(b"]\n")
             file.commit()
         finally:
             file.discard()
+        return time.thread_time() - used
 
-    def _pieces(self, document: Document) -> Iterator[bytes]:
+    def _texts_before(self, groups: Sequence[Group]) -> list[bytes]:
+        """Return the groups of an earlier process that stay in the file."""
         if not self._before:
-            yield from pieces(document.packed)
-            return
-        content = b"".join(pieces(document.packed))
-        now, held = groups_by_id(content), len(self._before)
+            return []
+        held = len(self._before)
         # What this process has shown itself follows its own rules from then on.
-        self._before = {one: group for one, group in self._before.items() if one not in now}
-        if not self._is_kept(held, shown=len(now)):
+        for one in groups:
+            self._before.pop(one.id, None)
+        if not self._is_kept(held, shown=len(groups)):
             self._before = {}
-            yield content
-            return
-        yield b"[\n" + b",\n".join([*now.values(), *self._before.values()]) + b"]\n"
+        return [b"\n%b," % group for group in self._before.values()]
 
     def _is_kept(self, held: int, *, shown: int) -> bool:
         """Return True if what is left of `held` groups of an earlier process stays in the file for now."""

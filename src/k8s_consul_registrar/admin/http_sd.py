@@ -118,7 +118,7 @@ class SdHandler:
                 return False
             if origin is not self._documents:
                 return True
-            return origin.is_old(document) and time.monotonic() >= origin.due(document)
+            return origin.is_old(document.position) and time.monotonic() >= origin.due(document)
 
         while _is_known(request, document) and await self.polls.wait(request, may_be_another, ends):
             origin, document = await self._latest(query)

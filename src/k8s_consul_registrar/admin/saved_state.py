@@ -99,6 +99,17 @@ class SavedState:
         """Always the same: these targets never change."""
         return 0
 
+    @property
+    def position(self) -> int:
+        """Always the same."""
+        return 0
+
+    def changed_since(self, position: int) -> None:
+        """Return None: these targets are read as a whole."""
+
+    def row(self, service_id: str) -> None:
+        """Return None: these targets are read as a whole."""
+
     def targets(self) -> Iterator[TargetRow]:
         """Yield every target."""
         unpacking, rest, begun = zlib.decompressobj(), self.packed, b""

@@ -11,7 +11,7 @@ import msgspec
 
 from k8s_consul_registrar.admin.view import Scope, TargetRow
 from k8s_consul_registrar.consul.codec import MetaKeys
-from k8s_consul_registrar.model import TARGET_KINDS, Kind, Service
+from k8s_consul_registrar.model import TARGET_KINDS, Kind, ObjectKey, Service
 from k8s_consul_registrar.targets.meta import LABEL_PREFIX, PARAM_PREFIX, TARGET_PREFIX
 from k8s_consul_registrar.targets.service_names import bucket_of
 
@@ -75,6 +75,15 @@ class Part(NamedTuple):
     of: int
 
 
+class Group(NamedTuple):
+    """A target as a group of a document: `text` is a line of its own that ends with a comma."""
+
+    id: str
+    key: ObjectKey
+    shard_path: str
+    text: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class SdQuery:
     """A query for targets; an empty filter lets everything pass, several values of one are alternatives."""
@@ -90,13 +99,13 @@ class SdQuery:
         """The kinds and namespaces that the document is about; any of them may have any shard path."""
         return Scope(self.kinds, self.namespaces)
 
-    def matches(self, target: TargetRow) -> bool:
+    def matches(self, target: Group) -> bool:
         """Return True if a target passes every filter."""
         return (
             (not self.kinds or target.key.kind in self.kinds)
             and (not self.namespaces or target.key.namespace in self.namespaces)
-            and (not self.shard_paths or target.service.value("shard_path") in self.shard_paths)
-            and (self.part is None or bucket_of(target.service.id, self.part.of) == self.part.number)
+            and (not self.shard_paths or target.shard_path in self.shard_paths)
+            and (self.part is None or bucket_of(target.id, self.part.of) == self.part.number)
         )
 
 
@@ -165,6 +174,12 @@ class GroupEncoder:
     pods_through_proxy: bool = False
     _known: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _json: msgspec.json.Encoder = field(default_factory=msgspec.json.Encoder)
+
+    def encode(self, target: TargetRow, names: LabelNames = LabelNames.CONSUL) -> Group:
+        """Encode one target."""
+        text = bytearray()
+        self.append(target, text, names)
+        return Group(target.service.id, target.key, target.service.value("shard_path"), bytes(text))
 
     def append(self, target: TargetRow, to: bytearray, names: LabelNames = LabelNames.CONSUL) -> None:
         """Append one group on a line of its own, and a comma."""

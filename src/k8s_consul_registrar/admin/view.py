@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, Protocol
@@ -109,6 +110,16 @@ class Targets(Protocol):
         it was or as it is; `generation` has then moved on.
         """
 
+    @property
+    def position(self) -> int:
+        """A number that grows whenever a service of `targets` may have changed, whatever its state."""
+
+    def changed_since(self, position: int) -> AbstractSet[str] | None:
+        """Return the IDs whose targets may have changed since a position; None if not all of them are known."""
+
+    def row(self, service_id: str) -> TargetRow | None:
+        """Return the target of an ID, None if there is none."""
+
 
 class SavedTargets(Targets, Protocol):
     """The targets that an earlier process saved."""
@@ -207,6 +218,21 @@ class View:
                 yield self._row(service_id, min(asking, key=lambda target: target.rank))
         yield from self._kept()
 
+    @property
+    def position(self) -> int:
+        """A number that grows whenever a service of `targets` may have changed, whatever its state."""
+        return self.observed.generation
+
+    def changed_since(self, position: int) -> AbstractSet[str] | None:
+        """Return the IDs whose targets may have changed since a position; None if not all of them are known."""
+        return self.observed.changed_since(position)
+
+    def row(self, service_id: str) -> TargetRow | None:
+        """Return the target of an ID, None if there is none."""
+        if asking := self.desired.claims.get(service_id):
+            return self._row(service_id, min(asking, key=lambda target: target.rank))
+        return self._kept_row(service_id)
+
     def states(self) -> Iterator[tuple[str, str]]:
         """Yield kind and state of each of `targets`, at a tenth of the cost."""
         claims = self.desired.claims
@@ -248,15 +274,18 @@ class View:
     def _kept(self) -> Iterator[TargetRow]:
         """Yield the services that nothing asks for and that may not go yet."""
         for service_id in self.observed.ids():
-            if service_id in self.desired.claims:
-                continue
-            record = self.observed.get(service_id)
-            if isinstance(record, AsDesired):
-                service, key = record.service(self.rules.identity), record.target.key
-                yield TargetRow(service, key, TargetState.KEPT)
-            elif isinstance(record, Other) and record.service is not None and record.kind is not None:
-                key = record.key or ObjectKey(record.kind, "", service_id)
-                yield TargetRow(record.service, key, TargetState.KEPT)
+            if service_id not in self.desired.claims and (row := self._kept_row(service_id)) is not None:
+                yield row
+
+    def _kept_row(self, service_id: str) -> TargetRow | None:
+        record = self.observed.get(service_id)
+        if isinstance(record, AsDesired):
+            service, key = record.service(self.rules.identity), record.target.key
+            return TargetRow(service, key, TargetState.KEPT)
+        if isinstance(record, Other) and record.service is not None and record.kind is not None:
+            key = record.key or ObjectKey(record.kind, "", service_id)
+            return TargetRow(record.service, key, TargetState.KEPT)
+        return None
 
     def _state(self, service_id: str) -> TargetState:
         """Return the state of the target of an ID that is asked for."""

@@ -1,7 +1,7 @@
 """Claims on service IDs: who asks for one, who is rejected, who gave way at a shared endpoint, who departed. Pure."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import msgspec
@@ -40,7 +40,8 @@ class Change(msgspec.Struct, frozen=True, gc=False):
 class Claims:
     """The targets by the service ID that they ask for, without those that gave way to another Pod's."""
 
-    def __init__(self) -> None:
+    def __init__(self, changed: Callable[[str], None]) -> None:
+        self._changed = changed
         self.by_id: dict[str, tuple[Target, ...]] = {}
         self.endpoints = Endpoints()
         # Number of targets with each note, those that gave way included.
@@ -74,10 +75,12 @@ class Claims:
         return given_way, back
 
     def _add(self, target: Target, alone: tuple[Target, ...]) -> None:
+        self._changed(target.id)
         others = self.by_id.get(target.id)
         self.by_id[target.id] = (*others, target) if others else alone
 
     def _remove(self, target: Target) -> None:
+        self._changed(target.id)
         rest = tuple(one for one in self.by_id[target.id] if one.key != target.key)
         if rest:
             self.by_id[target.id] = rest

@@ -60,7 +60,7 @@ class DesiredState:
         self._clock = clock
         self._zones = Zones() if Source(Kind.NODE) in sources else None
         self.join = join
-        self._claims = Claims()
+        self._claims = Claims(observed.changed)
         self._rejections = Rejections()
         self._departures = Departures(observed)
         # Targets by the service ID they ask for, rejections by object, the addresses and ports of Pods, and
@@ -278,7 +278,7 @@ class DesiredState:
         if not uid or uid == self.cluster_uid:
             return False
         self.cluster_uid = uid
-        self.generation += 1
+        self._observed.all_changed()
         return True
 
     # Departures

@@ -1,13 +1,15 @@
 """Observed state: what Consul is known to hold under each service ID, and who else changes it. Pure."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
+from itertools import islice
 from typing import TypeAlias
 
 import msgspec
 
 from k8s_consul_registrar.model import MANAGED_BY, UNSYNCED, Kind, ObjectKey, Service, Target
-from k8s_consul_registrar.registrar.ownership import Claim, Identity, kind_of, object_of
+from k8s_consul_registrar.registrar.ownership import Claim, Identity, holder_of, kind_of, object_of
 from k8s_consul_registrar.targets.meta import NODE, ZONE
 from k8s_consul_registrar.targets.service_names import sharded_name, sharded_tags
 
@@ -154,14 +156,6 @@ def object_behind(record: Observed) -> ObjectKey | None:
     return record.key if isinstance(record, Other) else None
 
 
-def holder_of(service: Service) -> str:
-    """Describe the owner of a foreign service."""
-    named = {key: service.value(key) for key in ("managed_by", "cluster", "instance", "cluster_uid")}
-    return (
-        ", ".join(f"{key}={value}" for key, value in named.items() if value) or "a service without our meta"
-    )
-
-
 class _Records:
     """Records by service ID, with an index from objects to the IDs of their `Other` records."""
 
@@ -207,8 +201,9 @@ class ObservedState:
         self._in_flight: set[str] = set()
         self._lost_shards: dict[str, str] = {}
         self.is_complete = False
-        # Moves with every change, for caches of what is shown.
+        # Moves with every change, of claims too, for caches of what is shown.
         self.generation = 0
+        self._changed: deque[str] = deque(maxlen=10_000)
 
     def get(self, service_id: str) -> Observed:
         """Return what is known under an ID."""
@@ -245,6 +240,23 @@ class ObservedState:
         """Yield every ID with a record; stays valid while records change."""
         return iter(tuple(self._records.by_id))
 
+    # Changes
+
+    def changed(self, service_id: str) -> None:
+        """Note that the claims on an ID, or its record, changed."""
+        self.generation += 1
+        self._changed.append(service_id)
+
+    def all_changed(self) -> None:
+        """Note that any ID may have changed."""
+        self.generation += 1
+        self._changed.clear()
+
+    def changed_since(self, generation: int) -> set[str] | None:
+        """Return the IDs that changed since a generation, None if not all of them are known."""
+        count = self.generation - generation
+        return set(islice(reversed(self._changed), count)) if count <= len(self._changed) else None
+
     # Writes
 
     def begin_write(self, ids: Iterable[str]) -> None:
@@ -262,7 +274,7 @@ class ObservedState:
 
     def put(self, service_id: str, record: Observed) -> None:
         """Note what is under an ID now; None is absent."""
-        self.generation += 1
+        self.changed(service_id)
         self._records.put(service_id, record)
         if self._reading is not None:
             self._touched.add(service_id)
@@ -308,7 +320,8 @@ class ObservedState:
         self._records, self._reading, self._touched = reading, None, set()
         self._lost_shards = {one: shard for one, shard in shards.items() if shard} | dict(lost_shards or {})
         self.is_complete = True
-        self.generation += 1
+        for service_id in (*lost, *self._lost_shards):
+            self.changed(service_id)
         return touched
 
     def drop_read(self) -> None:

@@ -86,6 +86,14 @@ def object_of(service: Service) -> ObjectKey | None:
     return None
 
 
+def holder_of(service: Service) -> str:
+    """Describe the owner of a foreign service."""
+    named = {key: service.value(key) for key in ("managed_by", "cluster", "instance", "cluster_uid")}
+    return (
+        ", ".join(f"{key}={value}" for key, value in named.items() if value) or "a service without our meta"
+    )
+
+
 def is_of_a_registrar(service: Service) -> bool:
     """Return whether any registrar wrote a service: another cluster's, another instance's or the original.
 

@@ -73,10 +73,11 @@ class Resync:
         self._names.begin()
         self._observed.begin_read()
         changed: dict[str, Observed] = {}
+        differing: list[str] = []
         try:
             count = 0
             async for service in self._registry.services():
-                self._take_record(service, changed)
+                self._take_record(service, changed, differing)
                 count += 1
                 if count % SLICE == 0:
                     await asyncio.sleep(0)
@@ -86,6 +87,8 @@ class Resync:
             raise
         before = {one: self._observed.get(one) for one in changed}
         touched = self._observed.finish_read(lost_shards, self._desired.claims.__contains__)
+        for service_id in differing:
+            self._observed.changed(service_id)
         self._names.finish()
         self._warn_of_prefix()
         now = self._clock()
@@ -141,7 +144,7 @@ class Resync:
         )
         return found
 
-    def _take_record(self, service: Service, changed: dict[str, Observed]) -> None:
+    def _take_record(self, service: Service, changed: dict[str, Observed], differing: list[str]) -> None:
         known = self._observed.get(service.id)
         is_claimed = service.id in self._desired.claims
         record: Observed = observe(
@@ -156,7 +159,10 @@ class Resync:
                 record = AsDesired(known.target, known.shard, known.cluster_uid, record.version)
             else:
                 changed[service.id] = record
-        self._observed.read(service.id, with_known_zone(record, known))
+        record = with_known_zone(record, known)
+        if not is_alike(record, known):
+            differing.append(service.id)
+        self._observed.read(service.id, record)
 
     def _warn_of_prefix(self) -> None:
         """Say at the start that the ID prefix differs only in case from one that is in use."""
@@ -205,3 +211,11 @@ class Resync:
                 case Infer() if source is not None:
                     findings.add(service_id, source, record)
         return findings, removals, kept
+
+
+def is_alike(one: Observed, other: Observed) -> bool:
+    """Return True if two records are the same but for their versions."""
+    if isinstance(one, AsDesired) and isinstance(other, AsDesired):
+        is_same_place = one.shard == other.shard and one.cluster_uid == other.cluster_uid
+        return one.target is other.target and is_same_place
+    return one == other

@@ -8,6 +8,7 @@ import pytest
 from k8s_consul_registrar.admin.target_groups import (
     MOST_SHARDS,
     BadQuery,
+    Group,
     GroupEncoder,
     LabelNames,
     parse_sd_query,
@@ -75,9 +76,9 @@ def test_wait_that_is_no_time_or_too_long_is_refused(text: str) -> None:
 
 def test_shards_divide_the_targets_and_move_few_when_one_is_added() -> None:
     """Each target is in one shard; a fourth one takes about a quarter, and moves nothing between the others."""
-    targets = [pod_target(f"web-{number}") for number in range(600)]
+    targets = [GroupEncoder().encode(pod_target(f"web-{number}")) for number in range(600)]
 
-    def shard_of(target: TargetRow, of: int) -> int:
+    def shard_of(target: Group, of: int) -> int:
         """Return the only shard of a target."""
         (found,) = [
             number
