@@ -22,17 +22,19 @@ from k8s_consul_registrar.errors import (
     ClusterUnauthorized,
 )
 from k8s_consul_registrar.kube.access import Access
-from k8s_consul_registrar.kube.objects import Item, Page, RawPage, split_page
+from k8s_consul_registrar.kube.lists import Page, Paging, read_page
+from k8s_consul_registrar.kube.objects import Item, WatchDecoder, WatchEvent
 from k8s_consul_registrar.kube.responses import (
+    RESOURCES,
     ApiAction,
-    Paging,
     cluster_error,
+    collection_path,
     decode_status,
     read_body,
+    read_head,
     transport_error,
     unpacker,
 )
-from k8s_consul_registrar.kube.watch_decoder import RESOURCES, WatchDecoder, WatchEvent, collection_path
 from k8s_consul_registrar.model import EVERY_OBJECT, Kind, ObjectKey, Selector
 
 # Half of kubectl's pages: a first sync holds 6 MB less at its peak and takes no longer.
@@ -41,7 +43,6 @@ SLICE = 100  # objects decoded in one step; about 2 ms of work
 # Bytes of a compressed body that are unpacked at once; a thread costs more.
 SMALL = 1 << 14
 SUCCESSES = (200, 201)
-REFUSAL_LIMIT = 1 << 16
 READ_SIZE = 1 << 18  # about a piece of a streamed body; large ones cost less per byte
 JSON = "application/json"
 MERGE_PATCH = "application/merge-patch+json"
@@ -148,7 +149,7 @@ class KubeClient:
         body = await self._send(request)
         try:
             while True:
-                raw = _split(body, kind, action)
+                raw = read_page(body, kind, action)
                 del body
                 if raw.continue_token:
                     paging.add(raw.decode(slice(1)).items)
@@ -204,7 +205,7 @@ class KubeClient:
         """Return the version of the server's present state: that of a list of one object."""
         action = ApiAction("list", RESOURCES[kind], namespace)
         reading = self._reading(action, kind, {"limit": "1"})
-        return _split(await self._send(reading), kind, action).resource_version
+        return read_page(await self._send(reading), kind, action).resource_version
 
     async def read_object(self, key: ObjectKey, selector: Selector = EVERY_OBJECT) -> Item | None:
         """Return an object as it is now, None where there is none; the right to list suffices.
@@ -214,7 +215,7 @@ class KubeClient:
         action = ApiAction("list", RESOURCES[key.kind], key.namespace)
         fields = ",".join(filter(None, (f"metadata.name={_escaped(key.name)}", selector.fields)))
         query = _selecting(selector._replace(fields=fields))
-        raw = _split(await self._send(self._reading(action, key.kind, query)), key.kind, action)
+        raw = read_page(await self._send(self._reading(action, key.kind, query)), key.kind, action)
         items = raw.decode().items
         found = next((item for item in items if item.key == key), None)
         if found is None and (items or raw.continue_token):
@@ -344,7 +345,7 @@ class KubeClient:
             if response.status == 401:
                 self._access.credentials.rejected(identity)
             async with asyncio.timeout(self._timeout.total):
-                head = await _head(response.content)
+                head = await read_head(response.content)
             with suppress(aiohttp.ClientPayloadError):
                 head = unpacker(response, is_part=True)(head)
             status = decode_status(head)
@@ -355,14 +356,6 @@ class KubeClient:
                 retry_after=response.headers.get("Retry-After", ""),
                 origin=self._access.origin,
             )
-
-
-async def _head(stream: aiohttp.StreamReader) -> bytes:
-    """Return the beginning of a refusal's body, enough to find its reason."""
-    kept = bytearray()
-    while len(kept) < REFUSAL_LIMIT and (chunk := await stream.read(REFUSAL_LIMIT)):
-        kept += chunk
-    return bytes(kept)
 
 
 async def _next_events(
@@ -384,13 +377,6 @@ def _selecting(selector: Selector) -> dict[str, str]:
 def _escaped(name: str) -> str:
     """Return a value as field selectors take it (Kubernetes: `fields.EscapeValue`)."""
     return name.replace("\\", "\\\\").replace(",", "\\,").replace("=", "\\=")
-
-
-def _split(body: bytes, kind: Kind, action: ApiAction) -> RawPage:
-    try:
-        return split_page(body, kind)
-    except ClusterRefused as error:
-        raise ClusterRefused(f"cannot {action}: {error}", error.status) from None
 
 
 def _decode(body: bytes, kind: type[AnswerT], action: ApiAction) -> AnswerT:

@@ -1,17 +1,19 @@
-"""Objects out of the API server's JSON: only the fields we use, one object at a time.
+"""Objects and watch events out of the API server's JSON: only the fields we use, one object at a time.
 
 The structs below name those fields and nothing else, so a 7 KB Pod costs a few hundred bytes and the rest
 of it is skipped, not parsed. Go encodes an absent slice or map as `null` where the field lacks
-`omitempty` (a bookmark has `"containers": null`), hence the many `| None`.
+`omitempty` (a bookmark has `"containers": null`), hence the many `| None`. A watch answers with one JSON object a
+line (Kubernetes API concepts, "Efficient detection of changes").
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from sys import intern
-from typing import Annotated, Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Annotated, Any, Generic, TypeAlias, TypeVar
 
 import msgspec
 
-from k8s_consul_registrar.errors import ClusterRefused
+from k8s_consul_registrar.errors import ClusterError, ClusterRefused
+from k8s_consul_registrar.kube.responses import RESOURCES, ApiAction, cluster_error, decode_status
 from k8s_consul_registrar.kube.service_objects import (
     Metadata,
     Wire,
@@ -40,20 +42,8 @@ ItemT = TypeVar("ItemT")
 KUBELET_PORT = 10250
 # A version is a number of at most 20 digits in practice; a longer one would not fit into a request.
 VERSION_LENGTH = 256
-LIST_KINDS = {
-    Kind.POD: "PodList",
-    Kind.NODE: "NodeList",
-    Kind.SERVICE: "ServiceList",
-    Kind.ENDPOINT: "EndpointSliceList",
-}
-
-
-class Page(NamedTuple):
-    """A part of a list; `continue_token` is the one of the whole page that the server sent."""
-
-    items: tuple[Item, ...]
-    resource_version: str
-    continue_token: str
+# etcd takes 1.5 MiB a request by default and few raise it far; JSON of it is a few times that at most.
+LINE_LIMIT = 32 << 20
 
 
 class _Condition(Wire):
@@ -86,7 +76,9 @@ class _PodStatus(Wire):
     conditions: list[_Condition] | None = None
 
 
-class _Pod(Wire):
+class WirePod(Wire):
+    """A Pod as it is sent."""
+
     metadata: Metadata
     spec: _PodSpec | None = None
     status: _PodStatus | None = None
@@ -111,7 +103,9 @@ class _NodeStatus(Wire):
     conditions: list[_Condition] | None = None
 
 
-class _Node(Wire):
+class WireNode(Wire):
+    """A Node as it is sent."""
+
     metadata: Metadata
     status: _NodeStatus | None = None
 
@@ -131,83 +125,22 @@ class _Named(Wire):
     metadata: _Name
 
 
-class _ListMetadata(Wire):
-    resource_version: Annotated[str, msgspec.Meta(min_length=1, max_length=VERSION_LENGTH)]
-    continue_token: str = msgspec.field(name="continue", default="")
-
-
-class _List(Wire, Generic[ItemT], gc=True):
-    """A list; `items` is required, so that a body without them is never taken for an empty cluster."""
-
-    kind: str
-    metadata: _ListMetadata
-    items: list[ItemT] | None
-
-
 _OBJECTS: Mapping[Kind, msgspec.json.Decoder[Any]] = {
-    Kind.POD: msgspec.json.Decoder(_Pod),
-    Kind.NODE: msgspec.json.Decoder(_Node),
+    Kind.POD: msgspec.json.Decoder(WirePod),
+    Kind.NODE: msgspec.json.Decoder(WireNode),
     Kind.SERVICE: msgspec.json.Decoder(WireService),
     Kind.ENDPOINT: msgspec.json.Decoder(WireSlice),
 }
 _EVENTS: Mapping[Kind, msgspec.json.Decoder[_Event[Any]]] = {
-    Kind.POD: msgspec.json.Decoder(_Event[_Pod]),
-    Kind.NODE: msgspec.json.Decoder(_Event[_Node]),
+    Kind.POD: msgspec.json.Decoder(_Event[WirePod]),
+    Kind.NODE: msgspec.json.Decoder(_Event[WireNode]),
     Kind.SERVICE: msgspec.json.Decoder(_Event[WireService]),
     Kind.ENDPOINT: msgspec.json.Decoder(_Event[WireSlice]),
 }
-_LISTS: Mapping[Kind, msgspec.json.Decoder[_List[Any]]] = {
-    Kind.POD: msgspec.json.Decoder(_List[_Pod]),
-    Kind.NODE: msgspec.json.Decoder(_List[_Node]),
-    Kind.SERVICE: msgspec.json.Decoder(_List[WireService]),
-    Kind.ENDPOINT: msgspec.json.Decoder(_List[WireSlice]),
-}
-_RAW_LIST = msgspec.json.Decoder(_List[msgspec.Raw])
 _NAMED = msgspec.json.Decoder(_Named)
 _EMPTY_SPEC = _PodSpec()
 _EMPTY_POD_STATUS = _PodStatus()
 _EMPTY_NODE_STATUS = _NodeStatus()
-
-
-class RawPage(NamedTuple):
-    """One page whose items are not ours yet: as they were sent, or as bytes where one of them cannot be read."""
-
-    kind: Kind
-    items: Sequence[Wire | msgspec.Raw]
-    resource_version: str
-    continue_token: str
-
-    def decode(self, part: slice = slice(None)) -> Page:
-        """Convert a part of the items; one that cannot be read becomes an `Undecodable` in its place."""
-        items = tuple([_item(item, self.kind) for item in self.items[part]])
-        return Page(items, self.resource_version, self.continue_token)
-
-
-def split_page(body: bytes, kind: Kind) -> RawPage:
-    """Read one answer to a list request: its items, and where the list goes on.
-
-    Items are read in one go, which costs a third less than one by one; only a page with an item that cannot be
-    read is taken apart. Raises ClusterRefused where the body is not a list of this kind as a whole.
-    """
-    expected = LIST_KINDS[kind]
-    try:
-        answer = _LISTS[kind].decode(body)
-    except (ValueError, RecursionError):
-        answer = _split_list(body, expected)
-    if answer.kind != expected:
-        raise ClusterRefused(f"the answer is not a {expected} but a {answer.kind[:60]!r}", 200)
-    return RawPage(kind, answer.items or [], answer.metadata.resource_version, answer.metadata.continue_token)
-
-
-def _split_list(body: bytes, expected: str) -> _List[msgspec.Raw]:
-    try:
-        return _RAW_LIST.decode(body)
-    except (ValueError, RecursionError) as error:
-        raise ClusterRefused(f"the answer is not a {expected}: {problem_of(error)}", 200) from None
-
-
-def _item(item: Wire | msgspec.Raw, kind: Kind) -> Item:
-    return decode_object(item, kind) if isinstance(item, msgspec.Raw) else _MAKERS[kind](item)
 
 
 def decode_object(raw: bytes | msgspec.Raw, kind: Kind) -> Item:
@@ -219,7 +152,7 @@ def decode_versioned(raw: bytes | msgspec.Raw, kind: Kind) -> tuple[Item, str]:
     """Decode one object with its resourceVersion, empty where not even that can be read."""
     try:
         wire = _OBJECTS[kind].decode(raw)
-        return _MAKERS[kind](wire), wire.metadata.resource_version
+        return MAKERS[kind](wire), wire.metadata.resource_version
     except (ValueError, RecursionError) as error:
         return _undecodable(raw, kind, problem_of(error))
 
@@ -231,12 +164,12 @@ def decode_event(line: bytes, kind: Kind) -> tuple[str, Item, str] | None:
     """
     try:
         event = _EVENTS[kind].decode(line)
-        return event.type, _MAKERS[kind](event.object), event.object.metadata.resource_version
+        return event.type, MAKERS[kind](event.object), event.object.metadata.resource_version
     except (ValueError, RecursionError):
         return None
 
 
-def _pod(wire: _Pod) -> Pod | Undecodable:
+def _pod(wire: WirePod) -> Pod | Undecodable:
     meta, spec, status = wire.metadata, wire.spec or _EMPTY_SPEC, wire.status or _EMPTY_POD_STATUS
     if not meta.namespace:
         return Undecodable(Kind.POD, None, "a Pod without a namespace")
@@ -258,7 +191,7 @@ def _pod(wire: _Pod) -> Pod | Undecodable:
     )
 
 
-def _node(wire: _Node) -> Node:
+def _node(wire: WireNode) -> Node:
     meta, status = wire.metadata, wire.status or _EMPTY_NODE_STATUS
     endpoint = status.daemon_endpoints.kubelet_endpoint if status.daemon_endpoints else None
     return Node(
@@ -272,7 +205,7 @@ def _node(wire: _Node) -> Node:
     )
 
 
-_MAKERS: Mapping[Kind, Callable[[Any], Item]] = {
+MAKERS: Mapping[Kind, Callable[[Any], Item]] = {
     Kind.POD: _pod,
     Kind.NODE: _node,
     Kind.SERVICE: service_of,
@@ -318,3 +251,135 @@ def _undecodable(raw: bytes | msgspec.Raw, kind: Kind, problem: str) -> tuple[Un
     is_named = bool(meta.name and (namespace or kind is Kind.NODE))
     key = ObjectKey(kind, namespace, meta.name) if is_named else None
     return Undecodable(kind, key, problem), meta.resource_version
+
+
+class Changed(msgspec.Struct, frozen=True, gc=False):
+    """An object was added or modified.
+
+    `version` is the one to resume from, empty where it could not be read or is absurdly long. `is_added` says that the object
+    was not there before, or did not match what is watched.
+    """
+
+    item: Item
+    version: str
+    is_added: bool = True
+
+
+class Deleted(msgspec.Struct, frozen=True, gc=False):
+    """An object is gone; `item` is its last state."""
+
+    item: Item
+    version: str
+
+
+class Bookmark(msgspec.Struct, frozen=True):
+    """Nothing else changed up to `version`."""
+
+    version: str
+
+
+class Broken(msgspec.Struct, frozen=True):
+    """The watch cannot go on, for the reason `error`; it is the last event of its stream."""
+
+    error: ClusterError
+    version: str = ""
+
+
+WatchEvent: TypeAlias = Changed | Deleted | Bookmark | Broken
+
+
+class _RawEvent(msgspec.Struct):
+    type: str
+    object: msgspec.Raw
+
+
+class _Version(msgspec.Struct, rename="camel"):
+    resource_version: Annotated[str, msgspec.Meta(min_length=1, max_length=VERSION_LENGTH)]
+
+
+class _Bookmark(msgspec.Struct):
+    metadata: _Version
+
+
+_RAW_EVENT = msgspec.json.Decoder(_RawEvent)
+_BOOKMARK = msgspec.json.Decoder(_Bookmark)
+
+
+class WatchDecoder:
+    """Decodes one watch stream, fed in pieces of any size.
+
+    After `Broken` nothing further comes out. A line cut off by the end of the stream is no event.
+    """
+
+    def __init__(self, kind: Kind, namespace: str = "", *, line_limit: int = LINE_LIMIT) -> None:
+        self._kind = kind
+        self._action = ApiAction("watch", RESOURCES[kind], namespace)
+        self._line_limit = line_limit
+        self._buffer = bytearray()
+        self._searched = 0
+        self._is_broken = False
+
+    def feed(self, data: bytes) -> list[WatchEvent]:
+        """Return the events that are complete with these bytes."""
+        events: list[WatchEvent] = []
+        self._buffer += data
+        start = 0
+        while not self._is_broken:
+            end = self._buffer.find(b"\n", max(start, self._searched))
+            if end < 0:
+                break
+            line = bytes(memoryview(self._buffer)[start:end])
+            start = end + 1
+            if line.strip():
+                events.append(self._decode(line))
+        del self._buffer[:start]
+        # What was searched without finding an end is not searched again: a long line costs O(n).
+        self._searched = len(self._buffer)
+        if len(self._buffer) > self._line_limit and not self._is_broken:
+            events.append(self._broken(f"an event is longer than {self._line_limit} bytes"))
+        if self._is_broken:
+            self._buffer.clear()
+            self._searched = 0
+        return events
+
+    def _decode(self, line: bytes) -> WatchEvent:
+        whole = decode_event(line, self._kind)
+        if whole is not None and (event := _event(*whole)) is not None:
+            return event
+        try:
+            envelope = _RAW_EVENT.decode(line)
+        except (ValueError, RecursionError):
+            return self._broken("a line is not an event")
+        match envelope.type:
+            case "BOOKMARK":
+                return self._bookmark(envelope.object)
+            case "ERROR":
+                self._is_broken = True
+                status = decode_status(envelope.object)
+                return Broken(cluster_error(self._action, status.code, status))
+        event = _event(envelope.type, *decode_versioned(envelope.object, self._kind))
+        return event or self._broken(f"an event of the unknown type {envelope.type[:30]!r}")
+
+    def _bookmark(self, raw: msgspec.Raw) -> WatchEvent:
+        try:
+            return Bookmark(_BOOKMARK.decode(raw).metadata.resource_version)
+        except (ValueError, RecursionError):
+            return self._broken("a bookmark without a usable version")
+
+    def _broken(self, problem: str) -> Broken:
+        self._is_broken = True
+        return Broken(ClusterRefused(f"cannot {self._action}: {problem}", 200))
+
+
+def _event(word: str, item: Item, version: str) -> Changed | Deleted | None:
+    """Return the event of this type about an object, None where the type is not about objects."""
+    match word:
+        case "ADDED" | "MODIFIED":
+            return Changed(item, _usable(version), is_added=word == "ADDED")
+        case "DELETED":
+            return Deleted(item, _usable(version))
+    return None
+
+
+def _usable(version: str) -> str:
+    return version if len(version) <= VERSION_LENGTH else ""

@@ -19,6 +19,7 @@ from k8s_consul_registrar.errors import (
 )
 from k8s_consul_registrar.kube.client import PAGE_SIZE, KubeClient
 from k8s_consul_registrar.kube.cluster import ClusterUid
+from k8s_consul_registrar.kube.objects import Broken, Changed, Deleted, WatchEvent
 from k8s_consul_registrar.kube.source_state import (
     ENDED,
     RELIST,
@@ -28,7 +29,6 @@ from k8s_consul_registrar.kube.source_state import (
     is_reached,
 )
 from k8s_consul_registrar.kube.store import Store
-from k8s_consul_registrar.kube.watch_decoder import Broken, Changed, Deleted, WatchEvent
 from k8s_consul_registrar.model import EVERY_OBJECT, Kind, Selector, Source
 from k8s_consul_registrar.telemetry import get_logger
 

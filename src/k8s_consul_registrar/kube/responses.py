@@ -4,8 +4,9 @@ Requests meet a Status under an HTTP status, watches in an ERROR event under a 2
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
@@ -20,19 +21,25 @@ from k8s_consul_registrar.errors import (
     ClusterUnauthorized,
     ClusterUnreachable,
 )
-from k8s_consul_registrar.kube.objects import Item
-from k8s_consul_registrar.model import ObjectKey
+from k8s_consul_registrar.model import Kind
 from k8s_consul_registrar.tls import API_SERVER, Trust, explain
 
 MESSAGE_LENGTH = 300
+REFUSAL_LIMIT = 1 << 16
 RETRY_AFTER_CAP = 3600.0
 ANY_HEAD = 32 + zlib.MAX_WBITS  # that of gzip or of zlib
 # What a body may unpack to, in bytes or as a multiple: objects shrink to a thirtieth at best, a bomb to a thousandth.
 MOST_UNPACKED, MOST_TIMES = 64 << 20, 100
 # Bytes of a body as it is sent. A page has a few MB; as much as this, uncompressed, would be a list of 75,000 Pods.
 MOST_SENT = 512 << 20
-# Pages in a row that may begin with no new object, and pages that a list may have: 5,000,000 objects.
-MOST_IDLE_PAGES, MOST_PAGES = 20, 20_000
+RESOURCES = {
+    Kind.POD: "pods",
+    Kind.NODE: "nodes",
+    Kind.SERVICE: "services",
+    Kind.ENDPOINT: "endpointslices",
+}
+# The API groups of those that are not in the core group.
+GROUPS = {Kind.ENDPOINT: "discovery.k8s.io"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,13 @@ class ApiAction:
     def __str__(self) -> str:
         where = f"in namespace {self.namespace}" if self.namespace else "at the cluster scope"
         return f"{self.verb} {self.resource} {where}"
+
+
+def collection_path(kind: Kind, namespace: str = "") -> str:
+    """Return the path of a kind's objects, in one namespace if there is one."""
+    root = f"/apis/{GROUPS[kind]}/v1" if kind in GROUPS else "/api/v1"
+    scope = f"/namespaces/{quote(namespace, safe='')}" if namespace else ""
+    return f"{root}{scope}/{RESOURCES[kind]}"
 
 
 class _Cause(msgspec.Struct, frozen=True, gc=False):
@@ -190,23 +204,12 @@ def _broken(error: Exception, server: str, trust: Trust | None) -> str:
     return why
 
 
-class Paging:
-    """The progress of one list in pages, which a server could go on with without end."""
-
-    def __init__(self, action: ApiAction) -> None:
-        self._action = action
-        self._pages = self._idle = 0
-        self._firsts: set[ObjectKey] = set()
-
-    def add(self, beginning: Sequence[Item]) -> None:
-        """Note a page by its first object, if it has any; raises ClusterRefused for a list that gets nowhere."""
-        first = beginning[0].key if beginning else None
-        self._pages += 1
-        self._idle = self._idle + 1 if first is None or first in self._firsts else 0
-        if first is not None:
-            self._firsts.add(first)
-        if self._idle > MOST_IDLE_PAGES or self._pages > MOST_PAGES:
-            raise ClusterRefused(f"cannot {self._action}: the API server repeats pages without end", 200)
+async def read_head(stream: aiohttp.StreamReader) -> bytes:
+    """Return the beginning of a refusal's body, enough to find its reason."""
+    kept = bytearray()
+    while len(kept) < REFUSAL_LIMIT and (chunk := await stream.read(REFUSAL_LIMIT)):
+        kept += chunk
+    return bytes(kept)
 
 
 async def read_body(response: aiohttp.ClientResponse, action: ApiAction) -> bytes:

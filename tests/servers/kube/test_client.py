@@ -29,9 +29,8 @@ from k8s_consul_registrar.kube import responses
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.client import JSON, LEAN_JSON, KubeClient
 from k8s_consul_registrar.kube.credentials import ClientIdentity, Credentials, StoredCredentials
-from k8s_consul_registrar.kube.objects import Page
-from k8s_consul_registrar.kube.responses import MOST_IDLE_PAGES
-from k8s_consul_registrar.kube.watch_decoder import Broken
+from k8s_consul_registrar.kube.lists import MOST_IDLE_PAGES, Page
+from k8s_consul_registrar.kube.objects import Broken
 from k8s_consul_registrar.model import Kind, ObjectKey, Pod, Selector, Undecodable
 from k8s_consul_registrar.rotating import fixed
 from k8s_consul_registrar.tls import KeyPair, Trust

@@ -12,7 +12,8 @@ from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.kube.access import load_access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.cluster import ClusterUid
-from k8s_consul_registrar.kube.objects import Item, Page
+from k8s_consul_registrar.kube.lists import Page
+from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.reflector import Following, Reflectors
 from k8s_consul_registrar.kube.source_state import Failed, SourceStatus
 from k8s_consul_registrar.kube.store import Evidence, Store

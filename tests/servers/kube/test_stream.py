@@ -21,14 +21,7 @@ from k8s_consul_registrar.errors import (
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.client import SLICE, KubeClient
 from k8s_consul_registrar.kube.credentials import ClientIdentity, StoredCredentials
-from k8s_consul_registrar.kube.watch_decoder import (
-    Bookmark,
-    Broken,
-    Changed,
-    Deleted,
-    WatchDecoder,
-    WatchEvent,
-)
+from k8s_consul_registrar.kube.objects import Bookmark, Broken, Changed, Deleted, WatchDecoder, WatchEvent
 from k8s_consul_registrar.model import Kind
 from servers.kube.test_client import serve
 from support.files import recorded

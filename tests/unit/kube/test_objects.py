@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k8s_consul_registrar.errors import ClusterRefused
-from k8s_consul_registrar.kube.objects import Page, decode_object, split_page
+from k8s_consul_registrar.kube.lists import Page, split_page
+from k8s_consul_registrar.kube.objects import decode_object
 from k8s_consul_registrar.model import (
     ContainerPort,
     EndpointSlice,

@@ -1,4 +1,4 @@
-"""`kube.watch_decoder`: recorded streams and hostile ones, whole, byte by byte and in odd pieces."""
+"""The `WatchDecoder` of `kube.objects`: recorded streams and hostile ones, whole, byte by byte and in odd pieces."""
 
 import json
 import time
@@ -10,14 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k8s_consul_registrar.errors import ClusterAhead, ClusterBusy, ClusterExpired, ClusterRefused
-from k8s_consul_registrar.kube.watch_decoder import (
-    Bookmark,
-    Broken,
-    Changed,
-    Deleted,
-    WatchDecoder,
-    WatchEvent,
-)
+from k8s_consul_registrar.kube.objects import Bookmark, Broken, Changed, Deleted, WatchDecoder, WatchEvent
 from k8s_consul_registrar.model import Kind, ObjectKey, Pod, Undecodable
 from support.files import recorded
 

@@ -14,7 +14,7 @@ from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.cluster import IDENTITY_NAMESPACE
 from k8s_consul_registrar.kube.events import GROUP as EVENT_GROUP
 from k8s_consul_registrar.kube.events import NODE_NAMESPACE
-from k8s_consul_registrar.kube.watch_decoder import GROUPS, RESOURCES
+from k8s_consul_registrar.kube.responses import GROUPS, RESOURCES
 from k8s_consul_registrar.model import Kind, Node, Source
 
 # Nodes from which a sample is picked.
