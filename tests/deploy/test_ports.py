@@ -26,6 +26,7 @@ DNS = {("TCP", 53), ("UDP", 53)}
 API_SERVER = {("TCP", 443), ("TCP", 6443)}
 KUBELETS = {("TCP", 10250)}
 CONSUL_API = {("TCP", 8500), ("TCP", 8501)}
+PROXY_PORTS = {("TCP", 31112), ("TCP", 8080)}  # the NodePort, and the Pod that it leads to
 AGENT_IN = {("TCP", 8301), ("UDP", 8301)}
 AGENT_OUT = {("TCP", 8300), *AGENT_IN}
 ANY = {("any", 0)}
@@ -117,7 +118,8 @@ def used_ports(deployment: str, pod: Mapping[str, Any]) -> Open:
     address = given.get("CONSUL_ADDRESS", "127.0.0.1")
     consul = set() if address.startswith("127.0.0.1") else CONSUL_API
     has_agent = "consul-agent" in containers
-    outgoing = DNS | API_SERVER | consul | (AGENT_OUT if has_agent else set())
+    proxy = PROXY_PORTS if given.get("POD_ADDRESS") == "proxy" else set()
+    outgoing = DNS | API_SERVER | consul | proxy | (AGENT_OUT if has_agent else set())
     return Open(declared | (AGENT_IN if has_agent else set()), outgoing)
 
 

@@ -273,6 +273,7 @@ def _status(view: RegistrarView) -> dict[str, Any]:
             }
             for one in state.held
         ],
+        "proxy_wait": {"count": len(state.awaiting_proxy), "problem": state.proxy_problem},
         "lost_agents": [
             {"node": one.node, "since": boot + one.since, "due": boot + one.due, "stays": one.stays}
             for one in state.lost_agents

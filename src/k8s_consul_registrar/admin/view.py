@@ -190,7 +190,8 @@ class View:
         """A number that changes whenever `targets` would yield anything else."""
         state = self.status
         odd = hash((frozenset(state.refused), frozenset(state.conflicts), state.is_standby))
-        return hash((self.desired.generation, self.observed.generation, odd))
+        waits = len(state.awaiting_proxy)
+        return hash((self.desired.generation, self.observed.generation, odd, waits))
 
     @property
     def owner(self) -> Owner:
@@ -269,6 +270,8 @@ class View:
             detail = f"held by {status.conflicts[service_id].holder}"
         elif service_id in status.refused:
             detail = status.refused[service_id]
+        elif service_id in status.awaiting_proxy:
+            detail = "stays at the Pod's own address until the proxy serves Pods"
         return TargetRow(self._expected(service_id, target), target.key, state, detail)
 
     def _kept(self) -> Iterator[TargetRow]:

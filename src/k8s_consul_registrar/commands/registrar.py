@@ -28,6 +28,8 @@ from k8s_consul_registrar.consul.previous_location import clear_previous_locatio
 from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.model import Service
+from k8s_consul_registrar.proxy.probe import pods_problem
+from k8s_consul_registrar.registrar.claims import Change
 from k8s_consul_registrar.registrar.elector import Elector
 from k8s_consul_registrar.registrar.metrics import RegistrarCollector, RegistrarMetrics
 from k8s_consul_registrar.registrar.observed import AsDesired
@@ -96,6 +98,9 @@ async def _keep_equal(
         aside.append(parts.events.run())
     if client is not None:
         aside.append(_clear_previous_locations(settings, parts, client, timing))
+    if settings.pods_through_proxy:
+        parts.core.rules.moves.are_allowed = False
+        aside.append(_move_to_proxy(settings, parts, timing))
     keeper = None
     if settings.state_file:
         keeper = StateKeeper(
@@ -244,6 +249,30 @@ async def _clear_previous_locations(
         is_ready=lambda: controller.is_complete and not controller.status.is_standby,
         timing=timing,
     )
+
+
+async def _move_to_proxy(settings: RegistrarSettings, parts: RegistrarParts, timing: Timing) -> None:
+    """Let Pods' services move to the proxy once it serves Pods; a proxy that fails later changes nothing."""
+    status, moves = parts.core.status, parts.core.rules.moves
+    while not moves.are_allowed:
+        await asyncio.sleep(timing.probe)
+        places = {(one.address, one.port) for one in status.awaiting_proxy.values()}
+        if not places:
+            status.proxy_problem = ""
+            continue
+        problem = await pods_problem(places, timing.connect_timeout, settings.proxy_scheme)
+        if problem and problem != status.proxy_problem:
+            log.warning(
+                "Pods stay at their own addresses until the proxy serves them",
+                services=len(status.awaiting_proxy),
+                problem=problem,
+            )
+        status.proxy_problem = problem
+        if not problem:
+            moves.are_allowed = True
+            waited, status.awaiting_proxy = tuple(status.awaiting_proxy), {}
+            log.info("the proxy serves Pods; their services move to it", services=len(waited))
+            parts.controller.on_change(Change(asked=waited))
 
 
 async def _serve(

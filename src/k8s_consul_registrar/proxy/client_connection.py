@@ -16,7 +16,7 @@ from typing import cast
 from k8s_consul_registrar.proxy import request
 from k8s_consul_registrar.proxy.headers import refusal_bytes
 from k8s_consul_registrar.proxy.limits import ConnectionLimit
-from k8s_consul_registrar.proxy.refusals import UNAUTHORIZED, Outcome, Refusal
+from k8s_consul_registrar.proxy.refusals import UNAUTHORIZED, UNAUTHORIZED_WITH_PODS, Outcome, Refusal
 from k8s_consul_registrar.proxy.relay import Relay
 from k8s_consul_registrar.proxy.request import Fault, Request, RequestReader
 from k8s_consul_registrar.proxy.scrape import Scrape
@@ -164,7 +164,7 @@ class ClientConnection(asyncio.BufferedProtocol):
             relay.counts.ended(UNAUTHORIZED.outcome)
             if self._is_trusted:
                 self._trust(self._origin(), is_trusted=False)
-            self.refuse(UNAUTHORIZED)
+            self.refuse(UNAUTHORIZED if relay.pods is None else UNAUTHORIZED_WITH_PODS)
             return
         if not self._is_trusted:
             credentials = self._credentials(request)

@@ -59,6 +59,8 @@ NO_CREDENTIALS = Refusal(503, Outcome.NO_CREDENTIALS, "the credentials for kubel
 CLOSED_EARLY = Refusal(502, Outcome.UNREACHABLE, "the kubelet closed the connection without an answer")
 UNSOUND_NAME = Refusal(502, Outcome.UNVERIFIED, "the Node's name cannot be the name in a certificate")
 UNAUTHORIZED = Refusal(401, Outcome.UNAUTHORIZED, "a bearer token is needed, or another one")
+# Where Pods are relayed: the registrar, which has no token, sees by it that they are.
+UNAUTHORIZED_WITH_PODS = UNAUTHORIZED._replace(reason=f"{UNAUTHORIZED.reason}, for Nodes and Pods")
 
 FORBIDDEN_POD = "the Pod answered 401 or 403: the proxy has no credentials for Pods"
 

@@ -12,6 +12,7 @@ from k8s_consul_registrar.model import MANAGED_BY, Kind, ObjectKey, Rejection, S
 from k8s_consul_registrar.registrar.observed import AsDesired, Foreign, Observed, Other, Unknown, zone_of
 from k8s_consul_registrar.registrar.ownership import Claim, Identity, is_of_a_registrar
 from k8s_consul_registrar.targets.meta import keep_zone
+from k8s_consul_registrar.targets.scrape_config import is_proxied
 from k8s_consul_registrar.targets.service_names import Shards
 
 CONTESTED = "another writer with this registrar's identity, which keeps changing it"
@@ -92,12 +93,19 @@ class Names(msgspec.Struct):
         )
 
 
+class Moves(msgspec.Struct):
+    """The moves of Pods' services from the Pods' own addresses to the proxy, which wait until it serves Pods."""
+
+    are_allowed: bool = True
+
+
 class Rules(msgspec.Struct, frozen=True):
     """The settings that decisions depend on besides the two states."""
 
     identity: Identity
     shards: Shards
     names: Names = msgspec.field(default_factory=Names)
+    moves: Moves = msgspec.field(default_factory=Moves)
 
 
 class Register(msgspec.Struct, frozen=True, gc=False):
@@ -144,6 +152,13 @@ class Infer(msgspec.Struct, frozen=True, gc=False):
     """Leave a record whose object is absent: that is an inference, for a resync and the brake to judge."""
 
 
+class AwaitProxy(msgspec.Struct, frozen=True, gc=False):
+    """Leave a service at its Pod's own address until the proxy, where `target` is, serves Pods."""
+
+    target: Target
+    losers: tuple[Rejection, ...] = ()
+
+
 class Conflict(msgspec.Struct, frozen=True, gc=False):
     """Leave a record that an object asks for and that belongs to something else; `holder` describes it."""
 
@@ -169,7 +184,9 @@ class CheckName(msgspec.Struct, frozen=True, gc=False):
 
 
 Write: TypeAlias = Register | Update | Deregister
-Action: TypeAlias = Write | InSync | Nothing | Keep | Infer | Conflict | Reject | LookUp | CheckName
+Action: TypeAlias = (
+    Write | InSync | Nothing | Keep | AwaitProxy | Infer | Conflict | Reject | LookUp | CheckName
+)
 
 
 def decide(desired: Desired, observed: Observed, rules: Rules) -> Action:
@@ -236,8 +253,20 @@ def _decide_claimed(desired: Desired, observed: AsDesired | Other, rules: Rules)
         return InSync(entry, losers)
     if desired.is_contested:
         return Conflict(target.key, CONTESTED)
+    if not rules.moves.are_allowed and _is_move(target, observed):
+        return AwaitProxy(target, losers)
     update = Update(entry, losers)
     return update if entry.name == observed.name else _if_name_is_free(update, observed.name, rules)
+
+
+def _is_move(target: Target, observed: AsDesired | Other) -> bool:
+    """Return True if a Pod is scraped at its own address and asks to be scraped through the proxy."""
+    was_proxied = observed.is_proxied if isinstance(observed, Other) else _is_proxied(observed.target)
+    return _is_proxied(target) and not was_proxied
+
+
+def _is_proxied(target: Target) -> bool:
+    return any(key == "metrics_path" and is_proxied(text) for key, text in target.meta)
 
 
 def _entry(target: Target, desired: Desired, observed: AsDesired | Other, rules: Rules) -> AsDesired:

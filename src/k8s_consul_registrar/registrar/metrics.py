@@ -63,6 +63,11 @@ class RegistrarMetrics:
         self.kept = Gauge(
             f"{PREFIX}_kept_services", "Unwanted services left alone, by why.", ["why"], registry=registry
         )
+        self.awaiting_proxy = Gauge(
+            f"{PREFIX}_awaiting_proxy_services",
+            "Services that stay at their Pods' own addresses until the proxy serves Pods.",
+            registry=registry,
+        )
         self.orphans = Gauge(
             f"{PREFIX}_orphaned_services",
             "Services that stay at nodes of lost agents, by why.",

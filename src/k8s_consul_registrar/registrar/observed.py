@@ -11,6 +11,7 @@ import msgspec
 from k8s_consul_registrar.model import MANAGED_BY, UNSYNCED, Kind, ObjectKey, Service, Target
 from k8s_consul_registrar.registrar.ownership import Claim, Identity, holder_of, kind_of, object_of
 from k8s_consul_registrar.targets.meta import NODE, ZONE
+from k8s_consul_registrar.targets.scrape_config import is_proxied
 from k8s_consul_registrar.targets.service_names import sharded_name, sharded_tags
 
 # Repairs of a record that another writer changed: the first change may be an accident, the second shows a
@@ -73,7 +74,7 @@ class Other(msgspec.Struct, frozen=True, gc=False):
 
     `digest` is the record's hash in this process, `key` its object (None for a Node of the original
     program), `version` its `Service.index`. `service` is the whole record where nothing asks for the ID, so
-    that it can be shown.
+    that it can be shown. `is_proxied` is True for a Pod that is scraped through the proxy.
     """
 
     digest: int
@@ -87,6 +88,7 @@ class Other(msgspec.Struct, frozen=True, gc=False):
     node: str = ""
     version: int = 0
     is_unsynced: bool = False
+    is_proxied: bool = False
     service: Service | None = None
 
 
@@ -129,6 +131,7 @@ def observe(service: Service, identity: Identity, cluster_uid: str, *, keep: boo
         node=meta.get(NODE, ""),
         version=max(service.index, 0),
         is_unsynced=service.index == UNSYNCED,
+        is_proxied=is_proxied(meta.get("metrics_path", "")),
         service=service if keep else None,
     )
 
@@ -357,8 +360,6 @@ class Contests:
 
     def is_contested(self, service_id: str, now: float) -> bool:
         """Return True if a record must not be touched."""
-        if not self._contests:
-            return False
         contest = self._contests.get(service_id)
         if contest is None:
             return False

@@ -10,6 +10,7 @@ from k8s_consul_registrar.errors import ConsulError, ConsulFiltered
 from k8s_consul_registrar.model import Rejection, Service, WriteFailure, Written
 from k8s_consul_registrar.registrar.decide import (
     Action,
+    AwaitProxy,
     CheckName,
     Conflict,
     Deregister,
@@ -85,6 +86,7 @@ class Reconciler:
         self._names = core.names
         self._contests = core.contests
         self._reporter = core.reporter
+        self._status = core.status
         self._clock = clock
 
     async def reconcile(self, batch: Batch) -> Counts:
@@ -163,10 +165,12 @@ class Reconciler:
                 return True
             case Reject():
                 losers = (action.rejection, *action.losers)
-            case Keep():
+            case Keep() | AwaitProxy():
                 losers = action.losers
         self._finish(work, service_id)
         self._reporter.settled(service_id)
+        if isinstance(action, AwaitProxy):
+            self._status.awaiting_proxy[service_id] = action.target
         if losers:
             self._reporter.lost(service_id, losers)
         return True
@@ -342,6 +346,8 @@ class Reconciler:
     def _finish(self, work: _Work, service_id: str, *, was_written: bool = False) -> None:
         now = self._clock()
         del work.left[service_id]
+        if self._status.awaiting_proxy:
+            self._status.awaiting_proxy.pop(service_id, None)
         heard_at = self._queue.done(service_id, now, was_written=was_written)
         if heard_at is not None and was_written:
             self._reporter.lag(now - heard_at)

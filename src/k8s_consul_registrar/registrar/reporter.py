@@ -79,6 +79,7 @@ class Reporter:
         self._named_until = 0.0
         self._named = 0
         self._is_up: bool | None = None
+        metrics.awaiting_proxy.set_function(lambda: len(status.awaiting_proxy))
 
     # Sources and Consul
 
@@ -122,6 +123,7 @@ class Reporter:
         self._status.refused.clear()
         self._status.conflicts.clear()
         self._status.lost.clear()
+        self._status.awaiting_proxy.clear()
         self._status.held = ()
         for topic in (self._refused, self._conflicts, self._brakes):
             topic.clear()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 from msgspec.structs import astuple
 
-from k8s_consul_registrar.model import Rejection
+from k8s_consul_registrar.model import Rejection, Target
 from k8s_consul_registrar.registrar.brake import Held
 from k8s_consul_registrar.registrar.decide import Conflict
 from k8s_consul_registrar.telemetry import get_logger
@@ -128,13 +128,16 @@ class RegistrarStatus(msgspec.Struct):
     """The registrar at this moment.
 
     `ticked_at` is when its loop last turned, in monotonic seconds. `refused` says of service IDs why Consul
-    refuses them, `conflicts` which IDs belong to something else, `lost` which service IDs objects did not get.
+    refuses them, `conflicts` which IDs belong to something else, `lost` which service IDs objects did not get,
+    `awaiting_proxy` which stay at their Pods' own addresses until the proxy serves Pods, and `proxy_problem` why.
     """
 
     recent: deque[Activity] = msgspec.field(default_factory=lambda: deque(maxlen=RECENT))
     refused: dict[str, str] = msgspec.field(default_factory=dict)
     conflicts: dict[str, Conflict] = msgspec.field(default_factory=dict)
     lost: dict[str, tuple[Rejection, ...]] = msgspec.field(default_factory=dict)
+    awaiting_proxy: dict[str, Target] = msgspec.field(default_factory=dict)
+    proxy_problem: str = ""
     held: tuple[Held, ...] = ()
     lost_agents: tuple[LostAgent, ...] = ()
     is_standby: bool = False

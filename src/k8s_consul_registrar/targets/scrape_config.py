@@ -170,11 +170,19 @@ def require_declared(pod: Pod, ports: Sequence[ScrapedPort]) -> None:
             )
 
 
+PROXIED_PODS = "/api/v1/namespaces/"
+
+
+def is_proxied(path: str) -> bool:
+    """Return True if a `metrics_path` is the proxy's of a Pod, so that the Pod is not scraped at its own address."""
+    return path.startswith(PROXIED_PODS)
+
+
 def proxied_path(namespace: str, name: str, port: ScrapedPort | None = None) -> str:
     """Return the path at which the proxy serves a Pod; `port` is needed only if the Pod has several."""
     which = name if port is None else f"{name}:{port.number}"
     ordinal = "" if port is None or port.ordinal == 1 else f"/{port.ordinal}"
-    return f"/api/v1/namespaces/{namespace}/pods/{which}/metrics{ordinal}"
+    return f"{PROXIED_PODS}{namespace}/pods/{which}/metrics{ordinal}"
 
 
 def _pod_address(pod: Pod) -> str:

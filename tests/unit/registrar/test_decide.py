@@ -12,6 +12,7 @@ from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.model import UNSYNCED, Kind, Node, ObjectKey, Pod, Service, Source, Target
 from k8s_consul_registrar.registrar.decide import (
     Action,
+    AwaitProxy,
     CheckName,
     Conflict,
     Deregister,
@@ -21,6 +22,7 @@ from k8s_consul_registrar.registrar.decide import (
     Keep,
     Kept,
     LookUp,
+    Moves,
     Names,
     NameStatus,
     Nothing,
@@ -504,6 +506,32 @@ def test_decide_refused_name_tells_the_losers_of_the_id_too() -> None:
 
 
 # Contested records
+
+
+@pytest.mark.parametrize("are_allowed", [False, True])
+def test_decide_pod_moves_to_the_proxy_only_once_that_serves_pods(*, are_allowed: bool) -> None:
+    """Its service waits at the Pod's own address; what is new, at the proxy already or a Node's does not wait."""
+    rules = Rules(LAB, RandomShards(), moves=Moves(are_allowed))
+    through = TargetRules(pods_through_proxy=True, proxy_node_port=31112)
+    pod = make_pod(host_ip="192.0.2.1", annotations=annotated(port="8080"))
+    direct, proxied = target(pod), target(pod, through)
+    other_port = target(pod, replace(through, proxy_node_port=31113))
+    at_pod = seen(AsDesired(direct, "", "").service(LAB))
+    move = decide(asking(proxied), at_pod, rules)
+    assert move == (Update(AsDesired(proxied, "", "")) if are_allowed else AwaitProxy(proxied))
+    assert isinstance(
+        decide(asking(proxied), AsDesired(direct, "", ""), rules), Update if are_allowed else AwaitProxy
+    )
+    assert isinstance(decide(asking(proxied), None, rules), Register)
+    at_proxy = seen(AsDesired(proxied, "", "").service(LAB))
+    assert isinstance(decide(asking(proxied), at_proxy, rules), InSync)
+    assert isinstance(decide(asking(other_port), at_proxy, rules), Update)
+    assert isinstance(decide(asking(direct), at_proxy, rules), Update)
+    gone = Desired(proxied.id, standing=Standing.DEPARTED)
+    assert isinstance(decide(gone, at_pod, rules), Deregister)
+    node = target(make_node())
+    changed = seen(make_service(node.id, dict(AsDesired(node, "", "").service(LAB).meta), port=1))
+    assert isinstance(decide(asking(node), changed, rules), Update)
 
 
 def test_decide_contested_record_is_left_alone_until_it_is_as_desired() -> None:

@@ -192,6 +192,10 @@ export function banners(status, failure) {
     const until = `${clock(one.until)} (${word("in", { span: span(Math.max(0, one.until - status.now)) })})`;
     add("wait", word("brake_on", { count: number(one.count), source: one.source }), word("brake_why", { until }), names);
   }
+  if (status.proxy_wait.count) {
+    const { count, problem } = status.proxy_wait;
+    add("wait", word("proxy_wait", { count: number(count) }), word("proxy_wait_why"), problem);
+  }
   for (const one of status.sources.filter((source) => source.problem))
     add("bad", word("source_down", { source: one.name, problem: one.problem }), word("source_why"));
   return list;

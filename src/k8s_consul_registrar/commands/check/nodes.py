@@ -1,7 +1,6 @@
 """Checks of the kubelets that the proxy scrapes, and of its own NodePort."""
 
 import asyncio
-import os
 from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
@@ -14,7 +13,8 @@ from k8s_consul_registrar.commands.check.report import Finding, fail, ok, skippe
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.model import Kind, Node
 from k8s_consul_registrar.proxy.nodes import is_dialable, usable_addresses
-from k8s_consul_registrar.proxy.routes import CLOSED_PATH, UNKNOWN_PATH
+from k8s_consul_registrar.proxy.probe import ProbeAnswer, ask, os_reason, pods_problem, proxy_problem
+from k8s_consul_registrar.proxy.routes import CLOSED_PATH
 from k8s_consul_registrar.settings.proxy import ProxySettings
 from k8s_consul_registrar.targets.scrape_config import node_address, parse_ip, url_host
 from k8s_consul_registrar.tls import KUBELET, Cause, Explanation, Trust, explain
@@ -25,8 +25,8 @@ SAMPLE = 5
 PATH = "/metrics/cadvisor"
 NODE_PORT = "node port"
 NODE_PATHS = "node paths"
+PODS = "pods through the proxy"
 NOWHERE = "/api/v1/nodes/0.0.0.0:1"  # no Node has this address
-LONGEST_BODY = 1024
 NO_TOKEN = warn(
     "kubelet token",
     "the credentials have no bearer token, which is what kubelets are shown",
@@ -57,6 +57,9 @@ UNREACHABLE = "may this machine reach the kubelets' port (NetworkPolicy, firewal
 NODE_PORT_HINT = (
     "is the proxy deployed and ready (kubectl get endpoints k8s-consul-registrar-proxy-service), is its NodePort "
     "PROXY_NODE_PORT, and does no firewall or NetworkPolicy keep this machine from it?"
+)
+PODS_HINT = (
+    "set PROXY_PODS=true for the proxy first (deploy/overlays/proxy-pods); until then services of Pods stay"
 )
 
 
@@ -166,12 +169,6 @@ async def _check(place: Place, kubelets: Kubelets) -> Finding:
     return _judge_status(name, place, status, is_verified=kubelets.trust.is_verified)
 
 
-def os_reason(error: aiohttp.ClientConnectorError) -> str:
-    """Return the system's words for a failed connection."""
-    number = error.os_error.errno
-    return os.strerror(number).lower() if number else str(error.os_error)[:200]
-
-
 async def _scrape(place: Place, kubelets: Kubelets) -> int:
     """Return the status of one scrape; its body is not read."""
     headers = {"Authorization": f"Bearer {kubelets.token}"} if kubelets.token else {}
@@ -236,24 +233,38 @@ async def check_node_port(wiring: Wiring, cluster: Awaitable[ClusterView]) -> li
     if not places:
         return [skipped(NODE_PORT, "no Node is known that could be asked")]
     asked = sample(places)
-    problems = await asyncio.gather(*(_problem(place, wiring.timing.connect_timeout) for place in asked))
+    seconds, scheme = wiring.timing.connect_timeout, settings.proxy_scheme
+    problems = await asyncio.gather(*(proxy_problem(one.address, port, seconds, scheme) for one in asked))
     failed = [f"{place} {problem}" for place, problem in zip(asked, problems, strict=True) if problem]
     if failed:
         finding = fail if len(failed) == len(asked) else warn
         return [finding(NODE_PORT, "; ".join(failed), NODE_PORT_HINT)]
     reached = ok(NODE_PORT, f"the proxy answers on port {port} of {', '.join(one.node for one in asked)}")
-    return [reached, *await _check_node_paths(wiring, asked[0])]
+    return [reached, *await _check_node_paths(wiring, asked[0]), *await _check_pods(wiring, asked)]
+
+
+async def _check_pods(wiring: Wiring, asked: Iterable[Place]) -> list[Finding]:
+    """Ask whether the proxy serves Pods, where they are to be scraped through it."""
+    settings = wiring.settings
+    if not settings.pods_through_proxy:
+        return []
+    places = [(one.address, one.port) for one in asked]
+    problem = await pods_problem(places, wiring.timing.connect_timeout, settings.proxy_scheme)
+    if problem:
+        return [fail(PODS, problem, PODS_HINT)]
+    return [ok(PODS, "the proxy serves Pods")]
 
 
 async def _check_node_paths(wiring: Wiring, place: Place) -> list[Finding]:
     """Ask the proxy for each path of NODE_PATHS of a Node that cannot exist: it refuses a path before a Node."""
     paths = wiring.settings.selection.node_paths
     asked = sorted({*paths.linux, *paths.windows} - {PATH})
-    answers = [await _answer(place, f"{NOWHERE}{path}", wiring.timing.connect_timeout) for path in asked]
+    seconds, scheme = wiring.timing.connect_timeout, wiring.settings.proxy_scheme
+    answers = [await ask(place.address, place.port, f"{NOWHERE}{path}", seconds, scheme) for path in asked]
     closed = [
         path
         for path, answer in zip(asked, answers, strict=True)
-        if isinstance(answer, _Answer) and CLOSED_PATH.reason.encode() in answer.body
+        if isinstance(answer, ProbeAnswer) and answer.says(CLOSED_PATH.reason)
     ]
     if closed:
         return [
@@ -261,46 +272,10 @@ async def _check_node_paths(wiring: Wiring, place: Place) -> list[Finding]:
                 NODE_PATHS, f"the proxy does not relay {', '.join(closed)}", f"PROXY_PATHS={','.join(asked)}"
             )
         ]
-    is_known = all(isinstance(answer, _Answer) and answer.status == 404 for answer in answers)
+    is_known = all(isinstance(answer, ProbeAnswer) and answer.status == 404 for answer in answers)
     return [ok(NODE_PATHS, f"the proxy relays {', '.join(asked)} too")] if asked and is_known else []
 
 
 def _may_be_asked(address: str) -> bool:
     parsed = parse_ip(address)
     return parsed is not None and is_dialable(parsed, allow_loopback=True)
-
-
-class _Answer(NamedTuple):
-    status: int
-    body: bytes
-
-
-async def _answer(place: Place, target: str, seconds: float) -> _Answer | str:
-    """Return the answer to a request, or the reason why there is none."""
-    try:
-        async with (
-            asyncio.timeout(seconds),
-            aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), trust_env=False) as session,
-            session.get(f"http://{place}{target}", allow_redirects=False) as response,
-        ):
-            return _Answer(response.status, await response.content.read(LONGEST_BODY))
-    except TimeoutError:
-        return f"does not answer within {seconds:g} s"
-    except aiohttp.ClientConnectorError as error:
-        return f"cannot be reached: {os_reason(error)}"
-    except (aiohttp.ClientError, OSError, ValueError) as error:
-        return f"breaks off: {type(error).__name__}"
-
-
-async def _problem(place: Place, seconds: float) -> str:
-    """Return why Prometheus does not reach the proxy there, empty if it does."""
-    answer = await _answer(place, "/", seconds)
-    if isinstance(answer, str):
-        return answer
-    is_proxy = (answer.status, UNKNOWN_PATH.reason.encode() in answer.body) == (
-        404,
-        True,
-    ) or answer.status == 401
-    if is_proxy:
-        return ""
-    return f"answers {answer.status}, and not as the proxy does (the original program's may still run)"
