@@ -104,7 +104,7 @@ class ServiceJoin:
         # Endpoints of a Service that only the proxy could reach, and that it does not serve.
         self._unproxied: Counter[ObjectKey] = Counter()
         # Services of which different endpoints lead to one ID, by ID, and these IDs by Service.
-        self._clashing: dict[str, set[ObjectKey]] = {}
+        self._clashing: dict[str, frozenset[ObjectKey]] = {}
         self._clashes: defaultdict[ObjectKey, dict[str, None]] = defaultdict(dict)
 
     # What is known
@@ -287,13 +287,14 @@ class ServiceJoin:
         joined.services |= touched
         return joined
 
-    def _note_clashes(self, service_id: str) -> set[ObjectKey]:
+    def _note_clashes(self, service_id: str) -> frozenset[ObjectKey]:
         """Note of which Services different endpoints lead to an ID; return those that began or ceased to."""
-        before, now = self._clashing.pop(service_id, set()), set[ObjectKey]()
         offers = self._offers.get(service_id, ())
-        if len(offers) > 1:
-            ends = {(one.key, one.address, one.port, _pod(one)) for one in offers}
-            now = {key for key, count in Counter(end[0] for end in ends).items() if count > 1}
+        if len(offers) < 2 and service_id not in self._clashing:
+            return frozenset()
+        before = self._clashing.pop(service_id, frozenset())
+        counts = Counter(end[0] for end in {(one.key, one.address, one.port, _pod(one)) for one in offers})
+        now = frozenset(key for key, count in counts.items() if count > 1)
         if now:
             self._clashing[service_id] = now
         for key in now - before:

@@ -1,7 +1,9 @@
 """Resolution of annotated Services and their EndpointSlices into targets."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from itertools import islice
+from operator import eq
 from typing import NamedTuple, TypeAlias
 
 import msgspec
@@ -167,15 +169,19 @@ def few_changed(
 ) -> tuple[tuple[SliceEndpoint, ...], tuple[SliceEndpoint, ...]] | None:
     """Return the endpoints that left and that came between the same others, None if they are many."""
     before, after = old.endpoints, new.endpoints
-    start, end, shortest = 0, 0, min(len(before), len(after))
-    while start < shortest and before[start] == after[start]:
-        start += 1
-    while end < shortest - start and before[-1 - end] == after[-1 - end]:
-        end += 1
+    shortest = min(len(before), len(after))
+    start = _alike(before, after, shortest)
+    end = _alike(reversed(before), reversed(after), shortest - start)
     left, came = before[start : len(before) - end], after[start : len(after) - end]
     if len(left) > FEW or len(came) > FEW:
         return None
     return tuple([one for one in left if one not in after]), tuple([one for one in came if one not in before])
+
+
+def _alike(before: Iterable[SliceEndpoint], after: Iterable[SliceEndpoint], most: int) -> int:
+    """Return how many endpoints from the first on are the same; a loop in Python would take ten times as long."""
+    same = [*islice(map(eq, before, after), most), False]
+    return same.index(False)
 
 
 def difference(
