@@ -2,6 +2,7 @@
 
 import re
 from enum import StrEnum
+from typing import Self
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -121,34 +122,82 @@ class NotConsul(ConsulRefused):
 
 
 class Reason(StrEnum):
-    """Causes of rejections: a fixed set, so that they can be label values of a metric."""
+    """Causes of rejections: a fixed set, so that they can be label values of a metric; `meaning` is for the docs."""
 
-    NO_IP = "no_ip"
-    INVALID_IP = "invalid_ip"
-    NO_PORT = "no_port"
-    AMBIGUOUS_PORT = "ambiguous_port"
-    INVALID_PORT = "invalid_port"
-    UNKNOWN_PORT_NAME = "unknown_port_name"
-    TOO_MANY_PORTS = "too_many_ports"
-    UNDECLARED_PORT = "undeclared_port"
-    NO_HOST_IP = "no_host_ip"
-    NOT_PROXIED = "not_proxied"
-    INVALID_PATH = "invalid_path"
-    INVALID_SCHEME = "invalid_scheme"
-    INVALID_PARAM = "invalid_param"
-    INVALID_INTERVAL = "invalid_interval"
-    META_TOO_LONG = "meta_too_long"
-    META_TOO_MANY = "meta_too_many"
-    INVALID_META = "invalid_meta"
-    EMPTY_NAME = "empty_name"
-    INVALID_NAME = "invalid_name"
-    NAME_TOO_LONG = "name_too_long"
-    NAME_TAKEN = "name_taken"
-    INVALID_TAG = "invalid_tag"
-    NO_ADDRESS = "no_address"
-    ADDRESS_TAKEN = "address_taken"
-    ID_TAKEN = "id_taken"
-    UNDECODABLE = "undecodable"
+    meaning: str
+
+    def __new__(cls, value: str, meaning: str) -> Self:
+        """Make a text with a meaning."""
+        made = str.__new__(cls, value)
+        made._value_ = value
+        made.meaning = meaning
+        return made
+
+    NO_IP = "no_ip", "the Pod has no IP yet"
+    INVALID_IP = "invalid_ip", "the IP of the Pod, or of an endpoint, is no address that can be scraped"
+    NO_PORT = (
+        "no_port",
+        "no port is annotated, and the containers of the Pod, or the EndpointSlice, have no TCP port",
+    )
+    AMBIGUOUS_PORT = (
+        "ambiguous_port",
+        "no port is annotated and several TCP ports could be meant, or the name (annotated, or `metrics` and the like) has different numbers in different containers",
+    )
+    INVALID_PORT = "invalid_port", "the annotated number is not between 1 and 65535"
+    UNKNOWN_PORT_NAME = (
+        "unknown_port_name",
+        "no container, or no EndpointSlice of the Service, has a TCP port of the annotated name",
+    )
+    TOO_MANY_PORTS = "too_many_ports", "more than 16 ports are annotated"
+    UNDECLARED_PORT = (
+        "undeclared_port",
+        "through the proxy: the Pod has its Node's network and no container declares that TCP port",
+    )
+    NO_HOST_IP = "no_host_ip", "through the proxy: the Pod's status names no address of its Node"
+    NOT_PROXIED = (
+        "not_proxied",
+        "through the proxy: the endpoint of a [Service](services.md) is a Pod that is not annotated itself",
+    )
+    INVALID_PATH = (
+        "invalid_path",
+        "a URL in place of the path, control characters in it, or a query that is too long or not UTF-8",
+    )
+    INVALID_SCHEME = "invalid_scheme", "neither `http` nor `https`"
+    INVALID_PARAM = (
+        "invalid_param",
+        "a parameter's name that Prometheus cannot take, one given twice, or control characters in a value",
+    )
+    INVALID_INTERVAL = (
+        "invalid_interval",
+        "an interval or timeout that is no duration of Prometheus or zero, a timeout over its interval, or a timeout without an interval while `SCRAPE_INTERVAL_DEFAULT` is unset",
+    )
+    META_TOO_LONG = "meta_too_long", "a meta value over Consul's 512 bytes"
+    META_TOO_MANY = "meta_too_many", "more meta than Consul takes (56 pairs of an object's own)"
+    INVALID_META = "invalid_meta", "control characters in a meta value"
+    EMPTY_NAME = (
+        "empty_name",
+        "a field of the name's template is empty for this object, such as a label it does not have",
+    )
+    INVALID_NAME = (
+        "invalid_name",
+        "the name would be `consul`, or has characters that discovery does not escape",
+    )
+    NAME_TOO_LONG = "name_too_long", "the name would be over 512 bytes"
+    NAME_TAKEN = (
+        "name_taken",
+        "a service that no registrar wrote has this name, anywhere in the catalog; a service of the registrar that already has it keeps it",
+    )
+    INVALID_TAG = "invalid_tag", "a tag over 512 bytes or with control characters"
+    NO_ADDRESS = (
+        "no_address",
+        "the Node has no IP of the types of `NODE_ADDRESS_TYPES`, or none at all; a Service of type ExternalName has no endpoints",
+    )
+    ADDRESS_TAKEN = "address_taken", "another Node has this address"
+    ID_TAKEN = (
+        "id_taken",
+        "another object has this service ID: Pods `a` with `b--c` and `a--b` with `c` share one; its holder keeps it, else the older object. Or two endpoints of one Service lead to one ID",
+    )
+    UNDECODABLE = "undecodable", "the API server's object cannot be read"
 
 
 class Note(StrEnum):
