@@ -181,3 +181,15 @@ async def test_check_asks_for_the_rights_to_services() -> None:
         hint = said.failed["list endpointslices"]
         assert 'apiGroups ["discovery.k8s.io"]' in hint
         assert "deploy/overlays/services" in hint
+
+
+@pytest.mark.parametrize(("namespaces", "where"), [("", ""), ("shop", " in shop")])
+async def test_check_asks_for_the_right_to_write_events(namespaces: str, where: str) -> None:
+    """With EMIT_EVENTS it is asked for where the objects are, and the hint names the overlay; by default it is not."""
+    async with running_lab() as lab:
+        lab.token_file.write_text(await lab.cluster.token(REGISTRAR_RULES))
+        said = await said_by_check(lab, "registrar", EMIT_EVENTS="problems", NAMESPACES=namespaces)
+        assert list(said.failed) == [f"create events{where}", f"patch events{where}"], said.text
+        assert "deploy/overlays/emit-events" in said.failed[f"create events{where}"]
+        assert 'apiGroups ["events.k8s.io"]' in said.failed[f"create events{where}"]
+        assert (await said_by_check(lab, "registrar")).failed == {}
