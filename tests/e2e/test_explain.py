@@ -3,11 +3,13 @@
 import json
 from typing import Any
 
+import aiohttp
 import pytest
 
 from e2e.test_services import DISCOVER, ONE, POINTS, SLICES, TWO, add_service, allow, slice_body
 from support.cluster import NAMESPACE, REGISTRAR_RULES, SCRAPED
 from support.lab import SandboxLab, running_lab
+from support.waiting import until
 
 WEB = "pod--shop--web-1"
 
@@ -141,3 +143,24 @@ async def test_service_without_endpoints_that_count_is_no_target() -> None:
         assert found["conditions"][-1]["detail"] == "no endpoint is ready or serving"
         code, (missing,) = await explained(lab, "service", "shop/none", **DISCOVER)
         assert (code, last_condition(missing)) == (3, ("exists", False))
+
+
+async def test_page_of_the_daemon_says_what_the_command_says() -> None:
+    """A target in Consul, a rejected Pod and one that is no target, byte for byte."""
+    async with running_lab() as lab:
+        await lab.cluster.add_pod()
+        await lab.cluster.add_pod("web-2", annotations={**SCRAPED, "prometheus.io/port": "0"})
+        await lab.cluster.add_pod("web-3", annotations={})
+        async with await lab.registrar() as registrar:
+            await until(lambda: lab.has(WEB), context=lambda: registrar.output)
+            for name in ("web-1", "web-2", "web-3"):
+                what = f"pod shop/{name}"
+                url = f"http://127.0.0.1:{await registrar.port('admin_port')}/api/v1/explain"
+                async with (
+                    aiohttp.ClientSession() as session,
+                    session.get(url, params={"what": what}) as answer,
+                ):
+                    (shown,) = (await answer.json())["objects"]
+                code, (told,) = await explained(lab, *what.split())
+                assert shown.pop("is_target") is (code == 0)
+                assert shown == told

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from k8s_consul_registrar.admin.explain import Explainer, explain_route
 from k8s_consul_registrar.admin.server import AdminServer
 from k8s_consul_registrar.admin.status_api import api_routes, page_routes
+from k8s_consul_registrar.admin.target_groups import GroupEncoder
 from k8s_consul_registrar.admin.view import About
 from k8s_consul_registrar.kube.source_state import Failed, SourceStatus
 from k8s_consul_registrar.model import Kind, ObjectKey, Source
@@ -21,6 +23,8 @@ from k8s_consul_registrar.registrar.decide import Conflict
 from k8s_consul_registrar.registrar.orphans import Stays
 from k8s_consul_registrar.registrar.status import Activity, Counts, LostAgent, RegistrarStatus
 from support.browser import Page, browser_page
+from support.builders import annotated, make_pod
+from support.controller_lab import ControllerLab, Seen
 from support.real_servers import REAL
 from support.seen import Healthy, Registrar, busy_registrar, pod_rejection, pod_target
 from support.waiting import SLACK
@@ -112,6 +116,55 @@ async def test_refresh_keeps_scroll_focus_and_what_is_unfolded() -> None:
         assert page.problems == []
 
 
+@asynccontextmanager
+async def explaining() -> AsyncIterator[tuple[Page, AdminServer, ControllerLab]]:
+    """Serve a registrar that explains its objects, and open its page in a browser."""
+    seen = Seen()
+    explainer = Explainer(seen.lab.core, seen.lab.cluster, GroupEncoder(), "prometheus.io/", {})
+    routes = [*page_routes(), *api_routes(seen.view), explain_route(explainer)]
+    async with (
+        seen.lab.running(),
+        AdminServer(port=0, health=Healthy(), registry=CollectorRegistry(), routes=routes) as server,
+        browser_page("--lang=en-US") as page,
+    ):
+        await page.look()
+        yield page, server, seen.lab
+
+
+async def test_object_is_explained_condition_by_condition(tmp_path: Path) -> None:
+    """A target to its labels, a rejected Pod to its reason, a slip in words; by typing, by link and in Chinese."""
+    view = "document.getElementById('view').innerText"
+    async with explaining() as (page, server, lab):
+        lab.cluster.put_list([make_pod("web-1"), make_pod("web-2", annotations=annotated(port="none"))])
+        await lab.until("web-1")
+        await page.open(f"http://127.0.0.1:{server.port}/#explain")
+        await page.wait(f"{view}.includes('Name a Pod, Service or Node')")
+        await page.press("/")
+        for key in "pod shop/web-1":
+            await page.press(key)
+        await page.press("Enter")
+        await page.wait(f"{view}.includes('__meta_consul_service_metadata_pod')")
+        text = await page.evaluate(view)
+        assert "pod shop/web-1 a target" in text
+        assert "as it should be" in text
+        for width in (360, 1280):
+            await page.look(width=width)
+            assert await page.evaluate("document.documentElement.scrollWidth") <= width
+            (tmp_path / f"explain-{width}.png").write_bytes(await page.screenshot())
+        await page.open(f"http://127.0.0.1:{server.port}/#rejections")
+        await page.wait(f"{ROWS} === 1")
+        await page.evaluate("document.querySelector('#view td a').click()")
+        await page.wait(f"{view}.includes('rejected: unknown_port_name')")
+        assert "pod shop/web-2 not a target" in await page.evaluate(view)
+        await page.evaluate("document.getElementById('language').click()")
+        await page.wait(f"{view}.includes('不是采集目标')")
+        await page.open(f"http://127.0.0.1:{server.port}/#explain?q=pots+shop%2Fweb-1")
+        await page.wait(f"{view}.includes('is none of these')")
+        await page.open(f"http://127.0.0.1:{server.port}/#explain?q=203.0.113.9")
+        await page.wait(f"{view}.includes('没有目标使用这个地址')")
+        assert [one for one in page.problems if "400" not in one] == []
+
+
 async def test_registrar_that_goes_silent_is_told_and_what_was_known_stays() -> None:
     """The last data stay, with a banner that says from when they are."""
     async with shown(busy_registrar(500)) as (page, server):
@@ -129,7 +182,7 @@ async def test_page_works_by_keyboard_only() -> None:
         await page.press("Enter")
         await page.wait("document.activeElement.getAttribute('aria-expanded') === 'true'")
         await page.evaluate("document.querySelector('[role=tab][aria-selected=true]').focus()")
-        for tab in ("rejections", "conflicts", "health", "configuration"):
+        for tab in ("rejections", "conflicts", "explain", "health", "configuration"):
             await page.press("ArrowRight")
             await page.wait(f"document.activeElement.id === 'tab-{tab}' && location.hash === '#{tab}'")
         await page.wait("document.getElementById('view').innerText.includes('CONSUL_HTTP_TOKEN')")

@@ -119,7 +119,7 @@ class ControllerLab:
         self.rules = Rules(identity, shards or RandomShards(), self.names.names)
         self.contests = Contests(schedule.period)
         self.absences = Absences(self.desired, self.cluster, brake, clock=self.clock)
-        core = Core(
+        self.core = core = Core(
             self.desired,
             self.observed,
             self.queue,

@@ -1,5 +1,6 @@
 """Why an object is a target or is not, condition by condition, and what Consul has of it."""
 
+import asyncio
 import ipaddress
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -7,10 +8,12 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 import msgspec
+from aiohttp import web
 
+from k8s_consul_registrar.admin.status_api import answer, api_route, check
 from k8s_consul_registrar.admin.target_groups import BadQuery, GroupEncoder
 from k8s_consul_registrar.admin.view import TargetRow, TargetState
-from k8s_consul_registrar.errors import ClusterError
+from k8s_consul_registrar.errors import ClusterError, OperationalError
 from k8s_consul_registrar.model import (
     Kind,
     KubeService,
@@ -40,6 +43,11 @@ from k8s_consul_registrar.targets.scrape_config import SCRAPED_PHASES
 USAGE = "pod NAMESPACE/NAME, node NAME, service NAMESPACE/NAME, or ADDRESS"
 # Endpoints of one Service that are compared with Consul, each by a request.
 MOST_ENDPOINTS = 20
+# For the page: objects of one answer, seconds that it may take, requests that wait, and characters of a question.
+MOST_OBJECTS = 20
+ANSWER = 15.0
+MOST_WAITING = 8
+MOST_WORDS = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +115,14 @@ class Explainer:
     annotation_prefix: str
     selectors: Mapping[Kind, Selector]
 
-    async def explain(self, asked: ObjectKey | str) -> list[ExplainedObject]:
-        """Explain an object, or every object with a target at an address; raises a `ConsulError`."""
+    async def explain(self, asked: ObjectKey | str, most: int | None = None) -> list[ExplainedObject]:
+        """Explain an object, or the objects with a target at an address; raises a `ConsulError`."""
         if isinstance(asked, ObjectKey):
             return [await self._explain(asked)]
         join = self.core.desired.join
         targets = chain(self.core.desired.claims.values(), join.offers.values() if join else ())
         keys = {target.key for some in targets for target in some if _is_at(target, asked)}
-        return [await self._explain(key, asked) for key in sorted(keys)]
+        return [await self._explain(key, asked) for key in sorted(keys)[:most]]
 
     async def _explain(self, key: ObjectKey, address: str = "") -> ExplainedObject:
         """Go through the conditions in order; the first one that is not met ends it.
@@ -257,3 +265,29 @@ def differences(before: Service, after: Service) -> str:
     old["tags"], new["tags"] = ",".join(before.tags), ",".join(after.tags)
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return ", ".join(f"{key}: {old.get(key, '')!r} -> {new.get(key, '')!r}" for key in changed)
+
+
+def explain_route(explainer: Explainer) -> web.RouteDef:
+    """Return `/api/v1/explain`: one answer at a time, since each one reads the API server and Consul."""
+    turn = asyncio.Lock()
+    waiting = 0
+
+    async def explain(request: web.Request) -> web.Response:
+        nonlocal waiting
+        check(request, "what")
+        text = request.query.get("what", "")
+        asked = parse_question(text[:MOST_WORDS].split())
+        if waiting >= MOST_WAITING:
+            return answer({"error": "others are asking; ask again"}, status=429)
+        waiting += 1
+        try:
+            async with asyncio.timeout(ANSWER), turn:
+                found = await explainer.explain(asked, MOST_OBJECTS)
+        except (OperationalError, TimeoutError) as error:
+            return answer({"error": str(error) or f"no answer in {ANSWER:g} s"}, status=503)
+        finally:
+            waiting -= 1
+        objects = [{**msgspec.to_builtins(one), "is_target": one.is_target} for one in found]
+        return answer({"what": text, "objects": objects})
+
+    return api_route(explain)

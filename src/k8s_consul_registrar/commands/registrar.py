@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from k8s_consul_registrar import __version__
 from k8s_consul_registrar.admin.documents import Documents
+from k8s_consul_registrar.admin.explain import Explainer, explain_route
 from k8s_consul_registrar.admin.file_sd import FileSd, groups_before
 from k8s_consul_registrar.admin.metrics import new_registry
 from k8s_consul_registrar.admin.saved_state import SavedState
@@ -172,6 +173,7 @@ class _Front:
                 census=census,
                 gate=gate,
                 documents=documents,
+                explainer=wiring.explainer(parts),
             )
             yield _Shown(parts, view, documents, gate, elector)
 
@@ -285,6 +287,7 @@ async def _serve(
     census: Census,
     gate: SavedTargetsGate,
     documents: Documents,
+    explainer: Explainer,
 ) -> None:
     """Open the admin port, and the port of http_sd where it is wanted."""
     figures = RegistrarCollector(census.figures)
@@ -303,7 +306,7 @@ async def _serve(
             port=settings.common.admin_port,
             health=view.status,
             registry=registry,
-            routes=[*page_routes(), *api_routes(view)],
+            routes=[*page_routes(), *api_routes(view), explain_route(explainer)],
             before_metrics=census.refresh,
         )
     )

@@ -7,7 +7,9 @@ const EVERY = 5000; // ms between two refreshes
 const PATIENCE = 20000; // ms one answer may take
 const TYPING = 250; // ms after the last key until a search starts
 const LIMIT = 100;
+const SEARCH = 200; // characters of a search at most
 const { TABS, FILTERED } = views; // FILTERED: the facet of each tab that the API searches
+const ASKED = views.ASKED ?? {}; // tabs whose field is a question to the API
 const FILTERS = ["q", "kind", "namespace", ...new Set(Object.values(FILTERED))];
 const NO_FILTERS = Object.fromEntries(FILTERS.map((name) => [name, ""]));
 
@@ -30,7 +32,7 @@ function readAddress() {
 
 function question() {
   const asked = new URLSearchParams();
-  const names = FILTERED[state.tab] ? ["q", "kind", "namespace", FILTERED[state.tab]] : [];
+  const names = FILTERED[state.tab] ? ["q", "kind", "namespace", FILTERED[state.tab]] : ASKED[state.tab] ? ["q"] : [];
   for (const name of names) if (state[name]) asked.set(name, state[name]);
   if (names.length && state.offset) asked.set("offset", String(state.offset));
   return asked;
@@ -53,6 +55,13 @@ async function ask(path, parameters, signal) {
   return response.json();
 }
 
+/** Ask a tab's question; what the API says about a question it cannot answer is its answer. */
+async function askQuestion(tab, what, signal) {
+  const query = new URLSearchParams({ [ASKED[tab].parameter]: what });
+  const response = await fetch(`api/v1/${tab}?${query}`, { signal, cache: "no-store" });
+  return { ...(await response.json()), what };
+}
+
 /** Ask for what is shown; an answer that comes too late for a newer question is dropped. */
 async function refresh() {
   clearTimeout(timer);
@@ -65,12 +74,12 @@ async function refresh() {
   try {
     const [status, answer] = await Promise.all([
       ask("status", null, mine.signal),
-      FILTERED[tab] ? ask(tab, parameters, mine.signal) : null,
+      FILTERED[tab] ? ask(tab, parameters, mine.signal) : ASKED[tab] && state.q ? askQuestion(tab, state.q, mine.signal) : null,
     ]);
     if (mine !== asking) return;
     Object.assign(state, { status, failure: null });
     if (answer) state.answers[tab] = answer;
-    if (answer && !answer[tab].length && answer.found && state.offset) {
+    if (FILTERED[tab] && answer && !answer[tab].length && answer.found && state.offset) {
       go({ offset: Math.floor((answer.found - 1) / LIMIT) * LIMIT }, { replace: true });
       return;
     }
@@ -162,12 +171,15 @@ function fill(select, values, chosen) {
 
 function showFilter() {
   const { status, tab } = state;
-  $("filter").hidden = !FILTERED[tab];
-  if (!FILTERED[tab]) return;
+  $("filter").hidden = !FILTERED[tab] && !ASKED[tab];
+  if ($("filter").hidden) return;
   const q = $("q");
+  q.maxLength = ASKED[tab]?.longest ?? SEARCH;
   q.placeholder = word(`search_${tab}`);
   q.setAttribute("aria-label", q.placeholder);
   if (document.activeElement !== q) q.value = state.q;
+  for (const name of ["kind", "namespace", "chips"]) $(name).hidden = !FILTERED[tab];
+  if (!FILTERED[tab]) return;
   fill($("kind"), [["", word("any_kind")], ...["pod", "node", "endpoint"].filter((kind) => kind in status.counts.kinds).map((kind) => [kind, word(kind)])], state.kind);
   $("kind").setAttribute("aria-label", word("kind"));
   const names = status.namespaces.includes(state.namespace) || !state.namespace ? status.namespaces : [state.namespace, ...status.namespaces];
@@ -185,7 +197,7 @@ function showPanel() {
   const answer = state.answers[tab];
   showPager(answer);
   if (FILTERED[tab] && !answer) return place($("view"), [element("p", { class: "none" }, word("loading"))]);
-  const made = views.show[tab]({ status, answer, open: state.open, toggle });
+  const made = views.show[tab]({ status, answer, question: state.q, open: state.open, toggle });
   if (Array.isArray(made)) {
     shown = null;
     const text = made.map(outer).join("");
@@ -219,9 +231,13 @@ function listen() {
   let typing = 0;
   $("q").addEventListener("input", () => {
     clearTimeout(typing);
+    if (ASKED[state.tab]) return;
     typing = setTimeout(() => go({ q: $("q").value.trim() }, { replace: true }), TYPING);
   });
-  $("filter").addEventListener("submit", (event) => event.preventDefault());
+  $("filter").addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (ASKED[state.tab]) go({ q: $("q").value.trim() });
+  });
   for (const name of ["kind", "namespace"]) $(name).addEventListener("change", () => go({ [name]: $(name).value }));
   const turn = (by) => () => {
     go({ offset: Math.max(0, state.offset + by) });

@@ -5,8 +5,11 @@ import {
   span, table, took, tone,
 } from "./parts.js";
 
-export const TABS = ["targets", "rejections", "conflicts", "health", "configuration"];
+export const TABS = ["targets", "rejections", "conflicts", "explain", "health", "configuration"];
 export const FILTERED = { targets: "state", rejections: "reason" };
+
+// Tabs that ask the API what their field holds: the parameter, and the longest question.
+export const ASKED = { explain: { parameter: "what", longest: 400 } };
 
 const sum = (counts) => Object.values(counts).reduce((total, count) => total + count, 0);
 
@@ -25,11 +28,19 @@ function scrapeText(target) {
   return `${target.path}${query ? `?${query}` : ""}`;
 }
 
+/** A link to the explanation of an object. */
+function explainLink(object) {
+  const kind = object.kind === "endpoint" ? "service" : object.kind;
+  const what = new URLSearchParams({ q: `${kind} ${objectName(object)}` });
+  return element("a", { href: `#explain?${what}` }, word("explain_why"));
+}
+
 function targetDetails(target) {
   const rows = [
     ...(target.detail ? [[word("detail"), target.detail]] : []),
     [word("id"), target.id],
     [word("name"), target.name],
+    [word("explain"), explainLink(target.object)],
     ...(target.tags.length ? [[word("tags"), target.tags.join(", ")]] : []),
   ];
   return element(
@@ -86,7 +97,10 @@ function rejectionsView({ answer }) {
         "tr", {},
         cell("object", { class: "main" }, element("bdi", {}, objectName(one.object)), " ", dim(word(one.object.kind))),
         cell("reason", {}, element("span", { class: "badge bad" }, one.reason), element("p", {}, one.detail)),
-        cell("fix", {}, element("p", {}, hint(one.reason)), one.kept_id ? dim(`${word("kept_id")} `, code(one.kept_id)) : null),
+        cell(
+          "fix", {}, element("p", {}, hint(one.reason)), one.kept_id ? element("p", {}, dim(`${word("kept_id")} `, code(one.kept_id))) : null,
+          explainLink(one.object),
+        ),
       ),
   );
   return { notice: word("rejections_why"), columns: ["object", "reason", "fix"], rows };
@@ -108,6 +122,47 @@ function conflictsView({ status }) {
     ...(shown < status.counts.conflicts ? [notice(word("shown_first", { shown: number(shown) }))] : []),
     table(["id", "wanted_by", "holder"], rows),
   ];
+}
+
+/** The name of a condition, in the reader's language where it has a word there. */
+function conditionName(name) {
+  const key = `condition_${name.replaceAll(" ", "_").toLowerCase()}`;
+  return word(key) === key ? name : word(key);
+}
+
+function conditions(list) {
+  const rows = list.map((one) =>
+    element(
+      "tr", {},
+      cell("state", {}, badge(one.is_met ? "yes" : "no", one.is_met ? "good" : "bad")),
+      cell("condition", { class: "main" }, conditionName(one.name)),
+      cell("detail", {}, one.detail),
+    ),
+  );
+  const made = table(["state", "condition", "detail"], rows);
+  made.className = "conditions";
+  return made;
+}
+
+function explainedService(service) {
+  const labels = Object.entries(service.labels).sort();
+  return [
+    element("h3", {}, code(service.id), " ", dim(service.address)),
+    conditions(service.conditions),
+    ...(labels.length ? [element("h3", {}, word("labels_discovered")), pairs(labels)] : []),
+  ];
+}
+
+function explainView({ answer, question }) {
+  if (!question) return [notice(word("explain_how"))];
+  if (answer?.what !== question) return [none(word("loading"))];
+  if (answer.error) return [none(answer.error)];
+  if (!answer.objects.length) return [none(word("explain_none"))];
+  return answer.objects.flatMap((one) => [
+    element("h2", {}, one.object, " ", badge(one.is_target ? "is_target" : "is_no_target", one.is_target ? "good" : "bad")),
+    conditions(one.conditions),
+    ...one.services.flatMap(explainedService),
+  ]);
 }
 
 function passRow(pass, now) {
@@ -176,7 +231,8 @@ function configurationView({ status }) {
 }
 
 export const show = {
-  targets: targetsView, rejections: rejectionsView, conflicts: conflictsView, health: healthView, configuration: configurationView,
+  targets: targetsView, rejections: rejectionsView, conflicts: conflictsView, explain: explainView, health: healthView,
+  configuration: configurationView,
 };
 
 /** What an operator has to know whatever tab is open, the worst first. */
