@@ -204,6 +204,7 @@ class Note(StrEnum):
     """Ways in which a target differs from what its object asks for: label values of a metric."""
 
     INTERVAL_RAISED = "interval_raised"
+    LABELS_DROPPED = "labels_dropped"  # Consul takes no more meta, or not these values
 
 
 class Rejected(Exception):

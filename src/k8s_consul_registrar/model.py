@@ -22,16 +22,19 @@ class Kind(StrEnum):
     NODE = "node"
     SERVICE = "service"
     ENDPOINT = "endpoint"
+    NAMESPACE = "namespace"
 
 
-# The kinds that a target can have; Services only say how their endpoints are scraped.
+# The kinds that a target can have. Services only say how their endpoints are scraped, Namespaces give labels.
 TARGET_KINDS = (Kind.POD, Kind.NODE, Kind.ENDPOINT)
+# The kinds of object that are in no namespace.
+CLUSTER_KINDS = frozenset({Kind.NODE, Kind.NAMESPACE})
 # Those counted from the start, even where there is none.
 USUAL_KINDS = (Kind.POD, Kind.NODE)
 
 
 class ObjectKey(NamedTuple):
-    """Names one Kubernetes object; `namespace` is empty for a Node.
+    """Names one Kubernetes object; `namespace` is empty for a Node and for a Namespace.
 
     The key of an endpoint's target has the name of its Service: EndpointSlices come and go.
     """
@@ -134,6 +137,18 @@ class Node:
         return ObjectKey(Kind.NODE, "", self.name)
 
 
+class Namespace(msgspec.Struct, frozen=True, gc=False):
+    """A Namespace and its labels."""
+
+    name: str
+    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
+
+    @property
+    def key(self) -> ObjectKey:
+        """The name of this object."""
+        return ObjectKey(Kind.NAMESPACE, "", self.name)
+
+
 class KubeService(msgspec.Struct, frozen=True, gc=False):
     """The few fields of a Kubernetes Service that decide how its endpoints are scraped.
 
@@ -206,8 +221,8 @@ class Target(msgspec.Struct, frozen=True, gc=False):
     `meta` holds what the object itself decides, sorted by key; whose cluster it is and which shard it
     gets are added when a service is made of it. `rank` orders targets that ask for the same `id`: the
     least one comes first. Where `name` and `tags` depend on the shard its place is still held open
-    (`targets.service_names`). `ready` is None if readiness is not registered. While a Pod's Node is not known
-    (`targets.resolve`) nothing is said of its zone. `has_own_address` is True for a Pod that is scraped at an IP
+    (`targets.service_names`). `ready` is None if readiness is not registered. It `awaits` what its Namespace and Node
+    give to `meta` (`targets.meta`) while they are not known. `has_own_address` is True for a Pod that is scraped at an IP
     of its own: no other Pod can rightly be at the same address and port, as can happen on a Node's network or
     behind the proxy. `is_terminating` is True while the Pod is being deleted. With `has_own_zone` the Pod's own
     labels name the zone. `notes` say in what it differs from what the object asks for (`errors`).
@@ -222,7 +237,7 @@ class Target(msgspec.Struct, frozen=True, gc=False):
     rank: tuple[int, str, str] = (0, "", "")
     tags: tuple[str, ...] = ()
     ready: bool | None = None
-    is_zone_known: bool = True
+    awaits: tuple[Kind, ...] = ()
     has_own_zone: bool = False
     has_own_address: bool = False
     is_terminating: bool = False

@@ -22,6 +22,7 @@ COMBINED = (
     "catalog",
     "emit-events",
     "grouped-names",
+    "namespace-labels",
     "network-policy",
     "pod-disruption-budget",
     "pod-monitor",

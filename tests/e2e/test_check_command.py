@@ -193,3 +193,13 @@ async def test_check_asks_for_the_right_to_write_events(namespaces: str, where: 
         assert "deploy/overlays/emit-events" in said.failed[f"create events{where}"]
         assert 'apiGroups ["events.k8s.io"]' in said.failed[f"create events{where}"]
         assert (await said_by_check(lab, "registrar")).failed == {}
+
+
+async def test_check_asks_for_the_rights_to_namespaces() -> None:
+    """Only a setting that needs them makes the registrar follow Namespaces."""
+    async with running_lab() as lab:
+        lab.token_file.write_text(await lab.cluster.token(REGISTRAR_RULES))
+        said = await said_by_check(lab, "registrar", NAMESPACE_LABELS_AS_META="team")
+        assert said.code == 1
+        assert set(said.failed) == {"list namespaces", "watch namespaces"}, said.text
+        assert "deploy/overlays/namespace-labels" in said.failed["list namespaces"]

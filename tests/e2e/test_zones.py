@@ -32,6 +32,39 @@ async def test_pod_is_written_once_with_its_zone_and_follows_its_node() -> None:
             assert lab.writes.count(f"register {WEB}") == 2
 
 
+async def _label_namespace(lab: SandboxLab, team: str) -> None:
+    patch = {"metadata": {"labels": {"team": team}}}
+    await lab.cluster.request("PATCH", "/api/v1/namespaces/shop", patch, content_type=MERGE_PATCH)
+
+
+async def test_labels_of_the_namespace_are_written_at_once_and_kept_while_it_is_denied() -> None:
+    """A changed label is an update; without the right to Namespaces nothing is rewritten, and Pods go on."""
+    settings = {"NAMESPACE_LABELS_AS_META": "team", "NODE_LABELS_AS_META": LABEL}
+    of_node = "node_label_topology_kubernetes_io_zone"
+    async with running_lab() as lab:
+        await _populate(lab)
+        await _label_namespace(lab, "web")
+        rights = [rule("list watch", "pods nodes namespaces"), rule("get", "namespaces")]
+        lab.token_file.write_text(await lab.cluster.token(rights))
+        async with await lab.registrar(SYNC_PERIOD="600", **settings) as daemon:
+            await daemon.ready()
+            assert sorted(lab.writes) == ["register node--192.0.2.10", f"register {WEB}"]
+            assert (lab.meta(WEB)["namespace_label_team"], lab.meta(WEB)[of_node]) == ("web", "eu-1a")
+            await _label_namespace(lab, "search")
+            await daemon.until(lambda: lab.meta(WEB)["namespace_label_team"] == "search")
+        before = dict(lab.meta(WEB))
+        lab.consul.writes.clear()
+        lab.token_file.write_text(
+            await lab.cluster.token([rule("list watch", "pods"), rule("get", "namespaces")])
+        )
+        async with await lab.registrar(**settings) as daemon:
+            await daemon.until_said("resync")
+            await lab.cluster.add_pod("web-2", ips=["198.51.100.11"])
+            await daemon.until(lambda: OTHER in lab.services)
+            assert lab.writes == [f"register {OTHER}"]
+            assert lab.meta(WEB) == before
+
+
 async def test_zone_is_kept_while_nodes_are_denied() -> None:
     """A restart without the right to Nodes writes nothing; what a hand changes is repaired, zone and all."""
     async with running_lab() as lab:

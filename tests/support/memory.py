@@ -13,6 +13,7 @@ from k8s_consul_registrar.model import (
     EndpointSlice,
     Kind,
     KubeService,
+    Namespace,
     Node,
     ObjectKey,
     Pod,
@@ -31,8 +32,9 @@ from k8s_consul_registrar.targets.resolve import TargetRules
 PODS = Source(Kind.POD)
 SERVICES = Source(Kind.SERVICE)
 SLICES = Source(Kind.ENDPOINT)
-Thing: TypeAlias = Pod | Node | KubeService | EndpointSlice
+Thing: TypeAlias = Pod | Node | Namespace | KubeService | EndpointSlice
 NODES = Source(Kind.NODE)
+NAMESPACES = Source(Kind.NAMESPACE)
 
 
 class MemoryCluster:
@@ -54,7 +56,12 @@ class MemoryCluster:
         self.observed = observed or ObservedState()
         join = ServiceJoin(target) if any(one.kind is Kind.ENDPOINT for one in sources) else None
         self.desired = DesiredState(
-            sources, lambda item: resolve_item(item, target), self.observed, join=join, clock=clock
+            sources,
+            lambda item: resolve_item(item, target),
+            self.observed,
+            join=join,
+            labels=target.given_labels,
+            clock=clock,
         )
         self.store = self.desired.store
         self.clock = clock

@@ -15,9 +15,10 @@ from k8s_consul_registrar.model import USUAL_KINDS, Kind, ObjectKey, Rejection, 
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.metrics import Figures
-from k8s_consul_registrar.registrar.observed import AsDesired, ObservedState, Other
+from k8s_consul_registrar.registrar.observed import AsDesired, ObservedState, Other, inherited_by
 from k8s_consul_registrar.registrar.service_join import Winner
 from k8s_consul_registrar.registrar.status import Progress, RegistrarStatus
+from k8s_consul_registrar.targets.meta import keep_inherited
 from k8s_consul_registrar.targets.service_names import HashShards
 
 # Seconds that what is saved or written for the first time waits for Consul.
@@ -47,6 +48,10 @@ class TargetRow(NamedTuple):
     detail: str = ""
 
 
+# The kinds of target that need a source of another kind.
+_NEEDED_BY = {Kind.SERVICE: (Kind.ENDPOINT,), Kind.NAMESPACE: (Kind.POD, Kind.ENDPOINT)}
+
+
 @dataclass(frozen=True, slots=True)
 class Scope:
     """The kinds and namespaces of a request; an empty set stands for all of them.
@@ -58,13 +63,12 @@ class Scope:
     namespaces: frozenset[str] = frozenset()
 
     def includes(self, source: Source) -> bool:
-        """Return True if a source can show an object of this scope."""
-        kind = Kind.ENDPOINT if source.kind is Kind.SERVICE else source.kind
-        if self.kinds and kind not in self.kinds:
+        """Return True if a source can show an object of this scope, or decides about one."""
+        if self.kinds.isdisjoint(_NEEDED_BY.get(source.kind, (source.kind,))) and self.kinds:
             return False
         if not self.namespaces:
             return True
-        if kind is not Kind.NODE and not source.namespace:
+        if source.kind is not Kind.NODE and not source.namespace:
             return bool(self.namespaces - {""})
         return source.namespace in self.namespaces
 
@@ -305,6 +309,8 @@ class View:
         shard = self.observed.shard(service_id)
         if shard or isinstance(self.rules.shards, HashShards):
             shard = self.rules.shards.choose(service_id, shard)
+        if target.awaits:
+            target = keep_inherited(target, inherited_by(self.observed.get(service_id)))
         return AsDesired(target, shard, self.desired.cluster_uid).service(self.rules.identity)
 
 

@@ -11,6 +11,7 @@ from k8s_consul_registrar.kube.objects import (
     VERSION_LENGTH,
     Item,
     ItemT,
+    WireNamespace,
     WireNode,
     WirePod,
     decode_object,
@@ -24,6 +25,7 @@ LIST_KINDS = {
     Kind.NODE: "NodeList",
     Kind.SERVICE: "ServiceList",
     Kind.ENDPOINT: "EndpointSliceList",
+    Kind.NAMESPACE: "NamespaceList",
 }
 # Pages in a row that may begin with no new object, and pages that a list may have: 5,000,000 objects.
 MOST_IDLE_PAGES, MOST_PAGES = 20, 20_000
@@ -55,6 +57,7 @@ _LISTS: Mapping[Kind, msgspec.json.Decoder[_List[Any]]] = {
     Kind.NODE: msgspec.json.Decoder(_List[WireNode]),
     Kind.SERVICE: msgspec.json.Decoder(_List[WireService]),
     Kind.ENDPOINT: msgspec.json.Decoder(_List[WireSlice]),
+    Kind.NAMESPACE: msgspec.json.Decoder(_List[WireNamespace]),
 }
 _RAW_LIST = msgspec.json.Decoder(_List[msgspec.Raw])
 

@@ -24,10 +24,12 @@ from k8s_consul_registrar.kube.service_objects import (
     slice_of,
 )
 from k8s_consul_registrar.model import (
+    CLUSTER_KINDS,
     ContainerPort,
     EndpointSlice,
     Kind,
     KubeService,
+    Namespace,
     Node,
     NodeAddress,
     ObjectKey,
@@ -36,7 +38,7 @@ from k8s_consul_registrar.model import (
     Undecodable,
 )
 
-Item: TypeAlias = Pod | Node | KubeService | EndpointSlice | ServiceWithSlices | Undecodable
+Item: TypeAlias = Pod | Node | Namespace | KubeService | EndpointSlice | ServiceWithSlices | Undecodable
 ItemT = TypeVar("ItemT")
 
 KUBELET_PORT = 10250
@@ -110,6 +112,12 @@ class WireNode(Wire):
     status: _NodeStatus | None = None
 
 
+class WireNamespace(Wire):
+    """A Namespace as it is sent."""
+
+    metadata: Metadata
+
+
 class _Event(Wire, Generic[ItemT]):
     type: str
     object: ItemT
@@ -130,12 +138,14 @@ _OBJECTS: Mapping[Kind, msgspec.json.Decoder[Any]] = {
     Kind.NODE: msgspec.json.Decoder(WireNode),
     Kind.SERVICE: msgspec.json.Decoder(WireService),
     Kind.ENDPOINT: msgspec.json.Decoder(WireSlice),
+    Kind.NAMESPACE: msgspec.json.Decoder(WireNamespace),
 }
 _EVENTS: Mapping[Kind, msgspec.json.Decoder[_Event[Any]]] = {
     Kind.POD: msgspec.json.Decoder(_Event[WirePod]),
     Kind.NODE: msgspec.json.Decoder(_Event[WireNode]),
     Kind.SERVICE: msgspec.json.Decoder(_Event[WireService]),
     Kind.ENDPOINT: msgspec.json.Decoder(_Event[WireSlice]),
+    Kind.NAMESPACE: msgspec.json.Decoder(_Event[WireNamespace]),
 }
 _NAMED = msgspec.json.Decoder(_Named)
 _EMPTY_SPEC = _PodSpec()
@@ -205,11 +215,16 @@ def _node(wire: WireNode) -> Node:
     )
 
 
+def _namespace(wire: WireNamespace) -> Namespace:
+    return Namespace(intern(wire.metadata.name), wire.metadata.labels or {})
+
+
 MAKERS: Mapping[Kind, Callable[[Any], Item]] = {
     Kind.POD: _pod,
     Kind.NODE: _node,
     Kind.SERVICE: service_of,
     Kind.ENDPOINT: slice_of,
+    Kind.NAMESPACE: _namespace,
 }
 
 
@@ -247,8 +262,8 @@ def _undecodable(raw: bytes | msgspec.Raw, kind: Kind, problem: str) -> tuple[Un
             return Undecodable(kind, None, problem), meta.resource_version
     except (ValueError, RecursionError):
         return Undecodable(kind, None, problem), ""
-    namespace = "" if kind is Kind.NODE else meta.namespace
-    is_named = bool(meta.name and (namespace or kind is Kind.NODE))
+    namespace = "" if kind in CLUSTER_KINDS else meta.namespace
+    is_named = bool(meta.name and (namespace or kind in CLUSTER_KINDS))
     key = ObjectKey(kind, namespace, meta.name) if is_named else None
     return Undecodable(kind, key, problem), meta.resource_version
 

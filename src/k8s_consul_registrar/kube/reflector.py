@@ -21,6 +21,7 @@ from k8s_consul_registrar.kube.client import PAGE_SIZE, KubeClient
 from k8s_consul_registrar.kube.cluster import ClusterUid
 from k8s_consul_registrar.kube.objects import Broken, Changed, Deleted, WatchEvent
 from k8s_consul_registrar.kube.source_state import (
+    AFTER,
     ENDED,
     RELIST,
     WatchCounts,
@@ -32,8 +33,6 @@ from k8s_consul_registrar.kube.store import Store
 from k8s_consul_registrar.model import EVERY_OBJECT, Kind, Selector, Source
 from k8s_consul_registrar.telemetry import get_logger
 
-# Kinds whose first list waits for that of another, for at most this many seconds.
-_AFTER = {Kind.POD: (Kind.NODE, 1.0), Kind.SERVICE: (Kind.POD, 60.0), Kind.ENDPOINT: (Kind.SERVICE, 60.0)}
 # Timers may fire early by the resolution of the loop's clock.
 TIMER_SLACK = 0.01  # seconds
 # A request for a list so shortly after another is served by the same one.
@@ -363,10 +362,10 @@ class Reflectors:
 
     async def _others_tried(self, kind: Kind) -> None:
         """Wait until the kinds that one depends on were listed or have failed, so that it is written once."""
-        first, patience = _AFTER.get(kind, (None, 0.0))
+        first, patience = AFTER.get(kind, ((), 0.0))
         with suppress(TimeoutError):
             async with asyncio.timeout(patience):
-                for other in [one for source, one in self._reflectors.items() if source.kind is first]:
+                for other in [one for source, one in self._reflectors.items() if source.kind in first]:
                     await other.tried.wait()
 
     def relist(self, source: Source, at: float) -> None:

@@ -37,6 +37,7 @@ RESOURCES = {
     Kind.NODE: "nodes",
     Kind.SERVICE: "services",
     Kind.ENDPOINT: "endpointslices",
+    Kind.NAMESPACE: "namespaces",
 }
 # The API groups of those that are not in the core group.
 GROUPS = {Kind.ENDPOINT: "discovery.k8s.io"}

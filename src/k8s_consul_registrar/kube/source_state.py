@@ -18,7 +18,14 @@ from k8s_consul_registrar.errors import (
     ClusterUnauthorized,
     ClusterUnreachable,
 )
+from k8s_consul_registrar.model import Kind
 
+# Kinds whose first list waits for those of others, for so many seconds at most.
+AFTER: Mapping[Kind, tuple[tuple[Kind, ...], float]] = {
+    Kind.POD: ((Kind.NODE, Kind.NAMESPACE), 1.0),
+    Kind.SERVICE: ((Kind.POD, Kind.NAMESPACE), 60.0),
+    Kind.ENDPOINT: ((Kind.SERVICE,), 60.0),
+}
 # The form in which versions can be compared (Kubernetes API concepts, "Resource versions"; KEP-5504).
 _NUMERIC = re.compile(r"0|[1-9][0-9]*", re.ASCII)
 

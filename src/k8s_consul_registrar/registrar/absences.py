@@ -20,7 +20,7 @@ from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Source
 from k8s_consul_registrar.registrar.brake import Absence, BrakeRules, Held, Memory, SourceAbsences, judge
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.interfaces import ClusterReader
-from k8s_consul_registrar.registrar.observed import AsDesired, Other
+from k8s_consul_registrar.registrar.observed import AsDesired, Other, inherited_by
 from k8s_consul_registrar.telemetry import get_logger
 
 # Objects that one resync asks for by name; more are confirmed by one new list.
@@ -54,11 +54,8 @@ class Findings(msgspec.Struct):
 
     def add(self, service_id: str, source: Source, record: AsDesired | Other) -> None:
         """Note a service whose object is absent from its source."""
-        if isinstance(record, AsDesired):
-            key: ObjectKey | None = record.target.key
-            node = dict(record.target.meta).get("node", "")
-        else:
-            key, node = record.key, record.node
+        key = record.target.key if isinstance(record, AsDesired) else record.key
+        node = inherited_by(record).node
         self.candidates.append(Candidate(service_id, source, key, record.version, record.cluster_uid, node))
 
 

@@ -172,6 +172,8 @@ class Controller:
         self._start_step(now)
         self._core.reporter.consul(self._gate.problem, is_up=self._gate.is_up)
         self._check_synced()
+        if self._core.desired.hand_down():
+            self._wake.set()
         self._core.reporter.shared_endpoints(self._core.desired.endpoints)
         self._core.reporter.flush_due()
         self._expected_at = min(self._due(now), self._core.reporter.due, now + self._timing.tick)

@@ -9,9 +9,16 @@ import msgspec
 
 from k8s_consul_registrar.errors import ConsulFiltered, ConsulForbidden, ConsulRefused, Reason
 from k8s_consul_registrar.model import MANAGED_BY, Kind, ObjectKey, Rejection, Service, Target
-from k8s_consul_registrar.registrar.observed import AsDesired, Foreign, Observed, Other, Unknown, zone_of
+from k8s_consul_registrar.registrar.observed import (
+    AsDesired,
+    Foreign,
+    Observed,
+    Other,
+    Unknown,
+    inherited_by,
+)
 from k8s_consul_registrar.registrar.ownership import Claim, Identity, is_of_a_registrar
-from k8s_consul_registrar.targets.meta import keep_zone
+from k8s_consul_registrar.targets.meta import keep_inherited
 from k8s_consul_registrar.targets.scrape_config import is_proxied
 from k8s_consul_registrar.targets.service_names import Shards
 
@@ -271,7 +278,7 @@ def _is_proxied(target: Target) -> bool:
 
 def _entry(target: Target, desired: Desired, observed: AsDesired | Other, rules: Rules) -> AsDesired:
     return AsDesired(
-        target if target.is_zone_known else keep_zone(target, *zone_of(observed)),
+        keep_inherited(target, inherited_by(observed)) if target.awaits else target,
         rules.shards.choose(desired.id, observed.shard),
         desired.cluster_uid or observed.cluster_uid,
         observed.version,

@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from k8s_consul_registrar.kube.objects import Item
-from k8s_consul_registrar.kube.source_state import Listing, SourceStatus
+from k8s_consul_registrar.kube.source_state import SourceStatus
 from k8s_consul_registrar.kube.store import Evidence, Store
 from k8s_consul_registrar.model import (
     EndpointSlice,
     Kind,
+    Namespace,
     Node,
     ObjectKey,
     Rejection,
@@ -16,7 +18,7 @@ from k8s_consul_registrar.model import (
     Source,
     Target,
 )
-from k8s_consul_registrar.registrar.claims import Change, Claims, Departures, Endpoints, Rejections, ids_asked
+from k8s_consul_registrar.registrar.claims import Change, Claims, Departures, Rejections, ids_asked
 from k8s_consul_registrar.registrar.decide import Desired, Standing
 from k8s_consul_registrar.registrar.observed import (
     AsDesired,
@@ -28,11 +30,13 @@ from k8s_consul_registrar.registrar.observed import (
 )
 from k8s_consul_registrar.registrar.service_join import Joined, ServiceJoin
 from k8s_consul_registrar.targets.endpoints import ServiceScrape, Value, endpoints_key
-from k8s_consul_registrar.targets.meta import Zones
+from k8s_consul_registrar.targets.meta import Inheritance, LabelMeta
 
 # Seconds that an endpoint which left its slice is kept: it may be on its way to another slice.
 GRACE = 2.0
-_PARTS = (ServiceScrape, EndpointSlice)
+# Objects whose inherited meta is changed in one step; a few milliseconds of work.
+SLICE = 200
+_PARTS = (ServiceScrape, EndpointSlice, Namespace)
 
 
 class DesiredState:
@@ -51,14 +55,15 @@ class DesiredState:
         observed: ObservedState,
         *,
         join: ServiceJoin | None = None,
+        labels: Mapping[Kind, Sequence[LabelMeta]] = MappingProxyType({}),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._resolve = resolve
         self._observed = observed
-        self._changed: Callable[[Change], None] = _ignore
-        self._source_changed: Callable[[Source, SourceStatus], None] = _ignore
+        self._changed: Callable[[Change], None] = lambda _: None
+        self._source_changed: Callable[[Source, SourceStatus], None] = lambda *_: None
         self._clock = clock
-        self._zones = Zones() if Source(Kind.NODE) in sources else None
+        self._inheritance = Inheritance([one.kind for one in sources], labels)
         self.join = join
         self._claims = Claims(observed.changed)
         self._rejections = Rejections()
@@ -67,7 +72,7 @@ class DesiredState:
         # targets with each note: they change under the reader.
         self.claims: Mapping[str, tuple[Target, ...]] = self._claims.by_id
         self.rejections: Mapping[ObjectKey, Rejection] = self._rejections.by_key
-        self.endpoints: Endpoints = self._claims.endpoints
+        self.endpoints = self._claims.endpoints
         self.notes: Mapping[str, int] = self._claims.notes
         # The UID of the namespace kube-system, empty while it is unknown.
         self.cluster_uid = ""
@@ -153,13 +158,15 @@ class DesiredState:
     # What the Store tells
 
     def resolve(self, item: Item) -> Value | None:
-        """Resolve an object, with the zone of its Node; a Node moves its Pods to its own zone."""
+        """Resolve an object, with the meta of its Namespace and Node; these hand theirs down."""
         resolved = self._resolve(item)
-        if self._zones is not None:
-            if isinstance(item, Node):
-                self._learn_zone(item)
-            if isinstance(resolved, tuple):
-                resolved = self._zones.place(resolved)
+        if isinstance(item, Node | Namespace):
+            self._inheritance.learn(item)
+            self.hand_down()
+        elif isinstance(resolved, tuple):
+            resolved = self._inheritance.place(resolved)
+        elif item.key is not None and item.key.kind is Kind.NAMESPACE:
+            return self.store.get(item.key)  # what cannot be read takes nothing away
         if self.join is not None and isinstance(resolved, tuple):
             resolved = self.join.mark(resolved)
         return resolved or None
@@ -173,6 +180,10 @@ class DesiredState:
         heard_at: float | None,
     ) -> None:
         """Take over what became of one object."""
+        if after is None:
+            self._inheritance.lose(key)
+        if key.kind is Kind.NAMESPACE:
+            return
         if self.join is not None and key.kind is Kind.SERVICE:
             self._follow(self.join.on_service(key, after), None, is_fact=evidence is not Evidence.ABSENT)
             if after is None and evidence is not Evidence.ABSENT:
@@ -203,8 +214,8 @@ class DesiredState:
             self._depart(key, self._departures.take_left(key), heard_at)
             return
         self.generation += 1
-        if self._zones is not None:
-            self._zones.moved(key, before or (), after or ())
+        if key.kind is not Kind.NODE:
+            self._inheritance.moved(key, before or (), after or ())
         self._replace(key, before, after)
         self._share_endpoints(before, after, heard_at)
         asked = self._claims.endpoints.without_yielded(key, ids_asked(after))
@@ -340,13 +351,11 @@ class DesiredState:
             self._departures.end(target.id, target.key)
             self._tell((target.id,), (), heard_at)
 
-    def _learn_zone(self, node: Node) -> None:
-        """Move the Pods of a Node, and no others, if its zone is another one than was known."""
-        assert self._zones is not None
-        is_listed = isinstance(self.store.status(Source(Kind.NODE)).state, Listing)
-        heard_at = None if is_listed else self._clock()
-        for key in self._zones.learn(node):
-            self._revise(key, self._zones.place, heard_at)
+    def hand_down(self, most: int = SLICE) -> bool:
+        """Change the meta of objects that inherit something new, as bulk work; return True if more are left."""
+        for key in self._inheritance.take(most):
+            self._revise(key, self._inheritance.place, None)
+        return not self._inheritance.is_settled
 
     def _revise(
         self,
@@ -366,7 +375,3 @@ class DesiredState:
             self._claims.add(after)
             self._share_endpoints(before, after, heard_at)
             self._tell(ids_asked(after), (), heard_at)
-
-
-def _ignore(*_: object) -> None:
-    pass

@@ -3,14 +3,14 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from typing import TypeAlias
 
 import msgspec
 
 from k8s_consul_registrar.model import MANAGED_BY, UNSYNCED, Kind, ObjectKey, Service, Target
 from k8s_consul_registrar.registrar.ownership import Claim, Identity, holder_of, kind_of, object_of
-from k8s_consul_registrar.targets.meta import NODE, ZONE
+from k8s_consul_registrar.targets.meta import GIVERS, Inherited, inherited_in
 from k8s_consul_registrar.targets.scrape_config import is_proxied
 from k8s_consul_registrar.targets.service_names import sharded_name, sharded_tags
 
@@ -84,8 +84,7 @@ class Other(msgspec.Struct, frozen=True, gc=False):
     name: str
     shard: str
     cluster_uid: str
-    zone: str = ""
-    node: str = ""
+    inherited: Inherited = Inherited()
     version: int = 0
     is_unsynced: bool = False
     is_proxied: bool = False
@@ -101,12 +100,11 @@ class Foreign(msgspec.Struct, frozen=True, gc=False):
 class Unknown(msgspec.Struct, frozen=True, gc=False):
     """An ID whose record must be looked up: a write had no answer, or the record changed underneath it.
 
-    Shard, zone and Node are those of the record that was last known.
+    Shard and inherited meta are those of the record that was last known.
     """
 
     shard: str = ""
-    zone: str = ""
-    node: str = ""
+    inherited: Inherited = Inherited()
 
 
 # None stands for absent, once Consul was read completely.
@@ -127,8 +125,7 @@ def observe(service: Service, identity: Identity, cluster_uid: str, *, keep: boo
         name=service.id if service.name == service.id else service.name,
         shard=meta.get("shard_path", ""),
         cluster_uid=meta.get("cluster_uid", ""),
-        zone=meta.get(ZONE, ""),
-        node=meta.get(NODE, ""),
+        inherited=inherited_in(service.meta, meta.get("namespace", "")),
         version=max(service.index, 0),
         is_unsynced=service.index == UNSYNCED,
         is_proxied=is_proxied(meta.get("metrics_path", "")),
@@ -136,20 +133,21 @@ def observe(service: Service, identity: Identity, cluster_uid: str, *, keep: boo
     )
 
 
-def zone_of(record: Observed) -> tuple[str, str]:
-    """Return the zone of a record and the Node it belongs to, empty if unknown."""
+def inherited_by(record: Observed) -> Inherited:
+    """Return what a record has of its Namespace and Node."""
     if isinstance(record, AsDesired):
-        meta = dict(record.target.meta)
-        return meta.get(ZONE, ""), meta.get(NODE, "")
-    return (record.zone, record.node) if isinstance(record, Other | Unknown) else ("", "")
+        return inherited_in(record.target.meta, record.target.key.namespace)
+    return record.inherited if isinstance(record, Other | Unknown) else Inherited()
 
 
-def with_known_zone(record: Observed, before: Observed) -> Observed:
-    """Return a fresh record with the zone that was last known of its Node, whatever another writer made of it."""
-    zone, node = zone_of(before)
-    if isinstance(record, Other) and zone and node == record.node:
-        return msgspec.structs.replace(record, zone=zone)
-    return record
+def with_known_meta(record: Observed, before: Observed) -> Observed:
+    """Return a fresh record with what was last known of its Namespace and Node, whatever another writer made of it."""
+    if not isinstance(record, Other):
+        return record
+    fresh, known = record.inherited, inherited_by(before)
+    parts = [(known.name(one) == fresh.name(one) and known.of(one)) or fresh.of(one) for one in GIVERS]
+    inherited = Inherited(fresh.namespace, fresh.node, tuple(chain.from_iterable(parts)))
+    return record if inherited == fresh else msgspec.structs.replace(record, inherited=inherited)
 
 
 def object_behind(record: Observed) -> ObjectKey | None:
@@ -284,7 +282,7 @@ class ObservedState:
 
     def doubt(self, service_id: str) -> None:
         """Note that an ID must be looked up before the next write; its shard is remembered."""
-        self.put(service_id, Unknown(self.shard(service_id), *zone_of(self.get(service_id))))
+        self.put(service_id, Unknown(self.shard(service_id), inherited_by(self.get(service_id))))
 
     def lose(self, service_id: str) -> None:
         """Note that nothing is under the ID of a desired service; its shard is remembered."""

@@ -4,7 +4,7 @@ from enum import Enum
 
 import msgspec
 
-from k8s_consul_registrar.model import MANAGED_BY, Kind, ObjectKey, Service
+from k8s_consul_registrar.model import MANAGED_BY, TARGET_KINDS, Kind, ObjectKey, Service
 from k8s_consul_registrar.targets.endpoints import endpoints_key
 from k8s_consul_registrar.targets.service_names import kind_of_id, pod_of_id
 
@@ -65,10 +65,8 @@ class Identity(msgspec.Struct, frozen=True):
 
 def kind_of(service: Service) -> Kind | None:
     """Return the kind of object that a service stands for, None if it does not say."""
-    try:
-        return Kind(service.value("kind"))
-    except ValueError:
-        return kind_of_id(service.id)
+    given = service.value("kind")
+    return Kind(given) if given in TARGET_KINDS else kind_of_id(service.id)
 
 
 def object_of(service: Service) -> ObjectKey | None:

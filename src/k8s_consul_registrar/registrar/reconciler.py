@@ -32,7 +32,7 @@ from k8s_consul_registrar.registrar.observed import (
     Observed,
     ObservedState,
     observe,
-    with_known_zone,
+    with_known_meta,
 )
 from k8s_consul_registrar.registrar.queue import Batch, WorkQueue
 from k8s_consul_registrar.registrar.reporter import Reporter
@@ -234,7 +234,7 @@ class Reconciler:
             return
         before = self._observed.get(service_id)
         record = self._contests.compare(service_id, before, record, self._rules.identity, self._clock())
-        self._observed.put(service_id, with_known_zone(record, before))
+        self._observed.put(service_id, with_known_meta(record, before))
 
     # Writes
 

@@ -16,7 +16,7 @@ from k8s_consul_registrar.registrar.observed import (
     Observed,
     Other,
     observe,
-    with_known_zone,
+    with_known_meta,
 )
 from k8s_consul_registrar.registrar.queue import Priority
 from k8s_consul_registrar.registrar.reconciler import Core
@@ -109,6 +109,8 @@ class Resync:
 
         Without `reads` what was read before is compared, if there is any.
         """
+        while self._desired.hand_down():  # noqa: ASYNC110 - gives way between slices
+            await asyncio.sleep(0)
         self._desired.has_absences = False
         read_seconds = None
         if reads or not self._observed.is_complete:
@@ -159,7 +161,7 @@ class Resync:
                 record = AsDesired(known.target, known.shard, known.cluster_uid, record.version)
             else:
                 changed[service.id] = record
-        record = with_known_zone(record, known)
+        record = with_known_meta(record, known)
         if not is_alike(record, known):
             differing.append(service.id)
         self._observed.read(service.id, record)

@@ -160,12 +160,12 @@ def endpoint_slice(
     }
 
 
-def namespace(name: str) -> dict[str, Any]:
+def namespace(name: str, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Return a Namespace."""
     return {
         "kind": "Namespace",
         "apiVersion": "v1",
-        "metadata": _metadata(name, "", {"kubernetes.io/metadata.name": name}, None),
+        "metadata": _metadata(name, "", {"kubernetes.io/metadata.name": name, **(labels or {})}, None),
         "spec": {"finalizers": ["kubernetes"]},
         "status": {"phase": "Active"},
     }

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from k8s_consul_registrar.errors import SettingsError
-from k8s_consul_registrar.model import Kind
+from k8s_consul_registrar.model import Kind, Source
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.election import ElectionTiming
 from k8s_consul_registrar.settings import parsers as parse
@@ -240,6 +240,12 @@ class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
         return not self.common.environment.get("CLUSTER_NAME", "").strip()
 
     @property
+    def sources(self) -> tuple[Source, ...]:
+        """The sources that are listed separately."""
+        namespaces = (Source(Kind.NAMESPACE),) if self.naming.namespace_labels else ()
+        return (*namespaces, *self.selection.sources)
+
+    @property
     def pods_through_proxy(self) -> bool:
         """True if Prometheus scrapes Pods through the proxy."""
         return self.pod_address == "proxy"
@@ -334,6 +340,8 @@ def _newer_parts(settings: RegistrarSettings) -> dict[str, Any]:
         "node_paths": ([paths.linux, paths.windows], [usual_paths.linux, usual_paths.windows]),
         "is_node_path_told": (paths.is_told, usual_paths.is_told),
         "excluded": (settings.selection.outside_excluded().fields, ""),
+        "namespace_labels": (sorted(settings.naming.namespace_labels), []),
+        "node_labels": (sorted(settings.naming.node_labels), []),
     }
     return {name: value for name, (value, usual) in parts.items() if value != usual}
 

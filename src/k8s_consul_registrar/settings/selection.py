@@ -1,6 +1,6 @@
 """Settings of targets: which objects become targets, and how their services are named, tagged and sharded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from k8s_consul_registrar.consul.codec import MetaKeys, parse_meta_keys
@@ -12,6 +12,8 @@ from k8s_consul_registrar.settings.parsers import TEXT, TEXTS, Parser
 from k8s_consul_registrar.targets.annotations import Duration, IntervalRules
 from k8s_consul_registrar.targets.meta import (
     LONGEST_META_VALUE,
+    NAMESPACE_LABEL_PREFIX,
+    NODE_LABEL_PREFIX,
     LabelMeta,
     TargetLabel,
     parse_labels,
@@ -125,6 +127,7 @@ class SelectionSettings(PodSelection, group=DISCOVERY):
             "NAMESPACES": "pods",
             "EXCLUDE_NAMESPACES": "pods",
             "NODE_LABEL_SELECTOR": "nodes",
+            "NODE_LABELS_AS_META": "nodes",
             "SERVICE_LABEL_SELECTOR": "services",
         }
         for one, kind in kinds.items():
@@ -236,6 +239,20 @@ class NamingSettings(Section, group="Names, tags, labels and shards"):
         "Comma-separated Pod labels to write as meta `label_<name>`, with `_` for characters other than letters "
         "and digits"
     )
+    namespace_labels: tuple[LabelMeta, ...] = Setting(
+        "NAMESPACE_LABELS_AS_META",
+        Parser(lambda given: parse_labels(parse.split(given), NAMESPACE_LABEL_PREFIX), TEXTS),
+    ).means(
+        "Comma-separated labels of Namespaces to write as meta `namespace_label_<name>` of the targets in them. "
+        "Namespaces are followed then, for which the account needs list and watch on `namespaces`"
+    )
+    node_labels: tuple[LabelMeta, ...] = Setting(
+        "NODE_LABELS_AS_META",
+        Parser(lambda given: parse_labels(parse.split(given), NODE_LABEL_PREFIX), TEXTS),
+    ).means(
+        "Comma-separated labels of Nodes to write as meta `node_label_<name>` of the Nodes and of the targets on "
+        "them. `DISCOVER` must have `nodes`"
+    )
     target_labels: tuple[TargetLabel, ...] = Setting("TARGET_LABELS", Parser(_target_labels, TEXTS)).means(
         "Comma-separated labels, such as `__sample_limit__`, that a Pod's annotations may set for its targets: "
         "`prometheus.io/label-sample_limit`. They are meta `target_<label>`, and labels in HTTP and file service "
@@ -265,9 +282,15 @@ class NamingSettings(Section, group="Names, tags, labels and shards"):
 
     def check(self, reader: Reader) -> None:
         """Report names with a shard path that there is none for, or that fits no name, and keys that collide."""
-        taken = {theirs for _, theirs in self.meta_keys.renamed} & {one.key for one in self.target_labels}
-        for key in sorted(taken):
-            reader.problem("META_KEYS", f"cannot use {key}, which TARGET_LABELS uses")
+        renamed = {theirs for _, theirs in self.meta_keys.renamed}
+        used: Mapping[str, Sequence[LabelMeta | TargetLabel]] = {
+            "TARGET_LABELS": self.target_labels,
+            "NAMESPACE_LABELS_AS_META": self.namespace_labels,
+            "NODE_LABELS_AS_META": self.node_labels,
+        }
+        for setting, labels in used.items():
+            for key in sorted(renamed & {one.key for one in labels}):
+                reader.problem("META_KEYS", f"cannot use {key}, which {setting} uses")
         templates = {
             "POD_SERVICE_NAME": self.pod_name,
             "NODE_SERVICE_NAME": self.node_name,

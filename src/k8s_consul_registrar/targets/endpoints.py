@@ -14,6 +14,7 @@ from k8s_consul_registrar.model import (
     EndpointSlice,
     Kind,
     KubeService,
+    Namespace,
     Node,
     ObjectKey,
     Pod,
@@ -68,7 +69,7 @@ class ServiceScrape(msgspec.Struct, frozen=True, gc=False):
 
 
 # The value that the Store keeps of an object.
-Value: TypeAlias = Resolved | ServiceScrape | EndpointSlice
+Value: TypeAlias = Resolved | ServiceScrape | EndpointSlice | Namespace
 
 
 class SliceTargets(NamedTuple):
@@ -84,19 +85,20 @@ def endpoints_key(namespace: str, service: str) -> ObjectKey:
 
 
 def resolve_item(
-    item: Pod | Node | KubeService | EndpointSlice | ServiceWithSlices | Undecodable, rules: TargetRules
+    item: Pod | Node | Namespace | KubeService | EndpointSlice | ServiceWithSlices | Undecodable,
+    rules: TargetRules,
 ) -> Value | None:
-    """Return the value of an item: targets, a rejection, or a part that a Service is joined of."""
+    """Return the value of an item: targets, a rejection, or a part that targets are made of."""
     match item:
         case KubeService():
             return resolve_service(item, rules)
-        case EndpointSlice():
-            return item if item.service else None
+        case Namespace() | EndpointSlice():
+            return item if isinstance(item, Namespace) or item.service else None
         case ServiceWithSlices():
             return _resolve_whole(item, rules)
         case Undecodable(kind=Kind.SERVICE, key=ObjectKey() as key):
             return Rejection(endpoints_key(key.namespace, key.name), Reason.UNDECODABLE, item.problem)
-        case Undecodable(kind=Kind.SERVICE | Kind.ENDPOINT):
+        case Undecodable(kind=Kind.SERVICE | Kind.ENDPOINT | Kind.NAMESPACE):
             return None
     return resolve(item, rules)
 
@@ -238,6 +240,7 @@ def _targets(
                 tags=tags,
                 ready=endpoint.ready if rules.has_readiness else None,
                 notes=port.scrape.notes,
+                has_own_zone=True,
             )
             for port in ports
         ]

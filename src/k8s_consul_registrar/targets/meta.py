@@ -1,18 +1,19 @@
-"""Meta of services: its keys, Consul's limits, labels that become meta, and zones of Pods, from their Nodes."""
+"""Meta of services: its keys, Consul's limits, labels that become meta, and what targets inherit from Nodes and Namespaces."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import msgspec
 from msgspec.structs import replace
 
-from k8s_consul_registrar.errors import Reason, Rejected, has_control
-from k8s_consul_registrar.model import Kind, Node, ObjectKey, Rejection, Resolved, Target
+from k8s_consul_registrar.errors import Note, Reason, Rejected, has_control
+from k8s_consul_registrar.model import Kind, Namespace, Node, ObjectKey, Rejection, Resolved, Target
 from k8s_consul_registrar.targets.service_names import is_label_key
 
 # Consul's limits on meta: agent/structs/structs.go, validateMetaPair and metaMaxKeyPairs. 8 of the 64 pairs
-# are reserved for what the registrar adds to each service (cluster, instance, shard and the like).
+# are reserved for what the registrar adds to each service (cluster, instance, shard, zone and the like).
 MOST_META_PAIRS = 56
 LONGEST_META_KEY = 128
 LONGEST_META_VALUE = 512
@@ -24,11 +25,19 @@ OWN_KEYS = frozenset({
 })  # fmt: skip
 PARAM_PREFIX = "param_"
 LABEL_PREFIX = "label_"
+NAMESPACE_LABEL_PREFIX = "namespace_label_"
+NODE_LABEL_PREFIX = "node_label_"
 
 # Meta keys that tell where a Pod runs.
 ZONE, NODE = "zone", "node"
 # Kubernetes, "Well-Known Labels, Annotations and Taints".
 ZONE_LABEL = "topology.kubernetes.io/zone"
+
+# The kinds of object whose meta targets inherit, in the order in which it is fitted in, and the keys of all of it.
+GIVERS = (Kind.NAMESPACE, Kind.NODE)
+_INHERITED_KEYS = (NAMESPACE_LABEL_PREFIX, NODE_LABEL_PREFIX, ZONE)
+# Keys beside `MOST_META_PAIRS`: they come to a target later.
+_BESIDE_OTHERS = frozenset({ZONE, "service"})
 
 # What follows is the name of a label that the target itself gets from HTTP and file service discovery.
 TARGET_PREFIX = "target_"
@@ -47,19 +56,19 @@ Meta = tuple[tuple[str, str], ...]
 
 
 class LabelMeta(NamedTuple):
-    """A Pod label that is copied to meta, and its meta key."""
+    """A label that is copied to meta, and its meta key."""
 
     label: str
     key: str
 
 
-def parse_labels(labels: Iterable[str]) -> tuple[LabelMeta, ...]:
-    """Return each label with its meta key, which is none of `OWN_KEYS`; raises ValueError for an operator."""
+def parse_labels(labels: Iterable[str], prefix: str = LABEL_PREFIX) -> tuple[LabelMeta, ...]:
+    """Return each label with its meta key, which begins with the prefix; raises ValueError for an operator."""
     chosen: dict[str, str] = {}
     for label in dict.fromkeys(labels):
         if not is_label_key(label):
             raise ValueError(f"{label!r} is no label as Kubernetes has them")
-        key = LABEL_PREFIX + _NOT_IN_A_KEY.sub("_", label)
+        key = prefix + _NOT_IN_A_KEY.sub("_", label)
         if len(key) > LONGEST_META_KEY:
             raise ValueError(f"{key!r} is over the {LONGEST_META_KEY} characters that Consul allows a key")
         if key in chosen:
@@ -84,6 +93,20 @@ def own_zone(labels: Mapping[str, str]) -> Meta:
         return checked_meta({ZONE: labels.get(ZONE_LABEL, "")})
     except Rejected:
         return ()
+
+
+def with_room(meta: Meta, pairs: Iterable[tuple[str, str]], note: Note) -> tuple[Meta, tuple[str, ...]]:
+    """Return meta with further pairs as far as Consul takes them, in their order; the note if it does not take all."""
+    wanted = [shared_pair(pair) for pair in pairs if pair[1]]
+    if not wanted:
+        return meta, ()
+    fitting = [pair for pair in wanted if is_fit_for_meta(pair[1])][: max(0, MOST_META_PAIRS - len(meta))]
+    return tuple(sorted((*meta, *fitting))), (note.value,) if len(fitting) < len(wanted) else ()
+
+
+def is_fit_for_meta(value: str) -> bool:
+    """Return True if Consul takes a text as a value of meta."""
+    return len(value.encode("utf-8", "replace")) <= LONGEST_META_VALUE and not has_control(value)
 
 
 def _check(meta: Mapping[str, str], text: str) -> None:
@@ -126,97 +149,186 @@ def parse_target_label(text: str) -> TargetLabel:
     return TargetLabel(text, f"label-{text.strip('_')}", TARGET_PREFIX + text)
 
 
-class Zones:
-    """The zone of each Node, and the Pods with targets on it.
+class GivenMeta(msgspec.Struct, frozen=True, gc=False):
+    """The pairs of meta that a Namespace or Node gives; `is_cut` if it has others that exceed Consul's limits."""
 
-    A Node's zone is kept while Pods run on it, even after the Node is deleted or its source fails: dropping
-    it would rewrite every service twice.
+    pairs: Meta = ()
+    is_cut: bool = False
+
+
+class Inherited(msgspec.Struct, frozen=True, gc=False):
+    """The meta that a service has of its Namespace and of its Node, and the names of the two."""
+
+    namespace: str = ""
+    node: str = ""
+    pairs: Meta = ()
+
+    def name(self, kind: Kind) -> str:
+        """Return the name of its Namespace or Node."""
+        return self.namespace if kind is Kind.NAMESPACE else self.node
+
+    def of(self, kind: Kind) -> Meta:
+        """Return the pairs of its Namespace or Node."""
+        return tuple([pair for pair in self.pairs if _giver(pair[0]) is kind])
+
+
+def inherited_in(meta: Meta, namespace: str) -> Inherited:
+    """Return what the meta of a service in a namespace has of its Namespace and Node."""
+    pairs = tuple([shared_pair(pair) for pair in meta if pair[0].startswith(_INHERITED_KEYS)])
+    return _shared_inherited(namespace, _value(meta, NODE), pairs)
+
+
+@lru_cache(maxsize=4096)
+def _shared_inherited(namespace: str, node: str, pairs: Meta) -> Inherited:
+    return Inherited(namespace, node, pairs)
+
+
+class _Givers(msgspec.Struct):
+    """The objects of one kind by name: what they give, the keys of their heirs, and which were deleted."""
+
+    labels: Sequence[LabelMeta]
+    known: dict[str, GivenMeta] = msgspec.field(default_factory=dict)
+    heirs: dict[str, set[ObjectKey]] = msgspec.field(default_factory=dict)
+    gone: set[str] = msgspec.field(default_factory=set)
+
+    def tidy(self, name: str) -> None:
+        """Forget a deleted object with its last heir."""
+        if self.heirs.get(name):
+            return
+        self.heirs.pop(name, None)
+        if name in self.gone:
+            self.gone.discard(name)
+            self.known.pop(name, None)
+
+
+class Inheritance:
+    """The meta that targets inherit from their Namespace and their Node, and whose targets do.
+
+    What an object gives is kept while it has heirs, even after it is deleted or its source fails: dropping it
+    would rewrite every service twice. Heirs whose meta has changed wait until `take` returns them, because a
+    Namespace can have thousands.
     """
 
-    def __init__(self) -> None:
-        self._zones: dict[str, str] = {}
-        self._pods: dict[str, set[ObjectKey]] = {}
-        self._gone: set[str] = set()
+    def __init__(self, kinds: Collection[Kind], labels: Mapping[Kind, Sequence[LabelMeta]]) -> None:
+        """Make it for the kinds that are followed, with the labels that each gives; a Node gives its zone too."""
+        giving = [kind for kind in GIVERS if kind in kinds and (kind is Kind.NODE or labels.get(kind))]
+        self._givers = {kind: _Givers(labels.get(kind, ())) for kind in giving}
+        self._changed: dict[ObjectKey, None] = {}
 
-    def learn(self, node: Node) -> Sequence[ObjectKey]:
-        """Record a Node's zone; return the Pods on it if the zone is new or has changed."""
-        zone = zone_of(node)
-        self._gone.discard(node.name)
-        if self._zones.get(node.name) == zone:
-            return ()
-        self._zones[node.name] = zone
-        return tuple(self._pods.get(node.name, ()))
+    def learn(self, giver: Namespace | Node) -> None:
+        """Record what an object gives; where that is new, its heirs have changed."""
+        givers, name = self._givers.get(giver.key.kind), giver.name
+        if givers is None:
+            return
+        given = _given_by(giver, givers.labels)
+        givers.gone.discard(name)
+        if givers.known.get(name) != given:
+            givers.known[name] = given
+            self._changed.update(dict.fromkeys(givers.heirs.get(name, ())))
+
+    def lose(self, key: ObjectKey) -> None:
+        """Record that an object was deleted, or that a list lacks it."""
+        if (givers := self._givers.get(key.kind)) is not None and key.name in givers.known:
+            givers.gone.add(key.name)
+            givers.tidy(key.name)
+
+    def take(self, most: int) -> list[ObjectKey]:
+        """Return at most so many heirs that have changed, each once."""
+        return [self._changed.popitem()[0] for _ in range(min(most, len(self._changed)))]
+
+    @property
+    def is_settled(self) -> bool:
+        """True if no heir waits."""
+        return not self._changed
 
     def place(self, targets: tuple[Target, ...]) -> tuple[Target, ...]:
-        """Return the targets of one Pod with their Node's zone; unchanged if that is unknown, or if the Pod names its own."""
-        if not targets or targets[0].key.kind is not Kind.POD or targets[0].has_own_zone:
+        """Return the targets of one object with what they inherit, as far as it is known."""
+        if not targets or targets[0].key.kind is Kind.NODE:
             return targets
-        zone = self._zones.get(_value(targets[0], NODE))
-        return targets if zone is None else tuple(in_zone(target, zone) for target in targets)
+        given: dict[Kind, GivenMeta] = {}
+        for kind, givers in self._givers.items():
+            if (one := givers.known.get(_giver_name(targets[0], kind))) is not None:
+                given[kind] = one
+        return tuple([inherit(target, given) for target in targets]) if given else targets
 
     def moved(self, key: ObjectKey, before: Resolved, after: Resolved) -> None:
-        """Record a change of an object: where a Pod's targets are, or that a Node was deleted."""
-        if key.kind is Kind.NODE:
-            if after == () and key.name in self._zones:
-                self._gone.add(key.name)
-                self._tidy(key.name)
-            return
-        was, now = _node(before), _node(after)
-        if was == now:
-            return
-        if was:
-            self._pods[was].discard(key)
-            self._tidy(was)
-        if now:
-            self._pods.setdefault(now, set()).add(key)
-
-    def _tidy(self, name: str) -> None:
-        """Drop the zone of a deleted Node with the last Pod on it."""
-        if self._pods.get(name):
-            return
-        self._pods.pop(name, None)
-        if name in self._gone:
-            self._gone.discard(name)
-            self._zones.pop(name, None)
+        """Record of which objects the targets of another inherit now."""
+        for kind, givers in self._givers.items():
+            was, now = _giver_of(before, kind), _giver_of(after, kind)
+            if was == now:
+                continue
+            if was:
+                givers.heirs[was].discard(key)
+                givers.tidy(was)
+            if now:
+                givers.heirs.setdefault(now, set()).add(key)
 
 
-def zone_of(node: Node) -> str:
-    """Return a Node's zone, empty if it has none or one that exceeds Consul's limits."""
-    pairs = own_zone(node.labels)
-    return pairs[0][1] if pairs else ""
+def inherit(target: Target, given: Mapping[Kind, GivenMeta], *, is_kept: bool = False) -> Target:
+    """Return a target with what its Namespace and Node give, as far as there is room: the Namespace's first.
 
-
-def in_zone(target: Target, zone: str) -> Target:
-    """Return a Pod's target with the known zone of its Node, empty if the Node has none."""
-    if target.is_zone_known and _value(target, ZONE) == zone:
-        return target
-    return replace(target, meta=_with_zone(target, zone), is_zone_known=True)
-
-
-def keep_zone(target: Target, zone: str, node: str) -> Target:
-    """Return a target with the zone of its record in Consul, as long as its Node's zone is unknown.
-
-    A Node that is not listed yet must not remove a zone; a record of another `node` tells nothing of it.
+    What `is_kept` comes from the target's record in Consul: the target still awaits what it is given.
     """
-    if target.is_zone_known or not zone or node != _value(target, NODE):
+    own: list[tuple[str, str]] = []
+    parts: dict[Kind, Meta] = {Kind.NAMESPACE: (), Kind.NODE: ()}
+    for pair in target.meta:
+        if not pair[0].startswith(_INHERITED_KEYS) or (target.has_own_zone and pair[0] == ZONE):
+            own.append(pair)
+        else:
+            parts[_giver(pair[0])] += (pair,)
+    parts |= {kind: one.pairs for kind, one in given.items()}
+    pairs = [*parts[Kind.NAMESPACE], *parts[Kind.NODE]]
+    zone = [pair for pair in pairs if pair[0] == ZONE and not target.has_own_zone]
+    labels = [pair for pair in pairs if pair[0] != ZONE]
+    notes = target.notes
+    if labels or notes:
+        room = max(0, MOST_META_PAIRS - sum(key not in _BESIDE_OTHERS for key, _ in own))
+        is_cut = len(labels) > room or any(one.is_cut for one in given.values())
+        notes = tuple([one for one in notes if one != Note.LABELS_DROPPED])
+        notes = (*notes, Note.LABELS_DROPPED.value) if is_cut else notes
+        own = sorted([*own, *labels[:room]])
+    # `zone` sorts after every other key.
+    meta = (*own, *zone)
+    awaits = target.awaits if is_kept else tuple([kind for kind in target.awaits if kind not in given])
+    if (meta, awaits, notes) == (target.meta, target.awaits, target.notes):
         return target
-    return replace(target, meta=_with_zone(target, zone))
+    return replace(target, meta=meta, awaits=awaits, notes=notes)
 
 
-def _value(target: Target, key: str) -> str:
-    for name, value in target.meta:
+def keep_inherited(target: Target, record: Inherited) -> Target:
+    """Return a target with what its record in Consul has of a Namespace or Node that is not known yet.
+
+    One that is not listed yet must not remove meta; a record of another Node tells nothing of this one.
+    """
+    given = {
+        kind: GivenMeta(pairs)
+        for kind in target.awaits
+        if record.name(kind) == _giver_name(target, kind) and (pairs := record.of(kind))
+    }
+    return inherit(target, given, is_kept=True) if given else target
+
+
+def _given_by(giver: Namespace | Node, labels: Sequence[LabelMeta]) -> GivenMeta:
+    found = [(one.key, value) for one in labels if (value := giver.labels.get(one.label))]
+    fitting = [shared_pair(pair) for pair in found if is_fit_for_meta(pair[1])]
+    zone = own_zone(giver.labels) if isinstance(giver, Node) else ()
+    return GivenMeta((*fitting, *zone), is_cut=len(fitting) < len(found))
+
+
+def _giver(key: str) -> Kind:
+    return Kind.NAMESPACE if key.startswith(NAMESPACE_LABEL_PREFIX) else Kind.NODE
+
+
+def _giver_name(target: Target, kind: Kind) -> str:
+    return target.key.namespace if kind is Kind.NAMESPACE else _value(target.meta, NODE)
+
+
+def _giver_of(resolved: Resolved, kind: Kind) -> str:
+    return "" if isinstance(resolved, Rejection) or not resolved else _giver_name(resolved[0], kind)
+
+
+def _value(meta: Meta, key: str) -> str:
+    for name, value in meta:
         if name == key:
             return value
     return ""
-
-
-def _with_zone(target: Target, zone: str) -> tuple[tuple[str, str], ...]:
-    # `zone` sorts after every other key, and MOST_META_PAIRS leaves room for it.
-    meta = target.meta
-    if meta and meta[-1][0] == ZONE:
-        meta = meta[:-1]
-    return (*meta, shared_pair((ZONE, zone))) if zone else meta
-
-
-def _node(resolved: Resolved) -> str:
-    return "" if isinstance(resolved, Rejection) or not resolved else _value(resolved[0], NODE)

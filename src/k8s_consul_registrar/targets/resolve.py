@@ -5,10 +5,18 @@ from functools import lru_cache
 
 import msgspec
 
-from k8s_consul_registrar.errors import Reason, Rejected
+from k8s_consul_registrar.errors import Note, Reason, Rejected
 from k8s_consul_registrar.model import Kind, Node, Pod, Rejection, Resolved, Target, Undecodable
 from k8s_consul_registrar.targets.annotations import IntervalRules, ScrapeSet
-from k8s_consul_registrar.targets.meta import ZONE_LABEL, LabelMeta, Meta, TargetLabel, checked_meta, own_zone
+from k8s_consul_registrar.targets.meta import (
+    ZONE_LABEL,
+    LabelMeta,
+    Meta,
+    TargetLabel,
+    checked_meta,
+    own_zone,
+    with_room,
+)
 from k8s_consul_registrar.targets.scrape_config import (
     NODE_ADDRESS_TYPES,
     ScrapeConfig,
@@ -64,6 +72,8 @@ class TargetRules(msgspec.Struct, frozen=True):
     endpoint_name: Template = ENDPOINT_NAME
     tags: tuple[Template, ...] = ()
     labels: tuple[LabelMeta, ...] = ()
+    namespace_labels: tuple[LabelMeta, ...] = ()
+    node_labels: tuple[LabelMeta, ...] = ()
     target_labels: tuple[TargetLabel, ...] = ()
     node_address_types: tuple[str, ...] = NODE_ADDRESS_TYPES
     node_paths: NodePaths = NodePaths()
@@ -72,6 +82,17 @@ class TargetRules(msgspec.Struct, frozen=True):
     intervals: IntervalRules = IntervalRules()
     pods_through_proxy: bool = False
     proxy_scheme: str = "http"
+
+    @property
+    def given_labels(self) -> Mapping[Kind, tuple[LabelMeta, ...]]:
+        """The labels that Namespaces and Nodes give to the meta of what is in them."""
+        labels = {Kind.NAMESPACE: self.namespace_labels, Kind.NODE: self.node_labels}
+        return {kind: some for kind, some in labels.items() if some}
+
+    def awaited(self, *, has_zone: bool) -> tuple[Kind, ...]:
+        """Return the kinds of object that a target, whose zone may be known, inherits from."""
+        is_of_node = self.node_labels or not has_zone
+        return (*([Kind.NAMESPACE] if self.namespace_labels else ()), *([Kind.NODE] if is_of_node else ()))
 
 
 def resolve(item: Pod | Node | Undecodable, rules: TargetRules) -> Resolved | None:
@@ -102,6 +123,7 @@ def resolve_pod(pod: Pod, rules: TargetRules) -> Resolved:
     except Rejected as rejected:
         return Rejection(pod.key, rejected.reason, rejected.detail, service_id)
     key, zone = pod.key, own_zone(pod.labels)
+    awaits = rules.awaited(has_zone=bool(zone))
     return tuple(
         [
             Target(
@@ -115,7 +137,7 @@ def resolve_pod(pod: Pod, rules: TargetRules) -> Resolved:
                 rank=(0, pod.created, pod.uid),
                 tags=tags,
                 ready=pod.ready if rules.has_readiness else None,
-                is_zone_known=bool(zone),
+                awaits=awaits,
                 has_own_zone=bool(zone),
                 has_own_address=not (pod.host_network or rules.pods_through_proxy),
                 is_terminating=pod.deleted,
@@ -145,22 +167,26 @@ def resolve_node(node: Node, rules: TargetRules) -> Resolved:
         address = _reached_address(node, rules.node_address_types)
         is_windows = node.labels.get(OS_LABEL) == WINDOWS
         paths = rules.node_paths.windows if is_windows else rules.node_paths.linux
-        return tuple(
-            [
+        labels = [(one.key, node.labels.get(one.label, "")) for one in rules.node_labels]
+        targets = []
+        for place, path in enumerate(paths):
+            meta = checked_meta(_node_meta(node, node_ip, path, rules))
+            meta, notes = with_room(meta, labels, Note.LABELS_DROPPED)
+            targets.append(
                 Target(
                     key=node.key,
                     id=node_path_id(service_id, path) if place else service_id,
                     name=name,
                     address=address,
                     port=rules.proxy_node_port,
-                    meta=checked_meta(_node_meta(node, node_ip, path, rules)),
+                    meta=meta,
                     rank=(0 if node.ready else 1, node.created, node.uid),
                     tags=tags,
                     ready=node.ready if rules.has_readiness else None,
+                    notes=notes,
                 )
-                for place, path in enumerate(paths)
-            ]
-        )
+            )
+        return tuple(targets)
     except Rejected as rejected:
         return Rejection(node.key, rejected.reason, rejected.detail, service_id)
 

@@ -137,6 +137,8 @@ class Wiring:
             endpoint_name=naming.endpoint_name,
             tags=naming.tags,
             labels=naming.labels,
+            namespace_labels=naming.namespace_labels,
+            node_labels=naming.node_labels,
             target_labels=naming.target_labels,
             node_address_types=selection.node_address_types,
             longest_shard=naming.longest_shard,
@@ -242,14 +244,16 @@ class Wiring:
         status = RegistrarStatus()
         observed = ObservedState()
         join = ServiceJoin(self.targets) if Kind.ENDPOINT in settings.selection.kinds else None
-        resolve_one = resolve if join is None else resolve_item
+        has_parts = any(one.kind not in (Kind.POD, Kind.NODE) for one in settings.sources)
+        resolve_one = resolve_item if has_parts else resolve
         resolve_item_of: Callable[[Item], Value | None] = partial(resolve_one, rules=self.targets)
         plan = self._event_plan()
         desired = DesiredState(
-            settings.selection.sources,
+            settings.sources,
             resolve_item_of if plan is None else with_uid(resolve_item_of),
             observed,
             join=join,
+            labels=self.targets.given_labels,
         )
         reporter = Reporter(metrics, status)
         events = None
@@ -281,7 +285,7 @@ class Wiring:
         )
         cluster_uid = ClusterUid(kube, lambda uid: controller.on_cluster_uid(uid))  # noqa: PLW0108 - made later
         reflectors = Reflectors(
-            settings.selection.sources,
+            settings.sources,
             desired.store,
             Following(
                 kube,

@@ -9,7 +9,7 @@ from k8s_consul_registrar.admin.view import Census, TargetState
 from k8s_consul_registrar.model import Kind, Source
 from support.builders import make_pod, our_pod_service
 from support.controller_lab import Seen
-from support.memory import NODES
+from support.memory import NAMESPACES, NODES, PODS
 
 A, B = Source(Kind.POD, "a"), Source(Kind.POD, "b")
 
@@ -50,6 +50,24 @@ def test_source_that_shows_every_namespace_concerns_each() -> None:
     seen.lab.cluster.put_list([], NODES)
     assert seen.view.unlisted(parse_sd_query([("namespace", "shop")]).scope)
     assert seen.view.unlisted(parse_sd_query([("kind", "node")]).scope) == ""
+
+
+@pytest.mark.parametrize(
+    ("query", "is_missing"),
+    [
+        ([], True),
+        ([("kind", "pod")], True),
+        ([("kind", "node")], False),
+        ([("namespace", "shop")], True),
+        ([("namespace", "")], False),
+    ],
+)
+def test_namespaces_concern_every_target_in_one(query: list[tuple[str, str]], is_missing: bool) -> None:
+    """Without their labels a target would be incomplete; a Node is in none."""
+    seen = Seen(sources=(NAMESPACES, NODES, PODS))
+    for source in (NODES, PODS):
+        seen.lab.cluster.put_list([], source)
+    assert ("namespaces are not listed yet" in seen.view.unlisted(parse_sd_query(query).scope)) is is_missing
 
 
 def test_source_that_was_listed_once_stays_known() -> None:

@@ -16,6 +16,7 @@ from k8s_consul_registrar.model import (
     EndpointSlice,
     Kind,
     KubeService,
+    Namespace,
     Node,
     NodeAddress,
     ObjectKey,
@@ -383,6 +384,16 @@ def test_service_has_its_families_and_publishes_unready_addresses() -> None:
     external = read_kind(Kind.SERVICE, objects.service("web", namespace="shop", external_name="db.example"))
     assert isinstance(external, KubeService)
     assert external.type == "ExternalName"
+
+
+def test_namespace_has_its_labels() -> None:
+    """It is in no namespace itself, and one without labels or with odd ones is read as far as possible."""
+    given = {"kubernetes.io/metadata.name": "shop", "team": "web"}
+    assert read_kind(Kind.NAMESPACE, objects.namespace("shop", {"team": "web"})) == Namespace("shop", given)
+    assert read_kind(Kind.NAMESPACE, {"metadata": {"name": "shop"}}) == Namespace("shop")
+    odd = read_kind(Kind.NAMESPACE, {"metadata": {"name": "shop", "labels": {"team": 7}}})
+    assert isinstance(odd, Undecodable)
+    assert odd.key == Namespace("shop").key
 
 
 def test_slice_has_its_service_ports_and_endpoints() -> None:

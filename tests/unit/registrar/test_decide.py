@@ -37,7 +37,7 @@ from k8s_consul_registrar.registrar.decide import (
 )
 from k8s_consul_registrar.registrar.observed import AsDesired, Foreign, Observed, Other, Unknown, observe
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
-from k8s_consul_registrar.targets.meta import in_zone
+from k8s_consul_registrar.targets.meta import GivenMeta, inherit
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from k8s_consul_registrar.targets.service_names import HashShards, RandomShards, parse_name, parse_tag
 from support.builders import annotated, make_node, make_pod, make_service, our_pod_service
@@ -69,6 +69,11 @@ NODE_SERVICE = make_service(
     {"cluster": "lab", "managed_by": "k8s-consul-registrar", "kind": "node", "node": "gone"},
 )
 LEGACY_NODE = make_service("node--192.0.2.99", {"cluster": "lab"})
+
+
+def in_zone(target: Target, zone: str) -> Target:
+    """Return a Pod's target whose Node is known to be in a zone, or in none."""
+    return inherit(target, {Kind.NODE: GivenMeta((("zone", zone),) if zone else ())})
 
 
 def asking(*claims: Target, **changes: Any) -> Desired:

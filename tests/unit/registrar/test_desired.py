@@ -740,9 +740,8 @@ def test_desired_zone_is_forgotten_with_its_node_and_its_last_pod() -> None:
     world.cluster.put(in_a_zone("z2", "node-b"))
     world.cluster.remove(make_pod("b1", node="node-b"))
     world.lists(source=NODES)
-    known = world.desired._zones
-    assert known is not None
-    assert (known._zones, known._pods, known._gone) == ({}, {}, set())
+    known = world.desired._inheritance._givers[Kind.NODE]
+    assert (known.known, known.heirs, known.gone) == ({}, {}, set())
     world.cluster.put(make_pod("a1"))
     assert zones(world) == {"a1": None}
 

@@ -16,6 +16,7 @@ from k8s_consul_registrar.registrar.observed import (
     observe,
 )
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
+from k8s_consul_registrar.targets.meta import Inherited
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from support.builders import make_pod, make_service, our_pod_service
 
@@ -78,8 +79,7 @@ def test_observed_record_is_reduced_to_what_decisions_need() -> None:
         name="pod--shop--a",
         shard="s2",
         cluster_uid="one",
-        zone="z1",
-        node="node-a",
+        inherited=Inherited("shop", "node-a", (("zone", "z1"),)),
         version=42,
     )
     shown = observe(service, LAB, "", keep=True)
@@ -210,7 +210,7 @@ def test_observed_doubtful_id_remembers_its_shard() -> None:
     state = holding(a=written(shard="s1"))
     state.doubt("a")
     assert (state.get("a"), state.shard("a"), state.is_absent("a")) == (
-        Unknown("s1", node="node-a"),
+        Unknown("s1", Inherited("shop", "node-a")),
         "s1",
         False,
     )
@@ -253,9 +253,9 @@ def test_observed_doubtful_id_remembers_the_zone_of_its_node() -> None:
     """Its target may not know the zone, and must not take it away."""
     state = holding(a=other("a", zone="z1"))
     state.doubt("a")
-    assert state.get("a") == Unknown("", "z1", "node-a")
+    assert state.get("a") == Unknown("", Inherited("shop", "node-a", (("zone", "z1"),)))
     state.doubt("a")
-    assert state.get("a") == Unknown("", "z1", "node-a")
+    assert state.get("a") == Unknown("", Inherited("shop", "node-a", (("zone", "z1"),)))
 
 
 def test_observed_records_are_found_by_object() -> None:

@@ -99,6 +99,7 @@ def test_identity_makes_services_that_say_whose_they_are() -> None:
         (make_service("node--1.2.3.4"), Kind.NODE, None),
         (make_service("x", {"kind": "node", "node": "n"}), Kind.NODE, ObjectKey(Kind.NODE, "", "n")),
         (make_service("x", {"kind": "odd"}), None, None),
+        (make_service("x", {"kind": "namespace", "namespace": "shop"}), None, None),
     ],
 )
 def test_service_names_its_object(service: Service, kind: Kind | None, key: ObjectKey | None) -> None:

@@ -34,6 +34,8 @@ def digest(**changes: str) -> str:
         ("NODE_SERVICE_NAME", "{cluster}-nodes"),
         ("SERVICE_TAGS", "cluster={cluster}"),
         ("POD_LABELS_AS_META", "app"),
+        ("NAMESPACE_LABELS_AS_META", "team"),
+        ("NODE_LABELS_AS_META", "pool"),
         ("META_KEYS", "cluster=cluster_name"),
         ("TARGET_LABELS", "__sample_limit__"),
         ("SHARD_PATHS", "s1"),

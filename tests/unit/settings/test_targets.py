@@ -136,6 +136,8 @@ def test_excluded_namespaces_beside_chosen_ones_have_no_effect() -> None:
         ("SERVICE_ID_PREFIX", "node--", "begins as an ID"),
         ("POD_LABELS_AS_META", "a.b,a-b", "would both be label_a_b"),
         ("POD_LABELS_AS_META", "a b", "is no label"),
+        ("NAMESPACE_LABELS_AS_META", "a b", "is no label"),
+        ("NODE_LABELS_AS_META", "a.b,a-b", "would both be node_label_a_b"),
         ("POD_LABELS_AS_META", "x" * 100 + ".example.com/" + "y" * 60, "over the 128"),
         ("META_KEYS", "cluster=node", "which is one of the registrar's own keys"),
         ("META_KEYS", "managed_by=owner", "cannot be renamed"),

@@ -4,7 +4,7 @@ from k8s_consul_registrar.model import Kind, Pod, Source, Target
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.observed import ObservedState
 from k8s_consul_registrar.targets.endpoints import resolve_item
-from k8s_consul_registrar.targets.meta import ZONE_LABEL, Zones, keep_zone
+from k8s_consul_registrar.targets.meta import ZONE_LABEL, Inheritance, Inherited, keep_inherited
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve_pod
 from support.builders import make_node, make_pod
 
@@ -29,15 +29,15 @@ def test_own_label_of_a_pod_is_its_zone_without_any_node() -> None:
 def test_zone_of_the_node_changes_nothing_of_a_pod_that_names_its_own() -> None:
     """Neither at once nor when the Node is heard of later."""
     target = target_of(make_pod(labels=OWN))
-    zones = Zones()
+    zones = Inheritance([Kind.NODE], {})
     zones.learn(make_node(labels={ZONE_LABEL: "zone-node"}))
     assert zones.place((target,)) == (target,)
-    assert keep_zone(target, "zone-before", "node-a") == target
+    assert keep_inherited(target, Inherited("shop", "node-a", (("zone", "zone-before"),))) == target
 
 
 def test_pod_with_a_zone_too_long_for_consul_has_its_node_s() -> None:
     """As a Pod without the label."""
-    zones = Zones()
+    zones = Inheritance([Kind.NODE], {})
     zones.learn(make_node(labels={ZONE_LABEL: "zone-node"}))
     (placed,) = zones.place((target_of(make_pod(labels={ZONE_LABEL: "z" * 600})),))
     assert placed.meta[-1] == ("zone", "zone-node")

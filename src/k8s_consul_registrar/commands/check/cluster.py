@@ -72,6 +72,7 @@ def event_permissions(sources: Iterable[Source]) -> tuple[Permission, ...]:
 OVERLAYS = {
     RESOURCES[Kind.SERVICE]: "deploy/overlays/services",
     RESOURCES[Kind.ENDPOINT]: "deploy/overlays/services",
+    RESOURCES[Kind.NAMESPACE]: "deploy/overlays/namespace-labels",
     "events": "deploy/overlays/emit-events",
 }
 # A kubelet asks for the last before it serves its metrics (kubernetes pkg/kubelet/server/auth.go).

@@ -154,7 +154,7 @@ def _permissions(modes: CheckedModes) -> tuple[Permission, ...]:
 
 
 def _registrar_permissions(settings: RegistrarSettings) -> tuple[Permission, ...]:
-    followed = source_permissions(settings.selection.sources)
+    followed = source_permissions(settings.sources)
     if settings.emit_events != "none":
         followed += event_permissions(settings.selection.sources)
     if settings.election is None:
