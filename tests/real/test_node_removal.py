@@ -7,10 +7,10 @@ from aiohttp import web
 
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress
-from k8s_consul_registrar.consul.catalog import CREATED_META, CatalogRegistry
+from k8s_consul_registrar.consul.batches import Transactions
+from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.consul.node_removal import MARK, NodeRemoval
-from k8s_consul_registrar.consul.transaction_client import Transactions
+from k8s_consul_registrar.consul.node import CREATED_META, MARK, NodeRemoval
 from support.builders import our_pod_service
 from support.doors import HttpDoor
 from support.real_servers import REAL, RealConsul, connected, make_token, real_consul

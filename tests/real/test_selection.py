@@ -2,10 +2,10 @@
 
 import pytest
 
+from k8s_consul_registrar.consul.batches import Transactions
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient
-from k8s_consul_registrar.consul.node_removal import NodeRemoval
-from k8s_consul_registrar.consul.transaction_client import Transactions
+from k8s_consul_registrar.consul.node import NodeRemoval
 from support.builders import our_pod_service
 from support.real_servers import REAL, RealConsul, connected, held, make_token, real_consul
 

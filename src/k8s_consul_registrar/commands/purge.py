@@ -12,12 +12,12 @@ import msgspec
 
 from k8s_consul_registrar.commands import settings_for_consul
 from k8s_consul_registrar.consul.agent import SYNC_TIME, AgentRegistry
+from k8s_consul_registrar.consul.batches import Transactions
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.ghosts import AgentGhosts
 from k8s_consul_registrar.consul.lost_agents import LostAgents
-from k8s_consul_registrar.consul.node_removal import NodeRemoval
+from k8s_consul_registrar.consul.node import NodeRemoval
 from k8s_consul_registrar.consul.previous_location import PreviousLocation
-from k8s_consul_registrar.consul.transaction_client import Transactions
 from k8s_consul_registrar.errors import (
     AccessError,
     ClusterError,

@@ -1,16 +1,30 @@
 """Many writes: single requests with bounded concurrency, or transactions, and the outcome of each service."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import TypeVar
 
-from k8s_consul_registrar.consul.health import TOO_MANY_REQUESTS, ConsulHealth
-from k8s_consul_registrar.consul.transaction_client import Transactions
-from k8s_consul_registrar.consul.transactions import TxnError, Unit, pack
+from k8s_consul_registrar.consul.client import ConsulClient
+from k8s_consul_registrar.consul.health import TOO_MANY_REQUESTS, ConsulAnswer, ConsulHealth
+from k8s_consul_registrar.consul.records import CONSISTENT
+from k8s_consul_registrar.consul.transactions import (
+    MOST_OPERATIONS,
+    PATH,
+    ReadResult,
+    TxnError,
+    Unit,
+    body_of,
+    check_answer,
+    decode_read,
+    decode_written,
+    operations_allowed,
+    pack,
+)
 from k8s_consul_registrar.errors import (
     ConsulBusy,
     ConsulError,
+    ConsulFiltered,
     ConsulForbidden,
     ConsulRefused,
     ConsulTokenUnknown,
@@ -23,6 +37,7 @@ MOST_FAULTS_IN_A_ROW = 10
 MOST_REMEMBERED = 1000
 # These say that the request as such cannot be read or is too large; half of it may be neither.
 SPLIT_ON = (400, 413)
+
 
 T = TypeVar("T")
 
@@ -177,6 +192,85 @@ async def write_each(
             outcomes.succeeded([service.id])
 
     await for_each(services, write_one, concurrency)
+
+
+class Transactions:
+    """Consul's transactions over one client.
+
+    `most_operations` is how many operations one may have: it falls when Consul refuses a transaction for their
+    number, as releases before 1.14 do.
+    """
+
+    def __init__(self, client: ConsulClient) -> None:
+        self.client = client
+        self.most_operations = MOST_OPERATIONS
+
+    async def read(
+        self, operations: Sequence[bytes], scope: Mapping[str, str] | None = None
+    ) -> tuple[list[ReadResult], set[int]]:
+        """Read what `get` operations name; return it, and the positions of what is not there.
+
+        `scope` are parameters that stand in for the client's own namespace.
+        Raises a `ConsulError`: `ConsulFiltered` if the token may not see some of it, which proves no absence.
+        """
+        found: list[ReadResult] = []
+        absent: set[int] = set()
+        start = 0
+        while start < len(operations):
+            most = self.most_operations
+            positions = range(start, min(start + most, len(operations)))
+            left = [position for position in positions if position not in absent]
+            try:
+                results, errors = await self._read([operations[position] for position in left], scope or {})
+            except ConsulRefused:
+                if self.most_operations < most:
+                    continue
+                raise
+            absent.update(left[error.op_index] for error in errors)
+            if not errors:
+                found.extend(results)
+            if not errors or absent.issuperset(left):
+                start += most
+        return found, absent
+
+    async def write(self, operations: Sequence[bytes]) -> tuple[dict[str, int], Sequence[TxnError]]:
+        """Send one transaction; raises a `ConsulError`.
+
+        Returns the new index of each service by ID, or the errors. Where a request is sent again and the
+        first was carried out after all, that shows as stale indexes.
+        """
+        answer = await self._request(operations, {}, is_read=False)
+        indexes, errors = decode_written(answer.body)
+        check_answer(answer.status, errors, len(operations))
+        return indexes, errors
+
+    async def _read(
+        self, operations: Sequence[bytes], scope: Mapping[str, str]
+    ) -> tuple[Sequence[ReadResult], Sequence[TxnError]]:
+        answer = await self._request(operations, {**CONSISTENT, **scope}, is_read=True)
+        results, errors, is_filtered = decode_read(answer.body)
+        check_answer(answer.status, errors, len(operations))
+        for error in errors:
+            if not error.is_absent:
+                raise ConsulRefused(f"a read in a transaction fails: {error.what}", answer.status)
+        # Releases before 1.11 do not say that they left something out.
+        if is_filtered or (not errors and len(results) < len(operations)):
+            hidden = len(operations) - len(results)
+            raise ConsulFiltered(f"the token may not see {hidden} of {len(operations)} records")
+        return results, errors
+
+    async def _request(
+        self, operations: Sequence[bytes], params: Mapping[str, str], *, is_read: bool
+    ) -> ConsulAnswer:
+        body = body_of(operations)
+        try:
+            return await self.client.request(
+                "PUT", PATH, params=params, body=body, accepts=(200, 409), is_read=is_read
+            )
+        except ConsulRefused as refused:
+            if allowed := operations_allowed(str(refused)):
+                self.most_operations = min(self.most_operations, allowed)
+            raise
 
 
 async def write_all(

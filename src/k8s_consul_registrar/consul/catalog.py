@@ -1,21 +1,14 @@
-"""The catalog backend: services on a synthetic node, written by transactions.
+"""The catalog backend: services on a synthetic node, written by transactions."""
 
-The node is a record of its own that no agent answers for. Meta `external-node` says so to consul-esm,
-`managed_by` says that we made it, and `external-probe` is never set: consul-esm removes what it probes in
-vain, with all its services, after 72 hours. After it was created the record is written at most once per
-start, for `selection`, because each change of a node wakes every watcher of every service on it (consul 1.8
-`agent/consul/state/catalog.go`).
-"""
-
-import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
 from msgspec.structs import replace
 
-from k8s_consul_registrar.consul.batches import Blame, write_all
+from k8s_consul_registrar.consul.batches import Blame, Transactions, write_all
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.codec import MetaKeys, decode_listed
 from k8s_consul_registrar.consul.drift import NodeDrift
+from k8s_consul_registrar.consul.node import SyntheticNode
 from k8s_consul_registrar.consul.records import (
     RecordStream,
     has_foreign_instance,
@@ -26,29 +19,20 @@ from k8s_consul_registrar.consul.records import (
     read_readiness,
 )
 from k8s_consul_registrar.consul.renames import Renames
-from k8s_consul_registrar.consul.transaction_client import Transactions
 from k8s_consul_registrar.consul.transactions import (
-    NodeRecord,
     Operations,
-    TxnError,
     Unit,
     check_id,
 )
-from k8s_consul_registrar.errors import ConsulFiltered, ConsulForbidden, ConsulRefused
-from k8s_consul_registrar.model import MANAGED_BY, SERF_HEALTH, Drift, Service, Written
+from k8s_consul_registrar.errors import ConsulFiltered
+from k8s_consul_registrar.model import Drift, Service, Written
 
 # Transactions in flight. Four keep a Consul of two cores busy; twice as many do so too while we are slow to
 # answer because a list streams in (8,200 services: 1.09 s in all, 1.14 s with 4; 12 gained nothing more).
 CONCURRENCY = 8
 # A node that is missing from one list and there a moment later was made in between; missing twice, it is hidden.
 READS = 2
-ADDRESS = "127.0.0.1"
 MOST_NAMED = 5  # services that an error names
-META = {"external-node": "true", "managed_by": MANAGED_BY}
-# Consul's UI lists no synthetic node among those that run something (since 1.14).
-CREATED_META = {**META, "synthetic-node": "true"}
-# In the meta of our node: the digest of the selection that its services were written under.
-SELECTION = "selection"
 
 
 class CatalogRegistry:
@@ -79,7 +63,7 @@ class CatalogRegistry:
         self._operations = Operations(node_name, client.namespace, client.partition)
         self._transactions = Transactions(client)
         self._blame = Blame()
-        self._node = _SyntheticNode(self._transactions, self._operations, selection)
+        self._node = SyntheticNode(self._transactions, self._operations, selection)
         self._drift = NodeDrift(client)
         self._renames = Renames(self._transactions, self._operations, self._write_apart)
         self._checked: set[str] = set()  # IDs known to have one of our checks
@@ -154,7 +138,7 @@ class CatalogRegistry:
 
     async def register(self, services: Sequence[Service]) -> Written:
         """Write services: index 0 creates, another replaces the record of that index and no other."""
-        if await self._node.prove():
+        if not self._node.is_proven and await self._node.prove():
             self._drift.wrote(0)
         bare: list[str] = []
         checked: list[str] = []
@@ -234,109 +218,3 @@ class CatalogRegistry:
             raise ConsulFiltered(f"the token may not see the services of node {self._node.name}")
         # A hidden node looks like a missing one here; asked for it by name, Consul says which it is.
         return node is not None or await self._node.is_missing()
-
-
-def is_made_by_a_registrar(node: NodeRecord) -> bool:
-    """Return whether a node is a synthetic one that says that a registrar made it."""
-    meta = node.meta or {}
-    is_synthetic = not node.id and node.address == ADDRESS and meta.get("external-node") == "true"
-    return is_synthetic and meta.get("managed_by") == MANAGED_BY
-
-
-class _SyntheticNode:
-    """One node, created where it is missing and changed at most once, to record the selection."""
-
-    def __init__(self, transactions: Transactions, operations: Operations, selection: str) -> None:
-        self._transactions = transactions
-        self._operations = operations
-        self._selection = selection
-        self._is_proven = False
-        self._proving = asyncio.Lock()
-        self._is_recorded = not selection
-        # True once our own selection at the node may be this process's own record.
-        self._may_have_recorded = False
-        self.recorded = ""
-
-    @property
-    def name(self) -> str:
-        """The node's name."""
-        return self._operations.node
-
-    async def prove(self) -> bool:
-        """Make sure, once, that the node is ours to fill; tell whether it had to be created.
-
-        Raises `ConsulRefused` naming CONSUL_NODE_NAME for a node that an agent or another program keeps.
-        """
-        async with self._proving:
-            is_created = not self._is_proven and await self.restore()
-            self._is_proven = True
-            return is_created
-
-    async def restore(self) -> bool:
-        """Create the node unless it is there, and tell whether; raises as `prove` does."""
-        if not await self.is_missing():
-            return False
-        await self._create()
-        if await self.is_missing():
-            raise ConsulRefused(f"{self._named} vanishes as soon as it is made", 409)
-        return True
-
-    async def is_missing(self) -> bool:
-        """Return whether there is no node of this name; raises unless one that is there is ours to fill.
-
-        An answer that leaves the node out without saying that it is not there proves nothing: the token may
-        not see it, which is `ConsulFiltered`.
-        """
-        node = await self._transactions.read_node(self._operations)
-        if node is None:
-            return True
-        self.verify(node)
-        if await self._transactions.read_node_check(self._operations, SERF_HEALTH) is not None:
-            raise ConsulRefused(f"{self._named} is an agent's, which would remove what it does not know")
-        return False
-
-    def verify(self, record: NodeRecord) -> None:
-        """See that a record of this name is a synthetic node's; raises `ConsulRefused`."""
-        meta = record.meta or {}
-        if meta.get("external-node") != "true":
-            raise ConsulRefused(
-                f"{self._named} is a node that somebody else keeps (no external-node in meta)"
-            )
-        if meta.get("external-probe") == "true":
-            raise ConsulRefused(f"{self._named} has external-probe, so consul-esm would remove it in the end")
-        found = meta.get(SELECTION, "") if is_made_by_a_registrar(record) else ""
-        if not (self._may_have_recorded and found == self._selection):
-            self.recorded = found
-
-    async def record(self) -> bool:
-        """Write the selection into the node's meta if it differs; return whether that took a write."""
-        if self._is_recorded:
-            return False
-        node = await self._transactions.read_node(self._operations)
-        if node is None:
-            return False
-        meta = node.meta or {}
-        errors: Sequence[TxnError] = ()
-        is_due = meta.get(SELECTION) != self._selection and is_made_by_a_registrar(node)
-        if is_due:
-            self._may_have_recorded = True
-            write = self._operations.put_node(
-                ADDRESS, {**meta, SELECTION: self._selection}, index=node.modify_index
-            )
-            # A record that changed meanwhile stays as another writer left it.
-            _, errors = await self._transactions.write([write])
-        self._is_recorded = True
-        return is_due and not errors
-
-    async def _create(self) -> None:
-        meta = {**CREATED_META, SELECTION: self._selection} if self._selection else CREATED_META
-        self._may_have_recorded = True
-        _, errors = await self._transactions.write([self._operations.put_node(ADDRESS, meta)])
-        # One that another writer created meanwhile is as good, and verified next.
-        for error in errors:
-            if not error.is_stale:
-                raise ConsulForbidden(f"{self._named} cannot be created: {error.what}")
-
-    @property
-    def _named(self) -> str:
-        return f"CONSUL_NODE_NAME {self.name}"

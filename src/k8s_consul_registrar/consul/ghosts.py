@@ -13,13 +13,12 @@ from msgspec.structs import replace
 
 from k8s_consul_registrar.consul.acl import read_own_node
 from k8s_consul_registrar.consul.agent import AgentRegistry, read_agent_service
-from k8s_consul_registrar.consul.batches import Blame, write_all
+from k8s_consul_registrar.consul.batches import Blame, Transactions, write_all
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.codec import decode_agent_services, decode_listed
 from k8s_consul_registrar.consul.health import is_filtered
 from k8s_consul_registrar.consul.lost_agents import OF_A_REGISTRAR
 from k8s_consul_registrar.consul.records import list_services, node_of
-from k8s_consul_registrar.consul.transaction_client import Transactions
 from k8s_consul_registrar.consul.transactions import FORMER_MOST_OPERATIONS, Operations, Unit
 from k8s_consul_registrar.errors import ConsulFiltered, ConsulRefused
 from k8s_consul_registrar.model import Ghosts, Service, Written

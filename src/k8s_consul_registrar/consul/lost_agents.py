@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import msgspec
 
 from k8s_consul_registrar.consul.acl import read_own_node
-from k8s_consul_registrar.consul.batches import Blame, write_all
+from k8s_consul_registrar.consul.batches import Blame, Transactions, write_all
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.codec import (
     MetaKeys,
@@ -14,9 +14,9 @@ from k8s_consul_registrar.consul.codec import (
     decode_agent_services,
     decode_listed,
 )
+from k8s_consul_registrar.consul.node import read_node_check
 from k8s_consul_registrar.consul.previous_location import PreviousLocation
 from k8s_consul_registrar.consul.records import CONSISTENT, list_services, node_of, scope_of_nodes
-from k8s_consul_registrar.consul.transaction_client import Transactions
 from k8s_consul_registrar.consul.transactions import FORMER_MOST_OPERATIONS, Operations
 from k8s_consul_registrar.errors import ConsulFiltered, ConsulRefused
 from k8s_consul_registrar.model import (
@@ -122,7 +122,7 @@ class _LostNode:
         return total
 
     async def _is_still_lost(self) -> bool:
-        check = await self._transactions.read_node_check(self._operations, SERF_HEALTH)
+        check = await read_node_check(self._transactions, self._operations, SERF_HEALTH)
         return check is not None and check.status == CRITICAL and check.modify_index == self._lost.version
 
     async def _leave_node(self) -> None:

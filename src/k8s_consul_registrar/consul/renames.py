@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from msgspec.structs import replace
 
+from k8s_consul_registrar.consul.batches import Transactions
 from k8s_consul_registrar.consul.codec import decode_listed
-from k8s_consul_registrar.consul.transaction_client import Transactions
 from k8s_consul_registrar.consul.transactions import Operations, Unit, check_id
 from k8s_consul_registrar.model import Service, WriteFailure, Written
 

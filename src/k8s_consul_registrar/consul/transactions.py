@@ -12,9 +12,11 @@ from typing import NamedTuple
 import msgspec
 
 from k8s_consul_registrar.consul.codec import RaftIndex, decode
+from k8s_consul_registrar.errors import ConsulRefused
 from k8s_consul_registrar.model import Service
 
 PATH = "/v1/txn"
+ODD = "/v1/txn does not answer as Consul does"
 MOST_OPERATIONS = 128
 FORMER_MOST_OPERATIONS = 64  # before 1.14
 MOST_BYTES = 512 * 1024  # limits.txn_max_req_len, its default
@@ -322,3 +324,9 @@ def decode_read(body: bytes) -> ReadAnswer:
     """Return what was read; raises `ConsulRefused`."""
     answer = decode(_read, body, PATH)
     return ReadAnswer(answer.Results or (), answer.Errors or (), answer.ResultsFilteredByACLs)
+
+
+def check_answer(status: int, errors: Sequence[TxnError], operations: int) -> None:
+    """See that an answer is a success exactly when nothing fails, and that errors name operations sent."""
+    if (status == 200) == bool(errors) or any(not 0 <= error.op_index < operations for error in errors):
+        raise ConsulRefused(ODD, status)

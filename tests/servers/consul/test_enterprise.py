@@ -7,11 +7,11 @@ import pytest
 from aiohttp import web
 
 from k8s_consul_registrar.consul.acl import Right, rights
+from k8s_consul_registrar.consul.batches import Transactions
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ConsulClient
 from k8s_consul_registrar.consul.lost_agents import LostAgents
-from k8s_consul_registrar.consul.node_removal import NodeRemoval
-from k8s_consul_registrar.consul.transaction_client import Transactions
+from k8s_consul_registrar.consul.node import NodeRemoval
 from k8s_consul_registrar.errors import ConsulRefused
 from k8s_consul_registrar.sandbox.consul import Consul
 from k8s_consul_registrar.sandbox.consul_model import Check, Service
