@@ -2,10 +2,14 @@
 
 import base64
 import copy
+import json
 import re
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -29,6 +33,47 @@ READERS = {"registrar": read_registrar, "proxy": read_proxy}
 FIXED = ("selector", "roleRef", "accessModes", "volumeName", "storageClassName", "clusterIP", "value")
 
 each_values = pytest.mark.parametrize("name", VALUES)
+
+SECRETS = {
+    "kind": "APIResourceList",
+    "groupVersion": "v1",
+    "resources": [
+        {
+            "name": "secrets",
+            "singularName": "",
+            "namespaced": True,
+            "kind": "Secret",
+            "verbs": ["get", "list"],
+        }
+    ],
+}
+VERSIONS = {"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []}
+VERSION = {"major": "1", "minor": "36", "gitVersion": "v1.36.0"}
+NOT_FOUND = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}
+GROUPS = {"kind": "APIGroupList", "apiVersion": "v1", "groups": []}
+
+
+class SecretApi(BaseHTTPRequestHandler):
+    """The few answers of an API server that Helm's `lookup` needs; `secrets` are those of the namespace `default`."""
+
+    secrets: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def do_GET(self) -> None:
+        """Answer one request."""
+        path = urlsplit(self.path).path
+        discovery = {"/api": VERSIONS, "/api/v1": SECRETS, "/apis": GROUPS, "/version": VERSION}
+        found = discovery.get(path) or self.secrets.get(
+            path.removeprefix("/api/v1/namespaces/default/secrets/")
+        )
+        body = json.dumps(found or NOT_FOUND).encode()
+        self.send_response(200 if found else 404)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
 
 
 def values_of(name: str) -> dict[str, Any]:
@@ -187,6 +232,41 @@ def test_proxy_asks_for_a_generated_token_by_default() -> None:
     assert "WARNING: the proxy asks for no token" in notes(
         changed(values, "proxy.token.generate", value=False)
     )
+
+
+def test_upgrade_keeps_the_generated_tokens() -> None:
+    """With a cluster at hand the chart takes each token over from its Secret, and makes one only where there is none."""
+    values = changed(values_of("http-sd"), "registrar.httpSd.token", {"generate": True})
+    values = changed(values, "proxy.token", {"generate": True})
+    names = [f"{RELEASE}-{of}-token" for of in ("proxy", "http-sd")]
+
+    def tokens(config: Any) -> list[str]:
+        with helm_python.Chart.load(CHART) as chart:
+            files = config.render(chart, values, name=RELEASE, namespace="default", is_upgrade=True)
+        manifests = [text for path, text in files.items() if path.endswith(".yaml")]
+        found = [one for text in manifests for one in yaml.safe_load_all(text) if one]
+        secrets = {one["metadata"]["name"]: one for one in found if one["kind"] == "Secret"}
+        SecretApi.secrets = secrets
+        return [secrets[name]["data"]["token"] for name in names]
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), SecretApi) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        cluster = {"name": "c", "cluster": {"server": address}}
+        context = {"name": "x", "context": {"cluster": "c", "user": "u"}}
+        users = [{"name": "u", "user": {}}]
+        kubeconfig = {"clusters": [cluster], "contexts": [context], "users": users, "current-context": "x"}
+        SecretApi.secrets = {}
+        try:
+            with helm_python.Config(kubeconfig_content=yaml.safe_dump(kubeconfig)) as config:
+                first = tokens(config)
+                assert tokens(config) == first
+                del SecretApi.secrets[names[0]]
+                again = tokens(config)
+        finally:
+            server.shutdown()
+    assert again[0] != first[0]
+    assert again[1] == first[1]
 
 
 def test_http_sd_asks_for_a_generated_token_by_default() -> None:
