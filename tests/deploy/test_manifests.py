@@ -196,6 +196,36 @@ def test_proxy_gets_time_to_drain(objects: Objects) -> None:
     assert pod_of(objects["Deployment", "k8s-consul-registrar-svc"])["terminationGracePeriodSeconds"] > needed
 
 
+def sized(page: str, row: str) -> dict[str, dict[str, str]]:
+    """Return the requests and limits of a row of a page on sizing."""
+    text = (ROOT / "docs" / page).read_text()
+    pattern = rf"^\| {row} \| (\d+) Mi \S+ (\d+) Mi \| (\d+m) \|$"
+    (found,) = re.findall(pattern, text, re.MULTILINE)
+    request, limit, cpu = found
+    return {
+        "requests": {"cpu": cpu, "memory": f"{request}Mi"},
+        "limits": {"cpu": "1", "memory": f"{limit}Mi"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("container", "value", "rows"),
+    [
+        ("k8s-consul-registrar", "registrar", ("up to 10,000", "10,000 以内")),
+        ("k8s-consul-registrar-svc", "proxy", ("up to 5,000", "5,000 以内")),
+    ],
+)
+def test_resources_are_those_of_the_page_on_sizing(
+    objects: Objects, container: str, value: str, rows: tuple[str, str]
+) -> None:
+    """Manifests, values of the chart and the pages in both languages agree."""
+    expected = sized("sizing.md", rows[0])
+    assert sized("sizing.zh-CN.md", rows[1]) == expected
+    assert containers(objects)[container]["resources"] == expected
+    values = yaml.safe_load((ROOT / "charts" / "k8s-consul-registrar" / "values.yaml").read_text())
+    assert values[value]["resources"] == expected
+
+
 def test_prometheus_keeps_what_the_registrar_marks() -> None:
     """The example's first rule keeps by the mark the registrar writes."""
     (scrape,) = documents("prometheus.yml")[0]["scrape_configs"]
