@@ -1,4 +1,4 @@
-"""What a relayed scrape costs: ours, nginx and a plain aiohttp relay side by side; `make bench-proxy` runs it.
+"""The cost of a relayed scrape: ours, nginx and a plain aiohttp relay side by side; `make bench-proxy` runs it.
 
 The proxy under test has one core to itself, everything else the others. Contenders take turns within every
 round, so that whatever else the machine does meets all of them; what counts is the ratio within a round.

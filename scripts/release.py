@@ -13,7 +13,7 @@ DIST = ROOT / "dist"
 
 
 def main() -> None:
-    """Build everything anew and list it."""
+    """Build everything and list it."""
     shutil.rmtree(DIST, ignore_errors=True)
     DIST.mkdir()
     subprocess.run((sys.executable, "-m", "hatchling", "build", "-d", DIST), cwd=ROOT, check=True)

@@ -40,7 +40,7 @@ class BenchmarkError(RuntimeError):
 async def wait_until(
     is_true: Callable[[], Awaitable[bool]], *, within: float = PATIENCE, every: float = 0.05, what: str
 ) -> None:
-    """Ask until the answer is true; BenchmarkError that says `what` did not happen within so many seconds."""
+    """Ask until the answer is true; BenchmarkError that says `what` did not happen in time."""
     try:
         async with asyncio.timeout(within):
             while True:

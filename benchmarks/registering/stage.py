@@ -96,7 +96,7 @@ class Api:
 async def sandbox_api(
     folder: Path, *, pods: int, nodes: int = NODES, small: int = 0, rejected: int = 0, endpoints: int = 0
 ) -> AsyncIterator[Api]:
-    """Run the sandbox with so many synthetic objects; its lists come in pages, never as initial events."""
+    """Run the sandbox with this many synthetic objects; its lists come in pages, never as initial events."""
     home = Path(tempfile.mkdtemp(dir=folder, prefix="sandbox-"))
     port_file, kubeconfig, ca = home / "places.json", home / "kubeconfig", home / "ca.pem"
     counts = {

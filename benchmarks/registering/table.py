@@ -18,7 +18,7 @@ NONE = "-"
 
 
 class Budget(NamedTuple):
-    """What a figure must keep: at most this ratio to the base, at most this value, or both."""
+    """The bound of a figure: at most this ratio to the base, at most this value, or both."""
 
     ratio: float | None = None
     value: float | None = None

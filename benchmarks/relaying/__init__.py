@@ -1,1 +1,1 @@
-"""What the proxy's benchmark is made of: kubelets, the contenders, their load, and the figures."""
+"""The parts of the proxy's benchmark: kubelets, the contenders, their load, and the figures."""

@@ -17,7 +17,7 @@ DOMAIN = "kubelets.example"  # the certificate names every Node in it
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What one kubelet answers; `as_go_does` is in chunks of 2 KB and TLS records of 4 KB, without a length."""
+    """The answer of one kubelet; `as_go_does` is in chunks of 2 KB and TLS records of 4 KB, without a length."""
 
     name: str
     address: str

@@ -26,14 +26,14 @@ HEADERS = (
 
 
 class Full(NamedTuple):
-    """What came of a full load."""
+    """The outcome of a full load."""
 
     scrapes: int
     per_second: float
 
 
 class Latency(NamedTuple):
-    """What came of an open loop; times in seconds from the moment a scrape was due."""
+    """The outcome of an open loop; times in seconds from the moment a scrape was due."""
 
     scrapes: int
     failed: int

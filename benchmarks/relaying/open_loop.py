@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-# Between two looks at the sockets; below what the results are told in.
+# Between two looks at the sockets; below the unit of the results.
 NAP = 50e-6
 TIMER_SLACK = "1000"  # nanoseconds; the system's own would be the nap over again
 PATIENCE = 10.0  # seconds for the last answers
@@ -23,7 +23,7 @@ _LENGTH = re.compile(rb"(?i)\r\ncontent-length: *([0-9]+)\r\n")
 
 
 class Job(msgspec.Struct):
-    """What to do; `paths` are asked for in turn."""
+    """The plan of the load; `paths` are asked for in turn."""
 
     host: str
     port: int

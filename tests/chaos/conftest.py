@@ -1,4 +1,4 @@
-"""What every file of faults stands on."""
+"""Fixtures for every file of faults."""
 
 from collections.abc import Iterator
 

@@ -125,7 +125,7 @@ async def test_few_connections_allowed() -> None:
         lab.put_pods(TARGETS)
         settings = {"CONSUL_ADDRESS": consul.address, "SYNC_PERIOD": "2", **SHARDS}
         async with await lab.chaotic(**settings) as daemon:
-            # The limit counts by address, so while the daemon runs a look of ours would take its connections.
+            # The limit counts by address, so a request from this test would take the daemon's connections.
             await daemon.until_said("resync", f"'unchanged': {TARGETS}", within=HEAL_WITHIN)
         assert await lab.is_equal()
 

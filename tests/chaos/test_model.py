@@ -134,7 +134,7 @@ class World(RuleBasedStateMachine):
             await self.daemon
 
     def is_over(self) -> bool:
-        """Whether the time for the whole search is spent."""
+        """Return True if the time for the whole search is spent."""
         return time.monotonic() > World.ends_at
 
     def want(self, owner: str, services: Mapping[str, str]) -> None:
@@ -279,7 +279,7 @@ class World(RuleBasedStateMachine):
 
     @rule()
     def lose_answers(self) -> None:
-        """Have Consul carry out writes that nobody hears of."""
+        """Have Consul carry out writes whose answers are lost."""
         self.recorder.loses_answers = True
         self.pause(0.05)
 
@@ -305,7 +305,7 @@ class World(RuleBasedStateMachine):
 
     @rule(number=NAMES, is_removed=st.booleans())
     def meddle(self, number: int, is_removed: bool) -> None:
-        """Remove or change a service of ours by hand."""
+        """Remove or change one of our services by hand."""
         self.do(self._meddle(f"pod--shop--web-{number}", is_removed))
 
     async def _meddle(self, service_id: str, is_removed: bool) -> None:

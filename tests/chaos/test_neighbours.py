@@ -72,7 +72,7 @@ async def test_cluster_changes_under_a_running_registrar(consul: RealConsul) -> 
 
 @pytest.mark.parametrize("backend", ["catalog", "agent"])
 async def test_two_clusters_that_left_their_name_unset(consul: RealConsul, backend: str) -> None:
-    """What both want is the first's and a conflict of the second; neither removes a thing of the other's."""
+    """An ID that both want stays with the first and is a conflict for the second; neither removes the other's services."""
     node = {"agent": consul.node, "catalog": "k8s-default-cluster"}[backend]
     settings = {"CLUSTER_NAME": "", "CONSUL_BACKEND": backend}
     async with (
@@ -159,7 +159,7 @@ async def test_two_instances_with_namespaces_of_their_own(consul: RealConsul, ba
 
 
 async def _rest(*labs: ChaosLab) -> None:
-    """Fail unless nobody writes for a while, and nobody ever asked for what is wrongful."""
+    """Fail unless no registrar writes for a while, and none ever asked for a wrongful write."""
     assert all(await asyncio.gather(*(lab.is_quiet_for(REST) for lab in labs)))
     for lab in labs:
         lab.assert_nothing_wrongful()
@@ -206,7 +206,7 @@ async def test_namespace_of_a_thousand_pods_deleted(consul: RealConsul, backend:
 
 
 async def test_true_mass_deletion_seen_only_by_a_list(consul: RealConsul) -> None:
-    """Nine tenths gone while nobody looked: held first, done once a later list agrees."""
+    """Nine tenths gone while no registrar ran: held first, removed once a later list agrees."""
     async with chaos_lab(consul) as lab, await lab.chaotic(BRAKE_CONFIRM="4") as daemon:
         lab.put_pods(1000)
         await lab.equal(daemon)

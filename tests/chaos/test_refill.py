@@ -25,7 +25,7 @@ REST = scaled(20, 60)  # seconds
 
 
 class Size(NamedTuple):
-    """So many targets, and the seconds within which an empty agent holds them again."""
+    """A number of targets, and the seconds within which an empty agent holds them again."""
 
     targets: int
     within: float
@@ -60,7 +60,7 @@ def _populate(lab: ChaosLab, targets: int) -> None:
 
 
 async def _holds_all(lab: ChaosLab, agent: RealConsul, node: str) -> bool:
-    """Whether the agent holds what the cluster wants, and the catalog shows it."""
+    """Return True if the agent holds what the cluster wants, and the catalog shows it."""
     _, held = await agent.request("GET", "/v1/agent/services")
     return set(held or ()) == lab.wanted.keys() and await lab.is_equal(node)
 

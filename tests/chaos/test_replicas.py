@@ -95,7 +95,7 @@ class Pair:
             await asyncio.sleep(0.1)
 
     async def _spoil(self, name: str) -> None:
-        """Write a wrong port over a service, as somebody would by hand; the leader is to put it right."""
+        """Write a wrong port over a service, as an operator might by hand; the leader must put it right."""
         held = self.lab.wanted[f"pod--shop--{name}"]
         service = {"ID": f"pod--shop--{name}", "Service": held.name, "Address": held.address, "Port": 1}
         meta = {"managed_by": "k8s-consul-registrar", "cluster": held.cluster}
@@ -246,7 +246,7 @@ async def _has_a_write_stuck(two: Pair) -> None:
 
 @pytest.mark.parametrize("fault", ["stopped", *(["cut off"] if IS_SOAK else [])])
 async def test_write_that_does_not_get_through(consul: RealConsul, fault: str) -> None:
-    """What the old leader's system still holds of it at the deadline never leaves, though the road is free again."""
+    """A request that the old leader's system still holds at the deadline never leaves, even when the network is free again."""
     async with pair(consul, is_restless=False) as two:
         await two.old.excuse()
         lab = two.old.lab

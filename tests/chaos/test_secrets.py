@@ -1,4 +1,4 @@
-"""What a hostile cluster or a fault may bring to light or break: secrets, and annotations made to hurt."""
+"""Hostile clusters and faults: no secret comes to light, and annotations made to hurt break nothing."""
 
 import asyncio
 
@@ -108,7 +108,7 @@ TWISTED = (
 
 @pytest.mark.parametrize("backend", ["catalog", "agent"])
 async def test_twisted_names_and_labels(backend: str) -> None:
-    """What no API server lets pass as a name or label ends as itself or as a refusal, coming and going."""
+    """Names and labels that no API server accepts come back unchanged or are refused, in reads and in writes."""
     async with real_consul() as consul, chaos_lab(consul) as lab:
         node = consul.node if backend == "agent" else lab.node
         settings = {

@@ -43,7 +43,7 @@ class Shown(HttpDoor):
         super().__init__(upstream, server_tls=self._context, client_tls=client_tls)
 
     def show(self, what: str) -> None:
-        """Show another certificate to whoever connects from now on."""
+        """Show another certificate to each client that connects from now on."""
         own = self.authority._ca
         match what:
             case "signed by another":
@@ -78,7 +78,7 @@ class Servers(NamedTuple):
 
     @property
     def requests(self) -> tuple[int, int]:
-        """How often the API server and Consul were asked anything."""
+        """The number of requests to the API server and to Consul."""
         return self.api.requests, self.consul.requests
 
 
@@ -110,7 +110,7 @@ def _settings(lab: ChaosLab, both: Servers) -> dict[str, str]:
 
 
 async def _has_complained(daemon: Daemon, what: str, lines: int) -> None:
-    """Wait until it was told of both servers what is wrong, and fail where that is told again and again."""
+    """Wait until the log names the fault of both servers, and fail if it repeats it again and again."""
     of_api, of_consul = WRONG[what]
     await daemon.until(lambda: len(daemon.said(CANNOT_USE, of_consul)) >= lines, f"{what}: Consul")
     await daemon.until(lambda: len(daemon.said(CANNOT_LIST, of_api)) >= 2 * lines, f"{what}: pods and nodes")

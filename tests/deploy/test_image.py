@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def base(folder: Path) -> Path:
-    """Return a root folder with Python and nothing else of ours."""
+    """Return a root folder with Python and nothing of this project."""
     packages = "python3,python3-venv,ca-certificates"
     root = folder / "base"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What `deploy/` and the Dockerfile promise: they fit over the original's objects, and ask for little."""
+"""Promises of `deploy/` and the Dockerfile: they fit over the original's objects, and ask for few rights."""
 
 import re
 import shutil

@@ -38,7 +38,7 @@ PROCESS = {"process_cpu_seconds_total", "process_resident_memory_bytes"}
 
 
 class Family(NamedTuple):
-    """What a metric is: its name as samples have it (a histogram's without suffixes), type and labels."""
+    """A metric: its name as samples have it (a histogram's without suffixes), type and labels."""
 
     name: str
     type: str
@@ -46,7 +46,7 @@ class Family(NamedTuple):
 
 
 def families() -> dict[str, Family]:
-    """Return every metric of ours, as both modes would show them at their start."""
+    """Return every metric of both modes, as they show them at their start."""
     registry: CollectorRegistry = new_registry("registrar")
     RegistrarMetrics(registry)
     counted = Figures(
@@ -146,7 +146,7 @@ def test_alerts_and_dashboard_use_metrics_that_exist() -> None:
 
 
 def test_dashboard_shows_every_metric() -> None:
-    """No metric of ours is left out of the dashboards, and each query is about the chosen cluster."""
+    """The dashboards show all our metrics, and each query is about the chosen cluster."""
     assert [one for one in dashboard_expressions() if 'cluster=~"$cluster"' not in one] == []
     shown = {name for expression in dashboard_expressions() for name in OURS.findall(expression)}
     assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in shown} == families().keys()
@@ -198,7 +198,7 @@ def test_operator_s_rules_are_the_same() -> None:
 
 
 class TestRealPromtool:
-    """What promtool says."""
+    """The verdicts of promtool."""
 
     pytestmark = REAL
 

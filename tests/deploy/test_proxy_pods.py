@@ -1,4 +1,4 @@
-"""What `deploy/overlays/proxy-pods` makes of the deployment: Pods through the proxy, for who shows the token."""
+"""The deployment with `deploy/overlays/proxy-pods`: Pods through the proxy, for clients that show the token."""
 
 import shutil
 from pathlib import Path

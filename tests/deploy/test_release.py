@@ -1,4 +1,4 @@
-"""What a release consists of, besides the program."""
+"""The parts of a release besides the program."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What `deploy/overlays/two-replicas` makes of the deployment: two that may take turns, and no agent."""
+"""The deployment with `deploy/overlays/two-replicas`: two that may take turns, and no agent."""
 
 import os
 import shutil

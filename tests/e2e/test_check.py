@@ -109,7 +109,7 @@ async def test_proxy_needs_nodes_metrics_and_never_nodes_proxy(lab: Lab) -> None
 
 
 async def test_bad_token_of_the_api_server_is_found(lab: Lab) -> None:
-    """A token nobody knows is one failure, by the credentials' origin; what hangs on it is skipped."""
+    """An unknown token is one failure, by the credentials' origin; what hangs on it is skipped."""
     lab.token_file.write_text("made-up")
     found = await findings(lab)
     assert outcomes(found, Result.FAIL) == {"api server"}
@@ -137,7 +137,7 @@ async def test_kubeconfig_that_cannot_be_read_is_found(lab: Lab) -> None:
 
 
 async def test_api_server_of_another_ca_is_found(lab: Lab) -> None:
-    """A certificate that the kubeconfig's CA did not sign is told, with the field that holds the CA."""
+    """A certificate that the kubeconfig's CA did not sign is reported, with the field that holds the CA."""
     async with running_lab() as elsewhere:
         strange = kubeconfig(lab.api_door.address, elsewhere.cluster.endpoint.authority, {"token": "t"})
     (lab.folder / "strange").write_text(strange)
@@ -257,7 +257,7 @@ async def test_unverifiable_kubelet_names_the_setting_that_cures_it(
 
 
 async def test_node_names_asked_for_where_certificates_name_addresses(lab: Lab) -> None:
-    """With KUBELET_TLS_SERVER_NAME=node a Node of another name is told to go back to `ip`."""
+    """With KUBELET_TLS_SERVER_NAME=node the hint for a Node of another name is to go back to `ip`."""
     kubelet = await lab.cluster.start_kubelet("n1", "127.0.0.2")
     await lab.cluster.add_node("renamed", ("InternalIP", "127.0.0.2"), kubelet_port=kubelet.port)
     found = await findings(lab, "proxy", KUBELET_TLS_SERVER_NAME="node")
@@ -265,7 +265,7 @@ async def test_node_names_asked_for_where_certificates_name_addresses(lab: Lab) 
 
 
 async def test_kubelets_that_are_not_there_or_not_dialled(lab: Lab) -> None:
-    """A refused connection is told as one; addresses that are never dialled are told without trying."""
+    """A refused connection is reported as one; addresses that are never dialled are reported without trying."""
     (port,) = reserve_ports(1)
     await lab.cluster.add_node("n1", ("InternalIP", "127.0.0.2"), kubelet_port=port)
     found = await findings(lab, "proxy")
@@ -380,7 +380,7 @@ async def test_command_speaks_json(lab: Lab) -> None:
 
 
 async def test_wrong_settings_are_exit_2(lab: Lab) -> None:
-    """Mistakes of both modes are told together before anything is asked."""
+    """Mistakes of both modes are reported together before anything is asked."""
     code, shown = await Command(lab, "all", PORT="x", PROXY_NODE_PORT="y").run()
     assert code == 2
     assert "PORT: 'x'" in shown

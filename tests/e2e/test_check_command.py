@@ -20,7 +20,7 @@ from support.waiting import PATIENCE
 
 
 class Said(NamedTuple):
-    """What one run ended with and said; `failed` are the names that fail, each with its hint."""
+    """The exit code and output of one run; `failed` are the names that fail, each with its hint."""
 
     code: int
     text: str

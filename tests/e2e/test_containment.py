@@ -211,7 +211,7 @@ def pods(folder: Folder) -> Holder:
 
 
 class Use(NamedTuple):
-    """What is made, the file that turns odd, the words that name its setting, and its name in the metric."""
+    """A case: the file that turns odd and its content, the words that name its setting, and its name in the metric."""
 
     make: Callable[[Folder], Holder]
     name: str

@@ -41,7 +41,7 @@ async def test_two_demos_at_once_run_to_their_ends(tmp_path: Path) -> None:
 
 
 def test_reserved_port_is_given_once_and_can_be_listened_at() -> None:
-    """A server that sets SO_REUSEADDR takes it; nobody else is handed it, however many are asked for."""
+    """A server that sets SO_REUSEADDR takes it; no one else is given it, however many are asked for."""
     with contextlib.ExitStack() as stack:
         ports = [reserved_port(stack) for _ in range(200)]
         assert len(set(ports)) == len(ports)

@@ -113,7 +113,7 @@ class Place(NamedTuple):
 
     @property
     def variables(self) -> dict[str, str]:
-        """The whole environment: this Python comes first on PATH, and nothing else of ours is there."""
+        """The whole environment: this Python comes first on PATH, and nothing else is inherited."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         return {"PATH": path, "HOME": str(self.folder), **self.environment}
 

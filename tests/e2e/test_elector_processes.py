@@ -53,7 +53,7 @@ class Processes:
         return [(who, float(at)) for who, _, at in (line.partition(" ") for line in lines)]
 
     def writers(self) -> list[str]:
-        """Return who wrote after whom."""
+        """Return the writers in the order of their writes."""
         return [who for who, _ in groupby(who for who, _ in self.writes())]
 
     async def until(self, *writers: str) -> None:

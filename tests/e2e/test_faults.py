@@ -15,7 +15,7 @@ WEB = "pod--shop--web-1"
 
 
 async def test_credentials_that_are_not_accepted() -> None:
-    """A 401 is told with where the credentials come from; nothing goes, and a right token mends it."""
+    """A 401 is reported with the origin of the credentials; nothing is removed, and a right token mends it."""
     async with running_lab() as lab:
         await lab.seed_pod("gone")
         await lab.cluster.add_pod()
@@ -96,7 +96,7 @@ async def refusing_consul(lab: SandboxLab, refused: dict[str, int]) -> AsyncIter
 
 @pytest.mark.parametrize("status", [400, 403, 500])
 async def test_target_consul_refuses_does_not_hold_up_the_rest(status: int) -> None:
-    """Every other service is written in the same pass; the refusal is told once, counted and retried."""
+    """Every other service is written in the same pass; the refusal is logged once, counted and retried."""
     refused = {WEB: status}
     async with running_lab() as lab, refusing_consul(lab, refused) as address:
         for number in range(5):
@@ -183,7 +183,7 @@ async def test_five_hundred_odd_pods() -> None:
 
 @pytest.mark.parametrize("server", ["api", "consul"])
 async def test_stall_is_outlived(server: str) -> None:
-    """What hangs for a while goes on where it stopped; health is answered meanwhile."""
+    """A request that hangs for a while continues where it stopped; health is answered meanwhile."""
     async with running_lab() as lab, await lab.registrar() as daemon:
         await lab.cluster.add_pod()
         await daemon.until(lambda: lab.has(WEB))

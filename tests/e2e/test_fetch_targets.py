@@ -73,7 +73,7 @@ async def test_once_tells_by_its_exit_code(tmp_path: Path) -> None:
 
 
 async def test_file_of_the_registrar_outlives_it_and_its_api_server() -> None:
-    """What was written stays after the end, and through a start in which nothing can be listed."""
+    """The file stays after the end, and through a start in which nothing can be listed."""
     async with running_lab() as lab:
         path = lab.folder / "targets.json"
         settings = {"CONSUL_BACKEND": "none", "FILE_SD_PATH": str(path)}

@@ -97,7 +97,7 @@ async def test_bearer_file_that_is_missing_ends_the_start() -> None:
 
 
 async def test_unknown_auth_method_is_an_outage_that_can_be_repaired() -> None:
-    """Consul counts as down, with the reason, until somebody creates the method; `check` names the setting."""
+    """Consul counts as down, with the reason, until the method is created; `check` names the setting."""
     async with running_lab(options()) as lab:
         await lab.cluster.add_pod()
         async with await registrar(lab, CONSUL_LOGIN_AUTH_METHOD="nomad") as daemon:

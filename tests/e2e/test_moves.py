@@ -59,7 +59,7 @@ async def test_auto_follows_the_services_and_moves_only_for_a_reason(release: Co
 
 
 async def test_auto_takes_services_from_an_agent_that_turned_out_to_be_a_server() -> None:
-    """What the agent backend left at the server's own node goes, once everything is in the catalog."""
+    """Services that the agent backend left at the server's own node go once everything is in the catalog."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()
         async with await lab.registrar() as daemon:

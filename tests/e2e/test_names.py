@@ -36,7 +36,7 @@ async def test_grouped_names_tags_meta_and_ports() -> None:
 
 
 async def test_changed_meta_keys_rewrite_what_is_there() -> None:
-    """What was written under other keys is known as ours, rewritten once, and still removed when it goes."""
+    """A service written under other keys is recognised, rewritten once, and still removed with its object."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()
         async with await lab.registrar(META_KEYS="cluster=one", SHARD_PATHS="s1,s2") as before:

@@ -163,7 +163,7 @@ async def test_purge_removes_what_is_ours_and_nothing_else(backend: str) -> None
 
 
 async def test_purge_needs_a_name() -> None:
-    """The default cluster name is nobody's in particular."""
+    """The default cluster name proves nothing: several clusters may have it."""
     async with running_lab() as lab:
         code, output = await run(lab, "purge", "--yes", CLUSTER_NAME="")
         assert (code, "CLUSTER_NAME" in output) == (2, True)

@@ -15,7 +15,7 @@ STAY = "services of a lost agent stay"
 
 
 async def put(lab: SandboxLab, path: str, body: Any) -> None:
-    """Send Consul a write as somebody else, past the door."""
+    """Send Consul a write as another client, past the door."""
     async with aiohttp.ClientSession() as session, session.put(lab.consul.url + path, json=body) as answer:
         assert answer.status == 200, await answer.text()
 
@@ -39,7 +39,7 @@ def at(lab: SandboxLab, node: str = "old") -> set[str]:
 
 @each_release()
 async def test_lost_agents_node_is_cleared_of_ours(release: ConsulRelease) -> None:
-    """What our agent has and what is gone goes; others' services, and the node itself, stay."""
+    """Services that our agent has, or whose objects are gone, go; others' services, and the node itself, stay."""
     async with running_lab(ConsulOptions(release)) as lab:
         await lab.cluster.add_pod()
         others = [
@@ -87,7 +87,7 @@ async def test_only_an_agent_that_is_lost_loses_anything() -> None:
 
 
 async def test_agent_that_is_back_in_time_keeps_everything() -> None:
-    """A loss that is over before its time is nothing, and the next one starts anew."""
+    """A loss that is over before its time is nothing, and the next one counts from its own start."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()
         await agent_at(lab, "old", "critical", our_pod_service("web-1"))
@@ -101,7 +101,7 @@ async def test_agent_that_is_back_in_time_keeps_everything() -> None:
 
 
 async def test_service_our_agent_lacks_stays_at_the_lost_one() -> None:
-    """A wanted service that somebody else holds at our agent stays at the lost one's."""
+    """A desired service whose ID is foreign at our agent stays at the lost agent's node."""
     async with running_lab() as lab:
         await lab.cluster.add_pod()
         holder = await lab.seed("pod--shop--web-1", {"cluster": "other"})

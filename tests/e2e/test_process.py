@@ -198,7 +198,7 @@ async def test_health_and_metrics_of_a_healthy_registrar() -> None:
 
 
 async def test_every_log_line_is_json() -> None:
-    """What is no terminal gets JSON, one object a line, with level and time, and nothing between."""
+    """Without a terminal the log is JSON, one object a line, with level and time, and nothing between."""
     async with running_lab() as lab, await lab.registrar() as daemon:
         lab.token_file.write_text(await lab.cluster.token([rule("list", "nodes")]))
         await daemon.until_said("cannot list; nothing of it is deregistered meanwhile")

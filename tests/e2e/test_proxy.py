@@ -33,7 +33,7 @@ async def test_scrape_is_the_kubelets_own_answer() -> None:
 
 
 async def test_gzip_is_passed_through_untouched() -> None:
-    """What the kubelet compressed is what the caller gets, header and bytes."""
+    """A compressed answer of the kubelet reaches the client as it is, header and bytes."""
     async with running_lab() as lab:
         kubelet = await lab.cluster.add_kubelet("node-a")
         async with await lab.proxy() as daemon:

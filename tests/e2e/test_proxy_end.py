@@ -36,7 +36,7 @@ async def test_sigterm_lets_the_scrape_under_way_finish() -> None:
 
 
 def is_listening(port: int) -> bool:
-    """Whether a connection to a loopback port is accepted."""
+    """Return True if a connection to a loopback port is accepted."""
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex((LOOPBACK, port)) == 0

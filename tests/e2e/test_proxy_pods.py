@@ -49,7 +49,7 @@ async def an_application(seen: list[web.Request]) -> AsyncIterator[int]:
 
 
 async def pod_proxy(lab: SandboxLab, **environment: str) -> Daemon:
-    """Return a proxy that relays Pods to whoever shows the token."""
+    """Return a proxy that relays Pods to clients that show the token."""
     lab.token_file.write_text(await lab.cluster.token([*PROXY_RULES, rule("list watch", "pods")]))
     file = lab.folder / "inbound"
     file.write_text("what-prometheus-shows\n")

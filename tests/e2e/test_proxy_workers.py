@@ -1,4 +1,4 @@
-"""The proxy in several processes: one port, one set of figures, and a worker's death that takes nobody along."""
+"""The proxy in several processes: one port, one set of figures, and a worker's death that ends no other."""
 
 import asyncio
 import json
@@ -116,7 +116,7 @@ async def test_killed_worker_leaves_the_others_running() -> None:
 
 
 async def test_rotated_token_reaches_the_workers() -> None:
-    """What kubelets accept changes, and scrapes go on; nothing of either token is on a command line."""
+    """Scrapes go on when kubelets accept another token; neither token is on a command line."""
     async with running_lab() as lab:
         kubelet = await lab.cluster.add_kubelet("node-a")
         file = lab.folder / "inbound"

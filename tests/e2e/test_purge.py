@@ -80,7 +80,7 @@ async def test_one_cluster_needs_no_telling() -> None:
 
 
 async def test_what_the_agent_left_in_the_catalog_goes_too() -> None:
-    """What it left before, and what it leaves now; another registrar's stays."""
+    """It removes what earlier runs and this one left; another registrar's services stay."""
     async with running_lab(ConsulOptions(NEWEST, is_server=False)) as lab:
         lab.consul.agent.has_node_write = False
         for name in ("before", "now", "theirs"):
@@ -96,7 +96,7 @@ async def test_what_the_agent_left_in_the_catalog_goes_too() -> None:
 
 
 async def test_nodes_of_lost_agents_are_cleared_too() -> None:
-    """What is ours there is shown and removed, whether or not it stands anywhere else; live agents' stays."""
+    """Our services there are shown and removed, wherever else they are; those of live agents stay."""
     async with running_lab() as lab:
         ours = our_pod_service("web-1")
         hand_made = Service("hand-made", "hand-made", "192.0.2.8", 1)

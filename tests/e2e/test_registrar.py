@@ -180,7 +180,7 @@ async def test_two_pods_with_one_id_never_overwrite_each_other() -> None:
 
 
 async def test_holder_of_an_id_keeps_it_before_an_older_pod() -> None:
-    """What Consul says of an ID outweighs age: after a restart the ID does not change hands."""
+    """Consul's record of an ID outweighs age: after a restart the ID does not change hands."""
     async with running_lab() as lab:
         pods = []
         for namespace, name in (("a", "b--c"), ("a--b", "c")):

@@ -117,7 +117,7 @@ PODS = [f"pod--shop--web-{number}" for number in range(6)]
 
 
 async def _seed_six_and_keep(lab: SandboxLab, kept: int) -> None:
-    """Leave Consul as an earlier run did, with six Pods of which so many are still there."""
+    """Leave Consul as an earlier run did, with six Pods, of which `remaining` still exist."""
     uid = await lab.cluster.uid()
     for number in range(6):
         await lab.seed_pod(f"web-{number}", cluster_uid=uid)
@@ -127,7 +127,7 @@ async def _seed_six_and_keep(lab: SandboxLab, kept: int) -> None:
 
 @pytest.mark.parametrize(("kept", "period"), [(0, "1"), (3, "1"), (3, FOREVER)])
 async def test_mass_removal_seen_only_by_lists_is_held_and_then_done(kept: int, period: str) -> None:
-    """What the first lists miss goes once they agreed for BRAKE_CONFIRM_START, however long the period is."""
+    """Services whose objects the first lists lack go once the lists agreed for BRAKE_CONFIRM_START, however long the period is."""
     async with running_lab() as lab:
         await _seed_six_and_keep(lab, kept)
         async with await lab.registrar(BRAKE_CONFIRM_START="4", SYNC_PERIOD=period) as daemon:
@@ -141,7 +141,7 @@ async def test_mass_removal_seen_only_by_lists_is_held_and_then_done(kept: int, 
 
 
 async def is_released(daemon: Daemon) -> bool:
-    """Whether the brake holds nothing."""
+    """Return True if the brake holds nothing."""
     return await daemon.metric("brake_held_services") == 0
 
 
@@ -233,7 +233,7 @@ async def test_losing_the_api_server_changes_nothing_that_is_registered() -> Non
 
 
 async def test_losing_consul_loses_no_change() -> None:
-    """What happened in the cluster meanwhile is done once Consul is back, and the daemon stays ready."""
+    """Changes in the cluster during an outage are written once Consul is back, and the daemon stays ready."""
     async with running_lab() as lab, await lab.registrar() as daemon:
         await lab.cluster.add_pod()
         await daemon.until(lambda: lab.has(WEB))

@@ -96,7 +96,7 @@ async def test_endpoints_of_a_service_follow_it() -> None:
 
 
 async def test_endpoints_survive_a_restart_without_a_write_and_absent_ones_go() -> None:
-    """What an earlier run wrote is known by its meta: the same stays as it is, the gone is confirmed and removed."""
+    """Services of an earlier run are known by their meta: equal ones stay, those of absent endpoints are confirmed and removed."""
     async with running_lab() as lab:
         await lab.cluster.add_namespace(NAMESPACE)
         await allow(lab)

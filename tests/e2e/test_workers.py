@@ -58,7 +58,7 @@ async def serve_who_shows(
 
 @dataclass
 class Parent:
-    """The workers under test and what they are told of; `held` may be exchanged."""
+    """The workers under test and what their parent tells them; `held` may be exchanged."""
 
     nodes: Nodes
     pods: Pods
@@ -105,7 +105,7 @@ class Parent:
             writer.transport.abort()
 
     async def statuses(self, target: str, *headers: str) -> set[int]:
-        """Scrape over so many connections that every worker meets some, and return what they are answered."""
+        """Scrape over enough connections for every worker to meet some, and return the answers."""
         return {(await self.get(target, *headers)).status for _ in range(12)}
 
     async def until(self, status: int, target: str) -> None:
@@ -137,7 +137,7 @@ def parent_of(*kubelets: Kubelet) -> Parent:
 
 
 async def test_rotated_token_is_used_by_all_workers() -> None:
-    """Scrapes fail with the old one once kubelets have the new, and go on as soon as it is told."""
+    """Scrapes fail with the old one once kubelets have the new, and go on as soon as the parent passes it on."""
     async with Kubelet(lambda *args: serve_who_shows("new", *args)).serving() as kubelet:
         parent = parent_of(kubelet)
         async with working(parent, parent.make()):
@@ -324,7 +324,7 @@ def test_frames_bring_everything_across() -> None:
 
 
 def test_failures_since() -> None:
-    """Each is told once, and those forgotten meanwhile are not."""
+    """Each is reported once, and those forgotten meanwhile are not."""
     failures = RecentFailures()
     endpoint = Endpoint("10.0.0.1", 10250, "", "")
     for number in range(3):

@@ -1,4 +1,4 @@
-"""The status page in a real browser: what it shows, how it is used, and that nobody's text gets a hold on it."""
+"""The status page in a real browser: what it shows, how it is used, and that hostile text cannot change it."""
 
 import re
 import time

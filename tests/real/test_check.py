@@ -1,4 +1,4 @@
-"""`check` on real Consul with ACLs: what each token may do is told without writing anything."""
+"""`check` on real Consul with ACLs: it reports what each token may do without writing anything."""
 
 from collections.abc import Sequence
 
@@ -109,7 +109,7 @@ async def test_catalog_needs_its_node() -> None:
 
 
 async def test_tokens_that_are_none() -> None:
-    """An unknown token and the anonymous one are told apart, and neither secret is shown."""
+    """An unknown token and the anonymous one are distinguished, and neither secret is shown."""
     unknown = "5d7c6d0e-8f5b-4a52-9d3c-0b7a52a1c9e4"
     async with real_consul(acl=True) as consul:
         (of_unknown,) = await asked(consul, unknown)
@@ -126,7 +126,7 @@ async def test_tokens_that_are_none() -> None:
 
 
 async def test_consul_without_acls() -> None:
-    """Without ACLs there is nothing to ask, and the version and the leader are told."""
+    """Without ACLs there is nothing to ask, and version and leader are reported."""
     async with real_consul() as consul:
         (finding,) = await asked(consul, "")
         async with ConsulClient(ConsulAccess(ConsulAddress(consul.url)), Timing()) as client:

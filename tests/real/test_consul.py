@@ -36,14 +36,14 @@ async def catalog(consul: RealConsul) -> dict[str, tuple[str, int, int, int]]:
 
 
 async def register(consul: RealConsul, service_id: str, meta: JsonObject | None = None) -> None:
-    """Register a service as somebody else would."""
+    """Register a service as another tool would."""
     body = {"ID": service_id, "Name": service_id, "Address": "203.0.113.9", "Port": 99, "Meta": meta or {}}
     status, answer = await consul.request("PUT", "/v1/agent/service/register", body)
     assert status == 200, answer
 
 
 async def holds(consul: RealConsul, *service_ids: str) -> bool:
-    """Whether agent and catalog hold just these services."""
+    """Return True if agent and catalog hold just these services."""
     return set(await services(consul)) == set(await catalog(consul)) == set(service_ids)
 
 
@@ -89,7 +89,7 @@ async def test_whole_life_on_a_real_consul() -> None:
 
 
 async def has_moved(consul: RealConsul, service_id: str, address: str) -> bool:
-    """Whether the catalog has a service at this address."""
+    """Return True if the catalog has a service at this address."""
     return (await catalog(consul))[service_id][0] == address
 
 
@@ -150,7 +150,7 @@ async def _world(lab: Lab) -> None:
 
 
 async def test_token_with_a_part_of_the_rights() -> None:
-    """What it may write is written; what it may not is told once by service, and nothing else is held up."""
+    """Permitted services are written; each refused one is logged once, and nothing else is held up."""
     async with real_consul(acl=True) as consul, running_lab_with(consul.address) as lab:
         await _world(lab)
         secret = await token(consul, PART)
@@ -166,7 +166,7 @@ async def test_token_with_a_part_of_the_rights() -> None:
 
 
 async def test_token_consul_does_not_know() -> None:
-    """It is told, nothing is written, and the right token in its file mends it without a restart."""
+    """It is logged, nothing is written, and the right token in its file mends it without a restart."""
     async with real_consul(acl=True) as consul, running_lab_with(consul.address) as lab:
         await _world(lab)
         right = await token(consul, FULL)
@@ -182,7 +182,7 @@ async def test_token_consul_does_not_know() -> None:
 
 
 async def test_token_that_sees_nothing_makes_nothing_vanish() -> None:
-    """A read that ACLs filter shows an empty agent; services are never taken for gone, nor rewritten for ever."""
+    """A read that ACLs filter shows an empty agent; services are never taken for gone, nor rewritten forever."""
     async with real_consul(acl=True) as consul, running_lab_with(consul.address) as lab:
         await _world(lab)
         async with await lab.registrar(CONSUL_HTTP_TOKEN=await token(consul, FULL)) as daemon:

@@ -93,7 +93,7 @@ async def test_ids_that_no_path_leads_to() -> None:
 
 
 async def test_service_the_catalog_lacks_is_unsynced_until_registered_again() -> None:
-    """An agent whose token for a service was revoked holds it for ever and calls it synced; we do not."""
+    """An agent whose token for a service was revoked holds it forever and calls it synced; we do not."""
     async with real_consul(acl=True) as consul:
         old, new = await make_token(consul, "old", FULL), await make_token(consul, "new", FULL)
         services = [our_pod_service("a"), our_pod_service("b")]
@@ -205,7 +205,7 @@ async def test_agent_that_restarted_empty_is_noticed() -> None:
 
 
 async def test_service_lost_among_many_is_noticed_by_its_node() -> None:
-    """One service that somebody deregisters moves the catalog's record of the node; our own writes do not count."""
+    """One service that another tool deregisters moves the catalog's record of the node; our own writes do not count."""
     async with real_consul() as consul, connected(consul) as client:
         registry = AgentRegistry(client)
         await registry.register([our_pod_service(f"p{number}") for number in range(100)])
@@ -244,7 +244,7 @@ async def test_without_a_right_to_the_catalog_the_agents_word_counts() -> None:
 
 
 async def test_services_at_a_former_agent_are_removed() -> None:
-    """What is ours goes from the agent, what is not stays."""
+    """Our services go from the agent, others' stay."""
     async with real_consul() as consul, connected(consul) as client:
         registry = AgentRegistry(client)
         foreign = make_service("foreign")

@@ -45,7 +45,7 @@ async def node_record(consul: RealConsul, node: str = NODE) -> dict[str, object]
 
 
 async def test_register_read_look_up_update_and_deregister() -> None:
-    """What is written is read back equal with the index that was told, whatever characters its ID has."""
+    """A written service is read back equal, with the index that the write returned, whatever characters its ID has."""
     services = [our_pod_service(f"p{number}") for number in range(200)]
     services += [
         make_service(odd, {"cluster": "lab"}) for odd in ('a"b`c\\d', "x/../y ?#%25", "ü--2001:db8::1")
@@ -114,7 +114,7 @@ async def test_refused_record_is_named_and_holds_up_no_other() -> None:
 
 
 async def test_transactions_too_large_for_this_consul_are_split() -> None:
-    """Where Consul allows less than usual, halves are tried until they fit; one that never fits is told."""
+    """Where Consul allows less than usual, halves are tried until they fit; one that never fits is reported."""
     limits = "-hcl=limits { txn_max_req_len = 6000 kv_max_value_size = 6000 }"
     services = [our_pod_service(f"p{number}") for number in range(70)]
     services.append(make_service("huge", {f"k{number}": "x" * 500 for number in range(20)}))
@@ -141,7 +141,7 @@ async def test_large_records_are_packed_by_size() -> None:
 
 
 async def test_node_that_vanishes_is_made_again() -> None:
-    """Whoever removes the node, the next writes bring it back; removals from it are stale."""
+    """The next writes bring a removed node back; removals from it are stale."""
     async with real_consul() as consul, connected(consul) as client:
         registry = registry_of(client)
         first = indexed([our_pod_service("a")], await registry.register([our_pod_service("a")]))
@@ -203,7 +203,7 @@ async def test_agents_node_that_claims_to_be_external_is_refused() -> None:
 
 
 async def test_partial_rights() -> None:
-    """Services the token may not write are told one by one; what it may not see is never taken for absent."""
+    """Services the token may not write are reported one by one; those it may not see are never taken for absent."""
     rules = f'node "{NODE}" {{ policy = "write" }} service_prefix "pod--shop--" {{ policy = "write" }}'
     blind = 'service_prefix "" { policy = "write" }'
     async with real_consul(acl=True) as consul:
@@ -280,7 +280,7 @@ async def test_readiness_is_a_check_that_goes_with_its_service() -> None:
 
 
 async def test_foreign_changes_are_noticed_and_others_are_not() -> None:
-    """A change of our node by somebody is seen at once; changes elsewhere and our own are not taken for one."""
+    """A foreign change of our node is seen at once; changes elsewhere and our own are not taken for one."""
     async with real_consul() as consul, connected(consul) as client:
         registry = registry_of(client)
 
@@ -321,7 +321,7 @@ async def test_foreign_changes_are_noticed_and_others_are_not() -> None:
 
 
 async def test_foreign_change_just_before_our_own_is_noticed() -> None:
-    """Our own write after it does not hide somebody else's."""
+    """Our own write after it does not hide a foreign one."""
     async with real_consul() as consul, connected(consul) as client:
         registry = registry_of(client)
         written = await registry.register([our_pod_service("a")])
@@ -364,7 +364,7 @@ async def test_restarts_with_and_without_data() -> None:
 
 
 async def test_services_at_a_former_node_are_removed() -> None:
-    """What is ours goes from the node of before; what is not stays, and so does the node."""
+    """Our services go from the previous node; others' stay, and so does the node."""
     async with real_consul() as consul, connected(consul) as client:
         before = registry_of(client, "k8s-before")
         services = [our_pod_service(f"p{number}") for number in range(1500)]
@@ -437,7 +437,7 @@ async def test_probe_needs_no_right_and_no_node() -> None:
 
 
 async def test_consul_that_comes_back_empty_is_drift() -> None:
-    """Its history begins anew, which shows at once and ends with the next full read."""
+    """Its history begins again, which shows at once and ends with the next full read."""
     async with real_consul() as consul, connected(consul) as client:
         registry = registry_of(client)
         await registry.register([our_pod_service(f"p{number}") for number in range(70)])

@@ -63,7 +63,7 @@ class Lab:
         )
 
     async def look_for(self, seconds: float) -> None:
-        """Make every look that is due within so many seconds from now."""
+        """Make every look that is due within this many seconds from now."""
         end = self.clock() + seconds
         while (due := self.collector.look_due) <= end:
             self.clock.skip(max(0.0, due - self.clock()))

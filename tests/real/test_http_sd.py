@@ -46,7 +46,7 @@ def guarded(folder: Path) -> ServerTls:
 
 
 def discovery_of(folder: Path, port: int) -> dict[str, object]:
-    """Return how a collector is told to ask, with what it is to show."""
+    """Return the configuration by which a collector asks, with the credentials it shows."""
     return {
         "url": f"https://localhost:{port}{SD_PATH}?shard_path=shard-1",
         # Prometheus 2.42 sends no scheme where none is written here.

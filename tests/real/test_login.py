@@ -25,7 +25,7 @@ async def names(consul: RealConsul) -> set[str]:
 
 
 async def test_registrar_logs_in_again_and_out(tmp_path: Path) -> None:
-    """A token that somebody deletes is replaced; after SIGTERM no token of a login is left."""
+    """A deleted token is replaced; after SIGTERM no token of a login is left."""
     signer = Signer()
     bearer = tmp_path / "bearer"
     async with real_consul(acl=True) as consul, running_lab_with(consul.address) as lab:

@@ -1,4 +1,4 @@
-"""The removal of a synthetic node on a real Consul: only ours, only empty, and not under somebody's hands."""
+"""The removal of a synthetic node on a real Consul: only ours, only empty, and not while another writer uses it."""
 
 from collections.abc import Awaitable, Callable
 
@@ -40,7 +40,7 @@ async def make_node(client: ConsulClient) -> None:
 
 
 async def register(consul: RealConsul, **changes: object) -> None:
-    """Register a service of somebody else's on the node."""
+    """Register a foreign service on the node."""
     body = {"Node": NODE, "Service": {"ID": "db", "Service": "db"}, **changes}
     assert (await consul.request("PUT", "/v1/catalog/register", body))[0] == 200
 
@@ -49,7 +49,7 @@ WITH_NODE = {"Address": "127.0.0.1", "NodeMeta": {"external-node": "true"}}
 
 
 class Racing(HttpDoor):
-    """Has somebody else act just before a request whose body holds a text is carried on."""
+    """Has another writer act just before a request whose body holds a text is carried on."""
 
     def __init__(self, upstream: str, text: bytes, act: Callable[[], Awaitable[None]]) -> None:
         super().__init__(upstream)
@@ -63,7 +63,7 @@ class Racing(HttpDoor):
 
 
 async def removed_through(consul: RealConsul, text: bytes, act: Callable[[], Awaitable[None]]) -> str:
-    """Remove the node while somebody else acts at a certain moment; return why it stays."""
+    """Remove the node while another writer acts at a certain moment; return why it stays."""
     async with Racing(consul.url, text, act) as door:
         access = ConsulAccess(ConsulAddress(f"http://127.0.0.1:{door.port}"))
         async with ConsulClient(access, Timing()) as client:
@@ -114,7 +114,7 @@ async def test_node_that_others_made_stays(node: dict[str, object]) -> None:
 
 
 async def test_node_from_before_it_said_whose_it_is_needs_our_name() -> None:
-    """With a name that somebody chose it may be anybody's."""
+    """With a chosen name it may belong to anyone."""
     async with real_consul() as consul, connected(consul) as client:
         assert (await consul.request("PUT", "/v1/catalog/register", {"Node": NODE, **WITH_NODE}))[0] == 200
         assert "not of our making" in await removal_of(client, has_our_name=False).remove()
@@ -152,7 +152,7 @@ async def test_service_that_comes_with_its_node_after_the_last_look_saves_it() -
 
 
 async def test_token_that_may_not_see_others_removes_no_node() -> None:
-    """What it does not see would go with the node; with the right to read it goes."""
+    """Services that it cannot see would go with the node; with the right to read them the node goes."""
     ours = f'node "{NODE}" {{ policy = "write" }} service_prefix "pod--" {{ policy = "write" }} '
     async with real_consul(acl=True) as consul:
         blind = await make_token(consul, "blind", ours)

@@ -62,7 +62,7 @@ async def until_at(server: RealConsul, node: str, is_so: Callable[[set[str]], bo
 
 
 async def put_at(agent: RealConsul, *services: Service) -> None:
-    """Register services at an agent as somebody else, and wait until the catalog has them."""
+    """Register services at an agent as another tool, and wait until the catalog has them."""
     async with connected(agent) as client:
         written = await AgentRegistry(client).register(services)
     assert written.done == len(services)
@@ -71,7 +71,7 @@ async def put_at(agent: RealConsul, *services: Service) -> None:
 
 
 async def test_orphans_go_and_nothing_else_does() -> None:
-    """What the new agent has and what is gone goes; what is others', or not here, and the node stay."""
+    """Services that the new agent has, or whose objects are gone, go; others', those not here, and the node stay."""
     async with (
         real_consul(QUICK_GOSSIP, node="server") as server,
         real_consul(QUICK_GOSSIP, join=server.serf, node="old") as old,
@@ -98,7 +98,7 @@ async def test_orphans_go_and_nothing_else_does() -> None:
             assert await names_at(server, "old") == stay
             assert await health_of(server, "old") == "critical"
             assert len(daemon.said(REMOVED)) == 1
-            # Nobody holds the ID here any more: the new agent gets the service, the old one loses it.
+            # No agent holds the ID here any more: the new agent gets the service, the old one loses it.
             await new.request("PUT", "/v1/agent/service/deregister/pod--shop--conflict")
             await daemon.until(
                 lambda: _are_at(server, "old", stay - {"pod--shop--conflict"}), within=LOST_WITHIN
@@ -204,7 +204,7 @@ async def test_service_missing_from_the_catalog_is_not_here() -> None:
 
 
 async def test_purge_clears_the_node_of_a_lost_agent() -> None:
-    """It is shown and cleared of ours without waiting; what is others', and the node itself, stay."""
+    """It is shown and cleared of our services without waiting; others', and the node itself, stay."""
     async with (
         real_consul(QUICK_GOSSIP, node="server") as server,
         real_consul(QUICK_GOSSIP, join=server.serf, node="old") as old,

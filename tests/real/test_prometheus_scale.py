@@ -44,7 +44,7 @@ def config(consul: RealConsul, *discovery: str) -> str:
 
 
 class Found(NamedTuple):
-    """What a Prometheus had found when the look ended."""
+    """The targets that a Prometheus had found when the look ended."""
 
     targets: int
     connections: int  # the most at once
@@ -108,14 +108,14 @@ async def _register(lab: ChaosLab, **environment: str) -> Counter[str]:
 
 
 async def _has_default_limit(consul: RealConsul) -> bool:
-    """Whether a Consul lets one client have 200 connections, which is its default since 1.7.1."""
+    """Return True if a Consul lets one client have 200 connections, its default since 1.7.1."""
     _, told = await consul.request("GET", "/v1/agent/self")
     limit: Any = told["DebugConfig"]["HTTPMaxConnsPerClient"]
     return bool(limit == 200)
 
 
 async def _found(names: int, environment: Mapping[str, str], *discovery: str) -> Found:
-    """Register all under so many names at a Consul of their own, and let a Prometheus look for them.
+    """Register all under this many names at a Consul of their own, and let a Prometheus look for them.
 
     Consul counts the connections of a client that was killed until their queries end, minutes later, and it
     tells clients apart by their address: another test there would begin without any to spare.

@@ -99,7 +99,7 @@ async def test_version_0_runs_over_a_recorded_node() -> None:
     ],
 )
 async def test_node_that_no_registrar_made_is_left_as_it_is(meta: dict[str, str]) -> None:
-    """Its services may be ours; its record is not, and what it says is no record of ours."""
+    """Its services may be ours; its record is not, and proves nothing about our settings."""
     async with real_consul() as consul, connected(consul) as client:
         await consul.request(
             "PUT", "/v1/catalog/register", {"Node": NODE, "Address": "127.0.0.1", "NodeMeta": meta}
@@ -114,7 +114,7 @@ async def test_node_that_no_registrar_made_is_left_as_it_is(meta: dict[str, str]
 
 
 async def test_other_meta_of_our_node_stays() -> None:
-    """What an operator added to our node's meta is kept."""
+    """Meta that an operator added to our node is kept."""
     async with real_consul() as consul, connected(consul) as client:
         await consul.request(
             "PUT",

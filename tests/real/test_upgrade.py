@@ -57,7 +57,7 @@ async def leave(agent: RealConsul, server: RealConsul) -> None:
     """End an agent as a Pod's end does; with Consul's defaults it leaves, for which it takes its time.
 
     While it does, its own anti-entropy may put its services back once more; the servers then remove them
-    within a minute. Here they are told to, at once.
+    within a minute. Here the test removes them at once.
     """
     agent.program.send(signal.SIGTERM)
     await agent.program.ended(PATIENCE)
@@ -86,7 +86,7 @@ class Watch:
         return nodes
 
     async def run(self) -> None:
-        """Look for ever."""
+        """Look until cancelled."""
         while True:
             self.missing |= {name_of(pod) for pod in PODS} - await self.names()
             self.looks += 1
@@ -157,7 +157,7 @@ async def test_copy_of_the_original_bridges_the_upgrade() -> None:
 
 
 async def test_without_the_copy_there_is_a_gap() -> None:
-    """What the copy is for: the original's agent takes its services along when it ends."""
+    """Without a copy the original's agent takes its services along when it ends."""
     async with (
         real_consul(node="server") as server,
         real_consul(join=server.serf, node="original") as original,

@@ -8,7 +8,7 @@ from support.internal_errors import SAMPLE, counted, counted_on, none_counted
 
 
 def test_counter_without_labels_is_read() -> None:
-    """What was counted is what is found, and the time of creation is not."""
+    """The count is found, and the time of creation is not taken for one."""
     counter = Counter(SAMPLE.removesuffix("_total"), "Internal errors.", registry=CollectorRegistry())
     assert counted(None) == counted(counter) == 0
     counter.inc(3)

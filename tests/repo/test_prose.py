@@ -1,4 +1,4 @@
-"""The prose of source and documents: plain English, as the Kubernetes documentation is written."""
+"""The prose of source, tests and documents: plain English, as the Kubernetes documentation is written."""
 
 import ast
 import io
@@ -33,18 +33,18 @@ def texts_of(module: Path) -> Iterator[str]:
 
 
 def stilted(text: str) -> list[str]:
-    """Return the phrases of a text that nobody would say to a colleague."""
+    """Return the phrases of a text that no one would say to a colleague."""
     return STILTED.findall(text) + ([text[:30]] if QUESTION.match(text) else [])
 
 
 def test_prose_is_plain() -> None:
-    """Source and pages together keep below a handful of such phrases."""
+    """Source, tests, scripts and pages together keep below a handful of such phrases."""
     found: Counter[str] = Counter()
-    for module in PACKAGE.rglob("*.py"):
-        for text in texts_of(module):
-            found.update(f"{module.name}: {phrase}" for phrase in stilted(text))
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
-    for page in pages:
+    for folder in (PACKAGE, *(ROOT / name for name in ("tests", "benchmarks", "scripts"))):
+        for module in folder.rglob("*.py"):
+            for text in texts_of(module):
+                found.update(f"{module.relative_to(ROOT)}: {phrase}" for phrase in stilted(text))
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
         if ".zh-CN" not in page.name:
             found.update(
                 f"{page.name}: {phrase}" for phrase in STILTED.findall(page.read_text(encoding="utf-8"))

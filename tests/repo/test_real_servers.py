@@ -166,7 +166,7 @@ async def test_program_is_ended_with_its_children(tmp_path: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether a process exists and is more than a zombie waiting for its parent."""
+    """Return True if a process exists and is more than a zombie waiting for its parent."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -174,7 +174,7 @@ def _is_alive(pid: int) -> bool:
 
 
 async def test_program_that_fails_shows_its_log(tmp_path: Path) -> None:
-    """An early end and a port in use are told apart, with what the program said."""
+    """An early end and a port in use are distinguished, with the program's output."""
 
     async def never() -> bool:
         return False

@@ -38,7 +38,7 @@ async def say(door: TcpProxy, *words: bytes) -> bytes:
 
 
 async def test_bytes_and_ends_are_carried() -> None:
-    """What is sent arrives, and the end of one side reaches the other."""
+    """Bytes arrive, and the end of one side reaches the other."""
     async with an_echo_behind_a_door() as door:
         assert await say(door, b"one ", b"two") == b"one two"
 

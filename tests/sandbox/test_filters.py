@@ -64,6 +64,6 @@ def test_expressions(expression: str, expected: bool) -> None:
     ],
 )
 def test_bad_expressions_are_refused(expression: str) -> None:
-    """What is no expression, or names no field, is an error."""
+    """A text that is no expression, or names no field, is an error."""
     with pytest.raises(FilterError):
         parse(expression, FIELDS)

@@ -71,7 +71,7 @@ PODS = "/api/v1/namespaces/default/pods"
 
 
 async def test_metrics_count_requests_by_verb_and_resource(sandbox: Sandbox, client: Client) -> None:
-    """A list, a watch and a get are told apart, as the real server's apiserver_request_total does."""
+    """A list, a watch and a get are counted apart, as the real server's apiserver_request_total does."""
     await client("GET", "/api/v1/pods")
     await client("GET", "/api/v1/pods?limit=1")
     await client("GET", "/api/v1/namespaces/kube-system")
@@ -184,7 +184,7 @@ async def test_deleting_a_collection_deletes_what_is_selected(client: Client, sa
 
 
 async def test_deleting_a_namespace_empties_it(client: Client, sandbox: Sandbox) -> None:
-    """What is in a namespace goes with it, and other resources' deletes answer a Status."""
+    """The objects of a namespace go with it, and other resources' deletes answer a Status."""
     sandbox.kube.create(objects.pod("a", namespace="shop"))
     status, answer = await client("DELETE", "/api/v1/namespaces/shop")
     assert (status, answer["status"]) == (200, "Success")
@@ -253,7 +253,7 @@ async def test_big_lists_are_compressed_when_asked(client: Client, sandbox: Sand
 
 
 async def test_permissions_by_verb_resource_and_namespace(client: Client, sandbox: Sandbox) -> None:
-    """A token may do what its rules say, asks about it truly, and is told what it lacks."""
+    """A token may do what its rules say, asks about it truly, and learns what it lacks."""
     token = sandbox.token("lister", ("list", "pods", "shop"))
     limited = {"Authorization": f"Bearer {token}"}
     assert (await client("GET", "/api/v1/namespaces/shop/pods", **limited))[0] == 200

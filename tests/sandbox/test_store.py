@@ -227,7 +227,7 @@ def test_field_selectors() -> None:
 
 @pytest.mark.parametrize("selector", ["a b", "app in", "app in (x", "=x", "app=x=y", ",", "app=-"])
 def test_bad_label_selectors_are_refused(selector: str) -> None:
-    """What is no selector is a 400."""
+    """A text that is no selector is a 400."""
     with pytest.raises(ApiError) as refusal:
         parse_labels(selector)
     assert refusal.value.code == 400

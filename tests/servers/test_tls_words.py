@@ -1,4 +1,4 @@
-"""Servers whose TLS fails: each client of ours says the same of it, and `check` the same as the daemon."""
+"""Servers whose TLS fails: each of our clients says the same of it, and `check` the same as the daemon."""
 
 import contextlib
 import os
@@ -84,7 +84,7 @@ FAULTS: dict[str, tuple[Callable[[], ssl.SSLContext | None], Cause, str]] = {
 
 @contextlib.contextmanager
 def serving(context: ssl.SSLContext | None) -> Iterator[int]:
-    """Serve HTTP that nobody should reach; yields the port.
+    """Serve HTTP that no client should reach; yields the port.
 
     Threads, since asyncio's servers send no alert when a handshake fails.
     """

@@ -50,7 +50,7 @@ class Signer:
         self.public = self._key.public_key().public_bytes(encoding, form).decode()
 
     def token(self, seconds: float, **claims: str) -> str:
-        """Return a token that expires in so many seconds."""
+        """Return a token that expires in this many seconds."""
         now = int(time.time())
         times = {"iat": now - 900, "nbf": now - 900, "exp": now + int(seconds)}
         parts = ({"alg": "RS256", "typ": "JWT"}, {"sub": "pod", "aud": "consul", **times, **claims})

@@ -65,7 +65,7 @@ class TcpProxy:
         return self._held > 0
 
     async def holds(self) -> bool:
-        """Say the same to whoever waits for it."""
+        """Say the same to each task that waits for it."""
         return self.is_held
 
     async def __aenter__(self) -> Self:

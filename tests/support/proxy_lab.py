@@ -82,7 +82,7 @@ def always(payload: bytes, *, then_close: bool = False) -> Behaviour:
 
 @dataclass
 class Kubelet:
-    """A server, of TLS unless it is told otherwise, that counts what comes and answers as `behave` says."""
+    """A server, of TLS unless asked otherwise, that counts what comes and answers as `behave` says."""
 
     behave: Behaviour = serve_metrics
     host: str = "127.0.0.1"

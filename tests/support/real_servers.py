@@ -230,7 +230,7 @@ async def real_consul(
 
 @contextlib.asynccontextmanager
 async def real_servers(count: int) -> AsyncIterator[tuple[RealConsul, ...]]:
-    """Run so many Consul servers of one cluster, named `server-0` and so on, and wait until each takes writes."""
+    """Run this many Consul servers of one cluster, named `server-0` and so on, and wait until each takes writes."""
     binary = consul_binary()
     with tempfile.TemporaryDirectory(prefix="consul-", ignore_cleanup_errors=True) as folder:
         servers: list[RealConsul] = []

@@ -151,7 +151,7 @@ def test_any_exception_of_a_load_is_contained_without_its_text(tmp_path: Path, e
 
 
 def test_memory_that_ran_out_is_not_contained(tmp_path: Path) -> None:
-    """Nothing of ours can go on without memory."""
+    """No part can go on without memory."""
 
     def load() -> str:
         raise MemoryError

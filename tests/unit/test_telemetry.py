@@ -20,7 +20,7 @@ def test_json_lines() -> None:
 
 
 def test_console_outside_a_terminal_has_no_colours() -> None:
-    """The console format is plain text where nobody sees colours."""
+    """The console format is plain text where colours are not shown."""
     stream = io.StringIO()
     configure_logging("debug", "console", stream)
     get_logger("x").debug("said", number=1)

@@ -138,7 +138,7 @@ def test_bundle_is_used_whatever_stands_around_its_certificates(
 def test_bundle_that_cannot_be_used_is_named(
     tmp_path: Path, bundle: bytes, why: str, setting: str, user: Callable[[Path], ssl.SSLContext]
 ) -> None:
-    """By its setting and its file, whoever uses it; a part of it never passes for the whole."""
+    """By its setting and its file, whatever uses it; a part of it never passes for the whole."""
     ca = tmp_path / "the-ca"
     ca.write_bytes(bundle)
     with pytest.raises(AccessError, match=why) as caught:

@@ -260,7 +260,7 @@ def test_pair_is_refused_with_what_its_files_hold(certificate: bytes, key: bytes
 
 
 def test_leaf_as_the_only_client_ca_is_refused(tmp_path: Path) -> None:
-    """Nobody could connect; a client's own self-signed certificate stays possible."""
+    """No client could connect; a client's own self-signed certificate stays possible."""
     pair = written(tmp_path, "crt", OWN.certificate), written(tmp_path, "key", OWN.key)
     leaf = written(tmp_path, "leaf", CA.issue("client.example").certificate)
     with pytest.raises(AccessError, match=r"^TLS_CLIENT_CA_FILE .*leaf: holds no CA certificate"):

@@ -83,7 +83,7 @@ class FileSd:
     """Replaces the file when the targets have changed, at most once a second, and only by complete knowledge.
 
     `before` are the groups of an earlier process. The brake does not know them: without Consul, or while it cannot
-    be read, a wrong kubeconfig would empty the file. So if the first targets of this process lack so many of
+    be read, a wrong kubeconfig would empty the file. So if the first targets of this process lack enough of
     them that it would be a mass removal, those stay in the file for `confirm_start` seconds.
     """
 

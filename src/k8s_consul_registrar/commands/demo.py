@@ -322,7 +322,7 @@ def _tail(log: Path) -> str:
 def reserved_port(stack: contextlib.ExitStack | contextlib.AsyncExitStack) -> int:
     """Return a port of loopback that no other demo is given until the stack is closed.
 
-    It is bound and not listened at, so that a server of ours can still take it: all of them set SO_REUSEADDR.
+    It is bound and not listened at, so that one of our servers can still take it: all of them set SO_REUSEADDR.
     """
     holder = stack.enter_context(socket.socket())
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

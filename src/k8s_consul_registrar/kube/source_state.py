@@ -20,7 +20,7 @@ from k8s_consul_registrar.errors import (
 )
 from k8s_consul_registrar.model import Kind
 
-# Kinds whose first list waits for those of others, for so many seconds at most.
+# Kinds whose first list waits for those of others, and the most seconds that it waits.
 AFTER: Mapping[Kind, tuple[tuple[Kind, ...], float]] = {
     Kind.POD: ((Kind.NODE, Kind.NAMESPACE), 1.0),
     Kind.SERVICE: ((Kind.POD, Kind.NAMESPACE), 60.0),

@@ -51,7 +51,7 @@ class Winner(StrEnum):
 
 
 class Joined(msgspec.Struct):
-    """What one change led to: targets to take away and to add, by key and ID, and what else is to be looked at.
+    """The effect of one change: targets to take away and to add, by key and ID, and what else is to be looked at.
 
     `protected` are IDs taken away whose endpoint is still there and rejected. `services` are the keys whose
     rejection may be another one now, and `pods` the Pods whose meta `service` may.
@@ -78,7 +78,7 @@ class _Part(msgspec.Struct):
 
 
 class _Standing(NamedTuple):
-    """Who is scraped at one place, and who is not: targets asked for, and those that lost to whom."""
+    """The targets of one place: those that are scraped, and those that give way, each with its winner."""
 
     asked: tuple[Target, ...] = ()
     yielded: tuple[Target, ...] = ()

@@ -91,7 +91,7 @@ class ScrapeTiming(NamedTuple):
 
     @property
     def meta(self) -> dict[str, str]:
-        """What a service says of it, if anything."""
+        """The text that a service carries about it, if any."""
         named = {"scrape_interval": self.interval, "scrape_timeout": self.timeout}
         return {key: text for key, text in named.items() if text}
 

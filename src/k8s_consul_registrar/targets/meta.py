@@ -233,7 +233,7 @@ class Inheritance:
             givers.tidy(key.name)
 
     def take(self, most: int) -> list[ObjectKey]:
-        """Return at most so many heirs that have changed, each once."""
+        """Return at most this many heirs that have changed, each once."""
         return [self._changed.popitem()[0] for _ in range(min(most, len(self._changed)))]
 
     @property

@@ -221,7 +221,7 @@ async def test_status_counts_and_bounds_what_it_lists(served: Served) -> None:
 
 @pytest.mark.parametrize("text", HOSTILE)
 async def test_hostile_text_stays_inside_its_value(served: Served, text: str) -> None:
-    """What anybody else can name comes back as it was, as one JSON value."""
+    """Foreign names come back as they were, as one JSON value."""
     served.registrar.put(
         pod_target(text, text, detail=text, tags=(text,), meta={text: text, "metrics_path": text})
     )
@@ -296,9 +296,9 @@ async def test_hostile_host_is_not_echoed(served: Served) -> None:
 
 
 def test_every_reason_has_a_hint() -> None:
-    """A reason nobody can act on would be no help; the page knows each."""
+    """The page knows what to do about each reason."""
     page = next(route for route in page_routes() if route.path == "/words.js")
-    body = page.handler.__closure__  # type: ignore[union-attr]  # a function of ours
+    body = page.handler.__closure__  # type: ignore[union-attr]  # a function of this project
     text = next(cell.cell_contents for cell in body or () if isinstance(cell.cell_contents, bytes)).decode()
     english, chinese = text.split("export const HINTS")[1].split("zh: {")
     for reason in Reason:

@@ -41,7 +41,7 @@ either = pytest.mark.parametrize("kind", ["http_sd", "admin"])
 
 @contextlib.asynccontextmanager
 async def connected(port: int, receive: int = 0) -> AsyncIterator[socket.socket]:
-    """Connect, with a receive buffer of so many bytes if given, and close at the end."""
+    """Connect, with a receive buffer of this many bytes if given, and close at the end."""
     with socket.socket() as raw:
         raw.setblocking(False)
         if receive:
@@ -100,7 +100,7 @@ async def test_kept_connection_that_asks_no_more_is_ended(kind: str) -> None:
 
 @either
 async def test_five_hundred_idle_connections_keep_no_caller_out(kind: str) -> None:
-    """Each newcomer takes the place of the one waited for longest, so whoever asks at once is answered."""
+    """Each newcomer takes the place of the one waited for longest, so a client that asks at once is answered."""
     async with (
         server(kind, Bounds(connections=32, request=120)) as served,
         contextlib.AsyncExitStack() as stack,

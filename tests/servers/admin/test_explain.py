@@ -103,7 +103,7 @@ async def test_consul_that_is_down_is_said() -> None:
 async def test_many_questions_are_answered_one_at_a_time_and_a_bounded_number_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nobody can make the registrar flood the API server or Consul through the page, nor hang it."""
+    """No client can make the registrar flood the API server or Consul through the page, nor hang it."""
     async with explaining() as (asking, lab):
         lab.cluster.put_list([make_pod("a")])
         await lab.until("a")

@@ -230,7 +230,7 @@ async def test_gzip_and_plain_are_the_same_document() -> None:
 
 
 async def test_targets_may_change_while_they_are_rendered() -> None:
-    """What goes and comes meanwhile breaks nothing, and the next answer has it."""
+    """Changes meanwhile break nothing, and the next answer has them."""
     registrar = Registrar(many_targets(3000))
 
     async def disturb() -> None:
@@ -322,7 +322,7 @@ class Certificates:
         self.issue()
 
     def issue(self) -> None:
-        """Write the server's files anew."""
+        """Write the server's files again."""
         pair = self.authority.issue_cert("localhost")
         replace(self.certificate, b"".join(pem.bytes() for pem in pair.cert_chain_pems))
         replace(self.key, pair.private_key_pem.bytes())

@@ -101,7 +101,7 @@ async def test_change_of_other_targets_does_not_end_the_wait() -> None:
 
 
 async def test_place_is_taken_from_the_request_that_has_waited_longest() -> None:
-    """At the bound the longest waiting request is answered, nobody else is, and requests without a wait are served."""
+    """At the bound the longest waiting request is answered, no other is, and requests without a wait are served."""
     registrar = Registrar()
     server = HttpSdServer(port=0, view=registrar)
     async with collecting(server) as collector:
@@ -164,7 +164,7 @@ async def test_many_changes_are_rendered_once_a_second_for_those_that_wait() -> 
 
 
 async def test_stale_targets_are_followed_by_those_that_were_listed() -> None:
-    """Whoever waits with the targets of an earlier process gets those of this one as soon as they are known."""
+    """A client that waits with the targets of an earlier process gets those of this one as soon as they are known."""
     before = Registrar()
     before.put(pod_target("a"))
     saved: SavedState | None = decode_state(encoded(before.targets(), at=time.time()), ORIGIN, time.time())

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.both_loops
 
 @dataclass
 class Daemon:
-    """What the probes ask, settable by a test."""
+    """The state that the probes report, settable by a test."""
 
     alive: bool = True
     problem: str = ""
@@ -103,7 +103,7 @@ async def test_both_families_are_served(served: Served, host: str) -> None:
 
 
 def _has_ipv6_loopback() -> bool:
-    """Whether ::1 can be bound."""
+    """Return True if ::1 can be bound."""
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:

@@ -1,4 +1,4 @@
-"""What the admin endpoints see of a running registrar: every state a target can be in, and no secret."""
+"""The view that the admin endpoints have of a running registrar: every state a target can be in, and no secret."""
 
 import asyncio
 import json
@@ -138,7 +138,7 @@ async def test_generation_moves_with_what_is_seen() -> None:
 
 
 async def test_brake_is_seen() -> None:
-    """What is held is counted and named, with when it would be let go."""
+    """Held removals are counted and named, with the time at which they would be released."""
     seen = Seen(brake=BrakeRules(confirm=60, confirm_start=600))
     for number in range(40):
         seen.lab.consul.put_by_hand(our_pod_service(f"p{number}"))

@@ -104,7 +104,7 @@ def test_missing_target_is_named_with_its_likely_cause(collected: Collected, cau
 
 
 def test_target_that_is_down_is_named_with_the_collectors_words() -> None:
-    """It is delivered, so it is no failure of ours; the words cannot hurt a terminal."""
+    """It is delivered, so it is no failure of delivery; the words cannot hurt a terminal."""
     active = [seen("a", "down", "connection refused\x1b[2J"), seen("b", "up")]
     found = finding(UP, compare([target("a"), target("b")], "lab", Collected(active)))
     assert found.outcome == Result.WARN

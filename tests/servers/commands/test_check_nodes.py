@@ -1,4 +1,4 @@
-"""The checks of kubelets: each failure of TLS is told apart, and none is blamed on a firewall."""
+"""The checks of kubelets: each failure of TLS has its own words, and none is blamed on a firewall."""
 
 import asyncio
 import contextlib

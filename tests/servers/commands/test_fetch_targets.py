@@ -133,7 +133,7 @@ async def test_file_that_was_deleted_is_written_again(tmp_path: Path) -> None:
     ],
 )
 async def test_another_clusters_targets_are_refused(tmp_path: Path, now: Owner, words: str) -> None:
-    """A URL that leads elsewhere changes nothing, also for a process that starts anew, until the file is deleted."""
+    """A URL that leads elsewhere changes nothing, also for a new process, until the file is deleted."""
     registrar, path = Registrar(), tmp_path / "targets.json"
     registrar.put(pod_target("a"))
     async with HttpSdServer(port=0, view=registrar) as server:
@@ -291,7 +291,7 @@ async def test_failures_are_tried_again_with_growing_pauses_and_said_once(
 
 
 async def test_stale_targets_never_replace_a_file(tmp_path: Path) -> None:
-    """What a restarted registrar saved before is older than what was fetched since; without a file it is better than none."""
+    """Targets that a restarted registrar saved are older than those fetched since; without a file they are better than none."""
     path = tmp_path / "targets.json"
     async with answering(answer(b"[]\n", X_Stale_Since="2026-01-01T00:00:00Z", **LAB)) as url:
         assert await once(follower_of(url, path)) == ""

@@ -20,7 +20,7 @@ from support.waiting import until
 
 
 async def test_register_read_and_deregister() -> None:
-    """What is registered is read back equal, IDs with odd characters included, and goes when asked."""
+    """A registered service is read back equal, whatever characters its ID has, and goes when asked."""
     services = [our_pod_service(f"p{number}") for number in range(100)]
     services.append(make_service("node--2001:db8:1::5", {"cluster": "lab"}))
     services.append(make_service("odd/ID ?#%25", {"cluster": "lab"}))
@@ -35,7 +35,7 @@ async def test_register_read_and_deregister() -> None:
 
 
 async def test_refused_service_does_not_hold_up_the_rest() -> None:
-    """Consul's own reason is told for the one it refuses."""
+    """The refused service carries Consul's own reason."""
     services = [our_pod_service(f"p{number}") for number in range(50)]
     services.insert(0, make_service("bad", {"a/b": "x"}))
     async with Consul() as consul, client_of(consul.url, timing=Timing()) as client:
@@ -47,7 +47,7 @@ async def test_refused_service_does_not_hold_up_the_rest() -> None:
 
 
 async def test_missing_right_is_the_services_own_failure() -> None:
-    """Rights are given by service name, so a 403 is told for each service and is no outage."""
+    """Rights are given by service name, so a 403 is reported for each service and is no outage."""
 
     async def deny(_: web.Request) -> web.Response:
         return web.Response(status=403, text="Permission denied")
@@ -157,7 +157,7 @@ async def test_consul_without_a_leader_ends_the_batch() -> None:
 
 
 async def test_one_fault_among_successes_is_its_services() -> None:
-    """A service at which Consul stumbles is told apart from the rest."""
+    """A service at which Consul stumbles is separated from the rest."""
 
     async def stumbling(request: web.Request) -> web.Response:
         body = await request.json()

@@ -81,7 +81,7 @@ def accepted(operations: list[dict[str, dict[str, str]]], index: int = 5) -> web
 
 
 async def test_round_trip() -> None:
-    """What is written is read, replaced only over the record that was read, and removed."""
+    """A written service is read, replaced only over the record that was read, and removed."""
     async with Consul() as consul, client_of(consul.url, timing=Timing()) as client:
         registry = registry_of(client)
         assert await held(registry) == {}
@@ -280,7 +280,7 @@ async def test_connection_that_breaks_leaves_the_outcome_unknown() -> None:
     ],
 )
 async def test_answer_that_makes_no_sense_ends_the_batch(status: int, body: bytes) -> None:
-    """Something between us and Consul, or another Consul, is not asked for ever."""
+    """Something between us and Consul, or another Consul, is not asked forever."""
 
     async def write(*_: object) -> web.Response:
         return web.Response(status=status, body=body)
@@ -316,7 +316,7 @@ async def test_node_that_keeps_vanishing_ends_the_batch() -> None:
 
 
 async def test_unknown_token_ends_the_batch() -> None:
-    """A token that Consul does not know is nobody's single failure."""
+    """A token that Consul does not know is no failure of a single service."""
 
     async def write(*_: object) -> web.Response:
         return web.Response(status=403, text="ACL not found")
@@ -341,7 +341,7 @@ NODE_TEXT = b'"Node":{"Node":"k8s-lab","Meta":{"external-node":"true"}}'
 
 
 async def test_unreadable_record_holds_its_id() -> None:
-    """A record with a port of text is somebody's; one without an ID fails the read."""
+    """A record whose port is text is foreign; one without an ID fails the read."""
     body = b'{%s,"Services":[{"ID":"x","Port":"y"},{"ID":"z","Service":"z"}]}' % NODE_TEXT
     async with serving(listing(body)) as url, client_of(url) as client:
         assert await held(registry_of(client)) == {
@@ -437,7 +437,7 @@ async def test_refused_read_is_an_error(status: int) -> None:
 
 
 async def test_reader_that_stops_leaves_no_connection_in_use() -> None:
-    """A list that nobody reads to its end is given up."""
+    """A list that is not read to its end is closed."""
     async with Consul() as consul, client_of(consul.url, timing=Timing()) as client:
         registry = registry_of(client)
         await registry.register(SERVICES)

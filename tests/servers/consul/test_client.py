@@ -61,7 +61,7 @@ async def test_status_becomes_an_error(status: int, error: type[ConsulError]) ->
 
 
 async def test_retry_after_is_passed_on() -> None:
-    """How long Consul asks to wait is part of the error."""
+    """The wait that Consul asks for is part of the error."""
 
     async def answer(_: web.Request) -> web.Response:
         return web.Response(status=429, headers={"Retry-After": "7"})
@@ -117,7 +117,7 @@ async def test_request_carries_token_namespace_and_partition() -> None:
 
 
 async def test_blocking_query_is_waited_for() -> None:
-    """What Consul was asked to wait, and its sixteenth more, is not taken for a hang; a stream's pause is."""
+    """The wait of a blocking query, and its sixteenth more, is not taken for a hang; a stream's pause is."""
 
     async def late(_: web.Request) -> web.Response:
         await asyncio.sleep(IMPATIENT.read_timeout + 0.3)
@@ -337,7 +337,7 @@ def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("looks_at_once")
 async def test_certificates_are_renewed_while_we_run(tmp_path: Path, authority: trustme.CA) -> None:
-    """A new authority and a new certificate of ours count for the next connection, without a restart."""
+    """A new authority and a new client certificate count for the next connection, without a restart."""
     shown: list[str] = []
     server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     server.verify_mode = ssl.CERT_REQUIRED

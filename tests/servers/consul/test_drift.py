@@ -1,4 +1,4 @@
-"""Noticing foreign changes: what counts as whose, told by a server that says what it is told."""
+"""Noticing foreign changes: which changes count as our own, at a server that answers as the test says."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ class Indexes:
         return web.Response(status=self.status, headers={"X-Consul-Index": str(self.index)}, text="x")
 
     def change(self, index: int, *, here: bool) -> None:
-        """Let somebody change the node, or another."""
+        """Change the node, or another, as a foreign writer."""
         self.index = index
         if here:
             self.changed.set()
@@ -91,7 +91,7 @@ def elsewhere(index: int) -> Step:
 
 
 def wrote(index: int) -> Step:
-    """Note a write of ours, 0 for one whose index is unknown."""
+    """Note one of our writes, 0 for one whose index is unknown."""
 
     async def step(story: Story) -> None:
         story.watch.wrote(index)
@@ -132,12 +132,12 @@ async def begin(story: Story) -> None:
 
 
 async def write_begins(story: Story) -> None:
-    """Begin a write of ours."""
+    """Begin one of our writes."""
     story.writing.enter_context(story.watch.writing())
 
 
 async def write_ends(story: Story) -> None:
-    """End a write of ours."""
+    """End one of our writes."""
     story.writing.close()
 
 
@@ -283,7 +283,7 @@ async def test_before_the_first_full_read_nothing_is_known() -> None:
 
 
 async def test_writes_without_a_pause_hide_for_no_longer() -> None:
-    """Where each look meets a write of ours, nothing can be told, which has to end in a full read too."""
+    """Where each look meets one of our writes, nothing can be concluded, so a full read must follow."""
     indexes = Indexes()
     async with serving(indexes.answer) as url, client_of(url) as client:
         watch, clock = await started(client, indexes)

@@ -40,7 +40,7 @@ def _read_until_reset(listening: socket.socket) -> int:
 
 
 async def test_write_that_is_broken_off_is_not_sent_on() -> None:
-    """What Consul's side did not take before the deadline never arrives, though the way is free again."""
+    """Bytes that Consul's side did not take before the deadline never arrive, even when the network is free again."""
     with _deaf_server() as (url, listening):
         ends = time.monotonic() + 0.3
         fence = Fence(lambda: ends - time.monotonic(), 60)
@@ -52,7 +52,7 @@ async def test_write_that_is_broken_off_is_not_sent_on() -> None:
 
 
 async def test_write_of_a_process_that_is_stopped_is_not_sent_on() -> None:
-    """Nobody is awake to break it off; the system gives it up by itself when its time is over."""
+    """The process is asleep and cannot break it off; the system gives it up when its time is over."""
     with _deaf_server() as (url, listening):
         async with ConsulClient(
             ConsulAccess(ConsulAddress(url)), QUICK, fence=Fence(lambda: 60, 1)

@@ -100,7 +100,7 @@ def test_outage_shows_and_closes_the_gate(access: RequestKind, error: ConsulErro
 @pytest.mark.parametrize("access", list(RequestKind))
 @pytest.mark.parametrize("error", [*REFUSALS, ConsulFenced("not leading")], ids=repr)
 def test_refusal_or_our_fence_is_no_outage(access: RequestKind, error: ConsulError) -> None:
-    """What concerns one request, or our own lead, changes nothing."""
+    """An answer about one request, or about our own lead, changes nothing."""
     world = World()
     world.succeed(READ)
     world.fail(access, error)
@@ -161,7 +161,7 @@ def test_gate_closes_for_longer_each_time() -> None:
 
 
 def test_requests_that_heed_no_gate_do_not_keep_it_closed() -> None:
-    """A loop that tries again on its own, while the gate is closed, starves nobody who waits for it."""
+    """A loop that tries again on its own, while the gate is closed, starves no task that waits for it."""
     world = World()
     world.fail(READ, OUTAGES[0])
     opens_at = world.health.open_at

@@ -51,7 +51,7 @@ def put(file: Path, content: str | None) -> None:
 class FakeConsul:
     """A Consul that gives tokens `token-1`, `token-2` and so on, and answers everything else to those it knows.
 
-    `life` is that of its tokens in seconds, 0 for ever. `refusals` are answers to the next logins. While `gate`
+    `life` is that of its tokens in seconds, 0 without end. `refusals` are answers to the next logins. While `gate`
     is not set, logins and logouts hang, and without `is_quiet` so do blocking queries.
     """
 

@@ -80,7 +80,7 @@ def test_key_that_is_not_renamed_now_is_no_key_of_ours() -> None:
 
 
 def test_original_programs_service_is_known() -> None:
-    """What the original wrote has our own names, whatever they are renamed to."""
+    """The original's services have our own key names, whatever these are renamed to."""
     legacy = make_service("pod--shop--a", {"cluster": "lab", "namespace": "shop", "shard_path": "s2"})
     read = RENAMED.decode(legacy)
     assert LAB.claim(read, "") is Claim.LEGACY
@@ -109,7 +109,7 @@ def test_original_programs_service_is_known() -> None:
     ],
 )
 def test_wrong_renamings(entries: list[str], problem: str) -> None:
-    """What cannot be told apart, or Consul does not take, is refused in words."""
+    """Keys that collide, or that Consul does not accept, are refused with a reason."""
     with pytest.raises(ValueError, match=re.escape(problem)):
         parse_meta_keys(entries)
 

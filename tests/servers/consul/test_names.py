@@ -57,7 +57,7 @@ def _instance(service_id: str, **meta: str) -> dict[str, object]:
 async def test_name_is_taken_by_an_instance_that_no_registrar_wrote(
     make: Make, instances: list[dict[str, object]], is_taken: bool
 ) -> None:
-    """Consul leaves out those with our mark; the original program's have none and are told by their meta."""
+    """Consul leaves out those with our mark; the original program's have none and are recognised by their meta."""
     seen: list[web.Request] = []
     async with serving(_showing(*instances, seen=seen)) as url, client_of(url) as client:
         assert await make(client).is_name_taken("a/b c") is is_taken

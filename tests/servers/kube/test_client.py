@@ -155,7 +155,7 @@ async def test_namespace_and_a_server_prefix_are_part_of_the_path() -> None:
 
 
 async def test_page_that_repeats_ends_the_list() -> None:
-    """A server that names the same next page again would be asked for ever."""
+    """A server that names the same next page again would be asked forever."""
     error = await failure(answering(200, recorded("k8s-pods-list-page1").body))
     assert isinstance(error, ClusterRefused)
     assert "repeats" in str(error)
@@ -264,7 +264,7 @@ async def test_wait_may_stand_in_the_body() -> None:
 
 
 async def test_version_from_the_future_is_ahead() -> None:
-    """The recorded 504 is told apart from a busy server."""
+    """The recorded 504 is distinguished from a busy server."""
     error = await failure(answering(504, recorded("k8s-pods-list-future").body))
     assert isinstance(error, ClusterAhead)
 
@@ -376,7 +376,7 @@ async def unreachable(port: int, timing: Timing = TIMING, **options: Any) -> str
 
 
 async def test_refused_connection_and_an_unknown_name_are_unreachable() -> None:
-    """Nobody listens, or nobody has the name."""
+    """Nothing listens at the address, or the name does not exist."""
     (port,) = reserve_ports(1)
     assert f"no connection to http://127.0.0.1:{port}: " in await unreachable(port)
     with pytest.raises(ClusterUnreachable, match=r"no connection to http://no-such-host\.invalid"):
@@ -436,7 +436,7 @@ async def test_cut_that_keeps_the_framing_is_no_list_either() -> None:
 
 
 async def test_answer_that_is_not_http_is_refused() -> None:
-    """Another protocol on the port is told as such."""
+    """Another protocol on the port is named as such."""
 
     async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"220 mail.example ESMTP\r\n\r\n")
@@ -867,7 +867,7 @@ async def test_head_without_end_is_a_cluster_error(piece: bytes) -> None:
 
 
 async def test_uid_of_a_namespace() -> None:
-    """Known, hidden, absent, garbage and broken are told apart."""
+    """Known, hidden, absent, garbage and broken are distinguished."""
     answers: dict[str, Handler] = {
         "kube-system": answering(200, b'{"kind":"Namespace","metadata":{"uid":"u-1"}}'),
         "hidden": answering(403, b"{}"),

@@ -104,7 +104,7 @@ async def sending(access: Access, limits: EventLimits | None = None) -> AsyncIte
 
 @asynccontextmanager
 async def answering(*answers: tuple[int, Any]) -> AsyncIterator[tuple[Access, list[str]]]:
-    """Serve these answers in turn, the last one for ever; yields the access and the requests."""
+    """Serve these answers in turn, the last one forever; yields the access and the requests."""
     requests: list[str] = []
 
     async def answer(request: web.Request) -> web.Response:
@@ -228,7 +228,7 @@ async def test_event_is_tried_again_after_a_failure_of_the_moment(answer: tuple[
 
 
 async def test_event_that_always_fails_is_given_up_and_told_later() -> None:
-    """A few attempts and no more: others get their turn, and what stands is told by a later try."""
+    """A few attempts and no more: others get their turn, and what still holds is reported by a later try."""
     async with answering((500, {})) as (access, requests), sending(access) as sender:
         sender.add(event())
         await sender.until(failed=1)
@@ -248,7 +248,7 @@ async def test_retry_after_is_heeded() -> None:
 
 
 async def test_sender_that_lost_the_lead_writes_nothing() -> None:
-    """What was taken from the queue already is left to the new leader."""
+    """Events already taken from the queue are left to the new leader."""
     async with answering((201, {})) as (access, requests), sending(access) as sender:
         sender.leads = False
         sender.add(event())

@@ -205,7 +205,7 @@ async def test_certificate_makes_a_context_of_its_own(tmp_path: Path) -> None:
     ],
 )
 async def test_failing_program_is_an_error_without_its_output(tmp_path: Path, code: str, text: str) -> None:
-    """What it said on stderr is shown; what it printed, which may be the secret, is not."""
+    """Its stderr is shown; its stdout, which may be the secret, is not."""
     with pytest.raises(AccessError) as caught:
         await ExecCredentials(plugin(script(tmp_path, code))).identity()
     assert text in str(caught.value)

@@ -110,7 +110,7 @@ async def test_update_is_what_the_recorded_one_was() -> None:
 
 @pytest.mark.parametrize("verb", ["create", "update"])
 async def test_recorded_conflict_is_told_apart(verb: str) -> None:
-    """Both 409s mean that somebody else was first, and so does an update of a Lease that is gone."""
+    """Both 409s mean that another client was first, and so does an update of a Lease that is gone."""
     async with answering(f"k8s-lease-{verb}-409") as (client, _):
         with pytest.raises(
             ClusterConflict, match=f"cannot {verb} leases.coordination.k8s.io in namespace shop"
@@ -199,7 +199,7 @@ def test_names_are_readable_where_they_can_be() -> None:
 
 
 def test_two_registrars_never_share_a_lease_by_accident() -> None:
-    """What would read alike gets a digest; every name is one that Kubernetes takes."""
+    """Names that would read alike get a digest; every name is one that Kubernetes takes."""
     pairs = [
         ("a.b", ""), ("a", "b"), ("a-b", ""), ("A", "b"), ("a", "B"), ("a_b", ""), ("A.B", ""), ("-", ""),
         ("_", ""), ("a-", "b"), ("a", "-b"), ("x" * 50, "Y" * 50), ("", ""), ("", "a"), ("a", ""),

@@ -306,7 +306,7 @@ async def test_bookmarks_keep_a_quiet_watch_alive() -> None:
 async def test_refused_watch_fails_its_source_by_name_and_is_tried_again(
     answer: ApiAnswer, cause: str, words: str
 ) -> None:
-    """What is known stays; the version stays good."""
+    """The known objects stay; the version stays good."""
     api = ScriptedApi(pods=[pod_object("a")])
     api.watches.extend([answer] * (4 if cause == "unauthorized" else 2))
     async with following(api) as followed:
@@ -566,7 +566,7 @@ async def test_bookmark_ends_catching_up_and_an_older_one_does_not() -> None:
 
 
 async def test_ended_watch_proves_no_absence_while_the_server_is_asked() -> None:
-    """An answer that hangs leaves the source behind, and nobody asked for a list."""
+    """An answer that hangs leaves the source behind, and no one asked for a list."""
     release = asyncio.Event()
 
     async def end(stream: Stream) -> None:

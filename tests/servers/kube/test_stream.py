@@ -82,7 +82,7 @@ def _told(event: WatchEvent) -> object:
 
 
 async def test_compressed_watch_is_read_as_it_comes() -> None:
-    """What was flushed is decoded at once, not when the stream ends."""
+    """Flushed bytes are decoded at once, not when the stream ends."""
     decoded = asyncio.Event()
 
     async def handle(request: web.Request) -> web.StreamResponse:
@@ -149,7 +149,7 @@ async def test_watch_ends_by_its_server_or_breaks() -> None:
 
 
 async def test_silence_ends_a_watch_and_blank_lines_are_silence() -> None:
-    """Only events and bookmarks count; each begins the wait anew."""
+    """Only events and bookmarks count; each begins the wait again."""
     loop = asyncio.get_running_loop()
 
     async def blank(stream: Stream) -> None:
@@ -206,7 +206,7 @@ async def test_page_is_given_while_the_next_is_on_its_way() -> None:
 
 @pytest.mark.parametrize("is_failing", [False, True])
 async def test_list_given_up_leaves_no_request_behind(is_failing: bool) -> None:
-    """Nor a failure that nobody hears of."""
+    """Nor a failure that is never reported."""
     given_up = asyncio.Event()
 
     async def handle(request: web.Request) -> web.Response:

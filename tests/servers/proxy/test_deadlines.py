@@ -48,7 +48,7 @@ async def test_deadline_of_an_ended_scrape_is_forgotten() -> None:
 
 
 async def test_later_one_is_told_after_a_pause() -> None:
-    """Looks at the clock again where somebody comes after all had gone."""
+    """Looks at the clock again for a newcomer after all had gone."""
     deadlines = Deadlines(asyncio.get_running_loop())
     first = Bounded(deadlines, SHORT)
     deadlines.stop(first, SHORT)

@@ -1,4 +1,4 @@
-"""Peers that repeat without end: interim answers, TLS records without data, answers nobody reads."""
+"""Peers that repeat without end: interim answers, TLS records without data, answers that are never read."""
 
 import asyncio
 import contextlib
@@ -85,7 +85,7 @@ async def test_interim_answers_are_bounded(before: bytes, status: int, piece: in
 
 
 async def test_endless_interim_answers_end_the_scrape_and_stall_no_other() -> None:
-    """Gives up on a kubelet that sends interim answers for ever, and scrapes of another go on beside it."""
+    """Gives up on a kubelet that sends interim answers forever, and scrapes of another go on beside it."""
     evil, good = Kubelet(flood, host=EVIL_HOST, names=(EVIL_HOST,)), Kubelet()
     async with (
         evil.serving(),
@@ -158,7 +158,7 @@ def key_updating_kubelet(folder: Path, *, body_first: bool) -> Iterator[tuple[No
 
 @pytest.mark.parametrize("body_first", [True, False])
 async def test_key_updates_of_a_kubelet_end_its_connection(tmp_path: Path, body_first: bool) -> None:
-    """Closes a connection, idle or amid an answer, on which a kubelet sends KeyUpdates for ever."""
+    """Closes a connection, idle or amid an answer, on which a kubelet sends KeyUpdates forever."""
     with key_updating_kubelet(tmp_path, body_first=body_first) as (evil, sent):
         good = Kubelet()
         async with good.serving(), proxying(good.node(), evil) as proxy:
@@ -177,7 +177,7 @@ async def test_key_updates_of_a_kubelet_end_its_connection(tmp_path: Path, body_
 
 
 async def test_key_updates_of_a_client_end_its_connection(tmp_path: Path) -> None:
-    """Closes the connection of an anonymous client that sends KeyUpdates for ever and reads nothing."""
+    """Closes the connection of an anonymous client that sends KeyUpdates forever and reads nothing."""
     files = Files(tmp_path, trustme.CA())
     kubelet = Kubelet()
     async with kubelet.serving(), proxying(kubelet.node(), tls=files.tls()) as proxy:

@@ -119,7 +119,7 @@ async def test_pod_that_goes_is_gone_at_once() -> None:
 
 
 async def test_another_uid_closes_the_connection() -> None:
-    """A Pod made anew under its name and address is never asked over the connection to the old one."""
+    """A Pod created again under its name and address is never asked over the connection to the old one."""
     pod = PodServer()
     async with pod.serving():
         pods = known(pod.pod())
@@ -144,7 +144,7 @@ async def test_change_of_no_concern_keeps_the_connection() -> None:
 
 
 async def test_scrape_under_way_of_a_pod_that_goes() -> None:
-    """What has begun ends, and its connection is not kept."""
+    """A scrape that has begun ends, and its connection is not kept."""
     release = asyncio.Event()
 
     async def wait(

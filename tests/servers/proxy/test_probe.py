@@ -24,7 +24,7 @@ STRANGER = b"HTTP/1.1 404 Not Found\r\nContent-Length: 9\r\n\r\nnot found"
 
 @contextlib.asynccontextmanager
 async def stranger() -> AsyncIterator[int]:
-    """Serve something that is no proxy of ours."""
+    """Serve something other than our proxy."""
     async with Kubelet(always(STRANGER), is_secure=False).serving() as server:
         yield server.port
 

@@ -81,7 +81,7 @@ async def test_bodies_of_any_size(tmp_path: Path, size: int) -> None:
 
 
 async def test_slow_caller_holds_the_kubelet_back(tmp_path: Path) -> None:
-    """What the socket does not take is kept and the kubelet read no further, and in the end all of it arrives."""
+    """Bytes that the socket does not take are kept, the kubelet is read no further, and in the end all arrive."""
     body = os.urandom(1_000_000) * 30  # more than the sockets of loopback hold
     kubelet = Kubelet(always(answer(body)))
     async with secured(Files(tmp_path, AUTHORITY), kubelet) as proxy:
@@ -312,7 +312,7 @@ async def load(*scrapes: Scrape) -> AsyncIterator[list[int]]:
 
 
 async def more(done: list[int], count: int = 5) -> None:
-    """Wait until each way was gone so many times more."""
+    """Wait until each way was gone this many times more."""
     wanted = [was + count for was in done]
     await until(lambda: all(now >= want for now, want in zip(done, wanted, strict=True)))
 
@@ -389,7 +389,7 @@ async def test_tokens_are_replaced_under_load(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken", ["certificate", "key", "client_ca"])
 async def test_files_caught_half_way(tmp_path: Path, broken: str) -> None:
-    """What was read last is served until the files fit together again."""
+    """The pair that was read last is served until the files fit together again."""
     kubelet = Kubelet()
     files = Files(tmp_path, AUTHORITY, CLIENTS)
     async with secured(files, kubelet) as proxy:
@@ -422,7 +422,7 @@ def test_files_that_cannot_be_used_at_the_start(tmp_path: Path) -> None:
 
 
 async def test_bytes_that_are_no_handshake_end_the_connection(tmp_path: Path) -> None:
-    """Plain HTTP is told so in plain, other bytes end the connection, and nothing reaches the kubelet."""
+    """Plain HTTP gets an answer in plain text, other bytes end the connection, and nothing reaches the kubelet."""
     kubelet = Kubelet()
     timing = ProxyTiming(tick=0.02, request_head=0.3, linger=0.1)
     async with secured(Files(tmp_path, AUTHORITY), kubelet, timing) as proxy:

@@ -97,7 +97,7 @@ async def test_authorized_scrapes_beside_too_many_anonymous_connections(
 
 
 async def test_on_an_open_port_a_connection_that_scraped_outlasts_others() -> None:
-    """Lets connections that never had a 200 give way first where nobody has credentials."""
+    """Lets connections that never had a 200 give way first where no client has credentials."""
     async with Kubelet().serving() as kubelet, proxying(kubelet.node(), max_clients=10) as proxy:
         kept = await proxy.connect()
         assert (await ask(kept, cadvisor(kubelet))).status == 200
@@ -234,7 +234,7 @@ async def test_an_answer_that_is_not_read_gives_way_once_its_scrape_is_done() ->
 
 
 async def test_a_client_that_reads_nothing_is_aborted() -> None:
-    """Gives the place of a scrape back once its client has read nothing for some seconds, though nobody waits."""
+    """Gives the place of a scrape back once its client has read nothing for some seconds, though none waits for it."""
     timing = ProxyTiming(tick=0.05, unread=0.5)
     async with Kubelet(big).serving() as kubelet, proxying(kubelet.node(), timing=timing) as proxy:
         await never_reading(proxy, kubelet)

@@ -254,7 +254,7 @@ async def test_id_that_another_took_is_not_removed_with_its_pod(checks_versions:
 
 @on_both
 async def test_service_edited_before_its_pod_changes_is_still_updated(checks_versions: bool) -> None:
-    """What a hand edited without notice is looked up, and written over, by the next change."""
+    """A service that was edited by hand unnoticed is looked up, and written over, by the next change."""
     lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("a")

@@ -39,7 +39,7 @@ async def test_nothing_is_written_before_consul_was_read(checks_versions: bool) 
 
 @on_both
 async def test_pods_are_registered_while_the_first_list_still_arrives(checks_versions: bool) -> None:
-    """What is new is written at once; nothing is removed before the list is complete."""
+    """New targets are written at once; nothing is removed before the list is complete."""
     lab = ControllerLab(checks_versions=checks_versions)
     lab.consul.put_by_hand(our_pod_service("old"))
     lab.consul.put_by_hand(our_pod_service("kept"))
@@ -128,7 +128,7 @@ async def test_pod_that_vanishes_while_it_is_written_goes(checks_versions: bool)
 
 @on_both
 async def test_consul_that_fails_in_the_middle_of_a_first_sync_loses_nothing(checks_versions: bool) -> None:
-    """What was not written is written later; what may have been is looked up."""
+    """Services that were not written are written later; those that may have been are looked up."""
     lab = ControllerLab(checks_versions=checks_versions)
     lab.consul.failing_writes = 3
     async with lab.running():
@@ -183,7 +183,7 @@ async def test_removals_of_a_start_follow_its_registrations(checks_versions: boo
 
 @on_both
 async def test_end_of_the_first_list_is_judged_without_another_read(checks_versions: bool) -> None:
-    """What the list lacks goes or is held, however late it is; Consul is not read a second time for that."""
+    """Services whose objects the list lacks go or are held, however late it is; Consul is not read a second time for that."""
     lab = ControllerLab(checks_versions=checks_versions)
     for name in NAMES:
         lab.consul.put_by_hand(our_pod_service(name), is_noticed=False)

@@ -43,7 +43,7 @@ async def test_standby_writes_nothing_and_takes_over(checks_versions: bool) -> N
 
 @on_both
 async def test_leader_that_lost_compares_everything_when_it_wins_again(checks_versions: bool) -> None:
-    """What another replica wrote meanwhile is compared, not overwritten from memory."""
+    """Services that another replica wrote meanwhile are compared, not overwritten from memory."""
     vote = Vote(is_leader=True)
     lab = ControllerLab(checks_versions=checks_versions, leadership=vote)
     async with lab.running():
@@ -66,7 +66,7 @@ async def test_leader_that_lost_compares_everything_when_it_wins_again(checks_ve
 async def test_leader_that_wins_again_writes_nothing_before_everything_was_read(
     checks_versions: bool,
 ) -> None:
-    """What it knew is of another time, so even a fresh event waits for the read."""
+    """Its knowledge is outdated, so even a fresh event waits for the read."""
     vote = Vote(is_leader=True)
     lab = ControllerLab(checks_versions=checks_versions, leadership=vote)
     async with lab.running():
@@ -105,7 +105,7 @@ async def test_leading_again_waits_for_no_budget(checks_versions: bool) -> None:
 
 @on_both
 async def test_removals_seen_while_standing_by_are_made_by_the_next_leader(checks_versions: bool) -> None:
-    """What a synced source saw go is a fact for the leader that it makes."""
+    """A departure that a synced source saw is a fact for the new leader."""
     vote = Vote(is_leader=False)
     lab = ControllerLab(checks_versions=checks_versions, leadership=vote)
     for name in "abcdef":
@@ -202,7 +202,7 @@ async def test_churn_while_standing_by_leaves_nothing_behind() -> None:
 
 
 async def test_departures_on_a_standby_end_by_its_next_read() -> None:
-    """What the leader wrote and removed meanwhile is seen gone, so that nothing piles up."""
+    """A standby sees what the leader wrote and removed, so that nothing piles up."""
     lab = ControllerLab(leadership=Vote(is_leader=False))
     names = [f"p{number}" for number in range(200)]
     for name in names:

@@ -188,7 +188,7 @@ async def test_held_mass_of_many_goes_by_a_list_after_its_wait(checks_versions: 
 
 @on_both
 async def test_source_with_a_nameless_object_removes_nothing_it_infers(checks_versions: bool) -> None:
-    """What the list lacks may be the nameless one; departures seen in events go once a list is whole."""
+    """An object that the list lacks may be the nameless one; departures seen in events go once a list is whole."""
     lab = ControllerLab(checks_versions=checks_versions, brake=STRICT)
     async with lab.running():
         await lab.synced(*"abcdef")

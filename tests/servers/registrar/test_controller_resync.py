@@ -28,7 +28,7 @@ class AnyShard:
 
 @on_both
 async def test_drift_is_repaired(checks_versions: bool) -> None:
-    """What a hand deletes or edits in Consul comes back once the registry reports drift."""
+    """Services deleted or edited by hand in Consul come back once the registry reports drift."""
     lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("a", "b")
@@ -167,7 +167,7 @@ async def test_failing_source_with_changing_texts_causes_no_resync(
 @on_both
 @pytest.mark.parametrize("read_first", [0, 4])
 async def test_changes_do_not_wait_for_a_resync(checks_versions: bool, read_first: int) -> None:
-    """What changes while Consul is read is written meanwhile, and what was read before undoes nothing."""
+    """Changes during a read of Consul are written meanwhile, and older records of that read undo nothing."""
     lab = ControllerLab(checks_versions=checks_versions)
     async with lab.running():
         await lab.synced("moved", "gone", "back", "edited", "same")

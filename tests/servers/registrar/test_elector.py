@@ -28,7 +28,7 @@ async def polls(tmp_path: Path) -> AsyncIterator[Polls]:
 
 
 async def test_of_two_one_leads(polls: Polls) -> None:
-    """The first to write the record leads and goes on leading; the other knows whom it stands by for."""
+    """The first to write the record leads and goes on leading; the other knows which replica leads."""
     async with polls.leader("a") as a, polls.replica("b") as b:
         for _ in range(30):
             await asyncio.sleep(0.1)
@@ -161,7 +161,7 @@ async def test_end_without_an_api_server_is_bounded(polls: Polls) -> None:
 
 
 async def test_deleted_lease_is_created_again(polls: Polls) -> None:
-    """Somebody's `kubectl delete` costs at most a moment, and one leads afterwards."""
+    """A `kubectl delete` of the Lease costs at most a moment, and one leads afterwards."""
     async with polls.leader("a") as a, polls.replica("b") as b:
         await b.sees("a")
         await polls.cluster.request("DELETE", polls.path)

@@ -61,7 +61,7 @@ class Lab:
         assert written.done == len(names)
 
     async def look_for(self, seconds: float) -> int:
-        """Make every look that is due within so many seconds from now; return how many there were."""
+        """Make every look that is due within this many seconds from now; return how many there were."""
         end, looks = self.clock() + seconds, 0
         while (due := self.collector.look_due) <= end:
             self.clock.skip(max(0.0, due - self.clock()))
@@ -141,7 +141,7 @@ async def test_agent_with_rights_leaves_nothing(release: ConsulRelease) -> None:
 
 
 async def test_service_that_came_back_between_the_looks_stays() -> None:
-    """Whether it is desired, or the agent holds it, or only its record changed."""
+    """It stays if it is desired, if the agent holds it, or if its record changed."""
     async with running() as lab:
         services = [our_pod_service(name, cluster_uid=UID) for name in "abc"]
         for name in "abc":
@@ -203,7 +203,7 @@ class RacingAgent:
 
 
 async def test_object_that_comes_back_while_others_are_asked_for_keeps_its_service() -> None:
-    """What is desired by the time of the removal stays."""
+    """A service that is desired by the time of the removal stays."""
     async with running() as lab:
         ghost = our_pod_service("late", cluster_uid=UID)
         agent = RacingAgent(replace(ghost, index=7))

@@ -209,7 +209,7 @@ def test_unusable_file_is_named_by_its_setting(tmp_path: Path, ca: Path) -> None
 
 
 async def test_token_that_cannot_be_had(tmp_path: Path) -> None:
-    """Without any the scrape is told so; one that was had stays; the log says it once."""
+    """Without any credential the scrape fails with that reason; one that was loaded stays; the log says it once."""
     file = tmp_path / "token"
     plugin = {"apiVersion": "client.authentication.k8s.io/v1", "command": str(tmp_path / "plugin")}
     identity = KubeletIdentity(PLAIN, access_of(tmp_path, {"exec": {**plugin, "interactiveMode": "Never"}}))

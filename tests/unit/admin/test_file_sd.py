@@ -94,7 +94,7 @@ async def test_file_follows_the_targets_and_is_readable_by_others(tmp_path: Path
 
 
 async def test_file_stays_while_a_source_was_never_listed(tmp_path: Path) -> None:
-    """What an earlier process wrote is left byte for byte, at the end too."""
+    """The file of an earlier process is left byte for byte, at the end too."""
     seen, path = Seen(sources=(NODES, PODS)), tmp_path / "targets.json"
     path.write_bytes(b"[\n{}]\n")
     file = writer(seen, path, before=groups("abc"))
@@ -162,7 +162,7 @@ async def test_few_targets_that_are_gone_and_a_brake_that_is_off_are_believed(tm
 
 
 async def test_targets_that_the_brake_keeps_stay_in_the_file(tmp_path: Path) -> None:
-    """What Consul still holds is in the file: it never says less than Consul does."""
+    """Services that Consul still holds are in the file: it never has less than Consul."""
     seen, path = Seen(), tmp_path / "targets.json"
     pods = [make_pod(name, ip=f"198.51.100.{ord(name)}") for name in "abcd"]
     async with seen.lab.running():
@@ -276,7 +276,7 @@ async def test_file_system_that_hangs_is_said_and_occupies_one_thread(
     [b"", b"garbage", b"[]\n", b"[1,2]", b"\xff\xfe", b'[{"targets":["a:1"],"labels":{}}]', b"[" * 5000],
 )
 def test_file_of_something_else_keeps_nothing(tmp_path: Path, content: bytes) -> None:
-    """What no registrar wrote is replaced as an empty file is."""
+    """A file that no registrar wrote is replaced as an empty file is."""
     path = tmp_path / "targets.json"
     path.write_bytes(content)
     assert groups_before(path) == {}

@@ -35,7 +35,7 @@ def encoded(
 
 
 def documents(targets: Iterable[TargetRow]) -> list[bytes]:
-    """Return what a collector is told of each target."""
+    """Return the group that a collector gets for each target."""
     groups = []
     for target in targets:
         text = bytearray()
@@ -136,7 +136,7 @@ def test_hostile_content_is_refused(content: bytes) -> None:
 
 
 def test_saved_targets_age_while_they_are_served() -> None:
-    """A state that is good at the start is not good for ever."""
+    """A state that is good at the start is not good forever."""
     saved = SavedState(NOW, "uid-1", is_settled=True, count=0, packed=b"")
     assert saved.obstacle(NOW + 10) == ""
     assert saved.obstacle(NOW + MAX_AGE + 1)

@@ -147,7 +147,7 @@ def test_pod_behind_the_proxy_has_its_nodes_address_and_the_operators_prefix() -
 
 @pytest.mark.parametrize("names", LabelNames)
 def test_only_labels_of_the_list_are_set_by_annotations(names: LabelNames) -> None:
-    """What Consul holds beyond the list, by an earlier list or another's hand, is meta and no label."""
+    """Meta in Consul beyond the list, of an earlier list or another writer, is no label."""
     meta = {"target___sample_limit__": "500", "target___address__": "198.51.100.66:80"}
     labels = labels_of(
         pod_target("web-1", meta=meta), GroupEncoder(target_labels=frozenset({"__sample_limit__"})), names

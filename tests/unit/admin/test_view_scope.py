@@ -1,4 +1,4 @@
-"""What the registrar's view says of sources that were not listed, and of services that are kept."""
+"""The registrar's view of sources that were not listed, and of services that are kept."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""How findings are shown: aligned, wrapped and coloured on a terminal, whole and plain elsewhere."""
+"""The output of findings: aligned, wrapped and coloured on a terminal, whole and plain elsewhere."""
 
 import json
 

@@ -41,7 +41,7 @@ def bash_completions(*words: str) -> list[str]:
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not on PATH")
 class TestBash:
-    """What bash offers."""
+    """The words that bash offers."""
 
     def test_commands(self) -> None:
         """The first word is a command, completed from what is typed."""

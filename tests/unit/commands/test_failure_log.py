@@ -31,7 +31,7 @@ def logged(log: FailureLog, *failures: Failure) -> list[tuple[str, str]]:
 
 
 def test_one_cause_of_all_kubelets_is_one_line_with_its_remedy() -> None:
-    """What each certificate names differs, the cause does not; a line is not repeated while it lasts."""
+    """Certificates name different addresses, the cause is the same; a line is not repeated while it lasts."""
     log = FailureLog()
     everyone = [failure(number, SELF_SIGNED) for number in range(200)]
     assert logged(log, *everyone) == [("node-0 at 192.0.2.0:10250", SELF_SIGNED)]

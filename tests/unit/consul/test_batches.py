@@ -46,13 +46,13 @@ class Failing:
             await asyncio.Event().wait()
         finally:
             self.are_ending.set()
-            # A connection that closes takes its time as well, whoever cancels meanwhile.
+            # A connection that closes takes its time as well, even if the task is cancelled meanwhile.
             with contextlib.suppress(asyncio.CancelledError):
                 await self.may_end.wait()
 
 
 async def test_first_fault_ends_it() -> None:
-    """What is under way is broken off, the rest not begun, and the task is none that somebody cancelled."""
+    """Batches under way are broken off, the rest not begun, and the task does not count as cancelled."""
     work = Failing()
     work.may_end.set()
     with pytest.raises(ConsulUnreachable):
@@ -64,7 +64,7 @@ async def test_first_fault_ends_it() -> None:
 
 
 async def test_fault_does_not_hide_a_cancellation() -> None:
-    """Who is told to end while a fault is being dealt with ends, and does not try again for ever."""
+    """A task that is cancelled while it handles a fault ends, and does not try again forever."""
     work = Failing()
     task = asyncio.create_task(for_each(range(20), work, 4))
     await work.are_ending.wait()

@@ -41,7 +41,7 @@ def test_catalogs_index_is_kept_apart_from_equality() -> None:
 
 @pytest.mark.parametrize("raw", [b'{"Port":"x"}', b"[]", b'{"Meta":{"a":1}}', b'{"Service":"\xff"}'])
 def test_unreadable_record_still_holds_its_id(raw: bytes) -> None:
-    """What cannot be read is no service of ours, but its ID is taken."""
+    """A record that cannot be read is not ours, but its ID is taken."""
     assert decode_service("x", raw) == Service("x", "", "", 0)
 
 
@@ -58,7 +58,7 @@ def test_empty_agent() -> None:
 
 
 def test_registration_round_trip() -> None:
-    """What is written is what a later read compares equal to."""
+    """A later read of a written service compares equal."""
     service = our_pod_service("a", shard_path="s1")
     written = msgspec.json.decode(encode_registration(service))
     assert written["Meta"] == dict(service.meta)

@@ -83,7 +83,7 @@ def test_list_cut_short_is_an_error(size: int) -> None:
     "body", [b"", b"[]", b"<html>", b'{"Services":{}}', b'{"Services":[1]}', b'{"Services":null,"x":1}']
 )
 def test_something_else_is_an_error(body: bytes) -> None:
-    """What Consul would not send is no empty list."""
+    """An answer that Consul would not send is no empty list."""
     with pytest.raises(ConsulRefused):
         cut(body, 10, Records(NODE_SERVICES, b"}"))
 
@@ -170,6 +170,6 @@ def test_deep_nesting_is_an_error(brackets: str, depth: int) -> None:
 
 @pytest.mark.parametrize("start", [b"[", b'[{"a":"', b"[{}", b"[{},", b"null", b"[1"])
 def test_record_without_end_is_given_up(start: bytes) -> None:
-    """What is gathered of one record, or after the list, has a bound."""
+    """The bytes gathered of one record, or after the list, have a bound."""
     with pytest.raises(ConsulRefused):
         cut(start + b" " * (LONGEST_RECORD + 65536), 65536, Records(ARRAY))

@@ -109,7 +109,7 @@ def test_refusal_tells_how_many_operations_consul_takes(problem: str, allowed: i
 
 
 def test_recorded_answers() -> None:
-    """What a real Consul answered is read for its indexes, or for what fails."""
+    """A real Consul's answer is read for its indexes, or for the operations that failed."""
     indexes, errors = decode_written(answer("consul-txn-set"))
     assert (indexes, errors) == ({"pod--shop--cart-7d9f8c6b5-abcde": 24}, ())
     assert decode_written(answer("consul-txn-delete")) == ({}, ())
@@ -123,7 +123,7 @@ def test_recorded_answers() -> None:
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"true", b'{"Results":[{"Service":{"ID":1}}]}', b"\xff"])
 def test_another_answer_is_refused(body: bytes) -> None:
-    """What is no transaction's answer is neither a success nor a list of errors."""
+    """An answer of no transaction is neither a success nor a list of errors."""
     with pytest.raises(ConsulRefused, match="not what Consul sends"):
         decode_written(body)
 

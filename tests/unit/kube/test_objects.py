@@ -279,7 +279,7 @@ def test_bad_utf8_in_one_item_does_not_end_the_page() -> None:
 
 
 def test_huge_annotation_and_control_characters_are_only_text() -> None:
-    """What a Pod's author writes is kept as it is; judging it is not done here."""
+    """Texts of a Pod's author are kept as they are; they are not judged here."""
     notes = {"prometheus.io/path": "/x\n\x00\u202e", "big": "y" * 1_000_000}
     decoded = read(pod(metadata={"name": "cart-1", "namespace": "shop", "annotations": notes}))
     assert decoded.annotations == notes

@@ -91,7 +91,7 @@ def test_store_object_seen_without_a_value_is_a_fact_each_time() -> None:
 
 
 def test_store_absence_is_an_inference_at_the_end_of_a_list() -> None:
-    """What a complete list lacks is gone at its end and not before."""
+    """An object that a complete list lacks is gone at its end and not before."""
     told = Told()
     told.lists(make_pod("a"), make_pod("b"))
     told.taken()
@@ -194,7 +194,7 @@ def test_store_states_follow_listing_failing_resuming_and_catching_up() -> None:
 
 
 def test_store_alternating_error_texts_are_one_failure() -> None:
-    """Each text is told, for people; the failure began with the first."""
+    """Each text is reported, for people; the failure began with the first."""
     told = Told()
     told.store.fail(PODS, "one", "busy")
     told.store.fail(PODS, "two", "busy")

@@ -166,7 +166,7 @@ def running(*scrapes: Scrape) -> list[bool]:
 
 
 def test_stalled_scrape_gives_way_to_one_that_comes_or_waits() -> None:
-    """Keeps a stalled scrape while nobody wants its place; else the longest stalled of the node goes."""
+    """Keeps a stalled scrape while none wants its place; else the longest stalled of the node goes."""
     limits = Limits(Concurrency(per_node=2, overall=8))
     first, second = Scrape(limits).enter(), Scrape(limits).enter()
     limits.stall("a", second, 10.0)
@@ -174,7 +174,7 @@ def test_stalled_scrape_gives_way_to_one_that_comes_or_waits() -> None:
     limits.relieve(100.0)
     assert running(first, second) == [True, True]
     waiting = Scrape(limits).enter(10.0 + STALLED_AFTER / 2)
-    assert running(waiting) == [False]  # nobody is stalled for long enough
+    assert running(waiting) == [False]  # none is stalled for long enough
     limits.relieve(10.0 + STALLED_AFTER)
     assert second.gave_way
     assert running(waiting) == [True]
@@ -186,7 +186,7 @@ def test_stalled_scrape_gives_way_to_one_that_comes_or_waits() -> None:
 
 
 def test_stalled_scrape_of_another_node_gives_way_only_for_a_place_over_all() -> None:
-    """Ends nothing of a node whose places nobody waits for, unless all places are taken."""
+    """Ends nothing of a node whose places no scrape waits for, unless all places are taken."""
     limits = Limits(Concurrency(per_node=1, overall=2))
     other, own = Scrape(limits, "b").enter(), Scrape(limits).enter()
     limits.stall("b", other, 0.0)

@@ -222,7 +222,7 @@ def test_heads_are_remembered_by_their_bytes() -> None:
 
 
 def test_only_sound_heads_are_remembered() -> None:
-    """Judges every head that is none of a 200 anew, and holds a bounded number of the others."""
+    """Judges every head that is none of a 200 again, and holds a bounded number of the others."""
     memory = HeadCache()
     refused = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
     assert memory.read(refused) is not memory.read(refused)

@@ -119,7 +119,7 @@ def test_openssl_is_asked_only_for_whole_records(monkeypatch: pytest.MonkeyPatch
 
 
 def test_data_that_comes_along_with_the_handshake() -> None:
-    """Is not one record late for ever after: what was left inside is read with the next."""
+    """Never stays one record late: the rest of a record is read with the next."""
     pair = Pair(ssl.TLSVersion.TLSv1_3)
     pair.step.advance_handshake(pair.encrypt(b"early"))
     assert pair.decrypt(pair.encrypt(b"next")) == b"earlynext"
@@ -180,7 +180,7 @@ def test_end_of_the_stream() -> None:
     ],
 )
 def test_garbage_is_an_error_at_once(garbage: bytes) -> None:
-    """Leaves it to OpenSSL to refuse what is no record, without waiting for a length that nobody may send."""
+    """Leaves it to OpenSSL to refuse what is no record, without waiting for a length that may never come."""
     pair = Pair()
     with pytest.raises(ssl.SSLError):
         pair.decrypt(garbage)

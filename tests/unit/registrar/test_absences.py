@@ -436,7 +436,7 @@ async def test_absence_of_a_pod_that_comes_back_starts_again() -> None:
 
 
 def test_candidate_names_its_object_and_node() -> None:
-    """Whether the record is known as desired or only read."""
+    """It holds whether the record is known as desired or only read."""
     findings = Findings()
     cluster = MemoryCluster()
     cluster.put_list([make_pod("a")])

@@ -111,7 +111,7 @@ def test_brake_source_that_shows_nothing_waits_longer() -> None:
 
 
 def test_brake_mass_removal_that_grows_worse_never_waits_less() -> None:
-    """What was held for the long wait keeps it when the next read shows a mere mass removal."""
+    """Removals held for the long wait keep it when the next read shows a mere mass removal."""
     empty = pods(gone(100, 100, 0, is_empty=True))
     partly = pods(gone(90, 100, 60), empty.memory)
     assert (partly.released, wait_of(partly)) == (frozenset(), 600)
@@ -176,7 +176,7 @@ def test_brake_kinds_are_judged_apart() -> None:
 
 
 def test_brake_removals_in_small_portions_are_a_mass_removal() -> None:
-    """What was inferred and removed in the last ten minutes counts as absent and as held."""
+    """Inferred removals of the last ten minutes count as absent and as held."""
     first = pods(gone(30, 100, 0), now=0)
     assert len(first.released) == 30
     second = pods(gone(1, 70, 10, first=30), first.memory, now=10)

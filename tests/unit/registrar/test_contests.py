@@ -97,7 +97,7 @@ def test_contest_counts_only_writers_of_this_identity(service: Service) -> None:
     "before", [None, Unknown(), Foreign("x"), seen(CHANGED)], ids=["absent", "unknown", "foreign", "other"]
 )
 def test_contest_needs_a_record_that_this_registrar_wrote(before: Observed) -> None:
-    """What it did not know as desired cannot have been changed under it."""
+    """A record that it did not know as desired cannot have been changed under it."""
     contests = Contests(600)
     assert contests.compare(ID, before, seen(CHANGED), LAB, 0) == seen(CHANGED)
     assert len(contests) == 0
@@ -121,7 +121,7 @@ def test_contest_race_that_was_lost_counts_once_there_is_one() -> None:
 
 
 def test_contests_are_pruned() -> None:
-    """What is over is forgotten, also if it is never asked for again."""
+    """A contest that is over is forgotten, even if the ID is never asked for again."""
     contests = Contests(600)
     change(contests, 0)
     contests.prune(599)

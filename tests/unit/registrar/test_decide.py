@@ -444,7 +444,7 @@ def test_decide_zone_that_is_not_known_is_kept() -> None:
 
 
 def test_decide_zone_that_is_known_is_repaired() -> None:
-    """What a hand wrote or took away, and a zone where the Node has none."""
+    """Meta that was added or removed by hand, and a zone where the Node has none."""
     for wrong in (our_pod_service("a", zone="z9"), HELD):
         assert written(decide(asking(in_zone(POD, "z1")), seen(wrong), RULES)) == ZONED
     assert written(decide(asking(in_zone(POD, "")), seen(ZONED), RULES)) == HELD
@@ -540,7 +540,7 @@ def test_decide_pod_moves_to_the_proxy_only_once_that_serves_pods(*, are_allowed
 
 
 def test_decide_contested_record_is_left_alone_until_it_is_as_desired() -> None:
-    """What another writer of this identity keeps changing is a conflict; its removal is not."""
+    """A record that another writer of this identity keeps changing is a conflict; its removal is not."""
     changed = seen(our_pod_service("a", scheme="https"))
     assert isinstance(decide(asking(POD, is_contested=True), changed, RULES), Conflict)
     assert isinstance(decide(asking(POD, is_contested=True), seen(HELD), RULES), InSync)

@@ -93,7 +93,7 @@ def other(name: str) -> Observed:
 
 
 def test_desired_list_arriving_claims_at_once_and_takes_away_at_its_end() -> None:
-    """What a list shows is there from that moment; what it lacks is absent once it is complete."""
+    """An object is there from the moment a list shows it, and absent once a complete list lacks it."""
     world = synced(make_pod("gone"))
     world.cluster.start_list([make_pod("a")])
     assert set(world.desired.claims) == {"pod--shop--a", "pod--shop--gone"}
@@ -264,7 +264,7 @@ def test_desired_rejected_node_without_an_address_that_is_deleted_departs() -> N
 
 
 def test_desired_pod_mended_with_fewer_ports_departs_from_the_others() -> None:
-    """What it asked for before it was rejected is not forgotten meanwhile, nor what it dropped before that."""
+    """IDs that it asked for before it was rejected are not forgotten, nor those it dropped before that."""
     for earlier in (PORTS_3, annotated(port="8080,8081")):
         world = synced(make_pod("a", annotations=PORTS_3))
         world.cluster.put(make_pod("a", annotations=earlier))
@@ -277,7 +277,7 @@ def test_desired_pod_mended_with_fewer_ports_departs_from_the_others() -> None:
 
 
 def test_desired_pod_missing_from_a_list_and_then_seen_finished_has_departed() -> None:
-    """An inference that turns out to be a fact is one, whoever wrote the record."""
+    """An inference that turns out to be a fact is one, whatever wrote the record."""
     world = synced(make_pod("a"), make_pod("b"))
     world.lists(make_pod("b"))
     assert world.standing("pod--shop--a") is Standing.ABSENT
@@ -352,7 +352,7 @@ def test_desired_departure_of_the_original_programs_node_ends_by_a_later_read() 
 
 
 def test_desired_departure_survives_a_read_that_began_before_it() -> None:
-    """What that read shows is older than the departure."""
+    """The records of that read are older than the departure."""
     world = synced(make_pod("a"))
     before = world.desired.departure_generation
     world.cluster.remove(make_pod("a"))
@@ -407,7 +407,7 @@ def test_desired_departures_of_another_leaders_time_need_a_synced_source() -> No
 
 
 def test_desired_confirmed_absence_is_a_departure() -> None:
-    """What the brake released goes like any other fact."""
+    """Removals that the brake released go like any other fact."""
     world = synced(make_pod("a"))
     world.lists()
     world.desired.depart("pod--shop--a", make_pod("a").key)

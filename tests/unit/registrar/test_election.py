@@ -193,7 +193,7 @@ def test_renewal_whose_answer_was_lost_is_found_out_by_reading() -> None:
 
 
 def test_conflict_ends_leadership_at_once() -> None:
-    """Somebody wrote over us; only a record read since then can say that we may go on."""
+    """Another writer replaced our record; only a record read since then can say that we may go on."""
     election = on_conflict(leading(100), 102, 0)
     assert not election.is_leading(102)
     assert next_action(election, 102, WALL) == ReadLease()
@@ -217,7 +217,7 @@ def test_conflicts_in_a_row_do_not_spin() -> None:
 
 @pytest.mark.parametrize("found", [None, OTHERS, replace(OTHERS, holder="")])
 def test_leader_that_reads_that_it_is_none_stops(found: Lease | None) -> None:
-    """A record that is gone, released or somebody else's ends leadership before the deadline."""
+    """A record that is gone, released or another replica's ends leadership before the deadline."""
     failing = on_failure(asked(leading(100), UpdateLease(OURS)), 102, 0)
     assert failing.is_leading(104)
     assert not on_read(failing, found, 104, 0).is_leading(104)

@@ -95,7 +95,7 @@ def test_plan_tells_the_same_of_an_object_once_an_hour_with_its_count() -> None:
     ids=["object", "uid", "cause", "reason"],
 )
 def test_plan_tells_something_else_at_once(other: ObjectEvent) -> None:
-    """Another object, its replacement of the same name, another cause and another reason are told of their own."""
+    """Another object, its replacement of the same name, another cause and another reason are reported apart."""
     plan = EventPlan()
     for one in (event(), other):
         plan.add(one, 0.0, WALL)
@@ -131,7 +131,7 @@ def test_plan_drops_what_finds_the_queue_full() -> None:
 
 
 def test_plan_remembers_as_many_as_can_be_written_in_the_interval() -> None:
-    """Memory is bounded, and what is forgotten was told longer ago than the interval."""
+    """Memory is bounded, and what is forgotten was reported longer ago than the interval."""
     limits = EventLimits(interval=10, rate=10, burst=5, most_waiting=10**6)
     plan = EventPlan(limits)
     told: dict[str, float] = {}
@@ -160,7 +160,7 @@ def test_plan_lets_a_forbidden_namespace_rest_and_others_go_on() -> None:
 
 
 def test_plan_tells_everything_that_stands_in_turn() -> None:
-    """Offered again and again, each has its turn before the first is told again; new occurrences go first."""
+    """Offered again and again, each has its turn before the first is reported again; new occurrences go first."""
     limits = EventLimits(interval=10, rate=10, burst=10)
     plan = EventPlan(limits)
     names = [f"web-{number}" for number in range(500)]
@@ -368,7 +368,7 @@ def test_reporter_tells_of_a_pod_that_lost_its_id_with_its_own_uid(desk: Desk) -
 
 
 def test_reporter_on_a_standby_tells_nothing(desk: Desk) -> None:
-    """What was to be told when the lead was lost is the other replica's to tell."""
+    """Events pending when the lead was lost are left to the other replica."""
     desk.put(make_pod(ip=""))
     rejection = desk.desired.rejections[make_pod().key]
     desk.reporter.rejected(rejection)

@@ -206,7 +206,7 @@ def test_record_of_another_node_keeps_nothing_of_it() -> None:
 
 
 def test_meta_that_is_known_is_repaired() -> None:
-    """What a hand wrote, and labels that the Namespace no longer has."""
+    """Labels that were written by hand, and those that the Namespace no longer has."""
     cluster = listed()
     assert isinstance(decided(cluster, OF_SHOP | OF_NODE), InSync)
     for wrong in ({}, OF_SHOP | {"node_label_pool": "x"}, OF_SHOP | OF_NODE | {"namespace_label_old": "1"}):
@@ -237,7 +237,7 @@ def test_namespaces_that_are_not_watched_are_not_awaited() -> None:
 
 
 def many(count: int, prefix: str) -> tuple[LabelMeta, ...]:
-    """Return so many labels."""
+    """Return this many labels."""
     return parse_labels([f"l{number:02}" for number in range(count)], prefix)
 
 

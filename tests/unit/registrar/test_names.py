@@ -87,7 +87,7 @@ def test_name_seen_in_an_unfinished_read_is_not_taken_yet() -> None:
     ids=["another cluster", "another instance", "original program"],
 )
 def test_name_of_another_registrar_is_shared(service: Service) -> None:
-    """Their services are told apart by meta."""
+    """Their services are distinguished by meta."""
     guard = NameGuard()
     resync(guard, service)
     assert is_of_a_registrar(service)

@@ -160,7 +160,7 @@ def test_observed_read_that_failed_proves_nothing() -> None:
 def test_observed_read_leaves_alone_what_was_written_meanwhile(
     write: Callable[[ObservedState], None],
 ) -> None:
-    """What it shows of such an ID is older than what is known."""
+    """A record of such an ID is older than the known state."""
     state = holding(a=written(), b=written("b"))
     state.begin_read()
     state.read("a", other("a"))
@@ -229,7 +229,7 @@ def test_observed_desired_id_that_turns_out_absent_keeps_its_shard_until_it_is_w
 
 
 def test_observed_shard_is_recalled_after_its_service_was_lost() -> None:
-    """What an agent lost with its data is still on record in the catalog; a foreign service has no shard of ours."""
+    """Shards that an agent lost with its data are still in the catalog; those of foreign services do not count."""
     state = ObservedState()
     read(
         state,

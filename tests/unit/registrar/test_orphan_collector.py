@@ -214,7 +214,7 @@ async def test_services_that_stay_are_shown_until_the_node_is_gone(lab: Lab) -> 
 
 
 async def test_lost_agents_are_shown_until_nothing_of_ours_is_there(lab: Lab) -> None:
-    """With the time their node may be cleared at, and what a clearing left; not those with nothing of ours."""
+    """With the time their node may be cleared at, and what a clearing left; not those without our services."""
     lab.agents.seen = [LOST._replace(node="other"), LOST]
     lab.agents.here = []
     lab.agents.nodes["other"] = [our_pod_service("a", cluster="other")]

@@ -158,7 +158,7 @@ def nameless(cluster: MemoryCluster) -> None:
 
 @pytest.mark.parametrize("spoil", [failed, listing, catching_up, nameless])
 def test_source_that_proves_nothing_removes_nothing(spoil: Callable[[MemoryCluster], None]) -> None:
-    """What it does not show may exist; what our own agent holds may go all the same."""
+    """Objects that it does not show may exist; services that our own agent holds may go all the same."""
     cluster = cluster_of()
     spoil(cluster)
     judgement = judged(cluster, [our_pod_service("a"), our_pod_service("b")], here=["b"])

@@ -41,7 +41,7 @@ def test_identity_heeds_another_cluster_uid_before_every_name() -> None:
 
 
 def test_identity_claims_what_its_previous_names_wrote() -> None:
-    """What earlier settings wrote is ours, the empty instance only when it is named."""
+    """Services of earlier settings are ours, those of the empty instance only when it is named."""
     identity = Identity(
         "lab",
         "blue",
@@ -71,7 +71,7 @@ def test_identity_with_the_default_name_removes_only_what_the_uid_proves() -> No
 
 
 def test_identity_never_removes_a_foreign_service() -> None:
-    """What is another's is not this registrar's to remove, whatever the UID says."""
+    """Another owner's service is not this registrar's to remove, whatever the UID says."""
     assert not LAB.may_remove(Claim.FOREIGN, "one", "one")
 
 

@@ -1,4 +1,4 @@
-"""What is said of a long first sync, and how much a registry is handed at once."""
+"""Progress of a long first sync, and the size of the batches that a registry gets."""
 
 import pytest
 import structlog
@@ -7,7 +7,7 @@ from k8s_consul_registrar.registrar.status import Progress, describe, tell_progr
 
 
 def test_while_lists_stream_the_objects_are_counted() -> None:
-    """The pace is that of the list, and nobody knows how much of it is left."""
+    """The pace is that of the list, and its remaining length is unknown."""
     facts = describe(Progress(3000, False, 2500, 100), Progress(1000, False, 900, 0), 5.0)
     assert facts == {
         "doing": "listing",

@@ -67,7 +67,7 @@ def test_queue_id_in_flight_is_not_taken_a_second_time() -> None:
 
 
 def test_queue_change_during_a_refused_write_is_tried_at_once() -> None:
-    """What Consul refused is no longer what is wanted, so its backoff does not count."""
+    """The refused service is no longer the desired one, so its backoff does not count."""
     queue = new_queue(first=60.0)
     queue.add("a", 0.0)
     assert take(queue) == ("a",)
@@ -100,7 +100,7 @@ def test_queue_removals_of_changed_ids_let_a_new_one_ahead() -> None:
 
 
 def test_queue_change_of_an_id_that_was_to_be_removed_is_a_change() -> None:
-    """What comes back waits behind no removals."""
+    """An ID that comes back waits behind no removals."""
     queue = new_queue()
     for service_id in ("gone-1", "back", "gone-2"):
         queue.add(service_id, 0.0, Priority.REMOVAL)
@@ -350,7 +350,7 @@ def test_queue_removals_during_an_outage_go_on_waiting() -> None:
 
 
 def test_queue_removals_wait_for_none_that_failed_before_or_is_done() -> None:
-    """What backs off was tried; what is not queued needs nothing."""
+    """An ID that backs off was tried; one that is not queued needs nothing."""
     queue = new_queue(first=60.0)
     queue.add("bad", 0.0)
     fail(queue, "bad", 1)

@@ -110,7 +110,7 @@ def test_changes_in_a_burst_are_logged_at_once_and_then_once_a_second(desk: Desk
 
 
 def test_changes_before_a_resync_are_logged_before_it(desk: Desk) -> None:
-    """What is not due yet would be out of order otherwise."""
+    """Reports that are not due yet would be out of order otherwise."""
     desk.reporter.batch(Counts(registered=1))
     desk.reporter.batch(Counts(registered=2))
     desk.resynced(unchanged=3)
@@ -312,7 +312,7 @@ async def test_burst_of_changes_through_the_controller_is_two_lines() -> None:
 
 
 def test_failures_that_alternate_are_logged_once_each(desk: Desk) -> None:
-    """A new reason is told, and told again only after the failure was over."""
+    """A new reason is logged, and logged again only after the failure was over."""
     event = "Consul cannot be used; trying again"
     for text in ("refused", "timeout", "refused", "timeout"):
         desk.reporter.consul(text, is_up=False)

@@ -22,7 +22,7 @@ PROBE, ORPHANS = Step(StepKind.PROBE), Step(StepKind.ORPHANS)
 
 
 def rested(rules: ScheduleRules = RULES, *, reads: int = 0, seconds: float = 0.1) -> Schedule:
-    """Return a schedule after a start and so many reads at second 0, with nothing wanted."""
+    """Return a schedule after a start and this many reads at second 0, with nothing wanted."""
     schedule = Schedule.start(rules, 0.0).began(StepKind.RESYNC, 0.0)
     for _ in range(reads):
         schedule = schedule.resynced(0.0, seconds)
@@ -72,7 +72,7 @@ def test_schedule_wants_coalesce() -> None:
 
 
 def test_schedule_want_during_a_resync_makes_another_one() -> None:
-    """What changed after the read began was not seen by it."""
+    """A read does not see changes after its begin."""
     schedule = (
         rested(reads=0).want(Need.DRIFT).began(StepKind.RESYNC, 0.0).want(Need.DRIFT).resynced(1.0, 0.1)
     )

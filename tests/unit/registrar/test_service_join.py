@@ -135,7 +135,7 @@ def test_slices_that_are_replaced_by_others_lose_no_endpoint() -> None:
 
 
 def test_endpoint_missing_from_a_list_is_only_inferred() -> None:
-    """What a list of slices lacks may be in a slice that it has yet to show: nothing departs."""
+    """An endpoint that a list of slices lacks may be in a slice that is yet to come: nothing departs."""
     scene = Scene()
     scene.put(make_kube_service(), make_slice("web-a", ONE, TWO))
     scene.cluster.start_list([make_slice("web-a", TWO)], SLICES)

@@ -16,7 +16,7 @@ def problems(**environment: str) -> dict[str, str]:
 
 
 def test_open_port_by_default() -> None:
-    """Nobody need prove anything, and no Pod is relayed."""
+    """No client needs credentials, and no Pod is relayed."""
     settings = read_proxy({})
     assert (settings.inbound.is_authenticated, settings.inbound.cert_file, settings.pods) == (False, "", None)
 
@@ -55,7 +55,7 @@ def test_pods_need_callers_that_show_who_they_are(proof: dict[str, str]) -> None
 
 
 def test_pods_without_bearer_are_served_by_choice() -> None:
-    """The operator may open them, and is told what that means."""
+    """The operator may open them, and a warning says what that means."""
     settings = read_proxy({"PROXY_PODS": "true", "PROXY_PODS_ANONYMOUS": "true"})
     assert settings.pods is not None
     assert "PROXY_PODS_ANONYMOUS" in settings.common.warnings[0]

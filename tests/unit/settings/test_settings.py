@@ -1,4 +1,4 @@
-"""Settings: what is taken, what is refused, and that every mistake is told at once."""
+"""Settings: accepted and refused values, and every mistake reported at once."""
 
 import pytest
 
@@ -140,7 +140,7 @@ def test_consul_address(environment: dict[str, str], url: str, socket: str) -> N
     ],
 )
 def test_bad_consul_address(address: str) -> None:
-    """What is no address is a problem by name."""
+    """A value that is no address is a problem by name."""
     (problem,) = problems(registrar, CLUSTER_NAME="lab", CONSUL_ADDRESS=address)
     assert problem.startswith("CONSUL_ADDRESS: ")
 

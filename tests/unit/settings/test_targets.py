@@ -159,7 +159,7 @@ def test_excluded_namespaces_beside_chosen_ones_have_no_effect() -> None:
     ],
 )
 def test_mistakes_are_told_by_name(name: str, value: str, said: str) -> None:
-    """What cannot be used is one problem under its variable's name."""
+    """An unusable value is one problem under its variable's name."""
     (problem,) = problems(**{name: value})
     assert problem.startswith(f"{name}: ")
     assert said in problem
@@ -188,7 +188,7 @@ def test_shard_paths_that_fit_no_name() -> None:
     ],
 )
 def test_warnings(environment: dict[str, str], warning: str) -> None:
-    """What has no effect, or one that surprises, is said."""
+    """A setting without effect, or with one that surprises, causes a warning."""
     (said,) = read(**environment).common.warnings
     assert warning in said
 

@@ -43,7 +43,7 @@ def test_each_path_is_a_service_of_its_own() -> None:
 
 
 def test_proxy_relays_each_registered_path() -> None:
-    """What the registrar writes is what the proxy understands."""
+    """The proxy understands what the registrar writes."""
     table, permitted = NodeTable.of([make_node()]), frozenset(PERMITTED_PATHS)
     for one in targets(make_node(), NODE_PATHS=ALL):
         meta = dict(one.meta)

@@ -27,7 +27,7 @@ def test_own_label_of_a_pod_is_its_zone_without_any_node() -> None:
 
 
 def test_zone_of_the_node_changes_nothing_of_a_pod_that_names_its_own() -> None:
-    """Neither at once nor when the Node is heard of later."""
+    """Neither at once nor when the Node is known later."""
     target = target_of(make_pod(labels=OWN))
     zones = Inheritance([Kind.NODE], {})
     zones.learn(make_node(labels={ZONE_LABEL: "zone-node"}))

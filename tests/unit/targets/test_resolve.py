@@ -169,7 +169,7 @@ def test_query_and_annotations_become_params() -> None:
     ],
 )
 def test_garbage_is_rejected_by_reason(annotations: dict[str, str], reason: Reason) -> None:
-    """What cannot be honoured is a rejection that names its cause and the ID it leaves alone."""
+    """An annotation that cannot be honoured is a rejection that names its cause and the ID it leaves alone."""
     rejection = rejection_of(make_pod(annotations=annotations))
     assert (rejection.reason, rejection.id) == (reason, "pod--shop--web-1")
     assert rejection.detail.isprintable()
@@ -206,7 +206,7 @@ def test_port(annotation: str | None, ports: tuple[object, ...], port: int) -> N
 
 
 def test_two_unnamed_ports_are_ambiguous() -> None:
-    """With several TCP ports and no usual name nobody can tell which is meant."""
+    """With several TCP ports and no usual name it is unclear which is meant."""
     assert (
         rejection_of(make_pod(annotations=annotated(), ports=(tcp(1), tcp(2)))).reason
         == Reason.AMBIGUOUS_PORT

@@ -1,4 +1,4 @@
-"""What the operator chooses about targets: names, tags, labels, prefixes, addresses and ports."""
+"""The operator's choices about targets: names, tags, labels, prefixes, addresses and ports."""
 
 import pytest
 from hypothesis import given

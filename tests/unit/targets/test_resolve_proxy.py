@@ -20,7 +20,7 @@ def targets(pod: Pod, rules: TargetRules = RULES) -> tuple[Target, ...]:
 
 
 def test_pod_is_the_proxy_at_its_node() -> None:
-    """Address and port are the proxy's, the ID is the Pod's own, and nothing of its path or parameters is told."""
+    """Address and port are the proxy's, the ID is the Pod's own, and its path and parameters are left out."""
     annotations = annotated(port="9102", path="/stats?a=b", scheme="https", param__c="d")
     (target,) = targets(make_pod(host_ip="192.0.2.10", annotations=annotations))
     assert (target.id, target.address, target.port) == ("pod--shop--web-1", "192.0.2.10", 31112)
@@ -95,7 +95,7 @@ def test_pod_is_rejected_for_what_it_would_be_without_the_proxy() -> None:
 
 @pytest.mark.parametrize("port", ["9102", "9102,9103", "9103, 9102"])
 def test_proxy_knows_every_path_that_is_registered(port: str) -> None:
-    """What the registrar writes down leads, in the proxy, to that very port of the Pod."""
+    """A path that the registrar writes leads, in the proxy, to that very port of the Pod."""
     pod = make_pod(host_ip="192.0.2.10", annotations=annotated(port=port))
     pods = Pods()
     pods.put(pod.namespace, pod.name, proxied_pod(pod, "prometheus.io/"))

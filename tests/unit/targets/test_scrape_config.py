@@ -1,4 +1,4 @@
-"""What is remembered of annotations for the next Pod of the same template."""
+"""Annotations remembered for the next Pod of the same template."""
 
 from collections.abc import Mapping
 
@@ -58,7 +58,7 @@ def test_remembered_annotations_change_no_result(
     ids=["path", "parameter", "ports"],
 )
 def test_large_annotations_are_not_remembered(annotations: Mapping[str, str], ports: int) -> None:
-    """Whoever may create Pods must not fill our memory."""
+    """A user who may create Pods must not fill our memory."""
     _read.cache_clear()
     pod_scrape(make_pod(annotations=annotations, ports=tuple(map(tcp, range(1, ports + 1)))), PREFIX)
     assert _read.cache_info().currsize == 0

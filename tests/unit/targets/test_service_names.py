@@ -89,13 +89,13 @@ def test_default_names() -> None:
     ],
 )
 def test_wrong_name_templates(text: str, problem: str) -> None:
-    """A template that cannot name anything is told by what is wrong with it."""
+    """A template that cannot name anything is refused with its fault."""
     with pytest.raises(ValueError, match=re.escape(problem)):
         parse_name(text, Kind.POD)
 
 
 def test_nodes_name_has_no_pod() -> None:
-    """What a Node never has is no field of its name; in a tag, which both share, it is one."""
+    """A property that Nodes lack is no field of their name; in a tag, which both share, it is one."""
     for text in ("node-{pod}", "node-{namespace}"):
         with pytest.raises(ValueError, match="is none of"):
             parse_name(text, Kind.NODE)

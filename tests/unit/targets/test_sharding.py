@@ -55,7 +55,7 @@ def test_hash_heeds_no_shard_but_its_own() -> None:
 
 @given(st.sets(st.text(min_size=1, max_size=5), min_size=2, max_size=6), st.data())
 def test_shard_that_goes_moves_only_its_own(paths: set[str], data: st.DataObject) -> None:
-    """What was on the others stays where it was."""
+    """Services on the other paths stay where they were."""
     gone = data.draw(st.sampled_from(sorted(paths)))
     service_id = data.draw(st.text(min_size=1))
     before = HashShards(tuple(paths)).choose(service_id, "")
