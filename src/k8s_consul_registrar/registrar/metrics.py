@@ -1,11 +1,14 @@
 """The registrar's metrics: every label value is known in advance and at zero from the start."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import product
+from typing import Any, TypeVar
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
 from k8s_consul_registrar.kube.events import EventOutcome
@@ -19,13 +22,22 @@ WRITE_VERBS = ("register", "update", "deregister")
 WRITE_OUTCOMES = ("success", "refused")
 PREFIX = "k8s_consul_registrar"
 
+MetricT = TypeVar("MetricT", bound=MetricWrapperBase)
+
 
 class RegistrarMetrics:
     """Counters and gauges of the reconciler, kept in the registry that is handed in."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.passes = Counter(
-            f"{PREFIX}_passes", "Resyncs, and batches that wrote something.", ["outcome"], registry=registry
+        def make(kind: type[MetricT], name: str, about: str, /, **labels: Iterable[str]) -> MetricT:
+            """Make a metric, with the values that its labels can have."""
+            metric = kind(f"{PREFIX}_{name}", about, tuple(labels), registry=registry)
+            for values in product(*labels.values()) if labels else ():
+                metric.labels(*values)
+            return metric
+
+        self.passes = make(
+            Counter, "passes", "Resyncs, and batches that wrote something.", outcome=PASS_OUTCOMES
         )
         self.pass_seconds = Histogram(
             f"{PREFIX}_pass_duration_seconds",
@@ -33,8 +45,8 @@ class RegistrarMetrics:
             registry=registry,
             buckets=(0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120),
         )
-        self.writes = Counter(
-            f"{PREFIX}_writes", "Services written to Consul.", ["verb", "outcome"], registry=registry
+        self.writes = make(
+            Counter, "writes", "Services written to Consul.", verb=WRITE_VERBS, outcome=WRITE_OUTCOMES
         )
         self.event_lag = Histogram(
             f"{PREFIX}_event_lag_seconds",
@@ -42,93 +54,70 @@ class RegistrarMetrics:
             registry=registry,
             buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
         )
-        self.last_success = Gauge(
-            f"{PREFIX}_last_success_timestamp_seconds",
-            "When a resync or a batch last succeeded.",
-            registry=registry,
+        self.last_success = make(
+            Gauge, "last_success_timestamp_seconds", "When a resync or a batch last succeeded."
         )
-        self.last_full_pass = Gauge(
-            f"{PREFIX}_last_full_pass_timestamp_seconds",
-            "When everything was last compared.",
-            registry=registry,
+        self.last_full_pass = make(
+            Gauge, "last_full_pass_timestamp_seconds", "When everything was last compared."
         )
-        self.conflicts = Gauge(
-            f"{PREFIX}_conflicts",
-            "Service IDs that objects ask for and that belong to something else.",
-            registry=registry,
+        self.conflicts = make(
+            Gauge, "conflicts", "Service IDs that objects ask for and that belong to something else."
         )
-        self.held = Gauge(
-            f"{PREFIX}_brake_held_services", "Removals held until lists agree.", registry=registry
-        )
-        self.kept = Gauge(
-            f"{PREFIX}_kept_services", "Unwanted services left alone, by why.", ["why"], registry=registry
-        )
-        self.awaiting_proxy = Gauge(
-            f"{PREFIX}_awaiting_proxy_services",
+        self.held = make(Gauge, "brake_held_services", "Removals held until lists agree.")
+        self.kept = make(Gauge, "kept_services", "Unwanted services left alone, by why.", why=Kept)
+        self.awaiting_proxy = make(
+            Gauge,
+            "awaiting_proxy_services",
             "Services that stay at their Pods' own addresses until the proxy serves Pods.",
-            registry=registry,
         )
-        self.orphans = Gauge(
-            f"{PREFIX}_orphaned_services",
-            "Services that stay at nodes of lost agents, by why.",
-            ["why"],
-            registry=registry,
+        self.orphans = make(
+            Gauge, "orphaned_services", "Services that stay at nodes of lost agents, by why.", why=Stays
         )
-        self.orphan_removals = Counter(
-            f"{PREFIX}_orphan_removals",
-            "Services removed from nodes of lost agents.",
-            ["outcome"],
-            registry=registry,
+        self.orphan_removals = make(
+            Counter, "orphan_removals", "Services removed from nodes of lost agents.", outcome=WRITE_OUTCOMES
         )
-        self.agent_problem = Gauge(
-            f"{PREFIX}_agent_problem",
+        self.agent_problem = make(
+            Gauge,
+            "agent_problem",
             "1 while CONSUL_ADDRESS does not suit the agent backend, by why.",
-            ["problem"],
-            registry=registry,
+            problem=AgentProblem,
         )
-        self.ghosts = Gauge(
-            f"{PREFIX}_ghost_services",
+        self.ghosts = make(
+            Gauge,
+            "ghost_services",
             "Services that the agent left in the catalog and that could not be removed there.",
-            registry=registry,
         )
-        self.ghost_removals = Counter(
-            f"{PREFIX}_ghost_removals",
+        self.ghost_removals = make(
+            Counter,
+            "ghost_removals",
             "Services removed from the catalog after the agent left them there.",
-            ["outcome"],
-            registry=registry,
+            outcome=WRITE_OUTCOMES,
         )
-        self.source_up = Gauge(
-            f"{PREFIX}_source_followed",
+        self.source_up = make(
+            Gauge,
+            "source_followed",
             "1 while a kind is listed completely and followed since (the worst of its namespaces).",
-            ["kind"],
-            registry=registry,
+            kind=Kind,
         )
-        self.leader = Gauge(
-            f"{PREFIX}_leader",
-            "1 while this replica writes; always where there is no election.",
-            registry=registry,
-        )
-        self.consul_up = Gauge(
-            f"{PREFIX}_consul_up", "1 unless Consul's latest read or write failed.", registry=registry
-        )
-        self.shared_endpoints = Gauge(
-            f"{PREFIX}_shared_endpoints",
+        self.leader = make(Gauge, "leader", "1 while this replica writes; always where there is no election.")
+        self.consul_up = make(Gauge, "consul_up", "1 unless Consul's latest read or write failed.")
+        self.shared_endpoints = make(
+            Gauge,
+            "shared_endpoints",
             "Addresses and ports that several living Pods claim; all of them stay registered.",
-            registry=registry,
         )
-        self.resyncs = Counter(f"{PREFIX}_resyncs", "Complete comparisons with Consul.", registry=registry)
-        self.internal_errors = Counter(
-            f"{PREFIX}_internal_errors",
+        self.resyncs = make(Counter, "resyncs", "Complete comparisons with Consul.")
+        self.internal_errors = make(
+            Counter,
+            "internal_errors",
             "Errors in this program, each confined to one service ID, source or task.",
-            registry=registry,
         )
-        self.kubernetes_events = Counter(
-            f"{PREFIX}_kubernetes_events",
+        self.kubernetes_events = make(
+            Counter,
+            "kubernetes_events",
             "Events about objects that were to be written to the API server, by outcome.",
-            ["outcome"],
-            registry=registry,
+            outcome=EventOutcome,
         )
-        self._zero()
         self._written = {verb: self.writes.labels(verb, "success") for verb in WRITE_VERBS}
 
     def follows(self, kind: Kind, is_followed: bool | None) -> None:  # noqa: FBT001 - a reading, not a switch
@@ -148,26 +137,6 @@ class RegistrarMetrics:
         self._written[verb].inc(done)
         if refused:
             self.writes.labels(verb, "refused").inc(refused)
-
-    def _zero(self) -> None:
-        for kind in Kind:
-            self.source_up.labels(kind.value)
-        for outcome in PASS_OUTCOMES:
-            self.passes.labels(outcome)
-        for verb in WRITE_VERBS:
-            for outcome in WRITE_OUTCOMES:
-                self.writes.labels(verb, outcome)
-        for outcome in WRITE_OUTCOMES:
-            self.orphan_removals.labels(outcome)
-            self.ghost_removals.labels(outcome)
-        for outcome in EventOutcome:
-            self.kubernetes_events.labels(outcome.value)
-        for problem in AgentProblem:
-            self.agent_problem.labels(problem.value)
-        for why in Kept:
-            self.kept.labels(why.value)
-        for stays in Stays:
-            self.orphans.labels(stays.value)
 
 
 class Figures(msgspec.Struct, frozen=True):
@@ -199,44 +168,27 @@ class RegistrarCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield every figure of this moment."""
-        figures = self._read()
-        targets = GaugeMetricFamily(
-            f"{PREFIX}_targets", "Targets, by kind and where they stand.", labels=["kind", "state"]
+        now = self._read()
+        counter, gauge = CounterMetricFamily, GaugeMetricFamily
+        heard = "When the API server last told anything of a kind (the oldest of its namespaces)."
+        yielded = "Endpoints of Services at whose place something else is scraped, by what."
+        adjusted = "Targets that differ from what is annotated, by why."
+        ended = "Watches and lists that ended, by cause."
+        rows: Sequence[
+            tuple[
+                type[CounterMetricFamily | GaugeMetricFamily], str, str, tuple[str, ...], Mapping[Any, float]
+            ]
+        ] = (
+            (gauge, "targets", "Targets, by kind and where they stand.", ("kind", "state"), now.targets),
+            (gauge, "rejections", "Objects refused as targets, by reason.", ("reason",), now.rejections),
+            (counter, "watch_restarts", ended, ("kind", "cause"), now.restarts),
+            (counter, "lists", "Lists read to their end.", ("kind",), now.lists),
+            (gauge, "last_heard_timestamp_seconds", heard, ("kind",), now.heard_at),
+            (gauge, "yielded_endpoints", yielded, ("winner",), now.yielded),
+            (gauge, "adjusted_targets", adjusted, ("why",), now.notes),
         )
-        for labels, count in figures.targets.items():
-            targets.add_metric(labels, count)
-        rejections = GaugeMetricFamily(
-            f"{PREFIX}_rejections", "Objects refused as targets, by reason.", labels=["reason"]
-        )
-        for reason, count in figures.rejections.items():
-            rejections.add_metric([reason], count)
-        restarts = CounterMetricFamily(
-            f"{PREFIX}_watch_restarts", "Watches and lists that ended, by cause.", labels=["kind", "cause"]
-        )
-        for labels, count in figures.restarts.items():
-            restarts.add_metric(labels, count)
-        lists = CounterMetricFamily(f"{PREFIX}_lists", "Lists read to their end.", labels=["kind"])
-        for kind, count in figures.lists.items():
-            lists.add_metric([kind], count)
-        heard = GaugeMetricFamily(
-            f"{PREFIX}_last_heard_timestamp_seconds",
-            "When the API server last told anything of a kind (the oldest of its namespaces).",
-            labels=["kind"],
-        )
-        for kind, at in figures.heard_at.items():
-            heard.add_metric([kind], at)
-        yielded = GaugeMetricFamily(
-            f"{PREFIX}_yielded_endpoints",
-            "Endpoints of Services at whose place something else is scraped, by what.",
-            labels=["winner"],
-        )
-        for winner, count in figures.yielded.items():
-            yielded.add_metric([winner], count)
-        adjusted = GaugeMetricFamily(
-            f"{PREFIX}_adjusted_targets",
-            "Targets that differ from what is annotated, by why.",
-            labels=["why"],
-        )
-        for note, count in figures.notes.items():
-            adjusted.add_metric([note], count)
-        yield from (targets, rejections, restarts, lists, heard, yielded, adjusted)
+        for kind, name, about, labels, counts in rows:
+            family = kind(f"{PREFIX}_{name}", about, labels=labels)
+            for values, count in counts.items():
+                family.add_metric([values] if isinstance(values, str) else values, count)
+            yield family

@@ -57,6 +57,22 @@ class Core(msgspec.Struct, frozen=True):
     status: RegistrarStatus
 
 
+class CorePart:
+    """A part of a registrar that works on its core; `clock` returns seconds."""
+
+    def __init__(self, core: Core, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._desired = core.desired
+        self._observed = core.observed
+        self._queue = core.queue
+        self._registry = core.registry
+        self._rules = core.rules
+        self._names = core.names
+        self._contests = core.contests
+        self._reporter = core.reporter
+        self._status = core.status
+        self._clock = clock
+
+
 class _Work(msgspec.Struct):
     """One batch under way: which IDs have no result yet, and what was done so far."""
 
@@ -70,24 +86,12 @@ class _Work(msgspec.Struct):
     in_flight: set[str] = msgspec.field(default_factory=set)
 
 
-class Reconciler:
+class Reconciler(CorePart):
     """Takes batches from the work queue to Consul.
 
     In the catalog every write names the version it replaces. On an agent, which knows no versions, a look
     immediately before the write narrows the race with other writers to milliseconds; it cannot close it.
     """
-
-    def __init__(self, core: Core, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._desired = core.desired
-        self._observed = core.observed
-        self._queue = core.queue
-        self._registry = core.registry
-        self._rules = core.rules
-        self._names = core.names
-        self._contests = core.contests
-        self._reporter = core.reporter
-        self._status = core.status
-        self._clock = clock
 
     async def reconcile(self, batch: Batch) -> Counts:
         """Reconcile one batch and return what was done; raises a `ConsulError` when Consul is unavailable.

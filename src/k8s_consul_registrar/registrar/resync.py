@@ -19,7 +19,7 @@ from k8s_consul_registrar.registrar.observed import (
     with_known_meta,
 )
 from k8s_consul_registrar.registrar.queue import Priority
-from k8s_consul_registrar.registrar.reconciler import Core
+from k8s_consul_registrar.registrar.reconciler import Core, CorePart
 from k8s_consul_registrar.registrar.status import Counts
 
 # Services compared between two turns of the event loop.
@@ -42,7 +42,7 @@ class Comparison(NamedTuple):
     judged: Judged
 
 
-class Resync:
+class Resync(CorePart):
     """Reads everything at this registrar's place in Consul; writes nothing itself."""
 
     def __init__(
@@ -53,17 +53,9 @@ class Resync:
         id_prefix: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._desired = core.desired
-        self._observed = core.observed
-        self._queue = core.queue
-        self._registry = core.registry
-        self._rules = core.rules
-        self._names = core.names
-        self._contests = core.contests
+        super().__init__(core, clock=clock)
         self._absences = absences
-        self._reporter = core.reporter
         self._id_prefix = id_prefix
-        self._clock = clock
 
     async def read(self) -> float:
         """Read everything into the observed state; return how many seconds that took. Raises a `ConsulError`."""
