@@ -54,7 +54,7 @@ ASKED_AT_ONCE, SAMPLE = 4, 64
 SLICE = 200  # services compared before the loop gets its turn
 # Deregistered IDs that are remembered between two looks at what the agent left in the catalog.
 MOST_REMEMBERED = 20_000
-# The first parts of paths below /v1/agent/service/ that mean something else than an ID.
+# The first parts of paths below /v1/agent/service/ that are no IDs.
 _TAKEN = ("register", "deregister", "maintenance")
 # An agent takes this many seconds to bring a change into the catalog.
 SYNC_TIME = 5.0
@@ -112,7 +112,7 @@ class AgentTraffic:
             del self._deregistered[next(iter(self._deregistered))]
 
     def forget(self, before: float, kept: Container[str]) -> frozenset[str]:
-        """Forget what was deregistered before a moment, but for some IDs; return those of them that were."""
+        """Forget deregistrations before a moment, except for some IDs; return those of the IDs that were deregistered."""
         self._deregistered = {
             one: at for one, at in self._deregistered.items() if at >= before or one in kept
         }
@@ -204,7 +204,7 @@ class AgentRegistry:
     async def register(self, services: Sequence[Service]) -> Written:
         """Register services, over what is there under the same ID, keeping its checks.
 
-        What could never be deregistered again is refused.
+        A service that could never be deregistered again is refused.
         """
 
         async def put(service: Service) -> None:
@@ -379,7 +379,7 @@ async def read_agent_service(client: ConsulClient, service_id: str) -> Service |
     """
     path = f"/v1/agent/service/{quote(service_id, safe='')}"
     try:
-        # Any other 404 would be from something between that does not pass the path on.
+        # Any other 404 comes from a proxy in between that does not pass the path on.
         answer = await client.request("GET", path, accepts_text="unknown service id")
     except ConsulTokenUnknown:
         raise

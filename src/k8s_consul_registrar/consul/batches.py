@@ -154,7 +154,7 @@ class Outcomes:
             self._faults.append((service_id, error))
 
     def add(self, units: Sequence[Unit], written: Written) -> None:
-        """Record what came of services that were written apart."""
+        """Record the outcomes of services that were written apart."""
         self._failures.extend(written.failures)
         self.stale(written.stale)
         left = {*written.stale, *(failure.id for failure in written.failures)}
@@ -208,7 +208,7 @@ class Transactions:
     async def read(
         self, operations: Sequence[bytes], scope: Mapping[str, str] | None = None
     ) -> tuple[list[ReadResult], set[int]]:
-        """Read what `get` operations name; return it, and the positions of what is not there.
+        """Make `get` operations; return their results, and the positions of those that found nothing.
 
         `scope` are parameters that stand in for the client's own namespace.
         Raises a `ConsulError`: `ConsulFiltered` if the token may not see some of it, which proves no absence.
@@ -312,7 +312,7 @@ class _Batches:
         self.outcomes = Outcomes(transactions.client.health, blame)
 
     async def settle(self, batch: list[Unit]) -> None:
-        """See one batch through without the services that fail; raises a `ConsulError`."""
+        """Write one batch without the services that fail; raises a `ConsulError`."""
         pending = [batch]
         was_restored = False
         while pending:
@@ -373,7 +373,7 @@ class _Batches:
     def _without_failing(
         self, units: list[Unit], errors: Sequence[TxnError]
     ) -> tuple[list[Unit], list[Unit]]:
-        """Record what fails of the units that do; return those to be renamed, and the others."""
+        """Record the failures of units; return the units to be renamed, and the others."""
         owners = [unit for unit in units for _ in unit.operations]
         problems = {owners[error.op_index].service.id: error.what for error in errors}
         stale: dict[str, None] = {}

@@ -95,8 +95,8 @@ class CatalogRegistry:
     async def services(self) -> AsyncIterator[Service]:
         """Yield every service of the node, whatever wrote it, none where there is no node.
 
-        They are decoded one by one as they arrive, and none is kept. Raises a `ConsulError`; then what was
-        yielded is not all.
+        They are decoded one by one as they arrive, and none is kept. Raises a `ConsulError`; then the services
+        yielded are not all.
         """
         await self._drift.begin(self._node.name)
         for _ in range(READS):
@@ -210,7 +210,7 @@ class CatalogRegistry:
             self._drift.wrote(0)
 
     async def _is_proven_empty(self, listing: RecordStream) -> bool:
-        """Return whether there was nothing to list; if not, the node is hidden, or was made a moment ago."""
+        """Return True if the node is proven empty; otherwise it is hidden, or was made a moment ago."""
         node = node_of(listing)
         if node is not None:
             self._node.verify(node)

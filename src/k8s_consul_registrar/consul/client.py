@@ -42,7 +42,7 @@ MOST_BODY = 256 << 20  # bytes of an answer that is kept whole; one without end 
 # A streamed body may take this many times as long: each byte of a Consul that drips ends the wait for the next.
 STREAM_PATIENCE = 20
 ATTEMPTS = 4  # for a request that is answered 429, the first included
-# Nothing has this name, so the read costs nothing and shows nothing.
+# No service has this name, so the read is cheap and shows nothing.
 _PROBE = b'[{"Service":{"Verb":"get","Node":"k8s-consul-registrar-probe","Service":{"ID":"none"}}}]'
 
 # SO_LINGER on, for 0 seconds: closing discards what was not sent yet (Linux, socket(7)).

@@ -18,7 +18,7 @@ from k8s_consul_registrar.targets.meta import (
     PARAM_PREFIX,
 )
 
-# What a decoder raises: bad JSON or other types than expected, bad UTF-8, nesting without end.
+# Errors of a decoder: bad JSON, unexpected types, bad UTF-8, nesting without end.
 DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 # Keys that came later than META_KEYS, which may have given another key this name before.
@@ -154,7 +154,7 @@ def encode_registration(service: Service) -> bytes:
 MAPPING_KEY = "meta_keys"
 # By this key a service is known as a registrar's, before anything is known of its other keys.
 FIXED_KEYS = frozenset({"managed_by"})
-# Consul takes no such key, so what stands behind it differs from all we would write.
+# Consul accepts no such key, so a service with it differs from all that we would write.
 ASIDE = ":"
 
 # Consul's rules for a key: agent/structs/structs.go, validateMetaPair; `consul-` is its own.
@@ -182,7 +182,7 @@ class MetaKeys(msgspec.Struct, frozen=True):
         return dict(self.renamed).get(key, key)
 
     def encode(self, service: Service) -> Service:
-        """Return a service as Consul is to hold it."""
+        """Return a service under the keys that Consul gets."""
         if not self.renamed and not _may_be_aside(service):
             return service
         names = dict(self.renamed)

@@ -28,7 +28,7 @@ MOST_IN_FLIGHT = 50
 LONGEST_PROBLEM = 200
 LONGEST_HEAD = 4 * LONGEST_PROBLEM
 MOST_INDEX = 2**63 - 1
-# What Consul says of a token that it does not know; the second is of later versions.
+# Consul's words for a token that it does not know; the second is of later versions.
 _TOKEN_UNKNOWN = ("acl not found", "token not found", "token does not exist")
 
 
@@ -59,7 +59,7 @@ class StreamedAnswer(msgspec.Struct, frozen=True):
 
 
 def number_of(text: str) -> int | None:
-    """Read a number of a header; None for what is none, or is absurd."""
+    """Read the number in a header; None if it is no number, or an absurd one."""
     is_number = text.isascii() and text.isdigit() and len(text) <= len(str(MOST_INDEX))
     return int(text) if is_number and int(text) <= MOST_INDEX else None
 
@@ -115,7 +115,7 @@ class Attempt(msgspec.Struct, frozen=True):
 def is_outage(error: ConsulError) -> bool:
     """Return whether an error is Consul's trouble: no answer, a 5xx, an exhausted 429, an unknown token.
 
-    What Consul refuses of one request (another 4xx, a missing right) is not, nor is our own fence.
+    A refusal of one request (another 4xx, a missing right) is not, nor is our own fence.
     """
     return isinstance(error, ConsulUnreachable | ConsulBusy | ConsulTokenUnknown)
 
@@ -185,7 +185,7 @@ class ConsulHealth:
         return Attempt(access, self._clock(), is_blocking, self._in_flight)
 
     def end(self, attempt: Attempt) -> None:
-        """Record that a request is no longer in flight, whatever became of it."""
+        """Record that a request is no longer in flight, with whatever outcome."""
         if not attempt.is_blocking:
             self._in_flight -= 1
 
@@ -253,7 +253,7 @@ class ConsulHealth:
         self._delays = delays(self._timing.retry_first, self._timing.retry_cap, pick=self._pick)
 
     def _narrow(self, attempt: Attempt) -> None:
-        """Halve what is in flight, once for all requests that were in flight together."""
+        """Halve the concurrency, once for all requests that were in flight together."""
         if attempt.began < self._narrowed_at:
             return
         self._narrowed_at = self._clock()

@@ -1,7 +1,7 @@
 """The catalog's synthetic node, which no agent answers for: made, verified, and removed for a complete uninstallation.
 
 Meta `external-node` says so to consul-esm, `managed_by` says that we made it, and `external-probe` is never set:
-consul-esm removes what it probes in vain, with all its services, after 72 hours. After it was created the record is
+consul-esm removes a node that it cannot probe, with all its services, after 72 hours. After it was created the record is
 written at most once per start, for `selection`, because each change of a node wakes every watcher of every service on
 it (consul 1.8 `agent/consul/state/catalog.go`).
 """
@@ -28,7 +28,7 @@ SELECTION = "selection"
 MARK = "removal"
 # The meta of our node in versions that did not name its owner.
 FORMER_META = {"external-node": "true"}
-# A name that no services have, for asking whether others' would be seen.
+# A name that no service has, to ask whether the token may see other tools' services.
 UNUSED_NAME = "k8s-consul-registrar-purge"
 
 
@@ -122,7 +122,7 @@ class SyntheticNode:
         return False
 
     def verify(self, record: NodeRecord) -> None:
-        """See that a record of this name is a synthetic node's; raises `ConsulRefused`."""
+        """Verify that a record of this name is a synthetic node's; raises `ConsulRefused`."""
         meta = record.meta or {}
         if meta.get("external-node") != "true":
             raise ConsulRefused(
@@ -158,7 +158,7 @@ class SyntheticNode:
         meta = {**CREATED_META, SELECTION: self._selection} if self._selection else CREATED_META
         self._may_have_recorded = True
         _, errors = await self._transactions.write([self._operations.put_node(ADDRESS, meta)])
-        # One that another writer created meanwhile is as good, and verified next.
+        # A node that another writer created meanwhile will do, and is verified next.
         for error in errors:
             if not error.is_stale:
                 raise ConsulForbidden(f"{self._named} cannot be created: {error.what}")

@@ -27,8 +27,8 @@ class Location(Protocol):
 class PreviousLocation:
     """A location that our services have left; the caller sees to it that all of them are at the new one.
 
-    A synthetic node is left behind empty. To remove a node is to remove every service on it, even one that
-    was registered a moment ago. What is written there after `begin` stays: in a rollout it is the new place of
+    A synthetic node is left behind empty. Removing a node would remove every service on it, even one that
+    was registered a moment ago. Services written there after `begin` stay: in a rollout it is the new place of
     the other registrar, whose settings are newer.
     """
 
@@ -43,11 +43,11 @@ class PreviousLocation:
         self._location = location
         self._is_ours = is_ours
         self._may_go = may_go
-        # Version and content of what was there in the beginning; None where that does not matter.
+        # Version and content of each service that was there at first; None where that does not matter.
         self._before: dict[str, tuple[int, int]] | None = None
 
     async def begin(self) -> None:
-        """Note what is there now, since only that may be cleared; raises a `ConsulError`."""
+        """Note the services that are there now, because only they may be cleared; raises a `ConsulError`."""
         self._before = {service.id: _version(service) async for service in self.services()}
 
     async def services(self) -> AsyncIterator[Service]:
@@ -75,7 +75,7 @@ class PreviousLocation:
 
 
 def _version(service: Service) -> tuple[int, int]:
-    """Return what another write of a service changes; an agent knows no versions."""
+    """Return a version that changes with each write of a service; an agent knows none."""
     return max(service.index, 0), hash(service)
 
 
@@ -106,7 +106,7 @@ async def clear_previous_locations(
 
 
 async def _has_begun(location: PreviousLocation, timing: Timing) -> bool:
-    """Note what is at a location, trying until Consul answers; return False if it cannot be read."""
+    """Note the services at a location, trying until Consul answers; return False if it cannot be read."""
     for delay in delays(timing.retry_first, timing.retry_cap):
         try:
             await location.begin()

@@ -16,7 +16,7 @@ from k8s_consul_registrar.consul.transactions import CheckRecord, NodeRecord
 from k8s_consul_registrar.errors import ConsulFiltered, ConsulRefused
 from k8s_consul_registrar.model import MANAGED_BY, Service
 
-# Where one record may end and the next begin. It may also be inside a record, in a string even; but no
+# The text between two records. It may also occur inside a record, even in a string; but no
 # beginning of a JSON object is itself a JSON object, so decoding a piece settles whether it is whole.
 _BOUNDARY = re.compile(rb"\}\s*+,\s*+\{")
 # A decoded piece that was not whole is wasted. After this many for one record, or for a record this long
@@ -26,7 +26,7 @@ LONG_RECORD = 128 * 1024
 # Records of Consul are far below these: its Raft log takes half a megabyte, and Go writes no deep nesting.
 LONGEST_RECORD = 8 * 1024 * 1024
 DEEPEST_RECORD = 200
-# What comes before the first record is a node at most.
+# The text before the first record is at most a node.
 LONGEST_HEAD = 1024 * 1024
 
 # No structural quote is escaped and every quote inside a string is, so these are found nowhere else.
@@ -63,7 +63,7 @@ class _Braces:
         self._is_in_string = False
 
     def end_of(self, text: bytes, start: int) -> int:
-        """Return where the object that begins at `start` ends, 0 while it does not; `text` may have grown."""
+        """Return the end of the object that begins at `start`, 0 while it is incomplete; `text` may have grown."""
         position = start + self._looked
         end = 0
         while not end:
@@ -201,7 +201,7 @@ def _is_whole(text: bytes) -> bool:
 
 
 class RecordStream:
-    """One read of one list; what it says of itself is known once `records` came to its end."""
+    """One read of one list; its index and marks are known once `records` has ended."""
 
     def __init__(
         self,
@@ -226,7 +226,7 @@ class RecordStream:
         return self._records.head
 
     async def records(self) -> AsyncGenerator[bytes]:
-        """Yield the records; raises a `ConsulError`, and then what was yielded is not all."""
+        """Yield the records; raises a `ConsulError`, and then some records are missing."""
         count = 0
         async with self._client.stream(self._path, params=self._params) as answer:
             async for chunk in answer.chunks:
@@ -307,7 +307,7 @@ def node_of(listing: RecordStream) -> NodeRecord | None:
 
 
 async def read_readiness(listing: RecordStream) -> dict[str, bool]:
-    """Return what the checks of our making say, by service ID."""
+    """Return the readiness that our own checks show, by service ID."""
     found = {}
     async for record in listing.records():
         try:

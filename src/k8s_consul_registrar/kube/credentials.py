@@ -32,7 +32,7 @@ API_VERSIONS = ("client.authentication.k8s.io/v1", "client.authentication.k8s.io
 TIME_LIMIT = 30.0  # seconds
 # Seconds between two runs of a plugin that does not give what is needed.
 FLOOR = 5.0
-# What is about to expire is not used for a request that may take a while to arrive.
+# An identity that is about to expire is not used: the request may take a while to arrive.
 LEEWAY = 10.0
 OUTPUT_LIMIT = 1 << 20
 KILL_LIMIT = 1.0
@@ -63,7 +63,7 @@ class Credentials(Protocol):
         """Note that the server answered 401 to this identity: the next one should be fresh."""
 
     async def aclose(self) -> None:
-        """End what runs to get an identity; a later `identity` begins again."""
+        """End the processes that get an identity; a later `identity` begins again."""
 
 
 class StoredCredentials:
@@ -231,7 +231,7 @@ class ExecCredentials:
         return credential.expires is not None and self._now() >= credential.expires - leeway
 
     async def _refresh(self) -> None:
-        """Run the plugin once and keep what came of it; raises nothing but a cancellation."""
+        """Run the plugin once and keep its identity or its error; raises nothing but a cancellation."""
         was_rejected, before = self._is_rejected, self._credential
         try:
             with contained(self._plugin.origin):

@@ -44,7 +44,7 @@ log = get_logger("events")
 
 
 class EventOutcome(StrEnum):
-    """Results of telling something by an Event; label values of a metric."""
+    """Results of writing an Event; label values of a metric."""
 
     CREATED = "created"
     REPEATED = "repeated"  # the series of an Event goes on
@@ -56,7 +56,7 @@ class EventOutcome(StrEnum):
 
 
 class ObjectEvent(msgspec.Struct, frozen=True, gc=False):
-    """Something to tell about one object; `cause` tells apart what one reason can mean and is not shown."""
+    """An occurrence at one object; `cause` distinguishes the meanings of one reason and is not shown."""
 
     key: ObjectKey
     uid: str
@@ -68,7 +68,7 @@ class ObjectEvent(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def identity(self) -> tuple[str, ...]:
-        """The parts that make it the same thing told again."""
+        """The parts by which two occurrences are the same Event."""
         return (*self.key, self.uid, self.reason, self.cause)
 
     @property
@@ -85,9 +85,9 @@ class ObjectEvent(msgspec.Struct, frozen=True, gc=False):
 
 
 class Occurrences(msgspec.Struct, gc=False):
-    """When something was observed first and last, in seconds of the epoch, and how many times.
+    """The first and the last observation, in seconds of the epoch, and their number.
 
-    `told_at` is when an Event last said so, in monotonic seconds; `is_written` is True once the API server has an Event of it.
+    `told_at` is when its Event was last written, in monotonic seconds; `is_written` is True once the API server has an Event of it.
     """
 
     first: float
@@ -105,7 +105,7 @@ class DueEvent(NamedTuple):
 
 
 class EventQueue(Protocol):
-    """Decides which Event is written when."""
+    """Decides which Event is written at which time."""
 
     on_added: Callable[[], None]
 
@@ -193,12 +193,12 @@ class EventSender:
         self._instance = socket.gethostname() or CONTROLLER
         self._added = asyncio.Event()
         self._backoff = Backoff(timing)
-        # What a right or an object is to blame for is logged once, however other Events fare.
+        # A failure that a right or an object causes is logged once, whatever other Events do.
         self._refusals, self._outage = Failures(), Failures()
         self._is_out = False
 
     async def run(self) -> None:
-        """Write what is due until it is cancelled; no error ends it."""
+        """Write due Events until cancelled; no error ends it."""
         self._queue.on_added = self._added.set
         while True:
             try:

@@ -146,7 +146,7 @@ class Reflector:
         return self._watch_began is None or self._clock() - self._watch_began < self._timing.watch_settle
 
     def _made_progress(self, error: Exception | None) -> bool:
-        """Return True if the waits may be short again: a list is costly, so one that worked is not enough for a watch."""
+        """Return True if the waits may be short again: a list is costly, so one list alone is not enough for a watch."""
         if error is None and (not self._following.watches or not self._is_brief()):
             return True
         return self._has_heard and (bool(self._version) or not self._is_brief())
@@ -206,7 +206,7 @@ class Reflector:
         self._is_cluster_doubtful = False
 
     async def _ask_present_version(self) -> None:
-        """Before a watch is resumed, find out up to where events may be missing.
+        """Ask, before a watch is resumed, for the version up to which events may be missing.
 
         A watch from a version that lies in the server's future would be silent, so that is found out first.
         """

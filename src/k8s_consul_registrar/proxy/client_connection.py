@@ -136,7 +136,7 @@ class ClientConnection(asyncio.BufferedProtocol):
         if state is LINGERING or state is CLOSED:
             return
         if state is SCRAPING or self._is_blocked:
-            # The previous answer is not complete or not taken yet; going on would gather answers without bound.
+            # The previous answer is not complete, or the client has not read it: going on would gather answers without bound.
             self.abort()
             return
         reader = self._reader
@@ -183,7 +183,7 @@ class ClientConnection(asyncio.BufferedProtocol):
         scrape.start()
 
     def _credentials(self, request: Request) -> Hashable | None:
-        """Return what stands for the credentials that the client has shown, None if none are asked for."""
+        """Return a key for the credentials that the client has shown, None if none are required."""
         if self._inbound is None:
             return None
         return blake2b(request.fields[b"authorization"], digest_size=16).digest()

@@ -18,7 +18,7 @@ SHARE = 0.3  # of what is held
 
 @dataclass(frozen=True, slots=True)
 class BrakeRules:
-    """Seconds for which reads must agree on a mass removal, and if one is held at all.
+    """Seconds for which reads must agree on a mass removal, and whether mass removals are held.
 
     A removal is a mass removal if at least LEAST services and more than SHARE of what is held would go, or
     if a source shows nothing at all while LEAST or more are held; in one source, or in all sources of a kind
@@ -68,7 +68,7 @@ class Held(msgspec.Struct, frozen=True):
 
 
 class SourceMemory(msgspec.Struct, frozen=True):
-    """Since when each service of a source is confirmed absent, and how long each waits in all, in seconds."""
+    """The time since which each service of a source is confirmed absent, and the seconds that each waits in all."""
 
     since: Mapping[str, float] = msgspec.field(default_factory=dict)
     waits: Mapping[str, float] = msgspec.field(default_factory=dict)
@@ -184,7 +184,7 @@ def _mass_sources(
 ) -> tuple[frozenset[Source], frozenset[Source]]:
     """Return the sources in a mass removal, their own or their kind's, and those where nothing is left.
 
-    What was inferred and removed lately counts as if it were still held and absent, so that a mass removal
+    Recent inferred removals count as if they were still held and absent, so that a mass removal
     in small portions is one.
     """
     gone: defaultdict[Source, int] = defaultdict(int)

@@ -26,8 +26,8 @@ _Place: TypeAlias = tuple[str, ObjectKey]
 class Change(msgspec.Struct, frozen=True, gc=False):
     """Service IDs to decide again: those an object asks for, then those it no longer asks for.
 
-    `heard_at` is when an event told of it, None if a list did. `rejection` is why the object has no targets.
-    `wait` is how many seconds what was dropped waits.
+    `heard_at` is when its event arrived, None for a change from a list. `rejection` is why the object has no targets.
+    `wait` is the seconds that dropped IDs wait.
     """
 
     asked: tuple[str, ...] = ()
@@ -277,7 +277,7 @@ class Departures:
     def settle_by_read(self, generation: int) -> None:
         """End departures up to a generation by a complete read that began after them.
 
-        What it shows as absent, foreign or another object's has nothing left of the object that departed.
+        An ID that the read shows as absent, foreign or another object's has no record of the object that departed.
         """
         for service_id in self.ids():
             record = self._observed.get(service_id)
@@ -332,7 +332,7 @@ class Rejections:
         return True
 
     def protects(self, service_id: str, kind: Kind, key: ObjectKey | None) -> bool:
-        """Return True if what Consul holds under an ID is that of a rejected object; `key` None may be any."""
+        """Return True if the record under an ID belongs to a rejected object; a `key` of None may be any object."""
         if service_id in self._ids:
             return True
         return key in self.by_key if key is not None else bool(self._without_id[kind])

@@ -89,7 +89,7 @@ class Names(msgspec.Struct):
     looked_up: dict[str, bool] = {}
 
     def status(self, kind: Kind, name: str) -> NameStatus:
-        """Return whether a service may be given a name."""
+        """Return the answer for one name."""
         compared = comparable_name(name)
         if compared in self.taken or self.looked_up.get(compared, False):
             return NameStatus.TAKEN
@@ -376,5 +376,5 @@ class NameGuard:
             self._reading.add(comparable_name(service.name))
 
     def finish(self) -> None:
-        """Replace what the last read showed, and check names again when they are next given."""
+        """Replace the names of the last read, and look new names up again."""
         self.names.taken, self.names.looked_up = self._reading, {}

@@ -133,7 +133,7 @@ class DesiredState:
         departed = self._departures.get(service_id, key)
         has_departed = departed is not None and (departed > self._departures.stale_until or is_synced)
         is_endpoint = source.kind is Kind.ENDPOINT
-        # Of a Service that is rejected in part, what departs departs.
+        # A Service that is rejected in part protects only the endpoints that are still there.
         if self._rejections.protects(service_id, source.kind, key) and not (is_endpoint and has_departed):
             return Standing.REJECTED
         if has_departed:
@@ -166,7 +166,7 @@ class DesiredState:
         elif isinstance(resolved, tuple):
             resolved = self._inheritance.place(resolved)
         elif item.key is not None and item.key.kind is Kind.NAMESPACE:
-            return self.store.get(item.key)  # what cannot be read takes nothing away
+            return self.store.get(item.key)  # an unreadable object takes nothing away
         if self.join is not None and isinstance(resolved, tuple):
             resolved = self.join.mark(resolved)
         return resolved or None
@@ -179,7 +179,7 @@ class DesiredState:
         evidence: Evidence,
         heard_at: float | None,
     ) -> None:
-        """Take over what became of one object."""
+        """Take over the targets, or the rejection, of one object."""
         if after is None:
             self._inheritance.lose(key)
         if key.kind is Kind.NAMESPACE:
@@ -209,7 +209,7 @@ class DesiredState:
         evidence: Evidence,
         heard_at: float | None,
     ) -> None:
-        """Take over what became of an object that has targets of its own."""
+        """Take over the result for an object that has targets of its own."""
         if before is None and after is None:
             self._depart(key, self._departures.take_left(key), heard_at)
             return
@@ -220,7 +220,7 @@ class DesiredState:
         self._share_endpoints(before, after, heard_at)
         asked = self._claims.endpoints.without_yielded(key, ids_asked(after))
         if evidence is Evidence.ABSENT:
-            # Only a resync judges what a list does not show; an ID with another claim changes hands.
+            # Only a resync judges absences from a list; an ID with another claim changes its owner.
             self.has_absences = True
             self._departures.remember(key, ids_asked(before))
             self._tell(tuple(one for one in ids_asked(before) if one in self._claims.by_id), (), None)
@@ -257,7 +257,7 @@ class DesiredState:
         is_fact: bool = True,
         wait: float = 0.0,
     ) -> None:
-        """Take over what the join of Services made of a change; `asked` are IDs that go before removals."""
+        """Take over the effect of a change on the join of Services; `asked` are IDs that go before removals."""
         assert self.join is not None
         self.generation += 1
         for target in joined.removed:
@@ -363,7 +363,7 @@ class DesiredState:
         change: Callable[[tuple[Target, ...]], tuple[Target, ...]],
         heard_at: float | None,
     ) -> None:
-        """Replace an object's targets by what a change of another object makes of them."""
+        """Replace an object's targets after a change of another object."""
         before = self.store.get(key)
         if not isinstance(before, tuple):
             return

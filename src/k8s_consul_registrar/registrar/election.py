@@ -1,4 +1,4 @@
-"""Who of several replicas writes: the rules of a leader election over one Lease.
+"""The rules of a leader election over one Lease: which of several replicas writes.
 
 They are client-go's (`tools/leaderelection/leaderelection.go`). A record is judged by how long ago *we* first
 saw it, by our own clock, never by the times written in it; every write names the version it replaces. Where
@@ -24,7 +24,7 @@ _MICROTIME = "%Y-%m-%dT%H:%M:%S.%fZ"
 class ElectionTiming(msgspec.Struct, frozen=True):
     """Times of a lease, in seconds: how long it lasts, when its holder stops writing, how often it is tried for.
 
-    Between `renew_deadline` and `lease_duration` the last writes come to an end. Who waits for the lease
+    Between `renew_deadline` and `lease_duration` the last writes come to an end. A standby
     stretches `retry_period` by up to `jitter` times, so that replicas do not ask in step. ValueError unless
     lease_duration > renew_deadline > jitter * retry_period, client-go's own condition.
     """
@@ -77,14 +77,14 @@ class UpdateLease(msgspec.Struct, frozen=True):
 
 
 class Done(msgspec.Struct, frozen=True):
-    """Nothing is left to do: the lease is released, or was never ours."""
+    """The end: the lease is released, or was never ours."""
 
 
 ElectionAction = Wait | ReadLease | CreateLease | UpdateLease | Done
 
 
 class Election(msgspec.Struct, frozen=True):
-    """Where one contender stands; times are of its own clock, in seconds.
+    """The state of one contender; times are of its own clock, in seconds.
 
     `seen` is the record as last read or written, None where there is none, and `seen_at` when it was first
     seen like that. `is_fresh` says it may be written over without being read again; `may_hold`, that the
@@ -121,7 +121,7 @@ class Election(msgspec.Struct, frozen=True):
 
 
 def next_action(election: Election, now: float, wall: datetime) -> ElectionAction:
-    """Say what to do now; `wall` (UTC) is only written into the record, for people."""
+    """Return the next action; `wall` (UTC) is only written into the record, for people."""
     if election.is_resigning:
         return _next_of_release(election, wall)
     if now < election.next_at:
@@ -145,7 +145,7 @@ def asked(election: Election, action: ElectionAction) -> Election:
 
 
 def on_read(election: Election, lease: Lease | None, now: float, spread: float) -> Election:
-    """Record what the Lease says, None if there is none; `now` is when the answer was there."""
+    """Record the Lease as read, None if there is none; `now` is when the answer arrived."""
     is_same = lease is not None and lease == election.seen
     election = replace(
         election,
@@ -196,7 +196,7 @@ def on_conflict(election: Election, now: float, spread: float) -> Election:
 def on_failure(election: Election, started: float, spread: float) -> Election:
     """Record that a request begun at `started` got no answer that shows the record as it is now.
 
-    A leader leads on until its deadline; who is resigning leaves the lease to expire.
+    A leader goes on until its deadline; one that is resigning leaves the lease to expire.
     """
     wait = election.timing.retry_period if election.is_ours else election.timing.stretched(spread)
     return replace(
@@ -208,7 +208,7 @@ def on_failure(election: Election, started: float, spread: float) -> Election:
 
 
 def resigned(election: Election) -> Election:
-    """Stop leading at once; what is left to do is the release."""
+    """Stop leading at once; only the release is left."""
     return replace(election, is_resigning=True, writes_until=NEVER, has_clashed=False)
 
 

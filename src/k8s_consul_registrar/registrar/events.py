@@ -1,4 +1,4 @@
-"""Kubernetes Events of a registrar: what they say about an object, and when one is due. Pure."""
+"""Kubernetes Events of a registrar: their texts about an object, and the time at which each is due. Pure."""
 
 import math
 import time
@@ -33,9 +33,9 @@ class EventReason(StrEnum):
 
 
 class EventLimits(msgspec.Struct, frozen=True):
-    """The bounds of telling; times are in seconds.
+    """The bounds on Events; times are in seconds.
 
-    Events repeat the same about an object once in `interval`. `rate` Events are written in a second, after a `burst`;
+    An Event is repeated once in `interval`. `rate` Events are written in a second, after a `burst`;
     `most_waiting` may wait for that. `pause` is how long a namespace rests where Events are forbidden.
     """
 
@@ -101,12 +101,12 @@ class EventPlan:
         return True
 
     def stand(self, events: Iterator[ObjectEvent]) -> None:
-        """Take what stands now; it is looked at once those that stood before were."""
+        """Take the rejections and conflicts that hold now; they are looked at after those taken before."""
         self._offered = events
         self.on_added()
 
     def clear(self) -> None:
-        """Forget what was to be told: another replica leads."""
+        """Forget pending Events: another replica leads."""
         self._waiting.clear()
         self._standing = self._offered = None
 
@@ -150,7 +150,7 @@ class EventPlan:
         return None
 
     def _next_standing(self, now: float, wall: float) -> DueEvent | None:
-        """Look at the next ones that stand; None if none of them is due."""
+        """Look at the next rejections that still hold; None if none of them is due."""
         if self._standing is None:
             self._standing, self._offered = self._offered, None
         for _ in range(SLICE):
@@ -168,7 +168,7 @@ class EventPlan:
 
 
 class EventReporter(Reporter):
-    """A reporter that tells the authors of objects by Events too, while this replica leads."""
+    """A reporter that also writes Events about objects, for their authors, while this replica leads."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class EventReporter(Reporter):
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """Make it; with `tells_all` it tells what goes well too."""
+        """Make the reporter; with `tells_all` it writes Events about successes too."""
         super().__init__(metrics, status, clock)
         self._plan = plan
         self._desired = desired
@@ -219,7 +219,7 @@ class EventReporter(Reporter):
             self._tell(self._event(target.key, EventReason.WRITE_FAILED, verb.capitalize(), note))
 
     def wrote(self, verb: str, services: Iterable[tuple[str, Target | None]], written: Written) -> None:
-        """Count writes, and tell of each that changed what is scraped after the first sync."""
+        """Count writes, and write an Event about each that changed a scrape after the first sync."""
         services = tuple(services)
         super().wrote(verb, services, written)
         if verb != "register" or not (self._tells_all and self._status.has_synced):
@@ -239,7 +239,7 @@ class EventReporter(Reporter):
         held: tuple[Held, ...],
         rejections: Iterable[Rejection],
     ) -> None:
-        """Report a resync, and tell again what stands."""
+        """Report a resync, and repeat the Events of rejections that still hold."""
         rejections = tuple(rejections)
         super().resynced(counts, was_read=was_read, kept=kept, held=held, rejections=rejections)
         if self._leads:

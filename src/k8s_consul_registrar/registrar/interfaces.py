@@ -119,7 +119,7 @@ class Registry(Protocol):
         """Remove services; one that does not exist counts as done."""
 
     async def drift(self) -> Drift:
-        """Return what others may have done to what is there; cheap enough to ask every few seconds."""
+        """Return the changes that other writers may have made; cheap enough to ask every few seconds."""
 
     async def lost_shards(self) -> Mapping[str, str]:
         """Return shard paths by service ID that are still on record though the service is not held here."""
@@ -159,7 +159,7 @@ class Leadership(Protocol):
 
 
 class MemoryRegistry:
-    """Keeps services as Consul would, so that the brake holds here what it holds there."""
+    """Keeps services as Consul would, so that the brake works without Consul too."""
 
     checks_versions = False
     batch_size = 250

@@ -1,4 +1,4 @@
-"""Observed state: what Consul is known to hold under each service ID, and who else changes it. Pure."""
+"""Observed state: what Consul is known to hold under each service ID, and which records other writers change. Pure."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +20,7 @@ LAST_REPAIRED = 1
 
 
 class AsDesired(msgspec.Struct, frozen=True, gc=False):
-    """A service that is as its target wants it: target, shard and cluster UID make the whole record again.
+    """A service that is as its target wants it: the whole record can be built from target, shard and cluster UID.
 
     The target is the store's own value, so this costs a few words, not a copy of a service. `version` is
     the record's `Service.index`.
@@ -211,7 +211,7 @@ class ObservedState:
         return self._records.by_id.get(service_id)
 
     def is_absent(self, service_id: str) -> bool:
-        """Return whether nothing is known, or feared, to be under an ID."""
+        """Return True if nothing is under an ID, as far as is known."""
         return (
             self.is_complete and service_id not in self._records.by_id and service_id not in self._in_flight
         )
@@ -261,7 +261,7 @@ class ObservedState:
     # Writes
 
     def begin_write(self, ids: Iterable[str]) -> None:
-        """Note that writes of these IDs are on their way."""
+        """Note that writes of these IDs have begun."""
         self._in_flight.update(ids)
         if self._reading is not None:
             self._touched.update(self._in_flight)
@@ -308,7 +308,7 @@ class ObservedState:
         lost_shards: Mapping[str, str] | None = None,
         is_desired: Callable[[str], bool] = lambda _: True,
     ) -> set[str]:
-        """Replace everything by what was read; return the IDs that were written meanwhile and are kept as they are.
+        """Replace everything by the records read; return the IDs that were written meanwhile and are kept as they are.
 
         Desired services that Consul has lost since the last read keep their shards.
         """
@@ -330,7 +330,7 @@ class ObservedState:
         self._reading, self._touched = None, set()
 
     def expire(self) -> None:
-        """Distrust everything until the next complete read: another replica may have written."""
+        """Treat every ID as unknown until the next complete read: another replica may have written."""
         self.drop_read()
         self.is_complete = False
         self.generation += 1
@@ -371,7 +371,7 @@ class Contests:
     ) -> Observed:
         """Return what a fresh read shows, as desired if it is; count it if another writer changed it.
 
-        Only records of this registrar's own identity count: a hand that edits one thing is no writer.
+        Only records of this registrar's own identity count: a manual edit is no writer.
         """
         if not isinstance(before, AsDesired) or not isinstance(record, Other):
             return record
@@ -382,7 +382,7 @@ class Contests:
         return record
 
     def prune(self, now: float) -> None:
-        """Forget records that nothing changed for long."""
+        """Forget records that have not changed for long."""
         for service_id, contest in tuple(self._contests.items()):
             if now - contest.latest >= self._quiet:
                 del self._contests[service_id]

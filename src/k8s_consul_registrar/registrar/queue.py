@@ -18,7 +18,7 @@ import msgspec
 BULK_SHARE = 4
 # Seconds between two writes of one ID at least, so that an object that flaps does not starve the others.
 MIN_INTERVAL = 0.2
-# An ID that moves to another queue leaves its entry behind; beyond this many they are dropped.
+# An ID that moves to another queue leaves its entry behind; beyond this many, stale entries are dropped.
 MOST_LEFT_BEHIND = 1000
 
 
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
 class _Item(msgspec.Struct, gc=False):
     """One ID that waits or is in flight.
 
-    `failures` counts refusals in a row; `heard_at` is when an event first told of the change.
+    `failures` counts refusals in a row; `heard_at` is when the first event of the change arrived.
     """
 
     priority: Priority
@@ -95,7 +95,7 @@ class WorkQueue:
         self._retries: deque[str] = deque()
         self._first_tries = (self._changes, self._removals, self._bulk)  # by priority
         self._later: list[tuple[float, str]] = []
-        # IDs written a moment ago, and until when the next write of each waits; in order of time.
+        # IDs written recently, and the time before which each is not written again; in order of time.
         self._resting: dict[str, float] = {}
         self._groups: dict[str, list[_Group]] = {}
         # Batches since the last one of bulk work, of removals and of retries.
@@ -173,7 +173,7 @@ class WorkQueue:
             return None
         self._wake(now)
         others = (self._bulk, self._removals, self._retries)
-        # Nothing may starve beside changes without end: what waits longest goes first once its turn has come.
+        # Nothing may starve beside endless changes: once its turn has come, the ID that waits longest goes first.
         turns = sorted(
             (-since, number) for number, since in enumerate(self._since) if since >= BULK_SHARE - 1
         )
@@ -189,7 +189,7 @@ class WorkQueue:
         return None
 
     def done(self, service_id: str, now: float, *, was_written: bool = False) -> float | None:
-        """Note that an ID needs nothing more; return when an event told of its change, if one did."""
+        """Note that an ID needs nothing more; return when the event of its change arrived, None without one."""
         item = self._items[service_id]
         heard_at = item.heard_at
         was_added_again = self._land(service_id, item, now)

@@ -71,7 +71,7 @@ class Joined(msgspec.Struct):
 
 
 class _Part(msgspec.Struct):
-    """One EndpointSlice and what became of it."""
+    """One EndpointSlice with its targets, or the reason why it has none."""
 
     slice: EndpointSlice
     made: SliceTargets = SliceTargets({})
@@ -159,7 +159,7 @@ class ServiceJoin:
         come: list[Target] = []
         for part in self._parts.get(key, {}).values():
             before, made = part.made.targets, self._resolve(key, part.slice, {})
-            # What is the same stays the same object, for its memory.
+            # Equal values share one object, for its memory.
             same = {
                 one: before[one] if before.get(one) == some else some for one, some in made.targets.items()
             }
@@ -238,7 +238,7 @@ class ServiceJoin:
     def _still_there(
         self, key: ObjectKey, part: EndpointSlice, before: Mapping[SliceEndpoint, tuple[Target, ...]]
     ) -> set[str]:
-        """Return the IDs of endpoints that a rejected slice still has: nothing says that they are to go."""
+        """Return the IDs of endpoints that a rejected slice still has: nothing proves that they are gone."""
         service = self._services[key]
         assert isinstance(service, ServiceScrape)
         there = {one.pod or one.address for one in part.endpoints if service.counts(one)}
@@ -261,7 +261,7 @@ class ServiceJoin:
     # Places
 
     def _swap(self, gone: Iterable[Target], come: Iterable[Target]) -> Joined:
-        """Take some offers away and add others; return what that changes at their places."""
+        """Take some offers away and add others; return the changes at their places."""
         ids = {one.id for one in (*gone, *come)}
         before = {service_id: self._chosen(service_id) for service_id in ids}
         for target in gone:
@@ -306,7 +306,7 @@ class ServiceJoin:
         return before ^ now
 
     def _compare(self, standings: Mapping[_Place, _Standing]) -> Joined:
-        """Return what changed at some places since they stood as given."""
+        """Return the changes at some places since the given state."""
         joined = Joined()
         for place, was in standings.items():
             now = self._standing(place)
@@ -386,7 +386,7 @@ def _pod(target: Target) -> str:
 
 
 def _query(target: Target) -> tuple[tuple[str, str], ...]:
-    """Return what tells scrapes of one address, port and path apart."""
+    """Return the parameters by which scrapes of one address, port and path differ."""
     return tuple([pair for pair in target.meta if pair[0] == "scheme" or pair[0].startswith(PARAM_PREFIX)])
 
 

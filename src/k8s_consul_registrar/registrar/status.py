@@ -1,4 +1,4 @@
-"""Where the registrar stands, as values that the admin endpoints read, and how far its first sync is."""
+"""The registrar's state, as values that the admin endpoints read, and the progress of its first sync."""
 
 import asyncio
 import time
@@ -17,7 +17,7 @@ from k8s_consul_registrar.telemetry import get_logger
 
 # Resyncs and seconds of changes that are remembered for the status page.
 RECENT = 20
-# Seconds after which a loop that has not turned hangs: no request may take a tenth of that.
+# Seconds after which a loop that has not turned counts as hanging: no request may take a tenth of that.
 HANG = 600.0
 # Seconds between two lines about a first sync; one that is done sooner has none.
 PROGRESS_INTERVAL = 5.0
@@ -67,9 +67,9 @@ class Activity(NamedTuple):
 
 
 class LostAgent(NamedTuple):
-    """An agent that is gone, and what becomes of this registrar's services at its node.
+    """An agent that is gone, and the state of this registrar's services at its node.
 
-    `since` is when it was first seen so, `due` when the node may be cleared, both in monotonic seconds;
+    `since` is when it was first seen lost, `due` when the node may be cleared, both in monotonic seconds;
     `stays` counts by reason the services that a clearing left, empty before the first.
     """
 
@@ -89,7 +89,7 @@ class AgentProblem(StrEnum):
 class AgentsSeen(msgspec.Struct, frozen=True):
     """The nodes whose agents have answered; a value that each look replaces.
 
-    Behind a load balancer one look may well show a single node. So what was seen counts until `STEADY_LOOKS`
+    Behind a load balancer one look may well show a single node. So earlier nodes count until `STEADY_LOOKS`
     in a row have shown the same node only.
     """
 
@@ -99,7 +99,7 @@ class AgentsSeen(msgspec.Struct, frozen=True):
     servers: frozenset[str] = frozenset()
 
     def looked(self, nodes: Collection[str], servers: Collection[str]) -> "AgentsSeen":
-        """Return what is known after another look."""
+        """Return the knowledge after another look."""
         latest = frozenset(nodes)
         steady = self.steady + 1 if latest == self.latest and len(latest) == 1 else 1
         is_settled = steady >= STEADY_LOOKS or len(self.nodes) > MOST_NODES
@@ -184,9 +184,9 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 def describe(now: Progress, before: Progress | None, seconds: float) -> Mapping[str, object]:
-    """Return what to say of a first sync, given where it stood at the previous line (None: at its beginning).
+    """Return the log fields of a first sync, given its progress at the previous line (None: at its beginning).
 
-    How long it will take is said once the lists are complete and targets are being registered.
+    The remaining time is estimated once the lists are complete and targets are being registered.
     """
     registered = now.registered - (before.registered if before else 0)
     listed = now.listed - (before.listed if before else 0)
