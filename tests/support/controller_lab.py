@@ -19,7 +19,7 @@ from k8s_consul_registrar.registrar.decide import NameGuard, Rules
 from k8s_consul_registrar.registrar.interfaces import Leadership, Upkeep
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.observed import Contests, ObservedState
-from k8s_consul_registrar.registrar.ownership import Identity
+from k8s_consul_registrar.registrar.ownership import Identity, Policy
 from k8s_consul_registrar.registrar.queue import WorkQueue
 from k8s_consul_registrar.registrar.reconciler import Core, Reconciler
 from k8s_consul_registrar.registrar.reporter import Reporter
@@ -101,6 +101,7 @@ class ControllerLab:
         timing: Timing = QUICK,
         target_rules: TargetRules | None = None,
         checked_names: bool = False,
+        policy: Policy = Policy.SYNC,
         backoff_cap: float = 60.0,
     ) -> None:
         self.clock = Clock(follows=time.monotonic)
@@ -116,7 +117,7 @@ class ControllerLab:
         self.names = NameGuard(
             self.consul.is_name_taken, checked=checked, unchecked=self.reporter.names_unchecked
         )
-        self.rules = Rules(identity, shards or RandomShards(), self.names.names)
+        self.rules = Rules(identity, shards or RandomShards(), self.names.names, policy=policy)
         self.contests = Contests(schedule.period)
         self.absences = Absences(self.desired, self.cluster, brake, clock=self.clock)
         self.core = core = Core(
@@ -215,13 +216,19 @@ class Seen:
     """A controller with its view; `learn` makes the cluster's UID known, as a reflector does."""
 
     def __init__(
-        self, *, sources: Sequence[Source] = (PODS,), brake: BrakeRules | None = None, saved_uid: str = ""
+        self,
+        *,
+        sources: Sequence[Source] = (PODS,),
+        brake: BrakeRules | None = None,
+        saved_uid: str = "",
+        policy: Policy = Policy.SYNC,
     ) -> None:
         self.lab = ControllerLab(
             shards=WIRING.shards,
             sources=sources,
             identity=WIRING.identity,
             brake=brake or BrakeRules(confirm=0.1, confirm_start=600),
+            policy=policy,
         )
         self.namespaces = Namespaces("uid-1")
         self.cluster_uid = ClusterUid(self.namespaces, self.lab.controller.on_cluster_uid)

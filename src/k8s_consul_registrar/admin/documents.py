@@ -97,7 +97,7 @@ class Groups:
 
     def _put(self, service_id: str, target: TargetRow | None) -> None:
         place = self._place_of.get(service_id)
-        if target is None:
+        if target is None or not target.is_target:
             if place is not None:
                 del self._place_of[service_id]
                 self.places[place] = None

@@ -33,6 +33,7 @@ from k8s_consul_registrar.registrar.decide import (
     Register,
     Reject,
     Update,
+    Withheld,
     decide,
 )
 from k8s_consul_registrar.registrar.interfaces import ClusterReader
@@ -205,15 +206,18 @@ class Explainer:
             detail = f"it gives way to {winner}, which is scraped at the same address, port and path"
             return ServiceState(service_id, (Condition("owner", detail, is_met=False),))
         action = await action_for(self.core, service_id)
+        does = "writes"
+        if isinstance(action, Withheld):
+            action, does = action.write, f"does not write, as POLICY is {self.core.rules.policy},"
         if not isinstance(action, Register | Update | InSync) or action.entry.target.key != key:
             return ServiceState(service_id, (Condition("owner", _closed(action, key), is_met=False),))
         after = action.entry.service(self.core.rules.identity)
         before = [service async for service in self.core.registry.lookup([service_id])]
         if not before:
-            state = "not there yet; the registrar writes it"
+            state = f"not there yet; the registrar {does} it"
         else:
             changed = differences(before[0], after)
-            state = f"differs; the registrar writes {changed}" if changed else "as it should be"
+            state = f"differs; the registrar {does} {changed}" if changed else "as it should be"
         row = TargetRow(after, key, TargetState.REGISTERED if before else TargetState.PENDING)
         group = bytearray()
         self.encoder.append(row, group)

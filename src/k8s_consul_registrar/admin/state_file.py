@@ -231,6 +231,8 @@ class StateKeeper:
         try:
             await in_thread(file.open)
             async for target in in_slices(self._view.targets(), SLICE):
+                if not target.is_target:
+                    continue
                 piece = encode_target(target, is_first=is_first)
                 is_first = False
                 digest.update(piece)

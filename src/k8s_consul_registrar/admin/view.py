@@ -1,6 +1,7 @@
 """The registrar as its admin endpoints show it: desired and observed state joined into rows, and counted."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from k8s_consul_registrar.kube.source_state import CAUSES, SourceStatus, WatchSt
 from k8s_consul_registrar.model import USUAL_KINDS, Kind, ObjectKey, Rejection, Service, Source, Target
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.desired import DesiredState
-from k8s_consul_registrar.registrar.metrics import Figures
+from k8s_consul_registrar.registrar.metrics import WRITE_VERBS, Figures
 from k8s_consul_registrar.registrar.observed import AsDesired, ObservedState, Other, inherited_by
 from k8s_consul_registrar.registrar.service_join import Winner
 from k8s_consul_registrar.registrar.status import Progress, RegistrarStatus
@@ -34,6 +35,12 @@ class TargetState(StrEnum):
     CONFLICT = "conflict"  # something not ours holds the ID
     STANDBY = "standby"  # another replica leads and writes
     KEPT = "kept"  # nothing asks for it now, and nothing proves that it may go
+    WITHHELD = "withheld"  # POLICY does not allow the write
+    UNWANTED = "unwanted"  # it may go, and POLICY does not allow the removal
+
+
+# The states of what is no target: it is in no document of service discovery.
+NO_TARGET = frozenset({TargetState.UNWANTED})
 
 
 class TargetRow(NamedTuple):
@@ -46,6 +53,11 @@ class TargetRow(NamedTuple):
     key: ObjectKey
     state: TargetState
     detail: str = ""
+
+    @property
+    def is_target(self) -> bool:
+        """True if collectors are to scrape it."""
+        return self.state not in NO_TARGET
 
 
 # The kinds of target that need a source of another kind.
@@ -194,7 +206,7 @@ class View:
         """A number that changes whenever `targets` would yield anything else."""
         state = self.status
         odd = hash((frozenset(state.refused), frozenset(state.conflicts), state.is_standby))
-        waits = len(state.awaiting_proxy)
+        waits = (len(state.awaiting_proxy), state.withheld_changes)
         return hash((self.desired.generation, self.observed.generation, odd, waits))
 
     @property
@@ -267,9 +279,9 @@ class View:
     def _row(self, service_id: str, target: Target) -> TargetRow:
         status, record = self.status, self.observed.get(service_id)
         state = self._state(service_id)
-        if isinstance(record, AsDesired):
+        if isinstance(record, AsDesired) and state is TargetState.REGISTERED:
             return TargetRow(record.service(self.rules.identity), record.target.key, state)
-        detail = ""
+        detail = status.withheld.get(service_id, "")
         if service_id in status.conflicts:
             detail = f"held by {status.conflicts[service_id].holder}"
         elif service_id in status.refused:
@@ -286,16 +298,19 @@ class View:
 
     def _kept_row(self, service_id: str) -> TargetRow | None:
         record = self.observed.get(service_id)
+        state = TargetState.UNWANTED if service_id in self.status.withheld else TargetState.KEPT
         if isinstance(record, AsDesired):
             service, key = record.service(self.rules.identity), record.target.key
-            return TargetRow(service, key, TargetState.KEPT)
+            return TargetRow(service, key, state)
         if isinstance(record, Other) and record.service is not None and record.kind is not None:
             key = record.key or ObjectKey(record.kind, "", service_id)
-            return TargetRow(record.service, key, TargetState.KEPT)
+            return TargetRow(record.service, key, state)
         return None
 
     def _state(self, service_id: str) -> TargetState:
         """Return the state of the target of an ID that is asked for."""
+        if service_id in self.status.withheld:
+            return TargetState.WITHHELD
         if isinstance(self.observed.get(service_id), AsDesired):
             return TargetState.REGISTERED
         if service_id in self.status.conflicts:
@@ -344,7 +359,7 @@ class Census:
         self._targets = Index(view.states, lambda: view.generation, targets)
         self._rejections = Index(view.rejections, lambda: view.generation, rejections)
         self._stats = stats
-        self._desired = view.desired
+        self._desired, self._status = view.desired, view.status
         self._counts: tuple[Mapping[tuple[str, str], int], Mapping[str, int]] = (
             dict.fromkeys(_PAIRS, 0),
             dict.fromkeys(Reason, 0),
@@ -371,7 +386,9 @@ class Census:
         join = self._desired.join
         yielded = {} if join is None else {winner.value: join.yielded[winner] for winner in Winner}
         notes = {note.value: self._desired.notes.get(note, 0) for note in Note}
-        return Figures(*self._counts, restarts, lists, heard, yielded, notes)
+        verbs = Counter(self._status.withheld.values())
+        withheld = {verb: verbs[verb] for verb in WRITE_VERBS}
+        return Figures(*self._counts, restarts, lists, heard, yielded, notes, withheld)
 
 
 _PAIRS = tuple((kind.value, state.value) for kind in USUAL_KINDS for state in TargetState)

@@ -28,8 +28,11 @@ from k8s_consul_registrar.registrar.decide import (
     Register,
     Reject,
     Update,
+    Withheld,
 )
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.ownership import Policy
+from k8s_consul_registrar.registrar.reporter import verb_of
 from k8s_consul_registrar.registrar.resync import Comparison
 from k8s_consul_registrar.runner import EXIT_CHANGES, EXIT_FAILURE, EXIT_OK, run_loop
 from k8s_consul_registrar.settings.consul import NONE
@@ -70,8 +73,9 @@ class Plan(NamedTuple):
 
     @property
     def has_changes(self) -> bool:
-        """True if a sync would write something, or would be held by the brake."""
-        return any(self.counts[result] for result in ("to register", "to update", "to deregister", "held"))
+        """True if a sync would write something, or the brake or the policy would hold something."""
+        results = ("to register", "to update", "to deregister", "held", "withheld")
+        return any(self.counts.get(result) for result in results)
 
 
 async def _plan(settings: RegistrarSettings, *, output: str) -> int:
@@ -142,6 +146,7 @@ async def _compared(parts: RegistrarParts, found: Comparison) -> Plan:
     actions: dict[str, Action] = {}
     for service_id in (*found.differing, *found.removals, *found.judged.released):
         actions[service_id] = await action_for(parts.core, service_id)
+    withheld = {one: verb_of(action.write) for one, action in actions.items() if isinstance(action, Withheld)}
     updates = [
         service_id for service_id, action in actions.items() if isinstance(action, Update | Deregister)
     ]
@@ -164,7 +169,7 @@ async def _compared(parts: RegistrarParts, found: Comparison) -> Plan:
                 lines.append(PlanLine("!", service_id, f"conflict: held by {action.holder}"))
             case Reject():
                 rejections.append(action.rejection)
-        rejections += getattr(action, "losers", ())
+        rejections += getattr(getattr(action, "write", action), "losers", ())
         counts[type(action)] += 1
     held = [
         PlanLine("!", service_id, f"held by the brake: missing from {one.source}")
@@ -172,6 +177,10 @@ async def _compared(parts: RegistrarParts, found: Comparison) -> Plan:
         for service_id in one.ids
     ]
     lines += held
+    policy = parts.core.rules.policy
+    lines += [
+        PlanLine("!", one, f"{verb}: withheld, as POLICY is {policy}") for one, verb in withheld.items()
+    ]
     lines += [
         PlanLine("!", one.id or str(one.key), f"rejected: {one.reason}: {one.detail}") for one in rejections
     ]
@@ -186,6 +195,7 @@ async def _compared(parts: RegistrarParts, found: Comparison) -> Plan:
             "held": len(held),
             "kept": found.kept.total() + counts[Keep],
             "rejected": len(rejections),
+            **({} if policy is Policy.SYNC else {"withheld": len(withheld)}),
         },
     )
 

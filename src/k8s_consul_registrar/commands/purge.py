@@ -62,6 +62,8 @@ def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     settings = settings_for_consul("purge", environment)
     if settings.has_default_name:
         raise SettingsError(["purge: name the cluster by CLUSTER_NAME or --cluster-name"])
+    if not settings.policy.removes:
+        raise SettingsError([f"purge: POLICY={settings.policy} allows no removals; add --policy sync"])
     return run_loop(_purge(Wiring(settings), is_agreed=parsed.yes, cluster_uid=parsed.cluster_uid))
 
 

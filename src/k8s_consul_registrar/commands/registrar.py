@@ -97,7 +97,7 @@ async def _keep_equal(
     ]
     if parts.events is not None:
         aside.append(parts.events.run())
-    if client is not None:
+    if client is not None and settings.policy.removes:
         aside.append(_clear_previous_locations(settings, parts, client, timing))
     if settings.pods_through_proxy:
         parts.core.rules.moves.are_allowed = False
@@ -230,7 +230,8 @@ def _is_settled(parts: RegistrarParts) -> bool:
     """Return True if everything in Consul was written or compared under the settings of this process."""
     status = parts.core.status
     is_compared = status.has_synced and parts.core.queue.is_drained
-    return is_compared and not status.is_standby and not status.held
+    is_written = parts.core.rules.policy.writes and not status.withheld
+    return is_compared and is_written and not status.is_standby and not status.held
 
 
 async def _clear_previous_locations(
@@ -319,6 +320,7 @@ async def _serve(
         api_server=access.server,
         credentials=access.origin,
         backend=settings.backend.backend,
+        policy=settings.policy.value,
         admin_port=admin.port,
         **consul,
         **ports,

@@ -16,7 +16,7 @@ BATCH = 512
 
 
 def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """Make one resync: exit 0 done, 3 the brake holds a removal, 1 failure."""
+    """Make one resync: exit 0 done, 3 the brake holds a removal or the policy withholds a write, 1 failure."""
     del parsed
     return run_loop(_sync(settings_for_consul("sync", environment)))
 
@@ -27,15 +27,17 @@ async def _sync(settings: RegistrarSettings) -> int:
         found = await parts.resync.run()
         done = await _drained(parts)
         problems = source_problems(parts)
+        withheld = len(parts.core.status.withheld)
         rejected = len(parts.core.desired.rejections) + len(parts.core.status.lost_rejections())
     unchanged = found.unchanged + done.unchanged
     print(
         f"registered {done.registered}, updated {done.updated}, deregistered {done.deregistered}, "
         f"unchanged {unchanged}, refused {done.refused}, rejected {rejected}"
+        + (f", withheld by POLICY={settings.policy} {withheld}" if withheld else "")
     )
     if done.refused or problems:
         return EXIT_FAILURE
-    return EXIT_CHANGES if found.judged.held else EXIT_OK
+    return EXIT_CHANGES if found.judged.held or withheld else EXIT_OK
 
 
 async def _drained(parts: RegistrarParts) -> Counts:

@@ -70,11 +70,13 @@ class Fence(msgspec.Struct, frozen=True):
     """The time in which writes may be made.
 
     `left` returns the seconds until none of our writes may be under way, 0 or less where none may start.
-    `grace` is how many seconds lie between that moment and the first in which another may write.
+    `grace` is how many seconds lie between that moment and the first in which another may write. `why` says why
+    nothing may be written afterwards.
     """
 
     left: Callable[[], float]
     grace: float
+    why: str = "this replica does not lead"
 
     def socket(self, address: aiohttp.AddrInfoType) -> socket.socket:
         """Return a socket whose unsent data end with it, and with a process that was stopped.
@@ -310,9 +312,11 @@ class ConsulClient:
 
         The clock is read for each single write: a process that was stopped meanwhile learns it here.
         """
-        left = math.inf if self._fence is None else self._fence.left()
+        if self._fence is None:
+            return math.inf
+        left = self._fence.left()
         if left <= 0:
-            raise ConsulFenced("no write, or one broken off: this replica does not lead")
+            raise ConsulFenced(f"no write, or one broken off: {self._fence.why}")
         return left
 
     async def _send(

@@ -17,7 +17,7 @@ from k8s_consul_registrar.registrar.observed import (
     Unknown,
     inherited_by,
 )
-from k8s_consul_registrar.registrar.ownership import Claim, Identity, is_of_a_registrar
+from k8s_consul_registrar.registrar.ownership import Claim, Identity, Policy, is_of_a_registrar
 from k8s_consul_registrar.targets.meta import keep_inherited
 from k8s_consul_registrar.targets.scrape_config import is_proxied
 from k8s_consul_registrar.targets.service_names import Shards
@@ -113,6 +113,7 @@ class Rules(msgspec.Struct, frozen=True):
     shards: Shards
     names: Names = msgspec.field(default_factory=Names)
     moves: Moves = msgspec.field(default_factory=Moves)
+    policy: Policy = Policy.SYNC
 
 
 class Register(msgspec.Struct, frozen=True, gc=False):
@@ -191,13 +192,31 @@ class CheckName(msgspec.Struct, frozen=True, gc=False):
 
 
 Write: TypeAlias = Register | Update | Deregister
+
+
+class Withheld(msgspec.Struct, frozen=True, gc=False):
+    """Write nothing, though `write` is due: the policy does not allow it."""
+
+    write: Write
+
+
 Action: TypeAlias = (
-    Write | InSync | Nothing | Keep | AwaitProxy | Infer | Conflict | Reject | LookUp | CheckName
+    Write | Withheld | InSync | Nothing | Keep | AwaitProxy | Infer | Conflict | Reject | LookUp | CheckName
 )
 
 
 def decide(desired: Desired, observed: Observed, rules: Rules) -> Action:
     """Decide what to do about one service ID."""
+    action = _decide(desired, observed, rules)
+    match action:
+        case Deregister() if rules.policy is not Policy.SYNC:
+            return Withheld(action)
+        case Register() | Update() if rules.policy is Policy.OBSERVE:
+            return Withheld(action)
+    return action
+
+
+def _decide(desired: Desired, observed: Observed, rules: Rules) -> Action:
     if isinstance(observed, Unknown):
         return LookUp()
     if isinstance(observed, AsDesired | Other) and _is_of_another_cluster(desired, observed):

@@ -147,8 +147,8 @@ class GhostCollector:
         going, is_pending = await self._may_go(due, ghosts.deregistered)
         self._name([service.id for service, _ in due])
         # An object may have come back while others were asked for.
-        is_steady = self._is_steady()
-        going = [one for one in going if is_steady and one.id not in self._desired.claims]
+        may_remove = self._is_steady() and self._decisions.policy.removes
+        going = [one for one in going if may_remove and one.id not in self._desired.claims]
         written = await self._agent.remove(ghosts.node, going) if going else Written()
         self._metrics.ghosts.set(len(due) - written.done)
         self._say_what_went(written)

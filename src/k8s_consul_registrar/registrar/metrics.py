@@ -144,7 +144,7 @@ class Figures(msgspec.Struct, frozen=True):
 
     `targets` are by kind and state, `rejections` by reason, `restarts` by kind and cause, `lists` by kind;
     `heard_at` is in seconds of the epoch by kind, 0 before the first message. `yielded` are endpoints of Services by
-    winner, empty if no Services are followed; `notes` are targets by note.
+    winner, empty if no Services are followed; `notes` are targets by note, `withheld` writes by verb.
     """
 
     targets: Mapping[tuple[str, str], int] = msgspec.field(default_factory=dict)
@@ -154,6 +154,7 @@ class Figures(msgspec.Struct, frozen=True):
     heard_at: Mapping[str, float] = msgspec.field(default_factory=dict)
     yielded: Mapping[str, int] = msgspec.field(default_factory=dict)
     notes: Mapping[str, int] = msgspec.field(default_factory=dict)
+    withheld: dict[str, int] = msgspec.field(default_factory=dict)
 
 
 class RegistrarCollector(Collector):
@@ -173,6 +174,7 @@ class RegistrarCollector(Collector):
         heard = "When the API server last told anything of a kind (the oldest of its namespaces)."
         yielded = "Endpoints of Services at whose place something else is scraped, by what."
         adjusted = "Targets that differ from what is annotated, by why."
+        withheld = "Writes that are due and that POLICY does not allow."
         ended = "Watches and lists that ended, by cause."
         rows: Sequence[
             tuple[
@@ -186,6 +188,7 @@ class RegistrarCollector(Collector):
             (gauge, "last_heard_timestamp_seconds", heard, ("kind",), now.heard_at),
             (gauge, "yielded_endpoints", yielded, ("winner",), now.yielded),
             (gauge, "adjusted_targets", adjusted, ("why",), now.notes),
+            (gauge, "withheld_writes", withheld, ("verb",), dict.fromkeys(WRITE_VERBS, 0) | now.withheld),
         )
         for kind, name, about, labels, counts in rows:
             family = kind(f"{PREFIX}_{name}", about, labels=labels)

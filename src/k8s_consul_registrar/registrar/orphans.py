@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from k8s_consul_registrar.model import CRITICAL, SERF_HEALTH, AgentHealth, Service, Source
 from k8s_consul_registrar.registrar.brake import Absence, BrakeRules, Held, Memory, SourceAbsences, judge
-from k8s_consul_registrar.registrar.decide import Deregister, Infer, Keep, Kept, Rules, decide
+from k8s_consul_registrar.registrar.decide import Deregister, Infer, Keep, Kept, Rules, Withheld, decide
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.observed import Other, observe
 from k8s_consul_registrar.registrar.ownership import Claim
@@ -52,6 +52,7 @@ class Stays(StrEnum):
     """Reason why a service stays at the node of a lost agent: fit for a metric's label."""
 
     NOT_HERE = "not_here"  # it is desired, and the registrar's own agent does not have it yet
+    POLICY = "policy"  # it may go, and the policy does not allow removals
     HELD = "held"  # its object is missing from a list, and the brake waits for another
     REJECTED = Kept.REJECTED
     BLIND = Kept.BLIND
@@ -105,7 +106,7 @@ class Judge:
 
     def _consider_unclaimed(self, service: Service, record: Other, source: Source | None) -> None:
         match decide(self._desired.ask(service.id, record), record, self._rules):
-            case Deregister():
+            case Deregister() | Withheld():
                 self._may_go.add(service.id)
             case Keep(reason=reason):
                 self._stays[Stays(reason.value)] += 1
@@ -126,6 +127,9 @@ class Judge:
             rules,
             now,
         )
-        stays = Counter(self._stays)
+        may_go, stays = frozenset(self._may_go | judged.released), Counter(self._stays)
+        if not self._rules.policy.removes:
+            stays[Stays.POLICY] += len(may_go)
+            may_go = frozenset()
         stays[Stays.HELD] += sum(len(one.ids) for one in judged.held)
-        return OrphanJudgement(frozenset(self._may_go | judged.released), +stays, judged.held, judged.memory)
+        return OrphanJudgement(may_go, +stays, judged.held, judged.memory)

@@ -1,12 +1,30 @@
-"""Ownership: which of Consul's services belong to this registrar, and which of those it may remove. Pure."""
+"""Ownership: which of Consul's services belong to this registrar, and what it may change of them. Pure."""
 
-from enum import Enum
+from enum import Enum, StrEnum
 
 import msgspec
 
 from k8s_consul_registrar.model import MANAGED_BY, TARGET_KINDS, Kind, ObjectKey, Service
 from k8s_consul_registrar.targets.endpoints import endpoints_key
 from k8s_consul_registrar.targets.service_names import kind_of_id, pod_of_id
+
+
+class Policy(StrEnum):
+    """The changes of Consul that are allowed."""
+
+    SYNC = "sync"
+    UPSERT_ONLY = "upsert-only"  # nothing is removed
+    OBSERVE = "observe"  # nothing is written at all
+
+    @property
+    def removes(self) -> bool:
+        """True if services may be removed."""
+        return self is Policy.SYNC
+
+    @property
+    def writes(self) -> bool:
+        """True if anything may be written."""
+        return self is not Policy.OBSERVE
 
 
 class Claim(Enum):

@@ -22,6 +22,7 @@ from k8s_consul_registrar.registrar.decide import (
     Reject,
     Rules,
     Update,
+    Withheld,
     decide,
 )
 from k8s_consul_registrar.registrar.desired import DesiredState
@@ -163,9 +164,9 @@ class Reconciler(CorePart):
                     self._observed.put(service_id, action.entry)
                 self._desired.settle(service_id, work.generation)
                 work.unchanged += 1
-            case Conflict():
+            case Conflict() | Withheld():
                 self._finish(work, service_id)
-                self._reporter.conflict(service_id, action)
+                self._report_obstacle(service_id, action)
                 return True
             case Reject():
                 losers = (action.rejection, *action.losers)
@@ -178,6 +179,12 @@ class Reconciler(CorePart):
         if losers:
             self._reporter.lost(service_id, losers)
         return True
+
+    def _report_obstacle(self, service_id: str, action: Conflict | Withheld) -> None:
+        if isinstance(action, Conflict):
+            self._reporter.conflict(service_id, action)
+        elif self._reporter.withheld(service_id, action):
+            self._observed.changed(service_id)
 
     # Reads
 

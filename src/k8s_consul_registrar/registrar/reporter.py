@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping
 
 from msgspec.structs import replace
@@ -10,7 +11,7 @@ from k8s_consul_registrar.kube.source_state import SourceStatus
 from k8s_consul_registrar.model import Kind, Rejection, Source, Target, Written
 from k8s_consul_registrar.registrar.brake import Held
 from k8s_consul_registrar.registrar.claims import Endpoints
-from k8s_consul_registrar.registrar.decide import Conflict, Kept
+from k8s_consul_registrar.registrar.decide import Conflict, Kept, Withheld, Write
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.status import Activity, Counts, RegistrarStatus
 from k8s_consul_registrar.telemetry import Failures, get_logger
@@ -124,6 +125,7 @@ class Reporter:
         self._status.conflicts.clear()
         self._status.lost.clear()
         self._status.awaiting_proxy.clear()
+        self._status.withheld.clear()
         self._status.held = ()
         for topic in (self._refused, self._conflicts, self._brakes):
             topic.clear()
@@ -160,10 +162,29 @@ class Reporter:
         if self._refused.new(service_id, problem) and self._may_name():
             log.warning("Consul refuses a service", verb=verb, service=service_id, problem=problem)
 
+    def withheld(self, service_id: str, action: Withheld) -> bool:
+        """Report a write that the policy does not allow; return True if that is new."""
+        verb = verb_of(action.write)
+        is_new = self._status.withheld.get(service_id) != verb
+        if is_new:
+            self.settled(service_id)
+            self._status.withheld[service_id] = verb
+            self._status.withheld_changes += 1
+        if losers := getattr(action.write, "losers", ()):
+            self.lost(service_id, losers)
+        return is_new
+
     def keep_conflicts(self, claims: Container[str]) -> None:
         """Forget conflicts about IDs that no object asks for any more."""
         for service_id in [one for one in self._status.conflicts if one not in claims]:
             self.settled(service_id)
+
+    def keep_withheld(self, is_held: Callable[[str], bool]) -> None:
+        """Forget withheld removals of what Consul does not hold any more."""
+        removals = [one for one, verb in self._status.withheld.items() if verb == "deregister"]
+        for service_id in removals:
+            if not is_held(service_id):
+                self.settled(service_id)
 
     def settled(self, service_id: str) -> None:
         """Forget what stood against an ID."""
@@ -177,6 +198,8 @@ class Reporter:
             self._refused.over(service_id)
         if self._status.lost:
             self._status.lost.pop(service_id, None)
+        if self._status.withheld and self._status.withheld.pop(service_id, None) is not None:
+            self._status.withheld_changes += 1
 
     def wrote(self, verb: str, services: Iterable[tuple[str, Target | None]], written: Written) -> None:
         """Count writes."""
@@ -279,6 +302,8 @@ class Reporter:
         facts = {str(one.key): f"{one.reason}: {one.detail}" for one in every}
         for about, text in self._rejections.only(facts)[:MOST_NAMED]:
             log.warning("rejected", object=about, reason=text)
+        if self._status.withheld:
+            log.info("the policy withholds writes", **Counter(self._status.withheld.values()))
         _log(log.info, "resync", counts)
 
     def _brake(self, held: tuple[Held, ...]) -> None:
@@ -322,6 +347,11 @@ class Reporter:
             self._named_until, self._named = now + 1.0, 0
         self._named += 1
         return self._named <= MOST_NAMED
+
+
+def verb_of(write: Write) -> str:
+    """Return a write's verb, as metrics have it."""
+    return type(write).__name__.lower()
 
 
 def _log(write: Callable[..., object], event: str, counts: Counts, **more: int) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from k8s_consul_registrar.asyncio_tools import in_slices
 from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.registrar.absences import Absences, Findings, Judged
-from k8s_consul_registrar.registrar.decide import Deregister, Infer, Keep, Kept, decide
+from k8s_consul_registrar.registrar.decide import Deregister, Infer, Keep, Kept, Withheld, decide
 from k8s_consul_registrar.registrar.observed import (
     AsDesired,
     Foreign,
@@ -132,6 +132,7 @@ class Resync(CorePart):
             seconds=self._clock() - started,
         )
         self._reporter.keep_conflicts(self._desired.claims)
+        self._reporter.keep_withheld(lambda service_id: self._observed.get(service_id) is not None)
         was_read = found.read_seconds is not None
         self._reporter.resynced(
             counts, was_read=was_read, kept=found.kept, held=found.judged.held, rejections=rejections
@@ -198,7 +199,7 @@ class Resync(CorePart):
             if service_id in self._desired.claims:
                 continue
             match decide(self._desired.ask(service_id, record), record, self._rules):
-                case Deregister():
+                case Deregister() | Withheld():
                     removals.append(service_id)
                 case Keep(reason=reason):
                     kept[reason] += 1

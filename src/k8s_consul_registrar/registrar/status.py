@@ -129,7 +129,8 @@ class RegistrarStatus(msgspec.Struct):
 
     `ticked_at` is when its loop last turned, in monotonic seconds. `refused` says of service IDs why Consul
     refuses them, `conflicts` which IDs belong to something else, `lost` which service IDs objects did not get,
-    `awaiting_proxy` which stay at their Pods' own addresses until the proxy serves Pods, and `proxy_problem` why.
+    `awaiting_proxy` which stay at their Pods' own addresses until the proxy serves Pods, and `proxy_problem` why,
+    `withheld` the verb of the write that the policy does not allow; `withheld_changes` moves with each change.
     """
 
     recent: deque[Activity] = msgspec.field(default_factory=lambda: deque(maxlen=RECENT))
@@ -138,6 +139,8 @@ class RegistrarStatus(msgspec.Struct):
     lost: dict[str, tuple[Rejection, ...]] = msgspec.field(default_factory=dict)
     awaiting_proxy: dict[str, Target] = msgspec.field(default_factory=dict)
     proxy_problem: str = ""
+    withheld: dict[str, str] = msgspec.field(default_factory=dict)
+    withheld_changes: int = 0
     held: tuple[Held, ...] = ()
     lost_agents: tuple[LostAgent, ...] = ()
     is_standby: bool = False

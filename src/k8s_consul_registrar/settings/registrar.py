@@ -9,6 +9,7 @@ from k8s_consul_registrar.errors import SettingsError
 from k8s_consul_registrar.model import Kind, Source
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.election import ElectionTiming
+from k8s_consul_registrar.registrar.ownership import Policy
 from k8s_consul_registrar.settings import parsers as parse
 from k8s_consul_registrar.settings.common import ModeSettings
 from k8s_consul_registrar.settings.consul import (
@@ -35,6 +36,7 @@ BRAKE = "Mass removals and lost agents"
 ELECTION = "Leader election"
 EVENTS = "Kubernetes Events"
 
+_POLICY = parse.choice(*Policy)
 DEFAULT_PERIOD = 600.0  # seconds
 # A shorter period would compare everything with Consul without pause.
 SHORTEST_PERIOD = 1.0  # seconds
@@ -218,6 +220,12 @@ class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
         "Replaced when they change, at most once a second, and kept when the registrar ends. Unset: off"
     )
     brake: BrakeSettings = section(BrakeSettings)
+    policy: Policy = Setting(
+        "POLICY", Parser(lambda given: Policy(_POLICY.parse(given)), _POLICY.schema), Policy.SYNC, group=BRAKE
+    ).means(
+        "What may be changed in Consul. `sync`: everything. `upsert-only`: nothing is removed. `observe`: nothing is "
+        "written; what `sync` would write is in metrics and on the status page. Service discovery is the same under each"
+    )
     orphan_after: float = Setting("ORPHAN_AFTER", parse.seconds(1), "600", group=BRAKE).means(
         "Seconds for which an agent must be lost before this registrar's services on its node are removed, at "
         "least 1. With `CONSUL_BACKEND=agent` only"
@@ -263,6 +271,8 @@ class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
         if self.backend.backend == NONE and self.http_sd is None and not self.file_sd_path:
             problem = "none gives targets on HTTP_SD_PORT and in FILE_SD_PATH only, neither of which is set"
             reader.problem("CONSUL_BACKEND", problem)
+        if self.backend.backend == NONE and self.policy is not Policy.SYNC:
+            reader.problem("POLICY", f"{self.policy} is about Consul, and CONSUL_BACKEND is none")
         if self.backend.backend == NONE and self.naming.shard_paths and self.naming.shard_strategy != HASH:
             problem = "must be hash with CONSUL_BACKEND=none: nothing remembers a random shard"
             reader.problem("SHARD_STRATEGY", problem)

@@ -214,6 +214,8 @@ class Wiring:
 
     def _fence(self, elector: Elector | None) -> Fence | None:
         election = self.settings.election
+        if not self.settings.policy.writes:
+            return Fence(lambda: 0.0, 0.0, f"POLICY is {self.settings.policy}")
         if elector is None or election is None:
             return None
 
@@ -275,7 +277,7 @@ class Wiring:
             checked=self._kinds_with_template(),
             unchecked=reporter.names_unchecked,
         )
-        rules = Rules(self.identity, self.shards, names.names)
+        rules = Rules(self.identity, self.shards, names.names, policy=settings.policy)
         contests = Contests(settings.sync_period)
         selection = SelectionRecord(
             self.digest,

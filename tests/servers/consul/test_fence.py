@@ -9,8 +9,13 @@ from collections.abc import Iterator
 import pytest
 
 from k8s_consul_registrar.consul.access import ConsulAccess, ConsulAddress
+from k8s_consul_registrar.consul.agent import AgentRegistry
 from k8s_consul_registrar.consul.client import ConsulClient, Fence
 from k8s_consul_registrar.errors import ConsulFenced, ConsulUnreachable
+from k8s_consul_registrar.sandbox.consul import Consul
+from k8s_consul_registrar.settings.reading import read_registrar
+from k8s_consul_registrar.wiring.registrar import Wiring
+from support.builders import our_pod_service
 from support.scripted import QUICK
 from support.waiting import PATIENCE
 
@@ -63,3 +68,16 @@ async def test_write_of_a_process_that_is_stopped_is_not_sent_on() -> None:
             assert _read_until_reset(listening) < len(BODY)
             with pytest.raises(ConsulUnreachable):
                 await writing
+
+
+async def test_observe_fences_every_write() -> None:
+    """Whatever would ask for one: the client of POLICY=observe sends reads only."""
+    async with Consul() as consul:
+        settings = read_registrar(
+            {"CLUSTER_NAME": "lab", "CONSUL_ADDRESS": consul.address, "POLICY": "observe"}
+        )
+        async with Wiring(settings).consul() as client:
+            assert (await client.request("GET", "/v1/agent/services")).status == 200
+            with pytest.raises(ConsulFenced, match="POLICY is observe"):
+                await AgentRegistry(client).register([our_pod_service("a")])
+        assert consul.writes == []

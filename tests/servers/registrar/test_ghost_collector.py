@@ -16,7 +16,7 @@ from k8s_consul_registrar.model import Ghosts, ObjectKey, Service, Written
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.ghosts import GhostAgent, GhostCollector
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
-from k8s_consul_registrar.registrar.ownership import Identity
+from k8s_consul_registrar.registrar.ownership import Identity, Policy
 from k8s_consul_registrar.registrar.schedule import GhostChecks
 from k8s_consul_registrar.sandbox.consul import Consul
 from k8s_consul_registrar.sandbox.consul_release import NEWEST, ConsulOptions, ConsulRelease
@@ -42,13 +42,13 @@ class Lab:
         self.cluster.desired.learn_cluster_uid(UID)
         self.start(AgentGhosts(registry))
 
-    def start(self, agent: GhostAgent) -> None:
+    def start(self, agent: GhostAgent, policy: Policy = Policy.SYNC) -> None:
         """Begin with a collector that has seen nothing yet."""
         self.metrics = CollectorRegistry()
         self.collector = GhostCollector(
             agent,
             desired=self.cluster.desired,
-            decisions=Rules(Identity("lab"), RandomShards()),
+            decisions=Rules(Identity("lab"), RandomShards(), policy=policy),
             cluster=self.cluster,
             checks=GhostChecks(),
             metrics=RegistrarMetrics(self.metrics),
@@ -115,6 +115,18 @@ async def test_service_that_the_agent_left_goes_within_90_seconds(release: Consu
         assert lab.value("ghost_services") == 0
         assert lab.value("ghost_removals_total", outcome="success") == 1
         assert await lab.look_for(3600) == 0, "nothing is left to look for"
+
+
+@pytest.mark.parametrize("policy", [Policy.UPSERT_ONLY, Policy.OBSERVE])
+async def test_policy_that_removes_nothing_keeps_ghosts(policy: Policy) -> None:
+    """They are named and counted."""
+    async with running(NEWEST) as lab:
+        lab.start(AgentGhosts(lab.registry), policy)
+        lab.cluster.remove(make_pod("a"))
+        await lab.registry.deregister([our_pod_service("a")])
+        await lab.look_for(180)
+        assert lab.in_catalog() == set("abc")
+        assert lab.value("ghost_services") == 1
 
 
 @each_release()

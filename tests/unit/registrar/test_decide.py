@@ -31,12 +31,13 @@ from k8s_consul_registrar.registrar.decide import (
     Rules,
     Standing,
     Update,
+    Withheld,
     comparable_name,
     decide,
     settle,
 )
 from k8s_consul_registrar.registrar.observed import AsDesired, Foreign, Observed, Other, Unknown, observe
-from k8s_consul_registrar.registrar.ownership import Claim, Identity
+from k8s_consul_registrar.registrar.ownership import Claim, Identity, Policy
 from k8s_consul_registrar.targets.meta import GivenMeta, inherit
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from k8s_consul_registrar.targets.service_names import HashShards, RandomShards, parse_name, parse_tag
@@ -158,6 +159,33 @@ def test_decide_id_that_a_pod_asks_for(
 
 
 # What is written
+
+
+@pytest.mark.parametrize(
+    ("policy", "withheld"),
+    [
+        (Policy.SYNC, set()),
+        (Policy.UPSERT_ONLY, {Deregister}),
+        (Policy.OBSERVE, {Register, Update, Deregister}),
+    ],
+)
+def test_decide_withholds_what_the_policy_does_not_allow(policy: Policy, withheld: set[type[Action]]) -> None:
+    """The write itself is the same under each policy; what writes nothing is as it was."""
+    rules = replace(RULES, policy=policy)
+    other = seen(replace(HELD, address="198.51.100.99"))
+    cases: list[tuple[Desired, Observed]] = [
+        (asking(POD), None),
+        (asking(POD, holder=POD.key), other),
+        (unclaimed(Standing.DEPARTED), other),
+        (unclaimed(Standing.REJECTED), other),
+        (unclaimed(Standing.ABSENT), other),
+        (asking(POD), FOREIGN),
+        (asking(POD), Unknown()),
+    ]
+    for desired, observed in cases:
+        action = decide(desired, observed, RULES)
+        expected = Withheld(action) if type(action) in withheld else action  # type: ignore[arg-type]
+        assert decide(desired, observed, rules) == expected
 
 
 def test_decide_new_service_has_everything_the_cluster_says() -> None:

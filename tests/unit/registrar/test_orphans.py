@@ -8,7 +8,7 @@ from k8s_consul_registrar.model import AgentHealth, Kind, Service, Undecodable
 from k8s_consul_registrar.registrar.brake import BrakeRules, Memory
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.orphans import Judge, OrphanJudgement, Stays, Watched, due, observe_agents
-from k8s_consul_registrar.registrar.ownership import Identity
+from k8s_consul_registrar.registrar.ownership import Identity, Policy
 from k8s_consul_registrar.targets.service_names import RandomShards
 from support.builders import make_node, make_pod, make_service, our_pod_service
 from support.memory import NODES, PODS, MemoryCluster
@@ -36,9 +36,10 @@ def judged(
     rules: BrakeRules = AT_ONCE,
     memory: Memory | None = None,
     now: float = 0.0,
+    policy: Policy = Policy.SYNC,
 ) -> OrphanJudgement:
     """Return the judgement over services at a lost agent's node."""
-    decisions = Rules(who, RandomShards())
+    decisions = Rules(who, RandomShards(), policy=policy)
     judge = Judge(cluster.desired, decisions, {our_pod_service(name).id for name in here})
     for service in services:
         judge.consider(service)
@@ -48,6 +49,18 @@ def judged(
 def names(judgement: OrphanJudgement) -> set[str]:
     """Return the Pods whose services may go."""
     return {service_id.rpartition("--")[2] for service_id in judgement.may_go}
+
+
+@pytest.mark.parametrize("policy", [Policy.UPSERT_ONLY, Policy.OBSERVE])
+def test_policy_that_removes_nothing_keeps_what_may_go(policy: Policy) -> None:
+    """What our agent has by now, what was seen to go, and what the brake lets go: all of it is counted."""
+    cluster = cluster_of("here", "asks-not", "gone")
+    cluster.put(make_pod("asks-not", annotations={}))
+    cluster.put_list([make_pod("here"), make_pod("asks-not", annotations={})])
+    services = [our_pod_service(name) for name in ("here", "asks-not", "gone")]
+    assert names(judged(cluster, services, here=["here"])) == {"here", "asks-not", "gone"}
+    judgement = judged(cluster, services, here=["here"], policy=policy)
+    assert (names(judgement), dict(judgement.stays)) == (set(), {Stays.POLICY: 3})
 
 
 def test_agent_is_lost_from_the_first_look_that_shows_it() -> None:

@@ -5,7 +5,7 @@ export const WORDS = {
     title: "k8s-consul-registrar", targets: "Targets", rejections: "Rejections", conflicts: "Conflicts", brake: "Brake",
     consul: "Consul", last_pass: "Last activity", passes: "Latest resyncs and changes", held: "held",
     registered: "registered", pending: "pending", refused: "refused", conflict: "conflict", standby: "standby",
-    kept: "kept", leader: "leader", single: "single", path: "Scrape", shard: "Shard", service: "Service", tags: "Tags",
+    kept: "kept", withheld: "withheld", unwanted: "unwanted", leader: "leader", single: "single", path: "Scrape", shard: "Shard", service: "Service", tags: "Tags",
     labels: "Meta in Consul", kept_id: "Consul still holds", id: "Service ID", holder: "Held by",
     wanted_by: "Claimed by", counts: "Done", cluster: "Cluster", instance: "Instance", backend: "Backend",
     more: "Details", full: "resync", changes: "changes", success: "success", partial: "partial", failure: "failure",
@@ -34,12 +34,12 @@ export const WORDS = {
     lost_agents_why: "Consul keeps the services of an agent that ended without leaving for 72 hours. When an agent has been lost for ORPHAN_AFTER seconds, our services leave its node: those that our own agent has by then, and those that nothing asks for.",
     stays_not_here: "not at our agent yet", stays_held: "held by the brake", stays_rejected: "of rejected objects",
     stays_blind: "of a source that is not synced", stays_unfollowed: "of a source that is not followed",
-    stays_unproven: "not proven ours",
+    stays_unproven: "not proven ours", stays_policy: "withheld by POLICY",
   },
   zh: {
     title: "k8s-consul-registrar", targets: "采集目标", rejections: "拒绝", conflicts: "冲突", brake: "刹车", consul: "Consul",
     last_pass: "最近活动", passes: "最近的全量比对与变更", held: "暂缓", registered: "已注册", pending: "待写入", refused: "被 Consul 拒绝",
-    conflict: "冲突", standby: "备用", kept: "保留", leader: "主", single: "单实例", path: "采集", shard: "分片", service: "服务",
+    conflict: "冲突", standby: "备用", kept: "保留", withheld: "按策略不写", unwanted: "按策略不移除", leader: "主", single: "单实例", path: "采集", shard: "分片", service: "服务",
     tags: "标签", labels: "Consul 中的 meta", kept_id: "Consul 中仍保留", id: "服务 ID", holder: "占用者", wanted_by: "申请者",
     counts: "内容", cluster: "集群", instance: "实例", backend: "后端", more: "详情", full: "全量比对", changes: "变更", success: "成功",
     partial: "部分成功", failure: "失败", search_targets: "搜索：名称、地址、节点、标签值……（按 / ）",
@@ -60,7 +60,7 @@ export const WORDS = {
     stays: "仍保留的服务", with_next_pass: "下一次全量比对时",
     lost_agents_why: "agent 未正常离开就消失时，Consul 会把它的服务保留 72 小时。失联满 ORPHAN_AFTER 秒后，我们会移除其节点上属于我们的服务：我们自己的 agent 已有的，以及不再有对象需要的。",
     stays_not_here: "个在我们的 agent 上还没有", stays_held: "个被刹车暂缓", stays_rejected: "个属于被拒绝的对象", stays_blind: "个的来源尚未同步",
-    stays_unfollowed: "个的来源未被跟踪", stays_unproven: "个无法证明属于我们",
+    stays_unfollowed: "个的来源未被跟踪", stays_unproven: "个无法证明属于我们", stays_policy: "个按 POLICY 不移除",
   },
 };
 
