@@ -76,7 +76,7 @@ class Replacement:
         self._file.write(piece)
 
     def commit(self) -> None:
-        """Put the file in the place of the other; what is no regular file is never replaced."""
+        """Put the file in the place of the other; raises ValueError for one that is no regular file, and OSError."""
         assert self._file is not None
         assert self._temporary is not None
         self._file.flush()

@@ -129,7 +129,7 @@ class SavedState:
 
 
 def encode_head(origin: Origin, *, cluster_uid: str, written_at: float, is_settled: bool) -> bytes:
-    """Return the beginning of the file, up to the first target."""
+    """Return the beginning of the file, up to the first target; `written_at` is in seconds of the epoch."""
     head = _Head(
         format=FORMAT,
         written_at=written_at,
@@ -165,7 +165,7 @@ def encode_end() -> bytes:
 
 
 def decode_state(content: bytes, origin: Origin, now: float) -> SavedState:
-    """Read a file, every target of it; raises `UnusableState`."""
+    """Read a file, every target of it; `now` is in seconds of the epoch. Raises `UnusableState`."""
     lines = io.BytesIO(content)
     head = _head(lines)
     if head.format != FORMAT:

@@ -49,7 +49,7 @@ log = get_logger("state_file")
 def read_state(path: Path, origin: Origin, now: float) -> SavedState | None:
     """Return the targets that the file holds, None if there is no file; raises an AccessError.
 
-    The error says why a file cannot be used. A symbolic link is refused: this registrar never makes one.
+    The error says why a file cannot be used; `now` is in seconds of the epoch. A symbolic link is refused: this registrar never makes one.
     """
     if not os.path.lexists(path):
         return None

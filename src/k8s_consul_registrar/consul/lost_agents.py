@@ -65,7 +65,7 @@ class LostAgents:
         return [AgentHealth(one.node, one.check_id, one.status, one.modify_index) for one in checks]
 
     async def services_here(self, own_node: str) -> AsyncIterator[Service]:
-        """Yield the services that our agent has now and the catalog shows alike at its node."""
+        """Yield the services that our agent has now and the catalog shows alike at its node; raises a `ConsulError`."""
         listing = list_services(self._client, own_node)
         shown = {service.id: hash(service) async for service in _decoded(listing.records())}
         if node_of(listing) is None:

@@ -114,7 +114,7 @@ class Records:
         self.head = b""  # what stands before the array, once a record was yielded or the end was reached
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """Yield the records that are complete with this piece."""
+        """Yield the records that are complete with this piece; raises `ConsulRefused`."""
         self._rest += chunk
         if not self._is_null and (self._is_open or self._open()):
             start = yield from self._by_boundaries(0)
@@ -127,7 +127,7 @@ class Records:
             raise ConsulRefused("a record of a list is too long")
 
     def finish(self) -> Iterator[bytes]:
-        """Yield the last record, once the body has ended."""
+        """Yield the last record, once the body has ended; raises `ConsulRefused`."""
         if not (self._is_open or self._is_null):
             raise ConsulRefused("the list is not what Consul sends")
         rest = self._rest.strip()

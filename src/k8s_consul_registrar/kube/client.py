@@ -210,7 +210,7 @@ class KubeClient:
     async def read_object(self, key: ObjectKey, selector: Selector = EVERY_OBJECT) -> Item | None:
         """Return an object as it is now, None where there is none; the right to list suffices.
 
-        Without a selector an object that is no longer selected is found all the same.
+        Without a selector an object that is no longer selected is found all the same. Raises a `ClusterError`.
         """
         action = ApiAction("list", RESOURCES[key.kind], key.namespace)
         fields = ",".join(filter(None, (f"metadata.name={_escaped(key.name)}", selector.fields)))

@@ -147,7 +147,7 @@ class WatchStats(msgspec.Struct, frozen=True):
 
 
 class WatchCounts(msgspec.Struct):
-    """The counts of one source as they grow."""
+    """The counts of one source as they grow; `heard_at` is when it last brought anything, in monotonic seconds."""
 
     lists: int = 0
     restarts: Counter[str] = msgspec.field(default_factory=lambda: Counter(dict.fromkeys(CAUSES, 0)))

@@ -148,7 +148,7 @@ class Store(Generic[ValueT]):
     def start_listing(self, source: Source, began_at: float) -> None:
         """Begin a list, or begin it again: what it shows counts at once, what it lacks only at its end.
 
-        A source that has failed stays so until the list is complete.
+        `began_at` is when its request was sent, in monotonic seconds. A source that has failed stays so until the list is complete.
         """
         record = self._records[source]
         record.unseen = set(record.values)

@@ -173,7 +173,7 @@ class LastScrapes:
     def note(
         self, endpoint: Endpoint, seconds: float, outcome: Outcome, expires_at: float | None = None
     ) -> None:
-        """Remember a scrape in place of the one before."""
+        """Remember a scrape in place of the one before; `expires_at` of its certificate is in seconds of the epoch."""
         if len(self.by_endpoint) >= MAX_UPSTREAMS:
             self.by_endpoint.clear()
         self.by_endpoint[endpoint] = LastScrape(time.time(), seconds, outcome, expires_at)

@@ -62,7 +62,7 @@ class Findings(msgspec.Struct):
 class Judged(NamedTuple):
     """Services that may go with their objects, what the brake holds, and when to judge again.
 
-    `relisting` are the sources of which a new list was asked for: its end is a reason to judge again.
+    `again_at` is in monotonic seconds. `relisting` are the sources of which a new list was asked for: its end is a reason to judge again.
     """
 
     released: Mapping[str, ObjectKey | None]
@@ -94,7 +94,7 @@ class Absences:
         self._noticed_at: dict[str, tuple[float, int]] = {}
 
     async def judge(self, findings: Findings, noticed_at: float) -> Judged:
-        """Confirm and judge the candidates of a comparison that began at `noticed_at`, Consul having been read."""
+        """Confirm and judge the candidates of a comparison that began at `noticed_at` (monotonic seconds), after Consul was read."""
         self._remember(findings.candidates, noticed_at)
         keys = dict.fromkeys(one.key for one in findings.candidates if one.key is not None)
         was_asked = len(keys) <= MOST_BY_NAME

@@ -1,4 +1,4 @@
-"""Brake: holds a mass removal that is only inferred, until later reads agree. Pure.
+"""Brake: holds a mass removal that is only inferred, until later reads agree. Pure; moments are monotonic seconds.
 
 A wrong kubeconfig, a broken selector or a half-restored cluster look like many objects that are gone. Facts
 (a deletion seen in an event, a listed object that asks for nothing) never come here.

@@ -232,7 +232,7 @@ class Departures:
         return tuple(self._by_id)
 
     def record(self, service_id: str, key: ObjectKey | None, due: float = 0.0) -> None:
-        """Record a departure, as a new generation; `due` is when the service may go."""
+        """Record a departure, as a new generation; `due` is when the service may go, in monotonic seconds."""
         self.generation += 1
         if due:
             self._dues[service_id] = due

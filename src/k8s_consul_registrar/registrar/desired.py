@@ -179,7 +179,7 @@ class DesiredState:
         evidence: Evidence,
         heard_at: float | None,
     ) -> None:
-        """Take over the targets, or the rejection, of one object."""
+        """Take over the targets, or the rejection, of one object; `heard_at` is when its event arrived, in monotonic seconds."""
         if after is None:
             self._inheritance.lose(key)
         if key.kind is Kind.NAMESPACE:

@@ -86,7 +86,7 @@ class ClusterReads:
         return key.namespace in self.excluded_namespaces
 
     def relist(self, source: Source, at: float) -> None:
-        """Ask for a new complete list."""
+        """Ask for a new complete list at a moment of the monotonic clock."""
         for one in source.needed:
             self.reflectors.relist(one, at)
 

@@ -27,7 +27,7 @@ class Watched(NamedTuple):
 def observe_agents(
     watched: Mapping[str, Watched], seen: Iterable[AgentHealth], own_node: str, now: float
 ) -> dict[str, Watched]:
-    """Return the lost agents by node, after a look that ended at `now`.
+    """Return the lost agents by node, after a look that ended at `now` (monotonic seconds).
 
     An agent that a look does not show starts again, and so does one whose check changed in between: it came
     back and was lost again. A node without the check has no agent, and the registrar's own agent answers,
@@ -115,7 +115,7 @@ class Judge:
                 self._absent[source][service.id] = Absence(min(lists))
 
     def judge(self, rules: BrakeRules, memory: Memory, now: float) -> OrphanJudgement:
-        """Return the judgement over everything that was considered."""
+        """Return the judgement over everything that was considered; `now` is in monotonic seconds."""
         statuses = self._desired.store.statuses()
         judged = judge(
             {
