@@ -47,6 +47,9 @@ FAULTS = {
     "r35_full_pass_toctou": "what was registered between a read and the write is overwritten",
     "r36_records_quadratic": "a hostile tag makes reading quadratic",
     "r37_resumed_is_not_caught_up": "a resumed watch proves absence before the missed events came",
+    "r38_not_consul": "a server that answers everything alike is taken for an empty Consul",
+    "r39_crowded_address": "thousands of Pods that are reported at one address stall the registrar",
+    "r40_filtered_list": "a list that ACLs filter in part ends departures of services that it hides",
 }
 
 

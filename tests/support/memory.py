@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from msgspec.structs import replace
 
-from k8s_consul_registrar.errors import ClusterUnreachable, ConsulUnreachable
+from k8s_consul_registrar.errors import ClusterUnreachable, ConsulFiltered, ConsulUnreachable
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.model import (
     Drift,
@@ -145,6 +145,9 @@ class MemoryRegistry:
         self.writes: list[tuple[str, str]] = []
         self.refused: set[str] = set()
         self.lookups: list[str] = []
+        # IDs that the token may not see.
+        self.hidden: set[str] = set()
+        self.is_filtered = False
         self.reads = 0
         self.is_down = False
         self.failing_writes = 0
@@ -180,12 +183,16 @@ class MemoryRegistry:
             if number == self.read_first:
                 await self.may_read_on.wait()
                 self._check_read()
-            yield service
+            if service.id not in self.hidden:
+                yield service
+        self.is_filtered = bool(self.hidden)
 
     async def lookup(self, ids: Sequence[str]) -> AsyncIterator[Service]:
         """Yield what is held of these."""
         self.lookups += ids
         self._check_read()
+        if self.hidden.intersection(ids):
+            raise ConsulFiltered("the token may not see some of them")
         for service_id in ids:
             if (service := self._find(service_id)) is not None:
                 yield service

@@ -128,7 +128,7 @@ class AgentRegistry:
     that a service was registered with and brings it into the catalog with that one.
     """
 
-    checks_versions = False
+    checks_versions = is_filtered = False  # others' services often are: each write looks first
     batch_size = 1
 
     def __init__(

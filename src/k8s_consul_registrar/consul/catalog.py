@@ -39,11 +39,12 @@ class CatalogRegistry:
     """Reads and writes the services of one node, each only over the very record that was read.
 
     A read that ACLs filter cannot lead to harm: a service we do not see is never overwritten, since a
-    write without an index creates or is stale, and nothing is removed but by the index that was read. Only a
-    read that shows nothing at all because the node is hidden is `ConsulFiltered`.
+    write without an index creates or is stale, and nothing is removed but by the index that was read. It proves
+    no absence (`is_filtered`). Only a read that shows nothing at all because the node is hidden is `ConsulFiltered`.
     """
 
     checks_versions = True
+    is_filtered = False
 
     def __init__(
         self,
@@ -112,6 +113,7 @@ class CatalogRegistry:
                 yield replace(service, ready=ready.get(service.id)) if ready else service
             if is_verified or await self._is_proven_empty(listing):
                 self._checked = set(ready)
+                self.is_filtered = listing.is_filtered
                 self._drift.read(listing.index)
                 return
         raise ConsulFiltered(f"node {self._node.name} is not shown with its services")

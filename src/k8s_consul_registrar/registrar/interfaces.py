@@ -95,11 +95,13 @@ class Registry(Protocol):
     """Consul's record of services in one place: an agent, or a node of the catalog.
 
     Each raises a `ConsulError` when Consul is unavailable; what it refuses of single services is in the
-    `Written`. `checks_versions` is True if a write is made only over the version that its `index` names. A
+    `Written`. `checks_versions` is True if a write is made only over the version that its `index` names.
+    `is_filtered` is True if what the last `services` did not show may be there all the same. A
     batch holds at most `batch_size` services, and at most `concurrency` batches are in flight.
     """
 
     checks_versions: bool
+    is_filtered: bool
     concurrency: int
 
     @property
@@ -162,6 +164,7 @@ class MemoryRegistry:
     """Keeps services as Consul would, so that the brake works without Consul too."""
 
     checks_versions = False
+    is_filtered = False
     batch_size = 250
     concurrency = 1
 

@@ -202,6 +202,7 @@ class ObservedState:
         self._in_flight: set[str] = set()
         self._lost_shards: dict[str, str] = {}
         self.is_complete = False
+        self.is_filtered = False  # True if the last read left out what the token may not see
         # Moves with every change, of claims too, for caches of what is shown.
         self.generation = 0
         self._changed: deque[str] = deque(maxlen=10_000)
@@ -211,10 +212,9 @@ class ObservedState:
         return self._records.by_id.get(service_id)
 
     def is_absent(self, service_id: str) -> bool:
-        """Return True if nothing is under an ID, as far as is known."""
-        return (
-            self.is_complete and service_id not in self._records.by_id and service_id not in self._in_flight
-        )
+        """Return True if nothing is under an ID, as far as is known; a filtered read proves it of none."""
+        is_proven = self.is_complete and not self.is_filtered
+        return is_proven and service_id not in self._records.by_id and service_id not in self._in_flight
 
     def shard(self, service_id: str) -> str:
         """Return the shard that a service has or had, empty if unknown."""

@@ -208,8 +208,9 @@ class Reconciler(CorePart):
         generation = self._desired.departure_generation
         found = await self._read(ids)
         for service_id in ids:
-            self._take_record(service_id, found.get(service_id))
-            if found.get(service_id) is None or isinstance(found[service_id], Foreign):
+            record = found.get(service_id)
+            self._take_record(service_id, record)
+            if record is None or (isinstance(record, Foreign) and record.holder != HIDDEN):
                 self._desired.settle(service_id, generation)
         decided = self._decide_all(work, ids)
         return {one: action for one, action in actions.items() if one not in ids} | decided

@@ -78,6 +78,7 @@ class Resync(CorePart):
             self._observed.drop_read()
             raise
         before = {one: self._observed.get(one) for one in changed}
+        self._observed.is_filtered = self._registry.is_filtered
         touched = self._observed.finish_read(lost_shards, self._desired.claims.__contains__)
         for service_id in differing:
             self._observed.changed(service_id)

@@ -362,8 +362,11 @@ async def test_empty_list_that_acls_filtered_proves_nothing() -> None:
         with pytest.raises(ConsulFiltered):
             await held(registry_of(client))
     one = b'{%s,"Services":[{"ID":"z"}]}' % NODE_TEXT
-    async with serving(listing(one, **header)) as url, client_of(url) as client:
-        assert set(await held(registry_of(client))) == {"z"}
+    for headers, is_filtered in ((header, True), ({}, False)):
+        async with serving(listing(one, **headers)) as url, client_of(url) as client:
+            registry = registry_of(client)
+            assert set(await held(registry)) == {"z"}
+            assert registry.is_filtered is is_filtered
 
 
 @pytest.mark.parametrize("made_after", [0, 1, math.inf])

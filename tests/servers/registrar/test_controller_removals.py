@@ -365,3 +365,51 @@ async def test_foreign_services_are_never_touched(checks_versions: bool) -> None
         await lab.until_so(lambda: "pod--shop--a" not in lab.consul.held)
         await lab.resynced()
     assert lab.consul.held == before
+
+
+async def test_service_that_acls_hide_for_a_while_goes_once_it_is_seen_again() -> None:
+    """A list that ACLs filter ends no departure: the service of a Pod deleted meanwhile goes as a fact, unbraked."""
+    lab = ControllerLab()
+    async with lab.running():
+        await lab.synced("web-1", "web-2")
+        lab.consul.hidden = {"pod--shop--web-2"}
+        await lab.resynced()
+        lab.cluster.remove(make_pod("web-2"))
+        await lab.resynced()
+        assert (lab.names_held, lab.desired.departures) == ({"web-1", "web-2"}, 1)
+        lab.consul.hidden = set()
+        await lab.resynced()
+        await lab.until("web-1")
+
+
+async def test_service_that_is_hidden_before_its_removal_is_written_goes_later() -> None:
+    """A look that may not see the record ends no departure either."""
+    lab = ControllerLab()
+    async with lab.running():
+        await lab.synced("web-1", "web-2")
+        lab.observed.doubt("pod--shop--web-2")
+        lab.consul.hidden = {"pod--shop--web-2"}
+        lab.cluster.remove(make_pod("web-2"))
+        await lab.until_so(lambda: "pod--shop--web-2" in lab.consul.lookups)
+        await lab.resynced()
+        assert lab.desired.departures == 1
+        lab.consul.hidden = set()
+        await lab.resynced()
+        await lab.until("web-1")
+        assert lab.desired.departures == 0
+
+
+async def test_wanted_service_that_acls_hide_is_a_conflict_and_comes_back() -> None:
+    """It is neither created a second time nor forgotten: what the token may not see may be anything."""
+    lab = ControllerLab()
+    async with lab.running():
+        await lab.synced("web-1", "web-2")
+        before = lab.consul.held["pod--shop--web-2"]
+        lab.consul.hidden = {"pod--shop--web-2"}
+        await lab.resynced()
+        await lab.until_so(lambda: lab.value("conflicts") == 1)
+        assert lab.consul.held["pod--shop--web-2"] is before
+        lab.consul.hidden = set()
+        await lab.resynced()
+        await lab.until_so(lambda: lab.value("conflicts") == 0)
+        assert lab.consul.held["pod--shop--web-2"] is before
