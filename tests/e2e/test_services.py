@@ -1,5 +1,7 @@
 """The registrar as a process: endpoints of annotated Services, and rights that are missing for them."""
 
+import asyncio
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import aiohttp
 import yaml
 
+from k8s_consul_registrar.registrar.desired import GRACE
 from support.cluster import MERGE_PATCH, NAMESPACE, REGISTRAR_RULES, Rules, rule
 from support.files import DEPLOY
 from support.lab import Lab, SandboxLab, running_lab
@@ -25,7 +28,14 @@ def overlay_rules() -> Rules:
     return [one for document in documents for one in document.get("rules", ())]
 
 
-async def add_service(lab: Lab, name: str = "web", **annotations: str) -> None:
+async def add_service(
+    lab: Lab,
+    name: str = "web",
+    namespace: str = NAMESPACE,
+    spec: Mapping[str, Any] | None = None,
+    /,
+    **annotations: str,
+) -> None:
     """Create an annotated Service without a selector."""
     given = {
         "prometheus.io/scrape": "true",
@@ -33,21 +43,19 @@ async def add_service(lab: Lab, name: str = "web", **annotations: str) -> None:
     }
     body = {
         "metadata": {"name": name, "annotations": given},
-        "spec": {"ports": [{"port": 80, "name": "metrics"}]},
+        "spec": {"ports": [{"port": 80, "name": "metrics"}], **(spec or {})},
     }
-    await lab.cluster.request("POST", SERVICES, body)
+    await lab.cluster.request("POST", SERVICES.replace(NAMESPACE, namespace), body)
 
 
-def slice_body(name: str, points: Sequence[Mapping[str, str]], service: str = "web") -> dict[str, Any]:
-    """Return an EndpointSlice of Pods."""
+def slice_body(
+    name: str, points: Sequence[Mapping[str, str]], service: str = "web", *, is_ready: bool = True
+) -> dict[str, Any]:
+    """Return an EndpointSlice; a point without a `pod` is outside the cluster."""
+    inside = {"nodeName": "node-a", "zone": "eu-1a"}
     endpoints = [
-        {
-            "addresses": [one["ip"]],
-            "conditions": {"ready": True},
-            "nodeName": "node-a",
-            "zone": "eu-1a",
-            "targetRef": {"kind": "Pod", "name": one["pod"], "namespace": NAMESPACE},
-        }
+        {"addresses": [one["ip"]], "conditions": {"ready": is_ready, "serving": is_ready}}
+        | ({"targetRef": {"kind": "Pod", "name": one["pod"]}, **inside} if "pod" in one else {})
         for one in points
     ]
     return {
@@ -127,3 +135,86 @@ async def test_missing_right_to_slices_is_shown_and_stops_nothing_else() -> None
             assert (await daemon.admin("/readyz"))[0] == 503
             await allow(lab)
             await daemon.ready()
+
+
+async def test_namespaces_are_watched_apart() -> None:
+    """With NAMESPACES only the Services of these are read, and the endpoints of each come and go."""
+    settings = {"NAMESPACES": f"{NAMESPACE},other", "SYNC_PERIOD": "600", **DISCOVER}
+    elsewhere = "svc--other--db--192.0.2.7--9102"
+    async with running_lab() as lab:
+        for namespace in (NAMESPACE, "other", "third"):
+            await lab.cluster.add_namespace(namespace)
+        await allow(lab)
+        await add_service(lab)
+        await lab.cluster.request("POST", SLICES, slice_body("web-a", POINTS))
+        outside = slice_body("db-a", [{"ip": "192.0.2.7"}], "db")
+        for namespace in ("other", "third"):
+            await add_service(lab, "db", namespace)
+            await lab.cluster.request("POST", SLICES.replace(NAMESPACE, namespace), outside)
+        async with await lab.registrar(**settings) as daemon:
+            await daemon.ready()
+            assert lab.has(ONE, TWO, elsewhere)
+            assert "pod" not in lab.meta(elsewhere)
+            await lab.cluster.request("DELETE", f"{SLICES.replace(NAMESPACE, 'other')}/db-a")
+            await daemon.until(lambda: lab.has(ONE, TWO))
+            await lab.cluster.request("PUT", f"{SLICES}/web-a", slice_body("web-a", POINTS[1:]))
+            await daemon.until(lambda: lab.has(TWO))
+
+
+async def test_endpoints_that_are_not_ready_count_only_where_the_service_publishes_them() -> None:
+    """A change of publishNotReadyAddresses brings them, and takes them away again."""
+    async with running_lab() as lab:
+        await lab.cluster.add_namespace(NAMESPACE)
+        await allow(lab)
+        await add_service(lab, "web", NAMESPACE, {"publishNotReadyAddresses": True})
+        await lab.cluster.request("POST", SLICES, slice_body("web-a", POINTS, is_ready=False))
+        async with await lab.registrar(SYNC_PERIOD="600", **DISCOVER) as daemon:
+            await daemon.ready()
+            assert lab.has(ONE, TWO)
+            for publishes, ids in ((False, ()), (True, (ONE, TWO))):
+                patch = {"spec": {"publishNotReadyAddresses": publishes}}
+                await lab.cluster.request("PATCH", f"{SERVICES}/web", patch, content_type=MERGE_PATCH)
+                await daemon.until(functools.partial(lab.has, *ids))
+
+
+async def test_pods_behind_the_proxy_are_reached_only_by_their_own_annotations() -> None:
+    """An annotated Pod is one target, another endpoint is rejected, and one outside is scraped directly."""
+    outside = "svc--shop--web--192.0.2.7--9102"
+    async with running_lab() as lab:
+        await allow(lab)
+        await lab.cluster.add_pod(host_ip="192.0.2.10")
+        await add_service(lab)
+        await lab.cluster.request("POST", SLICES, slice_body("web-a", [*POINTS, {"ip": "192.0.2.7"}]))
+        async with await lab.registrar(SYNC_PERIOD="600", POD_ADDRESS="proxy", **DISCOVER) as daemon:
+            await daemon.until(lambda: lab.has("pod--shop--web-1", outside))
+            await daemon.until(lambda: lab.meta("pod--shop--web-1").get("service") == "web")
+            assert lab.address("pod--shop--web-1") == "192.0.2.10"
+            assert lab.address(outside) == "192.0.2.7"
+            await daemon.ready()
+            assert await daemon.metric('rejections{reason="not_proxied"}') == 1
+            await lab.cluster.add_pod("web-2", ips=["198.51.100.11"], host_ip="192.0.2.11")
+            await daemon.until(lambda: lab.has("pod--shop--web-1", "pod--shop--web-2", outside))
+            await daemon.until(lambda: lab.meta("pod--shop--web-2").get("service") == "web")
+
+
+async def test_endpoint_that_moves_between_slices_is_never_deregistered() -> None:
+    """Whichever slice is written first, and however often: the service stays, and nothing is written."""
+    async with running_lab() as lab:
+        await lab.cluster.add_namespace(NAMESPACE)
+        await allow(lab)
+        await add_service(lab)
+        await lab.cluster.request("POST", SLICES, slice_body("web-a", POINTS))
+        await lab.cluster.request("POST", SLICES, slice_body("web-b", []))
+        async with await lab.registrar(SYNC_PERIOD="600", **DISCOVER) as daemon:
+            await daemon.ready()
+            lab.consul.writes.clear()
+            names = ["web-a", "web-b"]
+            for _ in range(6):
+                first, second = names
+                await lab.cluster.request("PUT", f"{SLICES}/{first}", slice_body(first, []))
+                await lab.cluster.request("PUT", f"{SLICES}/{second}", slice_body(second, POINTS))
+                names.reverse()
+            await lab.cluster.request("POST", SLICES, slice_body("web-c", [{"ip": "192.0.2.7"}]))
+            await daemon.until(lambda: lab.has(ONE, TWO, "svc--shop--web--192.0.2.7--9102"))
+            await asyncio.sleep(GRACE + 0.5)
+            assert lab.writes == ["register svc--shop--web--192.0.2.7--9102"]

@@ -141,11 +141,11 @@ def slice_of(wire: WireSlice) -> EndpointSlice | Undecodable:
 def _endpoints(parts: Sequence[msgspec.Raw]) -> list[SliceEndpoint | None]:
     texts = list(map(bytes, parts))
     is_kept = max(map(len, texts), default=0) <= LONGEST_KEPT
-    return list(map(_endpoint if is_kept else _endpoint.__wrapped__, texts))
+    return list(map(endpoint_of if is_kept else endpoint_of.__wrapped__, texts))
 
 
 @lru_cache(maxsize=ENDPOINTS_KEPT)
-def _endpoint(raw: bytes) -> SliceEndpoint | None:
+def endpoint_of(raw: bytes) -> SliceEndpoint | None:
     """Return an endpoint at the first of its addresses, which all lead to the same place; None without one.
 
     A condition that is missing means ready, or as ready as the endpoint is (Kubernetes: EndpointConditions).

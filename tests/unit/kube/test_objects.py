@@ -4,13 +4,15 @@ import json
 import string
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k8s_consul_registrar.errors import ClusterRefused
 from k8s_consul_registrar.kube.lists import Page, split_page
-from k8s_consul_registrar.kube.objects import decode_object
+from k8s_consul_registrar.kube.objects import decode_event, decode_object
+from k8s_consul_registrar.kube.service_objects import endpoint_of
 from k8s_consul_registrar.model import (
     ContainerPort,
     EndpointSlice,
@@ -445,6 +447,47 @@ def test_slice_with_null_for_empty_lists_is_empty() -> None:
     made = read_kind(Kind.ENDPOINT, part)
     assert isinstance(made, EndpointSlice)
     assert (made.endpoints, made.ports) == ((), ())
+
+
+@pytest.mark.parametrize("odd", [{"addresses": [7]}, "text", {"addresses": ["10.0.0.1"], "nodeName": {}}])
+def test_slice_with_an_endpoint_that_cannot_be_read_has_no_name(odd: Any) -> None:
+    """In an event as in a list, where it takes nothing else of the page with it."""
+    part = objects.endpoint_slice("web-abc", "web", [objects.endpoint("10.0.0.1")], namespace="shop")
+    part["endpoints"].append(odd)
+    part["metadata"]["resourceVersion"] = "7"
+    event = decode_event(msgspec.json.encode({"type": "MODIFIED", "object": part}), Kind.ENDPOINT)
+    assert event is not None
+    assert isinstance(event[1], Undecodable)
+    assert (event[1].key, event[2]) == (None, "7")
+    whole = objects.endpoint_slice("web-def", "web", namespace="shop")
+    body = {"kind": "EndpointSliceList", "metadata": {"resourceVersion": "7"}, "items": [part, whole]}
+    first, second = split_page(msgspec.json.encode(body), Kind.ENDPOINT).decode().items
+    assert isinstance(first, Undecodable)
+    assert first.key is None
+    assert isinstance(second, EndpointSlice)
+
+
+def test_endpoint_that_was_seen_is_the_same_object_and_any_change_another() -> None:
+    """What is remembered by its bytes is never taken for another endpoint, and very long ones are not kept."""
+
+    def endpoints(*some: dict[str, Any]) -> tuple[SliceEndpoint, ...]:
+        part = read_kind(Kind.ENDPOINT, objects.endpoint_slice("web-abc", "web", some, namespace="shop"))
+        assert isinstance(part, EndpointSlice)
+        return part.endpoints
+
+    one, two = objects.endpoint("10.0.0.1", pod="a"), objects.endpoint("10.0.0.2", pod="b")
+    first, second = endpoints(one, two), endpoints(two, one)
+    assert (second[0] is first[1], second[1] is first[0]) == (True, True)
+    changes = (
+        {"zone": "z"},
+        {"nodeName": "n"},
+        {"addresses": ["10.0.0.3"]},
+        {"conditions": {"ready": False}},
+    )
+    assert len({*first, *(endpoints(one | change)[0] for change in changes)}) == 2 + len(changes)
+    before = endpoint_of.cache_info().currsize
+    endpoints(*(one | {"hints": {"forZones": [{"name": "z" * 500 + str(number)}]}} for number in range(9)))
+    assert endpoint_of.cache_info().currsize == before
 
 
 def test_slice_that_cannot_be_read_has_no_name() -> None:

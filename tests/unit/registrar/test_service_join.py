@@ -157,6 +157,23 @@ def test_endpoint_of_a_source_that_is_not_listed_proves_nothing() -> None:
         assert scene.standing(ID_ONE) is Standing.STALE
 
 
+def test_namespace_whose_slices_cannot_be_listed_keeps_what_is_there() -> None:
+    """With NAMESPACES one failing source keeps its own endpoints, and those of the others come and go."""
+    kinds = (Kind.SERVICE, Kind.ENDPOINT)
+    scene = Scene(sources=tuple(Source(kind, one) for one in ("other", "shop") for kind in kinds))
+    there = make_kube_service("db", "other"), make_slice("db-a", TWO, service="db", namespace="other")
+    scene.put(make_kube_service(), make_slice("web-a", ONE), *there)
+    (elsewhere,) = scene.asked - {ID_ONE}
+    scene.cluster.store.fail(Source(Kind.ENDPOINT, "other"), "cannot list", "forbidden")
+    scene.cluster.put(make_slice("web-a"))
+    scene.clock.offset += GRACE
+    assert scene.standing(ID_ONE) is Standing.DEPARTED
+    assert scene.asked == {elsewhere}
+    scene.cluster.start_list((), Source(Kind.ENDPOINT, "other"))
+    scene.cluster.store.fail(Source(Kind.ENDPOINT, "other"), "cannot list", "forbidden")
+    assert scene.asked == {elsewhere}
+
+
 def test_service_that_is_no_longer_annotated_departs_with_every_endpoint() -> None:
     """The Service itself says that none of its endpoints is asked for, even those seen in no slice."""
     scene = Scene()
