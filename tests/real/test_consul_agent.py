@@ -11,7 +11,7 @@ from k8s_consul_registrar.consul.access import ConsulTokenFile
 from k8s_consul_registrar.consul.agent import AgentRegistry
 from k8s_consul_registrar.consul.previous_location import PreviousLocation
 from k8s_consul_registrar.model import UNSYNCED, Drift
-from support.builders import make_service, our_pod_service
+from support.builders import make_service, our_pod_service, unaudited
 from support.real_servers import (
     REAL,
     RealConsul,
@@ -251,6 +251,6 @@ async def test_services_at_a_former_agent_are_removed() -> None:
         await registry.register([*(our_pod_service(f"p{number}") for number in range(100)), foreign])
         cleared = await PreviousLocation(
             "former", registry, lambda service: service.value("cluster") == "lab"
-        ).clear()
+        ).clear(unaudited)
         assert (cleared.done, cleared.failures) == (100, ())
         assert await held(registry) == {"foreign": foreign}

@@ -17,7 +17,7 @@ from k8s_consul_registrar.errors import (
 )
 from k8s_consul_registrar.model import Drift, Service, Written
 from k8s_consul_registrar.registrar.ownership import is_of_a_registrar
-from support.builders import make_service, our_pod_service
+from support.builders import make_service, our_pod_service, unaudited
 from support.real_servers import REAL, RealConsul, connected, held, make_token, real_consul, restart_empty
 from support.waiting import PATIENCE, until
 
@@ -372,7 +372,7 @@ async def test_services_at_a_former_node_are_removed() -> None:
         await before.register([*services, foreign])
         former = PreviousLocation("former", before, lambda service: service.value("cluster") == "lab")
         assert len([one async for one in former.services()]) == 1500
-        cleared = await former.clear()
+        cleared = await former.clear(unaudited)
         assert (cleared.done, cleared.failures, cleared.stale) == (1500, (), ())
         assert await held(before) == {"foreign": foreign}
 

@@ -15,6 +15,7 @@ from k8s_consul_registrar.commands.check.consul import check_ghosts
 from k8s_consul_registrar.commands.check.report import Result
 from k8s_consul_registrar.consul.agent import AgentRegistry
 from k8s_consul_registrar.consul.ghosts import AgentGhosts
+from k8s_consul_registrar.registrar.audit import Audit
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.ghosts import GhostCollector
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
@@ -58,6 +59,7 @@ class Lab:
             decisions=Rules(Identity("lab"), RandomShards()),
             cluster=self.cluster,
             checks=GhostChecks(),
+            audit=Audit(),
             metrics=RegistrarMetrics(CollectorRegistry()),
             clock=self.clock,
         )

@@ -13,7 +13,7 @@ from k8s_consul_registrar.consul.client import ConsulClient, Fence
 from k8s_consul_registrar.consul.lost_agents import LostAgents
 from k8s_consul_registrar.errors import ConsulFenced
 from k8s_consul_registrar.model import AgentHealth, Service
-from support.builders import make_service, our_pod_service
+from support.builders import make_service, our_pod_service, unaudited
 from support.lab import running_lab_with
 from support.real_servers import REAL, RealConsul, connected, make_token, real_consul
 from support.waiting import until
@@ -164,20 +164,20 @@ async def test_node_is_cleared_only_while_its_agent_is_lost() -> None:
             (lost,) = await _failing(agents)
             old.program.launch()
             await until_health(server, "old", "passing")
-            late = await agents.location(lost, lambda _: True).clear()
+            late = await agents.location(lost, lambda _: True).clear(unaudited)
             assert (late.done, len(late.stale)) == (0, 100)
             await old.program.stop(signal.SIGKILL)
             await until_health(server, "old", "critical")
-            old_case = await agents.location(lost, lambda _: True).clear()
+            old_case = await agents.location(lost, lambda _: True).clear(unaudited)
             assert (old_case.done, len(old_case.stale)) == (0, 100), "it was back in between"
             (again,) = await _failing(agents)
             assert again.version > lost.version
             fenced = ConsulAccess(ConsulAddress(server.url), token=token.secret)
             async with ConsulClient(fenced, Timing(), fence=Fence(left=lambda: 0.0, grace=1.0)) as standby:
                 with pytest.raises(ConsulFenced):
-                    await LostAgents(standby).location(again, lambda _: True).clear()
+                    await LostAgents(standby).location(again, lambda _: True).clear(unaudited)
             assert len(await names_at(server, "old")) == 101
-            cleared = await agents.location(again, lambda one: one.id != "pod--shop--p7").clear()
+            cleared = await agents.location(again, lambda one: one.id != "pod--shop--p7").clear(unaudited)
             assert (cleared.done, cleared.failures, cleared.stale) == (99, (), ())
             assert await names_at(server, "old") == {"pod--shop--p7", "other-1"}
 

@@ -13,6 +13,7 @@ from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.kube.cluster import ClusterUid
 from k8s_consul_registrar.model import Drift, Pod, Source
 from k8s_consul_registrar.registrar.absences import Absences, SelectionRecord
+from k8s_consul_registrar.registrar.audit import Audit
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.controller import Controller
 from k8s_consul_registrar.registrar.decide import NameGuard, Rules
@@ -130,6 +131,7 @@ class ControllerLab:
             self.contests,
             self.reporter,
             self.status,
+            Audit(self.status.removals, leader="lab-1"),
         )
         self.reconciler = Reconciler(core, clock=self.clock)
         id_prefix = target_rules.id_prefix if target_rules else ""

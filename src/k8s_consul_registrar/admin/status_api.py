@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from importlib import resources
 from itertools import islice
@@ -16,7 +17,7 @@ from k8s_consul_registrar.admin.index import Index, IndexRules, Search, Snapshot
 from k8s_consul_registrar.admin.target_groups import BadQuery, socket_address
 from k8s_consul_registrar.admin.view import RegistrarView, TargetRow, TargetState
 from k8s_consul_registrar.model import TARGET_KINDS, USUAL_KINDS, ObjectKey, Rejection
-from k8s_consul_registrar.registrar.status import Activity
+from k8s_consul_registrar.registrar.status import Activity, Removal
 
 DEFAULT_LIMIT = 100
 MAX_LIMIT = 1000
@@ -109,6 +110,24 @@ def rejection_index(view: RegistrarView, clock: Callable[[], float] = time.monot
     return Index(view.rejections, lambda: (view.generation, len(view.rejections())), rules, clock)
 
 
+def removal_index(view: RegistrarView, clock: Callable[[], float] = time.monotonic) -> Index[Removal]:
+    """Return the latest removals, the newest first."""
+    removals = view.status.removals
+    rules: IndexRules[Removal] = IndexRules(
+        {
+            "proof": lambda one: one.proof.ground,
+            "kind": lambda one: one.proof.key.kind if one.proof.key else "",
+            "namespace": lambda one: one.proof.key.namespace if one.proof.key else "",
+        },
+        order=lambda one: -one.at,
+        texts=lambda one: (one.id, one.place, one.leader, one.proof.brake, one.proof.ground),
+        idle_for=60.0,
+    )
+    return Index(
+        lambda: tuple(removals), lambda: (len(removals), removals[0].at if removals else 0.0), rules, clock
+    )
+
+
 def _texts_of_target(row: TargetRow) -> Iterable[str]:
     service, key = row.service, row.key
     return (
@@ -126,6 +145,7 @@ def _texts_of_target(row: TargetRow) -> Iterable[str]:
 def api_routes(view: RegistrarView, clock: Callable[[], float] = time.time) -> list[web.RouteDef]:
     """Return `/api/v1/targets`, `/api/v1/rejections` and `/api/v1/status`; `clock` gives epoch seconds."""
     all_targets, all_rejections = target_index(view), rejection_index(view)
+    all_removals = removal_index(view)
 
     async def targets(request: web.Request) -> web.Response:
         check(request, "kind", "limit", "namespace", "offset", "q", "state")
@@ -157,6 +177,7 @@ def api_routes(view: RegistrarView, clock: Callable[[], float] = time.time) -> l
             "kinds": snapshot.counts["kind"],
             "rejections": dict(rejected.counts["reason"].most_common()),
             "conflicts": len(view.status.conflicts),
+            "removals": Counter(one.proof.ground for one in view.status.removals),
         }
         namespaces = sorted(name for name in snapshot.counts["namespace"] if name)
         return answer(
@@ -169,7 +190,14 @@ def api_routes(view: RegistrarView, clock: Callable[[], float] = time.time) -> l
             }
         )
 
-    return [api_route(targets), api_route(rejections), api_route(status)]
+    async def removals(request: web.Request) -> web.Response:
+        check(request, "kind", "limit", "namespace", "offset", "q", "proof")
+        snapshot = await all_removals.snapshot()
+        total, found, offset, rows = await find_page(request, snapshot)
+        shown = [_removal(one) for one in rows]
+        return answer({"total": total, "found": found, "offset": offset, "removals": shown})
+
+    return [api_route(targets), api_route(rejections), api_route(removals), api_route(status)]
 
 
 def api_route(handler: Callable[[web.Request], Awaitable[web.Response]]) -> web.RouteDef:
@@ -219,7 +247,9 @@ def _search(request: web.Request, known_states: Iterable[str]) -> Search:
     states = frozenset(query.getall("state", ()))
     _one_of("state", states, known_states)
     _one_of("kind", {query.get("kind", "")} - {""}, TARGET_KINDS)
-    single = ((name, frozenset({query.get(name, "")}) - {""}) for name in ("kind", "namespace", "reason"))
+    single = (
+        (name, frozenset({query.get(name, "")}) - {""}) for name in ("kind", "namespace", "reason", "proof")
+    )
     facets = tuple((name, values) for name, values in (("state", states), *single) if values)
     return Search(parse_terms(query.get("q", "")), facets)
 
@@ -323,6 +353,21 @@ def _target(row: TargetRow, view: RegistrarView) -> dict[str, Any]:
 
 def _rejection(one: Rejection) -> dict[str, Any]:
     return {"object": _object(one.key), "reason": one.reason, "detail": one.detail, "kept_id": one.id}
+
+
+def _removal(one: Removal) -> dict[str, Any]:
+    proof = one.proof
+    return {
+        "at": one.at,
+        "id": one.id,
+        "object": None if proof.key is None else _object(proof.key),
+        "place": one.place,
+        "proof": proof.ground,
+        "generation": proof.generation,
+        "brake": proof.brake,
+        "leader": one.leader,
+        "is_answered": one.is_answered,
+    }
 
 
 def _object(key: ObjectKey) -> dict[str, str]:

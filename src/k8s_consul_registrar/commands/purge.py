@@ -28,6 +28,8 @@ from k8s_consul_registrar.errors import (
 )
 from k8s_consul_registrar.kube.cluster import IDENTITY_NAMESPACE
 from k8s_consul_registrar.model import Service, Written
+from k8s_consul_registrar.registrar.audit import Audit
+from k8s_consul_registrar.registrar.brake import Ground, Proof
 from k8s_consul_registrar.registrar.interfaces import Registry
 from k8s_consul_registrar.registrar.orphans import observe_agents
 from k8s_consul_registrar.registrar.ownership import Claim, Identity
@@ -42,6 +44,7 @@ MOST_SHOWN = 50
 # Looks at the catalog while the agent brings its removals there.
 LOOKS = 10
 
+_AUDIT, _ASKED = Audit(), Proof(Ground.PURGE)
 MayGo = Callable[[Service], bool]
 
 
@@ -142,7 +145,7 @@ async def _clear_left(ghosts: AgentGhosts, may_go: MayGo) -> list[Written]:
             if not [one async for one in place.services()]:
                 return []
             await asyncio.sleep(SYNC_TIME / LOOKS)
-        cleared = await place.clear()
+        cleared = await place.clear(_AUDIT.remover(_ASKED, place=place.name))
     except (ConsulForbidden, ConsulRefused, ConsulFiltered) as error:
         print(f"purge: what the agent leaves in the catalog is not looked at: {error}", file=sys.stderr)
         return []
@@ -201,7 +204,9 @@ def _node(settings: RegistrarSettings, client: ConsulClient) -> NodeRemoval | No
 async def _clear(found: _Found, who: Identity, uid: str) -> Written:
     """Remove the services that were shown and are still ours."""
     shown = {service.id for service in found.services}
-    return await found.place(lambda one: one.id in shown and who.claim(one, uid) is Claim.OURS).clear()
+    return await found.place(lambda one: one.id in shown and who.claim(one, uid) is Claim.OURS).clear(
+        _AUDIT.remover(_ASKED, place=found.where)
+    )
 
 
 def _tell(written: Sequence[Written]) -> int:

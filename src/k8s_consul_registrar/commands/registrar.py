@@ -30,6 +30,7 @@ from k8s_consul_registrar.kube.access import Access
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.proxy.probe import pods_problem
+from k8s_consul_registrar.registrar.brake import Ground, Proof
 from k8s_consul_registrar.registrar.claims import Change
 from k8s_consul_registrar.registrar.elector import Elector
 from k8s_consul_registrar.registrar.metrics import RegistrarCollector, RegistrarMetrics
@@ -249,6 +250,7 @@ async def _clear_previous_locations(
     controller = parts.controller
     await clear_previous_locations(
         previous_locations(settings, client, is_ours, may_go),
+        remove=lambda place: parts.core.audit.remover(Proof(Ground.ELSEWHERE), place=place),
         is_ready=lambda: controller.is_complete and not controller.status.is_standby,
         timing=timing,
     )

@@ -1,14 +1,18 @@
 """Previous locations: an agent or node where our services were before the settings changed, or its agent died."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Protocol, TypeAlias
 
 from k8s_consul_registrar.backoff import Timing, delays
 from k8s_consul_registrar.errors import ConsulBusy, ConsulError, ConsulUnreachable
 from k8s_consul_registrar.model import Service, Written
 from k8s_consul_registrar.telemetry import get_logger
 
+# Makes a removal that it is given, and notes it with its proof (`registrar.audit`).
+Remove: TypeAlias = Callable[
+    [Callable[[Sequence[Service]], Awaitable[Written]], Sequence[Service]], Awaitable[Written]
+]
 BATCH = 1024  # services removed at once, so that a long list is never kept whole
 
 log = get_logger("previous_location")
@@ -60,7 +64,7 @@ class PreviousLocation:
         is_old = self._before is None or self._before.get(service.id) == _version(service)
         return is_old and self._may_go(service)
 
-    async def clear(self) -> Written:
+    async def clear(self, remove: Remove) -> Written:
         """Remove our services; one that another writer changes meanwhile is stale and stays. Raises a `ConsulError`."""
         removed = Written()
         batch: list[Service] = []
@@ -69,9 +73,9 @@ class PreviousLocation:
                 continue
             batch.append(service)
             if len(batch) == BATCH:
-                removed += await self._location.deregister(batch)
+                removed += await remove(self._location.deregister, batch)
                 batch = []
-        return removed + await self._location.deregister(batch) if batch else removed
+        return removed + await remove(self._location.deregister, batch) if batch else removed
 
 
 def _version(service: Service) -> tuple[int, int]:
@@ -80,13 +84,17 @@ def _version(service: Service) -> tuple[int, int]:
 
 
 async def clear_previous_locations(
-    locations: Sequence[PreviousLocation], *, is_ready: Callable[[], bool], timing: Timing
+    locations: Sequence[PreviousLocation],
+    *,
+    remove: Callable[[str], Remove],
+    is_ready: Callable[[], bool],
+    timing: Timing,
 ) -> None:
     """Clear each previous location once, as soon as everything is at the new one.
 
     Never the other way round: while anything is refused at the new place the old one keeps everything. What
     was written to a previous location after this began is not cleared: it belongs to another registrar, with
-    newer settings.
+    newer settings. `remove` returns what removes services of a place.
     """
     for location in [one for one in locations if await _has_begun(one, timing)]:
         retry = delays(timing.retry_first, timing.retry_cap)
@@ -94,7 +102,7 @@ async def clear_previous_locations(
             while not is_ready():  # noqa: ASYNC110 - it is over in a few seconds
                 await asyncio.sleep(timing.retry_first)
             try:
-                written = await location.clear()
+                written = await location.clear(remove(location.name))
             except (ConsulUnreachable, ConsulBusy):
                 await asyncio.sleep(next(retry))
                 continue

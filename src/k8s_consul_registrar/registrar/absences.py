@@ -8,6 +8,7 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import msgspec
@@ -17,7 +18,16 @@ from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.errors import ClusterError, ConsulBusy, ConsulError, ConsulFenced, ConsulUnreachable
 from k8s_consul_registrar.kube.source_state import Failed
 from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Source
-from k8s_consul_registrar.registrar.brake import Absence, BrakeRules, Held, Memory, SourceAbsences, judge
+from k8s_consul_registrar.registrar.brake import (
+    Absence,
+    BrakeRules,
+    Ground,
+    Held,
+    Memory,
+    Proof,
+    SourceAbsences,
+    judge,
+)
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.interfaces import ClusterReader
 from k8s_consul_registrar.registrar.observed import AsDesired, Other, inherited_by
@@ -62,13 +72,15 @@ class Findings(msgspec.Struct):
 class Judged(NamedTuple):
     """Services that may go with their objects, what the brake holds, and when to judge again.
 
-    `again_at` is in monotonic seconds. `relisting` are the sources of which a new list was asked for: its end is a reason to judge again.
+    `proofs` say why each of the former may go, `again_at` is in monotonic seconds. `relisting` are the sources of
+    which a new list was asked for: its end is a reason to judge again.
     """
 
     released: Mapping[str, ObjectKey | None]
     held: tuple[Held, ...]
     again_at: float | None = None
     relisting: frozenset[Source] = frozenset()
+    proofs: Mapping[str, Proof] = MappingProxyType({})
 
 
 class Absences:
@@ -142,7 +154,9 @@ class Absences:
         listed = {one.source for one in findings.candidates if one.key is None or len(keys) > MOST_BY_NAME}
         again_at = self._ask_again(judgement.held, unconfirmed, listed)
         relisting = frozenset({one.source for one in unconfirmed} & listed)
-        return Judged(facts | released, judgement.held, again_at, relisting)
+        proofs = {one: Proof(Ground.LIST) for one in facts}
+        proofs |= {one: Proof(Ground.ABSENCE, brake=judgement.verdicts[one]) for one in released}
+        return Judged(facts | released, judgement.held, again_at, relisting, proofs)
 
     def _remember(self, candidates: Iterable[Candidate], noticed_at: float) -> None:
         before = self._noticed_at

@@ -7,10 +7,11 @@ A wrong kubeconfig, a broken selector or a half-restored cluster look like many 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import msgspec
 
-from k8s_consul_registrar.model import Kind, Source
+from k8s_consul_registrar.model import Kind, ObjectKey, Source
 
 LEAST = 3  # services
 SHARE = 0.3  # of what is held
@@ -29,6 +30,29 @@ class BrakeRules:
     confirm: float = 60.0
     confirm_start: float = 600.0
     allow_mass: bool = False
+
+
+class Ground(StrEnum):
+    """Reason why a service may be removed."""
+
+    EVENT = "event"  # an event showed that its object does not ask for it
+    LIST = "list"  # a list, or a read of the object, showed that
+    ABSENCE = "confirmed absence"  # its object is missing from a list, and a later read confirmed that
+    ELSEWHERE = "held elsewhere"  # it is where the present settings want it
+    LEFT = "left by the agent"  # the agent has removed it, and the catalog still shows it
+    PURGE = "purge"  # an operator asked for it
+
+
+class Proof(msgspec.Struct, frozen=True, gc=False):
+    """Proof that a service may go: the object that it was of, and the generation of the departure, 0 without one.
+
+    `brake` is its decision; facts do not come to it.
+    """
+
+    ground: Ground
+    generation: int = 0
+    brake: str = "not asked"
+    key: ObjectKey | None = None
 
 
 class Absence(msgspec.Struct, frozen=True):
@@ -87,11 +111,15 @@ class Memory(msgspec.Struct, frozen=True):
 
 
 class Judgement(msgspec.Struct, frozen=True):
-    """The services that may go now, the removals that are held, and the memory for the next time."""
+    """The services that may go now, the removals that are held, and the memory for the next time.
+
+    `verdicts` say why each of the former was let go.
+    """
 
     released: frozenset[str]
     held: tuple[Held, ...]
     memory: Memory
+    verdicts: Mapping[str, str] = msgspec.field(default_factory=dict)
 
 
 class _Extent(msgspec.Struct, frozen=True):
@@ -121,6 +149,7 @@ def judge(
     mass, total = _mass_sources(absences, removals)
     released: dict[Source, frozenset[str]] = {}
     held: list[Held] = []
+    verdicts: dict[str, str] = {}
     sources = {source: one for source, one in memory.sources.items() if source not in absences}
     for source, found in absences.items():
         before = memory.sources.get(source, SourceMemory())
@@ -133,6 +162,7 @@ def judge(
             for one, absence in found.absent.items()
             if is_ready and absence.confirmed_at - since[one] >= waits[one]
         )
+        verdicts |= {one: _verdict(waits[one], rules) for one in released[source]}
         kept = {one: since[one] for one in since if one not in released[source]}
         if kept:
             sources[source] = SourceMemory(kept, {one: waits[one] for one in kept})
@@ -144,7 +174,14 @@ def judge(
         frozenset().union(*released.values()),
         tuple(held),
         Memory(sources, memory.judged | _judged(absences, unready), removals),
+        verdicts,
     )
+
+
+def _verdict(wait: float, rules: BrakeRules) -> str:
+    if rules.allow_mass:
+        return "ALLOW_MASS_DEREGISTER"
+    return f"held for {wait:g} s" if wait else "no mass removal"
 
 
 def _judged(absences: Mapping[Source, SourceAbsences], unready: frozenset[Kind]) -> set[Source]:

@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import msgspec
+from msgspec.structs import replace
 
 from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Resolved, Target
+from k8s_consul_registrar.registrar.brake import Ground, Proof
 from k8s_consul_registrar.registrar.observed import (
     AsDesired,
     ObservedState,
@@ -218,6 +220,8 @@ class Departures:
         self._by_id: dict[str, dict[ObjectKey | None, int]] = {}
         self._by_key: dict[ObjectKey | None, set[str]] = {}
         self._dues: dict[str, float] = {}
+        # Proofs of departures that no event showed.
+        self._proofs: dict[str, Proof] = {}
         # IDs asked for before an object was rejected, or missing from a list: they depart with it.
         self._earlier: dict[ObjectKey, tuple[str, ...]] = {}
         self.generation = 0
@@ -231,9 +235,17 @@ class Departures:
         """Return every service ID with a departure."""
         return tuple(self._by_id)
 
-    def record(self, service_id: str, key: ObjectKey | None, due: float = 0.0) -> None:
-        """Record a departure, as a new generation; `due` is when the service may go, in monotonic seconds."""
+    def record(
+        self, service_id: str, key: ObjectKey | None, due: float = 0.0, proof: Proof | None = None
+    ) -> None:
+        """Record a departure, as a new generation; `due` is when the service may go, in monotonic seconds.
+
+        Without `proof` an event showed it.
+        """
         self.generation += 1
+        self._proofs.pop(service_id, None)
+        if proof is not None:
+            self._proofs[service_id] = proof
         if due:
             self._dues[service_id] = due
         self._by_id.setdefault(service_id, {})[key] = self.generation
@@ -245,6 +257,12 @@ class Departures:
         """Return the generation of an object's departure from an ID, None if there is none."""
         found = self._by_id.get(service_id)
         return None if found is None else found.get(key)
+
+    def proof(self, service_id: str, key: ObjectKey | None) -> Proof:
+        """Return the proof of an object's departure from an ID; without a departure a list showed it."""
+        generation = self.get(service_id, key)
+        usual = Proof(Ground.LIST if generation is None else Ground.EVENT)
+        return replace(self._proofs.get(service_id, usual), generation=generation or 0, key=key)
 
     def is_due(self, service_id: str, now: float) -> bool:
         """Return True if a service that its object departed from may go now."""
@@ -299,6 +317,7 @@ class Departures:
         if not found:
             del self._by_id[service_id]
             self._dues.pop(service_id, None)
+            self._proofs.pop(service_id, None)
         ids = self._by_key[key]
         ids.discard(service_id)
         if not ids:

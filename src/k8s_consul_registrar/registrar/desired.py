@@ -18,6 +18,7 @@ from k8s_consul_registrar.model import (
     Source,
     Target,
 )
+from k8s_consul_registrar.registrar.brake import Ground, Proof
 from k8s_consul_registrar.registrar.claims import Change, Claims, Departures, Rejections, ids_asked
 from k8s_consul_registrar.registrar.decide import Desired, Standing
 from k8s_consul_registrar.registrar.observed import (
@@ -294,9 +295,13 @@ class DesiredState:
 
     # Departures
 
-    def depart(self, service_id: str, key: ObjectKey | None) -> None:
+    def depart(self, service_id: str, key: ObjectKey | None, proof: Proof | None = None) -> None:
         """Record a departure that a read confirmed: of an absence the brake released, or of a living object."""
-        self._departures.record(service_id, key)
+        self._departures.record(service_id, key, proof=proof or Proof(Ground.LIST))
+
+    def proof(self, service_id: str, key: ObjectKey | None) -> Proof:
+        """Return the proof that a service may go whose object departed from it."""
+        return self._departures.proof(service_id, key)
 
     def settle(self, service_id: str, generation: int) -> None:
         """End the departures from an ID up to a generation: Consul acknowledged a write decided after them."""
@@ -316,7 +321,9 @@ class DesiredState:
         dropped = []
         for service_id in ids:
             if not self._observed.is_absent(service_id):
-                self._departures.record(service_id, key)
+                self._departures.record(
+                    service_id, key, proof=Proof(Ground.LIST) if heard_at is None else None
+                )
             dropped.append(service_id)
         if asked or dropped:
             self._tell(asked, tuple(dropped), heard_at)

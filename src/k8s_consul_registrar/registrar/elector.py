@@ -91,6 +91,11 @@ class Elector:
         self._told_problem = ""
 
     @property
+    def identity(self) -> str:
+        """The name of this replica in the Lease."""
+        return self._election.identity
+
+    @property
     def is_leader(self) -> bool:
         """True if a write may start now."""
         return self._election.is_leading(self._clock())

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from k8s_consul_registrar.consul.acl import AgentSelf
@@ -15,6 +16,8 @@ from k8s_consul_registrar.errors import (
     ConsulUnreachable,
 )
 from k8s_consul_registrar.model import Ghosts, ObjectKey, Rejection, Service, Written
+from k8s_consul_registrar.registrar.audit import Audit
+from k8s_consul_registrar.registrar.brake import Ground, Proof
 from k8s_consul_registrar.registrar.decide import Deregister, Infer, Rules, decide
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.interfaces import ClusterReader
@@ -74,6 +77,7 @@ class GhostCollector:
         decisions: Rules,
         cluster: ClusterReader,
         checks: GhostChecks,
+        audit: Audit,
         metrics: RegistrarMetrics,
         is_steady: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
@@ -84,6 +88,7 @@ class GhostCollector:
         self._desired = desired
         self._decisions = decisions
         self._cluster = cluster
+        self._audit = audit
         self._metrics = metrics
         self._clock = clock
         self._checks = checks
@@ -148,8 +153,13 @@ class GhostCollector:
         self._name([service.id for service, _ in due])
         # An object may have come back while others were asked for.
         may_remove = self._is_steady() and self._decisions.policy.removes
-        going = [one for one in going if may_remove and one.id not in self._desired.claims]
-        written = await self._agent.remove(ghosts.node, going) if going else Written()
+        services = [
+            one for one, _ in due if may_remove and one.id in going and one.id not in self._desired.claims
+        ]
+        written = Written()
+        if services:
+            remove = partial(self._agent.remove, ghosts.node)
+            written = await self._audit.remove(remove, services, going, place=f"node {ghosts.node}")
         self._metrics.ghosts.set(len(due) - written.done)
         self._say_what_went(written)
         return is_pending or bool(written.stale) or len(due) < len(unwanted)
@@ -168,22 +178,22 @@ class GhostCollector:
 
     async def _may_go(
         self, due: Sequence[tuple[Service, Other]], deregistered: frozenset[str]
-    ) -> tuple[list[Service], bool]:
-        """Return what may go, and True if the API server could not be asked for everything."""
-        going: list[Service] = []
+    ) -> tuple[dict[str, Proof], bool]:
+        """Return what may go with its proof, and True if the API server could not be asked for everything."""
+        going: dict[str, Proof] = {}
         asked = 0
         is_pending = False
         for service, record in due:
             match decide(self._desired.ask(service.id, record), record, self._decisions):
                 case Deregister():
-                    going.append(service)
+                    going[service.id] = self._desired.proof(service.id, record.key)
                 case Infer() if service.id in deregistered:
-                    going.append(service)
+                    going[service.id] = Proof(Ground.LEFT, key=record.key)
                 case Infer() if record.key is not None and self._is_same_cluster(record):
                     asked += 1
                     is_gone = await self._is_gone(service.id, record.key) if asked <= MOST_BY_NAME else None
                     if is_gone:
-                        going.append(service)
+                        going[service.id] = Proof(Ground.ABSENCE, key=record.key)
                     is_pending = is_pending or is_gone is None
         return going, is_pending
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import msgspec
 
+from k8s_consul_registrar.consul.previous_location import Remove
 from k8s_consul_registrar.errors import (
     ConsulBusy,
     ConsulError,
@@ -17,6 +18,7 @@ from k8s_consul_registrar.errors import (
     ConsulUnreachable,
 )
 from k8s_consul_registrar.model import AgentHealth, Service, Source, Written
+from k8s_consul_registrar.registrar.audit import Audit
 from k8s_consul_registrar.registrar.brake import BrakeRules, Memory
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.desired import DesiredState
@@ -43,8 +45,8 @@ class OrphanLocation(Protocol):
     def services(self) -> AsyncIterator[Service]:
         """Yield this registrar's services there."""
 
-    async def clear(self) -> Written:
-        """Remove them."""
+    async def clear(self, remove: Remove) -> Written:
+        """Remove them by `remove`."""
 
 
 class Agents(Protocol):
@@ -96,6 +98,7 @@ class OrphanCollector:
         decisions: Rules,
         rules: OrphanRules,
         relist: Callable[[Source, float], None],
+        audit: Audit,
         metrics: RegistrarMetrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -104,6 +107,7 @@ class OrphanCollector:
         self._decisions = decisions
         self._rules = rules
         self._relist = relist
+        self._audit = audit
         self._metrics = metrics
         self._clock = clock
         self._own_node = ""
@@ -211,7 +215,10 @@ class OrphanCollector:
             place = self._agents.location(
                 lost.health, lambda one: one.id in judgement.may_go and is_ours(one)
             )
-            self._say_what_went(lost, await place.clear())
+            self._say_what_went(
+                lost,
+                await place.clear(self._audit.remover(judgement.proofs, place=f"node {lost.health.node}")),
+            )
             # An agent that lives, and is only out of reach for the others, brings its services back: it is
             # given as much time again, instead of a fight.
             self._watched[lost.health.node] = Watched(lost.health, self._clock())

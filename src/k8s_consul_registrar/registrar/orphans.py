@@ -9,8 +9,17 @@ from collections.abc import Container, Iterable, Mapping
 from enum import StrEnum
 from typing import NamedTuple
 
-from k8s_consul_registrar.model import CRITICAL, SERF_HEALTH, AgentHealth, Service, Source
-from k8s_consul_registrar.registrar.brake import Absence, BrakeRules, Held, Memory, SourceAbsences, judge
+from k8s_consul_registrar.model import CRITICAL, SERF_HEALTH, AgentHealth, ObjectKey, Service, Source
+from k8s_consul_registrar.registrar.brake import (
+    Absence,
+    BrakeRules,
+    Ground,
+    Held,
+    Memory,
+    Proof,
+    SourceAbsences,
+    judge,
+)
 from k8s_consul_registrar.registrar.decide import Deregister, Infer, Keep, Kept, Rules, Withheld, decide
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.observed import Other, observe
@@ -61,12 +70,13 @@ class Stays(StrEnum):
 
 
 class OrphanJudgement(NamedTuple):
-    """Service IDs that may go, how many stay and why, and what the brake wants back the next time."""
+    """Service IDs that may go, how many stay and why, what the brake wants back, and the proofs."""
 
     may_go: frozenset[str]
     stays: Counter[Stays]
     held: tuple[Held, ...]
     memory: Memory
+    proofs: Mapping[str, Proof]
 
 
 class Judge:
@@ -80,9 +90,10 @@ class Judge:
         self._desired = desired
         self._rules = rules
         self._here = here
-        self._may_go: set[str] = set()
+        self._may_go: dict[str, Proof] = {}
         self._stays: Counter[Stays] = Counter()
         self._absent: defaultdict[Source, dict[str, Absence]] = defaultdict(dict)
+        self._keys: dict[str, ObjectKey | None] = {}
         self._held: Counter[Source] = Counter()
 
     def consider(self, service: Service) -> None:
@@ -98,7 +109,7 @@ class Judge:
         if source is not None:
             self._held[source] += 1
         if service.id in self._here:
-            self._may_go.add(service.id)
+            self._may_go[service.id] = Proof(Ground.ELSEWHERE, key=record.key)
         elif desired.claims.get(service.id):
             self._stays[Stays.NOT_HERE] += 1
         else:
@@ -107,12 +118,13 @@ class Judge:
     def _consider_unclaimed(self, service: Service, record: Other, source: Source | None) -> None:
         match decide(self._desired.ask(service.id, record), record, self._rules):
             case Deregister() | Withheld():
-                self._may_go.add(service.id)
+                self._may_go[service.id] = self._desired.proof(service.id, record.key)
             case Keep(reason=reason):
                 self._stays[Stays(reason.value)] += 1
             case Infer() if source is not None:
                 lists = [self._desired.store.status(one).listed_at or 0.0 for one in source.needed]
                 self._absent[source][service.id] = Absence(min(lists))
+                self._keys[service.id] = record.key
 
     def judge(self, rules: BrakeRules, memory: Memory, now: float) -> OrphanJudgement:
         """Return the judgement over everything that was considered; `now` is in monotonic seconds."""
@@ -127,9 +139,13 @@ class Judge:
             rules,
             now,
         )
-        may_go, stays = frozenset(self._may_go | judged.released), Counter(self._stays)
+        proofs = {
+            one: Proof(Ground.ABSENCE, brake=judged.verdicts[one], key=self._keys[one])
+            for one in judged.released
+        }
+        may_go, stays = frozenset(proofs | self._may_go), Counter(self._stays)
         if not self._rules.policy.removes:
             stays[Stays.POLICY] += len(may_go)
             may_go = frozenset()
         stays[Stays.HELD] += sum(len(one.ids) for one in judged.held)
-        return OrphanJudgement(may_go, +stays, judged.held, judged.memory)
+        return OrphanJudgement(may_go, +stays, judged.held, judged.memory, proofs | self._may_go)

@@ -8,6 +8,7 @@ import msgspec
 
 from k8s_consul_registrar.errors import ConsulError, ConsulFiltered
 from k8s_consul_registrar.model import Rejection, Service, WriteFailure, Written
+from k8s_consul_registrar.registrar.audit import Audit
 from k8s_consul_registrar.registrar.decide import (
     Action,
     AwaitProxy,
@@ -32,6 +33,7 @@ from k8s_consul_registrar.registrar.observed import (
     Foreign,
     Observed,
     ObservedState,
+    object_behind,
     observe,
     with_known_meta,
 )
@@ -56,6 +58,7 @@ class Core(msgspec.Struct, frozen=True):
     contests: Contests
     reporter: Reporter
     status: RegistrarStatus
+    audit: Audit
 
 
 class CorePart:
@@ -70,6 +73,7 @@ class CorePart:
         self._names = core.names
         self._contests = core.contests
         self._reporter = core.reporter
+        self._audit = core.audit
         self._status = core.status
         self._clock = clock
 
@@ -296,7 +300,14 @@ class Reconciler(CorePart):
         )
         removals = {one: action for one, action in actions.items() if isinstance(action, Deregister)}
         services = [Service(one.id, one.name, "", 0, index=one.version) for one in removals.values()]
-        written = await self._send(work, services, self._registry.deregister)
+        proofs = {
+            one.id: self._desired.proof(one.id, object_behind(self._observed.get(one.id))) for one in services
+        }
+
+        async def remove(some: Sequence[Service]) -> Written:
+            return await self._audit.remove(self._registry.deregister, some, proofs)
+
+        written = await self._send(work, services, remove)
         failed = {failure.id: failure.problem for failure in written.failures}
         for service in services:
             if self._is_written(work, service.id, written, failed, "deregister"):

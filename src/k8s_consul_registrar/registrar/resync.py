@@ -121,7 +121,7 @@ class Resync(CorePart):
         for service_id in found.differing:
             self._queue.add(service_id, self._clock(), Priority.BULK)
         for service_id, key in found.judged.released.items():
-            self._desired.depart(service_id, key)
+            self._desired.depart(service_id, key, found.judged.proofs.get(service_id))
         removals = [*found.removals, *found.judged.released]
         self._queue.add_after(removals, found.differing, self._clock(), Priority.BULK)
         rejections = tuple(self._desired.rejections.values())

@@ -11,12 +11,14 @@ import msgspec
 from msgspec.structs import astuple
 
 from k8s_consul_registrar.model import Rejection, Target
-from k8s_consul_registrar.registrar.brake import Held
+from k8s_consul_registrar.registrar.brake import Held, Proof
 from k8s_consul_registrar.registrar.decide import Conflict
 from k8s_consul_registrar.telemetry import get_logger
 
 # Resyncs and seconds of changes that are remembered for the status page.
 RECENT = 20
+# Removals that are remembered for it.
+MOST_REMOVALS = 1000
 # Seconds after which a loop that has not turned counts as hanging: no request may take a tenth of that.
 HANG = 600.0
 # Seconds between two lines about a first sync; one that is done sooner has none.
@@ -64,6 +66,20 @@ class Activity(NamedTuple):
     is_resync: bool
     at: float
     counts: Counts
+
+
+class Removal(msgspec.Struct, frozen=True, gc=False):
+    """A service that was removed: when, in seconds of the epoch, from where, and why that was allowed.
+
+    `place` is empty for the place of the present settings. `is_answered` is False if Consul did not say that it was done.
+    """
+
+    at: float
+    id: str
+    proof: Proof
+    leader: str
+    place: str = ""
+    is_answered: bool = True
 
 
 class LostAgent(NamedTuple):
@@ -131,12 +147,14 @@ class RegistrarStatus(msgspec.Struct):
     refuses them, `conflicts` which IDs belong to something else, `lost` which service IDs objects did not get,
     `awaiting_proxy` which stay at their Pods' own addresses until the proxy serves Pods, and `proxy_problem` why,
     `withheld` the verb of the write that the policy does not allow; `withheld_changes` moves with each change.
+    `removals` are the latest, the newest first.
     """
 
     recent: deque[Activity] = msgspec.field(default_factory=lambda: deque(maxlen=RECENT))
     refused: dict[str, str] = msgspec.field(default_factory=dict)
     conflicts: dict[str, Conflict] = msgspec.field(default_factory=dict)
     lost: dict[str, tuple[Rejection, ...]] = msgspec.field(default_factory=dict)
+    removals: deque[Removal] = msgspec.field(default_factory=lambda: deque(maxlen=MOST_REMOVALS))
     awaiting_proxy: dict[str, Target] = msgspec.field(default_factory=dict)
     proxy_problem: str = ""
     withheld: dict[str, str] = msgspec.field(default_factory=dict)

@@ -36,6 +36,7 @@ from k8s_consul_registrar.model import (
     Kind,
 )
 from k8s_consul_registrar.registrar.absences import Absences, SelectionRecord
+from k8s_consul_registrar.registrar.audit import Audit
 from k8s_consul_registrar.registrar.controller import Controller
 from k8s_consul_registrar.registrar.decide import NameGuard, Rules
 from k8s_consul_registrar.registrar.desired import DesiredState
@@ -299,7 +300,8 @@ class Wiring:
                 on_internal_error=reporter.internal_error,
             ),
         )
-        core = Core(desired, observed, queue, registry, rules, names, contests, reporter, status)
+        audit = Audit(status.removals, leader=elector.identity if elector else socket.gethostname())
+        core = Core(desired, observed, queue, registry, rules, names, contests, reporter, status, audit)
         reconciler = Reconciler(core)
         selecting = settings.selection
         cluster = ClusterReads(kube, reflectors, selecting.selectors, selecting.excluded_namespaces)
@@ -317,6 +319,7 @@ class Wiring:
                     decisions=rules,
                     cluster=cluster,
                     checks=GhostChecks(timing.ghost_first, timing.ghost_last),
+                    audit=audit,
                     metrics=metrics,
                     is_steady=lambda: watch.is_steady,
                 ),
@@ -326,6 +329,7 @@ class Wiring:
                     decisions=rules,
                     rules=OrphanRules(settings.orphan_after, timing.orphan_look, settings.brake),
                     relist=reflectors.relist,
+                    audit=audit,
                     metrics=metrics,
                 ),
             )

@@ -22,12 +22,13 @@ from k8s_consul_registrar.admin.status_api import (
 from k8s_consul_registrar.admin.view import TargetState
 from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.model import Kind, ObjectKey
+from k8s_consul_registrar.registrar.brake import Ground, Proof
 from k8s_consul_registrar.registrar.decide import Conflict
-from k8s_consul_registrar.registrar.status import RegistrarStatus
+from k8s_consul_registrar.registrar.status import RegistrarStatus, Removal
 from support.seen import Healthy, Registrar, many_targets, node_target, pod_rejection, pod_target
 from support.waiting import PATIENCE, until
 
-PATHS = ("/api/v1/targets", "/api/v1/rejections", "/api/v1/status")
+PATHS = ("/api/v1/targets", "/api/v1/rejections", "/api/v1/removals", "/api/v1/status")
 HOSTILE = (
     '"},{"',
     "</script><script>alert(1)</script>",
@@ -218,6 +219,26 @@ async def test_status_counts_and_bounds_what_it_lists(served: Served) -> None:
     assert len(status["conflicts"]) == MAX_CONFLICTS
     assert status["namespaces"] == ["shop"]
     assert status["now"] == 1000.0
+
+
+async def test_removals_are_shown_newest_first_and_found(served: Served) -> None:
+    """Each with its proof; searched by ID, and chosen by proof, namespace and kind."""
+    for number in range(3):
+        ground = Ground.EVENT if number else Ground.ABSENCE
+        proof = Proof(ground, number, "no mass removal", ObjectKey(Kind.POD, "shop", f"web-{number}"))
+        served.registrar.status.removals.appendleft(
+            Removal(1000.0 + number, f"pod--shop--web-{number}", proof, "r-1")
+        )
+    answer = await served.json("/api/v1/removals")
+    assert [one["id"] for one in answer["removals"]] == [f"pod--shop--web-{number}" for number in (2, 1, 0)]
+    assert answer["removals"][2] == {
+        "at": 1000.0, "id": "pod--shop--web-0", "object": {"kind": "pod", "namespace": "shop", "name": "web-0"},
+        "place": "", "proof": "confirmed absence", "generation": 0, "brake": "no mass removal", "leader": "r-1",
+        "is_answered": True,
+    }  # fmt: skip
+    for query, count in (("proof=event", 2), ("q=web-1", 1), ("namespace=pay", 0), ("kind=pod&limit=2", 2)):
+        assert len((await served.json(f"/api/v1/removals?{query}"))["removals"]) == count
+    assert (await served.json("/api/v1/status"))["counts"]["removals"] == {"event": 2, "confirmed absence": 1}
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -16,7 +16,7 @@ from k8s_consul_registrar.errors import ConsulRefused
 from k8s_consul_registrar.sandbox.consul import Consul
 from k8s_consul_registrar.sandbox.consul_model import Check, Service
 from k8s_consul_registrar.sandbox.consul_release import NEWEST, ConsulOptions
-from support.builders import our_pod_service
+from support.builders import our_pod_service, unaudited
 from support.real_servers import held
 from support.scripted import client_of, serving
 
@@ -146,5 +146,5 @@ async def test_lost_agents_are_found_from_another_namespace() -> None:
         agents = LostAgents(client)
         (lost,) = await agents.failing()
         assert lost.node == "agent-2"
-        cleared = await agents.location(lost, lambda _: True).clear()
+        cleared = await agents.location(lost, lambda _: True).clear(unaudited)
         assert (cleared.done, consul.catalog.services_of("agent-2")) == (1, [])

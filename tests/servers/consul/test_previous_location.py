@@ -7,10 +7,10 @@ import pytest
 from msgspec.structs import replace
 
 from k8s_consul_registrar.consul import previous_location as consul_location
-from k8s_consul_registrar.consul.previous_location import PreviousLocation, clear_previous_locations
+from k8s_consul_registrar.consul.previous_location import PreviousLocation, Remove, clear_previous_locations
 from k8s_consul_registrar.errors import ConsulBusy, ConsulError, ConsulForbidden, ConsulUnreachable
 from k8s_consul_registrar.model import Service, Written
-from support.builders import make_pod, our_pod_service
+from support.builders import make_pod, our_pod_service, unaudited
 from support.controller_lab import ControllerLab
 from support.scripted import QUICK
 from support.waiting import PATIENCE
@@ -32,7 +32,7 @@ class Location(PreviousLocation):
         for one in list[Service]():
             yield one
 
-    async def clear(self) -> Written:
+    async def clear(self, remove: Remove) -> Written:
         """Clear it, or fail."""
         self.clearings += 1
         if self.problems:
@@ -52,7 +52,10 @@ async def test_location_keeps_everything_until_all_is_at_the_new_one() -> None:
     lab.consul.refused = {"pod--shop--b"}
     clearing = asyncio.create_task(
         clear_previous_locations(
-            [location], is_ready=lambda: is_leader and lab.controller.is_complete, timing=QUICK
+            [location],
+            remove=lambda _: unaudited,
+            is_ready=lambda: is_leader and lab.controller.is_complete,
+            timing=QUICK,
         )
     )
     is_leader = True
@@ -80,7 +83,9 @@ async def test_location_that_cannot_be_cleared_holds_up_no_other() -> None:
     slow = Location("slow", ConsulUnreachable("gone"), ConsulBusy("busy"))
     denied, last = Location("denied", ConsulForbidden("no")), Location("last")
     async with asyncio.timeout(PATIENCE):
-        await clear_previous_locations([slow, denied, last], is_ready=lambda: True, timing=QUICK)
+        await clear_previous_locations(
+            [slow, denied, last], remove=lambda _: unaudited, is_ready=lambda: True, timing=QUICK
+        )
     assert [one.clearings for one in (slow, denied, last)] == [3, 1, 1]
 
 
@@ -113,5 +118,5 @@ async def test_service_a_successor_writes_to_a_previous_location_stays(version: 
     for name in ("kept", "new"):
         service = our_pod_service(name, shard_path="/shard-1")
         place.held[service.id] = replace(service, index=version)
-    assert (await location.clear()).done == 1
+    assert (await location.clear(unaudited)).done == 1
     assert set(place.held) == {"pod--shop--kept", "pod--shop--new"}

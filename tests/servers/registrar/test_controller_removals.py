@@ -413,3 +413,31 @@ async def test_wanted_service_that_acls_hide_is_a_conflict_and_comes_back() -> N
         await lab.resynced()
         await lab.until_so(lambda: lab.value("conflicts") == 0)
         assert lab.consul.held["pod--shop--web-2"] is before
+
+
+@on_both
+async def test_every_removal_is_noted_with_its_proof(checks_versions: bool) -> None:
+    """An event, an object that a list shows, and an absence that a read confirmed, with what the brake said of it."""
+    lab = ControllerLab(checks_versions=checks_versions, brake=HELD)
+    for name in ("finished", "gone", *NAMES):
+        lab.consul.put_by_hand(our_pod_service(name))
+    async with lab.running():
+        finished = make_pod("finished", phase="Succeeded")
+        lab.cluster.put_list([finished, *(make_pod(name) for name in NAMES)])
+        await lab.until(*NAMES)
+        lab.cluster.remove(make_pod("a"))
+        await lab.until(*NAMES[1:])
+        noted = {one.id.removeprefix("pod--shop--"): one for one in lab.status.removals}
+        assert {name: (one.proof.ground, one.proof.brake) for name, one in noted.items()} == {
+            "a": ("event", "not asked"),
+            "finished": ("list", "not asked"),
+            "gone": ("confirmed absence", "no mass removal"),
+        }
+        assert all(one.proof.generation for name, one in noted.items() if name != "finished")
+        assert {one.leader for one in noted.values()} == {"lab-1"}
+        assert {one.proof.key for one in noted.values()} == {make_pod(name).key for name in noted}
+        lab.cluster.put_list([make_pod("z")])
+        await lab.until_so(lambda: lab.value("brake_held_services") == len(NAMES) - 1)
+        lab.clock.skip(HELD.confirm_start + 1)
+        await lab.until("z")
+        assert lab.status.removals[0].proof.brake == "held for 60 s"

@@ -13,6 +13,7 @@ from k8s_consul_registrar.consul.agent import AgentRegistry, AgentTraffic
 from k8s_consul_registrar.consul.ghosts import AgentGhosts
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.model import Ghosts, ObjectKey, Service, Written
+from k8s_consul_registrar.registrar.audit import Audit
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.ghosts import GhostAgent, GhostCollector
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
@@ -45,12 +46,14 @@ class Lab:
     def start(self, agent: GhostAgent, policy: Policy = Policy.SYNC) -> None:
         """Begin with a collector that has seen nothing yet."""
         self.metrics = CollectorRegistry()
+        self.audit = Audit(leader="lab-1")
         self.collector = GhostCollector(
             agent,
             desired=self.cluster.desired,
             decisions=Rules(Identity("lab"), RandomShards(), policy=policy),
             cluster=self.cluster,
             checks=GhostChecks(),
+            audit=self.audit,
             metrics=RegistrarMetrics(self.metrics),
             clock=self.clock,
         )

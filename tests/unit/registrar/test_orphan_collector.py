@@ -5,8 +5,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import pytest
 from prometheus_client import CollectorRegistry
 
+from k8s_consul_registrar.consul.previous_location import Remove
 from k8s_consul_registrar.errors import ConsulError, ConsulForbidden, ConsulUnreachable
 from k8s_consul_registrar.model import AgentHealth, Service, Written
+from k8s_consul_registrar.registrar.audit import Audit
 from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.decide import Rules
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
@@ -38,11 +40,13 @@ class MemoryLocation:
             if self._may_go(one):
                 yield one
 
-    async def clear(self) -> Written:
+    async def clear(self, remove: Remove) -> Written:
         """Remove it."""
-        gone = [one async for one in self.services()]
-        self._agents.nodes[self.name] = [one for one in self._agents.nodes[self.name] if one not in gone]
-        return Written(len(gone))
+        return await remove(self._deregister, [one async for one in self.services()])
+
+    async def _deregister(self, services: Sequence[Service]) -> Written:
+        self._agents.nodes[self.name] = [one for one in self._agents.nodes[self.name] if one not in services]
+        return Written(len(services))
 
 
 class MemoryAgents:
@@ -86,12 +90,14 @@ class Lab:
         self.cluster.put_list([make_pod("a")])
         self.agents = MemoryAgents()
         self.registry = CollectorRegistry()
+        self.audit = Audit(leader="lab-1")
         self.collector = OrphanCollector(
             self.agents,
             desired=self.cluster.desired,
             decisions=Rules(Identity("lab"), RandomShards()),
             rules=OrphanRules(AFTER, EVERY, BrakeRules()),
             relist=self.cluster.relist,
+            audit=self.audit,
             metrics=RegistrarMetrics(self.registry),
             clock=lambda: self.now,
         )

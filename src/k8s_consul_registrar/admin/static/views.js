@@ -5,8 +5,8 @@ import {
   span, table, took, tone,
 } from "./parts.js";
 
-export const TABS = ["targets", "rejections", "conflicts", "explain", "health", "configuration"];
-export const FILTERED = { targets: "state", rejections: "reason" };
+export const TABS = ["targets", "rejections", "conflicts", "removals", "explain", "health", "configuration"];
+export const FILTERED = { targets: "state", rejections: "reason", removals: "proof" };
 
 // Tabs that ask the API what their field holds: the parameter, and the longest question.
 export const ASKED = { explain: { parameter: "what", longest: 400 } };
@@ -19,9 +19,9 @@ export const header = (status) => ({
   detail: status.leader.holder,
 });
 
-export const facets = ({ counts }) => ({ targets: counts.states, rejections: counts.rejections });
+export const facets = ({ counts }) => ({ targets: counts.states, rejections: counts.rejections, removals: counts.removals });
 
-export const figures = ({ counts }) => ({ targets: counts.targets, rejections: sum(counts.rejections), conflicts: counts.conflicts });
+export const figures = ({ counts }) => ({ targets: counts.targets, rejections: sum(counts.rejections), conflicts: counts.conflicts, removals: sum(counts.removals) });
 
 function scrapeText(target) {
   const query = Object.entries(target.params).map(([name, value]) => `${name}=${value}`).join("&");
@@ -104,6 +104,31 @@ function rejectionsView({ answer }) {
       ),
   );
   return { notice: word("rejections_why"), columns: ["object", "reason", "fix"], rows };
+}
+
+const removalRows = new Keyed();
+
+function removalsView({ answer, status }) {
+  if (!answer.total) return [none(word("no_removals"))];
+  if (!answer.found) return [none(word("nothing"))];
+  const rows = removalRows.of(
+    answer.removals,
+    (one) => `${one.at} ${one.id}`,
+    (one) => {
+      const decided = [one.generation ? `${word("generation")} ${number(one.generation)}` : "", one.brake].filter(Boolean);
+      return element(
+        "tr", {},
+        cell("when", {}, moment(one.at, status.now)),
+        cell("id", { class: "main" }, code(one.id), one.is_answered ? null : element("p", { class: "problem" }, word("unanswered"))),
+        cell("object", {}, one.object ? objectName(one.object) : dim("–")),
+        cell("proof", {}, element("span", { class: "badge plain" }, one.proof), element("p", {}, decided.join(" · "))),
+        cell("leader", { class: "dim" }, one.leader),
+        cell("place", { class: "dim" }, one.place || dim("–")),
+      );
+    },
+    (one) => `${Math.floor(status.now / 60)}${JSON.stringify(one)}`,
+  );
+  return { notice: word("removals_why"), columns: ["when", "id", "object", "proof", "leader", "place"], rows };
 }
 
 function conflictsView({ status }) {
@@ -231,7 +256,7 @@ function configurationView({ status }) {
 }
 
 export const show = {
-  targets: targetsView, rejections: rejectionsView, conflicts: conflictsView, explain: explainView, health: healthView,
+  targets: targetsView, rejections: rejectionsView, conflicts: conflictsView, removals: removalsView, explain: explainView, health: healthView,
   configuration: configurationView,
 };
 
