@@ -1,6 +1,6 @@
 """Measure how long a change takes to reach a collector, and what a change costs under names of many instances.
 
-`make bench-delivery` prints two Markdown tables. Consul, Prometheus and VictoriaMetrics are real
+`make bench-delivery` prints two Markdown tables; `ARGS="--part share"` one of the registrar's share alone. Consul, Prometheus and VictoriaMetrics are real
 (`scripts/fetch-real-servers`), the API server is the sandbox's, everything is on loopback.
 """
 
@@ -222,8 +222,8 @@ async def watch_polls(way: Way, url: str) -> None:
                     await asyncio.sleep(1)
 
 
-async def latency(changes: int) -> None:
-    """Print when new Pods were active targets, by way."""
+async def latency(changes: int, *, with_collectors: bool = True) -> None:
+    """Print when new Pods were active targets, by way; without collectors only our share of it."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-delivery-")))
         http_sd = f"{LOOPBACK}:{free_ports(1)[0]}"
@@ -248,13 +248,17 @@ async def latency(changes: int) -> None:
         stack.push_async_callback(fetching.stop)
         await fetching.until_ready(lambda: is_so(stage.fetched.exists), "targets are fetched")
         by_http = [("http_sd", ""), ("http_sd", "5s"), ("file_sd", ""), ("file_sd, fetched", "")]
-        collectors = [
-            await stack.enter_async_context(stage.prometheus("2.24", ("consul_sd", ""), ("consul_sd", "5s"))),
-            await stack.enter_async_context(stage.prometheus("2.53", *by_http)),
-            await stack.enter_async_context(stage.prometheus("3.5", *by_http)),
-            await stack.enter_async_context(stage.victoria("")),
-            await stack.enter_async_context(stage.victoria("5s")),
-        ]
+        collectors: list[Collector] = []
+        if with_collectors:
+            collectors = [
+                await stack.enter_async_context(
+                    stage.prometheus("2.24", ("consul_sd", ""), ("consul_sd", "5s"))
+                ),
+                await stack.enter_async_context(stage.prometheus("2.53", *by_http)),
+                await stack.enter_async_context(stage.prometheus("3.5", *by_http)),
+                await stack.enter_async_context(stage.victoria("")),
+                await stack.enter_async_context(stage.victoria("5s")),
+            ]
         own = [
             Way("our share: file of the registrar", ""),
             Way("our share: answered long poll", ""),
@@ -387,7 +391,11 @@ async def is_so(condition: Callable[[], bool]) -> bool:
     return condition()
 
 
-PARTS: dict[str, Callable[[int], Any]] = {"latency": latency, "names": lambda _: names()}
+PARTS: dict[str, Callable[[int], Any]] = {
+    "latency": latency,
+    "names": lambda _: names(),
+    "share": partial(latency, with_collectors=False),
+}
 
 
 def main() -> None:
@@ -395,7 +403,7 @@ def main() -> None:
     parser.add_argument("--changes", type=int, default=50)
     parser.add_argument("--part", choices=tuple(PARTS), action="append")
     arguments = parser.parse_args()
-    for part in arguments.part or PARTS:
+    for part in arguments.part or ("latency", "names"):
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(PARTS[part](arguments.changes))
         print()

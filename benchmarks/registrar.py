@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import uvloop
 from registering.bench import Bench, Measured
 from registering.processes import BenchmarkError, consul_version, cpu_ticks, load
 from registering.scenarios import SCENARIOS
-from registering.stage import THIS, Checkout
+from registering.stage import EVERYTHING, THIS, Checkout
 from registering.table import FIGURES, Runs, line_of, table, write_table
 
 ROWS = (
@@ -58,6 +59,10 @@ class Row(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, help="another checkout, run in alternation with this one")
+    parser.add_argument(
+        "--on", action="store_true", help="this checkout with everything switched on, beside itself without"
+    )
+    parser.add_argument("--fetched", action="store_true", help="with --on: a `fetch-targets` follows it")
     parser.add_argument("--pairs", type=int, default=5, help="runs of each checkout")
     parser.add_argument("--rows", default=",".join(ROWS), help=f"scenario-size, of {', '.join(SCENARIOS)}")
     parser.add_argument("--seconds", type=float, default=25, help="how long Pods change")
@@ -91,10 +96,19 @@ async def measure_all(arguments: argparse.Namespace, rows: list[Row]) -> None:
     assert measuring is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, measuring.cancel)
     checkouts = [THIS] if arguments.base is None else [Checkout("base", arguments.base.resolve()), THIS]
+    if arguments.on:
+        checkouts = [
+            replace(THIS, name="base"),
+            replace(THIS, settings=EVERYTHING, is_fetched=arguments.fetched),
+        ]
     commits = ", ".join(f"{checkout.name} {checkout.prepare()}" for checkout in checkouts)
     about = (
         f"{machine()}; {commits}; medians of {arguments.pairs} runs in alternation, fewer where it says so"
     )
+    if arguments.on:
+        about += (
+            f"; this is base with {', '.join(EVERYTHING)}{' and fetch-targets' if arguments.fetched else ''}"
+        )
     say(about)
     lines: dict[str, str] = {}
     for row in rows:

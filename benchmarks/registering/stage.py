@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,16 @@ NODES = 200
 
 @dataclass(frozen=True, slots=True)
 class Checkout:
-    """A checkout of this project whose registrar is measured, run by this checkout's interpreter."""
+    """A checkout of this project whose registrar is measured, run by this checkout's interpreter.
+
+    Its registrar has these settings beside those of a scenario; `{folder}` and `{port}` stand for its own. With
+    `is_fetched` a `fetch-targets` follows it.
+    """
 
     name: str
     path: Path
+    settings: Mapping[str, str] = field(default_factory=dict)
+    is_fetched: bool = False
 
     def environment(self) -> dict[str, str]:
         """Return what makes Python load the package of this checkout."""
@@ -59,6 +65,13 @@ class Checkout:
 
 
 THIS = Checkout("this", ROOT)
+# Everything that delivers targets and guards them, switched on; what Pods ask for stays the same.
+EVERYTHING = {
+    "FILE_SD_PATH": "{folder}/targets.json",
+    "HTTP_SD_PORT": "{port}",
+    "EMIT_EVENTS": "all",
+    "EXCLUDE_NAMESPACES": "kube-public",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +142,14 @@ class Registrar:
     """One run of a checkout's registrar."""
 
     def __init__(self, folder: Path, checkout: Checkout, api: Api, consul: str, **environment: str) -> None:
-        log = Path(tempfile.mkdtemp(dir=folder, prefix="registrar-")) / "log"
-        self.admin = f"{LOOPBACK}:{free_ports(1)[0]}"
+        home = Path(tempfile.mkdtemp(dir=folder, prefix="registrar-"))
+        ports = free_ports(2)
+        self.admin, self.http_sd = (f"{LOOPBACK}:{port}" for port in ports)
+        own = {name: value.format(folder=home, port=ports[1]) for name, value in checkout.settings.items()}
         self.started = 0.0
         self.program = Program(
             [sys.executable, "-m", PACKAGE, "registrar"],
-            log,
+            home / "log",
             {
                 **checkout.environment(),
                 "HOME": str(folder),
@@ -143,6 +158,7 @@ class Registrar:
                 "CONSUL_ADDRESS": consul,
                 "ADMIN_PORT": self.admin.rpartition(":")[2],
                 "LOG_FORMAT": "json",
+                **own,
                 **environment,
             },
         )
@@ -198,9 +214,17 @@ async def registrar(
     """Run a checkout's registrar with these variables beside those that every benchmark gives it."""
     run = Registrar(folder, checkout, api, consul, CONSUL_BACKEND=backend, **environment)
     run.start()
+    fetching = Program(
+        [sys.executable, "-m", PACKAGE, "fetch-targets", f"http://{run.http_sd}", "--output", str(folder)],
+        folder / "fetch.log",
+        {**THIS.environment(), "HOME": str(folder)},
+    )
+    if checkout.is_fetched:
+        fetching.launch()
     try:
         yield run
     finally:
+        await fetching.stop()
         await run.program.stop()
 
 
