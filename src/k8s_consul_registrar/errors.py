@@ -204,7 +204,8 @@ class Note(StrEnum):
     """Ways in which a target differs from what its object asks for: label values of a metric."""
 
     INTERVAL_RAISED = "interval_raised"
-    LABELS_DROPPED = "labels_dropped"  # Consul takes no more meta, or not these values
+    META_DROPPED = "meta_dropped"  # of what EXTRA_META and POD_ANNOTATIONS_AS_META name, Consul takes no more
+    LABELS_DROPPED = "labels_dropped"  # likewise of the labels of Namespaces and Nodes
 
 
 class Rejected(Exception):

@@ -7,7 +7,7 @@ collector does not visit those that come by the ten thousand.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -73,23 +73,37 @@ EVERY_OBJECT = Selector()
 
 
 class ContainerPort(msgspec.Struct, frozen=True, gc=False):
-    """A port a container declares; `number` is 1 to 65535."""
+    """A port a container declares; `number` is 1 to 65535, `host_port` 0 without one."""
 
     name: str
     number: int
     protocol: str
+    host_port: int = 0
+    container: str = ""
 
 
-class Pod(msgspec.Struct, frozen=True, gc=False):
+class NamespacedObject(msgspec.Struct, frozen=True, gc=False):
+    """An object of one kind, in a namespace."""
+
+    KIND: ClassVar[Kind]
+    namespace: str
+    name: str
+
+    @property
+    def key(self) -> ObjectKey:
+        """The name of this object."""
+        return ObjectKey(self.KIND, self.namespace, self.name)
+
+
+class Pod(NamespacedObject, frozen=True, gc=False):
     """The few fields of a Pod that decide how it is scraped.
 
     `created` is the API server's RFC 3339 text (it sorts as time does). `deleted` is True once the API server
     was asked to delete the Pod, which may still be running. `ports` are those of the containers and of native
-    sidecars (init containers whose restartPolicy is Always).
+    sidecars (init containers whose restartPolicy is Always). `owner` is its controller, empty without one.
     """
 
-    namespace: str
-    name: str
+    KIND: ClassVar[Kind] = Kind.POD
     uid: str
     created: str
     phase: str
@@ -102,11 +116,8 @@ class Pod(msgspec.Struct, frozen=True, gc=False):
     labels: Mapping[str, str] = msgspec.field(default_factory=dict)
     annotations: Mapping[str, str] = msgspec.field(default_factory=dict)
     ports: tuple[ContainerPort, ...] = ()
-
-    @property
-    def key(self) -> ObjectKey:
-        """The name of this object."""
-        return ObjectKey(Kind.POD, self.namespace, self.name)
+    owner_kind: str = ""
+    owner: str = ""
 
 
 class NodeAddress(NamedTuple):
@@ -149,15 +160,14 @@ class Namespace(msgspec.Struct, frozen=True, gc=False):
         return ObjectKey(Kind.NAMESPACE, "", self.name)
 
 
-class KubeService(msgspec.Struct, frozen=True, gc=False):
+class KubeService(NamespacedObject, frozen=True, gc=False):
     """The few fields of a Kubernetes Service that decide how its endpoints are scraped.
 
     `families` are those of `spec.ipFamilies`, the primary one first. `publishes_unready` is
     `spec.publishNotReadyAddresses`.
     """
 
-    namespace: str
-    name: str
+    KIND: ClassVar[Kind] = Kind.SERVICE
     uid: str
     created: str
     type: str = "ClusterIP"
@@ -165,11 +175,6 @@ class KubeService(msgspec.Struct, frozen=True, gc=False):
     publishes_unready: bool = False
     labels: Mapping[str, str] = msgspec.field(default_factory=dict)
     annotations: Mapping[str, str] = msgspec.field(default_factory=dict)
-
-    @property
-    def key(self) -> ObjectKey:
-        """The name of this object."""
-        return ObjectKey(Kind.SERVICE, self.namespace, self.name)
 
 
 class SliceEndpoint(msgspec.Struct, frozen=True, gc=False):
@@ -183,20 +188,14 @@ class SliceEndpoint(msgspec.Struct, frozen=True, gc=False):
     serving: bool = True
 
 
-class EndpointSlice(msgspec.Struct, frozen=True, gc=False):
+class EndpointSlice(NamespacedObject, frozen=True, gc=False):
     """A part of the endpoints of one Service; `family` is IPv4, IPv6 or FQDN."""
 
-    namespace: str
-    name: str
+    KIND: ClassVar[Kind] = Kind.ENDPOINT
     service: str
     family: str
     ports: tuple[ContainerPort, ...] = ()
     endpoints: tuple[SliceEndpoint, ...] = ()
-
-    @property
-    def key(self) -> ObjectKey:
-        """The name of this object."""
-        return ObjectKey(Kind.ENDPOINT, self.namespace, self.name)
 
 
 class ServiceWithSlices(msgspec.Struct, frozen=True):

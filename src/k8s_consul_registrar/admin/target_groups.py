@@ -12,7 +12,14 @@ import msgspec
 from k8s_consul_registrar.admin.view import Scope, TargetRow
 from k8s_consul_registrar.consul.codec import MetaKeys
 from k8s_consul_registrar.model import TARGET_KINDS, Kind, ObjectKey, Service
-from k8s_consul_registrar.targets.meta import LABEL_PREFIX, PARAM_PREFIX, TARGET_PREFIX
+from k8s_consul_registrar.targets.meta import (
+    ANNOTATION_PREFIX,
+    LABEL_PREFIX,
+    NAMESPACE_LABEL_PREFIX,
+    NODE_LABEL_PREFIX,
+    PARAM_PREFIX,
+    TARGET_PREFIX,
+)
 from k8s_consul_registrar.targets.service_names import bucket_of
 
 FILTERS = ("kind", "namespace", "shard_path")
@@ -26,7 +33,22 @@ LONGEST_WAIT = 60.0
 _META = "__meta_consul_service_metadata_"
 # The names of kubernetes_sd (discovery/kubernetes/{pod,node,endpointslice}.go) for what is known of a target.
 _KUBERNETES = "__meta_kubernetes_"
-_OF_POD = {"namespace": "namespace", "pod": "pod_name", "node": "pod_node_name"}
+_OF_POD = {
+    "namespace": "namespace",
+    "pod": "pod_name",
+    "node": "pod_node_name",
+    "container": "pod_container_name",
+    "port_name": "pod_container_port_name",
+    "pod_uid": "pod_uid",
+    "ready": "pod_ready",
+}
+# Labels and annotations, which come with a second label that says that they are there.
+_PREFIXES = {
+    LABEL_PREFIX: "pod_label",
+    ANNOTATION_PREFIX: "pod_annotation",
+    NAMESPACE_LABEL_PREFIX: "namespace_label",
+    NODE_LABEL_PREFIX: "node_label",
+}
 _OF_ENDPOINT = {
     "namespace": "namespace",
     "service": "service_name",
@@ -229,13 +251,14 @@ class GroupEncoder:
                 "pod_container_port_number": str(target.service.port),
                 "pod_phase": "Running",
             }
-            for key, value in meta.items():
-                if key.startswith(LABEL_PREFIX):
-                    name = key.removeprefix(LABEL_PREFIX)
-                    known |= {f"pod_label_{name}": value, f"pod_labelpresent_{name}": "true"}
             for key, value in self._annotations(target, meta):
                 name = _as_label(self.annotation_prefix + key)
                 known |= {f"pod_annotation_{name}": value, f"pod_annotationpresent_{name}": "true"}
+        for key, value in meta.items():
+            for prefix, start in _PREFIXES.items():
+                if key.startswith(prefix):
+                    name = key.removeprefix(prefix)
+                    known |= {f"{start}_{name}": value, f"{start}present_{name}": "true"}
         if target.service.ready is not None and is_pod:
             known["pod_ready"] = str(target.service.ready).lower()
         for name, value in known.items():

@@ -11,13 +11,11 @@ from k8s_consul_registrar.kube.objects import (
     VERSION_LENGTH,
     Item,
     ItemT,
-    WireNamespace,
-    WireNode,
-    WirePod,
     decode_object,
 )
 from k8s_consul_registrar.kube.responses import ApiAction
 from k8s_consul_registrar.kube.service_objects import Wire, WireService, WireSlice, problem_of
+from k8s_consul_registrar.kube.wire import WireNamespace, WireNode, WirePod
 from k8s_consul_registrar.model import Kind, ObjectKey
 
 LIST_KINDS = {

@@ -15,13 +15,22 @@ import msgspec
 from k8s_consul_registrar.errors import ClusterError, ClusterRefused
 from k8s_consul_registrar.kube.responses import RESOURCES, ApiAction, cluster_error, decode_status
 from k8s_consul_registrar.kube.service_objects import (
-    Metadata,
     Wire,
     WireService,
     WireSlice,
     problem_of,
     service_of,
     slice_of,
+)
+from k8s_consul_registrar.kube.wire import (
+    WireCondition,
+    WireNamespace,
+    WireNode,
+    WireNodeStatus,
+    WireOwner,
+    WirePod,
+    WirePodSpec,
+    WirePodStatus,
 )
 from k8s_consul_registrar.model import (
     CLUSTER_KINDS,
@@ -46,76 +55,6 @@ KUBELET_PORT = 10250
 VERSION_LENGTH = 256
 # etcd takes 1.5 MiB a request by default and few raise it far; JSON of it is a few times that at most.
 LINE_LIMIT = 32 << 20
-
-
-class _Condition(Wire):
-    type: str = ""
-    status: str = ""
-
-
-class _Port(Wire):
-    container_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
-    name: str = ""
-    protocol: str = "TCP"
-
-
-class _Container(Wire):
-    ports: list[_Port] | None = None
-    restart_policy: str | None = None
-
-
-class _PodSpec(Wire):
-    node_name: str = ""
-    host_network: bool = False
-    containers: list[_Container] | None = None
-    init_containers: list[_Container] | None = None
-
-
-class _PodStatus(Wire):
-    phase: str = ""
-    pod_ip: str = msgspec.field(name="podIP", default="")
-    host_ip: str = msgspec.field(name="hostIP", default="")
-    conditions: list[_Condition] | None = None
-
-
-class WirePod(Wire):
-    """A Pod as it is sent."""
-
-    metadata: Metadata
-    spec: _PodSpec | None = None
-    status: _PodStatus | None = None
-
-
-class _Address(Wire):
-    type: str = ""
-    address: str = ""
-
-
-class _Endpoint(Wire):
-    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = msgspec.field(name="Port", default=0)
-
-
-class _DaemonEndpoints(Wire):
-    kubelet_endpoint: _Endpoint | None = None
-
-
-class _NodeStatus(Wire):
-    addresses: list[_Address] | None = None
-    daemon_endpoints: _DaemonEndpoints | None = None
-    conditions: list[_Condition] | None = None
-
-
-class WireNode(Wire):
-    """A Node as it is sent."""
-
-    metadata: Metadata
-    status: _NodeStatus | None = None
-
-
-class WireNamespace(Wire):
-    """A Namespace as it is sent."""
-
-    metadata: Metadata
 
 
 class _Event(Wire, Generic[ItemT]):
@@ -148,9 +87,10 @@ _EVENTS: Mapping[Kind, msgspec.json.Decoder[_Event[Any]]] = {
     Kind.NAMESPACE: msgspec.json.Decoder(_Event[WireNamespace]),
 }
 _NAMED = msgspec.json.Decoder(_Named)
-_EMPTY_SPEC = _PodSpec()
-_EMPTY_POD_STATUS = _PodStatus()
-_EMPTY_NODE_STATUS = _NodeStatus()
+_EMPTY_SPEC = WirePodSpec()
+_EMPTY_POD_STATUS = WirePodStatus()
+_EMPTY_NODE_STATUS = WireNodeStatus()
+_NO_OWNER = WireOwner()
 
 
 def decode_object(raw: bytes | msgspec.Raw, kind: Kind) -> Item:
@@ -183,6 +123,7 @@ def _pod(wire: WirePod) -> Pod | Undecodable:
     meta, spec, status = wire.metadata, wire.spec or _EMPTY_SPEC, wire.status or _EMPTY_POD_STATUS
     if not meta.namespace:
         return Undecodable(Kind.POD, None, "a Pod without a namespace")
+    owner = _owner(meta.owner_references)
     return Pod(
         namespace=intern(meta.namespace),
         name=meta.name,
@@ -198,6 +139,8 @@ def _pod(wire: WirePod) -> Pod | Undecodable:
         labels=meta.labels or {},
         annotations=meta.annotations or {},
         ports=_ports(spec),
+        owner_kind=intern(owner.kind),
+        owner=owner.name,
     )
 
 
@@ -228,7 +171,7 @@ MAKERS: Mapping[Kind, Callable[[Any], Item]] = {
 }
 
 
-def _ports(spec: _PodSpec) -> tuple[ContainerPort, ...]:
+def _ports(spec: WirePodSpec) -> tuple[ContainerPort, ...]:
     """Return the ports of what runs for the Pod's whole life.
 
     An init container that restarts always is a sidecar (Kubernetes: "Sidecar Containers"); any other has
@@ -241,13 +184,23 @@ def _ports(spec: _PodSpec) -> tuple[ContainerPort, ...]:
     for container in running:
         if container.ports:
             ports += [
-                ContainerPort(intern(port.name), port.container_port, intern(port.protocol or "TCP"))
+                ContainerPort(
+                    intern(port.name),
+                    port.container_port,
+                    intern(port.protocol or "TCP"),
+                    port.host_port,
+                    intern(container.name),
+                )
                 for port in container.ports
             ]
     return tuple(ports)
 
 
-def _is_ready(conditions: list[_Condition] | None) -> bool:
+def _owner(references: list[WireOwner] | None) -> WireOwner:
+    return next((one for one in references or () if one.controller), _NO_OWNER)
+
+
+def _is_ready(conditions: list[WireCondition] | None) -> bool:
     for condition in conditions or ():  # noqa: SIM110 - a generator costs three times as much
         if condition.type == "Ready" and condition.status == "True":
             return True

@@ -352,6 +352,8 @@ def _newer_parts(settings: RegistrarSettings) -> dict[str, Any]:
         "excluded": (settings.selection.outside_excluded().fields, ""),
         "namespace_labels": (sorted(settings.naming.namespace_labels), []),
         "node_labels": (sorted(settings.naming.node_labels), []),
+        "annotations": (sorted(settings.naming.annotations), []),
+        "extra_meta": (sorted(settings.naming.extra_meta), []),
     }
     return {name: value for name, (value, usual) in parts.items() if value != usual}
 

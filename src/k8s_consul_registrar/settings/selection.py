@@ -11,6 +11,8 @@ from k8s_consul_registrar.settings.field import Reader, Section, Setting
 from k8s_consul_registrar.settings.parsers import TEXT, TEXTS, Parser
 from k8s_consul_registrar.targets.annotations import Duration, IntervalRules
 from k8s_consul_registrar.targets.meta import (
+    ANNOTATION_PREFIX,
+    EXTRA_KEYS,
     LONGEST_META_VALUE,
     NAMESPACE_LABEL_PREFIX,
     NODE_LABEL_PREFIX,
@@ -253,6 +255,16 @@ class NamingSettings(Section, group="Names, tags, labels and shards"):
         "Comma-separated labels of Nodes to write as meta `node_label_<name>` of the Nodes and of the targets on "
         "them. `DISCOVER` must have `nodes`"
     )
+    annotations: tuple[LabelMeta, ...] = Setting(
+        "POD_ANNOTATIONS_AS_META",
+        Parser(lambda given: parse_labels(parse.split(given), ANNOTATION_PREFIX), TEXTS),
+    ).means(
+        "Comma-separated Pod annotations to write as meta `annotation_<name>`, such as `example.com/owner`"
+    )
+    extra_meta: tuple[str, ...] = Setting("EXTRA_META", parse.choices(*EXTRA_KEYS)).means(
+        "Comma-separated further meta of Pods: `port_name`, `container`, `pod_uid`, `workload` and `workload_kind` (of a "
+        "ReplicaSet its Deployment), `ready`"
+    )
     target_labels: tuple[TargetLabel, ...] = Setting("TARGET_LABELS", Parser(_target_labels, TEXTS)).means(
         "Comma-separated labels, such as `__sample_limit__`, that a Pod's annotations may set for its targets: "
         "`prometheus.io/label-sample_limit`. They are meta `target_<label>`, and labels in HTTP and file service "
@@ -287,6 +299,8 @@ class NamingSettings(Section, group="Names, tags, labels and shards"):
             "TARGET_LABELS": self.target_labels,
             "NAMESPACE_LABELS_AS_META": self.namespace_labels,
             "NODE_LABELS_AS_META": self.node_labels,
+            "POD_ANNOTATIONS_AS_META": self.annotations,
+            "EXTRA_META": [LabelMeta(key, key) for key in self.extra_meta],
         }
         for setting, labels in used.items():
             for key in sorted(renamed & {one.key for one in labels}):

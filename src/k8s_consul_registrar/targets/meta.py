@@ -27,6 +27,9 @@ PARAM_PREFIX = "param_"
 LABEL_PREFIX = "label_"
 NAMESPACE_LABEL_PREFIX = "namespace_label_"
 NODE_LABEL_PREFIX = "node_label_"
+ANNOTATION_PREFIX = "annotation_"
+# What EXTRA_META adds to Pods.
+EXTRA_KEYS = ("port_name", "container", "pod_uid", "workload", "workload_kind", "ready")
 
 # Meta keys that tell where a Pod runs.
 ZONE, NODE = "zone", "node"
@@ -56,7 +59,7 @@ Meta = tuple[tuple[str, str], ...]
 
 
 class LabelMeta(NamedTuple):
-    """A label that is copied to meta, and its meta key."""
+    """A label or annotation that is copied to meta, and its meta key."""
 
     label: str
     key: str

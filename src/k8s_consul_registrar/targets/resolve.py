@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 import msgspec
+from msgspec.structs import replace
 
 from k8s_consul_registrar.errors import Note, Reason, Rejected
 from k8s_consul_registrar.model import Kind, Node, Pod, Rejection, Resolved, Target, Undecodable
@@ -19,6 +20,7 @@ from k8s_consul_registrar.targets.meta import (
 )
 from k8s_consul_registrar.targets.scrape_config import (
     NODE_ADDRESS_TYPES,
+    TCP,
     ScrapeConfig,
     ScrapedPort,
     is_scraped,
@@ -45,6 +47,8 @@ from k8s_consul_registrar.targets.service_names import (
 
 # Kubernetes, "Well-Known Labels, Annotations and Taints".
 OS_LABEL, WINDOWS = "kubernetes.io/os", "windows"
+# Kubernetes, "Deployments": the label that tells the Pods of one template from others.
+TEMPLATE_HASH = "pod-template-hash"
 
 
 class NodePaths(msgspec.Struct, frozen=True):
@@ -74,6 +78,8 @@ class TargetRules(msgspec.Struct, frozen=True):
     labels: tuple[LabelMeta, ...] = ()
     namespace_labels: tuple[LabelMeta, ...] = ()
     node_labels: tuple[LabelMeta, ...] = ()
+    extra_meta: tuple[str, ...] = ()
+    annotations: tuple[LabelMeta, ...] = ()
     target_labels: tuple[TargetLabel, ...] = ()
     node_address_types: tuple[str, ...] = NODE_ADDRESS_TYPES
     node_paths: NodePaths = NodePaths()
@@ -117,6 +123,9 @@ def resolve_pod(pod: Pod, rules: TargetRules) -> Resolved:
         scrape = pod_scrape(pod, rules.annotation_prefix, rules.intervals)
         find_endpoints = _proxy_endpoints if rules.pods_through_proxy else _endpoints
         endpoints = find_endpoints(pod, scrape, rules)
+        if rules.extra_meta or rules.annotations:
+            pairs = zip(endpoints, scrape.ports, strict=True)
+            endpoints = [_with_extra(endpoint, pod, port, rules) for endpoint, port in pairs]
         subject = _pod_subject(pod, service_id, rules)
         name = service_name(rules.pod_name, subject, rules.longest_shard)
         tags = service_tags(rules.tags, subject, rules.longest_shard)
@@ -141,7 +150,7 @@ def resolve_pod(pod: Pod, rules: TargetRules) -> Resolved:
                 has_own_zone=bool(zone),
                 has_own_address=not (pod.host_network or rules.pods_through_proxy),
                 is_terminating=pod.deleted,
-                notes=port.scrape.notes,
+                notes=port.scrape.notes + endpoint.notes,
             )
             for place, (port, endpoint) in enumerate(zip(scrape.ports, endpoints, strict=True))
         ]
@@ -197,6 +206,7 @@ class _Endpoint(msgspec.Struct, frozen=True, gc=False):
     address: str
     port: int
     meta: Meta
+    notes: tuple[str, ...] = ()
 
 
 def _endpoints(pod: Pod, config: ScrapeConfig, rules: TargetRules) -> list[_Endpoint]:
@@ -226,6 +236,36 @@ def _proxy_endpoints(pod: Pod, config: ScrapeConfig, rules: TargetRules) -> list
         return checked_meta({**base, "metrics_path": path, **port.scrape.timing.meta})
 
     return [_Endpoint(str(host), rules.proxy_node_port, meta_of(port)) for port in config.ports]
+
+
+def _with_extra(endpoint: _Endpoint, pod: Pod, port: ScrapedPort, rules: TargetRules) -> _Endpoint:
+    """Return an endpoint with the meta that EXTRA_META and POD_ANNOTATIONS_AS_META add, as far as there is room."""
+    declared = next((one for one in pod.ports if (one.number, one.protocol) == (port.number, TCP)), None)
+    kind, workload = workload_of(pod)
+    values = {
+        "port_name": declared.name if declared else "",
+        "container": declared.container if declared else "",
+        "pod_uid": pod.uid,
+        "workload": workload,
+        "workload_kind": kind,
+        "ready": str(pod.ready).lower(),
+    }
+    pairs = [(key, values[key]) for key in rules.extra_meta]
+    pairs += [(one.key, pod.annotations.get(one.label, "")) for one in rules.annotations]
+    meta, notes = with_room(endpoint.meta, pairs, Note.META_DROPPED)
+    return replace(endpoint, meta=meta, notes=notes)
+
+
+def workload_of(pod: Pod) -> tuple[str, str]:
+    """Return kind and name of the workload that a Pod belongs to: of a Deployment's ReplicaSet, the Deployment.
+
+    The Deployment adds the Pods' label `pod-template-hash` to its own name (kubernetes: deployment/sync.go).
+    """
+    ending = f"-{pod.labels.get(TEMPLATE_HASH, '')}"
+    name = pod.owner.removesuffix(ending)
+    if pod.owner_kind == "ReplicaSet" and ending != "-" and name not in ("", pod.owner):
+        return "Deployment", name
+    return pod.owner_kind, pod.owner
 
 
 def _pod_meta(pod: Pod, rules: TargetRules) -> dict[str, str]:

@@ -32,9 +32,7 @@ from k8s_consul_registrar.kube.cluster import (
 from k8s_consul_registrar.kube.events import EventSender
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.reflector import Following, Reflectors
-from k8s_consul_registrar.model import (
-    Kind,
-)
+from k8s_consul_registrar.model import Kind
 from k8s_consul_registrar.registrar.absences import Absences, SelectionRecord
 from k8s_consul_registrar.registrar.audit import Audit
 from k8s_consul_registrar.registrar.controller import Controller
@@ -140,6 +138,8 @@ class Wiring:
             labels=naming.labels,
             namespace_labels=naming.namespace_labels,
             node_labels=naming.node_labels,
+            extra_meta=naming.extra_meta,
+            annotations=naming.annotations,
             target_labels=naming.target_labels,
             node_address_types=selection.node_address_types,
             longest_shard=naming.longest_shard,

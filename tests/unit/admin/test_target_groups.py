@@ -154,3 +154,25 @@ def test_only_labels_of_the_list_are_set_by_annotations(names: LabelNames) -> No
     )
     assert labels["__sample_limit__"] == "500"
     assert "__address__" not in labels
+
+
+def test_further_meta_has_the_names_of_kubernetes_sd() -> None:
+    """As with `attach_metadata` of namespaces and nodes, each label with one that says that it is there."""
+    inherited = {"namespace_label_team": "web", "node_label_pool": "spot"}
+    own = {"annotation_owner": "a", "container": "app", "port_name": "web", "pod_uid": "u", "ready": "true"}
+    found = labels_of(pod_target("web-1", meta=inherited | own))
+    expected = {
+        "namespace_label_team": "web",
+        "namespace_labelpresent_team": "true",
+        "node_label_pool": "spot",
+        "node_labelpresent_pool": "true",
+        "pod_annotation_owner": "a",
+        "pod_annotationpresent_owner": "true",
+        "pod_container_name": "app",
+        "pod_container_port_name": "web",
+        "pod_uid": "u",
+        "pod_ready": "true",
+    }
+    assert {KUBERNETES + key: value for key, value in expected.items()}.items() <= found.items()
+    of_consul = labels_of(pod_target("web-1", meta=inherited), names=LabelNames.CONSUL)
+    assert of_consul["__meta_consul_service_metadata_namespace_label_team"] == "web"

@@ -36,6 +36,8 @@ def digest(**changes: str) -> str:
         ("POD_LABELS_AS_META", "app"),
         ("NAMESPACE_LABELS_AS_META", "team"),
         ("NODE_LABELS_AS_META", "pool"),
+        ("POD_ANNOTATIONS_AS_META", "owner"),
+        ("EXTRA_META", "workload"),
         ("META_KEYS", "cluster=cluster_name"),
         ("TARGET_LABELS", "__sample_limit__"),
         ("SHARD_PATHS", "s1"),
