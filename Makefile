@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The tests are compiled once, not again by each process that runs them.
 export PYTHONDONTWRITEBYTECODE =
+COMPILED := .cache/compiled-tests
 
 .PHONY: help setup check fix docs chart-tools test-chart audit release image unit test test-long test-image soak bench-registrar bench-proxy bench-delivery demo lock real-servers clean
 
@@ -43,6 +44,11 @@ docs: $(STAMP) ## write what pages and chart derive from the code, and build the
 
 ##@ Test
 
+$(COMPILED): $(STAMP) $(shell find tests -name 'test_*.py')
+	@mkdir -p $(@D)
+	@printf '%s\n' $(filter tests/%,$?) | xargs -r -n 120 -P 2 $(BIN)/python -m pytest --collect-only -q > $@.log || true
+	@touch $@
+
 real-servers: ## fetch Consul and Prometheus into .cache (no system install)
 	scripts/fetch-real-servers
 
@@ -64,11 +70,11 @@ image: ## the container image, by buildah or docker: IMAGE=name:tag BASE=python:
 unit: $(STAMP) ## the tests of single parts, without servers (under a minute)
 	$(BIN)/python -m pytest -n 2 tests/unit $(ARGS)
 
-test: $(STAMP) ## the tests for every change, those on real servers included (about 7 minutes)
+test: $(COMPILED) ## the tests for every change, those on real servers included (about 7 minutes)
 	-scripts/fetch-real-servers
 	$(BIN)/python -m pytest -n 8 -m "not long and not image" $(ARGS)
 
-test-long: $(STAMP) ## the tests that take longer: chaos, scale, whole stories on real servers (at most 18 minutes)
+test-long: $(COMPILED) ## the tests that take longer: chaos, scale, whole stories on real servers (at most 18 minutes)
 	-scripts/fetch-real-servers
 	$(BIN)/python -m pytest -n 4 -m long --durations=15 $(ARGS)
 
