@@ -48,6 +48,7 @@ from k8s_consul_registrar.sandbox.event_rules import validate_event_update, vali
 from k8s_consul_registrar.targets.endpoints import resolve_item
 from k8s_consul_registrar.targets.resolve import TargetRules
 from support.builders import make_kube_service, make_node, make_pod, make_slice
+from support.kubernetes_objects import assert_valid
 from support.memory import NODES, PODS, SERVICES, SLICES
 
 HOUR = 3600.0
@@ -226,10 +227,12 @@ def test_event_passes_the_rules_of_an_api_server(key: ObjectKey, note: str) -> N
     about = ObjectEvent(key, "uid-1", EventReason.REJECTED, "Resolve", note)
     first = json.loads(encode_event(DueEvent(about, seen), "registrar-7d9f"))
     validate_new_event(first["metadata"]["name"], first)
+    assert_valid(first)
     assert len(first["note"].encode()) <= MOST_NOTE
     seen.count = 7
     again = json.loads(encode_event(DueEvent(about, seen), "i" * 300))
     validate_new_event(again["metadata"]["name"], again)
+    assert_valid(again)
     assert again["series"] == {"count": 7, "lastObservedTime": "2026-09-21T14:13:21.000000Z"}
     validate_event_update(first, {**first, "series": again["series"]})
 
