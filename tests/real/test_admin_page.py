@@ -17,7 +17,7 @@ from k8s_consul_registrar.admin.status_api import api_routes, page_routes
 from k8s_consul_registrar.admin.target_groups import GroupEncoder
 from k8s_consul_registrar.admin.view import About
 from k8s_consul_registrar.kube.source_state import Failed, SourceStatus
-from k8s_consul_registrar.model import Kind, ObjectKey, Source
+from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Source
 from k8s_consul_registrar.registrar.brake import Held
 from k8s_consul_registrar.registrar.decide import Conflict
 from k8s_consul_registrar.registrar.orphans import Stays
@@ -26,7 +26,7 @@ from support.browser import Page, browser_page
 from support.builders import annotated, make_pod
 from support.controller_lab import ControllerLab, Seen
 from support.real_servers import REAL
-from support.seen import Healthy, Registrar, busy_registrar, pod_rejection, pod_target
+from support.seen import Healthy, Registrar, busy_registrar, endpoint_target, pod_rejection, pod_target
 from support.waiting import SLACK
 
 pytestmark = REAL
@@ -182,7 +182,7 @@ async def test_page_works_by_keyboard_only() -> None:
         await page.press("Enter")
         await page.wait("document.activeElement.getAttribute('aria-expanded') === 'true'")
         await page.evaluate("document.querySelector('[role=tab][aria-selected=true]').focus()")
-        for tab in ("rejections", "conflicts", "explain", "health", "configuration"):
+        for tab in ("rejections", "conflicts", "removals", "explain", "health", "configuration"):
             await page.press("ArrowRight")
             await page.wait(f"document.activeElement.id === 'tab-{tab}' && location.hash === '#{tab}'")
         await page.wait("document.getElementById('view').innerText.includes('CONSUL_HTTP_TOKEN')")
@@ -190,6 +190,32 @@ async def test_page_works_by_keyboard_only() -> None:
         await page.wait("document.activeElement.id === 'tab-targets'")
         await page.press("/")
         assert await page.evaluate("document.activeElement.id") == "q"
+
+
+async def test_each_kind_has_a_filter_in_both_languages() -> None:
+    """Endpoints beside Pods and Nodes, and where only rejections are of a kind as well."""
+    registrar = busy_registrar(500)
+    registrar.put(endpoint_target("web-1"), endpoint_target("web-2"))
+    words = "[...document.getElementById('kind').options].map(one => one.textContent).join()"
+    async with shown(registrar) as (page, _):
+        await page.wait(f"{RANGE} === '1{TO}100 of 502'")
+        assert await page.evaluate(words) == "every kind,Pod,Node,Endpoint"
+        choose = "(() => { const kind = document.getElementById('kind'); kind.value = 'endpoint'; kind.dispatchEvent(new Event('change')); })()"
+        await page.evaluate(choose)
+        await page.wait(
+            f"{RANGE} === '1{TO}2 of 2' && {ROWS} === 2 && location.hash.includes('kind=endpoint')"
+        )
+        assert "shop/web" in await page.evaluate("document.querySelector('td.main').textContent")
+        await page.evaluate("document.getElementById('language').click()")
+        await page.wait(f"{words} === '所有类型,Pod,节点,端点'")
+        assert await page.evaluate("document.querySelector('td:nth-child(2)').textContent") == "端点"
+        assert page.problems == []
+    alone = busy_registrar(500)
+    detail = "the scheme 'ftp' is neither http nor https"
+    alone.rejected.append(Rejection(ObjectKey(Kind.ENDPOINT, "shop", "web"), "invalid_scheme", detail))
+    async with shown(alone) as (page, server):
+        await page.open(f"http://127.0.0.1:{server.port}/#rejections?kind=endpoint")
+        await page.wait(f"{ROWS} === 1 && document.getElementById('kind').value === 'endpoint'")
 
 
 async def test_rejections_say_what_to_do() -> None:

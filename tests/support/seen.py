@@ -57,6 +57,16 @@ def node_target(number: int) -> TargetRow:
     return TargetRow(service, ObjectKey(Kind.NODE, "", f"node-{number}"), TargetState.REGISTERED)
 
 
+def endpoint_target(pod: str, service: str = "web", namespace: str = "shop") -> TargetRow:
+    """Return the target of a Pod behind a Service."""
+    meta = {"kind": "endpoint", "metrics_path": "/metrics", "namespace": namespace, "node": "node-1"}
+    meta |= {"pod": pod, "scheme": "http", "service": service, "managed_by": "k8s-consul-registrar"}
+    record = make_service(
+        f"svc--{namespace}--{service}--{pod}--9102", meta, name=f"svc--{namespace}--{service}"
+    )
+    return TargetRow(record, ObjectKey(Kind.ENDPOINT, namespace, service), TargetState.REGISTERED)
+
+
 def many_targets(count: int) -> dict[str, TargetRow]:
     """Return this many targets of several namespaces by ID, a few of them not registered."""
     found = [node_target(number) for number in range(min(200, count // 50))]

@@ -175,6 +175,8 @@ def api_routes(view: RegistrarView, clock: Callable[[], float] = time.time) -> l
             "targets": len(snapshot.rows),
             "states": snapshot.counts["state"],
             "kinds": snapshot.counts["kind"],
+            # Those that a filter can choose: all Services may be rejected.
+            "seen_kinds": sorted({*snapshot.counts["kind"], *rejected.counts["kind"]}),
             "rejections": dict(rejected.counts["reason"].most_common()),
             "conflicts": len(view.status.conflicts),
             "removals": Counter(one.proof.ground for one in view.status.removals),

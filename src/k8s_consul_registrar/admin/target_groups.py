@@ -251,9 +251,11 @@ class GroupEncoder:
                 "pod_container_port_number": str(target.service.port),
                 "pod_phase": "Running",
             }
+        if target.key.kind is not Kind.NODE:
+            of = "pod" if is_pod else "service"
             for key, value in self._annotations(target, meta):
                 name = _as_label(self.annotation_prefix + key)
-                known |= {f"pod_annotation_{name}": value, f"pod_annotationpresent_{name}": "true"}
+                known |= {f"{of}_annotation_{name}": value, f"{of}_annotationpresent_{name}": "true"}
         for key, value in meta.items():
             for prefix, start in _PREFIXES.items():
                 if key.startswith(prefix):

@@ -15,7 +15,7 @@ from k8s_consul_registrar.admin.target_groups import (
     parse_wait,
 )
 from k8s_consul_registrar.admin.view import TargetRow
-from support.seen import node_target, pod_target
+from support.seen import endpoint_target, node_target, pod_target
 
 KUBERNETES = "__meta_kubernetes_"
 
@@ -134,6 +134,17 @@ def test_node_has_the_names_and_the_instance_of_kubernetes_sd() -> None:
     assert "instance" not in both
     assert {f"{KUBERNETES}node_name", "__meta_consul_service_id"} <= both.keys()
     assert not any(name.startswith(KUBERNETES) for name in labels_of(node_target(7), names=LabelNames.CONSUL))
+
+
+def test_endpoint_has_the_names_and_annotations_of_its_service() -> None:
+    """As the role `endpoints` gives them, so that the rules of the job `kubernetes-service-endpoints` go on."""
+    labels = labels_of(endpoint_target("web-1"))
+    assert labels[f"{KUBERNETES}service_name"] == "web"
+    assert labels[f"{KUBERNETES}pod_name"] == "web-1"
+    for name, value in (("scrape", "true"), ("path", "/metrics"), ("scheme", "http"), ("port", "9102")):
+        assert labels[f"{KUBERNETES}service_annotation_prometheus_io_{name}"] == value
+        assert labels[f"{KUBERNETES}service_annotationpresent_prometheus_io_{name}"] == "true"
+    assert not any("pod_annotation" in name for name in labels)
 
 
 def test_pod_behind_the_proxy_has_its_nodes_address_and_the_operators_prefix() -> None:

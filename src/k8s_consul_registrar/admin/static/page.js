@@ -180,7 +180,7 @@ function showFilter() {
   if (document.activeElement !== q) q.value = state.q;
   for (const name of ["kind", "namespace", "chips"]) $(name).hidden = !FILTERED[tab];
   if (!FILTERED[tab]) return;
-  fill($("kind"), [["", word("any_kind")], ...["pod", "node", "endpoint"].filter((kind) => kind in status.counts.kinds).map((kind) => [kind, word(kind)])], state.kind);
+  fill($("kind"), [["", word("any_kind")], ...["pod", "node", "endpoint"].filter((kind) => (status.counts.seen_kinds ?? Object.keys(status.counts.kinds)).includes(kind)).map((kind) => [kind, word(kind)])], state.kind);
   $("kind").setAttribute("aria-label", word("kind"));
   const names = status.namespaces.includes(state.namespace) || !state.namespace ? status.namespaces : [state.namespace, ...status.namespaces];
   fill($("namespace"), [["", word("any_namespace")], ...names.map((name) => [name, name])], state.namespace);
