@@ -193,6 +193,10 @@ class Reason(StrEnum):
         "the Node has no IP of the types of `NODE_ADDRESS_TYPES`, or none at all; a Service of type ExternalName has no endpoints",
     )
     ADDRESS_TAKEN = "address_taken", "another Node has this address"
+    NAMESPACE_FULL = (
+        "namespace_full",
+        "the namespace has as many targets as `MAX_TARGETS_PER_NAMESPACE` allows",
+    )
     ID_TAKEN = (
         "id_taken",
         "another object has this service ID: Pods `a` with `b--c` and `a--b` with `c` share one; its holder keeps it, else the older object. Or two endpoints of one Service lead to one ID",

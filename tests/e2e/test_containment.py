@@ -18,8 +18,8 @@ from k8s_consul_registrar.settings.proxy import KubeletSettings
 from k8s_consul_registrar.settings.reading import read_proxy, read_registrar
 from k8s_consul_registrar.tls import POD, client_tls
 from k8s_consul_registrar.wiring.consul import consul_access
+from k8s_consul_registrar.wiring.http_sd import http_sd_bearer, http_sd_tls
 from k8s_consul_registrar.wiring.proxy import Inbound, KubeletIdentity, credentials
-from k8s_consul_registrar.wiring.registrar import http_sd_bearer, http_sd_tls
 from support.daemon import Daemon
 from support.lab import running_lab
 from support.odd_inputs import ODD, restore

@@ -22,6 +22,7 @@ from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.observed import Contests, ObservedState
 from k8s_consul_registrar.registrar.ownership import Identity, Policy
 from k8s_consul_registrar.registrar.queue import WorkQueue
+from k8s_consul_registrar.registrar.quota import LimitedState, quota_of
 from k8s_consul_registrar.registrar.reconciler import Core, Reconciler
 from k8s_consul_registrar.registrar.reporter import Reporter
 from k8s_consul_registrar.registrar.resync import Resync
@@ -104,9 +105,10 @@ class ControllerLab:
         checked_names: bool = False,
         policy: Policy = Policy.SYNC,
         backoff_cap: float = 60.0,
+        quota: int = 0,
     ) -> None:
         self.clock = Clock(follows=time.monotonic)
-        self.observed = ObservedState()
+        self.observed = LimitedState() if quota else ObservedState()
         self.cluster = MemoryCluster(sources, observed=self.observed, clock=self.clock, rules=target_rules)
         self.desired = self.cluster.desired
         self.consul = MemoryRegistry(checks_versions=checks_versions)
@@ -132,6 +134,7 @@ class ControllerLab:
             self.reporter,
             self.status,
             Audit(self.status.removals, leader="lab-1"),
+            quota_of(quota, self.observed, self.desired, self.status.blocked),
         )
         self.reconciler = Reconciler(core, clock=self.clock)
         id_prefix = target_rules.id_prefix if target_rules else ""
@@ -224,6 +227,7 @@ class Seen:
         brake: BrakeRules | None = None,
         saved_uid: str = "",
         policy: Policy = Policy.SYNC,
+        quota: int = 0,
     ) -> None:
         self.lab = ControllerLab(
             shards=WIRING.shards,
@@ -231,6 +235,7 @@ class Seen:
             identity=WIRING.identity,
             brake=brake or BrakeRules(confirm=0.1, confirm_start=600),
             policy=policy,
+            quota=quota,
         )
         self.namespaces = Namespaces("uid-1")
         self.cluster_uid = ClusterUid(self.namespaces, self.lab.controller.on_cluster_uid)

@@ -243,7 +243,7 @@ async def action_for(core: Core, service_id: str) -> Action:
     if isinstance(action, CheckName):
         await core.names.check(action.name)
         action = decide(core.desired.ask(service_id, record, is_contested=is_contested), record, core.rules)
-    return action
+    return action if core.quota is None else core.quota.apply(action, service_id)
 
 
 def _closed(action: Action, key: ObjectKey) -> str:

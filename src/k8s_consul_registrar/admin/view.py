@@ -36,11 +36,12 @@ class TargetState(StrEnum):
     STANDBY = "standby"  # another replica leads and writes
     KEPT = "kept"  # nothing asks for it now, and nothing proves that it may go
     WITHHELD = "withheld"  # POLICY does not allow the write
+    BLOCKED = "blocked"  # its namespace has as many targets as it may have
     UNWANTED = "unwanted"  # it may go, and POLICY does not allow the removal
 
 
 # The states of what is no target: it is in no document of service discovery.
-NO_TARGET = frozenset({TargetState.UNWANTED})
+NO_TARGET = frozenset({TargetState.BLOCKED, TargetState.UNWANTED})
 
 
 class TargetRow(NamedTuple):
@@ -309,6 +310,8 @@ class View:
 
     def _state(self, service_id: str) -> TargetState:
         """Return the state of the target of an ID that is asked for."""
+        if service_id in self.status.blocked:
+            return TargetState.BLOCKED
         if service_id in self.status.withheld:
             return TargetState.WITHHELD
         if isinstance(self.observed.get(service_id), AsDesired):

@@ -45,7 +45,8 @@ from k8s_consul_registrar.settings.registrar import RegistrarSettings
 from k8s_consul_registrar.telemetry import get_logger
 from k8s_consul_registrar.wiring.backend import decided_in_time
 from k8s_consul_registrar.wiring.consul import previous_locations
-from k8s_consul_registrar.wiring.registrar import RegistrarParts, Wiring, http_sd_server
+from k8s_consul_registrar.wiring.http_sd import http_sd_server
+from k8s_consul_registrar.wiring.registrar import RegistrarParts, Wiring
 
 # Seconds that `auto` may take to choose before the ports are opened without its choice.
 SHORT_WAIT = 3.0

@@ -38,6 +38,7 @@ from k8s_consul_registrar.registrar.observed import (
     with_known_meta,
 )
 from k8s_consul_registrar.registrar.queue import Batch, WorkQueue
+from k8s_consul_registrar.registrar.quota import Quota
 from k8s_consul_registrar.registrar.reporter import Reporter
 from k8s_consul_registrar.registrar.status import Counts, RegistrarStatus
 
@@ -59,6 +60,7 @@ class Core(msgspec.Struct, frozen=True):
     reporter: Reporter
     status: RegistrarStatus
     audit: Audit
+    quota: Quota | None = None
 
 
 class CorePart:
@@ -74,6 +76,7 @@ class CorePart:
         self._contests = core.contests
         self._reporter = core.reporter
         self._audit = core.audit
+        self._quota = core.quota
         self._status = core.status
         self._clock = clock
 
@@ -113,6 +116,9 @@ class Reconciler(CorePart):
                 self._observed.doubt(service_id)
             self._observed.end_write(work.in_flight)
             self._queue.release(work.left, self._clock())
+            if self._quota is not None:
+                for service_id in self._quota.admitted():
+                    self._queue.add(service_id, self._clock())
         counts = Counts(
             work.registered,
             work.updated,
@@ -149,9 +155,9 @@ class Reconciler(CorePart):
         try:
             observed = self._observed.get(service_id)
             is_contested = self._contests.is_contested(service_id, self._clock())
-            return decide(
-                self._desired.ask(service_id, observed, is_contested=is_contested), observed, self._rules
-            )
+            asked = self._desired.ask(service_id, observed, is_contested=is_contested)
+            action = decide(asked, observed, self._rules)
+            return action if self._quota is None else self._quota.apply(action, service_id)
         except Exception as error:  # noqa: BLE001 - confined to this ID, counted and logged
             self._fail_internally(work, service_id, error)
             return None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 
 from msgspec.structs import replace
 
+from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.kube.source_state import SourceStatus
 from k8s_consul_registrar.model import Kind, Rejection, Source, Target, Written
 from k8s_consul_registrar.registrar.brake import Held
@@ -151,6 +152,8 @@ class Reporter:
 
     def rejected(self, rejection: Rejection) -> None:
         """Report an object that asks to be scraped and cannot be."""
+        if rejection.reason == Reason.NAMESPACE_FULL:
+            return  # there may be thousands, of which the quota tells together
         text = f"{rejection.reason}: {rejection.detail}"
         if self._rejections.new(str(rejection.key), text) and self._may_name():
             log.warning("rejected", object=str(rejection.key), reason=text)
@@ -298,7 +301,8 @@ class Reporter:
         for why in Kept:
             self._metrics.kept.labels(why.value).set(kept.get(why, 0))
         self._brake(held)
-        every = (*rejections, *self._status.lost_rejections())
+        lost = (one for one in self._status.lost_rejections() if one.reason != Reason.NAMESPACE_FULL)
+        every = (*rejections, *lost)
         facts = {str(one.key): f"{one.reason}: {one.detail}" for one in every}
         for about, text in self._rejections.only(facts)[:MOST_NAMED]:
             log.warning("rejected", object=about, reason=text)

@@ -54,6 +54,7 @@ class Resync(CorePart):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(core, clock=clock)
+        self._quota = core.quota
         self._absences = absences
         self._id_prefix = id_prefix
 
@@ -124,6 +125,8 @@ class Resync(CorePart):
             self._desired.depart(service_id, key, found.judged.proofs.get(service_id))
         removals = [*found.removals, *found.judged.released]
         self._queue.add_after(removals, found.differing, self._clock(), Priority.BULK)
+        for service_id in self._quota.admitted() if self._quota is not None else ():
+            self._queue.add(service_id, self._clock(), Priority.BULK)
         rejections = tuple(self._desired.rejections.values())
         counts = Counts(
             unchanged=found.unchanged,

@@ -147,7 +147,7 @@ class RegistrarStatus(msgspec.Struct):
     refuses them, `conflicts` which IDs belong to something else, `lost` which service IDs objects did not get,
     `awaiting_proxy` which stay at their Pods' own addresses until the proxy serves Pods, and `proxy_problem` why,
     `withheld` the verb of the write that the policy does not allow; `withheld_changes` moves with each change.
-    `removals` are the latest, the newest first.
+    `blocked` are IDs for which their namespace has no place. `removals` are the latest, the newest first.
     """
 
     recent: deque[Activity] = msgspec.field(default_factory=lambda: deque(maxlen=RECENT))
@@ -159,6 +159,7 @@ class RegistrarStatus(msgspec.Struct):
     proxy_problem: str = ""
     withheld: dict[str, str] = msgspec.field(default_factory=dict)
     withheld_changes: int = 0
+    blocked: dict[str, str] = msgspec.field(default_factory=dict)
     held: tuple[Held, ...] = ()
     lost_agents: tuple[LostAgent, ...] = ()
     is_standby: bool = False

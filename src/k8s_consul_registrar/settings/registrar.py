@@ -220,6 +220,12 @@ class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
         "Replaced when they change, at most once a second, and kept when the registrar ends. Unset: off"
     )
     brake: BrakeSettings = section(BrakeSettings)
+    quota: int = Setting(
+        "MAX_TARGETS_PER_NAMESPACE", parse.integer(0, 1_000_000), "0", group=DISCOVERY
+    ).means(
+        "Most targets of one namespace. New ones beyond that are blocked, the youngest object first; what is registered "
+        "stays. 0: no limit"
+    )
     policy: Policy = Setting(
         "POLICY", Parser(lambda given: Policy(_POLICY.parse(given)), _POLICY.schema), Policy.SYNC, group=BRAKE
     ).means(

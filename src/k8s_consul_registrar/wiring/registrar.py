@@ -6,14 +6,12 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 
 from k8s_consul_registrar.admin.documents import Documents
 from k8s_consul_registrar.admin.explain import Explainer
-from k8s_consul_registrar.admin.http_sd import HttpSdServer, no_saved_targets
 from k8s_consul_registrar.admin.saved_state import Origin
 from k8s_consul_registrar.admin.target_groups import GroupEncoder
-from k8s_consul_registrar.admin.view import SavedTargets, Targets, TargetsView
+from k8s_consul_registrar.admin.view import Targets
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.consul.agent import AgentRegistry
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
@@ -53,14 +51,14 @@ from k8s_consul_registrar.registrar.observed import Contests, ObservedState
 from k8s_consul_registrar.registrar.orphan_collector import OrphanCollector, OrphanRules
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.queue import WorkQueue
+from k8s_consul_registrar.registrar.quota import LimitedState, quota_of
 from k8s_consul_registrar.registrar.reconciler import Core, Reconciler
 from k8s_consul_registrar.registrar.reporter import Reporter
 from k8s_consul_registrar.registrar.resync import Resync
 from k8s_consul_registrar.registrar.schedule import FULL_READ_GAP, GhostChecks, ScheduleRules
 from k8s_consul_registrar.registrar.service_join import ServiceJoin
 from k8s_consul_registrar.registrar.status import RegistrarStatus
-from k8s_consul_registrar.rotating import BearerTokens, Rotating, bearer_tokens
-from k8s_consul_registrar.settings.registrar import HttpSdSettings, RegistrarSettings, selection_digest
+from k8s_consul_registrar.settings.registrar import RegistrarSettings, selection_digest
 from k8s_consul_registrar.settings.selection import HASH
 from k8s_consul_registrar.targets.endpoints import Value, resolve_item
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
@@ -72,7 +70,6 @@ from k8s_consul_registrar.targets.service_names import (
     RandomShards,
     Shards,
 )
-from k8s_consul_registrar.tls import ServerTls, server_tls
 from k8s_consul_registrar.wiring.consul import consul_client, consul_registry
 
 
@@ -242,10 +239,9 @@ class Wiring:
 
         `saved_cluster_uid` is the cluster of which HTTP_SD_STATE_FILE holds targets of our selection.
         """
-        settings, timing = self.settings, self.timing
+        settings, timing, status = self.settings, self.timing, RegistrarStatus()
         registry = self.registry(client)
-        status = RegistrarStatus()
-        observed = ObservedState()
+        observed = LimitedState() if settings.quota else ObservedState()
         join = ServiceJoin(self.targets) if Kind.ENDPOINT in settings.selection.kinds else None
         has_parts = any(one.kind not in (Kind.POD, Kind.NODE) for one in settings.sources)
         resolve_one = resolve_item if has_parts else resolve
@@ -279,7 +275,6 @@ class Wiring:
             unchecked=reporter.names_unchecked,
         )
         rules = Rules(self.identity, self.shards, names.names, policy=settings.policy)
-        contests = Contests(settings.sync_period)
         selection = SelectionRecord(
             self.digest,
             catalog=registry if isinstance(registry, CatalogRegistry) else None,
@@ -301,10 +296,14 @@ class Wiring:
             ),
         )
         audit = Audit(status.removals, leader=elector.identity if elector else socket.gethostname())
-        core = Core(desired, observed, queue, registry, rules, names, contests, reporter, status, audit)
+        contests = Contests(settings.sync_period)
+        quota = quota_of(settings.quota, observed, desired, status.blocked)
+        core = Core(
+            desired, observed, queue, registry, rules, names, contests, reporter, status, audit, quota
+        )
         reconciler = Reconciler(core)
-        selecting = settings.selection
-        cluster = ClusterReads(kube, reflectors, selecting.selectors, selecting.excluded_namespaces)
+        chosen = settings.selection
+        cluster = ClusterReads(kube, reflectors, chosen.selectors, chosen.excluded_namespaces)
         absences = Absences(desired, cluster, settings.brake, is_same_selection=selection.is_same)
         resync = Resync(core, absences, id_prefix=settings.naming.id_prefix)
         upkeep: tuple[Upkeep, ...] = ()
@@ -370,30 +369,3 @@ class Wiring:
             Kind.ENDPOINT: naming.endpoint_name != ENDPOINT_NAME,
         }
         return frozenset(kind for kind, is_template in templates.items() if is_template)
-
-
-def http_sd_server(
-    settings: HttpSdSettings,
-    view: TargetsView,
-    saved: Callable[[], SavedTargets | None] = no_saved_targets,
-    documents: Documents | None = None,
-) -> HttpSdServer:
-    """Build what serves targets to collectors; raises an `AccessError` naming the setting at fault."""
-    return HttpSdServer(
-        port=settings.port,
-        view=view,
-        saved=saved,
-        documents=documents,
-        bearer=http_sd_bearer(settings) if settings.bearer_token_file else None,
-        tls=http_sd_tls(settings) if settings.cert_file else None,
-    )
-
-
-def http_sd_bearer(settings: HttpSdSettings) -> Rotating[BearerTokens]:
-    """Read the token of collectors; raises an `AccessError`."""
-    return bearer_tokens(Path(settings.bearer_token_file), "HTTP_SD_BEARER_TOKEN_FILE")
-
-
-def http_sd_tls(settings: HttpSdSettings) -> ServerTls:
-    """Read the files of TLS towards collectors; raises an `AccessError`."""
-    return server_tls(settings.cert_file, settings.key_file, settings.client_ca_file, setting="HTTP_SD_TLS")

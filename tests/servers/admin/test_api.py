@@ -212,7 +212,7 @@ async def test_status_counts_and_bounds_what_it_lists(served: Served) -> None:
     status = await served.json("/api/v1/status")
     assert status["counts"]["states"] == {
         "registered": 1, "pending": 0, "refused": 0, "conflict": 1, "standby": 0, "kept": 0,
-        "withheld": 0, "unwanted": 0,
+        "blocked": 0, "withheld": 0, "unwanted": 0,
     }  # fmt: skip
     assert status["counts"]["kinds"] == {"pod": 1, "node": 1}
     assert status["counts"]["conflicts"] == MAX_CONFLICTS + 5

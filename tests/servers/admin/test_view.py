@@ -80,7 +80,7 @@ async def test_targets_are_counted_by_kind_and_state() -> None:
         figures = census.figures()
         counted = {state: count for (kind, state), count in figures.targets.items() if kind == "pod"}
         assert counted == {
-            "registered": 1, "refused": 1, "conflict": 1, "kept": 3, "pending": 0, "standby": 0, "withheld": 0, "unwanted": 0
+            "registered": 1, "refused": 1, "conflict": 1, "kept": 3, "pending": 0, "standby": 0, "blocked": 0, "withheld": 0, "unwanted": 0
         }  # fmt: skip
         assert Counter(one.state.value for one in seen.view.targets()) == +Counter(counted)
         assert figures.rejections["no_ip"] == 1

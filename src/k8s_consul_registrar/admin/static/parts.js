@@ -99,7 +99,7 @@ export const objectName = (object) =>
   object.namespace ? `${object.namespace}/${object.name}` : object.name;
 
 const TONES = {
-  registered: "good", standby: "good", pending: "wait", kept: "wait", withheld: "wait", unwanted: "wait", refused: "bad", conflict: "bad",
+  registered: "good", standby: "good", pending: "wait", kept: "wait", withheld: "wait", blocked: "wait", unwanted: "wait", refused: "bad", conflict: "bad",
   success: "good", partial: "wait", failure: "bad", leader: "good", single: "good",
   answers: "good", fails: "bad", idle: "plain", ready: "good", "not ready": "bad",
 };

@@ -17,7 +17,7 @@ from k8s_consul_registrar.commands.check.report import Finding, fail, ok, warn
 from k8s_consul_registrar.errors import AccessError, OperationalError
 from k8s_consul_registrar.settings.registrar import HttpSdSettings
 from k8s_consul_registrar.tls import Trust, out_of_date
-from k8s_consul_registrar.wiring.registrar import http_sd_bearer, http_sd_tls
+from k8s_consul_registrar.wiring.http_sd import http_sd_bearer, http_sd_tls
 
 PORT, TOKEN, TLS, STATE = "http_sd port", "http_sd token", "http_sd tls", "http_sd state"
 FILE = "file_sd"
