@@ -65,7 +65,11 @@ class Backoff:
         """Begin with the shortest wait again."""
         self._delays = delays(self._timing.retry_first, self._timing.retry_cap)
 
-    async def wait(self, error: Exception | None = None) -> None:
-        """Wait, at least as long as the API server asked for, up to a limit."""
+    def delay(self, error: Exception | None = None) -> float:
+        """Return the next wait: at least as long as the API server asked for, up to a limit."""
         asked = error.retry_after if isinstance(error, ClusterBusy) else None
-        await asyncio.sleep(max(next(self._delays), min(asked or 0.0, self._timing.retry_after_cap)))
+        return max(next(self._delays), min(asked or 0.0, self._timing.retry_after_cap))
+
+    async def wait(self, error: Exception | None = None) -> None:
+        """Wait until it is time for the next attempt."""
+        await asyncio.sleep(self.delay(error))

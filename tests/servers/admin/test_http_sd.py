@@ -248,8 +248,7 @@ async def test_targets_may_change_while_they_are_rendered() -> None:
         } == set(registrar.held)
 
 
-@pytest.mark.parametrize(("query", "least"), [("", 40_000_000), ("?namespace=nobody", 0)])
-async def test_eighty_thousand_targets_do_not_stall_the_loop(query: str, least: int) -> None:
+async def test_eighty_thousand_targets_do_not_stall_the_loop() -> None:
     """While 80,000 targets are looked through, rendered and sent, the loop turns every few milliseconds.
 
     It is the thread's own time that counts, without what else the machine does; only a whole answer made in
@@ -259,14 +258,15 @@ async def test_eighty_thousand_targets_do_not_stall_the_loop(query: str, least: 
     gc.collect()
     gc.freeze()  # as the daemon does with what it holds
     async with serving(registrar) as server:
-        asking = asyncio.create_task(_read_all(server, query))
-        longest, last = 0.0, time.thread_time()
-        while not asking.done():
-            await asyncio.sleep(0)
-            now = time.thread_time()
-            longest, last = max(longest, now - last), now
-        assert await asking > least
-        assert longest < 0.3
+        for query, least in (("", 40_000_000), ("?namespace=nobody", 0)):
+            asking = asyncio.create_task(_read_all(server, query))
+            longest, last = 0.0, time.thread_time()
+            while not asking.done():
+                await asyncio.sleep(0)
+                now = time.thread_time()
+                longest, last = max(longest, now - last), now
+            assert await asking > least
+            assert longest < 0.3, query
 
 
 async def _read_all(server: HttpSdServer, query: str) -> int:
