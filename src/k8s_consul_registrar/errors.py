@@ -135,6 +135,8 @@ class Reason(StrEnum):
 
     NO_IP = "no_ip", "the Pod has no IP yet"
     INVALID_IP = "invalid_ip", "the IP of the Pod, or of an endpoint, is no address that can be scraped"
+    INVALID_IP_FAMILY = "invalid_ip_family", "the annotated `ip-family` is none of `primary`, `ipv4`, `ipv6`"
+    NO_IP_FAMILY = "no_ip_family", "the Pod has an IP, and none of the family that is asked for"
     NO_PORT = (
         "no_port",
         "no port is annotated, and the containers of the Pod, or the EndpointSlice, have no TCP port",
@@ -153,7 +155,11 @@ class Reason(StrEnum):
         "undeclared_port",
         "through the proxy: the Pod has its Node's network and no container declares that TCP port",
     )
-    NO_HOST_IP = "no_host_ip", "through the proxy: the Pod's status names no address of its Node"
+    NO_HOST_IP = (
+        "no_host_ip",
+        "through the proxy or with `POD_ADDRESS=host`: the Pod's status names no address of its Node, or none of `NODE_IP_FAMILY`",
+    )
+    NO_HOST_PORT = "no_host_port", "with `POD_ADDRESS=host`: no container has a `hostPort` for that TCP port"
     NOT_PROXIED = (
         "not_proxied",
         "through the proxy: the endpoint of a [Service](services.md) is a Pod that is not annotated itself",

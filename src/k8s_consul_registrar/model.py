@@ -101,6 +101,7 @@ class Pod(NamespacedObject, frozen=True, gc=False):
     `created` is the API server's RFC 3339 text (it sorts as time does). `deleted` is True once the API server
     was asked to delete the Pod, which may still be running. `ports` are those of the containers and of native
     sidecars (init containers whose restartPolicy is Always). `owner` is its controller, empty without one.
+    `ips` and `host_ips` are those of both address families, where there are two.
     """
 
     KIND: ClassVar[Kind] = Kind.POD
@@ -118,6 +119,8 @@ class Pod(NamespacedObject, frozen=True, gc=False):
     ports: tuple[ContainerPort, ...] = ()
     owner_kind: str = ""
     owner: str = ""
+    ips: tuple[str, ...] = ()
+    host_ips: tuple[str, ...] = ()
 
 
 class NodeAddress(NamedTuple):

@@ -24,6 +24,7 @@ from k8s_consul_registrar.kube.service_objects import (
 )
 from k8s_consul_registrar.kube.wire import (
     WireCondition,
+    WireIp,
     WireNamespace,
     WireNode,
     WireNodeStatus,
@@ -141,6 +142,8 @@ def _pod(wire: WirePod) -> Pod | Undecodable:
         ports=_ports(spec),
         owner_kind=intern(owner.kind),
         owner=owner.name,
+        ips=_ips(status.pod_ips),
+        host_ips=_ips(status.host_ips),
     )
 
 
@@ -194,6 +197,10 @@ def _ports(spec: WirePodSpec) -> tuple[ContainerPort, ...]:
                 for port in container.ports
             ]
     return tuple(ports)
+
+
+def _ips(entries: list[WireIp] | None) -> tuple[str, ...]:
+    return tuple([one.ip for one in entries]) if entries and len(entries) > 1 else ()
 
 
 def _owner(references: list[WireOwner] | None) -> WireOwner:

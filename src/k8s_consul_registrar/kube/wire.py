@@ -36,12 +36,20 @@ class WirePodSpec(Wire):
     init_containers: list[_Container] | None = None
 
 
+class WireIp(Wire):
+    """One IP of a Pod or of its Node."""
+
+    ip: str = ""
+
+
 class WirePodStatus(Wire):
     """What a Pod is."""
 
     phase: str = ""
     pod_ip: str = msgspec.field(name="podIP", default="")
     host_ip: str = msgspec.field(name="hostIP", default="")
+    pod_ips: list[WireIp] | None = msgspec.field(name="podIPs", default=None)
+    host_ips: list[WireIp] | None = msgspec.field(name="hostIPs", default=None)
     conditions: list[WireCondition] | None = None
 
 

@@ -27,6 +27,7 @@ from k8s_consul_registrar.model import (
 )
 from k8s_consul_registrar.proxy.nodes import Contest, Nodes, NodeTable
 from k8s_consul_registrar.proxy.routes import Pods, ProxiedPod, proxied_pod
+from k8s_consul_registrar.targets.scrape_config import PRIMARY
 from k8s_consul_registrar.telemetry import Failures, get_logger
 
 log = get_logger("feed")
@@ -277,13 +278,14 @@ class PodFeed(Feed[ProxiedPod]):
         sources: Sequence[Source],
         selector: Selector = EVERY_OBJECT,
         annotation_prefix: str,
+        ip_family: str = PRIMARY,
     ) -> None:
         def resolve(item: Item) -> ProxiedPod | Unreadable | None:
             if isinstance(item, Undecodable):
                 return KEEP
             if not isinstance(item, Pod):
                 return None
-            return proxied_pod(item, annotation_prefix, allow_loopback=rules.allow_loopback)
+            return proxied_pod(item, annotation_prefix, allow_loopback=rules.allow_loopback, family=ip_family)
 
         super().__init__(client, sources, rules, resolve, selector)
         self._pods = pods

@@ -11,6 +11,7 @@ from k8s_consul_registrar.proxy.nodes import KUBELET, POD, POD_TLS, Endpoint, No
 from k8s_consul_registrar.proxy.refusals import Outcome, Refusal
 from k8s_consul_registrar.targets.annotations import ScrapeSet
 from k8s_consul_registrar.targets.scrape_config import (
+    PRIMARY,
     is_scraped,
     parse_ip,
     pod_scrape,
@@ -151,7 +152,9 @@ class ProxiedPod(NamedTuple):
     has_host_network: bool
 
 
-def proxied_pod(pod: Pod, prefix: str, *, allow_loopback: bool = False) -> ProxiedPod | None:
+def proxied_pod(
+    pod: Pod, prefix: str, *, allow_loopback: bool = False, family: str = PRIMARY
+) -> ProxiedPod | None:
     """Return the routes of a Pod, None if it does not ask to be scraped or may not be.
 
     `prefix` begins its annotations. The rules for a Node's addresses hold for a Pod's too: a kubelet
@@ -160,7 +163,7 @@ def proxied_pod(pod: Pod, prefix: str, *, allow_loopback: bool = False) -> Proxi
     if not is_scraped(pod, prefix):
         return None
     try:
-        config = pod_scrape(pod, prefix)
+        config = pod_scrape(pod, prefix, family=family)
         require_declared(pod, config.ports)
     except Rejected:
         return None

@@ -365,7 +365,7 @@ class ServiceJoin:
                 path = value
             elif name == "pod":
                 pod = value
-        if self._rules.pods_through_proxy and pod:
+        if self._rules.is_pod_elsewhere and pod:
             return "", 0, f"{target.key.namespace}/{pod}"
         return target.address, target.port, path
 

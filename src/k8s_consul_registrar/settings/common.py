@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from k8s_consul_registrar.model import Selector
 from k8s_consul_registrar.settings import parsers as parse
 from k8s_consul_registrar.settings.field import Reader, Section, Setting, section
+from k8s_consul_registrar.targets.scrape_config import FAMILIES, PRIMARY
 from k8s_consul_registrar.telemetry import FORMATS, LEVELS
 
 COMMON = "Both modes"
@@ -52,6 +53,11 @@ class PodSelection(Section):
     annotation_prefix: str = Setting(
         "ANNOTATION_PREFIX", parse.annotation_prefix, "prometheus.io/", group=COMMON
     ).means("Prefix of the Pod annotations that are read: a DNS name and a slash")
+
+    ip_family: str = Setting("POD_IP_FAMILY", parse.choice(*FAMILIES), PRIMARY, group=COMMON).means(
+        "Address of a dual-stack Pod that is scraped: `primary`, `ipv4` or `ipv6`; the annotation `ip-family` names another one. "
+        "The same for both modes"
+    )
 
     @property
     def pod_selector(self) -> Selector:

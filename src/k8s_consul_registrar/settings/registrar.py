@@ -29,9 +29,12 @@ from k8s_consul_registrar.settings.selection import (
     NamingSettings,
     SelectionSettings,
 )
+from k8s_consul_registrar.targets.scrape_config import PRIMARY
 from k8s_consul_registrar.targets.service_names import Template
 
 HTTP_SD = "HTTP service discovery"
+# Where Pods are scraped: at their own IP, through the proxy on their Node, at a hostPort there.
+AT_POD, AT_PROXY, AT_HOST = "pod", "proxy", "host"
 BRAKE = "Mass removals and lost agents"
 ELECTION = "Leader election"
 EVENTS = "Kubernetes Events"
@@ -187,9 +190,11 @@ class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
         "instance"
     )
     selection: SelectionSettings = section(SelectionSettings)
-    pod_address: str = Setting("POD_ADDRESS", parse.choice("pod", "proxy"), "pod", group=DISCOVERY).means(
-        "Where Prometheus scrapes Pods: `pod`, at their own IP, or `proxy`, through the proxy on their Node, "
-        "which needs `PROXY_PODS`"
+    pod_address: str = Setting(
+        "POD_ADDRESS", parse.choice(AT_POD, AT_PROXY, AT_HOST), AT_POD, group=DISCOVERY
+    ).means(
+        "Where Prometheus scrapes Pods: `pod`, at their own IP, `proxy`, through the proxy on their Node, "
+        "which needs `PROXY_PODS`, or `host`, at their Node's address and the container's `hostPort`"
     )
     proxy_node_port: int = Setting(
         "PROXY_NODE_PORT", parse.integer(1, 65535), "31112", group=DISCOVERY
@@ -262,7 +267,7 @@ class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
     @property
     def pods_through_proxy(self) -> bool:
         """True if Prometheus scrapes Pods through the proxy."""
-        return self.pod_address == "proxy"
+        return self.pod_address == AT_PROXY
 
     def check(self, reader: Reader) -> None:
         """Report what does not go together across the sections."""
@@ -359,6 +364,11 @@ def _newer_parts(settings: RegistrarSettings) -> dict[str, Any]:
         "namespace_labels": (sorted(settings.naming.namespace_labels), []),
         "node_labels": (sorted(settings.naming.node_labels), []),
         "annotations": (sorted(settings.naming.annotations), []),
+        "pods_at_host": (settings.pod_address == AT_HOST, False),
+        "ip_families": (
+            [settings.selection.ip_family, settings.selection.node_ip_family],
+            [PRIMARY, PRIMARY],
+        ),
         "extra_meta": (sorted(settings.naming.extra_meta), []),
     }
     return {name: value for name, (value, usual) in parts.items() if value != usual}

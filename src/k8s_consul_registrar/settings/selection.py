@@ -22,13 +22,16 @@ from k8s_consul_registrar.targets.meta import (
     parse_target_label,
 )
 from k8s_consul_registrar.targets.resolve import NodePaths
-from k8s_consul_registrar.targets.scrape_config import NODE_ADDRESS_TYPES
+from k8s_consul_registrar.targets.scrape_config import FAMILIES, NODE_ADDRESS_TYPES, PRIMARY
 from k8s_consul_registrar.targets.service_names import (
     DEFAULT_ENDPOINT_NAME,
     DEFAULT_NODE_NAME,
     DEFAULT_POD_NAME,
+    ENDPOINT_NAME,
     FIELDS,
     KUBELET_PATHS,
+    NODE_NAME,
+    POD_NAME,
     Template,
     is_fit_for_name,
     kind_of_id,
@@ -74,6 +77,10 @@ class SelectionSettings(PodSelection, group=DISCOVERY):
     ).means(
         "Comma-separated types of Node addresses that Prometheus can reach. The first type that a Node has an "
         "address of gives its service's address"
+    )
+    node_ip_family: str = Setting("NODE_IP_FAMILY", parse.choice(*FAMILIES), PRIMARY).means(
+        "Address of a dual-stack Node at which Prometheus reaches it, and Pods with `POD_ADDRESS=proxy` or `host`: `primary`, "
+        "`ipv4` or `ipv6`"
     )
     given_paths: tuple[str, ...] = Setting("NODE_PATHS", _KUBELET_PATHS).means(
         "Comma-separated kubelet paths to scrape of each Node, each a service: `/metrics/cadvisor`, `/metrics`, "
@@ -286,6 +293,16 @@ class NamingSettings(Section, group="Names, tags, labels and shards"):
     shard_strategy: str = Setting("SHARD_STRATEGY", parse.choice(RANDOM, HASH), RANDOM).means(
         "`random`: a new service gets any shard path and keeps it. `hash`: its ID determines the path"
     )
+
+    @property
+    def kinds_with_template(self) -> frozenset[Kind]:
+        """The kinds whose service names are not the default, which contains the object's own name."""
+        templates = {
+            Kind.POD: self.pod_name != POD_NAME,
+            Kind.NODE: self.node_name != NODE_NAME,
+            Kind.ENDPOINT: self.endpoint_name != ENDPOINT_NAME,
+        }
+        return frozenset(kind for kind, is_template in templates.items() if is_template)
 
     @property
     def longest_shard(self) -> int:

@@ -225,14 +225,14 @@ def _targets(
     own = {"kind": Kind.ENDPOINT.value, "namespace": namespace, "service": service, "pod": endpoint.pod}
     own |= {"node": endpoint.node, "zone": _usable_zone(endpoint.zone)}
     metas = {id(one): checked_meta({**one.meta, **scrape.target_labels, **own}) for one in scrape.scrapes}
-    is_proxied = bool(rules.pods_through_proxy and endpoint.pod)
+    is_proxied = bool(rules.is_pod_elsewhere and endpoint.pod)
     return tuple(
         [
             Target(
                 key=scrape.key,
                 id=endpoint_service_id(scrape.key, endpoint.pod or address, port.suffix, rules.id_prefix),
                 name=name,
-                # Through the proxy only the Pod's own target can be scraped: there is no address to fall back to.
+                # At its Node only the Pod's own target can be scraped: there is no address to fall back to.
                 address="" if is_proxied else address,
                 port=port.number,
                 meta=metas[id(port.scrape)],

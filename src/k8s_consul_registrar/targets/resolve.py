@@ -20,9 +20,12 @@ from k8s_consul_registrar.targets.meta import (
 )
 from k8s_consul_registrar.targets.scrape_config import (
     NODE_ADDRESS_TYPES,
+    PRIMARY,
     TCP,
     ScrapeConfig,
     ScrapedPort,
+    annotated_family,
+    host_address,
     is_scraped,
     node_address,
     parse_ip,
@@ -64,7 +67,8 @@ class TargetRules(msgspec.Struct, frozen=True):
 
     `node_address_types` are those at which Prometheus reaches a Node, the preferred one first.
     `longest_shard` is in bytes. With `has_readiness` a target carries its object's readiness. With
-    `pods_through_proxy` a Pod's target is the proxy on its Node, scraped with `proxy_scheme`.
+    `pods_through_proxy` a Pod's target is the proxy on its Node, scraped with `proxy_scheme`, with `pods_at_host` its
+    hostPort there.
     """
 
     annotation_prefix: str = "prometheus.io/"
@@ -87,7 +91,15 @@ class TargetRules(msgspec.Struct, frozen=True):
     has_readiness: bool = False
     intervals: IntervalRules = IntervalRules()
     pods_through_proxy: bool = False
+    pods_at_host: bool = False
+    pod_ip_family: str = PRIMARY
+    node_ip_family: str = PRIMARY
     proxy_scheme: str = "http"
+
+    @property
+    def is_pod_elsewhere(self) -> bool:
+        """True if a Pod's target is at its Node, so that endpoints of the Pod itself are not reached."""
+        return self.pods_through_proxy or self.pods_at_host
 
     @property
     def given_labels(self) -> Mapping[Kind, tuple[LabelMeta, ...]]:
@@ -120,9 +132,8 @@ def resolve_pod(pod: Pod, rules: TargetRules) -> Resolved:
         return ()
     service_id = pod_service_id(pod.namespace, pod.name, rules.id_prefix)
     try:
-        scrape = pod_scrape(pod, rules.annotation_prefix, rules.intervals)
-        find_endpoints = _proxy_endpoints if rules.pods_through_proxy else _endpoints
-        endpoints = find_endpoints(pod, scrape, rules)
+        scrape = pod_scrape(pod, rules.annotation_prefix, rules.intervals, rules.pod_ip_family)
+        endpoints = _endpoints(pod, scrape, rules)
         if rules.extra_meta or rules.annotations:
             pairs = zip(endpoints, scrape.ports, strict=True)
             endpoints = [_with_extra(endpoint, pod, port, rules) for endpoint, port in pairs]
@@ -148,7 +159,7 @@ def resolve_pod(pod: Pod, rules: TargetRules) -> Resolved:
                 ready=pod.ready if rules.has_readiness else None,
                 awaits=awaits,
                 has_own_zone=bool(zone),
-                has_own_address=not (pod.host_network or rules.pods_through_proxy),
+                has_own_address=not (pod.host_network or rules.is_pod_elsewhere),
                 is_terminating=pod.deleted,
                 notes=port.scrape.notes + endpoint.notes,
             )
@@ -173,7 +184,7 @@ def resolve_node(node: Node, rules: TargetRules) -> Resolved:
         subject = _node_subject(node, node_ip, service_id, rules)
         name = service_name(rules.node_name, subject, rules.longest_shard)
         tags = service_tags(rules.tags, subject, rules.longest_shard)
-        address = _reached_address(node, rules.node_address_types)
+        address = _reached_address(node, rules)
         is_windows = node.labels.get(OS_LABEL) == WINDOWS
         paths = rules.node_paths.windows if is_windows else rules.node_paths.linux
         labels = [(one.key, node.labels.get(one.label, "")) for one in rules.node_labels]
@@ -209,7 +220,7 @@ class _Endpoint(msgspec.Struct, frozen=True, gc=False):
     notes: tuple[str, ...] = ()
 
 
-def _endpoints(pod: Pod, config: ScrapeConfig, rules: TargetRules) -> list[_Endpoint]:
+def _own_endpoints(pod: Pod, config: ScrapeConfig, rules: TargetRules) -> list[_Endpoint]:
     base = _pod_meta(pod, rules)
     found: list[_Endpoint] = []
     scrape: ScrapeSet | None = None
@@ -225,9 +236,7 @@ def _endpoints(pod: Pod, config: ScrapeConfig, rules: TargetRules) -> list[_Endp
 def _proxy_endpoints(pod: Pod, config: ScrapeConfig, rules: TargetRules) -> list[_Endpoint]:
     """Return the proxy's NodePort on the Pod's Node; the proxy adds the Pod's path, parameters and scheme."""
     require_declared(pod, config.ports)
-    host = parse_ip(pod.host_ip)
-    if host is None or host.is_unspecified or host.is_multicast:
-        raise Rejected(Reason.NO_HOST_IP, "the Pod's status names no address of its node")
+    host = host_address(pod, rules.node_ip_family)
     is_alone = len(config.ports) == 1
     base = _pod_meta(pod, rules) | {"scheme": rules.proxy_scheme}
 
@@ -235,7 +244,30 @@ def _proxy_endpoints(pod: Pod, config: ScrapeConfig, rules: TargetRules) -> list
         path = proxied_path(pod.namespace, pod.name, None if is_alone else port)
         return checked_meta({**base, "metrics_path": path, **port.scrape.timing.meta})
 
-    return [_Endpoint(str(host), rules.proxy_node_port, meta_of(port)) for port in config.ports]
+    return [_Endpoint(host, rules.proxy_node_port, meta_of(port)) for port in config.ports]
+
+
+def _host_endpoints(pod: Pod, config: ScrapeConfig, rules: TargetRules) -> list[_Endpoint]:
+    """Return the Node's address with the `hostPort` of each port."""
+    host = host_address(pod, annotated_family(pod, rules.annotation_prefix) or rules.node_ip_family)
+    declared = {one.number: one.host_port for one in pod.ports if one.protocol == TCP and one.host_port}
+    found = []
+    for endpoint in _own_endpoints(pod, config, rules):
+        # On its Node's network a Pod has its ports there.
+        port = declared.get(endpoint.port) or (endpoint.port if pod.host_network else 0)
+        if not port:
+            raise Rejected(
+                Reason.NO_HOST_PORT, f"no container has a hostPort for the TCP port {endpoint.port}"
+            )
+        found.append(replace(endpoint, address=host, port=port))
+    return found
+
+
+def _endpoints(pod: Pod, config: ScrapeConfig, rules: TargetRules) -> list[_Endpoint]:
+    """Return where each port of a Pod is scraped."""
+    if rules.pods_through_proxy:
+        return _proxy_endpoints(pod, config, rules)
+    return _host_endpoints(pod, config, rules) if rules.pods_at_host else _own_endpoints(pod, config, rules)
 
 
 def _with_extra(endpoint: _Endpoint, pod: Pod, port: ScrapedPort, rules: TargetRules) -> _Endpoint:
@@ -313,8 +345,10 @@ def _canonical_ip(text: str) -> str:
     return "" if address is None else str(address)
 
 
-def _reached_address(node: Node, types: tuple[str, ...]) -> str:
-    address = node_address(node, types)
+def _reached_address(node: Node, rules: TargetRules) -> str:
+    types, family = rules.node_address_types, rules.node_ip_family
+    address = node_address(node, types, family)
     if address is None:
-        raise Rejected(Reason.NO_ADDRESS, f"the Node's status has no {' or '.join(types)} that is an IP")
+        what = "an IP" if family == PRIMARY else f"an {family} address"
+        raise Rejected(Reason.NO_ADDRESS, f"the Node's status has no {' or '.join(types)} that is {what}")
     return address

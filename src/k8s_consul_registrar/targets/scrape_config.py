@@ -55,14 +55,25 @@ def scraped_address(text: str) -> str | None:
     return str(address)
 
 
-def node_address(node: Node, types: Sequence[str] = NODE_ADDRESS_TYPES) -> str | None:
-    """Return the Node's address: the first IP literal of the first type that has one.
+# Families of addresses, of which the primary one is the first that Kubernetes names.
+PRIMARY, IPV4, IPV6 = FAMILIES = ("primary", "ipv4", "ipv6")
+
+
+def is_of_family(address: str, family: str) -> bool:
+    """Return True if an IP literal is of a family."""
+    return family == PRIMARY or (":" in address) is (family == IPV6)
+
+
+def node_address(node: Node, types: Sequence[str] = NODE_ADDRESS_TYPES, family: str = PRIMARY) -> str | None:
+    """Return the Node's address: the first IP literal, of a family, of the first type that has one.
 
     Names (`InternalDNS`, `Hostname`) never count: a Node cannot prove what its name resolves to.
     """
     for wanted in types:
         for entry in node.addresses:
-            if entry.type == wanted and (address := scraped_address(entry.address)) is not None:
+            if entry.type != wanted or (address := scraped_address(entry.address)) is None:
+                continue
+            if is_of_family(address, family):
                 return address
     return None
 
@@ -113,9 +124,14 @@ def is_scraped(pod: Pod, prefix: str) -> bool:
     return asks_for_scrapes(pod.annotations, prefix) and pod.phase in SCRAPED_PHASES
 
 
-def pod_scrape(pod: Pod, prefix: str, intervals: IntervalRules | None = None) -> ScrapeConfig:
-    """Read the annotations of a Pod that `is_scraped`; raises `Rejected` for invalid ones."""
-    address = _pod_address(pod)
+def pod_scrape(
+    pod: Pod, prefix: str, intervals: IntervalRules | None = None, family: str = PRIMARY
+) -> ScrapeConfig:
+    """Read the annotations of a Pod that `is_scraped`; raises `Rejected` for invalid ones.
+
+    `family` is that of its address where no annotation names another one.
+    """
+    address = _pod_address(pod, annotated_family(pod, prefix) or family)
     pairs = scrape_annotations(pod.annotations, prefix)
     size = 0
     for name, value in pairs:
@@ -185,13 +201,39 @@ def proxied_path(namespace: str, name: str, port: ScrapedPort | None = None) -> 
     return f"{PROXIED_PODS}{namespace}/pods/{which}/metrics{ordinal}"
 
 
-def _pod_address(pod: Pod) -> str:
+def annotated_family(pod: Pod, prefix: str) -> str:
+    """Return the family of addresses that a Pod's annotation names, empty without one; raises `Rejected`."""
+    given = pod.annotations.get(f"{prefix}ip-family")
+    family = "" if given is None else given.strip().lower()
+    if family and family not in FAMILIES:
+        raise Rejected(
+            Reason.INVALID_IP_FAMILY, f"ip-family {quoted(family)} is none of {', '.join(FAMILIES)}"
+        )
+    return family
+
+
+def _pod_address(pod: Pod, family: str) -> str:
     if not pod.ip:
         raise Rejected(Reason.NO_IP, "the Pod has no IP yet")
-    address = scraped_address(pod.ip)
-    if address is None:
-        raise Rejected(Reason.INVALID_IP, f"the Pod's IP {quoted(pod.ip)} cannot be scraped")
-    return address
+    for text in (pod.ip,) if family == PRIMARY else pod.ips or (pod.ip,):
+        address = scraped_address(text)
+        if address is None:
+            raise Rejected(Reason.INVALID_IP, f"the Pod's IP {quoted(text)} cannot be scraped")
+        if is_of_family(address, family):
+            return address
+    raise Rejected(Reason.NO_IP_FAMILY, f"the Pod has no {family} address beside {quoted(pod.ip)}")
+
+
+def host_address(pod: Pod, family: str) -> str:
+    """Return the address of a Pod's Node; raises `Rejected` without one of the family."""
+    for text in (pod.host_ip,) if family == PRIMARY else pod.host_ips or (pod.host_ip,):
+        host = parse_ip(text)
+        if host is None or host.is_unspecified or host.is_multicast:
+            continue
+        if is_of_family(str(host), family):
+            return str(host)
+    which = "" if family == PRIMARY else f"{family} "
+    raise Rejected(Reason.NO_HOST_IP, f"the Pod's status names no {which}address of its node")
 
 
 def scrape_ports(text: str | None, ports: Sequence[ContainerPort]) -> tuple[int, ...]:

@@ -246,5 +246,6 @@ def build_feeds(
         sources=pod_side.wanted.sources,
         selector=pod_side.wanted.pod_selector,
         annotation_prefix=pod_side.wanted.annotation_prefix,
+        ip_family=pod_side.wanted.ip_family,
     )
     return of_nodes, of_pods

@@ -58,14 +58,11 @@ from k8s_consul_registrar.registrar.resync import Resync
 from k8s_consul_registrar.registrar.schedule import FULL_READ_GAP, GhostChecks, ScheduleRules
 from k8s_consul_registrar.registrar.service_join import ServiceJoin
 from k8s_consul_registrar.registrar.status import RegistrarStatus
-from k8s_consul_registrar.settings.registrar import RegistrarSettings, selection_digest
+from k8s_consul_registrar.settings.registrar import AT_HOST, RegistrarSettings, selection_digest
 from k8s_consul_registrar.settings.selection import HASH
 from k8s_consul_registrar.targets.endpoints import Value, resolve_item
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
 from k8s_consul_registrar.targets.service_names import (
-    ENDPOINT_NAME,
-    NODE_NAME,
-    POD_NAME,
     HashShards,
     RandomShards,
     Shards,
@@ -126,6 +123,9 @@ class Wiring:
             proxy_node_port=settings.proxy_node_port,
             proxy_scheme=settings.proxy_scheme,
             pods_through_proxy=settings.pods_through_proxy,
+            pods_at_host=settings.pod_address == AT_HOST,
+            pod_ip_family=selection.ip_family,
+            node_ip_family=selection.node_ip_family,
             cluster=settings.cluster_name,
             id_prefix=naming.id_prefix,
             pod_name=naming.pod_name,
@@ -151,7 +151,7 @@ class Wiring:
             naming.meta_keys,
             settings.selection.annotation_prefix,
             frozenset(one.name for one in naming.target_labels),
-            settings.pods_through_proxy,
+            self.targets.is_pod_elsewhere,
         )
 
     def documents(self, view: Targets) -> Documents:
@@ -271,7 +271,7 @@ class Wiring:
         )
         names = NameGuard(
             registry.is_name_taken,
-            checked=self._kinds_with_template(),
+            checked=settings.naming.kinds_with_template,
             unchecked=reporter.names_unchecked,
         )
         rules = Rules(self.identity, self.shards, names.names, policy=settings.policy)
@@ -359,13 +359,3 @@ class Wiring:
         if self.settings.emit_events == "none":
             return None
         return EventPlan(EventLimits(interval=self.timing.event_interval))
-
-    def _kinds_with_template(self) -> frozenset[Kind]:
-        """Return the kinds whose service names are not the default, which contains the object's own name."""
-        naming = self.settings.naming
-        templates = {
-            Kind.POD: naming.pod_name != POD_NAME,
-            Kind.NODE: naming.node_name != NODE_NAME,
-            Kind.ENDPOINT: naming.endpoint_name != ENDPOINT_NAME,
-        }
-        return frozenset(kind for kind, is_template in templates.items() if is_template)
