@@ -67,6 +67,11 @@ class Claims:
             if not (target.has_own_address and self.endpoints.remove(target)):
                 self._remove(target)
 
+    def endpoints_of(self, service_id: str, key: ObjectKey | None = None) -> tuple[Target, ...]:
+        """Return the endpoints that ask for an ID, of one Service or of all."""
+        claims = self.by_id.get(service_id, ())
+        return tuple([one for one in claims if one.key.kind is Kind.ENDPOINT and key in (None, one.key)])
+
     def settle(self, changed: Sequence[Target]) -> tuple[list[Target], list[Target]]:
         """Return the targets that give way now, and those that come back, at the endpoints of some targets."""
         given_way, back = self.endpoints.settle(changed)

@@ -262,9 +262,9 @@ class DesiredState:
         assert self.join is not None
         self.generation += 1
         for target in joined.removed:
-            self._claims.remove((target,))
+            self._swap(self._claims.endpoints_of(target.id, target.key), ())
         for target in joined.added:
-            self._claims.add((target,))
+            self._swap((), self._inheritance.place((target,)))
             self._departures.end(target.id, target.key)
         for key in joined.services:
             after = self.join.rejection(key)
@@ -361,8 +361,21 @@ class DesiredState:
     def hand_down(self, most: int = SLICE) -> bool:
         """Change the meta of objects that inherit something new, as bulk work; return True if more are left."""
         for key in self._inheritance.take(most):
-            self._revise(key, self._inheritance.place, None)
+            if key.kind is not Kind.ENDPOINT:
+                self._revise(key, self._inheritance.place, None)
+                continue
+            for target in self._claims.endpoints_of(key.name):
+                self._swap((target,), self._inheritance.place((target,)))
+                self.generation += 1
+            self._tell((key.name,), (), None)
         return not self._inheritance.is_settled
+
+    def _swap(self, before: tuple[Target, ...], after: tuple[Target, ...]) -> None:
+        """Replace the claim of one endpoint, which inherits under its service ID: its Service can be on many Nodes."""
+        self._claims.remove(before)
+        self._claims.add(after)
+        for one in (*before, *after)[:1]:
+            self._inheritance.moved(ObjectKey(Kind.ENDPOINT, one.key.namespace, one.id), before, after)
 
     def _revise(
         self,

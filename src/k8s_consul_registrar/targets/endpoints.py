@@ -240,6 +240,7 @@ def _targets(
                 tags=tags,
                 ready=endpoint.ready if rules.has_readiness else None,
                 notes=port.scrape.notes,
+                awaits=rules.awaited(has_zone=True),
                 has_own_zone=True,
             )
             for port in ports

@@ -1,7 +1,7 @@
 """Meta of services: its keys, Consul's limits, labels that become meta, and what targets inherit from Nodes and Namespaces."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -249,14 +249,20 @@ class Inheritance:
         if not targets or targets[0].key.kind is Kind.NODE:
             return targets
         given: dict[Kind, GivenMeta] = {}
-        for kind, givers in self._givers.items():
+        for kind, givers in self._givers_of(targets[0].key.kind):
             if (one := givers.known.get(_giver_name(targets[0], kind))) is not None:
                 given[kind] = one
         return tuple([inherit(target, given) for target in targets]) if given else targets
 
+    def _givers_of(self, heirs: Kind) -> Iterator[tuple[Kind, _Givers]]:
+        """Yield what objects of a kind inherit from; endpoints have their zone from their slice, and want labels only."""
+        for kind, givers in self._givers.items():
+            if givers.labels or heirs is not Kind.ENDPOINT:
+                yield kind, givers
+
     def moved(self, key: ObjectKey, before: Resolved, after: Resolved) -> None:
         """Record of which objects the targets of another inherit now."""
-        for kind, givers in self._givers.items():
+        for kind, givers in self._givers_of(key.kind):
             was, now = _giver_of(before, kind), _giver_of(after, kind)
             if was == now:
                 continue

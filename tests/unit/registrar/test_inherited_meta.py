@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 
 import pytest
+from msgspec.structs import replace
 
-from k8s_consul_registrar.model import Kind, Namespace, Node, Source, Target, Undecodable
+from k8s_consul_registrar.model import Kind, Namespace, Node, SliceEndpoint, Source, Target, Undecodable
 from k8s_consul_registrar.registrar import desired as module
 from k8s_consul_registrar.registrar.claims import Change
 from k8s_consul_registrar.registrar.decide import Desired, InSync, Register, Rules, Update, decide
-from k8s_consul_registrar.registrar.observed import observe
+from k8s_consul_registrar.registrar.observed import AsDesired, observe
 from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.targets.meta import (
     MOST_META_PAIRS,
@@ -19,8 +20,8 @@ from k8s_consul_registrar.targets.meta import (
 )
 from k8s_consul_registrar.targets.resolve import TargetRules
 from k8s_consul_registrar.targets.service_names import RandomShards
-from support.builders import make_node, make_pod, our_pod_service
-from support.memory import NAMESPACES, NODES, PODS, MemoryCluster
+from support.builders import make_kube_service, make_node, make_pod, make_slice, our_pod_service
+from support.memory import NAMESPACES, NODES, PODS, SERVICES, SLICES, MemoryCluster
 
 SOURCES = (NAMESPACES, NODES, PODS)
 RULES = TargetRules(
@@ -280,3 +281,58 @@ def test_value_that_consul_does_not_take_is_dropped_and_counted(value: str) -> N
     assert cluster.desired.notes["labels_dropped"] == 1
     cluster.put(shop())
     assert cluster.desired.notes["labels_dropped"] == 0
+
+
+# Endpoints of Services
+
+
+def endpoint_meta(cluster: MemoryCluster, pod: str) -> dict[str, str]:
+    """Return what an endpoint's target has of its Namespace and Node."""
+    (target,) = cluster.desired.claims[f"svc--shop--web--{pod}--9102"]
+    return {key: value for key, value in target.meta if "_label_" in key or key == "zone"}
+
+
+def test_endpoint_has_the_labels_of_its_namespace_and_node() -> None:
+    """Whenever they are seen, changed or out of sight; its zone is its slice's."""
+    cluster = world(sources=(*SOURCES, SERVICES, SLICES))
+    cluster.put_list([make_kube_service()], SERVICES)
+    endpoints = [
+        SliceEndpoint("198.51.100.7", "a", "node-a", "z1"),
+        SliceEndpoint("198.51.100.8", "b", "node-b", "z2"),
+    ]
+    cluster.put_list([make_slice("web-1", *endpoints)], SLICES)
+    assert endpoint_meta(cluster, "a") == {"zone": "z1"}
+    cluster.put_list([shop()], NAMESPACES)
+    cluster.put_list([pooled(**{ZONE_LABEL: "of-node"})], NODES)
+    assert endpoint_meta(cluster, "a") == OF_SHOP | OF_NODE | {"zone": "z1"}
+    assert endpoint_meta(cluster, "b") == OF_SHOP | {"zone": "z2"}
+    changes: list[Change] = []
+    cluster.desired.subscribe(changes.append, lambda *_: None)
+    cluster.put(pooled("ondemand"))
+    asked = [(one.asked, one.heard_at) for one in changes]
+    assert (("svc--shop--web--a--9102",), None) in asked
+    assert not [one for one in changes if "svc--shop--web--b--9102" in one.asked or one.dropped]
+    cluster.store.fail(NAMESPACES, "403", "denied")
+    cluster.put(make_slice("web-1", replace(endpoints[0], ready=False), endpoints[1]))
+    assert endpoint_meta(cluster, "a")["node_label_pool"] == "ondemand"
+    cluster.put(shop(team="v" * 513))
+    assert cluster.desired.notes["labels_dropped"] == 2
+    cluster.remove(make_slice("web-1", *endpoints))
+    assert not [key for key in cluster.desired.claims if key.startswith("svc--")]
+    assert cluster.desired.notes["labels_dropped"] == 0
+    assert not any(givers.heirs for givers in cluster.desired._inheritance._givers.values())
+
+
+def test_endpoint_keeps_the_labels_of_its_record_while_they_are_not_known() -> None:
+    """As a Pod does: a start without the right to Namespaces rewrites nothing."""
+    cluster = world(sources=(*SOURCES, SERVICES, SLICES))
+    cluster.put_list([make_kube_service()], SERVICES)
+    cluster.put_list([make_slice("web-1", SliceEndpoint("198.51.100.7", "a", "node-a", "z1"))], SLICES)
+    (target,) = cluster.desired.claims["svc--shop--web--a--9102"]
+    entry = AsDesired(target, "", "")
+    held = replace(
+        entry, target=replace(target, meta=tuple(sorted((*target.meta, *(OF_SHOP | OF_NODE).items()))))
+    )
+    record = observe(held.service(Identity("lab")), Identity("lab"), "")
+    action = decide(Desired(target.id, (target,)), record, DECISIONS)
+    assert isinstance(action, InSync)
