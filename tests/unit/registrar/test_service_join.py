@@ -20,12 +20,14 @@ from k8s_consul_registrar.model import (
     Target,
 )
 from k8s_consul_registrar.registrar.claims import Change
-from k8s_consul_registrar.registrar.decide import Standing
+from k8s_consul_registrar.registrar.decide import Register, Rules, Standing, decide
 from k8s_consul_registrar.registrar.desired import GRACE
 from k8s_consul_registrar.registrar.observed import AsDesired
+from k8s_consul_registrar.registrar.ownership import Identity
 from k8s_consul_registrar.registrar.service_join import Winner
 from k8s_consul_registrar.targets.endpoints import ServiceScrape, resolve_service, resolve_slice
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve_pod
+from k8s_consul_registrar.targets.service_names import RandomShards
 from support.builders import annotated, make_kube_service, make_pod, make_slice, tcp
 from support.memory import PODS, SERVICES, SLICES, MemoryCluster, Thing
 from support.waiting import Clock
@@ -559,3 +561,46 @@ def test_events_in_any_order_end_as_a_fresh_computation(events: list[tuple[Thing
                 Standing.STALE,
                 Standing.REJECTED,
             }
+
+
+odd_pods = st.builds(
+    lambda name, namespace, ip, given, ports: make_pod(
+        name, namespace, ip=ip, annotations=given, ports=ports
+    ),
+    st.sampled_from(["p", "q", "b--p"]),
+    namespaces,
+    addresses,
+    texts,
+    ports,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.one_of(services, slices, pods, odd_pods), max_size=12))
+def test_every_object_ends_as_targets_or_as_one_reason_and_no_id_collides_silently(
+    items: list[Thing],
+) -> None:
+    """A Pod has targets or a reason; of a Service each endpoint does, or something else is scraped in its place."""
+    scene = Scene()
+    left = {item.key: item for item in items}
+    scene.put(*left.values())
+    desired, join = scene.desired, scene.desired.join
+    assert join is not None
+    asking = {(one.id, one.key) for some in desired.claims.values() for one in some}
+    for item in left.values():
+        resolved = resolve_pod(item, RULES) if isinstance(item, Pod) else ()
+        if isinstance(resolved, Rejection):
+            assert desired.rejections[item.key].reason == resolved.reason
+        else:
+            assert {(one.id, one.key) for one in resolved} <= asking
+    for service_id, offers in join.offers.items():
+        for key in {one.key for one in offers}:
+            is_asked = (service_id, key) in asking
+            assert is_asked != (join.winner_over(service_id, key) is not None)
+            ends = {end(one) for one in offers if one.key == key}
+            assert len(ends) == 1 or key in desired.rejections
+    rules = Rules(Identity(cluster="lab"), RandomShards(()))
+    for service_id, claims in desired.claims.items():
+        action = decide(desired.ask(service_id, None), None, rules)
+        assert isinstance(action, Register)
+        assert len(action.losers) == len({one.key for one in claims}) - 1
