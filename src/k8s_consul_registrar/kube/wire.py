@@ -28,7 +28,7 @@ class _Container(Wire):
 
 
 class WirePodSpec(Wire):
-    """What a Pod should be."""
+    """The spec of a Pod."""
 
     node_name: str = ""
     host_network: bool = False
@@ -43,7 +43,7 @@ class WireIp(Wire):
 
 
 class WirePodStatus(Wire):
-    """What a Pod is."""
+    """The status of a Pod."""
 
     phase: str = ""
     pod_ip: str = msgspec.field(name="podIP", default="")
@@ -87,7 +87,7 @@ class _DaemonEndpoints(Wire):
 
 
 class WireNodeStatus(Wire):
-    """What a Node is."""
+    """The status of a Node."""
 
     addresses: list[_Address] | None = None
     daemon_endpoints: _DaemonEndpoints | None = None
