@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export PYTHONDONTWRITEBYTECODE =
 COMPILED := .cache/compiled-tests
 
-.PHONY: help setup check fix docs chart-tools test-chart audit release image unit test test-long test-image soak bench-registrar bench-proxy bench-delivery demo lock real-servers clean
+.PHONY: help setup check fix docs chart-tools test-chart audit release image unit test test-long test-image ci-full soak bench-registrar bench-proxy bench-delivery demo lock real-servers clean
 
 help: ## list the targets
 	@awk '/^##@ /{printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## /{split($$0, at, ":.*## "); printf "  %-16s%s\n", at[1], at[2]}' $(MAKEFILE_LIST)
@@ -80,6 +80,9 @@ test-long: $(COMPILED) ## the tests that take longer: chaos, scale, whole storie
 
 test-image: $(STAMP) ## the image, built on a base of its own (needs root, buildah and debootstrap; ten minutes)
 	$(BIN)/python -m pytest -m image $(ARGS)
+
+ci-full: $(STAMP) ## the suite with the lowest versions allowed, and on Python 3.13 and 3.14 of Debian (root; at most an hour): ARGS="--only lowest tests/unit"
+	$(BIN)/python scripts/ci_full.py $(ARGS)
 
 soak: $(STAMP) ## the long versions of the tests of faults, with their figures as bounds (about an hour)
 	-scripts/fetch-real-servers
