@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from k8s_consul_registrar.admin.metrics import new_registry
 from k8s_consul_registrar.admin.view import TargetState
 from k8s_consul_registrar.errors import Reason
+from k8s_consul_registrar.kube.events import EventOutcome
 from k8s_consul_registrar.kube.source_state import CAUSES
 from k8s_consul_registrar.model import Kind
 from k8s_consul_registrar.proxy.metrics import ProxyCollector
@@ -119,9 +120,10 @@ def test_page_lists_every_metric_as_it_is() -> None:
 
 
 def test_page_lists_every_value_of_a_label() -> None:
-    """Outcomes, states, reasons and causes are listed with their meaning."""
-    listed = set(re.findall(r"^\| `(\w+)` \| [^|]+ \|$", PAGE.read_text(), re.MULTILINE))
-    kinds = (Outcome, Reason, Kept, Stays, TargetState)
+    """Outcomes, states and causes are listed with their meaning, reasons of rejections on the page about them."""
+    pages = PAGE.read_text() + (ROOT / "docs" / "annotations.md").read_text()
+    listed = set(re.findall(r"^\| `(\w+)` \| [^|]+ \|$", pages, re.MULTILINE))
+    kinds = (Outcome, EventOutcome, Reason, Kept, Stays, TargetState)
     assert listed == {one.value for kind in kinds for one in kind} | set(CAUSES)
 
 
