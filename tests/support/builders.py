@@ -101,5 +101,5 @@ def our_pod_service(name: str, namespace: str = "shop", **meta: str) -> Service:
 async def unaudited(
     write: Callable[[Sequence[Service]], Awaitable[Written]], services: Sequence[Service]
 ) -> Written:
-    """Remove services as a previous location is told to, without a proof."""
+    """Remove services as a previous location does, without a proof."""
     return await write(services)

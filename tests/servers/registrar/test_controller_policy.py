@@ -28,7 +28,7 @@ def served(seen: Seen) -> set[str]:
 
 
 async def test_upsert_only_registers_and_updates_and_never_removes() -> None:
-    """What should go is counted and shown, and no target any more; one that comes back is as before."""
+    """Services that should go are counted and shown, and are no targets; one that comes back is as before."""
     seen = Seen(policy=Policy.UPSERT_ONLY)
     lab = seen.lab
     lab.consul.put_by_hand(our_pod_service("finished"))

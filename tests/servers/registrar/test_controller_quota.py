@@ -19,7 +19,7 @@ def aged(name: str, age: int) -> Pod:
 async def test_oldest_pods_get_the_places_and_others_follow_as_these_become_free(
     checks_versions: bool,
 ) -> None:
-    """What Consul holds comes first; nothing that it holds is touched."""
+    """Services that Consul holds come first, and none of them is touched."""
     lab = ControllerLab(checks_versions=checks_versions, quota=2)
     lab.consul.put_by_hand(our_pod_service("held"))
     async with lab.running():
@@ -38,7 +38,7 @@ async def test_oldest_pods_get_the_places_and_others_follow_as_these_become_free
 
 
 async def test_lower_limit_removes_nothing() -> None:
-    """What was registered under a higher one stays, however much it is."""
+    """Services registered under a higher limit stay, however many there are."""
     lab = ControllerLab(quota=1)
     for name in "abcdef":
         lab.consul.put_by_hand(our_pod_service(name))

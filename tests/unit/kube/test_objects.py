@@ -468,7 +468,7 @@ def test_slice_with_an_endpoint_that_cannot_be_read_has_no_name(odd: Any) -> Non
 
 
 def test_endpoint_that_was_seen_is_the_same_object_and_any_change_another() -> None:
-    """What is remembered by its bytes is never taken for another endpoint, and very long ones are not kept."""
+    """An endpoint remembered by its bytes is never taken for another, and very long ones are not kept."""
 
     def endpoints(*some: dict[str, Any]) -> tuple[SliceEndpoint, ...]:
         part = read_kind(Kind.ENDPOINT, objects.endpoint_slice("web-abc", "web", some, namespace="shop"))

@@ -53,7 +53,7 @@ def names(judgement: OrphanJudgement) -> set[str]:
 
 @pytest.mark.parametrize("policy", [Policy.UPSERT_ONLY, Policy.OBSERVE])
 def test_policy_that_removes_nothing_keeps_what_may_go(policy: Policy) -> None:
-    """What our agent has by now, what was seen to go, and what the brake lets go: all of it is counted."""
+    """Services that our agent has by now, that were seen to go, and that the brake releases: all are counted."""
     cluster = cluster_of("here", "asks-not", "gone")
     cluster.put(make_pod("asks-not", annotations={}))
     cluster.put_list([make_pod("here"), make_pod("asks-not", annotations={})])

@@ -50,7 +50,7 @@ def test_each_port_has_its_own_name_and_container(is_proxied: bool) -> None:
 
 
 def test_pod_says_its_uid_readiness_annotations_and_workload() -> None:
-    """What it does not have is left out, and nothing is there by default."""
+    """Properties that it lacks are left out, and nothing is there by default."""
     annotations = {**annotated(port="metrics"), "example.com/owner": "team shop"}
     pod = make_pod(ports=PORTS, ready=True, owner_kind="StatefulSet", owner="db", annotations=annotations)
     extra = {
