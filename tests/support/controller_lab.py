@@ -106,10 +106,17 @@ class ControllerLab:
         policy: Policy = Policy.SYNC,
         backoff_cap: float = 60.0,
         quota: int = 0,
+        selects_namespaces: bool = False,
     ) -> None:
         self.clock = Clock(follows=time.monotonic)
         self.observed = LimitedState() if quota else ObservedState()
-        self.cluster = MemoryCluster(sources, observed=self.observed, clock=self.clock, rules=target_rules)
+        self.cluster = MemoryCluster(
+            sources,
+            observed=self.observed,
+            clock=self.clock,
+            rules=target_rules,
+            selects_namespaces=selects_namespaces,
+        )
         self.desired = self.cluster.desired
         self.consul = MemoryRegistry(checks_versions=checks_versions)
         self.metrics = CollectorRegistry()

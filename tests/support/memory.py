@@ -51,6 +51,7 @@ class MemoryCluster:
         observed: ObservedState | None = None,
         clock: Callable[[], float] = lambda: 0.0,
         rules: TargetRules | None = None,
+        selects_namespaces: bool = False,
     ) -> None:
         target = rules or TargetRules()
         self.observed = observed or ObservedState()
@@ -60,6 +61,7 @@ class MemoryCluster:
             lambda item: resolve_item(item, target),
             self.observed,
             join=join,
+            selects_namespaces=selects_namespaces,
             labels=target.given_labels,
             clock=clock,
         )

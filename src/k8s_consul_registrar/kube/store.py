@@ -17,7 +17,7 @@ from k8s_consul_registrar.kube.source_state import (
     SourceStatus,
     Synced,
 )
-from k8s_consul_registrar.model import ObjectKey, Source
+from k8s_consul_registrar.model import Kind, ObjectKey, Source, Target
 
 ValueT = TypeVar("ValueT")
 ValueT_contra = TypeVar("ValueT_contra", contravariant=True)
@@ -251,6 +251,51 @@ class Store(Generic[ValueT]):
         before, record.state = record.state, state
         if _essence(before) != _essence(state) or isinstance(state, Synced):
             self._observer.on_source(source, record.status())
+
+
+class NamespaceGate:
+    """The targets of each namespace, and the namespaces that a selector opens; without `selects` everything counts.
+
+    What has no namespace always does.
+    """
+
+    def __init__(self, *, selects: bool) -> None:
+        self._selects = selects
+        self._open: set[str] = set()
+        self._targets: dict[str, dict[tuple[str, ObjectKey], Target]] = {}
+
+    def is_shut(self, namespace: str) -> bool:
+        """Return True if the targets of a namespace do not count."""
+        return self._selects and bool(namespace) and namespace not in self._open
+
+    def needed(self, source: Source) -> tuple[Source, ...]:
+        """Return the sources that show together which objects of a source are there and selected."""
+        is_gated = self._selects and source.kind is not Kind.NODE
+        return (*source.needed, Source(Kind.NAMESPACE)) if is_gated else source.needed
+
+    def turn(self, namespace: str, *, is_selected: bool) -> tuple[Target, ...]:
+        """Open or shut a namespace; return its targets if that is a change."""
+        if not self._selects or is_selected is (namespace in self._open):
+            return ()
+        if is_selected:
+            self._open.add(namespace)
+        else:
+            self._open.discard(namespace)
+        return tuple(self._targets.get(namespace, {}).values())
+
+    def add(self, target: Target) -> bool:
+        """Note a target; return True if it counts."""
+        if self._selects and target.key.namespace:
+            self._targets.setdefault(target.key.namespace, {})[target.id, target.key] = target
+        return not self.is_shut(target.key.namespace)
+
+    def remove(self, target: Target) -> bool:
+        """Forget a target; return True if it counted."""
+        if self._selects and (targets := self._targets.get(target.key.namespace)) is not None:
+            targets.pop((target.id, target.key), None)
+            if not targets:
+                del self._targets[target.key.namespace]
+        return not self.is_shut(target.key.namespace)
 
 
 def _count(record: _Record[ValueT], step: int) -> None:

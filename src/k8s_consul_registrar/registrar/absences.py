@@ -183,15 +183,21 @@ class Absences:
                 is_proven_at_start=is_proven and self._is_same_cluster(one) and not answer.exists,
                 is_unselected=answer.exists,
             )
-        lists = [self._desired.store.status(needed).list_began_at for needed in one.source.needed]
+        lists = [
+            self._desired.store.status(needed).list_began_at
+            for needed in self._desired.gate.needed(one.source)
+        ]
         began_at = min(-math.inf if at is None else at for at in lists)
         if began_at >= self._noticed_at[one.id][0]:
-            is_unselected = one.key is not None and (was_asked or self._cluster.is_excluded(one.key))
+            is_outside = one.key is not None and (
+                self._cluster.is_excluded(one.key) or self._desired.gate.is_shut(one.key.namespace)
+            )
+            is_unselected = is_outside or (was_asked and one.key is not None)
             return Absence(began_at, is_unselected=is_unselected)
         return None
 
     def _is_empty(self, source: Source) -> bool:
-        return not all(self._desired.store.status(one).objects for one in source.needed)
+        return not all(self._desired.store.status(one).objects for one in self._desired.gate.needed(source))
 
     def _is_same_cluster(self, one: Candidate) -> bool:
         return bool(one.cluster_uid) and one.cluster_uid == self._desired.cluster_uid

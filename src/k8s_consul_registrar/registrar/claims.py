@@ -7,6 +7,7 @@ from typing import TypeAlias
 import msgspec
 from msgspec.structs import replace
 
+from k8s_consul_registrar.kube.store import NamespaceGate
 from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Resolved, Target
 from k8s_consul_registrar.registrar.brake import Ground, Proof
 from k8s_consul_registrar.registrar.observed import (
@@ -42,8 +43,9 @@ class Change(msgspec.Struct, frozen=True, gc=False):
 class Claims:
     """The targets by the service ID that they ask for, without those that gave way to another Pod's."""
 
-    def __init__(self, changed: Callable[[str], None]) -> None:
+    def __init__(self, changed: Callable[[str], None], gate: NamespaceGate) -> None:
         self._changed = changed
+        self._gate = gate
         self.by_id: dict[str, tuple[Target, ...]] = {}
         self.endpoints = Endpoints()
         # Number of targets with each note, those that gave way included.
@@ -81,12 +83,30 @@ class Claims:
             self._add(target, (target,))
         return given_way, back
 
+    def select(self, namespace: str, *, is_selected: bool) -> tuple[str, ...]:
+        """Let the targets of a namespace count, or not; return the IDs that this changes."""
+        targets = self._gate.turn(namespace, is_selected=is_selected)
+        for target in targets:
+            if is_selected:
+                self._put(target, (target,))
+            else:
+                self._drop(target)
+        return tuple([target.id for target in targets])
+
     def _add(self, target: Target, alone: tuple[Target, ...]) -> None:
+        if self._gate.add(target):
+            self._put(target, alone)
+
+    def _remove(self, target: Target) -> None:
+        if self._gate.remove(target):
+            self._drop(target)
+
+    def _put(self, target: Target, alone: tuple[Target, ...]) -> None:
         self._changed(target.id)
         others = self.by_id.get(target.id)
         self.by_id[target.id] = (*others, target) if others else alone
 
-    def _remove(self, target: Target) -> None:
+    def _drop(self, target: Target) -> None:
         self._changed(target.id)
         rest = tuple(one for one in self.by_id[target.id] if one.key != target.key)
         if rest:

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.kube.source_state import SourceStatus
-from k8s_consul_registrar.kube.store import Evidence, Store
+from k8s_consul_registrar.kube.store import Evidence, NamespaceGate, Store
 from k8s_consul_registrar.model import (
     EndpointSlice,
     Kind,
@@ -57,6 +57,7 @@ class DesiredState:
         *,
         join: ServiceJoin | None = None,
         labels: Mapping[Kind, Sequence[LabelMeta]] = MappingProxyType({}),
+        selects_namespaces: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._resolve = resolve
@@ -66,11 +67,11 @@ class DesiredState:
         self._clock = clock
         self._inheritance = Inheritance([one.kind for one in sources], labels)
         self.join = join
-        self._claims = Claims(observed.changed)
+        self.gate = NamespaceGate(selects=selects_namespaces)
+        self._claims = Claims(observed.changed, self.gate)
         self._rejections = Rejections()
         self._departures = Departures(observed)
-        # Targets by the service ID they ask for, rejections by object, the addresses and ports of Pods, and
-        # targets with each note: they change under the reader.
+        # Targets by service ID, rejections by object, Pods' endpoints, targets by note: they change under the reader.
         self.claims: Mapping[str, tuple[Target, ...]] = self._claims.by_id
         self.rejections: Mapping[ObjectKey, Rejection] = self._rejections.by_key
         self.endpoints = self._claims.endpoints
@@ -130,7 +131,7 @@ class DesiredState:
         source = self.source_of(kind, key)
         if source is None:
             return Standing.UNWATCHED
-        is_synced = all(self.store.status(one).proves_absence for one in source.needed)
+        is_synced = all(self.store.status(one).proves_absence for one in self.gate.needed(source))
         departed = self._departures.get(service_id, key)
         has_departed = departed is not None and (departed > self._departures.stale_until or is_synced)
         is_endpoint = source.kind is Kind.ENDPOINT
@@ -141,8 +142,8 @@ class DesiredState:
             return Standing.DEPARTED if self._departures.is_due(service_id, self._clock()) else Standing.STALE
         if not is_synced:
             return Standing.STALE
-        if key is None:
-            return Standing.ABSENT
+        if key is None or self.gate.is_shut(key.namespace):
+            return Standing.ABSENT  # what is not selected any more is an inference as well
         # An object that a synced source shows, and that asks for other IDs, does not ask for this one. A Service
         # that is there says nothing of an endpoint; one that something else is scraped in place of is known.
         is_yielded = is_endpoint and self.join is not None and self.join.winner_over(service_id, key)
@@ -184,6 +185,8 @@ class DesiredState:
         if after is None:
             self._inheritance.lose(key)
         if key.kind is Kind.NAMESPACE:
+            self.has_absences |= after is None
+            self._tell(self._claims.select(key.name, is_selected=after is not None), (), None)
             return
         if self.join is not None and key.kind is Kind.SERVICE:
             self._follow(self.join.on_service(key, after), None, is_fact=evidence is not Evidence.ABSENT)

@@ -78,6 +78,11 @@ class ClusterReads:
         """Return True if lists show an object that exists; raises a `ClusterError`."""
         if key.kind is Kind.ENDPOINT:
             key = ObjectKey(Kind.SERVICE, key.namespace, key.name)
+        of_namespaces = self.selectors.get(Kind.NAMESPACE)
+        if of_namespaces is not None and key.namespace:
+            namespace = ObjectKey(Kind.NAMESPACE, "", key.namespace)
+            if await self.kube.read_object(namespace, of_namespaces) is None:
+                return False
         selector = self.selectors.get(key.kind)
         return selector is None or await self.kube.read_object(key, selector) is not None
 
@@ -87,7 +92,8 @@ class ClusterReads:
 
     def relist(self, source: Source, at: float) -> None:
         """Ask for a new complete list at a moment of the monotonic clock."""
-        for one in source.needed:
+        is_gated = Kind.NAMESPACE in self.selectors and source.kind is not Kind.NODE
+        for one in (*source.needed, *([Source(Kind.NAMESPACE)] if is_gated else ())):
             self.reflectors.relist(one, at)
 
 

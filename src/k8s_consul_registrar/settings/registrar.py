@@ -261,7 +261,8 @@ class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
     @property
     def sources(self) -> tuple[Source, ...]:
         """The sources that are listed separately."""
-        namespaces = (Source(Kind.NAMESPACE),) if self.naming.namespace_labels else ()
+        is_needed = self.naming.namespace_labels or self.selection.namespace_label_selector
+        namespaces = (Source(Kind.NAMESPACE),) if is_needed else ()
         return (*namespaces, *self.selection.sources)
 
     @property
@@ -360,6 +361,7 @@ def _newer_parts(settings: RegistrarSettings) -> dict[str, Any]:
         "intervals": (_durations(settings.intervals), _durations(default.intervals)),
         "node_paths": ([paths.linux, paths.windows], [usual_paths.linux, usual_paths.windows]),
         "is_node_path_told": (paths.is_told, usual_paths.is_told),
+        "namespace_label_selector": (settings.selection.namespace_label_selector, ""),
         "excluded": (settings.selection.outside_excluded().fields, ""),
         "namespace_labels": (sorted(settings.naming.namespace_labels), []),
         "node_labels": (sorted(settings.naming.node_labels), []),

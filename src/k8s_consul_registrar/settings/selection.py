@@ -67,6 +67,10 @@ class SelectionSettings(PodSelection, group=DISCOVERY):
     service_label_selector: str = Setting("SERVICE_LABEL_SELECTOR", parse.selector).means(
         "Kubernetes label selector for Services"
     )
+    namespace_label_selector: str = Setting("NAMESPACE_LABEL_SELECTOR", parse.selector).means(
+        "Kubernetes label selector for namespaces: only objects in those that it matches are discovered. Needs the overlay "
+        "`namespace-labels`"
+    )
     node_label_selector: str = Setting("NODE_LABEL_SELECTOR", parse.selector).means(
         "Kubernetes label selector for Nodes"
     )
@@ -118,6 +122,7 @@ class SelectionSettings(PodSelection, group=DISCOVERY):
         selectors = {
             Kind.POD: self.pod_selector,
             Kind.NODE: Selector(self.node_label_selector),
+            Kind.NAMESPACE: Selector(self.namespace_label_selector),
             Kind.SERVICE: self.outside_excluded(self.service_label_selector),
             Kind.ENDPOINT: self.outside_excluded(),
         }
@@ -135,12 +140,13 @@ class SelectionSettings(PodSelection, group=DISCOVERY):
             "POD_LABEL_SELECTOR": "pods",
             "NAMESPACES": "pods",
             "EXCLUDE_NAMESPACES": "pods",
+            "NAMESPACE_LABEL_SELECTOR": "pods",
             "NODE_LABEL_SELECTOR": "nodes",
             "NODE_LABELS_AS_META": "nodes",
             "SERVICE_LABEL_SELECTOR": "services",
         }
         for one, kind in kinds.items():
-            is_of_services = one in ("NAMESPACES", "EXCLUDE_NAMESPACES") and Kind.ENDPOINT in self.kinds
+            is_of_services = "NAMESPACE" in one and Kind.ENDPOINT in self.kinds
             is_used = _KINDS[kind] in self.kinds or is_of_services
             if reader.is_set(one) and not is_used:
                 reader.warnings.append(f"{one} has no effect: DISCOVER leaves out {kind}")

@@ -253,6 +253,7 @@ class Wiring:
             observed,
             join=join,
             labels=self.targets.given_labels,
+            selects_namespaces=bool(settings.selection.namespace_label_selector),
         )
         reporter = Reporter(metrics, status)
         events = None

@@ -26,6 +26,7 @@ def digest(**changes: str) -> str:
         ("NAMESPACES", "a"),
         ("NAMESPACES", ""),
         ("POD_LABEL_SELECTOR", "app=web"),
+        ("NAMESPACE_LABEL_SELECTOR", "team=web"),
         ("NODE_LABEL_SELECTOR", "role=worker"),
         ("ANNOTATION_PREFIX", "scrape.example/"),
         ("NODE_ADDRESS_TYPES", "ExternalIP,InternalIP"),
