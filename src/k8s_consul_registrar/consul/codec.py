@@ -166,7 +166,7 @@ class MetaKeys(msgspec.Struct, frozen=True):
     """Which of our keys have another name in Consul: pairs of our name and Consul's, sorted.
 
     Nothing else knows of it: services are encoded as they leave for Consul and decoded as
-    they come from it. No key is renamed to one of our own, so a key found in Consul means what it
+    they come from it. No key is renamed to one of our own, so one of these found in Consul means what it
     always means, or nothing at all where it was renamed.
     """
 
