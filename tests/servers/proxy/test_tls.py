@@ -88,12 +88,13 @@ async def test_slow_caller_holds_the_kubelet_back(tmp_path: Path) -> None:
         caller = await connect(proxy, caller_context(AUTHORITY))
         transport_of(caller.writer).pause_reading()
         caller.writer.write(get_request(cadvisor(kubelet)))
-        await until(lambda: proxy.server.stats().body_bytes > 0)
-        await asyncio.sleep(0.3)
-        assert proxy.server.stats().body_bytes < len(body)
         (downstream,) = proxy.server._clients
-        assert downstream._transport is not None
-        assert 0 < downstream._transport.get_write_buffer_size() < 2 * RECEIVE_SIZE
+        transport = downstream._transport
+        assert transport is not None
+        await until(lambda: transport.get_write_buffer_size() > 0)
+        await asyncio.sleep(0.3)
+        assert 0 < proxy.server.stats().body_bytes < len(body)
+        assert 0 < transport.get_write_buffer_size() < 2 * RECEIVE_SIZE
         transport_of(caller.writer).resume_reading()
         await caller.reader.readuntil(b"\r\n\r\n")
         assert await caller.reader.readexactly(len(body)) == body
