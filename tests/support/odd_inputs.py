@@ -2,8 +2,10 @@
 
 import asyncio
 import os
+import resource
 from base64 import b64decode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,6 +97,17 @@ def restore(path: Path, content: bytes) -> None:
     """Put a regular file in place again."""
     _clear(path)
     path.write_bytes(content)
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond a size, as on a file system that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 PHASES = ("Running", "Running", "Running", "Unknown", "Pending", "Succeeded", "Failed")

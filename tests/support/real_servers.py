@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
@@ -292,7 +292,7 @@ class RealPrometheus:
     async def is_ready(self) -> bool:
         """Return whether it serves queries."""
         status, _ = await _answer("GET", f"{self.url}/-/ready")
-        return status == 200
+        return status in (200, 401)  # it may want a password
 
     async def targets(self) -> list[dict[str, Any]]:
         """Return the active targets as its API gives them (`labels`, `discoveredLabels`, `health`, …)."""
@@ -365,7 +365,7 @@ def fetched_victoria(version: str) -> Path:
 class RealVictoria:
     """One VictoriaMetrics on loopback, the single-node server: it scrapes by Prometheus' own configuration."""
 
-    def __init__(self, binary: Path, folder: Path, config: str) -> None:
+    def __init__(self, binary: Path, folder: Path, config: str, more: Mapping[str, str]) -> None:
         address = f"{LOOPBACK}:{reserve_ports(1)[0]}"
         self.url = f"http://{address}"
         (folder / "scrape.yml").write_text(config)
@@ -375,6 +375,7 @@ class RealVictoria:
             "promscrape.config": folder / "scrape.yml",
             "promscrape.httpSDCheckInterval": "1s",
             "memory.allowedBytes": "64MB",
+            **more,
         }
         self.program = Program(
             [str(binary), *(f"-{name}={value}" for name, value in flags.items())], folder / "victoria.log"
@@ -404,11 +405,13 @@ class RealVictoria:
 
 
 @contextlib.asynccontextmanager
-async def real_victoria(config: str, *, binary: Path | None = None) -> AsyncIterator[RealVictoria]:
+async def real_victoria(
+    config: str, *, binary: Path | None = None, flags: Mapping[str, str] | None = None
+) -> AsyncIterator[RealVictoria]:
     """Run one VictoriaMetrics, any unless it is given, with this configuration and wait until it is ready."""
     binary = binary or victoria_binary()
     with tempfile.TemporaryDirectory(prefix="victoria-", ignore_cleanup_errors=True) as folder:
-        victoria = await _started(lambda: RealVictoria(binary, Path(folder), config))
+        victoria = await _started(lambda: RealVictoria(binary, Path(folder), config, flags or {}))
         try:
             yield victoria
         finally:

@@ -2,17 +2,16 @@
 
 import argparse
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
-import yaml
 
 from k8s_consul_registrar.commands import settings_offline
+from k8s_consul_registrar.commands.manifests import BadManifest, Manifest, Values, read_manifests
 from k8s_consul_registrar.kube.objects import Item, decode_object
 from k8s_consul_registrar.model import (
     ContainerPort,
@@ -31,7 +30,6 @@ from k8s_consul_registrar.wiring.registrar import Wiring
 
 ERROR, WARNING = "error", "warning"
 LARGEST = 16 * 2**20  # bytes of one file
-MOST_VALUES = 1_000_000  # of one document: aliases of YAML can make a small file huge
 SUFFIXES = (".yaml", ".yml", ".json")
 STDIN = "-"
 DEFAULT_NAMESPACE = "default"
@@ -53,8 +51,6 @@ _RUNNING = {"phase": "Running", "podIP": "192.0.2.1", "hostIP": "192.0.2.2"}
 _ADDRESSES = {"IPv4": "192.0.2.1", "IPv6": "2001:db8::1"}
 _SLICE = "of-the-manifest"
 
-Values = dict[str, Any]
-
 
 @dataclass(frozen=True, slots=True)
 class LintFinding:
@@ -66,15 +62,6 @@ class LintFinding:
     object: str
     reason: str
     detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """One object of a file, and the line to show for it."""
-
-    file: str
-    line: int
-    values: Values
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +116,9 @@ def lint(
         if isinstance(text, LintFinding):
             findings.append(text)
             continue
-        for document in documents(file, text, rules.annotation_prefix):
-            if isinstance(document, LintFinding):
-                findings.append(document)
+        for document in read_manifests(file, text, rules.annotation_prefix):
+            if isinstance(document, BadManifest):
+                findings.append(_unreadable(file, document.detail, document.line))
                 continue
             for outcome in _decided(document, rules, reads_services=reads_services):
                 if isinstance(outcome, LintFinding):
@@ -161,90 +148,6 @@ def _texts(names: Iterable[str], stdin: Any) -> Iterator[tuple[str, bytes | Lint
 
 def _unreadable(file: str, detail: str, line: int = 1) -> LintFinding:
     return LintFinding(ERROR, file, line, "", "unreadable", detail)
-
-
-def documents(file: str, text: bytes, prefix: str) -> Iterator[Manifest | LintFinding]:
-    """Yield the objects of a file of YAML or JSON documents; a list yields its items."""
-    try:
-        loader = yaml.CSafeLoader(text)
-    except yaml.YAMLError as error:
-        yield _unreadable(file, _yaml_problem(error, text))
-        return
-    try:
-        while loader.check_node():
-            node = loader.get_node()
-            if node is None or not _is_bounded(node):
-                yield _unreadable(file, f"a document of more than {MOST_VALUES:,} values", _line(node))
-                return
-            for part in _parts(node):
-                values = loader.construct_document(part)
-                if isinstance(values, dict) and isinstance(values.get("kind"), str):
-                    yield Manifest(file, _line(_find(part, f"{prefix}scrape") or part), values)
-                elif values is not None:
-                    yield _unreadable(file, "a document that is no Kubernetes object", _line(part))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        yield _unreadable(file, _yaml_problem(error, text), _line_of(error))
-    finally:
-        loader.dispose()
-
-
-def _parts(node: yaml.Node) -> Iterable[yaml.Node]:
-    """Return the items of a list (`kind: List`, `PodList` and the like), or the object itself."""
-    if isinstance(node, yaml.MappingNode):
-        fields = {key.value: value for key, value in node.value if isinstance(key, yaml.ScalarNode)}
-        kind, items = fields.get("kind"), fields.get("items")
-        if (
-            isinstance(items, yaml.SequenceNode)
-            and isinstance(kind, yaml.ScalarNode)
-            and kind.value.endswith("List")
-        ):
-            return cast("list[yaml.Node]", items.value)
-    return (node,)
-
-
-def _children(node: yaml.Node) -> Iterable[yaml.Node]:
-    if isinstance(node, yaml.MappingNode):
-        return [one for pair in node.value for one in pair]
-    return node.value if isinstance(node, yaml.SequenceNode) else ()
-
-
-def _is_bounded(node: yaml.Node) -> bool:
-    """Return True if the document with all its aliases written out has at most `MOST_VALUES` values."""
-    waiting, seen = [node], 0
-    while waiting:
-        seen += 1
-        if seen > MOST_VALUES:
-            return False
-        waiting += _children(waiting.pop())
-    return True
-
-
-def _find(node: yaml.Node, key: str) -> yaml.Node | None:
-    """Return the first key of this name, at any depth."""
-    waiting = deque([node])
-    while waiting:
-        one = waiting.popleft()
-        if isinstance(one, yaml.MappingNode):
-            for name, _ in one.value:
-                if isinstance(name, yaml.ScalarNode) and name.value == key:
-                    return name
-        waiting += _children(one)
-    return None
-
-
-def _line(node: yaml.Node | None) -> int:
-    return 1 if node is None else node.start_mark.line + 1
-
-
-def _line_of(error: Exception) -> int:
-    mark = getattr(error, "problem_mark", None)
-    return 1 if mark is None else mark.line + 1
-
-
-def _yaml_problem(error: Exception, text: bytes) -> str:
-    problem = getattr(error, "problem", None) or str(error) or type(error).__name__
-    hint = "; render the template first, for example with helm template" if b"{{" in text else ""
-    return f"not YAML: {problem}{hint}".replace("\n", " ")
 
 
 def _decided(document: Manifest, rules: TargetRules, *, reads_services: bool) -> Iterator[LintFinding | int]:

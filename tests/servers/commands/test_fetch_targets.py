@@ -26,6 +26,7 @@ from k8s_consul_registrar.commands.fetch_targets.follower import Follower
 from k8s_consul_registrar.errors import AccessError, OperationalError, SettingsError
 from k8s_consul_registrar.rotating import bearer_tokens
 from k8s_consul_registrar.tls import server_tls
+from support.odd_inputs import full_disk
 from support.seen import Registrar, pod_target
 from support.waiting import until
 
@@ -74,6 +75,11 @@ async def answering(handler: Handler) -> AsyncIterator[str]:
     app.router.add_get(SD_PATH, handler)
     async with TestServer(app) as server:
         yield f"http://127.0.0.1:{server.port}"
+
+
+def files_in(folder: Path) -> set[str]:
+    """Return the names of what is in a folder."""
+    return {one.name for one in folder.iterdir()}
 
 
 def pods_in(path: Path) -> set[str]:
@@ -343,6 +349,22 @@ async def test_folder_that_vanishes_is_named_with_its_remedy(tmp_path: Path) -> 
         path.unlink()
         os.mkfifo(path)
         assert "not a regular file" in await once(one)
+
+
+async def test_file_system_that_is_full_leaves_the_last_file_whole(tmp_path: Path) -> None:
+    """Said in words; what was fetched before stays, and nothing is left behind."""
+    registrar, path = Registrar(), tmp_path / "lab.json"
+    registrar.put(pod_target("a"))
+    async with HttpSdServer(port=0, view=registrar) as server:
+        one = follower_of(f"http://127.0.0.1:{server.port}", path)
+        assert await once(one) == ""
+        before, files = path.read_bytes(), files_in(tmp_path)
+        registrar.put(*(pod_target(f"web-{number}") for number in range(20)))
+        with full_disk(len(before)):
+            assert f"cannot write {path}: " in await once(one)
+        assert (path.read_bytes(), files_in(tmp_path)) == (before, files)
+        assert await once(one) == ""
+    assert len(pods_in(path)) == 21
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from k8s_consul_registrar.settings.reading import read_registrar
 from support.builders import make_pod
 from support.controller_lab import Seen
 from support.memory import NODES, PODS
+from support.odd_inputs import full_disk
 from support.seen import pod_target
 from support.waiting import Clock, until
 
@@ -233,6 +234,30 @@ async def test_what_is_no_file_is_never_replaced(
     assert stat.S_IFMT(path.lstat().st_mode) == kind
     assert "it is not a regular file" in capsys.readouterr().out
     assert names(tmp_path) == [path.name]
+
+
+async def test_file_system_that_is_full_leaves_the_last_file_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, nothing left behind, and the new targets as soon as there is room."""
+    monkeypatch.setattr("k8s_consul_registrar.admin.file_sd.RETRY_EVERY", 0.05)
+    seen, path = Seen(), tmp_path / "targets.json"
+    seen.lab.observed.is_complete = True
+    seen.lab.cluster.put_list([make_pod("a")])
+    async with running(writer(seen, path)):
+        await until(path.exists)
+        before = path.read_bytes()
+        with full_disk(len(before)):
+            seen.lab.cluster.put_list(
+                [make_pod(f"web-{number}", ip=f"198.51.100.{number}") for number in range(20)]
+            )
+            await until(lambda: LoadStatus.problems()["FILE_SD_PATH"])
+            await asyncio.sleep(0.3)
+            assert path.read_bytes() == before
+            assert names(tmp_path) == [path.name]
+        await until(lambda: len(ids_in(path)) == 20)
+        await until(lambda: not LoadStatus.problems()["FILE_SD_PATH"])
+    assert capsys.readouterr().out.count("targets cannot be written") == 1
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

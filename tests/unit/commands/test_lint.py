@@ -1,6 +1,7 @@
 """The command lint: manifests decided as the daemon decides what runs."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,9 @@ def test_pod_with_a_status_is_decided_as_it_is(tmp_path: Path) -> None:
         b"kind: Pod\nmetadata: &a {x: *a}",
         b"a: &a [x, x]\n"
         + b"".join(b"%c: &%c [*%c, *%c, *%c, *%c]\n" % (c + 1, c + 1, c, c, c, c) for c in range(97, 117)),
+        b"[" * 300_000,
+        b"- " * 300_000,
+        b"{a: " * 300_000,
         b"? [a]\n: b",
         b"kind: Pod\nmetadata: {creationTimestamp: 2024-99-99}",
     ],
@@ -142,6 +146,32 @@ def test_garbage_is_an_error_of_the_file(tmp_path: Path, text: bytes) -> None:
     report = linted(tmp_path, text)
     assert [one.reason for one in report.findings] == ["unreadable"]
     assert report.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    "many", [b"a: [" + b"*a, " * (1 << 18) + b"x]\n", b"x: " + b"y" * (10 << 20) + b"\n"]
+)
+def test_megabytes_of_aliases_end_soon(tmp_path: Path, many: bytes) -> None:
+    """What is written short and means a billion values is no Pod, and no reason to run out of memory."""
+    bomb = b"a: &a [x, x]\n" + b"".join(
+        b"%c: &%c [*%c, *%c, *%c]\n" % (c, c, c - 1, c - 1, c - 1) for c in range(98, 118)
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report = linted(tmp_path, b"kind: Pod\nmetadata: {name: a}\n" + bomb + many)
+    assert (reasons(report), report.exit_code) == ([("error", "unreadable", 1)], 1)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600 << 10
+
+
+def test_output_of_helm_is_linted(tmp_path: Path) -> None:
+    """Comments that name the source, empty documents and hooks, many kinds in one stream."""
+    text = "# Source: shop/templates/none.yaml\n---\n# Source: shop/templates/pod.yaml" + PORTLESS
+    text += f"---\n# Source: shop/templates/deployment.yaml\n{workload('Deployment', ('spec', 'template'))}\n"
+    text += "---\n# Source: shop/templates/tests/test.yaml\napiVersion: batch/v1\nkind: Job\nmetadata: {name: t, annotations: {helm.sh/hook: test}}\n"
+    report = linted(tmp_path, text)
+    assert [(one.object, one.reason) for one in report.findings] == [
+        ("Pod cart", "no_port"),
+        ("Deployment shop/cart", "invalid_port"),
+    ]
 
 
 def test_other_kinds_and_empty_documents_are_passed_over(tmp_path: Path) -> None:
