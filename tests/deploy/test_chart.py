@@ -218,6 +218,24 @@ def _fixed(each: dict[str, Any]) -> dict[str, Any]:
     return {field: spec.get(field, each.get(field)) for field in FIXED} | {"kind": each["kind"]}
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"), [("NAMESPACE_LABELS_AS_META", ["team"]), ("NAMESPACE_LABEL_SELECTOR", "team")]
+)
+def test_setting_that_needs_namespaces_grants_them(setting: str, value: object) -> None:
+    """The right to follow Namespaces comes with the setting, and not without."""
+    values = values_of("namespace-labels")
+    values["registrar"]["settings"].pop("NAMESPACE_LABELS_AS_META")
+
+    def follows() -> bool:
+        roles = [each for (kind, *_), each in rendered(values).items() if kind == "ClusterRole"]
+        rules = [rule for each in roles for rule in each["rules"] if rule["resources"] == ["namespaces"]]
+        return any(rule["verbs"] == ["list", "watch"] for rule in rules)
+
+    assert not follows()
+    values["registrar"]["settings"][setting] = value
+    assert follows()
+
+
 def test_proxy_asks_for_a_generated_token_by_default() -> None:
     """The Secret has 48 random characters, the proxy mounts it, and the notes say where it is."""
     values = values_of("default")
