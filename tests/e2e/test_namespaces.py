@@ -34,7 +34,8 @@ async def test_newly_excluded_namespace_keeps_its_services_for_the_long_wait() -
             assert lab.has(SHOP, PAY, CI)
         async with await lab.registrar(EXCLUDE_NAMESPACES="ci", BRAKE_CONFIRM_START="1") as daemon:
             await daemon.until(lambda: lab.has(SHOP, PAY))
-            (line,) = daemon.said("service deregistered")
+            line = await daemon.until_said("service deregistered")
+            assert len(daemon.said("service deregistered")) == 1
             assert (line["service"], line["proof"], line["brake"]) == (
                 CI,
                 "confirmed absence",
@@ -56,7 +57,8 @@ async def test_namespaces_are_selected_by_their_labels() -> None:
             await daemon.until(lambda: lab.has(SHOP, PAY))
             await label(lab, "shop", None)
             await daemon.until(lambda: lab.has(PAY))
-            (line,) = daemon.said("service deregistered")
+            line = await daemon.until_said("service deregistered")
+            assert len(daemon.said("service deregistered")) == 1
             assert (line["service"], line["proof"], line["brake"]) == (
                 SHOP,
                 "confirmed absence",

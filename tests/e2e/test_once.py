@@ -141,7 +141,18 @@ async def test_unreachable_server_is_exit_1_and_writes_nothing() -> None:
         lab.api_door.refuse()
         code, output = await run(lab, "sync", "--once")
         assert code == 1
+        for form in ("diff", "json"):
+            code, output = await run(lab, "plan", "--output", form)
+            assert (code, "the plan is incomplete: pods: " in output) == (1, True), output
         assert lab.writes == []
+
+
+async def test_variable_that_resembles_a_setting_is_named() -> None:
+    """A command that ends soon says so as the modes do: a misspelt address leads to another Consul."""
+    async with running_lab() as lab:
+        for command in (("plan",), ("sync", "--once"), ("explain", "pod", "shop/web-1"), ("purge", "--yes")):
+            _, output = await run(lab, *command, CONSUL_ADRESS="192.0.2.1:8500")
+            assert "CONSUL_ADRESS is not a setting: CONSUL_ADDRESS is meant?" in output, command
 
 
 @pytest.mark.parametrize("backend", ["agent", "catalog"])

@@ -18,7 +18,7 @@ STILTED = re.compile(
 )
 # A docstring begins with a noun or a verb.
 QUESTION = re.compile(r"(What|Whether|Whom|How)\b")
-MOST = 10
+MOST = 1
 
 
 def texts_of(module: Path) -> Iterator[str]:

@@ -6,7 +6,7 @@ runs may be loaded: the others would make a mode start later and use more memory
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -246,7 +246,7 @@ def settings_offline(environment: Mapping[str, str]) -> RegistrarSettings:
     """Return the settings of a command that ends soon, and log only warnings unless LOG_LEVEL is set."""
     settings = read_registrar(environment)
     level = settings.common.log_level if environment.get("LOG_LEVEL") else "warning"
-    configure_logging(level, settings.common.log_format)
+    start_logs(replace(settings.common, log_level=level))
     return settings
 
 

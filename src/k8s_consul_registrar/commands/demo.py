@@ -33,8 +33,8 @@ Services = Mapping[str, Mapping[str, Any]]
 NEXT = """
 Next:
   make demo KEEP=1                                           # the same, left up: look at its status page
-  k8s-consul-registrar plan --consul-backend none            # the targets of your own cluster; writes nothing
-  k8s-consul-registrar check registrar                       # what your cluster and Consul still lack
+  {command} plan --consul-backend none   # the targets of your own cluster; writes nothing
+  {command} check registrar              # what your cluster and Consul still lack
 """
 
 
@@ -43,6 +43,12 @@ class DemoError(OperationalError):
 
     def __init__(self, text: str) -> None:
         super().__init__(f"the demo failed: {text}")
+
+
+def _command() -> str:
+    """Return how a shell calls this program: by its name if that is on PATH, otherwise by its path."""
+    name = "k8s-consul-registrar"
+    return name if shutil.which(name) else os.path.relpath(Path(sys.executable).parent / name)
 
 
 def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
@@ -77,7 +83,7 @@ async def _demo(*, keep: bool) -> int:
             print(table(("what", "where"), addresses))
             await stopped
         else:
-            print(NEXT)
+            print(NEXT.format(command=_command()))
             stopped.cancel()
     return EXIT_OK
 

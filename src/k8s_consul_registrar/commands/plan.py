@@ -5,7 +5,7 @@ import asyncio
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -85,7 +85,9 @@ async def _plan(settings: RegistrarSettings, *, output: str) -> int:
     if output == "json":
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(plan.lines)) + b"\n")
     else:
-        print_changes(plan, problems, colour=sys.stdout.isatty())
+        print_changes(plan, colour=sys.stdout.isatty())
+    for problem in problems:
+        print(f"the plan is incomplete: {problem}", file=sys.stderr)
     if problems:
         return EXIT_FAILURE
     return EXIT_CHANGES if plan.has_changes else EXIT_OK
@@ -201,17 +203,16 @@ async def _compared(parts: RegistrarParts, found: Comparison) -> Plan:
 
 
 def source_problems(parts: RegistrarParts) -> list[str]:
-    """Return why sources cannot be listed."""
-    return [status.problem for status in parts.core.desired.store.statuses().values() if status.problem]
+    """Return which sources cannot be listed, and why."""
+    statuses = parts.core.desired.store.statuses()
+    return [f"{source}: {status.problem}" for source, status in statuses.items() if status.problem]
 
 
-def print_changes(plan: Plan, problems: Iterable[str], *, colour: bool) -> None:
+def print_changes(plan: Plan, *, colour: bool) -> None:
     """Print the lines as a diff, and what they add up to."""
     for line in plan.lines:
         begin, end = (_COLOURS[line.sign], _PLAIN) if colour else ("", "")
         print(f"{begin}{line.sign} {line.id}{end}  {line.what}")
-    for problem in problems:
-        print(f"cannot list, so nothing of it would be deregistered: {problem}", file=sys.stderr)
     print(", ".join(f"{count} {result}" for result, count in plan.counts.items()))
 
 

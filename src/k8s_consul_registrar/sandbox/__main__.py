@@ -151,4 +151,7 @@ def announce(addresses: Mapping[str, Any], port_file: Path) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(run(parse_arguments(sys.argv[1:])))
+    try:
+        uvloop.run(run(parse_arguments(sys.argv[1:])))
+    except OSError as error:
+        sys.exit(f"the sandbox cannot start: {error}")

@@ -152,7 +152,7 @@ def test_garbage_is_an_error_of_the_file(tmp_path: Path, text: bytes) -> None:
     "many", [b"a: [" + b"*a, " * (1 << 18) + b"x]\n", b"x: " + b"y" * (10 << 20) + b"\n"]
 )
 def test_megabytes_of_aliases_end_soon(tmp_path: Path, many: bytes) -> None:
-    """What is written short and means a billion values is no Pod, and no reason to run out of memory."""
+    """A short text that means a billion values is no Pod, and no reason to run out of memory."""
     bomb = b"a: &a [x, x]\n" + b"".join(
         b"%c: &%c [*%c, *%c, *%c]\n" % (c, c, c - 1, c - 1, c - 1) for c in range(98, 118)
     )
