@@ -168,7 +168,7 @@ async def test_node_that_is_there_is_left_as_it_is() -> None:
 
 @pytest.mark.parametrize(
     ("meta", "reason"),
-    [(None, "somebody else"), ({"external-node": "true", "external-probe": "true"}, "consul-esm")],
+    [(None, "another program"), ({"external-node": "true", "external-probe": "true"}, "consul-esm")],
 )
 async def test_node_of_another_owner_is_refused(meta: dict[str, str] | None, reason: str) -> None:
     """An agent's node, or one that consul-esm will remove, is an error by name, and nothing is written."""

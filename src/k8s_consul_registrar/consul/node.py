@@ -126,7 +126,7 @@ class SyntheticNode:
         meta = record.meta or {}
         if meta.get("external-node") != "true":
             raise ConsulRefused(
-                f"{self._named} is a node that somebody else keeps (no external-node in meta)"
+                f"{self._named} is a node that another program keeps (no external-node in meta)"
             )
         if meta.get("external-probe") == "true":
             raise ConsulRefused(f"{self._named} has external-probe, so consul-esm would remove it in the end")
@@ -221,14 +221,14 @@ class NodeRemoval:
             return ""
         marked = await self._mark(before)
         if marked is None:
-            return "somebody else changes it"
+            return "another program changes it"
         if await self.is_used():
             await self._transactions.write(
                 [self._operations.put_node(ADDRESS, {**META, **(before.meta or {})}, marked)]
             )
-            return "somebody else registers services on it"
+            return "another program registers services on it"
         _, errors = await self._transactions.write([self._operations.remove_node(marked)])
-        return "somebody else changes it" if errors else ""
+        return "another program changes it" if errors else ""
 
     async def is_used(self) -> bool:
         """Return whether anything is on it, or may be, in any namespace."""
