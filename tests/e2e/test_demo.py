@@ -45,5 +45,14 @@ def test_reserved_port_is_given_once_and_can_be_listened_at() -> None:
     with contextlib.ExitStack() as stack:
         ports = [reserved_port(stack) for _ in range(200)]
         assert len(set(ports)) == len(ports)
-        with socket.create_server(("127.0.0.1", ports[0])):
-            pass
+        for address in ("127.0.0.1", ""):
+            with socket.create_server((address, ports[0])):
+                pass
+
+
+def test_reserved_port_is_given_to_no_kubelet() -> None:
+    """A server on another address of loopback, which takes any free port, leaves it to the admin server."""
+    with contextlib.ExitStack() as stack:
+        ports = {reserved_port(stack) for _ in range(250)}
+        kubelets = [stack.enter_context(socket.create_server(("127.0.0.2", 0))) for _ in range(600)]
+        assert not ports & {kubelet.getsockname()[1] for kubelet in kubelets}

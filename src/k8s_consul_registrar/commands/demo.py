@@ -326,13 +326,18 @@ def _tail(log: Path) -> str:
 
 
 def reserved_port(stack: contextlib.ExitStack | contextlib.AsyncExitStack) -> int:
-    """Return a port of loopback that no other demo is given until the stack is closed.
+    """Return a port that no other program is given until the stack is closed, on any address of the machine.
 
     It is bound and not listened at, so that one of our servers can still take it: all of them set SO_REUSEADDR.
+    On loopback alone it would be free at 127.0.0.2, where a kubelet of the sandbox may listen, and then the
+    admin port, which is every address, could not be had.
     """
-    holder = stack.enter_context(socket.socket())
+    family, anywhere = (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "")
+    holder = stack.enter_context(socket.socket(family))
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    holder.bind(("127.0.0.1", 0))
+    if family is socket.AF_INET6:
+        holder.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    holder.bind((anywhere, 0))
     port: int = holder.getsockname()[1]
     return port
 
