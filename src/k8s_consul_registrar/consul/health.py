@@ -170,6 +170,8 @@ class ConsulHealth:
     @property
     def problem(self) -> str:
         """The text of the latest failure that still stands, empty where there is none."""
+        if not self._is_failing:
+            return ""
         other = RequestKind.WRITE if self._latest is RequestKind.READ else RequestKind.READ
         standing = (one for one in (self._latest, other) if self._outcomes[one] is RequestOutcome.FAILURE)
         return next((self._problems[one] for one in standing), "")

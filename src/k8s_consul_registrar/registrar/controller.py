@@ -4,8 +4,6 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import suppress
-from enum import Enum
 from typing import TypeVar
 
 from msgspec.structs import replace
@@ -17,7 +15,7 @@ from k8s_consul_registrar.kube.source_state import SourceStatus, Synced
 from k8s_consul_registrar.model import Drift, Source
 from k8s_consul_registrar.registrar.claims import Change
 from k8s_consul_registrar.registrar.decide import Kept
-from k8s_consul_registrar.registrar.interfaces import Health, Leadership, NoElection, Upkeep
+from k8s_consul_registrar.registrar.interfaces import Health, Leadership, NoElection, Role, Upkeep
 from k8s_consul_registrar.registrar.queue import Batch, Priority
 from k8s_consul_registrar.registrar.reconciler import Core, Reconciler
 from k8s_consul_registrar.registrar.resync import Resync
@@ -33,14 +31,6 @@ SLOTS_FOR_CHANGES = 4
 ResultT = TypeVar("ResultT")
 
 log = get_logger("registrar")
-
-
-class Role(Enum):
-    """Part that this replica plays."""
-
-    UNDECIDED = "undecided"
-    LEADER = "leader"
-    STANDBY = "standby"
 
 
 class Controller:
@@ -176,26 +166,28 @@ class Controller:
             self._wake.set()
         self._core.reporter.shared_endpoints(self._core.desired.endpoints)
         self._core.reporter.flush_due()
-        self._expected_at = min(self._due(now), self._core.reporter.due, now + self._timing.tick)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._expected_at - now):
-                await self._wake.wait()
+        self._expected_at = min(self._due(now), now + self._timing.tick)
+        timer = asyncio.get_running_loop().call_later(self._expected_at - now, self._wake.set)
+        await self._wake.wait()
+        timer.cancel()
         self._wake.clear()
         if self._has_changes:
             self._has_changes = False
             await asyncio.sleep(self._timing.gather)  # a burst of events is one batch
 
     def _due(self, now: float) -> float:
-        """Return when there is work to start."""
-        opens_at = self._gate.opens_at
+        """Return when there is work to start, or a log line to write."""
+        return min(max(self._work_due(now), self._gate.opens_at), self._core.reporter.due)
+
+    def _work_due(self, now: float) -> float:
         if self._role is Role.STANDBY:
-            return max(self._standby_read_due, opens_at) if self._step is None else math.inf
-        due = math.inf
-        if self._core.observed.is_complete and self._in_flight < self._slots():
-            due = self._core.queue.next_due(now, with_bulk=self._has_bulk_slot())
+            return self._standby_read_due if self._step is None else math.inf
+        queue, due = self._core.queue, math.inf
+        if queue.has_waiting and self._core.observed.is_complete and self._in_flight < self._slots():
+            due = queue.next_due(now, with_bulk=self._has_bulk_slot())
         if self._step is None:
-            due = min(due, self._next_step(now).until)
-        return max(due, opens_at)
+            due = now if self._is_upkeep_due and queue.is_drained else min(due, self._next_step(now).until)
+        return due
 
     async def _watch_leadership(self) -> None:
         while True:
@@ -249,6 +241,8 @@ class Controller:
     def _take(self, now: float) -> Batch | None:
         """Return the next batch if one is due, may be written and has a slot; it counts as in flight."""
         core = self._core
+        if not core.queue.has_waiting:
+            return None
         may_write = self._role is Role.LEADER and self._leadership.is_leader and core.observed.is_complete
         if not may_write or now < self._gate.opens_at or self._in_flight >= self._slots():
             return None
@@ -269,18 +263,24 @@ class Controller:
 
     async def _reconcile_one(self, batch: Batch) -> int:
         """Reconcile one batch that was taken; return how many services were written."""
+        counts = None
         try:
             counts = await self._attempt("batch", self._reconciler.reconcile(batch))
-            if (
-                counts is None or not counts.writes
-            ):  # a batch that needed no request says nothing about Consul
-                return 0
-            self._gate.open("batch", is_drained=self._core.queue.is_drained)
-            return counts.writes
         finally:
             self._in_flight -= 1
             self._bulk_in_flight -= batch.priority is Priority.BULK
-            self._wake.set()
+            writes = 0 if counts is None else counts.writes
+            if writes:  # a batch that needed no request says nothing about Consul
+                self._gate.open("batch", is_drained=self._core.queue.is_drained)
+            if counts is None or self._has_news():
+                self._wake.set()
+        return writes
+
+    def _has_news(self) -> bool:
+        """Return True if a batch that ended changed what the loop waits for; most changes do not."""
+        status = self._core.status
+        is_noted = status.has_synced and self._gate.is_up is not bool(status.consul_problem)
+        return not is_noted or self._due(self._clock()) < self._expected_at
 
     # Resyncs, probes and orphans
 

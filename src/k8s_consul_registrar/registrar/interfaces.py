@@ -7,6 +7,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 from k8s_consul_registrar.errors import ClusterRefused
@@ -222,6 +223,14 @@ class AlwaysAvailable:
     def concurrency(self, limit: int) -> int:
         """Return the limit."""
         return limit
+
+
+class Role(Enum):
+    """Part that this replica plays."""
+
+    UNDECIDED = "undecided"
+    LEADER = "leader"
+    STANDBY = "standby"
 
 
 class NoElection:

@@ -158,18 +158,18 @@ class WorkQueue:
         return len(self._bulk)
 
     @property
-    def _is_all_in_flight(self) -> bool:
-        """True if no ID waits: the usual case between two changes."""
-        return len(self._items) == self.in_flight
+    def has_waiting(self) -> bool:
+        """True if an ID waits, due or not; between two changes usually none does."""
+        return len(self._items) > self.in_flight
 
     @property
     def is_drained(self) -> bool:
         """True if no ID is in flight or due; IDs that back off do not count."""
-        return not (self.in_flight or self._has_ready())
+        return not self.in_flight and not (self._items and self._has_ready())
 
     def take(self, limit: int, now: float, *, with_bulk: bool = True) -> Batch | None:
         """Return the next batch of at most `limit` IDs, None if nothing is due."""
-        if self._is_all_in_flight:
+        if not self.has_waiting:
             return None
         self._wake(now)
         others = (self._bulk, self._removals, self._retries)
@@ -223,7 +223,7 @@ class WorkQueue:
 
     def next_due(self, now: float, *, with_bulk: bool = True) -> float:
         """Return when an ID is due next that `take` would return, infinity if none waits."""
-        if self._is_all_in_flight:
+        if not self.has_waiting:
             return math.inf
         self._wake(now)
         if self._has_ready(with_bulk=with_bulk):

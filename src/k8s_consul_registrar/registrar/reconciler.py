@@ -305,6 +305,8 @@ class Reconciler(CorePart):
             work, [one for one, action in actions.items() if isinstance(action, Deregister)]
         )
         removals = {one: action for one, action in actions.items() if isinstance(action, Deregister)}
+        if not removals:
+            return
         services = [Service(one.id, one.name, "", 0, index=one.version) for one in removals.values()]
         proofs = {
             one.id: self._desired.proof(one.id, object_behind(self._observed.get(one.id))) for one in services

@@ -44,10 +44,10 @@ class StepKind(Enum):
 
 
 class Step(NamedTuple):
-    """Next step; `until` is when a sleep is over."""
+    """Next step; `until` is when a sleep is over: a step of another kind is due."""
 
     kind: StepKind
-    until: float = math.inf
+    until: float = -math.inf
 
 
 class ScheduleRules(msgspec.Struct, frozen=True):

@@ -18,6 +18,8 @@ from support.scripted import QUICK
 on_both = pytest.mark.parametrize("checks_versions", [True, False], ids=["catalog", "agent"])
 # Backoff that grows past what a test waits.
 GROWING = dataclasses.replace(QUICK, retry_first=0.02, retry_cap=60.0)
+# The loop looks by itself only after longer than a test waits.
+UNTICKED = dataclasses.replace(QUICK, tick=600.0)
 
 
 def count(lines: Iterable[Mapping[str, Any]], event: str) -> int:
@@ -83,6 +85,27 @@ async def test_retries_during_an_outage_come_ever_more_rarely(checks_versions: b
     # 0.02 s doubled for 1.2 s is at most 8 waits of half their length.
     assert 2 <= failures <= 9
     assert len(attempts) <= 10
+
+
+@on_both
+@pytest.mark.parametrize("has_changes", [False, True], ids=["at rest", "with changes"])
+async def test_retry_comes_when_its_backoff_is_over(checks_versions: bool, has_changes: bool) -> None:
+    """Nothing else has to wake the loop: neither the first read nor a later probe or batch waits for a tick."""
+    lab = ControllerLab(checks_versions=checks_versions, timing=UNTICKED)
+    lab.consul.is_down = True
+    async with lab.running():
+        lab.cluster.put_list([make_pod("a")])
+        await lab.until_so(lambda: lab.value("passes_total", outcome="failure") >= 2)
+        lab.consul.is_down = False
+        await lab.until("a")
+        await lab.until_so(lambda: lab.value("consul_up") == 1)
+        lab.consul.is_down = True
+        if has_changes:
+            lab.cluster.put(make_pod("b"))
+        await lab.until_so(lambda: lab.value("consul_up") == 0)
+        lab.consul.is_down = False
+        await lab.until_so(lambda: lab.value("consul_up") == 1)
+        await lab.until(*(["a", "b"] if has_changes else ["a"]))
 
 
 @on_both
