@@ -263,11 +263,7 @@ class Reconciler(CorePart):
     async def _write_all(
         self, work: _Work, actions: dict[str, Action], kind: type[_Writing], verb: str
     ) -> None:
-        writes = {
-            one: action
-            for one, action in actions.items()
-            if isinstance(action, kind) and isinstance(action, Register | Update)
-        }
+        writes = {one: action for one, action in actions.items() if isinstance(action, kind)}
         services: list[Service] = []
         for service_id, action in writes.items():
             try:

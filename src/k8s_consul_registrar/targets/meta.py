@@ -1,7 +1,7 @@
 """Meta of services: its keys, Consul's limits, labels that become meta, and what targets inherit from Nodes and Namespaces."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -92,10 +92,8 @@ def checked_meta(meta: Mapping[str, str]) -> Meta:
 
 def own_zone(labels: Mapping[str, str]) -> Meta:
     """Return the pair of the zone that an object's labels name, none without one or if it exceeds Consul's limits."""
-    try:
-        return checked_meta({ZONE: labels.get(ZONE_LABEL, "")})
-    except Rejected:
-        return ()
+    zone = labels.get(ZONE_LABEL, "")
+    return (shared_pair((ZONE, zone)),) if zone and is_fit_for_meta(zone) else ()
 
 
 def with_room(meta: Meta, pairs: Iterable[tuple[str, str]], note: Note) -> tuple[Meta, tuple[str, ...]]:
@@ -216,6 +214,9 @@ class Inheritance:
         """Make it for the kinds that are followed, with the labels that each gives; a Node gives its zone too."""
         giving = [kind for kind in GIVERS if kind in kinds and (kind is Kind.NODE or labels.get(kind))]
         self._givers = {kind: _Givers(labels.get(kind, ())) for kind in giving}
+        # Endpoints have their zone from their slice, and want labels only.
+        self._of_endpoints = tuple([one for one in self._givers.items() if one[1].labels])
+        self._of_others = tuple(self._givers.items())
         self._changed: dict[ObjectKey, None] = {}
 
     def learn(self, giver: Namespace | Node) -> None:
@@ -254,11 +255,9 @@ class Inheritance:
                 given[kind] = one
         return tuple([inherit(target, given) for target in targets]) if given else targets
 
-    def _givers_of(self, heirs: Kind) -> Iterator[tuple[Kind, _Givers]]:
-        """Yield what objects of a kind inherit from; endpoints have their zone from their slice, and want labels only."""
-        for kind, givers in self._givers.items():
-            if givers.labels or heirs is not Kind.ENDPOINT:
-                yield kind, givers
+    def _givers_of(self, heirs: Kind) -> tuple[tuple[Kind, _Givers], ...]:
+        """Return what objects of a kind inherit from."""
+        return self._of_endpoints if heirs is Kind.ENDPOINT else self._of_others
 
     def moved(self, key: ObjectKey, before: Resolved, after: Resolved) -> None:
         """Record of which objects the targets of another inherit now."""
@@ -285,10 +284,14 @@ def inherit(target: Target, given: Mapping[Kind, GivenMeta], *, is_kept: bool = 
             own.append(pair)
         else:
             parts[_giver(pair[0])] += (pair,)
-    parts |= {kind: one.pairs for kind, one in given.items()}
-    pairs = [*parts[Kind.NAMESPACE], *parts[Kind.NODE]]
-    zone = [pair for pair in pairs if pair[0] == ZONE and not target.has_own_zone]
-    labels = [pair for pair in pairs if pair[0] != ZONE]
+    labels: list[tuple[str, str]] = []
+    zone: Meta = ()
+    for kind, pairs in parts.items():
+        for pair in given[kind].pairs if kind in given else pairs:
+            if pair[0] != ZONE:
+                labels.append(pair)
+            elif not target.has_own_zone:
+                zone = (pair,)
     notes = target.notes
     if labels or notes:
         room = max(0, MOST_META_PAIRS - sum(key not in _BESIDE_OTHERS for key, _ in own))
