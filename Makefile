@@ -81,8 +81,8 @@ test-long: $(COMPILED) ## the tests that take longer: chaos, scale, whole storie
 test-image: $(STAMP) ## the image, built on a base of its own (needs root, buildah and debootstrap; ten minutes)
 	$(BIN)/python -m pytest -m image $(ARGS)
 
-ci-full: $(STAMP) ## the suite with the lowest versions allowed, and on Python 3.13 and 3.14 of Debian (root; at most an hour): ARGS="--only lowest tests/unit"
-	$(BIN)/python scripts/ci_full.py $(ARGS)
+ci-full: $(STAMP) ## the suite with the lowest versions allowed, and on Python 3.13 and 3.14 of Debian (root; at most an hour): LEGS="lowest forky" ARGS=tests/unit
+	$(BIN)/python scripts/ci_full.py $(foreach leg,$(LEGS),--only $(leg)) $(ARGS)
 
 soak: $(STAMP) ## the long versions of the tests of faults, with their figures as bounds (about an hour)
 	-scripts/fetch-real-servers
