@@ -18,7 +18,7 @@ from deploy.test_overlays import CUSTOM_RESOURCES, OVERLAYS, Objects, build
 from k8s_consul_registrar import __version__
 from k8s_consul_registrar.settings.reading import read_proxy, read_registrar
 from support.files import ROOT, differences
-from support.kubernetes_objects import assert_valid, pods_of
+from support.kubernetes_objects import assert_valid, nulls, pods_of
 from support.pod_security import violations
 
 helm_python = pytest.importorskip("helm_python", reason="Helm is not installed: make chart-tools")
@@ -159,8 +159,9 @@ def test_values_pass_a_strict_lint(name: str) -> None:
 
 @each_values
 def test_rendering_is_valid_and_restricted(name: str) -> None:
-    """Every object passes the API's schemas, and every Pod the restricted profile."""
+    """Every object passes the API's schemas and has no null, and every Pod the restricted profile."""
     objects = rendered(values_of(name))
+    assert nulls([*objects.values()]) == []
     for each in objects.values():
         if each["kind"] not in CUSTOM_RESOURCES:
             assert_valid(each)

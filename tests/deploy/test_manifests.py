@@ -264,11 +264,35 @@ def test_agent_serves_only_its_own_pod(objects: Objects, agent: dict[str, Any]) 
 
 def test_placeholder_is_marked_change() -> None:
     """Every placeholder's line says CHANGE."""
-    placeholder = re.compile(r"^(?!\s*#).*(your-|example|-node-id=)", re.MULTILINE)
+    placeholder = re.compile(r"^(?!\s*#).*(your-|example|-node-id=|shard-1)", re.MULTILINE)
     for name in MANIFESTS:
         for found in placeholder.finditer((DEPLOY / name).read_text()):
             line = found.string[found.start() :].split("\n", 1)[0]
             assert "# CHANGE" in line, f"{name}: {line}"
+
+
+@pytest.mark.parametrize("page", ["deployment.md", "deployment.zh-CN.md"])
+def test_every_line_to_fill_in_is_in_the_table(page: str) -> None:
+    """The pages list the variable, flag or field of each line marked CHANGE, in a row of its manifest."""
+    table = [line for line in (ROOT / "docs" / page).read_text().splitlines() if line.startswith("| `")]
+    marked = re.compile(
+        r'^(?!#)(?: *- name: (\w+)\n)?[^#\n]*?(?:(image):|"(-[\w-]+)=|server:|value:).*# CHANGE', re.MULTILINE
+    )
+    for path in (*DEPLOY.glob("*.yaml"), *DEPLOY.glob("*.yml")):
+        found = list(marked.finditer(path.read_text()))
+        assert len(found) == len(re.findall(r"^[^#\n]+# CHANGE", path.read_text(), re.MULTILINE)), path.name
+        rows = "".join(row for row in table if f"`{path.name}`" in row)
+        assert bool(rows) == bool(found), path.name
+        for one in found:
+            name = next(filter(None, reversed(one.groups())), "")
+            assert f"`{name}`" in rows or not name, f"{path.name}: {name}"
+
+
+def test_claim_says_what_its_volume_needs() -> None:
+    """The manifest names the condition that a hostPath volume does not meet, and the page with the remedy."""
+    head = (DEPLOY / "deployment.yaml").read_text().partition("kind: PersistentVolumeClaim")[0]
+    assert "must honour fsGroup" in head
+    assert "## The agent's volume" in (ROOT / "docs" / "overlays.md").read_text()
 
 
 def test_kustomization_names_every_manifest() -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from k8s_consul_registrar.settings.reading import SETTINGS
 from support.files import DEPLOY
-from support.kubernetes_objects import assert_valid, pods_of
+from support.kubernetes_objects import assert_valid, nulls, pods_of
 from support.pod_security import violations
 
 OVERLAYS = sorted(path.name for path in (DEPLOY / "overlays").iterdir())
@@ -67,7 +67,8 @@ def environment(objects: Objects) -> dict[str, str]:
 
 
 def assert_whole(objects: Objects, home: str = "default") -> None:
-    """Fail when an object breaks the API's schemas or the restricted profile, or names what is not there."""
+    """Fail when an object breaks the API's schemas or the restricted profile, has a null, or names what is not there."""
+    assert nulls([*objects.values()]) == []
     assert [violations(pod) for pod in pods_of(objects)] == [[]] * len(pods_of(objects))
     for (kind, _, name), each in objects.items():
         if kind not in CUSTOM_RESOURCES:
@@ -280,7 +281,7 @@ def test_port_number_is_declared_once() -> None:
 def test_manifests_have_no_null_that_is_applied() -> None:
     """`kubectl apply` would say "configured" each time; only patches of overlays take a field out with null."""
     for path in DEPLOY.glob("*.yaml"):
-        assert not re.search(r":\s*(null|~)\s*(#|$)", path.read_text(), re.MULTILINE), path
+        assert nulls(list(yaml.safe_load_all(path.read_text()))) == [], path
 
 
 @pytest.mark.parametrize(

@@ -21,3 +21,12 @@ def _validate(text: str) -> None:
 def pods_of(objects: Mapping[Any, dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the Pod's spec of each Deployment."""
     return [one["spec"]["template"]["spec"] for one in objects.values() if one["kind"] == "Deployment"]
+
+
+def nulls(value: Any, path: str = "") -> list[str]:
+    """Return where an object has a null, for which `kubectl apply` says "configured" each time."""
+    if isinstance(value, Mapping):
+        return [found for key, inner in value.items() for found in nulls(inner, f"{path}.{key}")]
+    if isinstance(value, list):
+        return [found for number, inner in enumerate(value) for found in nulls(inner, f"{path}[{number}]")]
+    return [path] if value is None else []
