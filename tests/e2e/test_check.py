@@ -17,7 +17,8 @@ from k8s_consul_registrar.sandbox.consul_release import ConsulOptions
 from support.cluster import PROXY_RULES, REGISTRAR_RULES, kubeconfig, rule
 from support.lab import SandboxLab as Lab
 from support.lab import running_lab
-from support.processes import Program, reserve_ports
+from support.processes import LOOPBACK, Program, reserve_ports
+from support.proxy_lab import METRICS, Kubelet, always, answer
 from support.waiting import PATIENCE, until
 
 QUICK = Timing(connect_timeout=1, read_timeout=1)
@@ -310,6 +311,22 @@ async def test_node_port_without_answer_fails(lab: Lab) -> None:
         found = await findings(lab, PROXY_NODE_PORT=served)
     assert found["node port"].outcome is Result.WARN
     assert "203.0.113.9" in found["node port"].detail
+
+
+@pytest.mark.parametrize(
+    ("body", "outcome"), [(METRICS, Result.WARN), (b"<html>a page for every path</html>", Result.FAIL)]
+)
+async def test_another_program_on_the_node_port_warns_only_where_it_relays_kubelets(
+    lab: Lab, body: bytes, outcome: Result
+) -> None:
+    """The original program's proxy does while an upgrade replaces it; a stranger that answers anything does not."""
+    kubelet = await lab.cluster.add_kubelet("n1", LOOPBACK)
+    async with Kubelet(always(answer(body)), is_secure=False).serving() as other:
+        found = await findings(lab, PROXY_NODE_PORT=str(other.port))
+    assert found["node port"].outcome is outcome
+    assert ("deployment-svc.yaml" in found["node port"].hint) is (outcome is Result.WARN)
+    asked = {request.split()[1].decode() for request in other.requests}
+    assert f"/api/v1/nodes/{LOOPBACK}:{kubelet.port}/metrics/cadvisor" in asked
 
 
 async def test_paths_that_the_proxy_does_not_relay_are_named(lab: Lab) -> None:

@@ -89,6 +89,12 @@ async def proxy_problem(address: str, port: int, seconds: float, scheme: str = "
     return "" if is_proxy else _stranger(answer)
 
 
+async def relays_kubelet(address: str, port: int, kubelet: str, seconds: float, scheme: str = "http") -> bool:
+    """Return True if whatever answers there relays the metrics of a kubelet (`address:port`)."""
+    answer = await ask(address, port, f"/api/v1/nodes/{kubelet}/metrics/cadvisor", seconds, scheme)
+    return isinstance(answer, ProbeAnswer) and answer.status == 200 and answer.body.startswith(b"# ")
+
+
 async def pods_problem(places: Collection[tuple[str, int]], seconds: float, scheme: str = "http") -> str:
     """Return why Prometheus would not reach Pods through the proxy, empty if it would.
 

@@ -13,7 +13,14 @@ from k8s_consul_registrar.commands.check.report import Finding, fail, ok, skippe
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.model import Kind, Node
 from k8s_consul_registrar.proxy.nodes import is_dialable, usable_addresses
-from k8s_consul_registrar.proxy.probe import ProbeAnswer, ask, os_reason, pods_problem, proxy_problem
+from k8s_consul_registrar.proxy.probe import (
+    ProbeAnswer,
+    ask,
+    os_reason,
+    pods_problem,
+    proxy_problem,
+    relays_kubelet,
+)
 from k8s_consul_registrar.proxy.routes import CLOSED_PATH
 from k8s_consul_registrar.settings.proxy import ProxySettings
 from k8s_consul_registrar.targets.scrape_config import node_address, parse_ip, url_host
@@ -57,6 +64,10 @@ UNREACHABLE = "may this machine reach the kubelets' port (NetworkPolicy, firewal
 NODE_PORT_HINT = (
     "is the proxy deployed and ready (kubectl get endpoints k8s-consul-registrar-proxy-service), is its NodePort "
     "PROXY_NODE_PORT, and does no firewall or NetworkPolicy keep this machine from it?"
+)
+ANOTHER_PROXY_HINT = (
+    "it relays the kubelets' metrics, so Nodes are scraped; if it is the original program's, deploy/deployment-svc.yaml "
+    "replaces it (docs/original-program.md)"
 )
 PODS_HINT = (
     "set PROXY_PODS=true for the proxy first (deploy/overlays/proxy-pods); until then services of Pods stay"
@@ -236,11 +247,30 @@ async def check_node_port(wiring: Wiring, cluster: Awaitable[ClusterView]) -> li
     seconds, scheme = wiring.timing.connect_timeout, settings.proxy_scheme
     problems = await asyncio.gather(*(proxy_problem(one.address, port, seconds, scheme) for one in asked))
     failed = [f"{place} {problem}" for place, problem in zip(asked, problems, strict=True) if problem]
+    if failed and await _is_relayed_by_another(wiring, asked, nodes):
+        return [warn(NODE_PORT, "; ".join(failed), ANOTHER_PROXY_HINT)]
     if failed:
         finding = fail if len(failed) == len(asked) else warn
         return [finding(NODE_PORT, "; ".join(failed), NODE_PORT_HINT)]
     reached = ok(NODE_PORT, f"the proxy answers on port {port} of {', '.join(one.node for one in asked)}")
     return [reached, *await _check_node_paths(wiring, asked[0]), *await _check_pods(wiring, asked)]
+
+
+async def _is_relayed_by_another(wiring: Wiring, asked: Sequence[Place], nodes: Sequence[Node]) -> bool:
+    """Return True if what answers on each of these ports relays the Node's kubelet, as the original's proxy does."""
+    kubelet_ports = {node.name: node.kubelet_port for node in nodes}
+    seconds, scheme = wiring.timing.connect_timeout, wiring.settings.proxy_scheme
+    answers = [
+        relays_kubelet(
+            place.address,
+            place.port,
+            f"{url_host(place.address)}:{kubelet_ports[place.node]}",
+            seconds,
+            scheme,
+        )
+        for place in asked
+    ]
+    return all(await asyncio.gather(*answers))
 
 
 async def _check_pods(wiring: Wiring, asked: Iterable[Place]) -> list[Finding]:
