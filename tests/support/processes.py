@@ -10,7 +10,9 @@ import socket
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
+from support.forks import Forked, can_fork, fork
 from support.waiting import until
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -115,7 +117,10 @@ def is_running(pid: int) -> bool:
 
 
 class Program:
-    """One program run as a process group of its own; it can be started again after it ended."""
+    """One program run as a process group of its own; it can be started again after it ended.
+
+    A start of our own program is a fork (`support/forks.py`).
+    """
 
     def __init__(
         self, argv: Sequence[str], log: Path, *, environment: Mapping[str, str] | None = None
@@ -124,7 +129,7 @@ class Program:
         self.argv = tuple(argv)
         self.log = log
         self._environment = environment
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Forked | None = None
 
     @property
     def is_running(self) -> bool:
@@ -143,18 +148,24 @@ class Program:
         Where `setpriv` is there, the kernel kills it with the thread that started it, so that not even
         a `kill -9` of the test run leaves it behind.
         """
+        with self.log.open("ab") as output:
+            if self._environment is not None and can_fork(self.argv, self._environment):
+                self._process = fork(self.argv, self._environment, output.fileno())
+            else:
+                self._process = self._start(output)
+        _groups.add(self._process.pid)
+
+    def _start(self, output: BinaryIO) -> subprocess.Popen[bytes]:
         setpriv = shutil.which("setpriv")
         before = (setpriv, "--pdeathsig", "KILL", "--") if setpriv else ()
-        with self.log.open("ab") as output:
-            self._process = subprocess.Popen(
-                (*before, *self.argv),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=self._environment,
-                start_new_session=True,
-            )
-        _groups.add(self._process.pid)
+        return subprocess.Popen(
+            (*before, *self.argv),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=self._environment,
+            start_new_session=True,
+        )
 
     def send(self, number: int) -> None:
         """Send a signal to the whole group; a group that is gone is no error."""
@@ -171,7 +182,8 @@ class Program:
             return process.poll() is not None
 
         await until(has_ended, within=within)
-        return int(process.returncode)
+        assert process.returncode is not None
+        return process.returncode
 
     async def stop(self, number: int = signal.SIGTERM) -> None:
         """Send the signal and wait for the end; whatever is left of the group is killed."""
