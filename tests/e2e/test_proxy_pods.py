@@ -30,7 +30,7 @@ SHOWN = {"Authorization": "Bearer what-prometheus-shows"}
 
 
 @contextlib.asynccontextmanager
-async def an_application(seen: list[web.Request]) -> AsyncIterator[int]:
+async def an_application(seen: list[web.Request], host: str = POD_HOST) -> AsyncIterator[int]:
     """Serve `a_metric` where a Pod of the tests has its address."""
 
     async def metrics(request: web.Request) -> web.Response:
@@ -41,7 +41,7 @@ async def an_application(seen: list[web.Request]) -> AsyncIterator[int]:
     app.router.add_get("/metrics", metrics)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    await web.TCPSite(runner, POD_HOST, 0).start()
+    await web.TCPSite(runner, host, 0).start()
     try:
         yield int(runner.addresses[0][1])
     finally:

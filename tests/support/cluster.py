@@ -240,6 +240,8 @@ class Cluster:
         annotations: Mapping[str, str] = SCRAPED,
         ports: Mapping[str, int] | None = None,
         host_ip: str = "",
+        host_ips: Sequence[str] = (),
+        host_network: bool = False,
         node: str = "node-a",
     ) -> JsonObject:
         """Create a Pod on a node, and report its status as a kubelet would."""
@@ -252,10 +254,13 @@ class Cluster:
                 "containers": [container],
                 "nodeName": node,
                 "automountServiceAccountToken": False,
+                "hostNetwork": host_network,
             },
         }
         await self.request("POST", f"/api/v1/namespaces/{namespace}/pods", pod)
-        return await self.set_pod_status(name, namespace, phase=phase, ips=ips, host_ip=host_ip)
+        return await self.set_pod_status(
+            name, namespace, phase=phase, ips=ips, host_ips=host_ips or [host_ip] * bool(host_ip)
+        )
 
     async def set_pod_status(
         self,
@@ -264,12 +269,12 @@ class Cluster:
         *,
         phase: str,
         ips: Sequence[str],
-        host_ip: str = "",
+        host_ips: Sequence[str] = (),
     ) -> JsonObject:
         """Report a Pod's phase and addresses as a kubelet would."""
         addresses = {"podIP": ips[0], "podIPs": [{"ip": ip} for ip in ips]} if ips else {}
-        if host_ip:
-            addresses |= {"hostIP": host_ip, "hostIPs": [{"ip": host_ip}]}
+        if host_ips:
+            addresses |= {"hostIP": host_ips[0], "hostIPs": [{"ip": ip} for ip in host_ips]}
         path = f"/api/v1/namespaces/{namespace}/pods/{name}/status"
         status = {"status": {"phase": phase, **addresses}}
         return await self.request("PATCH", path, status, content_type=MERGE_PATCH)

@@ -176,6 +176,7 @@ class NodeFeed(Feed[Node]):
         changed: Callable[[], None],
         verify_node_name: bool,
         api_server: str = "",
+        ip_family: str = PRIMARY,
     ) -> None:
         super().__init__(client, [Source(Kind.NODE)], rules, _node)
         self._api_url = api_server
@@ -184,6 +185,7 @@ class NodeFeed(Feed[Node]):
         self._nodes = nodes
         self._told = changed
         self._verify_node_name = verify_node_name
+        self._ip_family = ip_family
         self._due: asyncio.TimerHandle | None = None
         self._counted = (-1, -1)
 
@@ -241,6 +243,7 @@ class NodeFeed(Feed[Node]):
             allow_loopback=self.rules.allow_loopback,
             verify_node_name=self._verify_node_name,
             api_server=self._api_server,
+            family=self._ip_family,
         )
         if self._nodes.known and table == self._nodes.current:
             return

@@ -8,7 +8,13 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from k8s_consul_registrar.model import Node
-from k8s_consul_registrar.targets.scrape_config import NODE_ADDRESS_TYPES, IPAddress, url_host
+from k8s_consul_registrar.targets.scrape_config import (
+    NODE_ADDRESS_TYPES,
+    PRIMARY,
+    IPAddress,
+    is_of_family,
+    url_host,
+)
 
 # Addresses of a Node that are used: dual stack has two. A Node writes its own status, and may write thousands.
 MAX_ADDRESSES = 16
@@ -127,11 +133,13 @@ class NodeTable:
         allow_loopback: bool = False,
         verify_node_name: bool = False,
         api_server: frozenset[tuple[str, int]] = frozenset(),
+        family: str = PRIMARY,
     ) -> "NodeTable":
         """Build the table.
 
-        A Node is reached by its name, at its first address, whatever other Nodes claim. It is reached by any of
-        its InternalIPs (dual stack has two), by ExternalIPs only where it has none. An address that is the first
+        A Node is reached by its name, at its first address, whatever other Nodes claim; those of the family come
+        before the others. It is reached by any of its InternalIPs (dual stack has two), by ExternalIPs only where
+        it has none. An address that is the first
         of some Node is no further address of another. Of two Nodes that claim one address and port in the same
         way the Ready one has it, else the older; at different ports both are reached. The certificate must name
         the address dialled, or the Node with `verify_node_name`.
@@ -153,7 +161,7 @@ class NodeTable:
             (node, usable)
             for node in sorted(nodes, key=lambda node: (not node.ready, node.created, node.uid))
             if 0 < node.kubelet_port < 65536
-            and (usable := _claims(node, allow_loopback=allow_loopback, api_server=api_server))
+            and (usable := _claims(node, family, allow_loopback=allow_loopback, api_server=api_server))
         ]
         for node, (first, *_) in claims:
             by_name[node.name] = claim(node, first)
@@ -173,8 +181,11 @@ class NodeTable:
         return cls(by_address, by_name, frozenset(owners), endpoints, api_server, contests)
 
 
-def _claims(node: Node, *, allow_loopback: bool, api_server: frozenset[tuple[str, int]]) -> list[str]:
+def _claims(
+    node: Node, family: str, *, allow_loopback: bool, api_server: frozenset[tuple[str, int]]
+) -> list[str]:
     usable = usable_addresses(node, allow_loopback=allow_loopback)
+    usable.sort(key=lambda one: not is_of_family(one, family))
     return [one for one in usable if (one, node.kubelet_port) not in api_server][:MAX_ADDRESSES]
 
 

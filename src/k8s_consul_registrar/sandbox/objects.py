@@ -14,6 +14,7 @@ def pod(
     is_ready: bool = True,
     node_name: str = "",
     host_ip: str = "",
+    host_ips: Iterable[str] = (),
     host_network: bool = False,
     ports: Mapping[str, int] | None = None,
     labels: Mapping[str, str] | None = None,
@@ -36,7 +37,7 @@ def pod(
         "apiVersion": "v1",
         "metadata": _metadata(name, namespace, labels, annotations),
         "spec": spec,
-        "status": pod_status(ip, ips=ips, phase=phase, is_ready=is_ready, host_ip=host_ip),
+        "status": pod_status(ip, ips=ips, phase=phase, is_ready=is_ready, host_ip=host_ip, host_ips=host_ips),
     }
 
 
@@ -47,17 +48,23 @@ def pod_status(
     phase: str = "Running",
     is_ready: bool = True,
     host_ip: str = "",
+    host_ips: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Return a Pod's status; without an address it has no conditions, like a Pod that is not scheduled."""
+    """Return a Pod's status; without an address it has no conditions, like a Pod that is not scheduled.
+
+    `ips` and `host_ips` are those of both families in a dual-stack cluster.
+    """
     addresses = list(ips) or ([ip] if ip else [])
+    hosts = list(host_ips) or ([host_ip] if host_ip else [])
     status: dict[str, Any] = {"phase": phase}
     if addresses:
         condition = {"type": "Ready", "status": str(is_ready), "lastProbeTime": None}
         status["conditions"] = [{**condition, "lastTransitionTime": None}]
         status["podIP"] = addresses[0]
         status["podIPs"] = [{"ip": address} for address in addresses]
-    if host_ip:
-        status["hostIP"] = host_ip
+    if hosts:
+        status["hostIP"] = hosts[0]
+        status["hostIPs"] = [{"ip": address} for address in hosts]
     return {**status, "qosClass": "BestEffort"}
 
 

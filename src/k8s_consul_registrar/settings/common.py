@@ -30,6 +30,10 @@ class CommonSettings(Section, group=COMMON):
     log_format: str = Setting("LOG_FORMAT", parse.choice(*FORMATS)).means(
         "`json` or `console`. Unset: `console` on a terminal, `json` elsewhere. Logs go to stderr"
     )
+    node_ip_family: str = Setting("NODE_IP_FAMILY", parse.choice(*FAMILIES), PRIMARY).means(
+        "Address of a dual-stack Node at which Prometheus reaches it, and Pods with `POD_ADDRESS=proxy` or `host`, and the "
+        "proxy its kubelet: `primary`, `ipv4` or `ipv6`. The same for both modes"
+    )
     warnings: tuple[str, ...] = ()
 
 

@@ -368,7 +368,7 @@ def _newer_parts(settings: RegistrarSettings) -> dict[str, Any]:
         "annotations": (sorted(settings.naming.annotations), []),
         "pods_at_host": (settings.pod_address == AT_HOST, False),
         "ip_families": (
-            [settings.selection.ip_family, settings.selection.node_ip_family],
+            [settings.selection.ip_family, settings.common.node_ip_family],
             [PRIMARY, PRIMARY],
         ),
         "extra_meta": (sorted(settings.naming.extra_meta), []),

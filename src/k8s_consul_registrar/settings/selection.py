@@ -22,7 +22,7 @@ from k8s_consul_registrar.targets.meta import (
     parse_target_label,
 )
 from k8s_consul_registrar.targets.resolve import NodePaths
-from k8s_consul_registrar.targets.scrape_config import FAMILIES, NODE_ADDRESS_TYPES, PRIMARY
+from k8s_consul_registrar.targets.scrape_config import NODE_ADDRESS_TYPES
 from k8s_consul_registrar.targets.service_names import (
     DEFAULT_ENDPOINT_NAME,
     DEFAULT_NODE_NAME,
@@ -81,10 +81,6 @@ class SelectionSettings(PodSelection, group=DISCOVERY):
     ).means(
         "Comma-separated types of Node addresses that Prometheus can reach. The first type that a Node has an "
         "address of gives its service's address"
-    )
-    node_ip_family: str = Setting("NODE_IP_FAMILY", parse.choice(*FAMILIES), PRIMARY).means(
-        "Address of a dual-stack Node at which Prometheus reaches it, and Pods with `POD_ADDRESS=proxy` or `host`: `primary`, "
-        "`ipv4` or `ipv6`"
     )
     given_paths: tuple[str, ...] = Setting("NODE_PATHS", _KUBELET_PATHS).means(
         "Comma-separated kubelet paths to scrape of each Node, each a service: `/metrics/cadvisor`, `/metrics`, "
@@ -276,7 +272,7 @@ class NamingSettings(Section, group="Names, tags, labels and shards"):
     )
     extra_meta: tuple[str, ...] = Setting("EXTRA_META", parse.choices(*EXTRA_KEYS)).means(
         "Comma-separated further meta of Pods: `port_name`, `container`, `pod_uid`, `workload` and `workload_kind` (of a "
-        "ReplicaSet its Deployment), `ready`"
+        "ReplicaSet its Deployment), `ready`; of endpoints `port_name` and `ready`, of Nodes `ready`"
     )
     target_labels: tuple[TargetLabel, ...] = Setting("TARGET_LABELS", Parser(_target_labels, TEXTS)).means(
         "Comma-separated labels, such as `__sample_limit__`, that a Pod's annotations may set for its targets: "

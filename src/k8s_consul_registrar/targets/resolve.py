@@ -27,6 +27,7 @@ from k8s_consul_registrar.targets.scrape_config import (
     annotated_family,
     host_address,
     is_scraped,
+    kubelet_address,
     node_address,
     parse_ip,
     pod_scrape,
@@ -171,11 +172,12 @@ def resolve_pod(pod: Pod, rules: TargetRules) -> Resolved:
 def resolve_node(node: Node, rules: TargetRules) -> Resolved:
     """Return the targets of a Node, one for each path: the proxy's NodePort at an address that Prometheus reaches.
 
-    Its ID and path contain the address at which the proxy reaches the kubelet. A Node and its replacement
-    can claim the same one: `rank` prefers the Ready one, then the older.
+    Its ID contains its first address, whichever family is chosen, so that another choice replaces no service; its
+    path contains the address at which the proxy reaches the kubelet. A Node and its replacement can claim the same
+    ID: `rank` prefers the Ready one, then the older.
     """
-    node_ip = node_address(node)
-    if node_ip is None:
+    node_ip, kubelet_ip = node_address(node), kubelet_address(node, rules.node_ip_family)
+    if node_ip is None or kubelet_ip is None:
         return Rejection(
             node.key, Reason.NO_ADDRESS, "the Node's status has no InternalIP or ExternalIP that is an IP"
         )
@@ -190,7 +192,7 @@ def resolve_node(node: Node, rules: TargetRules) -> Resolved:
         labels = [(one.key, node.labels.get(one.label, "")) for one in rules.node_labels]
         targets = []
         for place, path in enumerate(paths):
-            meta = checked_meta(_node_meta(node, node_ip, path, rules))
+            meta = checked_meta(_node_meta(node, kubelet_ip, path, rules))
             meta, notes = with_room(meta, labels, Note.LABELS_DROPPED)
             targets.append(
                 Target(
@@ -249,7 +251,9 @@ def _proxy_endpoints(pod: Pod, config: ScrapeConfig, rules: TargetRules) -> list
 
 def _host_endpoints(pod: Pod, config: ScrapeConfig, rules: TargetRules) -> list[_Endpoint]:
     """Return the Node's address with the `hostPort` of each port."""
-    host = host_address(pod, annotated_family(pod, rules.annotation_prefix) or rules.node_ip_family)
+    host = host_address(
+        pod, annotated_family(pod.annotations, rules.annotation_prefix) or rules.node_ip_family
+    )
     declared = {one.number: one.host_port for one in pod.ports if one.protocol == TCP and one.host_port}
     found = []
     for endpoint in _own_endpoints(pod, config, rules):
@@ -307,14 +311,16 @@ def _pod_meta(pod: Pod, rules: TargetRules) -> dict[str, str]:
     return meta | {one.key: pod.labels.get(one.label, "") for one in rules.labels} if rules.labels else meta
 
 
-def _node_meta(node: Node, node_ip: str, path: str, rules: TargetRules) -> Mapping[str, str]:
+def _node_meta(node: Node, kubelet_ip: str, path: str, rules: TargetRules) -> Mapping[str, str]:
     meta = {
         "kind": Kind.NODE.value,
-        "metrics_path": f"/api/v1/nodes/{url_host(node_ip)}:{node.kubelet_port}{path}",
+        "metrics_path": f"/api/v1/nodes/{url_host(kubelet_ip)}:{node.kubelet_port}{path}",
         "node": node.name,
         "scheme": rules.proxy_scheme,
         "zone": node.labels.get(ZONE_LABEL, ""),
     }
+    if "ready" in rules.extra_meta:
+        meta["ready"] = str(node.ready).lower()
     if not rules.node_paths.is_told:
         return meta
     system = node.labels.get(OS_LABEL, "")

@@ -78,6 +78,16 @@ def node_address(node: Node, types: Sequence[str] = NODE_ADDRESS_TYPES, family: 
     return None
 
 
+def kubelet_address(node: Node, family: str = PRIMARY) -> str | None:
+    """Return the address at which the proxy reaches a Node's kubelet, of a family where the Node has one."""
+    for wanted in NODE_ADDRESS_TYPES:
+        spelled = [scraped_address(entry.address) for entry in node.addresses if entry.type == wanted]
+        usable = [address for address in spelled if address is not None]
+        if usable:
+            return next((one for one in usable if is_of_family(one, family)), usable[0])
+    return None
+
+
 def url_host(address: str) -> str:
     """Format an IP literal as the host of a URL: IPv6 in brackets (RFC 3986, 3.2.2)."""
     return f"[{address}]" if ":" in address else address
@@ -108,6 +118,17 @@ class ScrapedPort(NamedTuple):
         return str(self.number) if self.ordinal == 1 else f"{self.number}--{self.ordinal}"
 
 
+class PortOwner(NamedTuple):
+    """The owner of the ports among which one is chosen, in the words of rejections."""
+
+    none: str
+    named: str
+
+
+CONTAINERS = PortOwner("no container declares a TCP port", "a container's port")
+SERVICE = PortOwner("the Service has no TCP port", "a port of the Service")
+
+
 class ScrapeConfig(msgspec.Struct, frozen=True, gc=False):
     """Address and ports at which a Pod is scraped, in the order of its annotations."""
 
@@ -131,7 +152,7 @@ def pod_scrape(
 
     `family` is that of its address where no annotation names another one.
     """
-    address = _pod_address(pod, annotated_family(pod, prefix) or family)
+    address = _pod_address(pod, annotated_family(pod.annotations, prefix) or family)
     pairs = scrape_annotations(pod.annotations, prefix)
     size = 0
     for name, value in pairs:
@@ -148,13 +169,15 @@ def _read(
     return scraped_ports(parse_scrapes(pairs, intervals), ports)
 
 
-def scraped_ports(scrapes: Sequence[ScrapeSet], ports: Sequence[ContainerPort]) -> tuple[ScrapedPort, ...]:
+def scraped_ports(
+    scrapes: Sequence[ScrapeSet], ports: Sequence[ContainerPort], owner: PortOwner = CONTAINERS
+) -> tuple[ScrapedPort, ...]:
     """Return the ports of every set of annotations; one that repeats an earlier scrape adds nothing."""
     found: list[ScrapedPort] = []
     seen: dict[int, list[tuple[str, str, Mapping[str, str]]]] = {}
     for scrape in scrapes:
         place = (scrape.scheme, scrape.path, scrape.params)
-        for number in scrape_ports(scrape.port, ports):
+        for number in scrape_ports(scrape.port, ports, owner):
             places = seen.setdefault(number, [])
             if place not in places:
                 places.append(place)
@@ -201,9 +224,9 @@ def proxied_path(namespace: str, name: str, port: ScrapedPort | None = None) -> 
     return f"{PROXIED_PODS}{namespace}/pods/{which}/metrics{ordinal}"
 
 
-def annotated_family(pod: Pod, prefix: str) -> str:
-    """Return the family of addresses that a Pod's annotation names, empty without one; raises `Rejected`."""
-    given = pod.annotations.get(f"{prefix}ip-family")
+def annotated_family(annotations: Mapping[str, str], prefix: str) -> str:
+    """Return the family of addresses that an annotation names, empty without one; raises `Rejected`."""
+    given = annotations.get(f"{prefix}ip-family")
     family = "" if given is None else given.strip().lower()
     if family and family not in FAMILIES:
         raise Rejected(
@@ -236,7 +259,7 @@ def host_address(pod: Pod, family: str) -> str:
     raise Rejected(Reason.NO_HOST_IP, f"the Pod's status names no {which}address of its node")
 
 
-def scrape_ports(text: str | None, ports: Sequence[ContainerPort]) -> tuple[int, ...]:
+def scrape_ports(text: str | None, ports: Sequence[ContainerPort], owner: PortOwner) -> tuple[int, ...]:
     """Return the port numbers to scrape, in the annotation's order and without repeats.
 
     The annotation holds numbers or names of TCP ports, separated by commas. Without one, the port is the
@@ -245,13 +268,13 @@ def scrape_ports(text: str | None, ports: Sequence[ContainerPort]) -> tuple[int,
     """
     if text is not None and text.strip():
         entries = [entry.strip() for entry in text.split(",")]
-        numbers = dict.fromkeys(_annotated_port(entry, ports) for entry in entries)
+        numbers = dict.fromkeys(_annotated_port(entry, ports, owner) for entry in entries)
         _check_count(len(numbers))
         return tuple(numbers)
-    return (_implied_port(ports),)
+    return (_implied_port(ports, owner),)
 
 
-def _implied_port(ports: Sequence[ContainerPort]) -> int:
+def _implied_port(ports: Sequence[ContainerPort], owner: PortOwner) -> int:
     for name in PORT_NAMES:
         if (number := _named_port(name, ports)) is not None:
             return number
@@ -263,10 +286,10 @@ def _implied_port(ports: Sequence[ContainerPort]) -> int:
             Reason.AMBIGUOUS_PORT,
             f"there are {len(numbers)} TCP ports and none is named {', '.join(PORT_NAMES)}: annotate the port",
         )
-    raise Rejected(Reason.NO_PORT, "no port is annotated and no container declares a TCP port")
+    raise Rejected(Reason.NO_PORT, f"no port is annotated and {owner.none}")
 
 
-def _annotated_port(text: str, ports: Sequence[ContainerPort]) -> int:
+def _annotated_port(text: str, ports: Sequence[ContainerPort], owner: PortOwner) -> int:
     if _NUMBER.fullmatch(text):
         number = int(text)
         if 1 <= number <= 65535:
@@ -281,7 +304,7 @@ def _annotated_port(text: str, ports: Sequence[ContainerPort]) -> int:
         )
     raise Rejected(
         Reason.UNKNOWN_PORT_NAME,
-        f"the port {quoted(text)} is neither a number from 1 to 65535 nor the name of a container's port",
+        f"the port {quoted(text)} is neither a number from 1 to 65535 nor the name of {owner.named}",
     )
 
 

@@ -236,6 +236,7 @@ def build_feeds(
         changed=server.notice_nodes,
         verify_node_name=settings.kubelets.tls_server_name == "node",
         api_server=api_server,
+        ip_family=settings.common.node_ip_family,
     )
     if pod_side is None:
         return (of_nodes,)

@@ -125,7 +125,7 @@ class Wiring:
             pods_through_proxy=settings.pods_through_proxy,
             pods_at_host=settings.pod_address == AT_HOST,
             pod_ip_family=selection.ip_family,
-            node_ip_family=selection.node_ip_family,
+            node_ip_family=settings.common.node_ip_family,
             cluster=settings.cluster_name,
             id_prefix=naming.id_prefix,
             pod_name=naming.pod_name,

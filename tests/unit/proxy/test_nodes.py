@@ -113,6 +113,26 @@ def test_dual_stack_and_external() -> None:
     assert "named" not in table.by_name
 
 
+def test_family_comes_first_at_a_dual_stack_node_and_takes_no_address_away() -> None:
+    """By its name a Node is reached in the family, by address in both; one of the other family stays reachable."""
+    nodes = [a_node("both", "192.0.2.1", "2001:db8::1"), a_node("four", "192.0.2.2")]
+    table = NodeTable.of(nodes, family="ipv6")
+    assert {name: one.address for name, one in table.by_name.items()} == {
+        "both": "2001:db8::1",
+        "four": "192.0.2.2",
+    }
+    assert table.addresses == {"192.0.2.1", "2001:db8::1", "192.0.2.2"}
+
+
+def test_address_of_the_family_is_its_nodes_whatever_an_older_node_claims_beside_its_own() -> None:
+    """The path that the registrar writes names a first address, which a further one does not take over."""
+    victim = a_node("victim", "192.0.2.1", "2001:db8::1", created="2026-02-02T00:00:00Z")
+    older = a_node("older", "192.0.2.9", "2001:db8::9", "2001:db8::1", created="2025-01-01T00:00:00Z")
+    table = NodeTable.of([older, victim], family="ipv6")
+    assert table.by_address["2001:db8::1", 10250].uid == "uid-victim"
+    assert table.contests == (Contest("2001:db8::1", "victim", ("older",)),)
+
+
 VICTIM = a_node("victim", "192.0.2.1", created="2026-02-02T00:00:00Z")
 
 

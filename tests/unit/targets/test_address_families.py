@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.kube.objects import decode_object
 from k8s_consul_registrar.model import ContainerPort, Kind, Pod, Rejection, Target
-from k8s_consul_registrar.proxy.routes import proxied_pod
+from k8s_consul_registrar.proxy.nodes import NodeTable
+from k8s_consul_registrar.proxy.routes import PERMITTED_PATHS, Route, find_route, proxied_pod
 from k8s_consul_registrar.settings.reading import read_proxy, read_registrar
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
-from k8s_consul_registrar.targets.scrape_config import FAMILIES
+from k8s_consul_registrar.targets.scrape_config import FAMILIES, url_host
 from support.builders import SCRAPED, make_node, make_pod
 from support.memory import MemoryCluster
 
@@ -82,13 +83,20 @@ def test_family_that_the_pod_lacks_or_that_is_none_rejects_it() -> None:
 
 @pytest.mark.parametrize(("family", "address"), [("primary", HOST4), ("ipv4", HOST4), ("ipv6", HOST6)])
 def test_node_is_reached_at_its_address_of_the_family(family: str, address: str) -> None:
-    """Its ID and the path through the proxy stay, and a Pod through the proxy is at the same address."""
+    """Its ID stays; the proxy reaches its kubelet, and Prometheus a Pod through the proxy, at the same address."""
     node = make_node("node-a", ("InternalIP", HOST4), ("InternalIP", HOST6))
     resolved = resolve(node, TargetRules(node_ip_family=family))
     assert isinstance(resolved, tuple)
     (target,) = resolved
     assert (target.address, target.id) == (address, f"node--{HOST4}")
-    assert dict(target.meta)["metrics_path"] == f"/api/v1/nodes/{HOST4}:10250/metrics/cadvisor"
+    path = dict(target.meta)["metrics_path"]
+    assert path == f"/api/v1/nodes/{url_host(address)}:10250/metrics/cadvisor"
+    table = NodeTable.of([node], family=family)
+    assert find_route(path.encode(), table, frozenset(PERMITTED_PATHS)) == (
+        table.by_name["node-a"],
+        "/metrics/cadvisor",
+    )
+    assert table.by_name["node-a"].address == address
     through = target_of(make_pod(**DUAL), node_ip_family=family, pods_through_proxy=True)
     assert (through.address, through.port) == (address, 31112)
 
@@ -105,6 +113,28 @@ def test_cluster_of_one_family_is_whole_in_it_and_nothing_in_the_other() -> None
     assert rejected.reason == Reason.NO_ADDRESS
     pod = make_pod(ip=V6, host_ip=HOST6)
     assert reason_of(pod, node_ip_family="ipv4", pods_through_proxy=True) == Reason.NO_HOST_IP
+
+
+@pytest.mark.parametrize(
+    ("kubelet", "family", "dialled"),
+    [((HOST4,), "ipv6", HOST4), ((HOST4, HOST6), "ipv6", HOST6), ((HOST6, HOST4), "ipv4", HOST4)],
+)
+def test_path_names_an_address_that_the_proxy_dials(
+    kubelet: tuple[str, ...], family: str, dialled: str
+) -> None:
+    """Prometheus may reach a Node at an ExternalIP of a family that its kubelet does not have."""
+    outside = (("ExternalIP", "203.0.113.1"), ("ExternalIP", "2001:db8:9::1"))
+    node = make_node("node-a", *outside, *(("InternalIP", one) for one in kubelet))
+    resolved = resolve(node, TargetRules(node_ip_family=family, node_address_types=("ExternalIP",)))
+    assert isinstance(resolved, tuple)
+    (target,) = resolved
+    assert target.id == f"node--{kubelet[0]}"
+    assert target.address == {"ipv4": "203.0.113.1", "ipv6": "2001:db8:9::1"}[family]
+    route = find_route(
+        dict(target.meta)["metrics_path"].encode(), NodeTable.of([node]), frozenset(PERMITTED_PATHS)
+    )
+    assert isinstance(route, Route)
+    assert route.endpoint.address == dialled
 
 
 def test_pod_at_its_host_port() -> None:
@@ -132,8 +162,10 @@ def test_pod_without_a_host_port_or_host_is_rejected() -> None:
     assert target_of(shared, pods_at_host=True).port == 9102
 
 
-def test_both_modes_read_the_family_of_pods() -> None:
+def test_both_modes_read_the_families() -> None:
     """So that the proxy dials what the registrar registers."""
+    assert read_registrar({"NODE_IP_FAMILY": "ipv6"}).common.node_ip_family == "ipv6"
+    assert read_proxy({"NODE_IP_FAMILY": "ipv6"}).common.node_ip_family == "ipv6"
     assert read_registrar({"POD_IP_FAMILY": "ipv6", "POD_ADDRESS": "host"}).selection.ip_family == "ipv6"
     pods = read_proxy({"PROXY_PODS": "true", "POD_IP_FAMILY": "ipv6", "PROXY_BEARER_TOKEN_FILE": "/t"}).pods
     assert pods is not None

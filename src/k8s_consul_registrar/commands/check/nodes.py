@@ -23,7 +23,7 @@ from k8s_consul_registrar.proxy.probe import (
 )
 from k8s_consul_registrar.proxy.routes import CLOSED_PATH
 from k8s_consul_registrar.settings.proxy import ProxySettings
-from k8s_consul_registrar.targets.scrape_config import node_address, parse_ip, url_host
+from k8s_consul_registrar.targets.scrape_config import kubelet_address, parse_ip, url_host
 from k8s_consul_registrar.tls import KUBELET, Cause, Explanation, Trust, explain
 from k8s_consul_registrar.wiring.proxy import KubeletIdentity
 from k8s_consul_registrar.wiring.registrar import Wiring
@@ -239,7 +239,7 @@ async def check_node_port(wiring: Wiring, cluster: Awaitable[ClusterView]) -> li
     places = [
         Place(node.name, address, port)
         for node in sorted(nodes, key=lambda node: not node.ready)
-        if (address := node_address(node)) and _may_be_asked(address)
+        if (address := kubelet_address(node, settings.common.node_ip_family)) and _may_be_asked(address)
     ]
     if not places:
         return [skipped(NODE_PORT, "no Node is known that could be asked")]

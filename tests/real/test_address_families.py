@@ -1,0 +1,74 @@
+"""A real Prometheus scrapes Nodes and Pods over IPv6, through the proxy, by each discovery."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from e2e.test_address_families import POD, SIX, a_node, a_proxy, each_cluster
+from real.test_http_sd import example_rules
+from support.lab import running_lab_with
+from support.processes import has_ipv6, reserve_ports
+from support.real_servers import REAL, fetched_prometheus, real_consul, real_prometheus
+from support.waiting import until
+
+pytestmark = [
+    REAL,
+    pytest.mark.long,
+    pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1"),
+]
+
+
+@each_cluster
+async def test_prometheus_scrapes_nodes_and_pods_over_ipv6(
+    addresses: tuple[str, ...], settings: dict[str, str]
+) -> None:
+    """By Consul, by HTTP and by file service discovery the same URLs are up, with the rules of the example."""
+    discovery_port = reserve_ports(1)[0]
+    async with (
+        real_consul() as consul,
+        running_lab_with(consul.address) as lab,
+        a_node(lab, *addresses),
+        await a_proxy(lab, **settings) as proxy,
+    ):
+        await proxy.ready()
+        port, file = await proxy.port("port"), lab.folder / "targets.json"
+        jobs: dict[str, dict[str, Any]] = {
+            "consul": {"consul_sd_configs": [{"server": consul.address, "refresh_interval": "1s"}]},
+            "http": {
+                "http_sd_configs": [
+                    {"url": f"http://[{SIX}]:{discovery_port}/sd/targets", "refresh_interval": "1s"}
+                ]
+            },
+            "file": {"file_sd_configs": [{"files": [str(file)]}]},
+        }
+        common = {
+            "scrape_interval": "1s",
+            "bearer_token_file": str(lab.folder / "shown"),
+            "relabel_configs": example_rules(),
+        }
+        config = {"scrape_configs": [{"job_name": name, **common, **job} for name, job in jobs.items()]}
+        more = {"POD_ADDRESS": "proxy", "PROXY_NODE_PORT": str(port)}
+        more |= {"HTTP_SD_PORT": str(discovery_port), "FILE_SD_PATH": str(file)}
+        async with (
+            await lab.registrar(**more, **settings) as registrar,
+            real_prometheus(yaml.safe_dump(config), tools=fetched_prometheus("2.53")) as prometheus,
+        ):
+            await registrar.ready()
+            found: list[dict[str, Any]] = []
+
+            async def are_up() -> bool:
+                nonlocal found
+                found = await prometheus.targets()
+                return len(found) == 6 and all(one["health"] == "up" for one in found)
+
+            await until(
+                are_up,
+                context=lambda: str([(one["scrapeUrl"], one["health"], one["lastError"]) for one in found]),
+            )
+            assert {one["labels"]["instance"] for one in found} == {f"[{SIX}]:{port}"}
+            assert {one["labels"]["job"] for one in found} == jobs.keys()
+            ids = {one["discoveredLabels"]["__meta_consul_service_id"] for one in found}
+            assert ids == {f"node--{addresses[0]}", POD}
+            await prometheus.wait_for("a_metric == 1", 3)
+            await prometheus.wait_for('scrape_samples_scraped{kind="node"} > 100', 3)
