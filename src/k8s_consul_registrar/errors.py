@@ -136,7 +136,10 @@ class Reason(StrEnum):
     NO_IP = "no_ip", "the Pod has no IP yet"
     INVALID_IP = "invalid_ip", "the IP of the Pod, or of an endpoint, is no address that can be scraped"
     INVALID_IP_FAMILY = "invalid_ip_family", "the annotated `ip-family` is none of `primary`, `ipv4`, `ipv6`"
-    NO_IP_FAMILY = "no_ip_family", "the Pod has an IP, and none of the family that is asked for"
+    NO_IP_FAMILY = (
+        "no_ip_family",
+        "the Pod has an IP, and none of the family that is asked for, or the Service has no endpoints of the annotated family",
+    )
     NO_PORT = (
         "no_port",
         "no port is annotated, and the containers of the Pod, or the EndpointSlice, have no TCP port",
@@ -162,7 +165,7 @@ class Reason(StrEnum):
     NO_HOST_PORT = "no_host_port", "with `POD_ADDRESS=host`: no container has a `hostPort` for that TCP port"
     NOT_PROXIED = (
         "not_proxied",
-        "through the proxy: the endpoint of a [Service](services.md) is a Pod that is not annotated itself",
+        "through the proxy or with `POD_ADDRESS=host`: the endpoint of a [Service](services.md) is a Pod that is not annotated itself",
     )
     INVALID_PATH = (
         "invalid_path",

@@ -54,6 +54,8 @@ _OF_ENDPOINT = {
     "service": "service_name",
     "pod": "pod_name",
     "node": "endpoint_node_name",
+    "port_name": "endpoint_port_name",
+    "ready": "endpoint_ready",
     "zone": "node_label_topology_kubernetes_io_zone",
 }
 _OF_NODE = {"node": "node_name", "zone": "node_label_topology_kubernetes_io_zone"}

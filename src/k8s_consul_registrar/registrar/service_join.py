@@ -8,7 +8,7 @@ then the older Service. Every change costs what it changes, not what the Service
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -23,12 +23,15 @@ from k8s_consul_registrar.model import (
     Target,
 )
 from k8s_consul_registrar.targets.endpoints import (
+    NOT_PROXIED,
+    ScrapePlace,
     ServiceScrape,
     SliceTargets,
     Value,
     difference,
     endpoints_key,
     few_changed,
+    place_of,
     resolve_slice,
     shape_of,
 )
@@ -36,9 +39,7 @@ from k8s_consul_registrar.targets.meta import PARAM_PREFIX, shared_pair
 from k8s_consul_registrar.targets.resolve import TargetRules
 
 SERVICE = "service"
-NOT_PROXIED = "through the proxy only Pods that are annotated themselves can be scraped"
 
-_Place: TypeAlias = tuple[str, int, str]
 KeyT = TypeVar("KeyT")
 ValueT = TypeVar("ValueT")
 
@@ -97,8 +98,8 @@ class ServiceJoin:
         # Every target of every slice, by ID; several only while two slices, or two Services, have one ID.
         self._offers: dict[str, tuple[Target, ...]] = {}
         # One target of each Service and ID, by place.
-        self._places: dict[_Place, tuple[Target, ...]] = {}
-        self._pods: dict[_Place, tuple[ObjectKey, ...]] = {}
+        self._places: dict[ScrapePlace, tuple[Target, ...]] = {}
+        self._pods: dict[ScrapePlace, tuple[ObjectKey, ...]] = {}
         # Endpoints that are not asked for, by what is scraped instead of them.
         self.yielded: Counter[Winner] = Counter()
         # Endpoints of a Service that only the proxy could reach, and that it does not serve.
@@ -241,7 +242,7 @@ class ServiceJoin:
         """Return the IDs of endpoints that a rejected slice still has: nothing proves that they are gone."""
         service = self._services[key]
         assert isinstance(service, ServiceScrape)
-        there = {one.pod or one.address for one in part.endpoints if service.counts(one)}
+        there = {one.pod or one.address for one in part.endpoints if service.counts(one, part.family)}
         return {
             one.id for point, some in before.items() if (point.pod or point.address) in there for one in some
         }
@@ -305,7 +306,7 @@ class ServiceJoin:
                 del self._clashes[key]
         return before ^ now
 
-    def _compare(self, standings: Mapping[_Place, _Standing]) -> Joined:
+    def _compare(self, standings: Mapping[ScrapePlace, _Standing]) -> Joined:
         """Return the changes at some places since the given state."""
         joined = Joined()
         for place, was in standings.items():
@@ -338,7 +339,7 @@ class ServiceJoin:
             chosen.setdefault(target.key, target)
         return tuple(chosen.values())
 
-    def _standing(self, place: _Place) -> _Standing:
+    def _standing(self, place: ScrapePlace) -> _Standing:
         chosen = self._places.get(place, ())
         if not chosen:
             return _Standing()
@@ -357,17 +358,8 @@ class ServiceJoin:
         others = tuple([one for one in chosen if one not in asked])
         return _Standing(asked, others, Winner.SERVICE if others else None, first.key)
 
-    def _place(self, target: Target) -> _Place:
-        """Return where a target is scraped; through the proxy that is the Pod, at whatever port."""
-        path = pod = ""
-        for name, value in target.meta:
-            if name == "metrics_path":
-                path = value
-            elif name == "pod":
-                pod = value
-        if self._rules.is_pod_elsewhere and pod:
-            return "", 0, f"{target.key.namespace}/{pod}"
-        return target.address, target.port, path
+    def _place(self, target: Target) -> ScrapePlace:
+        return place_of(target, self._rules)
 
     def _marked(self, target: Target) -> Target:
         service = self._standing(self._place(target)).service

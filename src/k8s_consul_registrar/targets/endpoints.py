@@ -1,6 +1,6 @@
 """Resolution of annotated Services and their EndpointSlices into targets."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from operator import eq
@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 
 import msgspec
 
-from k8s_consul_registrar.errors import Reason, Rejected, has_control, quoted
+from k8s_consul_registrar.errors import Note, Reason, Rejected, has_control, quoted
 from k8s_consul_registrar.model import (
     ContainerPort,
     EndpointSlice,
@@ -31,9 +31,19 @@ from k8s_consul_registrar.targets.annotations import (
     parse_scrapes,
     scrape_annotations,
 )
-from k8s_consul_registrar.targets.meta import LONGEST_META_VALUE, checked_meta
+from k8s_consul_registrar.targets.meta import LONGEST_META_VALUE, Meta, checked_meta, with_room
 from k8s_consul_registrar.targets.resolve import TargetRules, resolve
-from k8s_consul_registrar.targets.scrape_config import ScrapedPort, scraped_address, scraped_ports
+from k8s_consul_registrar.targets.scrape_config import (
+    IPV4,
+    IPV6,
+    PRIMARY,
+    SERVICE,
+    TCP,
+    ScrapedPort,
+    annotated_family,
+    scraped_address,
+    scraped_ports,
+)
 from k8s_consul_registrar.targets.service_names import (
     Subject,
     endpoint_service_id,
@@ -43,6 +53,9 @@ from k8s_consul_registrar.targets.service_names import (
 
 FQDN = "FQDN"
 EXTERNAL_NAME = "ExternalName"
+# The families of settings and annotations, as Services and EndpointSlices name them.
+_FAMILIES: Mapping[str, str] = {IPV4: "IPv4", IPV6: "IPv6"}
+NOT_PROXIED = "with POD_ADDRESS=proxy or host only Pods that are annotated themselves can be scraped"
 # Endpoints between equal ones that are compared one by one; more are compared as a whole.
 FEW = 8
 
@@ -50,26 +63,36 @@ FEW = 8
 class ServiceScrape(msgspec.Struct, frozen=True, gc=False):
     """The scrape settings of an annotated Service, which all its endpoints share.
 
-    `key` is the one of its endpoints' targets. An empty `family` stands for every address family. In
-    `scrapes` the ports stay texts, since each EndpointSlice has ports of its own. `target_labels` are those that
-    annotations set, by their meta keys.
+    `key` is the one of its endpoints' targets. Endpoints count in the address family `family`, those that are Pods in
+    `pod_family`; an empty one stands for every family. In `scrapes` the ports stay texts, since each EndpointSlice has
+    ports of its own. `target_labels` are those that annotations set, by their meta keys.
     """
 
     key: ObjectKey
     rank: tuple[int, str, str]
     family: str
+    pod_family: str
     publishes_unready: bool
     scrapes: tuple[ScrapeSet, ...]
     labels: Mapping[str, str]
     target_labels: Mapping[str, str]
 
-    def counts(self, endpoint: SliceEndpoint) -> bool:
-        """Return True if an endpoint is scraped in its present condition."""
-        return endpoint.ready or endpoint.serving or self.publishes_unready
+    def family_of(self, pod: str) -> str:
+        """Return the family in which endpoints count that are a Pod, or none where its name is empty."""
+        return self.pod_family if pod else self.family
+
+    def counts(self, endpoint: SliceEndpoint, family: str) -> bool:
+        """Return True if an endpoint of a family is scraped in its present condition."""
+        is_of_family = self.family_of(endpoint.pod) in ("", family)
+        return is_of_family and (endpoint.ready or endpoint.serving or self.publishes_unready)
 
 
 # The value that the Store keeps of an object.
 Value: TypeAlias = Resolved | ServiceScrape | EndpointSlice | Namespace
+
+
+# Where a target is scraped: address, port and path.
+ScrapePlace: TypeAlias = tuple[str, int, str]
 
 
 class SliceTargets(NamedTuple):
@@ -112,13 +135,15 @@ def resolve_service(service: KubeService, rules: TargetRules) -> ServiceScrape |
     if service.type == EXTERNAL_NAME:
         return Rejection(key, Reason.NO_ADDRESS, "a Service of type ExternalName has no endpoints")
     try:
+        family, pod_family = _families(service, rules)
         scrapes = parse_scrapes(scrape_annotations(given, prefix), rules.intervals)
     except Rejected as rejected:
         return Rejection(key, rejected.reason, rejected.detail)
     return ServiceScrape(
         key=key,
         rank=(0, service.created, service.uid),
-        family=service.families[0] if service.families else "",
+        family=family,
+        pod_family=pod_family,
         publishes_unready=service.publishes_unready,
         scrapes=scrapes,
         labels=service.labels,
@@ -128,6 +153,25 @@ def resolve_service(service: KubeService, rules: TargetRules) -> ServiceScrape |
             if f"{prefix}{one.annotation}" in given
         },
     )
+
+
+def _families(service: KubeService, rules: TargetRules) -> tuple[str, str]:
+    """Return the address families of a Service's endpoints, and of those that are Pods.
+
+    That is the Service's first one. An annotation names another one for all; raises `Rejected` if the Service does not
+    have it. The setting for Pods chooses another one for Pods where the Service has it.
+    """
+    families = service.families
+    first = families[0] if families else ""
+    if annotated := annotated_family(service.annotations, rules.annotation_prefix):
+        family = _FAMILIES.get(annotated, first)
+        if families and family not in families:
+            raise Rejected(
+                Reason.NO_IP_FAMILY, f"the Service has no {annotated} endpoints, only {', '.join(families)}"
+            )
+        return family, family
+    of_pods = _FAMILIES.get(rules.pod_ip_family, first)
+    return first, of_pods if of_pods in families or not families else first
 
 
 def resolve_slice(
@@ -140,25 +184,46 @@ def resolve_slice(
     if part.family == FQDN:
         detail = f"EndpointSlice {quoted(part.name)} has names for addresses, and only an IP can be scraped"
         return SliceTargets({}, Rejection(scrape.key, Reason.INVALID_IP, detail))
-    counting = [one for one in part.endpoints if scrape.counts(one)]
-    if not counting or (scrape.family and part.family != scrape.family):
+    counting = [one for one in part.endpoints if scrape.counts(one, part.family)]
+    if not counting:
         return SliceTargets({})
     rejected: Rejected | None = None
     targets: dict[SliceEndpoint, tuple[Target, ...]] = {}
     try:
-        ports = scraped_ports(scrape.scrapes, part.ports)
+        ports = scraped_ports(scrape.scrapes, part.ports, SERVICE)
     except Rejected as error:
         counting, rejected = [], error
     for endpoint in counting:
         try:
             found = known.get(endpoint)
-            targets[endpoint] = _targets(scrape, endpoint, ports, rules) if found is None else found
+            targets[endpoint] = (
+                _targets(scrape, endpoint, ports, part.ports, rules) if found is None else found
+            )
         except Rejected as error:
             rejected = rejected or error
     if rejected is None:
         return SliceTargets(targets)
     detail = f"EndpointSlice {quoted(part.name, 300)}: {rejected.detail}"
     return SliceTargets(targets, Rejection(scrape.key, rejected.reason, detail))
+
+
+def place_of(target: Target, rules: TargetRules) -> ScrapePlace:
+    """Return where a target is scraped; through the proxy that is the Pod, at whatever port.
+
+    Where a setting chooses the family of Pods' addresses, a Pod is one place at both of them: its Service may have endpoints
+    of the other family only.
+    """
+    path = pod = ""
+    for name, value in target.meta:
+        if name == "metrics_path":
+            path = value
+        elif name == "pod":
+            pod = value
+    if pod and rules.is_pod_elsewhere:
+        return "", 0, f"{target.key.namespace}/{pod}"
+    if pod and rules.pod_ip_family != PRIMARY:
+        return f"{target.key.namespace}/{pod}", target.port, path
+    return target.address, target.port, path
 
 
 def shape_of(part: EndpointSlice) -> tuple[str, str, tuple[ContainerPort, ...]]:
@@ -202,7 +267,11 @@ def difference(
 
 
 def _targets(
-    scrape: ServiceScrape, endpoint: SliceEndpoint, ports: tuple[ScrapedPort, ...], rules: TargetRules
+    scrape: ServiceScrape,
+    endpoint: SliceEndpoint,
+    ports: tuple[ScrapedPort, ...],
+    declared: Sequence[ContainerPort],
+    rules: TargetRules,
 ) -> tuple[Target, ...]:
     address = scraped_address(endpoint.address)
     if address is None:
@@ -235,17 +304,29 @@ def _targets(
                 # At its Node only the Pod's own target can be scraped: there is no address to fall back to.
                 address="" if is_proxied else address,
                 port=port.number,
-                meta=metas[id(port.scrape)],
+                meta=meta,
                 rank=scrape.rank,
                 tags=tags,
                 ready=endpoint.ready if rules.has_readiness else None,
-                notes=port.scrape.notes,
+                notes=port.scrape.notes + notes,
                 awaits=rules.awaited(has_zone=True),
                 has_own_zone=True,
             )
             for port in ports
+            for meta, notes in (_with_extra(metas[id(port.scrape)], endpoint, port.number, declared, rules),)
         ]
     )
+
+
+def _with_extra(
+    meta: Meta, endpoint: SliceEndpoint, port: int, declared: Sequence[ContainerPort], rules: TargetRules
+) -> tuple[Meta, tuple[str, ...]]:
+    """Return meta with what EXTRA_META adds of an endpoint, and the note if there is no room for all of it."""
+    if not rules.extra_meta:
+        return meta, ()
+    name = next((one.name for one in declared if (one.number, one.protocol) == (port, TCP)), "")
+    values = {"port_name": name, "ready": str(endpoint.ready).lower()}
+    return with_room(meta, [(key, values.get(key, "")) for key in rules.extra_meta], Note.META_DROPPED)
 
 
 @lru_cache(maxsize=256)

@@ -249,6 +249,28 @@ def test_rejection_is_the_same_whatever_slice_comes_first() -> None:
 # Pods and other Services at one place
 
 
+def test_pod_is_one_place_at_both_its_addresses_where_a_setting_chooses_the_family() -> None:
+    """A Service of a dual-stack cluster has one family unless it asks for both; another port is another place."""
+    six = "2001:db8::1"
+    pod = make_pod("web-1", ip=ONE.address, ips=(ONE.address, six))
+    things: list[Thing] = [
+        pod,
+        make_kube_service(annotations=annotated(port="9102,9103")),
+        make_slice("web-a", ONE),
+        make_kube_service("older", created="2025-11-22T10:00:00Z", annotations=annotated(port="9103")),
+        make_slice("older-a", ONE, service="older"),
+    ]
+    for items in (things, things[::-1]):
+        scene = Scene(rules=TargetRules(pod_ip_family="ipv6"))
+        scene.put(*items)
+        assert scene.asked == {"pod--shop--web-1", "svc--shop--older--web-1--9103"}
+        (target,) = scene.desired.claims["pod--shop--web-1"]
+        assert target.address == six
+        assert service_meta(scene, "pod--shop--web-1") == "web"
+        scene.cluster.remove(pod)
+        assert scene.asked == {ID_ONE, "svc--shop--older--web-1--9103"}
+
+
 def test_pod_at_the_same_place_wins_and_gains_the_service() -> None:
     """A Pod target is scraped in place of the endpoint, and names the Service."""
     pod = make_pod("web-1", ip=ONE.address)

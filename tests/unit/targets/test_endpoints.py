@@ -17,6 +17,7 @@ from k8s_consul_registrar.model import (
     Undecodable,
 )
 from k8s_consul_registrar.targets.endpoints import ServiceScrape, resolve_item, resolve_service, resolve_slice
+from k8s_consul_registrar.targets.meta import EXTRA_KEYS
 from k8s_consul_registrar.targets.resolve import TargetRules
 from support.builders import annotated, make_kube_service, make_slice, tcp
 
@@ -109,6 +110,16 @@ def test_port_is_a_number_a_name_or_the_only_tcp_port(
         assert ids_of(part, service=service) == [f"svc--shop--web--web-1--{number}" for number in found]
 
 
+def test_rejection_for_ports_speaks_of_the_service() -> None:
+    """Its author declares no container."""
+    for port, ports in ((None, ()), ("admin", (tcp(80, "http"),))):
+        service = make_kube_service(annotations=annotated() if port is None else annotated(port=port))
+        made = targets_of(make_slice("web-1", WEB, ports=ports), service=service)
+        assert isinstance(made, Rejection)
+        assert made.detail.startswith("EndpointSlice 'web-1': ")
+        assert "container" not in made.detail
+
+
 @pytest.mark.parametrize(
     ("ready", "serving", "publishes_unready", "counts"),
     [
@@ -136,6 +147,61 @@ def test_slice_of_another_family_than_the_primary_one_is_left_out() -> None:
     made = targets_of(four, six, service=service)
     assert isinstance(made, list)
     assert [one.address for one in made] == ["2001:db8::1"]
+
+
+DUAL = ("IPv4", "IPv6")
+
+
+@pytest.mark.parametrize(
+    ("families", "annotation", "setting", "found"),
+    [
+        (DUAL, None, "primary", "198.51.100.1"),
+        (DUAL, None, "ipv6", "2001:db8::1"),
+        (DUAL, "ipv6", "primary", "2001:db8::1"),
+        (DUAL, "ipv4", "ipv6", "198.51.100.1"),
+        (DUAL, "primary", "ipv6", "198.51.100.1"),
+        (("IPv4",), None, "ipv6", "198.51.100.1"),
+        (("IPv4",), "ipv6", "primary", Reason.NO_IP_FAMILY),
+        (DUAL, "ipv5", "primary", Reason.INVALID_IP_FAMILY),
+        ((), None, "ipv6", "2001:db8::1"),
+    ],
+)
+def test_annotation_then_setting_chooses_the_family_of_endpoints_that_are_pods(
+    families: tuple[str, ...], annotation: str | None, setting: str, found: str
+) -> None:
+    """Each Pod is one target, under the same ID whatever its address."""
+    given = annotated() if annotation is None else annotated(ip__family=annotation)
+    service = make_kube_service(families=families, annotations=given)
+    six = make_slice("web-6", SliceEndpoint("2001:db8::1", pod="web-1"), family="IPv6")
+    made = targets_of(
+        make_slice("web-4", WEB), six, service=service, rules=TargetRules(pod_ip_family=setting)
+    )
+    if isinstance(made, Rejection):
+        assert made.reason == found
+    else:
+        assert [(one.address, one.id) for one in made] == [(found, "svc--shop--web--web-1--9102")]
+
+
+def test_setting_for_pods_leaves_endpoints_outside_the_cluster_where_they_are() -> None:
+    """A database has the addresses that its slice says; the API server may have made its Service dual-stack."""
+    rules, database = TargetRules(pod_ip_family="ipv6"), make_slice("db-1", SliceEndpoint("192.0.2.9"))
+    service = make_kube_service(families=DUAL)
+    assert ids_of(database, service=service, rules=rules) == ["svc--shop--web--192.0.2.9--9102"]
+
+
+def test_endpoint_has_the_name_of_its_port_and_its_readiness() -> None:
+    """With EXTRA_META; what only the Pod itself says is left out."""
+    rules = TargetRules(extra_meta=EXTRA_KEYS)
+    ports = (tcp(80, "http"), tcp(9102, "metrics"), tcp(9102, "dns", "UDP"))
+    service = make_kube_service(annotations=annotated(port="9102,7000"))
+    part = make_slice("web-1", SliceEndpoint("198.51.100.1", pod="web-1", ready=False), ports=ports)
+    made = targets_of(part, service=service, rules=rules)
+    plain = targets_of(part, service=service)
+    assert isinstance(made, list)
+    assert isinstance(plain, list)
+    extra = [dict(set(one.meta) - set(other.meta)) for one, other in zip(made, plain, strict=True)]
+    assert extra == [{"ready": "false"}, {"port_name": "metrics", "ready": "false"}]
+    assert all(list(one.meta) == sorted(one.meta) for one in made)
 
 
 def test_names_for_addresses_are_rejected() -> None:

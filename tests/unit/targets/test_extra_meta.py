@@ -15,8 +15,8 @@ from k8s_consul_registrar.targets.meta import (
     MOST_META_PAIRS,
     parse_labels,
 )
-from k8s_consul_registrar.targets.resolve import TargetRules, resolve_pod, workload_of
-from support.builders import annotated, make_pod
+from k8s_consul_registrar.targets.resolve import TargetRules, resolve_node, resolve_pod, workload_of
+from support.builders import annotated, make_node, make_pod
 
 ALL = TargetRules(extra_meta=EXTRA_KEYS, annotations=parse_labels(["example.com/owner"], ANNOTATION_PREFIX))
 PORTS = (ContainerPort("web", 8080, "TCP", 0, "app"), ContainerPort("metrics", 9102, "TCP", 0, "exporter"))
@@ -67,6 +67,15 @@ def test_pod_says_its_uid_readiness_annotations_and_workload() -> None:
     assert not plain.keys() & extra.keys()
     assert meta_of(make_pod())["ready"] == "false"
     assert "workload" not in meta_of(make_pod())
+
+
+def test_node_says_only_whether_it_is_ready() -> None:
+    """The rest of EXTRA_META is about Pods."""
+    for is_ready, said in ((True, "true"), (False, "false")):
+        extra, plain = (resolve_node(make_node(ready=is_ready), rules) for rules in (ALL, TargetRules()))
+        assert isinstance(extra, tuple)
+        assert isinstance(plain, tuple)
+        assert set(extra[0].meta) - set(plain[0].meta) == {("ready", said)}
 
 
 @pytest.mark.parametrize(
