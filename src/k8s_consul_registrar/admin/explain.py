@@ -1,7 +1,6 @@
 """Why an object is a target or is not, condition by condition, and what Consul has of it."""
 
 import asyncio
-import ipaddress
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +38,7 @@ from k8s_consul_registrar.registrar.decide import (
 from k8s_consul_registrar.registrar.interfaces import ClusterReader
 from k8s_consul_registrar.registrar.reconciler import Core
 from k8s_consul_registrar.targets.annotations import asks_for_scrapes
-from k8s_consul_registrar.targets.scrape_config import SCRAPED_PHASES
+from k8s_consul_registrar.targets.scrape_config import SCRAPED_PHASES, parse_ip, url_host
 
 USAGE = "pod NAMESPACE/NAME, node NAME, service NAMESPACE/NAME, or ADDRESS"
 # Endpoints of one Service that are compared with Consul, each by a request.
@@ -95,11 +94,8 @@ def parse_question(words: Sequence[str]) -> ObjectKey | str:
             return ObjectKey(Kind.NODE, "", name)
         case ["pod" | "service" as kind, name] if name.count("/") == 1 and all(name.split("/")):
             return ObjectKey(Kind.POD if kind == "pod" else Kind.ENDPOINT, *name.split("/"))
-        case [address]:
-            try:
-                return str(ipaddress.ip_address(address.strip("[]")))
-            except ValueError:
-                pass
+        case [text] if (address := parse_ip(text.strip("[]"))) is not None:
+            return str(address)
     raise BadQuery(f"{' '.join(words)!r} is none of these: {USAGE}")
 
 
@@ -144,11 +140,18 @@ class Explainer:
         )
 
     def _targets(self, key: ObjectKey) -> Sequence[Target]:
-        """Return the targets of an object, those of a Service's endpoints that gave way included."""
+        """Return the targets of an object, those of a Service's endpoints that gave way included.
+
+        Endpoints that could only be scraped as Pods, and are none that are, are rejected.
+        """
         desired = self.core.desired
-        if desired.join is not None and key.kind is Kind.ENDPOINT:
-            found = {one.id: one for some in desired.join.offers.values() for one in some if one.key == key}
-            return [found[service_id] for service_id in sorted(found)]
+        if (join := desired.join) is not None and key.kind is Kind.ENDPOINT:
+            found = {one.id: one for some in join.offers.values() for one in some if one.key == key}
+            return [
+                found[service_id]
+                for service_id in sorted(found)
+                if found[service_id].address or join.winner_over(service_id, key) is not None
+            ]
         targets = desired.store.get(key)
         return targets if isinstance(targets, tuple) else ()
 
@@ -183,10 +186,13 @@ class Explainer:
             ask = "" if is_running else f"; it must be {' or '.join(sorted(SCRAPED_PHASES))}"
             yield Condition("phase", f"{item.phase or 'none yet'}{ask}", is_met=is_running)
         rejection = desired.rejections.get(key)
-        if rejection is not None:
-            yield Condition("accepted", f"rejected: {rejection.reason}: {rejection.detail}", is_met=False)
-        elif targets:
-            yield Condition("accepted", f"{targets} target{'s' if targets != 1 else ''}")
+        why = "" if rejection is None else f"rejected: {rejection.reason}: {rejection.detail}"
+        if targets:
+            # Some endpoints of a Service can be rejected, and others not.
+            rest = f"; others are {why}" if why else ""
+            yield Condition("accepted", f"{targets} target{'s' if targets != 1 else ''}{rest}")
+        elif why:
+            yield Condition("accepted", why, is_met=False)
         elif key.kind is Kind.ENDPOINT and desired.store.get(ObjectKey(Kind.SERVICE, *key[1:])) is not None:
             yield Condition("accepted", "no endpoint is ready or serving", is_met=False)
         else:
@@ -231,8 +237,11 @@ class Explainer:
 
 
 def _is_at(target: Target, address: str) -> bool:
-    """Return True for a target at an address, or of a Node whose kubelet is there."""
-    return address in (target.address, target.id.partition("node--")[2])
+    """Return True for a target at an address, or of a Node that is known by it or whose kubelet is there."""
+    if target.key.kind is not Kind.NODE or target.address == address:
+        return target.address == address
+    _, _, place = dict(target.meta)["metrics_path"].partition("/nodes/")
+    return target.id.endswith(f"node--{address}") or place.startswith(f"{url_host(address)}:")
 
 
 async def action_for(core: Core, service_id: str) -> Action:

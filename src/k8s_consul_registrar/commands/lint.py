@@ -12,6 +12,7 @@ import msgspec
 
 from k8s_consul_registrar.commands import settings_offline
 from k8s_consul_registrar.commands.manifests import BadManifest, Manifest, Values, read_manifests
+from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.kube.objects import Item, decode_object
 from k8s_consul_registrar.model import (
     ContainerPort,
@@ -24,7 +25,13 @@ from k8s_consul_registrar.model import (
 )
 from k8s_consul_registrar.runner import EXIT_CHANGES, EXIT_FAILURE, EXIT_OK
 from k8s_consul_registrar.targets.annotations import asks_for_scrapes
-from k8s_consul_registrar.targets.endpoints import endpoints_key, resolve_item
+from k8s_consul_registrar.targets.endpoints import (
+    NOT_PROXIED,
+    ServiceScrape,
+    endpoints_key,
+    resolve_item,
+    resolve_service,
+)
 from k8s_consul_registrar.targets.resolve import TargetRules
 from k8s_consul_registrar.wiring.registrar import Wiring
 
@@ -46,9 +53,17 @@ WORKLOADS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "ReplicationController": (_TEMPLATE, "-abcde"),
     "StatefulSet": (_TEMPLATE, "-0"),
 }
-# A Pod that runs, as far as a manifest cannot say it; the addresses are documentation's (RFC 5737).
-_RUNNING = {"phase": "Running", "podIP": "192.0.2.1", "hostIP": "192.0.2.2"}
 _ADDRESSES = {"IPv4": "192.0.2.1", "IPv6": "2001:db8::1"}
+# A Pod that runs, as far as a manifest cannot say it. Nor can it say which address families the cluster has, so that the
+# Pod has both; the addresses are documentation's (RFC 5737, RFC 3849).
+_IPS, _HOST_IPS = [{"ip": one} for one in _ADDRESSES.values()], [{"ip": "192.0.2.2"}, {"ip": "2001:db8::2"}]
+_RUNNING: Values = {
+    "phase": "Running",
+    "podIP": "192.0.2.1",
+    "podIPs": _IPS,
+    "hostIP": "192.0.2.2",
+    "hostIPs": _HOST_IPS,
+}
 _SLICE = "of-the-manifest"
 
 
@@ -195,7 +210,7 @@ def _decided_service(
         named = {**meta, "name": meta.get("name") or "unnamed"}
         named["namespace"] = meta.get("namespace") or DEFAULT_NAMESPACE
         service = {"metadata": named, "spec": _mapping(document.values.get("spec"))}
-        yield from _judged(document, shown, service, partial(_with_endpoint, service), rules)
+        yield from _judged(document, shown, service, partial(_with_endpoint, service, rules), rules)
     elif asks_for_scrapes(_mapping(meta.get("annotations")), rules.annotation_prefix):
         yield _warning(document, shown, "not_watched", "annotated, but DISCOVER does not have services")
 
@@ -220,6 +235,8 @@ def _judged(
     if isinstance(resolved, Rejection):
         detail = resolved.detail.removeprefix(f"EndpointSlice {_SLICE!r}: ")
         yield LintFinding(ERROR, document.file, document.line, shown, resolved.reason, detail)
+    elif isinstance(resolved, tuple) and resolved and not resolved[0].address:
+        yield _warning(document, shown, Reason.NOT_PROXIED, NOT_PROXIED)
     else:
         yield len(resolved) if isinstance(resolved, tuple) else 0
 
@@ -228,14 +245,16 @@ def _decoded(values: Values, kind: Kind) -> Item:
     return decode_object(msgspec.json.encode(values), kind)
 
 
-def _with_endpoint(values: Values) -> Item:
+def _with_endpoint(values: Values, rules: TargetRules) -> Item:
     """Return a Service with an EndpointSlice of one endpoint."""
     service = _decoded(values, Kind.SERVICE)
     if not isinstance(service, KubeService):
         return service
     spec = values["spec"]
-    family = service.families[0] if service.families else "IPv4"
     pod = f"{service.name}-abcde" if spec.get("selector") else ""
+    scrape = resolve_service(service, rules)
+    family = scrape.family_of(pod) if isinstance(scrape, ServiceScrape) else ""
+    family = family or "IPv4"
     endpoint = SliceEndpoint(_ADDRESSES.get(family, ""), pod=pod, node="node")
     part = EndpointSlice(
         service.namespace, _SLICE, service.name, family, tuple(_slice_ports(spec)), (endpoint,)

@@ -32,6 +32,7 @@ from k8s_consul_registrar.registrar.decide import (
 )
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.ownership import Policy
+from k8s_consul_registrar.registrar.reconciler import Core
 from k8s_consul_registrar.registrar.reporter import verb_of
 from k8s_consul_registrar.registrar.resync import Comparison
 from k8s_consul_registrar.runner import EXIT_CHANGES, EXIT_FAILURE, EXIT_OK, run_loop
@@ -80,7 +81,7 @@ class Plan(NamedTuple):
 
 async def _plan(settings: RegistrarSettings, *, output: str) -> int:
     async with listed(settings) as parts:
-        plan = await _compared(parts, await confirmed(parts))
+        plan = await compared(parts.core, await confirmed(parts))
         problems = source_problems(parts)
     if output == "json":
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(plan.lines)) + b"\n")
@@ -141,22 +142,22 @@ async def _until(is_so: Callable[[], bool]) -> None:
         raise OperationalError(f"the cluster was not listed within {PATIENCE:g} s") from None
 
 
-async def _compared(parts: RegistrarParts, found: Comparison) -> Plan:
+async def compared(core: Core, found: Comparison) -> Plan:
     """Decide every ID that differs, as a sync would."""
     for service_id, key in found.judged.released.items():
-        parts.core.desired.depart(service_id, key)
+        core.desired.depart(service_id, key)
     actions: dict[str, Action] = {}
     for service_id in (*found.differing, *found.removals, *found.judged.released):
-        actions[service_id] = await action_for(parts.core, service_id)
+        actions[service_id] = await action_for(core, service_id)
     withheld = {one: verb_of(action.write) for one, action in actions.items() if isinstance(action, Withheld)}
     updates = [
         service_id for service_id, action in actions.items() if isinstance(action, Update | Deregister)
     ]
-    before = {service.id: service async for service in parts.core.registry.lookup(updates)} if updates else {}
-    who = parts.core.rules.identity
+    before = {service.id: service async for service in core.registry.lookup(updates)} if updates else {}
+    who = core.rules.identity
     lines: list[PlanLine] = []
     counts: Counter[type[Action]] = Counter()
-    rejections = list(parts.core.desired.rejections.values())
+    rejections = list(core.desired.rejections.values())
     for service_id, action in actions.items():
         match action:
             case Register():
@@ -179,7 +180,7 @@ async def _compared(parts: RegistrarParts, found: Comparison) -> Plan:
         for service_id in one.ids
     ]
     lines += held
-    policy = parts.core.rules.policy
+    policy = core.rules.policy
     lines += [
         PlanLine("!", one, f"{verb}: withheld, as POLICY is {policy}") for one, verb in withheld.items()
     ]

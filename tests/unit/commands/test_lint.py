@@ -3,6 +3,7 @@
 import json
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -288,6 +289,47 @@ def test_service_of_any_spec_ends_as_a_target_or_a_reason(
     report = linted_service(tmp_path, f"{head}spec: {spec}\n")
     assert [one.reason for one in report.findings] == ([] if reason is None else [reason])
     assert report.targets == (reason is None)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"pod_ip_family": "ipv6"},
+        {"pod_ip_family": "ipv4"},
+        {"node_ip_family": "ipv6", "pods_through_proxy": True},
+        {"node_ip_family": "ipv4", "pods_through_proxy": True},
+    ],
+)
+def test_address_family_that_a_manifest_cannot_tell_rejects_nothing(
+    tmp_path: Path, rules: dict[str, Any]
+) -> None:
+    """Only the status of a Pod, and the spec of a Service, say which there are."""
+    asking = POD.replace('scrape: "true"', 'scrape: "true", prometheus.io/ip-family: ipv6')
+    service = SERVICE.format(port="http").replace("selector: {app: web}", "externalIPs: []")
+    (tmp_path / "all.yaml").write_text(f"{POD}---{asking}---{service}")
+    report = lint([str(tmp_path)], TargetRules(**rules), reads_services=True)
+    assert (report.findings, report.targets) == ((), 3)
+
+
+def test_service_without_the_annotated_family_is_rejected(tmp_path: Path) -> None:
+    """Its spec says so, unlike that of a Service that the API server has yet to complete."""
+    text = SERVICE.format(port="http").replace(
+        'port: "http"', "ip-family: ipv6\n    prometheus.io/port: http"
+    )
+    assert linted_service(tmp_path, text).targets == 1
+    only = text.replace("spec:", "spec:\n  ipFamilies: [IPv4]")
+    assert [one.reason for one in linted_service(tmp_path, only).findings] == ["no_ip_family"]
+
+
+def test_service_that_selects_pods_is_a_warning_where_only_pods_themselves_are_scraped(
+    tmp_path: Path,
+) -> None:
+    """Its manifest does not say if they are annotated."""
+    (tmp_path / "service.yaml").write_text(SERVICE.format(port="http"))
+    for rules in (TargetRules(pods_through_proxy=True), TargetRules(pods_at_host=True)):
+        report = lint([str(tmp_path)], rules, reads_services=True)
+        assert reasons(report) == [("warning", "not_proxied", 8)]
+        assert (report.targets, report.unannotated, report.exit_code) == (0, 0, 0)
 
 
 def test_services_of_lists_and_rendered_charts_are_decided(tmp_path: Path) -> None:
