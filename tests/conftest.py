@@ -28,10 +28,20 @@ def pytest_asyncio_loop_factories(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one process run all tests of a file on real servers, one after the other: they share what they start."""
+    """Let one process run all tests of a file on real servers, one after the other: they share what they start.
+
+    What runs on both loops is a long test on asyncio's own, which the daemon does not use.
+    """
     for item in items:
         if item.get_closest_marker("real") is not None and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group("-".join(item.path.with_suffix("").parts[-2:])))
+        if item.get_closest_marker("both_loops") is not None and _is_on_asyncios_loop(item):
+            item.add_marker(pytest.mark.long)
+
+
+def _is_on_asyncios_loop(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and "asyncio" in callspec.id.split("-")
 
 
 @pytest.fixture(autouse=True)
