@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,38 +121,70 @@ class Page:
         return base64.b64decode((await self.command("Page.captureScreenshot", format="png"))["data"])
 
 
+class _Browser:
+    """A browser with a profile of its own; each test has a tab."""
+
+    def __init__(self, flags: Sequence[str]) -> None:
+        binary, environment = _command()
+        self.folder = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
+        home = self.folder.name
+        profile = Path(home, "profile")
+        environment |= {"HOME": home, "XDG_CONFIG_HOME": home, "XDG_CACHE_HOME": home}
+        command = [binary, *FLAGS, f"--user-data-dir={profile}", *flags, "about:blank"]
+        self.program = Program(command, Path(home, "log"), environment=environment)
+        self._told = profile / "DevToolsActivePort"
+
+    @property
+    def url(self) -> str:
+        """The address of its DevTools; empty while it starts."""
+        told = self._told.read_text().split() if self._told.is_file() else []
+        return f"http://127.0.0.1:{told[0]}" if told else ""
+
+    async def start(self) -> None:
+        """Start it and wait until it listens."""
+
+        async def is_listening() -> bool:
+            return bool(self.url)
+
+        self.program.launch()
+        await self.program.ready(is_listening, START_WITHIN)
+
+    async def end(self) -> None:
+        """End it and remove its profile."""
+        await self.program.stop(signal.SIGKILL)
+        self.folder.cleanup()
+
+
+_browsers: dict[Sequence[str], _Browser] = {}
+
+
+@contextlib.contextmanager
+def shared_browsers() -> Iterator[None]:
+    """Let pages with the same flags share a browser, which ends with the block."""
+    yield
+    while _browsers:
+        _, browser = _browsers.popitem()
+        asyncio.run(browser.end())
+
+
 @contextlib.asynccontextmanager
 async def browser_page(*flags: str) -> AsyncIterator[Page]:
-    """Run a browser with a profile of its own and hand out its first tab."""
-    binary, environment = _command()
-    with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as folder:
-        profile = Path(folder, "profile")
-        environment |= {"HOME": folder, "XDG_CONFIG_HOME": folder, "XDG_CACHE_HOME": folder}
-        command = [binary, *FLAGS, f"--user-data-dir={profile}", *flags, "about:blank"]
-        program = Program(command, Path(folder, "log"), environment=environment)
-        program.launch()
-        told = profile / "DevToolsActivePort"
-
-        async def has_port() -> bool:
-            return told.is_file() and bool(told.read_text().strip())
-
-        try:
-            await program.ready(has_port, START_WITHIN)
-            port = told.read_text().split()[0]
-            async with (
-                aiohttp.ClientSession() as session,
-                session.get(f"http://127.0.0.1:{port}/json/list") as response,
-            ):
-                tabs = [tab for tab in await response.json() if tab["type"] == "page"]
-                url = tabs[0]["webSocketDebuggerUrl"]
-                async with session.ws_connect(url, max_msg_size=0) as socket:
-                    page = Page(socket)
-                    listening = asyncio.create_task(page.listen())
-                    for domain in ("Page", "Runtime", "Log"):
-                        await page.command(f"{domain}.enable")
-                    try:
-                        yield page
-                    finally:
-                        listening.cancel()
-        finally:
-            await program.stop(signal.SIGKILL)
+    """Hand out a new tab of the browser with these flags."""
+    if flags not in _browsers:
+        _browsers[flags] = _Browser(flags)
+        await _browsers[flags].start()
+    url = _browsers[flags].url
+    async with aiohttp.ClientSession() as session:
+        async with session.put(f"{url}/json/new?about:blank") as response:
+            tab = await response.json()
+        async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+            page = Page(socket)
+            listening = asyncio.create_task(page.listen())
+            for domain in ("Page", "Runtime", "Log"):
+                await page.command(f"{domain}.enable")
+            try:
+                yield page
+            finally:
+                listening.cancel()
+        async with session.get(f"{url}/json/close/{tab['id']}"):
+            pass
