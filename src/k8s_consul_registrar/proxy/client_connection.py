@@ -267,8 +267,8 @@ class ClientConnection(asyncio.BufferedProtocol):
             self._trust(self._origin(), is_trusted=True)
         if not can_go_on or self._closes_after():
             self.close()
-            return
-        self._go_on(self._relay.timing.keep_alive)
+        else:
+            self._go_on(self._relay.timing.keep_alive)
 
     def _go_on(self, allowance: float) -> None:
         """Wait for the next request, for `allowance` seconds once the client has read everything."""
@@ -276,7 +276,8 @@ class ClientConnection(asyncio.BufferedProtocol):
             self._seat.end()
         self._state = READING
         self._allowance = allowance
-        self._expire_in(self._relay.timing.unread if self._is_blocked else allowance)
+        relay = self._relay
+        self._expires = relay.loop.time() + (relay.timing.unread if self._is_blocked else allowance)
 
     def refuse(self, refusal: Refusal) -> None:
         """Send a refusal as the answer."""

@@ -1,6 +1,5 @@
 """Limits of scrapes that run at once and of their time, and of the open connections of clients."""
 
-import asyncio
 import math
 from collections import deque
 from collections.abc import Hashable
@@ -12,9 +11,6 @@ from typing import Generic, Protocol, TypeVar
 DEFAULT_SCRAPE_TIMEOUT = 30.0
 # A scrape whose client has read nothing for this long gives way to one that waits, in seconds.
 STALLED_AFTER = 0.5
-# The most that a scrape may outlast its deadline, in seconds; a much shorter scrape has a timer of its own.
-GRAIN = 0.1
-SHORT = 20 * GRAIN
 
 ConnectionT = TypeVar("ConnectionT")
 
@@ -46,6 +42,10 @@ class Admission(Enum):
     FULL = "full"
 
 
+# On the path of every scrape: a global is found faster than the member of an enum.
+RUN, WAIT, FULL = Admission
+
+
 class Limits:
     """The places and their queues, first come first served.
 
@@ -74,21 +74,21 @@ class Limits:
             if has_claim and self.running < allowed.overall:
                 self._claimed[node] = claimed + 1
                 self.running += 1
-                return Admission.RUN
+                return RUN
             if not (self._stalled and self._end_stalled(now, None if has_claim else node)):
                 break
         if self.waiting >= allowed.patience * allowed.overall:
-            return Admission.FULL
+            return FULL
         if has_claim:
             self._claimed[node] = claimed + 1
             self._ready.append((node, waiter))
         else:
             queue = self._queues.setdefault(node, deque())
             if len(queue) >= allowed.patience * allowed.per_node:
-                return Admission.FULL
+                return FULL
             queue.append(waiter)
         self.waiting += 1
-        return Admission.WAIT
+        return WAIT
 
     def leave(self, node: Hashable) -> None:
         """Give a place back, and admit the next scrape."""
@@ -138,7 +138,7 @@ class Limits:
         return False
 
     def _unclaim(self, node: Hashable) -> None:
-        queue = self._queues.get(node)
+        queue = self._queues.get(node) if self._queues else None
         if queue is not None:
             self._ready.append((node, queue.popleft()))
             if not queue:
@@ -300,79 +300,3 @@ def scrape_deadline(announced: bytes | None, longest: float) -> float:
             timeout = value
     timeout = min(timeout, longest)
     return max(0.9 * timeout, timeout - 0.5)
-
-
-class Bounded(Protocol):
-    """Anything with a deadline."""
-
-    def expire(self) -> None:
-        """End, because the time is up."""
-
-
-class Deadlines:
-    """Deadlines by length, the earliest first in each.
-
-    Prometheus announces one timeout for a whole job, so scrapes with the same timeout form a queue whose first
-    is always the next to expire. A timer each would cost more than the rest of a scrape's bookkeeping.
-    """
-
-    __slots__ = ("_lanes", "_loop", "_ticking", "_timers")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._lanes: dict[float, dict[Bounded, float]] = {}
-        self._timers: dict[Bounded, asyncio.TimerHandle] = {}
-        self._ticking: asyncio.TimerHandle | None = None
-
-    def start(self, bounded: Bounded, seconds: float) -> None:
-        """Expire `bounded` in `seconds`, at most `GRAIN` later; to the millisecond where shorter than `SHORT`."""
-        if seconds < SHORT:
-            self._timers[bounded] = self._loop.call_later(seconds, self._expire, bounded)
-            return
-        lane = self._lanes.get(seconds)
-        if lane is None:
-            lane = self._lanes[seconds] = {}
-        lane[bounded] = self._loop.time() + seconds
-        if self._ticking is None:
-            self._ticking = self._loop.call_later(GRAIN, self._tick)
-
-    def stop(self, bounded: Bounded, seconds: float) -> None:
-        """Forget a deadline; `seconds` is what it began with."""
-        if seconds < SHORT:
-            timer = self._timers.pop(bounded, None)
-            if timer is not None:
-                timer.cancel()
-            return
-        lane = self._lanes.get(seconds)
-        if lane is not None:
-            lane.pop(bounded, None)
-
-    def close(self) -> None:
-        """Forget all."""
-        for timer in (*self._timers.values(), *((self._ticking,) if self._ticking is not None else ())):
-            timer.cancel()
-        self._timers.clear()
-        self._lanes.clear()
-        self._ticking = None
-
-    def _expire(self, bounded: Bounded) -> None:
-        self._timers.pop(bounded, None)
-        bounded.expire()
-
-    def _tick(self) -> None:
-        self._ticking = None
-        now = self._loop.time()
-        due = []
-        for seconds, lane in list(self._lanes.items()):
-            for bounded, at in lane.items():
-                if at > now:
-                    break
-                due.append((seconds, bounded))
-            if not lane:
-                # Clients choose the lengths, so unused ones must not gather.
-                del self._lanes[seconds]
-        for seconds, bounded in due:
-            self.stop(bounded, seconds)
-            bounded.expire()
-        if self._lanes and self._ticking is None:
-            self._ticking = self._loop.call_later(GRAIN, self._tick)

@@ -260,7 +260,7 @@ class HeadCache:
     most heads were seen before, and the parsed head depends only on the bytes.
     """
 
-    __slots__ = ("_rules", "_seen")
+    __slots__ = ("_rules", "_seen", "get")
 
     MAX_LENGTH = 1024
     MAX_HEADS = 256
@@ -268,10 +268,11 @@ class HeadCache:
     def __init__(self, rules: AnswerRules | None = None) -> None:
         self._rules = rules or AnswerRules()
         self._seen: dict[bytes, Answer] = {}
+        self.get = self._seen.get
 
     def read(self, raw: bytes) -> Answer:
         """Return a whole head parsed; raises Malformed."""
-        known = self._seen.get(raw)
+        known = self.get(raw)
         if known is not None:
             return known
         answer = read_answer(memoryview(raw), self._rules)

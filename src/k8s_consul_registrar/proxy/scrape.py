@@ -7,7 +7,7 @@ from typing import Protocol
 from k8s_consul_registrar.errors import OperationalError
 from k8s_consul_registrar.proxy import refusals
 from k8s_consul_registrar.proxy.headers import as_legacy, pod_fields, request_rest, request_start
-from k8s_consul_registrar.proxy.limits import Admission, scrape_deadline
+from k8s_consul_registrar.proxy.limits import FULL, RUN, scrape_deadline
 from k8s_consul_registrar.proxy.nodes import KUBELET
 from k8s_consul_registrar.proxy.refusals import UPSTREAM_FAILED, Outcome, Refusal
 from k8s_consul_registrar.proxy.relay import Relay, Routed
@@ -31,6 +31,7 @@ class ScrapeState(Enum):
 
 # On the path of every scrape: a global is found faster than the member of an enum.
 QUEUED, CONNECTING, WAITING, RELAYING, DONE = ScrapeState
+OK = Outcome.OK
 
 
 class Client(Protocol):
@@ -66,6 +67,7 @@ class Scrape:
         "_connection",
         "_has_redirected",
         "_is_reused",
+        "_is_stalled",
         "_relay",
         "_request",
         "_routed",
@@ -81,8 +83,9 @@ class Scrape:
         self._state = QUEUED
         self._began_at = self._asked_at = monotonic()
         self._connection: UpstreamConnection | None = None
-        self._is_reused = False
-        self._has_redirected = False
+        self._is_reused = self._has_redirected = False
+        # True while the client takes no more.
+        self._is_stalled = False
         # The time allowed; 0 for a scrape that never entered the limits.
         self._seconds = 0.0
 
@@ -90,13 +93,13 @@ class Scrape:
         """Take a place or wait for one."""
         relay = self._relay
         entry = self._routed.upstream.limits.enter(self._routed.route.endpoint, self, self._began_at)
-        if entry is Admission.FULL:
+        if entry is FULL:
             self._refuse(refusals.QUEUE_FULL)
             return
         announced = self._request.fields.get(b"x-prometheus-scrape-timeout-seconds")
         self._seconds = seconds = scrape_deadline(announced, relay.timing.longest_scrape)
         relay.deadlines.start(self, seconds)
-        if entry is Admission.RUN:
+        if entry is RUN:
             self._state = CONNECTING
             self._run()
 
@@ -186,16 +189,18 @@ class Scrape:
 
     def on_end(self, *, is_exact: bool, is_reusable: bool) -> None:
         """Keep the connection and let the client go on."""
-        relay, connection = self._relay, self._connection
+        relay, connection, routed = self._relay, self._connection, self._routed
         assert connection is not None
         self._connection = None
-        if is_reusable and self._is_current() and not relay.is_draining:
-            connection.resume()
-            self._routed.upstream.pool.put(connection, relay.loop.time())
+        upstream, endpoint, now = routed.upstream, routed.route.endpoint, monotonic()
+        if is_reusable and upstream.is_current(endpoint) and not relay.is_draining:
+            if self._is_stalled:
+                connection.resume()
+            upstream.pool.put(connection, now)
         else:
             connection.close()
-        if self._end(Outcome.OK):
-            self._remember(Outcome.OK, connection.expires_at)
+        if self._end(OK, now):
+            relay.last_scrapes.noted[endpoint] = self._began_at, now, OK, connection.expires_at
             self._client.finish(can_go_on=is_exact)
 
     def on_failure(self, refusal: Refusal, *, has_answered: bool) -> None:
@@ -214,23 +219,25 @@ class Scrape:
     def pause(self) -> None:
         """Stop reading from the upstream: the client takes no more for now."""
         if self._connection is not None:
+            self._is_stalled = True
             self._connection.pause()
             self._routed.upstream.limits.stall(self._routed.route.endpoint, self, monotonic())
 
     def resume(self) -> None:
         """Read on."""
+        self._is_stalled = False
         self._routed.upstream.limits.go_on(self)
         if self._connection is not None:
             self._connection.resume()
 
     def give_way(self) -> None:
         """Reset the client, which reads nothing, and give the place back."""
-        if self._end(Outcome.CALLER_STALLED):
+        if self._end(Outcome.CALLER_STALLED, monotonic()):
             self._client.reset()
 
     def leave(self) -> None:
         """Drop the upstream's answer: the client is gone."""
-        self._end(Outcome.CALLER_LEFT)
+        self._end(Outcome.CALLER_LEFT, monotonic())
 
     # Ending
 
@@ -246,36 +253,36 @@ class Scrape:
 
     def _cut(self, reason: str, outcome: Outcome = Outcome.CUT) -> None:
         refusal = Refusal(refusals.CLOSED_EARLY.status, outcome, reason)
-        if self._end(outcome):
-            self._note(self._routed.upstream.describe(refusal))
+        now = monotonic()
+        if self._end(outcome, now):
+            self._note(self._routed.upstream.describe(refusal), now)
             self._client.reset()
 
     def _refuse(self, refusal: Refusal) -> None:
         refusal = self._routed.upstream.describe(refusal)
-        if self._end(refusal.outcome):
-            self._note(refusal)
+        now = monotonic()
+        if self._end(refusal.outcome, now):
+            self._note(refusal, now)
             self._client.refuse(refusal)
 
-    def _note(self, refusal: Refusal) -> None:
+    def _note(self, refusal: Refusal, now: float) -> None:
         if refusal.status in UPSTREAM_FAILED and refusal.outcome is not Outcome.CALLER_LEFT:
-            self._relay.failures.note(self._routed.route.endpoint, refusal.outcome, refusal.reason)
-            self._remember(refusal.outcome)
+            endpoint = self._routed.route.endpoint
+            self._relay.failures.note(endpoint, refusal.outcome, refusal.reason)
+            self._relay.last_scrapes.noted[endpoint] = self._began_at, now, refusal.outcome, None
 
-    def _remember(self, outcome: Outcome, expires_at: float | None = None) -> None:
-        seconds = monotonic() - self._began_at
-        self._relay.last_scrapes.note(self._routed.route.endpoint, seconds, outcome, expires_at)
-
-    def _end(self, outcome: Outcome) -> bool:
+    def _end(self, outcome: Outcome, now: float) -> bool:
         """Give everything back; True the first time."""
         state = self._state
         if state is DONE:
             return False
         self._state = DONE
-        self._routed.upstream.limits.go_on(self)
         relay, limits, endpoint = self._relay, self._routed.upstream.limits, self._routed.route.endpoint
+        if self._is_stalled:
+            limits.go_on(self)
         counts = relay.counts
-        counts.ended(outcome)
-        counts.durations.observe(monotonic() - self._began_at)
+        counts.outcomes[outcome] += 1
+        counts.durations.observe(now - self._began_at)
         if self._connection is not None:
             self._connection.close()
             self._connection = None

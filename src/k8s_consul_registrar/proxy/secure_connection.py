@@ -60,8 +60,8 @@ class SecureClientConnection(ClientConnection):
         except ssl.SSLError as error:
             self._end_insecure(error)
             return
-        if tls.has_output:
-            self._put(tls.output())
+        if tls.outgoing.pending:
+            self._put(tls.outgoing.read())
         if count:
             # A request is small; a part of one that is too long shows as much as the whole.
             count = min(count, len(buffers.received))
@@ -77,8 +77,8 @@ class SecureClientConnection(ClientConnection):
         self._leave()
         if self._transport is None:
             return
-        if self._tls.has_output:
-            self._transport.write(self._tls.output())
+        if self._tls.outgoing.pending:
+            self._transport.write(self._tls.outgoing.read())
         if error.reason == _SPEAKS_HTTP:
             self._transport.write(refusal_bytes(SPEAK_TLS, close=True))
         self._linger()

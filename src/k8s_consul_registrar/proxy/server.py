@@ -12,11 +12,10 @@ from k8s_consul_registrar.proxy.client_connection import ClientConnection
 from k8s_consul_registrar.proxy.config import ProxyConfig
 from k8s_consul_registrar.proxy.limits import ConnectionLimit
 from k8s_consul_registrar.proxy.nodes import Endpoint, Nodes
-from k8s_consul_registrar.proxy.relay import Relay
+from k8s_consul_registrar.proxy.relay import CredentialSource, Relay
 from k8s_consul_registrar.proxy.routes import Pods
 from k8s_consul_registrar.proxy.secure_connection import SecureClientConnection
 from k8s_consul_registrar.proxy.stats import Failure, LastScrape, ProxyStats
-from k8s_consul_registrar.proxy.upstreams import CredentialSource
 from k8s_consul_registrar.rotating import BearerTokens, Rotating
 from k8s_consul_registrar.telemetry import get_logger
 from k8s_consul_registrar.tls import ServerTls
@@ -115,6 +114,7 @@ class ProxyServer:
         self._ticking = relay.loop.call_later(self._config.timing.tick, self._tick)
         now, now_of_scrapes = relay.loop.time(), monotonic()
         self._report_evictions(now)
+        relay.last_scrapes.trim()
         for client in list(self._clients):
             client.expire(now)
         for upstream in relay.upstreams:
@@ -203,7 +203,7 @@ class ProxyServer:
 
     def last_scrapes(self) -> Mapping[Endpoint, LastScrape]:
         """Return the latest scrape of each upstream."""
-        return self._relay.last_scrapes.by_endpoint
+        return self._relay.last_scrapes.collect()
 
     def take_last_scrapes(self) -> dict[Endpoint, LastScrape]:
         """Return the latest scrape of each upstream scraped since the last call."""

@@ -163,31 +163,42 @@ class LastScrape(NamedTuple):
 
 
 class LastScrapes:
-    """The latest scrape of each upstream that was scraped at all."""
+    """The latest scrape of each upstream that was scraped at all.
 
-    __slots__ = ("by_endpoint",)
+    Each is `noted` under its endpoint: its begin and end by the monotonic clock, how it ended, and when the
+    certificate expires. So a scrape costs no more than a tuple; `take` makes the rest of it.
+    """
+
+    __slots__ = ("_by_endpoint", "noted")
 
     def __init__(self) -> None:
-        self.by_endpoint: dict[Endpoint, LastScrape] = {}
-
-    def note(
-        self, endpoint: Endpoint, seconds: float, outcome: Outcome, expires_at: float | None = None
-    ) -> None:
-        """Remember a scrape in place of the one before; `expires_at` of its certificate is in seconds of the epoch."""
-        if len(self.by_endpoint) >= MAX_UPSTREAMS:
-            self.by_endpoint.clear()
-        self.by_endpoint[endpoint] = LastScrape(time.time(), seconds, outcome, expires_at)
+        self.noted: dict[Endpoint, tuple[float, float, Outcome, float | None]] = {}
+        self._by_endpoint: dict[Endpoint, LastScrape] = {}
 
     def take(self) -> dict[Endpoint, LastScrape]:
         """Return what was noted since the last call."""
-        taken, self.by_endpoint = self.by_endpoint, {}
-        return taken
+        noted, self.noted = self.noted, {}
+        ahead = time.time() - time.monotonic()
+        return {
+            endpoint: LastScrape(end + ahead, end - begin, outcome, expires_at)
+            for endpoint, (begin, end, outcome, expires_at) in noted.items()
+        }
+
+    def trim(self) -> None:
+        """Forget all where those of upstreams that are gone make them too many."""
+        if len(self.noted) > MAX_UPSTREAMS:
+            self.noted.clear()
 
     def add(self, others: Iterable[tuple[Endpoint, LastScrape]]) -> None:
         """Remember the scrapes that another process noted."""
-        if len(self.by_endpoint) >= MAX_UPSTREAMS:
-            self.by_endpoint.clear()
-        self.by_endpoint.update(others)
+        if len(self._by_endpoint) >= MAX_UPSTREAMS:
+            self._by_endpoint.clear()
+        self._by_endpoint.update(others)
+
+    def collect(self) -> Mapping[Endpoint, LastScrape]:
+        """Return the latest scrape of each upstream."""
+        self.add(self.take().items())
+        return self._by_endpoint
 
 
 class RecentFailures:

@@ -5,17 +5,17 @@ import ssl
 from collections.abc import Callable
 from typing import Any
 
-# The most that is read off a socket at once.
-RECEIVE_SIZE = 64 * 1024
-# The plain text of 64 KB of TLS records, and of a record that began before.
-PLAIN_SIZE = RECEIVE_SIZE + 17 * 1024
-
 # The most plain text that one record holds (RFC 8446, 5.1), and so the most that one read returns.
 RECORD = 16 * 1024
-# Ciphertext that OpenSSL gets at a time, where records are smaller than that.
-PIECE = 16 * 1024
 # A record's header: its type, a version, and in two bytes the length of the rest (RFC 8446, 5.1).
 RECORD_HEADER = 5
+# The most that is read off a socket at once: four full records, with the type and the tag that each ends with
+# (5.2). One byte less, and a part of a record would be copied and kept at every read of a long answer.
+RECEIVE_SIZE = 4 * (RECORD_HEADER + RECORD + 1 + 16)
+# The plain text of these TLS records, and of one that began before.
+PLAIN_SIZE = RECEIVE_SIZE + 17 * 1024
+# Records that OpenSSL gets at a time.
+MAX_TOGETHER = 16
 # Records without data that are accepted in a row: session tickets and key updates of an honest peer are fewer.
 MAX_EMPTY_RECORDS = 16
 # The longest record allowed (RFC 5246, 6.2.3); OpenSSL gets a longer one at once and fails.
@@ -48,13 +48,13 @@ class EmptyRecordsError(ssl.SSLError):
 
 
 class PlainStep:
-    """The step of a connection without TLS: bytes pass unchanged."""
+    """The step of a connection without TLS: bytes pass unchanged, and `outgoing` stays empty."""
 
-    __slots__ = ("has_ended", "has_output")
+    __slots__ = ("has_ended", "outgoing")
 
     def __init__(self) -> None:
         self.has_ended = False
-        self.has_output = False
+        self.outgoing = ssl.MemoryBIO()
 
     is_between_records = True
 
@@ -69,10 +69,6 @@ class PlainStep:
         """Return `plain` itself."""
         return plain
 
-    def output(self) -> bytes:
-        """Return nothing: `encrypt` returns everything to send."""
-        return b""
-
     def decrypt(self, received: memoryview, plain: memoryview) -> int:
         """Copy `received` into `plain` and return its length."""
         count = len(received)
@@ -85,7 +81,8 @@ class TlsStep:
 
     OpenSSL gets only whole records: asked for a record of which a part is missing it raises, which costs as
     much as decrypting it. The parts are kept here until then, so one `incoming`, the memory that OpenSSL reads
-    from, serves all connections of a process.
+    from, serves all connections of a process. `outgoing` holds what is to be sent and no `encrypt` returned:
+    handshake, alerts, key updates.
     """
 
     __slots__ = (
@@ -93,10 +90,10 @@ class TlsStep:
         "_empty_records",
         "_incoming",
         "_object",
-        "_outgoing",
         "_read",
         "_rest",
         "has_ended",
+        "outgoing",
     )
 
     def __init__(
@@ -104,9 +101,9 @@ class TlsStep:
     ) -> None:
         """Begin the client's side to the server of a name; without a name, the server's side."""
         self._incoming = incoming or ssl.MemoryBIO()
-        self._outgoing = ssl.MemoryBIO()
+        self.outgoing = ssl.MemoryBIO()
         self._object = context.wrap_bio(
-            self._incoming, self._outgoing, server_side=server_name is None, server_hostname=server_name
+            self._incoming, self.outgoing, server_side=server_name is None, server_hostname=server_name
         )
         # typeshed knows only the form that returns bytes; with a buffer it returns their number.
         self._read: Callable[[int, memoryview], int] = self._object.read  # type: ignore[assignment]
@@ -137,19 +134,19 @@ class TlsStep:
     def encrypt(self, plain: bytes) -> bytes:
         """Return the ciphertext of `plain`."""
         self._object.write(plain)
-        return self._outgoing.read()
+        return self.outgoing.read()
 
     def encrypt_all(self, *parts: bytes | memoryview) -> bytes:
         """Return the ciphertext of parts of any size."""
         for part in parts:
             self._object.write(part)
-        return self._outgoing.read()
+        return self.outgoing.read()
 
     def close_notify(self) -> bytes:
         """Return the alert that ends the stream on purpose (RFC 8446, 6.1)."""
         with contextlib.suppress(ssl.SSLError):
             self._object.unwrap()
-        return self._outgoing.read()
+        return self.outgoing.read()
 
     def peer_certificate(self) -> bytes | None:
         """Return the certificate that the peer has shown, None for none."""
@@ -162,15 +159,6 @@ class TlsStep:
             return ssl.cert_time_to_seconds(facts["notAfter"])
         except (KeyError, TypeError, ValueError):
             return None
-
-    @property
-    def has_output(self) -> bool:
-        """True if there is data to send that no `encrypt` returned: handshake, alerts, key updates."""
-        return self._outgoing.pending > 0
-
-    def output(self) -> bytes:
-        """Return that data."""
-        return self._outgoing.read()
 
     @property
     def is_between_records(self) -> bool:
@@ -195,18 +183,20 @@ class TlsStep:
         while start < size and not self.has_ended:
             end = start
             records = 0
-            # Small records together, up to a piece.
-            while end - start < PIECE // 2 and end + RECORD_HEADER <= size:
+            while records < MAX_TOGETHER and end + RECORD_HEADER <= size:
                 length = received[end + 3] << 8 | received[end + 4]
                 further = end + RECORD_HEADER + length if length <= LONGEST_RECORD else size
-                if further > size or (further - start > LONGEST_RECORD and end > start):
+                if further > size:
                     break
                 end = further
                 records += 1
             if end == start:
                 self._begun = received[start:].tobytes()
                 break
-            self._hand_over(received[start:end])
+            # As `_hand_over` does, without the call.
+            if self._incoming.pending:
+                self._incoming.read()
+            self._incoming.write(received[start:end])
             filled = self._take(plain, filled, records)
             start = end
         return filled

@@ -149,8 +149,9 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             self._exchange.on_connected()
 
     def _flush(self) -> None:
-        if self._tls.has_output and self._transport is not None:
-            self._transport.write(self._tls.output())
+        outgoing = self._tls.outgoing
+        if outgoing.pending and self._transport is not None:
+            self._transport.write(outgoing.read())
 
     # Asking
 
@@ -218,7 +219,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         except ssl.SSLError as error:
             self._break(error)
             return
-        if tls.has_output:
+        if tls.outgoing.pending:
             self._flush()
         if count:
             self._follow(count)
@@ -283,7 +284,8 @@ class UpstreamConnection(asyncio.BufferedProtocol):
                 self._partial = view[start:count].tobytes()
                 response.check_beginning(self._partial)
                 return
-            answer = self._heads.read(view[start:end].tobytes())
+            raw = view[start:end].tobytes()
+            answer = self._heads.get(raw) or self._heads.read(raw)
             if answer.status >= 200 or answer.status == response.SWITCHING_PROTOCOLS:
                 self._interim = self._interim_size = 0
                 self._begin(exchange, answer, view[end:count])

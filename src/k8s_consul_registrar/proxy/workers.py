@@ -374,4 +374,4 @@ class Workers:
 
     def last_scrapes(self) -> Mapping[Endpoint, LastScrape]:
         """Return the latest scrape of each upstream."""
-        return self._last_scrapes.by_endpoint
+        return self._last_scrapes.collect()

@@ -5,7 +5,7 @@ import gc
 
 import pytest
 
-from k8s_consul_registrar.proxy.limits import GRAIN, SHORT, Deadlines
+from k8s_consul_registrar.proxy.relay import GRAIN, SHORT, Deadlines
 from support.waiting import SLACK, until
 
 pytestmark = pytest.mark.both_loops

@@ -49,7 +49,7 @@ class Pair:
         is_complete = self.step.advance_handshake()
         is_agreed = False
         while not (is_complete and is_agreed):
-            self._incoming.write(self.step.output())
+            self._incoming.write(self.step.outgoing.read())
             try:
                 self.server.do_handshake()
                 is_agreed = True
