@@ -80,6 +80,22 @@ async def test_to_another_node_of_the_catalog(release: ConsulRelease) -> None:
             await daemon.until(lambda: at_node(lab, "second") == {WEB} and not at_node(lab, "first"))
 
 
+async def test_to_the_node_of_another_instance() -> None:
+    """PREVIOUS_INSTANCES names the earlier one's default node as well; without it that one's services stay."""
+    async with running_lab() as lab:
+        await lab.cluster.add_pod()
+        async with await lab.registrar(CONSUL_BACKEND="catalog", INSTANCE="blue") as daemon:
+            await daemon.until(lambda: at_node(lab, "k8s-lab-blue") == {WEB})
+        moved = {"CONSUL_BACKEND": "catalog", "INSTANCE": "green"}
+        async with await lab.registrar(**moved) as daemon:
+            await daemon.until(lambda: at_node(lab, "k8s-lab-green") == {WEB})
+            await daemon.passes(2)
+        assert at_node(lab, "k8s-lab-blue") == {WEB}
+        async with await lab.registrar(**moved, PREVIOUS_INSTANCES="blue") as daemon:
+            await daemon.until(lambda: not at_node(lab, "k8s-lab-blue"))
+        assert at_node(lab, "k8s-lab-green") == {WEB}
+
+
 async def test_service_refused_at_the_new_place_stays_at_the_old_one() -> None:
     """A service that is not at the new place is not taken from the old one."""
     async with running_lab() as lab:

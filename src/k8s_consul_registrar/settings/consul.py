@@ -169,7 +169,8 @@ def default_node(cluster_name: str, instance: str) -> str:
 
 def _with_default_nodes(given: frozenset[str], reader: Reader) -> frozenset[str]:
     clusters = (reader.value("CLUSTER_NAME"), *(reader.value("PREVIOUS_CLUSTER_NAMES") - {""}))
-    return (given - {""}) | {default_node(cluster, reader.value("INSTANCE")) for cluster in clusters}
+    instances = (reader.value("INSTANCE"), *reader.value("PREVIOUS_INSTANCES"))
+    return (given - {""}) | {default_node(cluster, one) for cluster in clusters for one in instances}
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +202,8 @@ class BackendSettings(Section, group=CONSUL):
         "PREVIOUS_CONSUL_NODE_NAMES", parse.names, complete=_with_default_nodes
     ).means(
         "Comma-separated catalog nodes that held the services before. This registrar's services are removed "
-        "from there once all are at the new place. The other backend, and the default nodes of this cluster "
-        "and its previous names, are cleared without being named"
+        "from there once all are at the new place. The other backend, and the default nodes of this cluster and "
+        "instance and of their previous names, are cleared without being named"
     )
     concurrency: int = Setting("CONSUL_CONCURRENCY", parse.integer(1, 200, unset=0)).means(
         "Concurrent requests to Consul, 1 to 200. Unset: 32 for an agent, 8 transactions for the catalog"
