@@ -106,6 +106,7 @@ class ControllerLab:
         policy: Policy = Policy.SYNC,
         backoff_cap: float = 60.0,
         quota: int = 0,
+        quota_removes: bool = False,
         selects_namespaces: bool = False,
     ) -> None:
         self.clock = Clock(follows=time.monotonic)
@@ -141,7 +142,7 @@ class ControllerLab:
             self.reporter,
             self.status,
             Audit(self.status.removals, leader="lab-1"),
-            quota_of(quota, self.observed, self.desired, self.status.blocked),
+            quota_of(quota, self.observed, self.desired, self.status.blocked, removes=quota_removes),
         )
         self.reconciler = Reconciler(core, clock=self.clock)
         id_prefix = target_rules.id_prefix if target_rules else ""

@@ -27,8 +27,10 @@ from k8s_consul_registrar.registrar.decide import (
     Action,
     CheckName,
     Conflict,
+    Deregister,
     InSync,
     LookUp,
+    Nothing,
     Register,
     Reject,
     Update,
@@ -232,8 +234,18 @@ class Explainer:
             Condition("name", after.name),
             Condition("owner", "this registrar"),
             Condition("in Consul", state),
+            *self._over_quota(service_id),
         )
         return ServiceState(service_id, conditions, f"{after.address}:{after.port}", labels)
+
+    def _over_quota(self, service_id: str) -> tuple[Condition, ...]:
+        quota = self.core.quota
+        is_over = quota is not None and service_id in quota.over
+        return (
+            (Condition("quota", "over MAX_TARGETS_PER_NAMESPACE; the brake holds its removal"),)
+            if is_over
+            else ()
+        )
 
 
 def _is_at(target: Target, address: str) -> bool:
@@ -248,11 +260,12 @@ async def action_for(core: Core, service_id: str) -> Action:
     """Return the decision about one service ID, with its name looked up if that is needed."""
     record = core.observed.get(service_id)
     is_contested = core.contests.is_contested(service_id, time.monotonic())
-    action = decide(core.desired.ask(service_id, record, is_contested=is_contested), record, core.rules)
+    asked = core.desired.ask(service_id, record, is_contested=is_contested)
+    action = decide(asked, record, core.rules)
     if isinstance(action, CheckName):
         await core.names.check(action.name)
-        action = decide(core.desired.ask(service_id, record, is_contested=is_contested), record, core.rules)
-    return action if core.quota is None else core.quota.apply(action, service_id)
+        action = decide(asked, record, core.rules)
+    return action if core.quota is None else core.quota.apply(action, asked, record, core.rules)
 
 
 def _closed(action: Action, key: ObjectKey) -> str:
@@ -263,7 +276,9 @@ def _closed(action: Action, key: ObjectKey) -> str:
             return f"conflict: {action.holder} holds the service ID"
         case Reject():
             return f"rejected: {action.rejection.reason}: {action.rejection.detail}"
-        case LookUp() | CheckName():
+        case Deregister():
+            return "over MAX_TARGETS_PER_NAMESPACE; the registrar removes it"
+        case LookUp() | CheckName() | Nothing():
             return "the registrar has to look into Consul first; ask again"
     for loser in losers:
         if loser.key == key:

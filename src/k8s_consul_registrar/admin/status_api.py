@@ -298,6 +298,7 @@ def _status(view: RegistrarView) -> dict[str, Any]:
         "brakes": [
             {
                 "source": str(one.source),
+                "proof": one.ground,
                 "count": len(one.ids),
                 "sample": one.ids[:MAX_HELD],
                 "since": boot + one.since,

@@ -19,6 +19,7 @@ from k8s_consul_registrar.asyncio_tools import end_tasks
 from k8s_consul_registrar.commands import settings_offline
 from k8s_consul_registrar.errors import OperationalError
 from k8s_consul_registrar.model import Service
+from k8s_consul_registrar.registrar.brake import Ground
 from k8s_consul_registrar.registrar.decide import (
     Action,
     Conflict,
@@ -34,7 +35,7 @@ from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.ownership import Policy
 from k8s_consul_registrar.registrar.reconciler import Core
 from k8s_consul_registrar.registrar.reporter import verb_of
-from k8s_consul_registrar.registrar.resync import Comparison
+from k8s_consul_registrar.registrar.resync import Comparison, release
 from k8s_consul_registrar.runner import EXIT_CHANGES, EXIT_FAILURE, EXIT_OK, run_loop
 from k8s_consul_registrar.settings.consul import NONE
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
@@ -144,8 +145,7 @@ async def _until(is_so: Callable[[], bool]) -> None:
 
 async def compared(core: Core, found: Comparison) -> Plan:
     """Decide every ID that differs, as a sync would."""
-    for service_id, key in found.judged.released.items():
-        core.desired.depart(service_id, key)
+    release(found.judged, core.desired, core.quota)
     actions: dict[str, Action] = {}
     for service_id in (*found.differing, *found.removals, *found.judged.released):
         actions[service_id] = await action_for(core, service_id)
@@ -175,7 +175,13 @@ async def compared(core: Core, found: Comparison) -> Plan:
         rejections += getattr(getattr(action, "write", action), "losers", ())
         counts[type(action)] += 1
     held = [
-        PlanLine("!", service_id, f"held by the brake: missing from {one.source}")
+        PlanLine(
+            "!",
+            service_id,
+            "held by the brake: over MAX_TARGETS_PER_NAMESPACE"
+            if one.ground is Ground.QUOTA
+            else f"held by the brake: missing from {one.source}",
+        )
         for one in found.judged.held
         for service_id in one.ids
     ]
@@ -184,6 +190,8 @@ async def compared(core: Core, found: Comparison) -> Plan:
     lines += [
         PlanLine("!", one, f"{verb}: withheld, as POLICY is {policy}") for one, verb in withheld.items()
     ]
+    # An object of which several services find no place is rejected once.
+    rejections = list(dict.fromkeys(rejections))
     lines += [
         PlanLine("!", one.id or str(one.key), f"rejected: {one.reason}: {one.detail}") for one in rejections
     ]

@@ -17,7 +17,7 @@ from k8s_consul_registrar.backoff import Timing, delays
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.errors import ClusterError, ConsulBusy, ConsulError, ConsulFenced, ConsulUnreachable
 from k8s_consul_registrar.kube.source_state import Failed
-from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Source
+from k8s_consul_registrar.model import Kind, ObjectKey, Rejection, Source, Target
 from k8s_consul_registrar.registrar.brake import (
     Absence,
     BrakeRules,
@@ -57,9 +57,13 @@ class Candidate(NamedTuple):
 
 
 class Findings(msgspec.Struct):
-    """The absences of one resync: candidates, and how many services of each source there are."""
+    """The absences of one resync: candidates, and how many services of each source there are.
+
+    `over_quota` are targets that have a service and are too many for their namespace, the youngest first.
+    """
 
     candidates: list[Candidate] = msgspec.field(default_factory=list)
+    over_quota: list[Target] = msgspec.field(default_factory=list)
     held: defaultdict[Source, int] = msgspec.field(default_factory=lambda: defaultdict(int))
 
     def add(self, service_id: str, source: Source, record: AsDesired | Other) -> None:
@@ -130,6 +134,9 @@ class Absences:
                 absent[one.source][one.id] = absence
             else:
                 unconfirmed.append(one)
+        for target in findings.over_quota:
+            if (source := self._desired.source_of(target.key.kind, target.key)) is not None:
+                absent[source][target.id] = Absence(noticed_at, is_unselected=True, ground=Ground.QUOTA)
         now = self._clock()
         missing = Counter(one.source for one in unconfirmed)
         statuses = self._desired.store.statuses()
@@ -151,12 +158,14 @@ class Absences:
         )
         self._memory = judgement.memory
         released = {one.id: one.key for one in findings.candidates if one.id in judgement.released}
+        over = {one.id: one.key for one in findings.over_quota if one.id in judgement.released}
         listed = {one.source for one in findings.candidates if one.key is None or len(keys) > MOST_BY_NAME}
         again_at = self._ask_again(judgement.held, unconfirmed, listed)
         relisting = frozenset({one.source for one in unconfirmed} & listed)
         proofs = {one: Proof(Ground.LIST) for one in facts}
         proofs |= {one: Proof(Ground.ABSENCE, brake=judgement.verdicts[one]) for one in released}
-        return Judged(facts | released, judgement.held, again_at, relisting, proofs)
+        proofs |= {one: Proof(Ground.QUOTA, 0, judgement.verdicts[one], key) for one, key in over.items()}
+        return Judged(facts | released | over, judgement.held, again_at, relisting, proofs)
 
     def _remember(self, candidates: Iterable[Candidate], noticed_at: float) -> None:
         before = self._noticed_at
@@ -265,7 +274,9 @@ class Absences:
         `listed` are the sources whose absences only a list can confirm.
         """
         now = self._clock()
-        dues = {one.source: one.due for one in held}
+        dues: dict[Source, float] = {}
+        for one in held:
+            dues[one.source] = min(one.due, dues.get(one.source, one.due))
         waits: list[float] = []
         for source in {one.source for one in unconfirmed}:
             if source in listed:

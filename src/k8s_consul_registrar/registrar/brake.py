@@ -5,7 +5,7 @@ A wrong kubeconfig, a broken selector or a half-restored cluster look like many 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -38,6 +38,7 @@ class Ground(StrEnum):
     EVENT = "event"  # an event showed that its object does not ask for it
     LIST = "list"  # a list, or a read of the object, showed that
     ABSENCE = "confirmed absence"  # its object is missing from a list, and a later read confirmed that
+    QUOTA = "over the quota"  # its namespace has more targets than it may have
     ELSEWHERE = "held elsewhere"  # it is where the present settings want it
     LEFT = "left by the agent"  # the agent has removed it, and the catalog still shows it
     PURGE = "purge"  # an operator asked for it
@@ -56,16 +57,18 @@ class Proof(msgspec.Struct, frozen=True, gc=False):
 
 
 class Absence(msgspec.Struct, frozen=True):
-    """A service whose object is confirmed absent.
+    """A service whose object is confirmed absent, or that the settings leave out.
 
     `confirmed_at` is when the read that confirmed it began. `is_proven_at_start` is True if the short wait
     is enough even right after a start: the object was asked for by name, or its Node is proven deleted.
-    `is_unselected` is True if the object exists, or could not be asked for, and is no longer selected.
+    `is_unselected` is True if the object exists, or could not be asked for, and the settings leave it out: it is no
+    longer selected, or over the quota, as `ground` says.
     """
 
     confirmed_at: float
     is_proven_at_start: bool = False
     is_unselected: bool = False
+    ground: Ground = Ground.ABSENCE
 
 
 class SourceAbsences(msgspec.Struct, frozen=True):
@@ -83,12 +86,13 @@ class SourceAbsences(msgspec.Struct, frozen=True):
 
 
 class Held(msgspec.Struct, frozen=True):
-    """Removals that the brake holds: of which source, since when, and until when reads must agree."""
+    """Removals that the brake holds: of which source, since when, until when reads must agree, and on what ground."""
 
     source: Source
     ids: tuple[str, ...]
     since: float
     due: float
+    ground: Ground = Ground.ABSENCE
 
 
 class SourceMemory(msgspec.Struct, frozen=True):
@@ -166,9 +170,8 @@ def judge(
         kept = {one: since[one] for one in since if one not in released[source]}
         if kept:
             sources[source] = SourceMemory(kept, {one: waits[one] for one in kept})
-        if kept and is_ready:
-            due = min(kept[one] + waits[one] for one in kept)
-            held.append(Held(source, tuple(sorted(kept)), min(kept.values()), max(due, now)))
+        if is_ready:
+            held += _held(source, kept, waits, found, now)
     removals += tuple((now, source, len(ids)) for source, ids in released.items() if ids)
     return Judgement(
         frozenset().union(*released.values()),
@@ -176,6 +179,17 @@ def judge(
         Memory(sources, memory.judged | _judged(absences, unready), removals),
         verdicts,
     )
+
+
+def _held(
+    source: Source, since: Mapping[str, float], waits: Mapping[str, float], found: SourceAbsences, now: float
+) -> Iterator[Held]:
+    """Yield the removals of a source that are held, by ground."""
+    for ground in (Ground.ABSENCE, Ground.QUOTA):
+        ids = tuple(sorted(one for one in since if found.absent[one].ground is ground))
+        if ids:
+            due = min(since[one] + waits[one] for one in ids)
+            yield Held(source, ids, min(since[one] for one in ids), max(due, now), ground)
 
 
 def _verdict(wait: float, rules: BrakeRules) -> str:

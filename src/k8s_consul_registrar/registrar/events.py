@@ -11,16 +11,20 @@ from msgspec.structs import replace
 from k8s_consul_registrar.kube.events import DueEvent, EventOutcome, ObjectEvent, Occurrences
 from k8s_consul_registrar.kube.objects import Item
 from k8s_consul_registrar.model import Kind, KubeService, Node, ObjectKey, Pod, Rejection, Target, Written
-from k8s_consul_registrar.registrar.brake import Held
+from k8s_consul_registrar.registrar.brake import Ground, Held, Proof
 from k8s_consul_registrar.registrar.decide import Conflict, Kept
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.observed import AsDesired, Observed
 from k8s_consul_registrar.registrar.reporter import Reporter
 from k8s_consul_registrar.registrar.status import Counts, RegistrarStatus
 from k8s_consul_registrar.targets.endpoints import ServiceScrape, Value
 
 # Standing rejections that are looked at in one step; less than a millisecond of work.
 SLICE = 250
+# What an Event says of a removal.
+_GONE = "nothing asks for it any more"
+_WHY = {Ground.QUOTA: "its namespace has more targets than MAX_TARGETS_PER_NAMESPACE"}
 
 
 class EventReason(StrEnum):
@@ -30,6 +34,7 @@ class EventReason(StrEnum):
     CONFLICT = "ScrapeConflict"
     WRITE_FAILED = "ScrapeWriteFailed"
     REGISTERED = "ScrapeRegistered"
+    DEREGISTERED = "ScrapeDeregistered"
 
 
 class EventLimits(msgspec.Struct, frozen=True):
@@ -230,6 +235,17 @@ class EventReporter(Reporter):
                 note = f"registered as the service {service_id} at {target.address}:{target.port}"
                 self._tell(self._event(target.key, EventReason.REGISTERED, "Register", note))
 
+    def removed(self, service_id: str, record: Observed, proof: Proof) -> None:
+        """Report a service that was removed, about its object unless that is being deleted."""
+        super().removed(service_id, record, proof)
+        if not (self._tells_all and self._status.has_synced and isinstance(record, AsDesired)):
+            return
+        target = record.target
+        if not target.is_terminating:
+            note = f"the service {service_id} was removed from Consul: {_WHY.get(proof.ground, _GONE)}"
+            uid = target.rank[2]
+            self._tell(self._event(target.key, EventReason.DEREGISTERED, "Deregister", note, uid=uid))
+
     def resynced(
         self,
         counts: Counts,
@@ -258,7 +274,7 @@ class EventReporter(Reporter):
     def _event(
         self, key: ObjectKey, reason: EventReason, action: str, note: str, *, uid: str = ""
     ) -> ObjectEvent:
-        is_warning = reason is not EventReason.REGISTERED
+        is_warning = reason not in (EventReason.REGISTERED, EventReason.DEREGISTERED)
         return ObjectEvent(key, uid or self._uid(key), reason, action, note, is_warning=is_warning)
 
     def _uid(self, key: ObjectKey) -> str:

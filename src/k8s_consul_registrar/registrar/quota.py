@@ -1,6 +1,6 @@
 """Quota: how many targets a namespace may have; new ones beyond that are blocked until there is room.
 
-What Consul holds counts and stays. Of the others the oldest object comes first.
+What Consul holds counts, and stays unless QUOTA_REMOVE is set. The oldest object comes first, and goes last.
 """
 
 import time
@@ -9,13 +9,32 @@ from collections.abc import Callable, Mapping
 from heapq import heapify, heappop, heappush
 from typing import TypeAlias
 
+from msgspec.structs import replace
+
+from k8s_consul_registrar.asyncio_tools import in_slices
 from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.model import Rejection, Target
-from k8s_consul_registrar.registrar.decide import Action, Nothing, Register, Reject, Withheld
+from k8s_consul_registrar.registrar.brake import Proof
+from k8s_consul_registrar.registrar.decide import (
+    Action,
+    AwaitProxy,
+    Deregister,
+    Desired,
+    InSync,
+    Nothing,
+    Register,
+    Reject,
+    Rules,
+    Standing,
+    Update,
+    Withheld,
+    decide,
+)
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.observed import (
     AsDesired,
     Foreign,
+    Observed,
     ObservedState,
     Other,
     Unknown,
@@ -26,6 +45,8 @@ from k8s_consul_registrar.telemetry import get_logger
 # Seconds between two lines about namespaces at their limit, and how many of those a line names.
 TELL_EVERY = 60.0
 MOST_NAMED = 20
+# Services looked at between two turns of the event loop.
+SLICE = 250
 
 _Rank: TypeAlias = tuple[int, str, str]
 
@@ -89,6 +110,9 @@ class Quota:
 
     A change costs what it changes, whatever the size of the namespace. New targets wait until every source was
     listed, or cannot be, so that the order in which a list arrives decides nothing.
+
+    With `removes`, services that are asked for beyond the limit are found by a resync, judged by the brake, and
+    leave once it released them, as long as they are still too many.
     """
 
     def __init__(
@@ -98,6 +122,7 @@ class Quota:
         desired: DesiredState,
         blocked: dict[str, str],
         *,
+        removes: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make the quota; `blocked` is where blocked IDs are shown, with their namespace."""
@@ -105,9 +130,15 @@ class Quota:
         self._observed = observed
         self._desired = desired
         self.blocked = blocked
+        self._removes = removes
         self._clock = clock
         self._namespace_of: dict[str, str] = {}
         self._taken: defaultdict[str, int] = defaultdict(int)
+        # By namespace: IDs with a place that nothing asks for, and those that leave, the youngest object's first.
+        self._unasked: defaultdict[str, set[str]] = defaultdict(set)
+        self._leaving: defaultdict[str, dict[str, Proof]] = defaultdict(dict)
+        # IDs that were too many at the last resync and that the brake has not released.
+        self.over: frozenset[str] = frozenset()
         self._waiting: defaultdict[str, _Queue] = defaultdict(_Queue)
         # Namespaces in which a place may have become free, or wanted.
         self._open: set[str] = set()
@@ -126,8 +157,58 @@ class Quota:
         """Count everything again at the next look."""
         self._is_due = True
 
-    def apply(self, action: Action, service_id: str) -> Action:
-        """Return what a quota makes of a decision: a new target beyond the limit is rejected."""
+    async def find_over(self, rules: Rules) -> list[Target]:
+        """Return the targets whose services are too many for their namespace, the youngest object's first.
+
+        Services that nothing asks for do not count: they go by their own rules.
+        """
+        self._settle()
+        excess = {one: self._excess(one) for one in self._taken} if self._removes and self._is_listed else {}
+        held: dict[str, list[Target]] = {one: [] for one, count in excess.items() if count > 0}
+        async for service_id, namespace in in_slices(
+            tuple(self._namespace_of.items() if held else ()), SLICE
+        ):
+            claims = self._desired.claims.get(service_id)
+            if namespace in held and claims and isinstance(self._observed.get(service_id), AsDesired | Other):
+                held[namespace].append(min(claims, key=lambda one: one.rank))
+        youngest: list[Target] = []
+        for namespace, targets in held.items():
+            targets.sort(key=lambda one: (one.rank, one.id), reverse=True)
+            youngest += targets[: excess[namespace]]
+        over = [
+            one
+            async for one in in_slices(youngest, SLICE)
+            if self._proof(one.id) is None and self._may_remove(one.id, rules)
+        ]
+        self.over = frozenset(one.id for one in over)
+        return over
+
+    def release(self, service_id: str, proof: Proof) -> None:
+        """Let a service leave that is too many; of those released together the youngest object's comes first."""
+        if (namespace := self._namespace_of.get(service_id)) is not None:
+            self._leaving[namespace][service_id] = proof
+            self._open.add(namespace)
+            self.over -= {service_id}
+
+    def leaving(self) -> list[str]:
+        """Return the services that leave and that Consul still holds."""
+        self._settle()
+        return [service_id for some in self._leaving.values() for service_id in some]
+
+    def proof(self, service_id: str) -> Proof | None:
+        """Return why a service leaves, None if it does not."""
+        self._settle()
+        return self._proof(service_id)
+
+    def _proof(self, service_id: str) -> Proof | None:
+        return self._leaving.get(self._namespace_of.get(service_id, ""), {}).get(service_id)
+
+    def apply(self, action: Action, asked: Desired, observed: Observed, rules: Rules) -> Action:
+        """Return what a quota makes of a decision: a new target beyond the limit is rejected, one that leaves removed."""
+        service_id = asked.id
+        is_held = isinstance(action, InSync | Update | AwaitProxy | Withheld) and observed is not None
+        if is_held and asked.claims and self._leaving and self.proof(service_id) is not None:
+            return _removal(asked, observed, rules) or action
         is_new = isinstance(action, Register) or (
             isinstance(action, Withheld) and isinstance(action.write, Register)
         )
@@ -164,14 +245,8 @@ class Quota:
             return
         claims = self._desired.claims
         if self._is_due:
-            self._is_due = False
-            self._namespace_of.clear()
-            self._taken.clear()
-            self._waiting.clear()
-            touched = dict.fromkeys((*self._observed.ids(), *claims))
-        else:
-            touched = self._touched
-        self._touched = {}
+            self._count_all()
+        touched, self._touched = self._touched, {}
         for service_id in touched:
             self._update(service_id, claims.get(service_id, ()))
         if not self._is_listed:
@@ -185,17 +260,40 @@ class Quota:
         if self._is_listed:
             for namespace in self._open:
                 self._fill(namespace, claims)
+                self._keep_enough(namespace)
             self._open.clear()
+
+    def _count_all(self) -> None:
+        """Count everything again; what was to leave and is not there any more has left."""
+        self._is_due = False
+        for counts in (self._namespace_of, self._taken, self._unasked, self._waiting, self._touched):
+            counts.clear()
+        for service_id in dict.fromkeys((*self._observed.ids(), *self._desired.claims)):
+            self._update(service_id, self._desired.claims.get(service_id, ()))
+        for namespace, leaving in self._leaving.items():
+            self._open.add(namespace)
+            for service_id in leaving.keys() - self._namespace_of.keys():
+                del leaving[service_id]
 
     def _update(self, service_id: str, claims: tuple[Target, ...]) -> None:
         record = self._observed.get(service_id)
         key = claims[0].key if claims else object_behind(record)
         namespace = key.namespace if key is not None else self._namespace_of.get(service_id, "")
         is_held = isinstance(record, AsDesired | Other | Unknown) or self._observed.is_in_flight(service_id)
+        if not is_held and self._proof(service_id) is not None:
+            # It left, and waits like any other that is asked for.
+            self._release(service_id)
+            self._admitted.append(service_id)
         if not namespace or isinstance(record, Foreign) or not (claims or is_held):
             self._release(service_id)
         elif is_held:
             self._take(service_id, namespace)
+            if claims:
+                self._unasked[namespace].discard(service_id)
+            else:
+                self._unasked[namespace].add(service_id)
+                self._stay(namespace, service_id)
+                self._open.add(namespace)
         elif service_id not in self._namespace_of:
             self._waiting[namespace].add(service_id, min(one.rank for one in claims))
             self._open.add(namespace)
@@ -221,6 +319,8 @@ class Quota:
         namespace = self._namespace_of.pop(service_id, None)
         if namespace is not None:
             self._taken[namespace] -= 1
+            self._unasked[namespace].discard(service_id)
+            self._stay(namespace, service_id)
             self._open.add(namespace)
         elif (waited := self.blocked.get(service_id)) is not None:
             self._waiting[waited].ranks.pop(service_id, None)
@@ -235,9 +335,42 @@ class Quota:
                 self._take(service_id, namespace)
                 self._admitted.append(service_id)
 
+    def _excess(self, namespace: str) -> int:
+        """Return by how much the services of a namespace that are asked for exceed the limit."""
+        return self._taken[namespace] - len(self._unasked.get(namespace, ())) - self._limit
+
+    def _keep_enough(self, namespace: str) -> None:
+        """Let no more leave than are too many; of those that were to leave, the oldest object's stays first."""
+        leaving = self._leaving.get(namespace)
+        while leaving and len(leaving) > self._excess(namespace):
+            service_id, _ = leaving.popitem()
+            self._admitted.append(service_id)
+
+    def _stay(self, namespace: str, service_id: str) -> None:
+        """Forget that a service leaves for being too much."""
+        if namespace in self._leaving:
+            self._leaving[namespace].pop(service_id, None)
+
+    def _may_remove(self, service_id: str, rules: Rules) -> bool:
+        record = self._observed.get(service_id)
+        return _removal(self._desired.ask(service_id, record), record, rules) is not None
+
+
+def _removal(asked: Desired, observed: Observed, rules: Rules) -> Deregister | Withheld | None:
+    """Return the removal of a service as if nothing asked for it, None if nothing proves that it may go."""
+    action = decide(replace(asked, claims=(), standing=Standing.DEPARTED), observed, rules)
+    return action if isinstance(action, Deregister | Withheld) else None
+
 
 def quota_of(
-    limit: int, observed: ObservedState, desired: DesiredState, blocked: dict[str, str]
+    limit: int,
+    observed: ObservedState,
+    desired: DesiredState,
+    blocked: dict[str, str],
+    *,
+    removes: bool = False,
 ) -> Quota | None:
     """Return the quota of a limited state, None where there is no limit."""
-    return Quota(limit, observed, desired, blocked) if isinstance(observed, LimitedState) else None
+    if not isinstance(observed, LimitedState):
+        return None
+    return Quota(limit, observed, desired, blocked, removes=removes)

@@ -9,6 +9,7 @@ import msgspec
 from k8s_consul_registrar.errors import ConsulError, ConsulFiltered
 from k8s_consul_registrar.model import Rejection, Service, WriteFailure, Written
 from k8s_consul_registrar.registrar.audit import Audit
+from k8s_consul_registrar.registrar.brake import Proof
 from k8s_consul_registrar.registrar.decide import (
     Action,
     AwaitProxy,
@@ -157,7 +158,7 @@ class Reconciler(CorePart):
             is_contested = self._contests.is_contested(service_id, self._clock())
             asked = self._desired.ask(service_id, observed, is_contested=is_contested)
             action = decide(asked, observed, self._rules)
-            return action if self._quota is None else self._quota.apply(action, service_id)
+            return action if self._quota is None else self._quota.apply(action, asked, observed, self._rules)
         except Exception as error:  # noqa: BLE001 - confined to this ID, counted and logged
             self._fail_internally(work, service_id, error)
             return None
@@ -304,9 +305,7 @@ class Reconciler(CorePart):
         if not removals:
             return
         services = [Service(one.id, one.name, "", 0, index=one.version) for one in removals.values()]
-        proofs = {
-            one.id: self._desired.proof(one.id, object_behind(self._observed.get(one.id))) for one in services
-        }
+        proofs = {one.id: self._proof(one.id) for one in services}
 
         async def remove(some: Sequence[Service]) -> Written:
             return await self._audit.remove(self._registry.deregister, some, proofs)
@@ -315,6 +314,7 @@ class Reconciler(CorePart):
         failed = {failure.id: failure.problem for failure in written.failures}
         for service in services:
             if self._is_written(work, service.id, written, failed, "deregister"):
+                self._reporter.removed(service.id, self._observed.get(service.id), proofs[service.id])
                 self._observed.put(service.id, None)
                 self._desired.settle(service.id, work.generation)
                 self._finish(work, service.id, was_written=True)
@@ -322,6 +322,11 @@ class Reconciler(CorePart):
                 work.deregistered += 1
         if services:
             self._reporter.wrote("deregister", [(one.id, None) for one in services], written)
+
+    def _proof(self, service_id: str) -> Proof:
+        """Return the proof that a service may go which was decided to be removed."""
+        proof = None if self._quota is None else self._quota.proof(service_id)
+        return proof or self._desired.proof(service_id, object_behind(self._observed.get(service_id)))
 
     async def _send(
         self,

@@ -10,10 +10,11 @@ from msgspec.structs import replace
 from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.kube.source_state import SourceStatus
 from k8s_consul_registrar.model import Kind, Rejection, Source, Target, Written
-from k8s_consul_registrar.registrar.brake import Held
+from k8s_consul_registrar.registrar.brake import Ground, Held, Proof
 from k8s_consul_registrar.registrar.claims import Endpoints
 from k8s_consul_registrar.registrar.decide import Conflict, Kept, Withheld, Write
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
+from k8s_consul_registrar.registrar.observed import Observed
 from k8s_consul_registrar.registrar.status import Activity, Counts, RegistrarStatus
 from k8s_consul_registrar.telemetry import Failures, get_logger
 
@@ -214,6 +215,9 @@ class Reporter:
             where = {} if target is None else {"address": target.address, "port": target.port}
             debug(verb, service=service_id, **where)
 
+    def removed(self, service_id: str, record: Observed, proof: Proof) -> None:
+        """Report a service that was removed, with the record that was there; the audit has logged it."""
+
     def lag(self, seconds: float) -> None:
         """Count the time from an event to Consul's acknowledgement of what it led to."""
         self._metrics.event_lag.observe(seconds)
@@ -314,7 +318,8 @@ class Reporter:
         self._status.held = held
         self._metrics.held.set(sum(len(one.ids) for one in held))
         brakes = {
-            str(one.source): f"{len(one.ids)} services are missing from the list; waiting for lists that "
+            f"{one.source}{', quota' if one.ground is Ground.QUOTA else ''}": f"{len(one.ids)} services are "
+            f"{'over the quota' if one.ground is Ground.QUOTA else 'missing from the list'}; waiting for lists that "
             f"agree for {one.due - one.since:g} s: {', '.join(one.ids[:MOST_NAMED])}"
             for one in held
         }

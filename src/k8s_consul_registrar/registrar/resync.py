@@ -9,7 +9,9 @@ from typing import NamedTuple
 from k8s_consul_registrar.asyncio_tools import in_slices
 from k8s_consul_registrar.model import Service
 from k8s_consul_registrar.registrar.absences import Absences, Findings, Judged
+from k8s_consul_registrar.registrar.brake import Ground
 from k8s_consul_registrar.registrar.decide import Deregister, Infer, Keep, Kept, Withheld, decide
+from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.observed import (
     AsDesired,
     Foreign,
@@ -19,6 +21,7 @@ from k8s_consul_registrar.registrar.observed import (
     with_known_meta,
 )
 from k8s_consul_registrar.registrar.queue import Priority
+from k8s_consul_registrar.registrar.quota import Quota
 from k8s_consul_registrar.registrar.reconciler import Core, CorePart
 from k8s_consul_registrar.registrar.status import Counts
 
@@ -112,6 +115,8 @@ class Resync(CorePart):
         noticed_at = self._clock()
         unchanged, differing = await self._compare_claims()
         findings, removals, kept = await self._examine_unclaimed()
+        if self._quota is not None:
+            findings.over_quota = await self._quota.find_over(self._rules)
         judged = await self._absences.judge(findings, noticed_at)
         return Comparison(read_seconds, unchanged, differing, removals, kept, judged)
 
@@ -121,11 +126,10 @@ class Resync(CorePart):
         found = await self.compare(reads=reads)
         for service_id in found.differing:
             self._queue.add(service_id, self._clock(), Priority.BULK)
-        for service_id, key in found.judged.released.items():
-            self._desired.depart(service_id, key, found.judged.proofs.get(service_id))
+        release(found.judged, self._desired, self._quota)
         removals = [*found.removals, *found.judged.released]
         self._queue.add_after(removals, found.differing, self._clock(), Priority.BULK)
-        for service_id in self._quota.admitted() if self._quota is not None else ():
+        for service_id in () if self._quota is None else (*self._quota.admitted(), *self._quota.leaving()):
             self._queue.add(service_id, self._clock(), Priority.BULK)
         rejections = tuple(self._desired.rejections.values())
         counts = Counts(
@@ -210,6 +214,16 @@ class Resync(CorePart):
                 case Infer() if source is not None:
                     findings.add(service_id, source, record)
         return findings, removals, kept
+
+
+def release(judged: Judged, desired: DesiredState, quota: Quota | None) -> None:
+    """Let services go that the brake released."""
+    for service_id, key in judged.released.items():
+        proof = judged.proofs[service_id]
+        if quota is not None and proof.ground is Ground.QUOTA:
+            quota.release(service_id, proof)
+        else:
+            desired.depart(service_id, key, proof)
 
 
 def is_alike(one: Observed, other: Observed) -> bool:

@@ -231,6 +231,10 @@ class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
         "Most targets of one namespace. New ones beyond that are blocked, the youngest object first; what is registered "
         "stays. 0: no limit"
     )
+    quota_removes: bool = Setting("QUOTA_REMOVE", parse.boolean, "false", group=DISCOVERY).means(
+        "`true`: what is registered of a namespace beyond `MAX_TARGETS_PER_NAMESPACE` is removed, the youngest object first, "
+        "once it was too much for `BRAKE_CONFIRM_START`"
+    )
     policy: Policy = Setting(
         "POLICY", Parser(lambda given: Policy(_POLICY.parse(given)), _POLICY.schema), Policy.SYNC, group=BRAKE
     ).means(
@@ -250,7 +254,7 @@ class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
         "EMIT_EVENTS", parse.choice("none", "problems", "all"), "none", group=EVENTS
     ).means(
         "Events that the registrar writes about Pods, Nodes and Services, which `kubectl describe` shows: `none`, "
-        "`problems` (why something is not scraped), or `all` (registrations too). Needs the overlay `emit-events`"
+        "`problems` (why something is not scraped), or `all` (registrations and removals too). Needs the overlay `emit-events`"
     )
 
     @property
@@ -285,6 +289,8 @@ class RegistrarSettings(ModeSettings, group="Cluster and ownership"):
             reader.problem("CONSUL_BACKEND", problem)
         if self.backend.backend == NONE and self.policy is not Policy.SYNC:
             reader.problem("POLICY", f"{self.policy} is about Consul, and CONSUL_BACKEND is none")
+        if self.quota_removes and not self.quota:
+            reader.warnings.append("QUOTA_REMOVE has no effect without MAX_TARGETS_PER_NAMESPACE")
         if self.backend.backend == NONE and self.naming.shard_paths and self.naming.shard_strategy != HASH:
             problem = "must be hash with CONSUL_BACKEND=none: nothing remembers a random shard"
             reader.problem("SHARD_STRATEGY", problem)

@@ -298,7 +298,7 @@ class Wiring:
         )
         audit = Audit(status.removals, leader=elector.identity if elector else socket.gethostname())
         contests = Contests(settings.sync_period)
-        quota = quota_of(settings.quota, observed, desired, status.blocked)
+        quota = quota_of(settings.quota, observed, desired, status.blocked, removes=settings.quota_removes)
         core = Core(
             desired, observed, queue, registry, rules, names, contests, reporter, status, audit, quota
         )

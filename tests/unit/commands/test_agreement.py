@@ -32,6 +32,8 @@ META = {
     "NAMESPACE_LABELS_AS_META": "team",
     "NODE_LABELS_AS_META": "pool",
 }
+# Few places, of which none is taken.
+FULL = {"MAX_TARGETS_PER_NAMESPACE": "12", "QUOTA_REMOVE": "true"}
 SIX = {"POD_IP_FAMILY": "ipv6", "NODE_IP_FAMILY": "ipv6"}
 # What the golden Pods do not have: each is odd in a way of its own.
 MORE = {
@@ -174,7 +176,11 @@ class Daemon:
 
     def __init__(self, wiring: Wiring) -> None:
         self.lab = ControllerLab(
-            sources=wiring.settings.sources, target_rules=wiring.targets, identity=wiring.identity
+            sources=wiring.settings.sources,
+            target_rules=wiring.targets,
+            identity=wiring.identity,
+            quota=wiring.settings.quota,
+            quota_removes=wiring.settings.quota_removes,
         )
         self.explainer = Explainer(self.lab.core, self.lab.cluster, GroupEncoder(), "prometheus.io/", {})
 
@@ -236,6 +242,7 @@ class Daemon:
     [
         pytest.param(ALL, {}, id="defaults"),
         pytest.param(SOME, {**SIX, **META}, id="ipv6"),
+        pytest.param(SOME, FULL, id="full"),
         pytest.param(SOME, {"POD_ADDRESS": "host", "NODE_IP_FAMILY": "ipv4", **META}, id="host"),
         pytest.param(SOME, {"POD_ADDRESS": "proxy", "NODE_IP_FAMILY": "ipv6", **META}, id="proxied"),
     ],
@@ -264,7 +271,12 @@ async def test_plan_explain_lint_and_the_daemon_decide_one_way_about_odd_objects
             assert (f"rejected: {reason}:" in last.detail) is bool(reason), (explained, body)
             assert (len(explained.services), last.is_met) == (count, count > 0), (explained, body)
             partly += bool(reason) and count > 0
-            seen[reason or ("target" if explained.is_target else "gives way" if count else last.name)] += 1
+            said = [condition.detail for one in explained.services for condition in one.conditions]
+            is_full = any("namespace_full" in one for one in said)
+            assert is_full is any(one.id in daemon.lab.status.blocked for one in explained.services)
+            other = "full" if is_full else "gives way" if count else last.name
+            seen[reason or ("target" if explained.is_target else other)] += 1
+    assert (seen["full"] > 0) is (settings is FULL), seen
     assert sum(seen.values()) == sum(counts)
     assert seen["target"] > sum(counts) // 12, seen
     assert len(seen) >= 15, seen

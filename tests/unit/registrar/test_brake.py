@@ -10,6 +10,7 @@ from k8s_consul_registrar.registrar.brake import (
     SHARE,
     Absence,
     BrakeRules,
+    Ground,
     Judgement,
     Memory,
     SourceAbsences,
@@ -241,6 +242,21 @@ def test_brake_object_that_is_no_longer_selected_waits_however_few() -> None:
     assert wait_of(first) == 600
     assert not pods(gone(1, 1000, 599, is_unselected=True), first.memory).released
     assert pods(gone(1, 1000, 600, is_unselected=True), first.memory).released == {"s0"}
+
+
+def test_brake_holds_what_is_over_the_quota_apart_and_for_the_long_wait() -> None:
+    """A single one too; beside what is absent, which goes by its own wait."""
+    absent = {"gone": Absence(0), "over": Absence(0, is_unselected=True, ground=Ground.QUOTA)}
+    first = judge({PODS: SourceAbsences(absent, 100)}, RUNNING, RULES, 0)
+    assert first.released == {"gone"}
+    (held,) = first.held
+    assert (held.ids, held.ground, held.due) == (("over",), Ground.QUOTA, 600)
+    many = {f"gone-{number}": Absence(0) for number in range(40)} | {"over": absent["over"]}
+    second = judge({PODS: SourceAbsences(many, 100)}, RUNNING, RULES, 0)
+    assert [(one.ground, len(one.ids), one.due) for one in second.held] == [
+        (Ground.ABSENCE, 40, 60),
+        (Ground.QUOTA, 1, 600),
+    ]
 
 
 def test_brake_mass_removal_can_be_allowed() -> None:

@@ -30,6 +30,7 @@ from k8s_consul_registrar.model import (
     WriteFailure,
     Written,
 )
+from k8s_consul_registrar.registrar.brake import Ground, Proof
 from k8s_consul_registrar.registrar.decide import Conflict
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.events import (
@@ -41,7 +42,7 @@ from k8s_consul_registrar.registrar.events import (
     with_uid,
 )
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
-from k8s_consul_registrar.registrar.observed import ObservedState
+from k8s_consul_registrar.registrar.observed import AsDesired, ObservedState
 from k8s_consul_registrar.registrar.service_join import ServiceJoin
 from k8s_consul_registrar.registrar.status import Counts, RegistrarStatus
 from k8s_consul_registrar.sandbox.event_rules import validate_event_update, validate_new_event
@@ -405,6 +406,30 @@ def test_reporter_tells_of_registrations_only_if_wanted_and_after_the_first_sync
         told = desk.told()
         assert [one.key.name for one in told] == names
         assert {(one.reason, one.is_warning) for one in told} <= {("ScrapeRegistered", False)}
+
+
+def test_reporter_tells_of_removals_only_if_wanted_and_of_no_pod_that_is_being_deleted() -> None:
+    """With the UID of the object as it was, which the store may have no more."""
+    because = {
+        Ground.EVENT: "nothing asks for it any more",
+        Ground.QUOTA: "its namespace has more targets than MAX_TARGETS_PER_NAMESPACE",
+    }
+    for ground, why in because.items():
+        for tells_all, is_terminating, count in ((True, False, 1), (True, True, 0), (False, False, 0)):
+            desk = Desk(tells_all=tells_all)
+            desk.status.has_synced = True
+            desk.put(make_pod(deleted=is_terminating))
+            ((target,),) = desk.desired.claims.values()
+            desk.put(make_pod(annotations={}))
+            desk.reporter.removed(WEB, AsDesired(target, "", ""), Proof(ground))
+            told = desk.told()
+            assert len(told) == count
+            for one in told:
+                assert (one.key, one.uid, one.reason) == (target.key, "uid-shop-web-1", "ScrapeDeregistered")
+                assert (one.note, one.is_warning) == (
+                    f"the service {WEB} was removed from Consul: {why}",
+                    False,
+                )
 
 
 def test_reporter_counts_what_it_drops(desk: Desk) -> None:

@@ -8,9 +8,21 @@ from structlog.testing import capture_logs
 
 from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.model import NodeAddress, Pod, Source
-from k8s_consul_registrar.registrar.decide import Action, Nothing, Register, Reject, Rules, decide
+from k8s_consul_registrar.registrar.brake import Ground, Proof
+from k8s_consul_registrar.registrar.decide import (
+    Action,
+    Deregister,
+    InSync,
+    Nothing,
+    Register,
+    Reject,
+    Rules,
+    Update,
+    Withheld,
+    decide,
+)
 from k8s_consul_registrar.registrar.observed import AsDesired, observe
-from k8s_consul_registrar.registrar.ownership import Identity
+from k8s_consul_registrar.registrar.ownership import Identity, Policy
 from k8s_consul_registrar.registrar.quota import LimitedState, Quota
 from k8s_consul_registrar.targets.service_names import RandomShards
 from support.builders import make_node, make_pod, our_pod_service
@@ -27,11 +39,21 @@ def pod(name: str, age: int = 0, namespace: str = "shop") -> Pod:
 class World:
     """A cluster, a limited state of Consul, and the quota between them."""
 
-    def __init__(self, limit: int, *held: str, sources: Iterable[Source] = (PODS,)) -> None:
+    def __init__(
+        self,
+        limit: int,
+        *held: str,
+        sources: Iterable[Source] = (PODS,),
+        removes: bool = False,
+        rules: Rules = RULES,
+    ) -> None:
         self.now = 0.0
+        self.rules = rules
         self.observed = LimitedState()
         self.cluster = MemoryCluster(tuple(sources), observed=self.observed)
-        self.quota = Quota(limit, self.observed, self.cluster.desired, {}, clock=lambda: self.now)
+        self.quota = Quota(
+            limit, self.observed, self.cluster.desired, {}, removes=removes, clock=lambda: self.now
+        )
         self.versions = count(1)
         self.read(*held)
 
@@ -46,9 +68,23 @@ class World:
         """Decide one Pod's service."""
         service_id = f"pod--{namespace}--{name}"
         record = self.observed.get(service_id)
-        return self.quota.apply(
-            decide(self.cluster.desired.ask(service_id, record), record, RULES), service_id
-        )
+        asked = self.cluster.desired.ask(service_id, record)
+        return self.quota.apply(decide(asked, record, self.rules), asked, record, self.rules)
+
+    async def over(self) -> list[str]:
+        """Return the Pods whose services are too many."""
+        return [one.key.name for one in await self.quota.find_over(self.rules)]
+
+    async def release(self) -> list[str]:
+        """Let go all that are too many, as the brake does in the end; return them."""
+        over = await self.quota.find_over(self.rules)
+        for one in over:
+            self.quota.release(one.id, Proof(Ground.QUOTA, key=one.key))
+        return [one.key.name for one in over]
+
+    def leaving(self, names: Iterable[str]) -> set[str]:
+        """Return which of these Pods' services are to be removed."""
+        return {name for name in names if isinstance(self.decide(name), Deregister)}
 
     def write(self, name: str, namespace: str = "shop") -> bool:
         """Register a Pod's service if it may be; return whether it was."""
@@ -123,7 +159,7 @@ def test_quota_counts_each_namespace_by_itself_and_no_node() -> None:
     assert [world.write(name, "pay") for name in "ab"] == [True, False]
     for service_id in [one for one in world.cluster.desired.claims if one.startswith("node--")]:
         asked = world.cluster.desired.ask(service_id, None)
-        assert isinstance(world.quota.apply(decide(asked, None, RULES), service_id), Register)
+        assert isinstance(world.quota.apply(decide(asked, None, RULES), asked, None, RULES), Register)
 
 
 def test_quota_counts_a_write_that_is_under_way_and_one_of_unknown_end() -> None:
@@ -189,3 +225,99 @@ def test_quota_costs_the_same_in_a_large_namespace() -> None:
         return time.process_time() - started
 
     assert min(seconds(50_000) for _ in range(2)) < 5 * min(seconds(50) for _ in range(3)) + 0.1
+
+
+def crowd(limit: int = 2, *, removes: bool = True, rules: Rules = RULES) -> World:
+    """Return a namespace with five registered Pods, `a` the oldest."""
+    world = World(limit, *"abcde", removes=removes, rules=rules)
+    world.cluster.put_list([pod(name, 40 - at) for at, name in enumerate("abcde")])
+    world.admitted()
+    return world
+
+
+async def test_quota_finds_the_youngest_that_are_too_many() -> None:
+    """Only where it may remove, and never before the brake released them."""
+    world = crowd()
+    assert await world.over() == ["e", "d", "c"]
+    assert world.leaving("abcde") == set()
+    assert await crowd(removes=False).over() == []
+    assert await crowd(5).over() == []
+    assert await World(2, *"abc", removes=True).over() == [], "nothing was listed"
+
+
+async def test_quota_removes_what_was_released_and_blocks_it_from_then_on() -> None:
+    """Its place is not given back to it while the namespace is full, and the oldest that waits comes first."""
+    world = crowd()
+    assert await world.release() == ["e", "d", "c"]
+    assert world.leaving("abcde") == {*"cde"}
+    for name in "edc":
+        proof = world.quota.proof(f"pod--shop--{name}")
+        assert proof is not None
+        assert proof.ground is Ground.QUOTA
+        world.observed.put(f"pod--shop--{name}", None)
+        assert world.admitted() == {name}, "it is decided again"
+        assert isinstance(world.decide(name), Reject)
+    assert set(world.quota.blocked) == {f"pod--shop--{name}" for name in "cde"}
+    assert await world.over() == []
+    world.remove("a")
+    assert world.admitted() == {"c"}
+
+
+async def test_quota_removes_no_more_than_are_too_many_now() -> None:
+    """Others that went meanwhile count: of those released the oldest stay, and are decided again."""
+    world = crowd()
+    await world.release()
+    world.remove("a")
+    assert world.admitted() == {"c"}
+    assert world.leaving("bcde") == {"d", "e"}
+    world.cluster.remove(pod("b"))
+    assert world.leaving("cde") == {"e"}, "a removal that is due counts as made"
+    world.cluster.put(pod("b", 39))
+    world.read(*"bcde")
+    assert world.leaving("bcde") == {"e"}
+
+
+async def test_quota_keeps_what_was_released_over_a_read_of_consul() -> None:
+    """A service that the read does not show has left: another program removed it, and it is not registered again."""
+    world = crowd()
+    await world.release()
+    world.read(*"abcd")
+    world.admitted()
+    assert world.leaving("abcd") == {"c", "d"}
+    assert isinstance(world.decide("e"), Reject)
+
+
+async def test_quota_lets_a_service_that_nothing_asks_for_go_by_its_own_rules() -> None:
+    """It pushes none out that is asked for, and its proof is not the quota's."""
+    world = crowd(4)
+    world.read(*"abcdefg")
+    assert await world.release() == ["e"], "of the five that are asked for"
+    world.cluster.remove(pod("e"))
+    assert isinstance(world.decide("e"), Deregister)
+    assert world.quota.proof("pod--shop--e") is None
+
+
+async def test_quota_removes_nothing_that_is_not_proven_ours_or_that_the_policy_keeps() -> None:
+    """The rules of any other removal hold."""
+    unproven = crowd(rules=Rules(Identity("lab", has_default_name=True), RandomShards()))
+    assert await unproven.over() == []
+    kept = crowd(rules=Rules(Identity("lab"), RandomShards(), policy=Policy.UPSERT_ONLY))
+    assert await kept.release() == ["e", "d", "c"]
+    action = kept.decide("e")
+    assert isinstance(action, Withheld)
+    assert isinstance(action.write, Deregister)
+    assert isinstance(kept.decide("a"), InSync | Update)
+
+
+async def test_quota_counts_each_namespace_that_is_over_by_itself() -> None:
+    """Two Pods too many in one take nothing from the other."""
+    world = World(1, removes=True)
+    pods = [pod(name, 9 - at, of) for of in ("shop", "pay") for at, name in enumerate("abc")]
+    world.cluster.put_list(pods)
+    world.observed.begin_read()
+    for one in (*pods[:3], pods[3]):
+        service = our_pod_service(one.name, one.namespace)
+        world.observed.read(service.id, observe(service, RULES.identity, ""))
+    world.observed.finish_read()
+    assert await world.over() == ["c", "b"]
+    assert {one.key.namespace for one in await world.quota.find_over(RULES)} == {"shop"}

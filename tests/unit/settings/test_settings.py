@@ -177,6 +177,22 @@ def test_previous_instances_may_name_the_empty_one() -> None:
     assert registrar(PREVIOUS_INSTANCES=",").previous_instances == frozenset()
 
 
+def test_default_nodes_of_earlier_names_are_previous_ones() -> None:
+    """Of each earlier cluster and instance, so that none has to be named."""
+    settings = registrar(
+        CLUSTER_NAME="c", PREVIOUS_CLUSTER_NAMES="b", INSTANCE="green", PREVIOUS_INSTANCES='blue,""'
+    )
+    nodes = {"k8s-c-green", "k8s-c-blue", "k8s-c", "k8s-b-green", "k8s-b-blue", "k8s-b"}
+    assert settings.backend.previous_node_names == nodes
+
+
+def test_quota_that_removes_without_a_limit_is_a_warning() -> None:
+    """It removes nothing."""
+    (warning,) = registrar(QUOTA_REMOVE="true").common.warnings
+    assert "QUOTA_REMOVE has no effect" in warning
+    assert registrar(QUOTA_REMOVE="true", MAX_TARGETS_PER_NAMESPACE="5").common.warnings == ()
+
+
 def test_shard_paths() -> None:
     """Spaces, empties and repeats are dropped."""
     assert registrar(SHARD_PATHS=" a ,,b,a").naming.shard_paths == ("a", "b")
