@@ -154,6 +154,16 @@ def test_dashboard_shows_every_metric() -> None:
     assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in shown} == families().keys()
 
 
+def test_panel_that_is_empty_while_all_is_well_says_so() -> None:
+    """Where every query leaves zeros out, Grafana shows "none" in place of "No data"."""
+    panels = [panel for path in DASHBOARDS for panel in json.loads(path.read_text())["panels"]]
+    for panel in panels:
+        queries = [target["expr"] for target in panel.get("targets", ())]
+        is_empty = bool(queries) and all(query.endswith("> 0") for query in queries)
+        shown = panel["fieldConfig"]["defaults"].get("noValue") if queries else None
+        assert shown == ("none" if is_empty else None), panel["title"]
+
+
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
 def test_dashboard_s_panels_do_not_overlap(path: Path) -> None:
     """Each panel has an ID and a place of its own on a grid of 24 columns."""
