@@ -52,7 +52,7 @@ async def test_pods_move_to_the_proxy_once_it_serves_them() -> None:
         async with await lab.registrar(**moved) as daemon:
             await daemon.ready()
             assert "cannot be reached" in (await daemon.until_said(WAITS))["problem"]
-            assert await daemon.metric("awaiting_proxy_services") == 1
+            await daemon.measures("awaiting_proxy_services", 1)
             async with proxy(lab, port):
                 assert "relays no Pods" in (await daemon.until_said(WAITS, "relays no Pods"))["problem"]
                 status = json.loads((await daemon.admin("/api/v1/status"))[1])

@@ -191,7 +191,7 @@ async def test_pods_behind_the_proxy_are_reached_only_by_their_own_annotations()
             assert lab.address("pod--shop--web-1") == "192.0.2.10"
             assert lab.address(outside) == "192.0.2.7"
             await daemon.ready()
-            assert await daemon.metric('rejections{reason="not_proxied"}') == 1
+            await daemon.measures('rejections{reason="not_proxied"}', 1)
             await lab.cluster.add_pod("web-2", ips=["198.51.100.11"], host_ip="192.0.2.11")
             await daemon.until(lambda: lab.has("pod--shop--web-1", "pod--shop--web-2", outside))
             await daemon.until(lambda: lab.meta("pod--shop--web-2").get("service") == "web")

@@ -391,7 +391,7 @@ async def test_node_leaves_while_a_scrape_waits() -> None:
 
 async def test_idle_callers_end() -> None:
     """Closes an idle connection after its time, and one that never asks."""
-    timing = ProxyTiming(tick=0.02, keep_alive=0.2, request_head=0.1)
+    timing = ProxyTiming(tick=0.02, keep_alive=2.0, request_head=2.0)
     async with Kubelet().serving() as kubelet, proxying(kubelet.node(), timing=timing) as proxy:
         reader, writer = await proxy.connect()
         writer.write(get_request(cadvisor(kubelet)))

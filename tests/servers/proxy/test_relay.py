@@ -422,7 +422,7 @@ async def test_close_announced() -> None:
 
 async def test_idle_connections_end() -> None:
     """Closes a kept connection that is idle for too long, and one that speaks unasked."""
-    timing = ProxyTiming(tick=0.02, upstream_idle=0.1)
+    timing = ProxyTiming(tick=0.02, upstream_idle=2.0)
     async with Kubelet().serving() as kubelet, proxying(kubelet.node(), timing=timing) as proxy:
         assert (await proxy.get(cadvisor(kubelet))).status == 200
         assert proxy.server.stats().kept == 1

@@ -425,7 +425,7 @@ def test_files_that_cannot_be_used_at_the_start(tmp_path: Path) -> None:
 async def test_bytes_that_are_no_handshake_end_the_connection(tmp_path: Path) -> None:
     """Plain HTTP gets an answer in plain text, other bytes end the connection, and nothing reaches the kubelet."""
     kubelet = Kubelet()
-    timing = ProxyTiming(tick=0.02, request_head=0.3, linger=0.1)
+    timing = ProxyTiming(tick=0.02, request_head=2.0, linger=0.1)
     async with secured(Files(tmp_path, AUTHORITY), kubelet, timing) as proxy:
         got = await proxy.exchange(get_request(cadvisor(kubelet)))
         assert parse_answer(got[got.index(b"HTTP/1.1") :]).status == 400
