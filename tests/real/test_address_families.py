@@ -33,33 +33,33 @@ async def test_prometheus_scrapes_nodes_and_pods_over_ipv6(
     ):
         await proxy.ready()
         port, file = await proxy.port("port"), lab.folder / "targets.json"
-        jobs: dict[str, dict[str, Any]] = {
-            "consul": {"consul_sd_configs": [{"server": consul.address, "refresh_interval": "1s"}]},
-            "http": {
-                "http_sd_configs": [
-                    {"url": f"http://[{SIX}]:{discovery_port}/sd/targets", "refresh_interval": "1s"}
-                ]
-            },
-            "file": {"file_sd_configs": [{"files": [str(file)]}]},
-        }
         common = {
             "scrape_interval": "1s",
             "bearer_token_file": str(lab.folder / "shown"),
             "relabel_configs": example_rules(),
         }
-        config = {"scrape_configs": [{"job_name": name, **common, **job} for name, job in jobs.items()]}
+        consul_sd = {"server": consul.address, "refresh_interval": "1s"}
+        http_sd = {"url": f"http://[{SIX}]:{discovery_port}/sd/targets", "refresh_interval": "1s"}
+        by_consul = [{"job_name": "consul", "consul_sd_configs": [consul_sd], **common}]
+        others = [
+            {"job_name": "http", "http_sd_configs": [http_sd], **common},
+            {"job_name": "file", "file_sd_configs": [{"files": [str(file)]}], **common},
+        ]
         more = {"POD_ADDRESS": "proxy", "PROXY_NODE_PORT": str(port)}
         more |= {"HTTP_SD_PORT": str(discovery_port), "FILE_SD_PATH": str(file)}
         async with (
             await lab.registrar(**more, **settings) as registrar,
-            real_prometheus(yaml.safe_dump(config), tools=fetched_prometheus("2.53")) as prometheus,
+            real_prometheus(yaml.safe_dump({"scrape_configs": by_consul})) as old,
+            real_prometheus(
+                yaml.safe_dump({"scrape_configs": others}), tools=fetched_prometheus("2.53")
+            ) as new,
         ):
             await registrar.ready()
             found: list[dict[str, Any]] = []
 
             async def are_up() -> bool:
                 nonlocal found
-                found = await prometheus.targets()
+                found = [*await old.targets(), *await new.targets()]
                 return len(found) == 6 and all(one["health"] == "up" for one in found)
 
             await until(
@@ -67,8 +67,9 @@ async def test_prometheus_scrapes_nodes_and_pods_over_ipv6(
                 context=lambda: str([(one["scrapeUrl"], one["health"], one["lastError"]) for one in found]),
             )
             assert {one["labels"]["instance"] for one in found} == {f"[{SIX}]:{port}"}
-            assert {one["labels"]["job"] for one in found} == jobs.keys()
+            assert {one["labels"]["job"] for one in found} == {"consul", "http", "file"}
             ids = {one["discoveredLabels"]["__meta_consul_service_id"] for one in found}
             assert ids == {f"node--{addresses[0]}", POD}
-            await prometheus.wait_for("a_metric == 1", 3)
-            await prometheus.wait_for('scrape_samples_scraped{kind="node"} > 100', 3)
+            for prometheus, jobs in ((old, 1), (new, 2)):
+                await prometheus.wait_for("a_metric == 1", jobs)
+                await prometheus.wait_for('scrape_samples_scraped{kind="node"} > 100', jobs)

@@ -40,7 +40,7 @@ from k8s_consul_registrar.registrar.decide import (
 from k8s_consul_registrar.registrar.interfaces import ClusterReader
 from k8s_consul_registrar.registrar.reconciler import Core
 from k8s_consul_registrar.targets.annotations import asks_for_scrapes
-from k8s_consul_registrar.targets.scrape_config import SCRAPED_PHASES, parse_ip, url_host
+from k8s_consul_registrar.targets.scrape_config import SCRAPED_PHASES, parse_ip, socket_address, url_host
 
 USAGE = "pod NAMESPACE/NAME, node NAME, service NAMESPACE/NAME, or ADDRESS"
 # Endpoints of one Service that are compared with Consul, each by a request.
@@ -236,7 +236,7 @@ class Explainer:
             Condition("in Consul", state),
             *self._over_quota(service_id),
         )
-        return ServiceState(service_id, conditions, f"{after.address}:{after.port}", labels)
+        return ServiceState(service_id, conditions, socket_address(after.address, after.port), labels)
 
     def _over_quota(self, service_id: str) -> tuple[Condition, ...]:
         quota = self.core.quota

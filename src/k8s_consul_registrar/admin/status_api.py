@@ -14,10 +14,11 @@ from aiohttp import web
 
 from k8s_consul_registrar import __version__
 from k8s_consul_registrar.admin.index import Index, IndexRules, Search, Snapshot, T, parse_terms
-from k8s_consul_registrar.admin.target_groups import BadQuery, socket_address
+from k8s_consul_registrar.admin.target_groups import BadQuery
 from k8s_consul_registrar.admin.view import RegistrarView, TargetRow, TargetState
 from k8s_consul_registrar.model import TARGET_KINDS, USUAL_KINDS, ObjectKey, Rejection
 from k8s_consul_registrar.registrar.status import Activity, Removal
+from k8s_consul_registrar.targets.scrape_config import socket_address
 
 DEFAULT_LIMIT = 100
 MAX_LIMIT = 1000
@@ -134,7 +135,7 @@ def _texts_of_target(row: TargetRow) -> Iterable[str]:
         service.id,
         service.name,
         f"{key.namespace}/{key.name}",
-        f"{service.address}:{service.port}",
+        socket_address(service.address, service.port),
         row.state,
         row.detail,
         *service.tags,
@@ -340,7 +341,7 @@ def _target(row: TargetRow, view: RegistrarView) -> dict[str, Any]:
         "node": value.get("node", ""),
         "address": service.address,
         "port": service.port,
-        "socket": socket_address(row),
+        "socket": socket_address(row.service.address, row.service.port),
         "scheme": value.get("scheme", ""),
         "path": value.get("metrics_path", ""),
         "params": {

@@ -20,6 +20,7 @@ from k8s_consul_registrar.targets.meta import (
     PARAM_PREFIX,
     TARGET_PREFIX,
 )
+from k8s_consul_registrar.targets.scrape_config import socket_address
 from k8s_consul_registrar.targets.service_names import bucket_of
 
 FILTERS = ("kind", "namespace", "shard_path")
@@ -217,7 +218,7 @@ class GroupEncoder:
             labels.update(self._kubernetes(target))
         if names is LabelNames.KUBERNETES and target.key.kind is Kind.NODE:
             labels["instance"] = target.key.name
-        group = {"targets": [socket_address(target)], "labels": labels}
+        group = {"targets": [socket_address(service.address, service.port)], "labels": labels}
         to += b"\n"
         try:
             to += self._json.encode(group)
@@ -291,12 +292,6 @@ def _of_service(service: Service) -> dict[str, str]:
     if service.tags:
         labels["__meta_consul_tags"] = f",{','.join(service.tags)},"
     return labels
-
-
-def socket_address(target: TargetRow) -> str:
-    """Return `address:port`, with brackets around an IPv6 address."""
-    address = target.service.address
-    return f"[{address}]:{target.service.port}" if ":" in address else f"{address}:{target.service.port}"
 
 
 def _as_label(text: str) -> str:

@@ -39,6 +39,7 @@ from k8s_consul_registrar.registrar.resync import Comparison, release
 from k8s_consul_registrar.runner import EXIT_CHANGES, EXIT_FAILURE, EXIT_OK, run_loop
 from k8s_consul_registrar.settings.consul import NONE
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
+from k8s_consul_registrar.targets.scrape_config import socket_address
 from k8s_consul_registrar.wiring.backend import decided
 from k8s_consul_registrar.wiring.registrar import RegistrarParts, Wiring
 
@@ -226,4 +227,5 @@ def print_changes(plan: Plan, *, colour: bool) -> None:
 
 
 def _described(service: Service) -> str:
-    return f"{service.address}:{service.port} {service.value('metrics_path')} {service.value('shard_path')}".strip()
+    where = socket_address(service.address, service.port)
+    return f"{where} {service.value('metrics_path')} {service.value('shard_path')}".strip()

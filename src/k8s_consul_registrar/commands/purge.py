@@ -36,6 +36,7 @@ from k8s_consul_registrar.registrar.ownership import Claim, Identity
 from k8s_consul_registrar.runner import EXIT_FAILURE, EXIT_OK, run_loop
 from k8s_consul_registrar.settings.consul import CATALOG, default_node
 from k8s_consul_registrar.settings.registrar import RegistrarSettings
+from k8s_consul_registrar.targets.scrape_config import socket_address
 from k8s_consul_registrar.wiring.backend import decided
 from k8s_consul_registrar.wiring.registrar import Wiring
 
@@ -224,7 +225,7 @@ def _show(found: Sequence[_Found], settings: RegistrarSettings) -> None:
     for one in found:
         print(f"{len(one.services)} services of cluster {settings.cluster_name}{instance} {one.where}")
         for service in one.services[:MOST_SHOWN]:
-            print(f"- {service.id}  {service.address}:{service.port}")
+            print(f"- {service.id}  {socket_address(service.address, service.port)}")
         if len(one.services) > MOST_SHOWN:
             print(f"  and {len(one.services) - MOST_SHOWN} more")
 

@@ -19,6 +19,7 @@ from k8s_consul_registrar.registrar.observed import AsDesired, Observed
 from k8s_consul_registrar.registrar.reporter import Reporter
 from k8s_consul_registrar.registrar.status import Counts, RegistrarStatus
 from k8s_consul_registrar.targets.endpoints import ServiceScrape, Value
+from k8s_consul_registrar.targets.scrape_config import socket_address
 
 # Standing rejections that are looked at in one step; less than a millisecond of work.
 SLICE = 250
@@ -232,7 +233,9 @@ class EventReporter(Reporter):
         unwritten = {*(one.id for one in written.failures), *written.stale}
         for service_id, target in services:
             if target is not None and service_id not in unwritten:
-                note = f"registered as the service {service_id} at {target.address}:{target.port}"
+                note = (
+                    f"registered as the service {service_id} at {socket_address(target.address, target.port)}"
+                )
                 self._tell(self._event(target.key, EventReason.REGISTERED, "Register", note))
 
     def removed(self, service_id: str, record: Observed, proof: Proof) -> None:

@@ -16,6 +16,7 @@ from k8s_consul_registrar.registrar.decide import Conflict, Kept, Withheld, Writ
 from k8s_consul_registrar.registrar.metrics import RegistrarMetrics
 from k8s_consul_registrar.registrar.observed import Observed
 from k8s_consul_registrar.registrar.status import Activity, Counts, RegistrarStatus
+from k8s_consul_registrar.targets.scrape_config import socket_address
 from k8s_consul_registrar.telemetry import Failures, get_logger
 
 # Of many things of one sort the log names this many; the rest is a count.
@@ -254,7 +255,7 @@ class Reporter:
         shared = tuple(endpoints.shared())
         self._metrics.shared_endpoints.set(len(shared))
         facts = {
-            f"{members[0].address}:{members[0].port}": " ".join(
+            socket_address(members[0].address, members[0].port): " ".join(
                 sorted(one.id for one in members)[:MOST_NAMED]
             )
             for members in shared

@@ -93,6 +93,11 @@ def url_host(address: str) -> str:
     return f"[{address}]" if ":" in address else address
 
 
+def socket_address(address: str, port: int) -> str:
+    """Return `address:port`, with brackets around an IPv6 address."""
+    return f"{url_host(address)}:{port}"
+
+
 PORT_NAMES = ("metrics", "http-metrics", "prometheus", "prom")
 TCP = "TCP"
 # Each port of a Pod is a service, so without a limit one annotation could create thousands.

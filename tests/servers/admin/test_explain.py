@@ -78,6 +78,17 @@ async def test_target_rejection_and_stranger_are_told_apart() -> None:
         assert lab.consul.writes == writes
 
 
+async def test_ipv6_target_is_found_in_any_spelling_and_shown_in_brackets() -> None:
+    """With a port beside it the address alone would be another one."""
+    async with explaining() as (asking, lab):
+        lab.cluster.put_list([make_pod("a", ip="2001:db8::a")])
+        await lab.until("a")
+        for spelled in ("2001:db8::a", "[2001:DB8::A]", "2001:db8:0::a"):
+            _, found = await asking.ask(spelled)
+            (explained,) = found["objects"]
+            assert [one["address"] for one in explained["services"]] == ["[2001:db8::a]:9102"]
+
+
 @pytest.mark.parametrize(
     "query", ["", "what=", "what=pod", "what=pots+a/b", "what=pod+a", "q=pod+a/b", f"what={'x' * 500}"]
 )

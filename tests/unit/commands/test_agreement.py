@@ -19,6 +19,7 @@ from k8s_consul_registrar.registrar.observed import AsDesired
 from k8s_consul_registrar.settings.reading import read_registrar
 from k8s_consul_registrar.targets.endpoints import endpoints_key
 from k8s_consul_registrar.targets.meta import EXTRA_KEYS
+from k8s_consul_registrar.targets.scrape_config import socket_address
 from k8s_consul_registrar.wiring.registrar import Wiring
 from support.controller_lab import ControllerLab
 from support.memory import NAMESPACES, NODES, PODS, SERVICES, SLICES
@@ -212,7 +213,7 @@ class Daemon:
     def outcome(self) -> tuple[Mapping[str, str], Counter[str]]:
         """Return what it has registered, as `plan` shows that, and its rejections by reason."""
         held = {
-            one.id: f"{one.address}:{one.port} {one.value('metrics_path')}"
+            one.id: f"{socket_address(one.address, one.port)} {one.value('metrics_path')}"
             for one in self.lab.consul.held.values()
         }
         rejections = (*self.lab.desired.rejections.values(), *self.lab.status.lost_rejections())
