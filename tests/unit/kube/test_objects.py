@@ -332,20 +332,34 @@ ODD_OBJECTS = st.recursive(
 )
 
 
-@settings(max_examples=500, deadline=None)
-@given(
-    st.fixed_dictionaries(
-        {"metadata": st.just(pod()["metadata"]) | ODD_OBJECTS, "spec": ODD_OBJECTS, "status": ODD_OBJECTS}
-    )
+ODD_PODS = st.fixed_dictionaries(
+    {"metadata": st.just(pod()["metadata"]) | ODD_OBJECTS, "spec": ODD_OBJECTS, "status": ODD_OBJECTS}
 )
-def test_odd_pods_decode_or_are_reported(value: dict[str, Any]) -> None:
-    """Whatever stands in a Pod, the page goes on: the neighbours are read, the Pod is a value."""
+
+
+def check_beside_neighbours(value: dict[str, Any]) -> None:
+    """Fail unless the neighbours of a Pod on a page are read, and the Pod is a value."""
     items = decode_page(page([pod(), value, pod()]), Kind.POD).items
     assert isinstance(items[0], Pod)
     assert isinstance(items[2], Pod)
     if isinstance(items[1], Pod):
         assert items[1].name == value["metadata"]["name"]
         assert all(1 <= port.number <= 65535 for port in items[1].ports)
+
+
+@settings(max_examples=100, deadline=None)
+@given(ODD_PODS)
+def test_odd_pods_decode_or_are_reported(value: dict[str, Any]) -> None:
+    """Whatever stands in a Pod, the page goes on."""
+    check_beside_neighbours(value)
+
+
+@pytest.mark.long
+@settings(max_examples=2000, deadline=None)
+@given(ODD_PODS)
+def test_thousands_of_odd_pods_decode_or_are_reported(value: dict[str, Any]) -> None:
+    """The long search for a Pod that ends a page."""
+    check_beside_neighbours(value)
 
 
 @settings(max_examples=300, deadline=None)

@@ -2,7 +2,9 @@
 
 import ast
 import sys
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import cache
 
 import pytest
 from structlog.testing import capture_logs
@@ -99,21 +101,27 @@ async def test_audit_remembers_a_bounded_number_in_little_memory() -> None:
     assert sum(map(sys.getsizeof, parts)) < 1_000_000
 
 
-def references(name: str) -> Iterator[tuple[str, ast.Attribute, ast.AST]]:
-    """Yield where the package names an attribute: module, expression and what it is part of."""
+Reference = tuple[str, ast.Attribute, ast.AST]
+
+
+@cache
+def all_references() -> Mapping[str, Sequence[Reference]]:
+    """Return where the package names each attribute: module, expression and what it is part of."""
+    found: dict[str, list[Reference]] = defaultdict(list)
     for path in sorted(PACKAGE.rglob("*.py")):
         module = str(path.relative_to(PACKAGE))
         if module.startswith("sandbox/"):
             continue
         for parent in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             for child in ast.iter_child_nodes(parent):
-                if isinstance(child, ast.Attribute) and child.attr == name:
-                    yield module, child, parent
+                if isinstance(child, ast.Attribute):
+                    found[child.attr].append((module, child, parent))
+    return found
 
 
 def test_nothing_deregisters_but_through_the_audit() -> None:
     """Each way to remove services is passed to something, and called by the audit; none is called where it is named."""
-    found = list(references("deregister"))
+    found = all_references()["deregister"]
     called = [module for module, one, parent in found if isinstance(parent, ast.Call) and parent.func is one]
     assert called == []
     assert {module for module, *_ in found} == {"consul/previous_location.py", "registrar/reconciler.py"}
@@ -129,11 +137,11 @@ def test_ways_to_remove_a_record_are_known() -> None:
     ways = ("operations.remove", "/service/deregister/", "def remove_node", "catalog/deregister", '"delete')
     assert {name for name, text in texts.items() if any(way in text for way in ways)} == REMOVERS
     # What the ghosts' `remove` offers beside `deregister` is passed to the audit as well.
-    assert [m for m, one, _ in references("remove") if ast.unparse(one.value) == "self._agent"] == [
+    assert [m for m, one, _ in all_references()["remove"] if ast.unparse(one.value) == "self._agent"] == [
         "registrar/ghosts.py"
     ]
     assert "self._audit.remove(remove, services" in texts["registrar/ghosts.py"]
-    clears = [m for m, one, _ in references("clear") if ast.unparse(one.value) in ("place", "location")]
+    clears = [m for m, one, _ in all_references()["clear"] if ast.unparse(one.value) in ("place", "location")]
     assert set(clears) == {
         "commands/purge.py",
         "consul/previous_location.py",

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -547,10 +548,8 @@ pods = st.builds(
 events = st.lists(st.tuples(st.one_of(services, slices, pods), st.booleans()), max_size=25)
 
 
-@settings(max_examples=300, deadline=None)
-@given(events)
-def test_events_in_any_order_end_as_a_fresh_computation(events: list[tuple[Thing, bool]]) -> None:
-    """Whatever comes and goes, the claims, rejections and counts are those of the objects that are left."""
+def check_against_a_fresh_computation(events: list[tuple[Thing, bool]]) -> None:
+    """Fail unless claims, rejections and counts are in the end those of the objects that are left."""
     scene = Scene()
     left: dict[ObjectKey, Thing] = {}
     for item, is_there in events:
@@ -583,6 +582,21 @@ def test_events_in_any_order_end_as_a_fresh_computation(events: list[tuple[Thing
                 Standing.STALE,
                 Standing.REJECTED,
             }
+
+
+@settings(max_examples=100, deadline=None)
+@given(events)
+def test_events_in_any_order_end_as_a_fresh_computation(events: list[tuple[Thing, bool]]) -> None:
+    """Whatever comes and goes counts no longer than it is there."""
+    check_against_a_fresh_computation(events)
+
+
+@pytest.mark.long
+@settings(max_examples=2000, deadline=None)
+@given(events)
+def test_thousands_of_orders_of_events_end_as_a_fresh_computation(events: list[tuple[Thing, bool]]) -> None:
+    """The long search for an order of events that leaves something behind."""
+    check_against_a_fresh_computation(events)
 
 
 odd_pods = st.builds(
