@@ -231,6 +231,7 @@ def commit() -> str:
 
 def main() -> int:
     """Run the tests in every chosen environment, and list the outcomes."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
     names = ("lowest", *DEBIAN)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=names, action="append", help="this environment; may be repeated")
