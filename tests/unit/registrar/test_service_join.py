@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from k8s_consul_registrar.errors import Reason
 from k8s_consul_registrar.model import (
+    ContainerPort,
     EndpointSlice,
     Kind,
     KubeService,
@@ -433,9 +434,12 @@ def test_change_of_one_endpoint_moves_only_that_one() -> None:
 Place = tuple[str, int, str]
 
 
-def place(target: Target) -> Place:
-    """Return where a target is scraped."""
-    return target.address, target.port, dict(target.meta)["metrics_path"]
+def place(target: Target, rules: TargetRules) -> Place:
+    """Return where a target is scraped: at an address, or at either one of a Pod."""
+    meta = dict(target.meta)
+    is_either = rules.pod_ip_family != "primary" and "pod" in meta
+    where = f"{target.key.namespace}/{meta['pod']}" if is_either else target.address
+    return where, target.port, meta["metrics_path"]
 
 
 def query(target: Target) -> tuple[tuple[str, str], ...]:
@@ -448,20 +452,20 @@ def end(target: Target) -> tuple[str, int, str]:
     return target.address, target.port, dict(target.meta).get("pod", "")
 
 
-def offered(objects: Iterable[Thing]) -> tuple[list[Target], dict[ObjectKey, str]]:
+def offered(objects: Iterable[Thing], target_rules: TargetRules) -> tuple[list[Target], dict[ObjectKey, str]]:
     """Compute from scratch every endpoint's target, one for each Service and ID, and the rejected Services."""
     objects = list(objects)
     parts = sorted((one for one in objects if isinstance(one, EndpointSlice)), key=lambda one: one.name)
     offers: dict[tuple[str, ObjectKey], list[Target]] = {}
     rejected: dict[ObjectKey, str] = {}
     for item in objects:
-        scrape = resolve_service(item, RULES) if isinstance(item, KubeService) else None
+        scrape = resolve_service(item, target_rules) if isinstance(item, KubeService) else None
         if isinstance(scrape, Rejection):
             rejected[scrape.key] = scrape.reason
         if not isinstance(scrape, ServiceScrape):
             continue
         for part in (one for one in parts if (one.namespace, one.service) == scrape.key[1:]):
-            targets, rejection = resolve_slice(scrape, part, RULES, {})
+            targets, rejection = resolve_slice(scrape, part, target_rules, {})
             if rejection is not None:
                 rejected.setdefault(scrape.key, rejection.reason)
             for one in (target for some in targets.values() for target in some):
@@ -473,25 +477,27 @@ def offered(objects: Iterable[Thing]) -> tuple[list[Target], dict[ObjectKey, str
     return chosen, rejected
 
 
-def fresh(objects: Iterable[Thing]) -> tuple[dict[str, set[Target]], dict[ObjectKey, str]]:
+def fresh(
+    objects: Iterable[Thing], target_rules: TargetRules
+) -> tuple[dict[str, set[Target]], dict[ObjectKey, str]]:
     """Compute from scratch, in the plainest way, who asks for each ID and which Services are rejected why."""
     objects = list(objects)
-    chosen, rejected = offered(objects)
+    chosen, rejected = offered(objects, target_rules)
     first: dict[Place, Target] = {}
     scraped: dict[tuple[Place, tuple[tuple[str, str], ...]], Target] = {}
     for target in sorted(chosen, key=lambda one: (one.rank, one.key, one.id)):
-        if first.setdefault(place(target), target).key == target.key:
-            scraped.setdefault((place(target), query(target)), target)
-    resolved = [resolve_pod(item, RULES) for item in objects if isinstance(item, Pod)]
+        if first.setdefault(place(target, target_rules), target).key == target.key:
+            scraped.setdefault((place(target, target_rules), query(target)), target)
+    resolved = [resolve_pod(item, target_rules) for item in objects if isinstance(item, Pod)]
     of_pods = [target for some in resolved if isinstance(some, tuple) for target in some]
     claims: dict[str, set[Target]] = {}
     for target in of_pods:
-        winner = first.get(place(target))
+        winner = first.get(place(target, target_rules))
         meta = dict(target.meta)
         if winner is not None and winner.key.namespace == target.key.namespace:
             meta["service"] = winner.key.name
         claims.setdefault(target.id, set()).add(replace(target, meta=tuple(sorted(meta.items()))))
-    taken = {place(target) for target in of_pods}
+    taken = {place(target, target_rules) for target in of_pods}
     for (where, _), target in scraped.items():
         if where not in taken:
             claims.setdefault(target.id, set()).add(target)
@@ -511,33 +517,54 @@ texts = st.sampled_from(
         annotated(path="/p"),
         annotated(scheme="ftp"),
         annotated(path="/p", path2="/p?a=1", port2="80,81"),
+        annotated(ip__family="ipv6"),
     ]
 )
+families = st.sampled_from([("IPv4",), ("IPv4",), ("IPv4", "IPv6"), ("IPv6", "IPv4")])
+rule_sets = st.sampled_from([RULES, TargetRules(pod_ip_family="ipv6")])
 namespaces = st.sampled_from(["shop", "other"])
 endpoints = st.builds(SliceEndpoint, addresses, pod=pod_names, ready=st.booleans(), serving=st.booleans())
 services = st.builds(
-    lambda name, namespace, created, given, publishes: make_kube_service(
-        name, namespace, created=created, annotations=given, publishes_unready=publishes
+    lambda name, namespace, created, given, publishes, several: make_kube_service(
+        name, namespace, created=created, annotations=given, publishes_unready=publishes, families=several
     ),
     names,
     namespaces,
     ages,
     texts,
     st.booleans(),
+    families,
 )
+
+
+def a_slice(
+    name: str, service: str, namespace: str, some: list[SliceEndpoint], given: tuple[ContainerPort, ...]
+) -> EndpointSlice:
+    """Return a slice, whose name ends with 6 if it is one of IPv6."""
+    if not name.endswith("6"):
+        return make_slice(name, *some, service=service, namespace=namespace, ports=given)
+    six = [replace(one, address=one.address.replace("10.0.0.", "2001:db8::")) for one in some]
+    return make_slice(name, *six, service=service, namespace=namespace, ports=given, family="IPv6")
+
+
 slices = st.builds(
-    lambda name, service, namespace, some, given: make_slice(
-        name, *some, service=service, namespace=namespace, ports=given
-    ),
-    st.sampled_from(["s1", "s2", "s3"]),
+    a_slice,
+    st.sampled_from(["s1", "s2", "s6"]),
     names,
     namespaces,
     st.lists(endpoints, max_size=4),
     ports,
 )
+
+
+def both(ip: str) -> tuple[str, str]:
+    """Return the addresses of a dual-stack Pod."""
+    return ip, ip.replace("10.0.0.", "2001:db8::")
+
+
 pods = st.builds(
     lambda name, namespace, ip, port, path: make_pod(
-        name, namespace, ip=ip, annotations=annotated(port=port, path=path)
+        name, namespace, ip=ip, ips=both(ip), annotations=annotated(port=port, path=path)
     ),
     st.sampled_from(["p", "q"]),
     namespaces,
@@ -548,9 +575,9 @@ pods = st.builds(
 events = st.lists(st.tuples(st.one_of(services, slices, pods), st.booleans()), max_size=25)
 
 
-def check_against_a_fresh_computation(events: list[tuple[Thing, bool]]) -> None:
+def check_against_a_fresh_computation(events: list[tuple[Thing, bool]], target_rules: TargetRules) -> None:
     """Fail unless claims, rejections and counts are in the end those of the objects that are left."""
-    scene = Scene()
+    scene = Scene(rules=target_rules)
     left: dict[ObjectKey, Thing] = {}
     for item, is_there in events:
         if is_there:
@@ -559,13 +586,13 @@ def check_against_a_fresh_computation(events: list[tuple[Thing, bool]]) -> None:
         elif item.key in left:
             scene.cluster.remove(left.pop(item.key))
         scene.write()
-    claims, rejected = fresh(left.values())
+    claims, rejected = fresh(left.values(), target_rules)
     assert {one: set(some) for one, some in scene.desired.claims.items()} == claims
     of_services = {
         key: one.reason for key, one in scene.desired.rejections.items() if key.kind is Kind.ENDPOINT
     }
     assert of_services == rejected
-    again = Scene()
+    again = Scene(rules=target_rules)
     again.put(*sorted(left.values(), key=lambda one: one.key, reverse=True))
     assert again.desired.claims.keys() == claims.keys()
     joins = [one.desired.join for one in (scene, again)]
@@ -585,23 +612,27 @@ def check_against_a_fresh_computation(events: list[tuple[Thing, bool]]) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(events)
-def test_events_in_any_order_end_as_a_fresh_computation(events: list[tuple[Thing, bool]]) -> None:
+@given(events, rule_sets)
+def test_events_in_any_order_end_as_a_fresh_computation(
+    events: list[tuple[Thing, bool]], target_rules: TargetRules
+) -> None:
     """Whatever comes and goes counts no longer than it is there."""
-    check_against_a_fresh_computation(events)
+    check_against_a_fresh_computation(events, target_rules)
 
 
 @pytest.mark.long
 @settings(max_examples=2000, deadline=None)
-@given(events)
-def test_thousands_of_orders_of_events_end_as_a_fresh_computation(events: list[tuple[Thing, bool]]) -> None:
+@given(events, rule_sets)
+def test_thousands_of_orders_of_events_end_as_a_fresh_computation(
+    events: list[tuple[Thing, bool]], target_rules: TargetRules
+) -> None:
     """The long search for an order of events that leaves something behind."""
-    check_against_a_fresh_computation(events)
+    check_against_a_fresh_computation(events, target_rules)
 
 
 odd_pods = st.builds(
     lambda name, namespace, ip, given, ports: make_pod(
-        name, namespace, ip=ip, annotations=given, ports=ports
+        name, namespace, ip=ip, ips=both(ip), annotations=given, ports=ports
     ),
     st.sampled_from(["p", "q", "b--p"]),
     namespaces,
@@ -612,19 +643,19 @@ odd_pods = st.builds(
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.one_of(services, slices, pods, odd_pods), max_size=12))
+@given(st.lists(st.one_of(services, slices, pods, odd_pods), max_size=12), rule_sets)
 def test_every_object_ends_as_targets_or_as_one_reason_and_no_id_collides_silently(
-    items: list[Thing],
+    items: list[Thing], target_rules: TargetRules
 ) -> None:
     """A Pod has targets or a reason; of a Service each endpoint does, or something else is scraped in its place."""
-    scene = Scene()
+    scene = Scene(rules=target_rules)
     left = {item.key: item for item in items}
     scene.put(*left.values())
     desired, join = scene.desired, scene.desired.join
     assert join is not None
     asking = {(one.id, one.key) for some in desired.claims.values() for one in some}
     for item in left.values():
-        resolved = resolve_pod(item, RULES) if isinstance(item, Pod) else ()
+        resolved = resolve_pod(item, target_rules) if isinstance(item, Pod) else ()
         if isinstance(resolved, Rejection):
             assert desired.rejections[item.key].reason == resolved.reason
         else:
