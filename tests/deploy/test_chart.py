@@ -237,6 +237,21 @@ def test_setting_that_needs_namespaces_grants_them(setting: str, value: object) 
     assert follows()
 
 
+def test_proxy_dials_the_address_families_that_the_registrar_registers() -> None:
+    """Unless it has settings of its own."""
+    values = values_of("proxy-pods")
+    values["registrar"]["settings"] |= {"NODE_IP_FAMILY": "ipv6", "POD_IP_FAMILY": "ipv6"}
+
+    def families() -> tuple[str, str]:
+        settings = read_proxy(variables(rendered(values), "k8s-consul-registrar-svc"))
+        assert settings.pods is not None
+        return settings.common.node_ip_family, settings.pods.ip_family
+
+    assert families() == ("ipv6", "ipv6")
+    values["proxy"].setdefault("settings", {})["NODE_IP_FAMILY"] = "ipv4"
+    assert families() == ("ipv4", "ipv6")
+
+
 def test_proxy_asks_for_a_generated_token_by_default() -> None:
     """The Secret has 48 random characters, the proxy mounts it, and the notes say where it is."""
     values = values_of("default")
