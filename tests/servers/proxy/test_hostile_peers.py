@@ -63,6 +63,8 @@ async def slowest(proxy: Proxy, target: str, times: int = 20) -> float:
         (INTERIM * 6, 502),
         (b"HTTP/1.1 103 Early Hints\r\nLink: " + b"x" * 6000 + b"\r\n\r\n", 200),
         ((b"HTTP/1.1 103 Early Hints\r\nLink: " + b"x" * 6000 + b"\r\n\r\n") * 3, 502),
+        # Whatever follows an interim head is the next one: such an answer has no body (RFC 9110, 15.2).
+        (b"HTTP/1.1 103 Early Hints\r\nContent-Length: 5\r\n\r\nhello", 502),
         (b"HTTP/1.1 099 Odd\r\n\r\n", 502),
         (b"HTTP/1.1 000 Odd\r\n\r\n", 502),
     ],
