@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -31,7 +31,7 @@ class Waiter(Protocol):
         """Begin: a place came free."""
 
     def give_way(self) -> None:
-        """End, and give the place back: the client reads nothing."""
+        """End: the client of a running scrape reads nothing, or too many of its group wait."""
 
 
 class Admission(Enum):
@@ -47,18 +47,24 @@ RUN, WAIT, FULL = Admission
 
 
 class Limits:
-    """The places and their queues, first come first served.
+    """The places and their queues.
 
     A scrape first claims a place of its node, and only then joins the queue for a place over all. So a node
-    that hangs fills only its own queue.
+    that hangs fills only its own queue. A place over all goes to the group of nodes that has fewest, and within it
+    first come first served: a group whose nodes all hang keeps only places that no other asks for. `group_of` is
+    None where all nodes are of one group.
     """
 
-    def __init__(self, allowed: Concurrency) -> None:
+    def __init__(self, allowed: Concurrency, group_of: Callable[[Hashable], Hashable] | None = None) -> None:
         self._allowed = allowed
+        self._group_of = group_of
         # By node: scrapes that run or wait for a place over all; and the queue for one of the node's places.
         self._claimed: dict[Hashable, int] = {}
         self._queues: dict[Hashable, deque[Waiter]] = {}
-        self._ready: deque[tuple[Hashable, Waiter]] = deque()
+        # By group: scrapes with a claim that wait for a place over all; all that wait, the latest last; and those that run.
+        self._ready: dict[Hashable, deque[tuple[Hashable, Waiter]]] = {}
+        self._waiters: dict[Hashable, dict[Waiter, None]] = {}
+        self._held: dict[Hashable, int] = {}
         # Running scrapes whose clients read nothing, and since when, the longest first.
         self._stalled: dict[Waiter, tuple[Hashable, float]] = {}
         self._is_admitting = False
@@ -74,39 +80,46 @@ class Limits:
             if has_claim and self.running < allowed.overall:
                 self._claimed[node] = claimed + 1
                 self.running += 1
+                if self._group_of is not None:
+                    self._hold(node, 1)
                 return RUN
             if not (self._stalled and self._end_stalled(now, None if has_claim else node)):
                 break
-        if self.waiting >= allowed.patience * allowed.overall:
+        if not has_claim and len(self._queues.get(node, ())) >= allowed.patience * allowed.per_node:
+            return FULL
+        if self.waiting >= allowed.patience * allowed.overall and not self._crowd_out(node):
             return FULL
         if has_claim:
             self._claimed[node] = claimed + 1
-            self._ready.append((node, waiter))
+            self._get_ready(node, waiter)
         else:
-            queue = self._queues.setdefault(node, deque())
-            if len(queue) >= allowed.patience * allowed.per_node:
-                return FULL
-            queue.append(waiter)
+            self._queues.setdefault(node, deque()).append(waiter)
         self.waiting += 1
+        self._waiters.setdefault(self._group(node), {})[waiter] = None
         return WAIT
 
     def leave(self, node: Hashable) -> None:
         """Give a place back, and admit the next scrape."""
         self.running -= 1
+        if self._group_of is not None:
+            self._hold(node, -1)
         self._unclaim(node)
         if self._ready:
             self._admit()
 
     def withdraw(self, node: Hashable, waiter: Waiter) -> None:
         """Stop waiting."""
-        self.waiting -= 1
+        self._wait_no_more(node, waiter)
         queue = self._queues.get(node)
         if queue is not None and waiter in queue:
             queue.remove(waiter)
             if not queue:
                 del self._queues[node]
             return
-        self._ready.remove((node, waiter))
+        group = self._group(node)
+        self._ready[group].remove((node, waiter))
+        if not self._ready[group]:
+            del self._ready[group]
         self._unclaim(node)
         self._admit()
 
@@ -140,7 +153,7 @@ class Limits:
     def _unclaim(self, node: Hashable) -> None:
         queue = self._queues.get(node) if self._queues else None
         if queue is not None:
-            self._ready.append((node, queue.popleft()))
+            self._get_ready(node, queue.popleft())
             if not queue:
                 del self._queues[node]
             return
@@ -157,12 +170,49 @@ class Limits:
         self._is_admitting = True
         try:
             while self._ready and self.running < self._allowed.overall:
-                _, waiter = self._ready.popleft()
+                group = min(self._ready, key=lambda group: self._held.get(group, 0))
+                queue = self._ready.pop(group)
+                node, waiter = queue.popleft()
+                if queue:
+                    self._ready[group] = queue  # behind the others that have as few places
+                self._wait_no_more(node, waiter)
                 self.running += 1
-                self.waiting -= 1
+                if self._group_of is not None:
+                    self._hold(node, 1)
                 waiter.admitted()
         finally:
             self._is_admitting = False
+
+    # Groups
+
+    def _group(self, node: Hashable) -> Hashable:
+        return None if self._group_of is None else self._group_of(node)
+
+    def _get_ready(self, node: Hashable, waiter: Waiter) -> None:
+        self._ready.setdefault(self._group(node), deque()).append((node, waiter))
+
+    def _hold(self, node: Hashable, more: int) -> None:
+        group = self._group(node)
+        self._held[group] = self._held.get(group, 0) + more
+        if not self._held[group]:
+            del self._held[group]
+
+    def _wait_no_more(self, node: Hashable, waiter: Waiter) -> None:
+        self.waiting -= 1
+        group = self._group(node)
+        waiters = self._waiters[group]
+        del waiters[waiter]
+        if not waiters:
+            del self._waiters[group]
+
+    def _crowd_out(self, node: Hashable) -> bool:
+        """End the latest scrape of the group of which most wait, to make room for one of `node`; False if that is its own group."""
+        own = len(self._waiters.get(self._group(node), ()))
+        most = max(self._waiters.values(), key=len, default={})
+        if len(most) <= own + 1:
+            return False
+        next(reversed(most)).give_way()
+        return True
 
 
 class Seat(Generic[ConnectionT]):

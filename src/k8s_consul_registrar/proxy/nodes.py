@@ -63,7 +63,7 @@ class Endpoint(NamedTuple):
     """An address to dial: an IP literal, the port its object states, and the name its certificate must hold.
 
     `uid` is the object's: a Node or Pod that is replaced at the same address shares no connection with the
-    old one. `peer` is KUBELET, POD or POD_TLS.
+    old one. `peer` is KUBELET, POD or POD_TLS. `namespace` is a Pod's.
     """
 
     address: str
@@ -71,6 +71,7 @@ class Endpoint(NamedTuple):
     server_name: str
     uid: str
     peer: str = KUBELET
+    namespace: str = ""
 
     def __str__(self) -> str:
         return f"{url_host(self.address)}:{self.port}"

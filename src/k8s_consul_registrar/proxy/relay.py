@@ -5,6 +5,7 @@ import ssl
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Protocol
 
 from k8s_consul_registrar.proxy.config import ProxyConfig
@@ -311,7 +312,7 @@ class Relay:
         self.kubelets = KubeletUpstream(nodes, credentials, config)
         self.upstreams: tuple[Upstream, ...] = (self.kubelets,)
         if pods is not None:
-            limits = Limits(config.concurrency)
+            limits = Limits(config.concurrency, attrgetter("namespace"))
             pool = Pool(overall=config.kept_connections, idle_limit=config.timing.upstream_idle)
             pods.on_gone = pool.forget
             heads = HeadCache(

@@ -171,7 +171,12 @@ def proxied_pod(
     routes = tuple(
         Route(
             Endpoint(
-                address, port.number, address, pod.uid, POD_TLS if port.scrape.scheme == "https" else POD
+                address,
+                port.number,
+                address,
+                pod.uid,
+                POD_TLS if port.scrape.scheme == "https" else POD,
+                pod.namespace,
             ),
             _asked_path(port.scrape),
         )

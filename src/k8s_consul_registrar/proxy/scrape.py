@@ -231,8 +231,10 @@ class Scrape:
             self._connection.resume()
 
     def give_way(self) -> None:
-        """Reset the client, which reads nothing, and give the place back."""
-        if self._end(Outcome.CALLER_STALLED, monotonic()):
+        """Leave the place to another scrape: reset a client that reads nothing, refuse one that waits."""
+        if self._state is QUEUED:
+            self._refuse(refusals.QUEUE_FULL)
+        elif self._end(Outcome.CALLER_STALLED, monotonic()):
             self._client.reset()
 
     def leave(self) -> None:

@@ -30,6 +30,7 @@ from support.proxy_lab import (
     TOKEN,
     Kubelet,
     PodServer,
+    Proxy,
     access,
     always,
     answer,
@@ -444,6 +445,43 @@ async def test_pods_that_hang_do_not_starve_kubelets() -> None:
                 assert (await proxy.get(cadvisor(kubelet))).status == 200
             for answered in asyncio.as_completed(stuck):
                 assert (await answered).status in (503, 504)
+
+
+async def drip(
+    kubelet: Kubelet, request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Send a body byte by byte."""
+    writer.write(TEXT + b"Content-Length: 1000000\r\n\r\n")
+    while not writer.is_closing():
+        writer.write(b"a")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+
+
+def under_way(proxy: Proxy) -> int:
+    """Return the number of scrapes that run or wait."""
+    stats = proxy.server.stats()
+    return stats.running + stats.waiting
+
+
+async def test_pods_of_one_namespace_that_drip_do_not_starve_another() -> None:
+    """Gives the place that comes free next to a namespace with fewer, however many scrapes wait before it."""
+    hostile, honest = PodServer(drip), PodServer()
+    async with hostile.serving(), honest.serving():
+        pods = [hostile.pod(f"web-{number}", "evil") for number in range(8)]
+        places = Concurrency(per_node=1, overall=2)
+        async with proxying(pods=access(known(*pods, honest.pod()), concurrency=places)) as proxy:
+            # The first two give their places back soon, the others hardly ever.
+            stuck = []
+            for number, seconds in enumerate((1, 1, *[100] * 6)):
+                path = pod_path(f"web-{number}", "evil")
+                stuck.append(asyncio.create_task(proxy.get(path, f"{TIMEOUT}: {seconds}")))
+                await until(lambda: under_way(proxy) == number + 1)  # noqa: B023 - awaited here
+            got = await proxy.get(pod_path(), f"{TIMEOUT}: 20")
+            assert (got.status, got.body) == (200, METRICS)
+            for task in stuck:
+                task.cancel()
+            await asyncio.gather(*stuck, return_exceptions=True)
 
 
 async def test_before_the_pods_are_known() -> None:

@@ -2,7 +2,8 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import cast
 
 import pytest
 from hypothesis import given
@@ -109,11 +110,80 @@ def test_any_number_of_stalled_scrapes_may_give_way() -> None:
     assert (limits.running, limits.waiting) == (3000, 0)
 
 
-@given(st.integers(0, 2**32), st.integers(1, 3), st.integers(1, 5))
-def test_never_beyond_the_limits_and_never_stuck(seed: int, per_node: int, overall: int) -> None:
-    """Keeps to both limits in any order of events, and lets everyone in who stays."""
+class Crowded(Scrape):
+    """A waiter that leaves where it must make room for one of another group."""
+
+    def __init__(self, limits: Limits, node: str, present: list[Scrape]) -> None:
+        super().__init__(node)
+        self.limits = limits
+        self.present = present
+
+    def give_way(self) -> None:
+        """Wait no more."""
+        assert not self.runs
+        self.present.remove(self)
+        self.limits.withdraw(self.node, self)
+
+
+def by_letter(node: Hashable) -> str:
+    """Return the group of a node, its first letter."""
+    return str(node)[0]
+
+
+def test_group_whose_nodes_hang_leaves_the_next_place_to_another() -> None:
+    """Admits the group that has fewest places, however many of another wait before it."""
+    limits = Limits(Concurrency(per_node=1, overall=4, patience=4), by_letter)
+    hanging = [Scrape(f"a-{number}") for number in range(12)]
+    assert [enter(limits, scrape) for scrape in hanging] == [Admission.RUN] * 4 + [Admission.WAIT] * 8
+    others = [Scrape(node) for node in ("b-1", "b-2", "c-1")]
+    assert {enter(limits, scrape) for scrape in others} == {Admission.WAIT}
+    order = [others[0], others[2], hanging[4], others[1], hanging[5]]  # in turn where they have as many
+    for node, following in zip(("a-0", "a-1", "a-2", "a-3", "a-4"), order, strict=True):
+        assert not following.runs
+        limits.leave(node)
+        assert following.runs
+
+
+def test_group_that_fills_the_queue_makes_room_for_another() -> None:
+    """Ends the latest that waits of the largest group, and refuses only one of that group itself."""
+    limits = Limits(Concurrency(per_node=1, overall=1, patience=4), by_letter)
+    present: list[Scrape] = []
+
+    def one(node: str) -> Crowded:
+        present.append(Crowded(limits, node, present))
+        return cast("Crowded", present[-1])
+
+    hanging = [one(f"a-{number}") for number in range(5)]
+    assert [enter(limits, scrape) for scrape in hanging] == [Admission.RUN] + [Admission.WAIT] * 4
+    assert enter(limits, Scrape("a-5")) is Admission.FULL
+    first, second = one("b-1"), one("b-2")
+    assert enter(limits, first) is Admission.WAIT
+    assert enter(limits, second) is Admission.WAIT
+    assert present == [*hanging[:3], first, second]
+    assert enter(limits, Scrape("b-3")) is Admission.FULL
+    limits.leave("a-0")
+    limits.leave("a-1")
+    assert [scrape.runs for scrape in (hanging[1], first)] == [True, True]  # one after the other
+    for scrape in (hanging[2], second):
+        limits.withdraw(scrape.node, scrape)
+    limits.leave("b-1")
+    assert (limits.running, limits.waiting, limits._held, limits._waiters, limits._ready) == (
+        0,
+        0,
+        {},
+        {},
+        {},
+    )
+
+
+@given(st.integers(0, 2**32), st.integers(1, 3), st.integers(1, 5), st.booleans())
+def test_never_beyond_the_limits_and_never_stuck(
+    seed: int, per_node: int, overall: int, has_groups: bool
+) -> None:
+    """Keeps to both limits in any order of events, and lets everyone in who stays, in groups or not."""
     pick = random.Random(seed)
-    limits = Limits(Concurrency(per_node=per_node, overall=overall, patience=3))
+    allowed = Concurrency(per_node=per_node, overall=overall, patience=3)
+    limits = Limits(allowed, (lambda node: node in ("a", "b")) if has_groups else None)
     present: list[Scrape] = []
     for _ in range(60):
         if present and pick.random() < 0.5:
@@ -123,7 +193,7 @@ def test_never_beyond_the_limits_and_never_stuck(seed: int, per_node: int, overa
             else:
                 limits.withdraw(scrape.node, scrape)
         else:
-            scrape = Scrape(pick.choice("abcd"))
+            scrape = Crowded(limits, pick.choice("abcd"), present)
             if enter(limits, scrape) is not Admission.FULL:
                 present.append(scrape)
         running = [scrape.node for scrape in present if scrape.runs]
@@ -138,6 +208,7 @@ def test_never_beyond_the_limits_and_never_stuck(seed: int, per_node: int, overa
         present.remove(scrape)
         limits.leave(scrape.node)
     assert (limits.running, limits.waiting, limits._claimed, limits._queues) == (0, 0, {}, {})
+    assert (limits._held, limits._waiters, limits._ready) == ({}, {}, {})
 
 
 @pytest.mark.parametrize(
