@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import yaml
 
-from k8s_consul_registrar.sandbox.synthetic import synthetic_pod
+from k8s_consul_registrar.sandbox.synthetic import dual_stack, synthetic_nodes, synthetic_pod
 from k8s_consul_registrar.sandbox.workloads import BLOCKS, Workloads
 from support.waiting import PATIENCE, SLACK
 
@@ -166,6 +166,19 @@ async def _look_around(told: dict[str, str]) -> None:
                 assert len((await response.json())["items"]) == count
         async with session.get(f"http://{told['consul']}/v1/agent/services") as response:
             assert await response.json() == {}
+
+
+def test_dual_stack_nodes_and_pods_have_their_ipv6_addresses_second() -> None:
+    """As a cluster reports them whose first family is IPv4."""
+    (node,) = map(dual_stack, synthetic_nodes(1))
+    assert node["status"]["addresses"] == [
+        {"type": "InternalIP", "address": "127.32.0.1"},
+        {"type": "InternalIP", "address": "2001:db8::7f20:1"},
+    ]
+    status = dual_stack(synthetic_pod(0, 1))["status"]
+    assert (status["podIP"], status["hostIP"]) == ("127.64.0.1", "127.32.0.1")
+    assert status["podIPs"] == [{"ip": "127.64.0.1"}, {"ip": "2001:db8::7f40:1"}]
+    assert status["hostIPs"] == [{"ip": "127.32.0.1"}, {"ip": "2001:db8::7f20:1"}]
 
 
 def test_synthetic_pods_are_like_real_ones() -> None:

@@ -19,6 +19,7 @@ from k8s_consul_registrar.sandbox.consul_release import NEWEST_RELEASE, RELEASES
 from k8s_consul_registrar.sandbox.sandbox import Sandbox
 from k8s_consul_registrar.sandbox.synthetic import (
     FIRST_POD_IP,
+    dual_stack,
     small_pods,
     synthetic_nodes,
     synthetic_pod,
@@ -43,6 +44,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--endpoints", type=int, default=0, help="endpoints of annotated synthetic Services")
     parser.add_argument("--nodes", type=int, default=0, help="synthetic Nodes, without kubelets")
+    parser.add_argument(
+        "--dual-stack",
+        action="store_true",
+        help="give synthetic Nodes and Pods an IPv6 address too, at which nothing listens",
+    )
     parser.add_argument("--kubelets", type=int, default=0, help="Nodes with kubelets, from 127.0.0.2 on")
     parser.add_argument(
         "--metrics-file", type=Path, help="answer of the kubelets instead of the recorded text"
@@ -103,12 +109,12 @@ async def run(arguments: argparse.Namespace) -> None:
 async def create_objects(sandbox: Sandbox, workloads: Workloads, arguments: argparse.Namespace) -> None:
     """Create the Nodes, Pods and Services of the command line."""
     for node in synthetic_nodes(arguments.nodes):
-        sandbox.kube.create(node)
+        sandbox.kube.create(dual_stack(node) if arguments.dual_stack else node)
     first_ip = FIRST_POD_IP
     if arguments.live and arguments.pods:
         first_ip = await workloads.claim(lambda ip: synthetic_pod(0, arguments.nodes, ip))
     for index, pod in enumerate(synthetic_pods(arguments.pods, arguments.nodes, first_ip)):
-        sandbox.kube.create(pod)
+        sandbox.kube.create(dual_stack(pod) if arguments.dual_stack else pod)
         if arguments.live and 0 < index < MOST:
             await workloads.run(pod)
     for thing in synthetic_services(arguments.endpoints):

@@ -16,6 +16,8 @@ SERVICES_NAMESPACE = "services"
 SERVICE_ENDPOINTS = 5000
 SLICE_ENDPOINTS = 100
 _FIRST_ENDPOINT_IP = int(ipaddress.IPv4Address("127.160.0.1"))
+# The network of IPv6 addresses, documentation's (RFC 3849); they end with the 32 bits of the IPv4 ones.
+_SIX = ipaddress.IPv6Address("2001:db8::")
 _FIRST_NODE_IP = int(ipaddress.IPv4Address("127.32.0.1"))
 
 
@@ -105,6 +107,15 @@ def synthetic_slice(service: int, part: int, count: int = SLICE_ENDPOINTS) -> di
         endpoints,
         namespace=SERVICES_NAMESPACE,
     )
+
+
+def dual_stack(thing: dict[str, Any]) -> dict[str, Any]:
+    """Give a Node or Pod an IPv6 address after each IPv4 one, as a dual-stack cluster does, and return it."""
+    status = thing["status"]
+    for places, key in (("addresses", "address"), ("podIPs", "ip"), ("hostIPs", "ip")):
+        places_of = status.get(places, [])
+        places_of += [{**one, key: str(_SIX + int(ipaddress.IPv4Address(one[key])))} for one in places_of]
+    return thing
 
 
 def node_name(number: int) -> str:
