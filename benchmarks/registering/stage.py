@@ -71,6 +71,10 @@ EVERYTHING = {
     "HTTP_SD_PORT": "{port}",
     "EMIT_EVENTS": "all",
     "EXCLUDE_NAMESPACES": "kube-public",
+    "NAMESPACE_LABEL_SELECTOR": "!left-out",
+    "MAX_TARGETS_PER_NAMESPACE": "1000000",
+    "QUOTA_REMOVE": "true",
+    "TARGET_LABELS": "__sample_limit__",
 }
 
 

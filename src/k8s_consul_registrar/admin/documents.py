@@ -8,6 +8,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 from k8s_consul_registrar.admin.target_groups import Group, GroupEncoder, LabelNames, SdQuery
@@ -38,10 +39,13 @@ _GZIP_HEAD, _GZIP_END = b"\x1f\x8b\x08\0\0\0\0\0\0\xff", b"\x03\0"
 
 
 class _Block(NamedTuple):
-    """Some groups, compressed so that blocks can follow one another."""
+    """Some text, compressed so that blocks can follow one another, and its CRC-32; `shift` is that of its size."""
 
     packed: bytes
     digest: bytes
+    size: int
+    checksum: int
+    shift: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,7 @@ class Document:
 
 
 class Groups:
-    """The groups of all targets, 1 KB each; one that changes is encoded again and keeps its place.
+    """The groups of all targets; one that changes is encoded again and keeps its place.
 
     `version` moves when a group does, `position` is that of the view they show.
     """
@@ -179,37 +183,77 @@ class Documents:
         blocks: dict[tuple[bytes, ...], _Block] = {}
         size = checksum = 0
         packed, digest = [_GZIP_HEAD], hashlib.blake2b(digest_size=12)
-        async for texts in in_slices(_texts(groups.places, query), _BLOCKS):
-            text = b"".join(texts)
-            block = blocks[texts] = known.get(texts) or _pack(text)
+        async for some in in_slices(_blocks(groups.places, query), _BLOCKS):
+            key = tuple(chain.from_iterable((one.shared, one.own) for one in some))
+            found = known.get(key) or _pack(b"".join([one.text for one in some])[:-1])
+            for block in (_BETWEEN if blocks else _BEGIN, found):
+                packed.append(block.packed)
+                digest.update(block.digest)
+                checksum, size = _after(checksum, block), size + block.size
+            blocks[key] = found
+        for block in (_END,) if blocks else (_BEGIN, _END):
             packed.append(block.packed)
-            digest.update(block.digest)
-            checksum, size = zlib.crc32(text, checksum), size + len(text)
+            checksum, size = _after(checksum, block), size + block.size
         packed += (_GZIP_END, struct.pack("<II", checksum, size & 0xFFFFFFFF))
         seconds, etag = time.thread_time() - used, digest.hexdigest()
         since = before.since if before is not None and before.etag == etag else begun
         return Document(b"".join(packed), size, etag, groups.position, begun, seconds, since, blocks)
 
 
-def _texts(places: Sequence[Group | None], query: SdQuery) -> Iterator[tuple[bytes, ...]]:
-    """Yield the document in blocks of texts; the last group has no comma."""
-    yield (b"[",)
-    last: tuple[bytes, ...] = ()
+def _blocks(places: Sequence[Group | None], query: SdQuery) -> Iterator[list[Group]]:
+    """Yield the groups that a query asks for, in blocks."""
     for start in range(0, len(places), _BLOCK):
-        found = (one for one in places[start : start + _BLOCK] if one is not None)
-        if texts := tuple(one.text for one in found if query.matches(one)):
-            if last:
-                yield last
-            last = texts
-    if last:
-        yield (*last[:-1], last[-1][:-1])
-    yield (b"]\n",)
+        found = [one for one in places[start : start + _BLOCK] if one is not None and query.matches(one)]
+        if found:
+            yield found
 
 
 def _pack(text: bytes) -> _Block:
     packing = zlib.compressobj(1, wbits=-zlib.MAX_WBITS)
     packed = packing.compress(text) + packing.flush(zlib.Z_FULL_FLUSH)
-    return _Block(packed, hashlib.blake2b(text, digest_size=12).digest())
+    digest = hashlib.blake2b(text, digest_size=12).digest()
+    return _Block(packed, digest, len(text), zlib.crc32(text), _shift(8 * len(text)))
+
+
+# A CRC-32 (RFC 1952) is a polynomial modulo another one, over bits: its highest bit is the coefficient of 1. So the
+# checksum of two texts in a row is that of the first, times x for each bit of the second, plus that of the second.
+_ONE, _X, _MODULUS, _WHOLE = 1 << 31, 1 << 30, 0xEDB88320, 0xFFFFFFFF
+_SIZE_BITS = 40  # of the size of a text in bits, at most
+
+
+def _after(checksum: int, block: _Block) -> int:
+    """Return the checksum of a text of this checksum with a block after it."""
+    return _times(checksum, block.shift) ^ block.checksum
+
+
+def _times(one: int, other: int) -> int:
+    """Return the product of two polynomials."""
+    product = 0
+    while one:
+        if one & _ONE:
+            product ^= other
+        one = (one << 1) & _WHOLE
+        other = (other >> 1) ^ _MODULUS if other & 1 else other >> 1
+    return product
+
+
+# The powers of x whose exponents are powers of 2.
+_SQUARES = [_X]
+while len(_SQUARES) < _SIZE_BITS:
+    _SQUARES.append(_times(_SQUARES[-1], _SQUARES[-1]))
+
+
+def _shift(bits: int) -> int:
+    """Return x to the power of a number."""
+    power = _ONE
+    for at, square in enumerate(_SQUARES):
+        if bits >> at & 1:
+            power = _times(power, square)
+    return power
+
+
+# What is before the groups, between two blocks of them, and after the last one.
+_BEGIN, _BETWEEN, _END = _pack(b"["), _pack(b","), _pack(b"]\n")
 
 
 def pieces(packed: bytes) -> Iterator[bytes]:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 import msgspec
@@ -164,15 +165,15 @@ class FileSd:
     def _replace(self, groups: Sequence[Group]) -> float:
         """Write the file and return the CPU time of that; blocks."""
         used = time.thread_time()
-        texts = [*(one.text for one in groups), *self._texts_before(groups)]
-        if texts:
-            texts[-1] = texts[-1].removesuffix(b",")
+        texts = chain((one.text for one in groups), self._texts_before(groups))
         file = Replacement(self._path, MODE)
         file.open()
         try:
-            for start in range(0, len(texts) + 1, PIECE):
-                file.write(b"".join((b"" if start else b"[", *texts[start : start + PIECE])))
-            file.write(b"]\n")
+            piece = b"["
+            while some := tuple(islice(texts, PIECE)):
+                file.write(piece)
+                piece = b"".join(some)
+            file.write(piece.removesuffix(b",") + b"]\n")
             file.commit()
         finally:
             file.discard()

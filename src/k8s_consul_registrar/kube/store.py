@@ -262,7 +262,7 @@ class NamespaceGate:
     def __init__(self, *, selects: bool) -> None:
         self._selects = selects
         self._open: set[str] = set()
-        self._targets: dict[str, dict[tuple[str, ObjectKey], Target]] = {}
+        self._targets: dict[str, dict[str, tuple[Target, ...]]] = {}
 
     def is_shut(self, namespace: str) -> bool:
         """Return True if the targets of a namespace do not count."""
@@ -281,18 +281,22 @@ class NamespaceGate:
             self._open.add(namespace)
         else:
             self._open.discard(namespace)
-        return tuple(self._targets.get(namespace, {}).values())
+        return tuple(chain.from_iterable(self._targets.get(namespace, {}).values()))
 
-    def add(self, target: Target) -> bool:
-        """Note a target; return True if it counts."""
+    def add(self, target: Target, alone: tuple[Target, ...]) -> bool:
+        """Note a target, which `alone` holds by itself; return True if it counts."""
         if self._selects and target.key.namespace:
-            self._targets.setdefault(target.key.namespace, {})[target.id, target.key] = target
+            targets = self._targets.setdefault(target.key.namespace, {})
+            others = targets.get(target.id)
+            targets[target.id] = (*others, target) if others else alone
         return not self.is_shut(target.key.namespace)
 
     def remove(self, target: Target) -> bool:
         """Forget a target; return True if it counted."""
         if self._selects and (targets := self._targets.get(target.key.namespace)) is not None:
-            targets.pop((target.id, target.key), None)
+            rest = tuple(one for one in targets.pop(target.id, ()) if one.key != target.key)
+            if rest:
+                targets[target.id] = rest
             if not targets:
                 del self._targets[target.key.namespace]
         return not self.is_shut(target.key.namespace)

@@ -94,7 +94,7 @@ class Claims:
         return tuple([target.id for target in targets])
 
     def _add(self, target: Target, alone: tuple[Target, ...]) -> None:
-        if self._gate.add(target):
+        if self._gate.add(target, alone):
             self._put(target, alone)
 
     def _remove(self, target: Target) -> None:

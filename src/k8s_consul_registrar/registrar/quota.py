@@ -253,10 +253,12 @@ class Quota:
             statuses = self._desired.store.statuses().values()
             self._is_listed = all(one.listed_at is not None or one.problem for one in statuses)
             if self._is_listed:
-                for namespace, waiting in self._waiting.items():
-                    for service_id in waiting.ranks:
+                for namespace in tuple(self._waiting):
+                    self._fill(namespace, claims)
+                    left = self._waiting[namespace].ranks
+                    for service_id in left:
                         self._block(service_id, namespace)
-                    self._admitted += waiting.ranks
+                    self._admitted += left
         if self._is_listed:
             for namespace in self._open:
                 self._fill(namespace, claims)
@@ -268,8 +270,12 @@ class Quota:
         self._is_due = False
         for counts in (self._namespace_of, self._taken, self._unasked, self._waiting, self._touched):
             counts.clear()
-        for service_id in dict.fromkeys((*self._observed.ids(), *self._desired.claims)):
-            self._update(service_id, self._desired.claims.get(service_id, ()))
+        claims = self._desired.claims
+        for service_id in self._observed.ids():
+            self._update(service_id, claims.get(service_id, ()))
+        for service_id, asking in claims.items():
+            if self._observed.get(service_id) is None:
+                self._update(service_id, asking)
         for namespace, leaving in self._leaving.items():
             self._open.add(namespace)
             for service_id in leaving.keys() - self._namespace_of.keys():
@@ -334,6 +340,8 @@ class Quota:
             if claims.get(service_id):
                 self._take(service_id, namespace)
                 self._admitted.append(service_id)
+        if not waiting.ranks:
+            self._waiting[namespace] = _Queue()  # the room of a crowd is free again
 
     def _excess(self, namespace: str) -> int:
         """Return by how much the services of a namespace that are asked for exceed the limit."""

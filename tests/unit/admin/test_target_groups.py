@@ -4,6 +4,8 @@ import json
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from k8s_consul_registrar.admin.target_groups import (
     MOST_SHARDS,
@@ -11,11 +13,12 @@ from k8s_consul_registrar.admin.target_groups import (
     Group,
     GroupEncoder,
     LabelNames,
+    SharedTexts,
     parse_sd_query,
     parse_wait,
 )
 from k8s_consul_registrar.admin.view import TargetRow
-from support.seen import endpoint_target, node_target, pod_target
+from support.seen import endpoint_target, many_targets, node_target, pod_target
 
 KUBERNETES = "__meta_kubernetes_"
 
@@ -187,3 +190,37 @@ def test_further_meta_has_the_names_of_kubernetes_sd() -> None:
     assert {KUBERNETES + key: value for key, value in expected.items()}.items() <= found.items()
     of_consul = labels_of(pod_target("web-1", meta=inherited), names=LabelNames.CONSUL)
     assert of_consul["__meta_consul_service_metadata_namespace_label_team"] == "web"
+
+
+_ODD = st.text(st.sampled_from('ab"%\\:,{}é\ud800'), max_size=6)
+
+
+@given(st.lists(st.dictionaries(_ODD, _ODD, max_size=4), max_size=20))
+def test_text_that_was_divided_is_put_together_as_it_was(metas: list[dict[str, str]]) -> None:
+    """Whatever the names and values, quotation marks and signs of formats among them, and whatever came before."""
+    encoder = GroupEncoder()
+    for number, meta in enumerate(metas):
+        target, text = pod_target(f"web-{number % 3}", meta=meta), bytearray()
+        encoder.append(target, text)
+        assert encoder.encode(target).text == bytes(text)
+
+
+def test_groups_share_most_of_their_texts() -> None:
+    """A group has a fifth of its text for itself, and the rest with many others."""
+    encoder = GroupEncoder()
+    groups = [encoder.encode(target) for target in many_targets(5000).values()]
+    assert sum(len(one.own) for one in groups) < sum(len(one.text) for one in groups) / 4
+    assert len({id(one.shared) for one in groups}) < 100
+
+
+def test_texts_of_ever_new_names_are_forgotten() -> None:
+    """Names that Pods choose do not make the memory grow."""
+    texts = SharedTexts()
+    for number in range(5000):
+        text = b'\n{"targets":["a:1"],"labels":{"l%d":"x"}},' % number
+        shared, own = texts.divide(text)
+        assert shared % tuple(own.split(b'"')) == text
+    for number in range(5000):
+        values = b",".join(b'"l%d":"%d"' % (at, number >> at & 1) for at in range(13))
+        texts.divide(b'\n{"targets":["a:1"],"labels":{%s}},' % values)
+    assert sum(map(len, texts._shared.values())) < 1000
