@@ -6,8 +6,10 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
+import trustme
 
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.commands.check.report import Finding, Result, is_passed
@@ -18,7 +20,7 @@ from support.cluster import PROXY_RULES, REGISTRAR_RULES, kubeconfig, rule
 from support.lab import SandboxLab as Lab
 from support.lab import running_lab
 from support.processes import LOOPBACK, Program, reserve_ports
-from support.proxy_lab import METRICS, Kubelet, always, answer
+from support.proxy_lab import METRICS, Files, Kubelet, always, answer
 from support.waiting import PATIENCE, until
 
 QUICK = Timing(connect_timeout=1, read_timeout=1)
@@ -327,6 +329,27 @@ async def test_another_program_on_the_node_port_warns_only_where_it_relays_kubel
     assert ("deployment-svc.yaml" in found["node port"].hint) is (outcome is Result.WARN)
     asked = {request.split()[1].decode() for request in other.requests}
     assert f"/api/v1/nodes/{LOOPBACK}:{kubelet.port}/metrics/cadvisor" in asked
+
+
+async def test_node_port_is_asked_by_the_scheme_that_prometheus_uses(lab: Lab, tmp_path: Path) -> None:
+    """PROXY_SCHEME=https reaches a proxy that speaks TLS, its Pods and paths included, and http does not."""
+    files = Files(tmp_path, trustme.CA())
+    await lab.cluster.add_kubelet("n1", LOOPBACK)
+    lab.token_file.write_text(await lab.cluster.token([*PROXY_RULES, rule("list watch", "pods")]))
+    secure = {"TLS_CERT_FILE": str(files.certificate), "TLS_KEY_FILE": str(files.key)}
+    async with await lab.proxy(PROXY_PODS="true", PROXY_PODS_ANONYMOUS="true", **secure) as proxy:
+        await proxy.ready()
+        asked = {
+            "PROXY_NODE_PORT": str(await proxy.port("port")),
+            "POD_ADDRESS": "proxy",
+            "NODE_PATHS": "/metrics/cadvisor,/metrics/resource",
+        }
+        found = await findings(lab, **asked, PROXY_SCHEME="https")
+        assert found["node port"].outcome is Result.OK
+        assert found["pods through the proxy"].outcome is Result.OK
+        assert "does not relay /metrics/resource" in found["node paths"].detail
+        found = await findings(lab, **asked)
+        assert found["node port"].outcome is Result.FAIL
 
 
 async def test_paths_that_the_proxy_does_not_relay_are_named(lab: Lab) -> None:
