@@ -4,6 +4,8 @@ import io
 import json
 import logging
 
+import pytest
+
 from k8s_consul_registrar.telemetry import configure_logging, get_logger
 
 
@@ -26,6 +28,24 @@ def test_console_outside_a_terminal_has_no_colours() -> None:
     get_logger("x").debug("said", number=1)
     assert "said" in stream.getvalue()
     assert "\x1b[" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("log_format", ["console", "json"])
+def test_traceback_shows_no_values(log_format: str) -> None:
+    """A variable of the function that failed may be a token."""
+    stream = io.StringIO()
+    configure_logging("info", log_format, stream)
+
+    def fail(token: str) -> None:
+        raise ValueError(len(token))
+
+    try:
+        fail(f"s3cr3t-{'t0ken'}")
+    except ValueError:
+        get_logger("x").exception("failed")
+        logging.getLogger("aiohttp").exception("failed")
+    assert stream.getvalue().count("ValueError: 12") == 2
+    assert "s3cr3t-t0ken" not in stream.getvalue()
 
 
 def test_format_defaults_to_json_off_a_terminal() -> None:
