@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None, environment: Mapping[str, str] 
         if mode not in MODES:
             return _unknown("MODE", mode, MODES)
         arguments = [mode, *arguments]
-    parsed = build_parser().parse_args(arguments)
+    parsed = build_parser(commands.get(arguments[0])).parse_args(arguments)
     command = commands[parsed.command]
     flags = {one.env: getattr(parsed, one.env, None) for one in command.settings}
     given = {name: value for name, value in flags.items() if value is not None}
@@ -40,12 +40,15 @@ def _unknown(what: str, given: str, choices: Iterable[str]) -> int:
     return EXIT_SETTINGS
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser; every setting is a flag of the commands that have it."""
+def build_parser(chosen: Command | None = None) -> argparse.ArgumentParser:
+    """Build the parser; every setting is a flag of the commands that have it.
+
+    With a chosen command it has only that one's flags: a start that needs no others is quicker.
+    """
     parser = argparse.ArgumentParser(
         prog="k8s-consul-registrar",
         description="Keeps Consul equal to what a Kubernetes cluster wants scraped, and relays node metrics.",
-        epilog=_every_variable(),
+        epilog=None if chosen else _every_variable(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -59,6 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=command.notes or _secrets_of(command),
             allow_abbrev=False,
         )
+        if chosen not in (None, command):
+            continue
         for argument in command.arguments:
             argument.add_to(subparser)
         if command.settings_of:
