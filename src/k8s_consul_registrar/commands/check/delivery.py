@@ -233,8 +233,11 @@ async def ask_collector(url: str, token: str) -> Collected:
                 if len(content) > SIZE_LIMIT:
                     raise CollectorError(f"its answer is longer than {SIZE_LIMIT >> 20} MiB", where)
         answer = _decoder.decode(content)
-    except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        raise CollectorError(f"it cannot be asked: {type(error).__name__}", where) from None
+    except TimeoutError:
+        raise CollectorError(f"it does not answer in {ANSWER:g} s", where) from None
+    except (aiohttp.ClientError, OSError) as error:
+        why = (isinstance(error, OSError) and error.strerror) or type(error).__name__
+        raise CollectorError(f"it cannot be asked: {why}", where) from None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise CollectorError(
             "it is neither Prometheus nor VictoriaMetrics: its answer is another", where
