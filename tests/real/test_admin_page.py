@@ -227,7 +227,7 @@ async def test_rejections_say_what_to_do() -> None:
         text = await page.evaluate("document.getElementById('view').innerText")
         assert "billing/import-29471" in text
         assert "no_port" in text
-        assert "Set prometheus.io/port, or declare the container's TCP port." in text
+        assert "Set prometheus.io/port, or declare a TCP port of the container or Service." in text
         assert "Consul still holds pod--billing--import-29471" in text
 
 

@@ -31,8 +31,6 @@ from support.proxy_lab import (
 )
 from support.waiting import until
 
-SHORT = ProxyTiming(tick=0.05, connect=0.3, request_head=0.3)
-
 pytestmark = pytest.mark.both_loops
 
 
