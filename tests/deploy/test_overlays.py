@@ -3,6 +3,9 @@
 import re
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +35,32 @@ COMBINED = (
 )
 Objects = dict[tuple[str, str, str], dict[str, Any]]
 
+# One process builds each set of overlays once.
+pytestmark = pytest.mark.xdist_group("overlays")
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not on PATH")
 each_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
 
 
-def build(folder: Path, *overlays: str) -> Objects:
+def build(*overlays: str) -> Objects:
     """Build `deploy/` with these overlays among its components; return objects by kind, namespace and name."""
-    copy = shutil.copytree(DEPLOY, folder / "deploy")
-    if overlays:
-        with (copy / "kustomization.yaml").open("a") as file:
-            file.write("components:\n" + "".join(f"  - overlays/{name}\n" for name in overlays))
-    done = subprocess.run(
-        ["kubectl", "kustomize", copy], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr[:2000]
-    found = list(yaml.safe_load_all(done.stdout))
+    found = list(yaml.load_all(_built(overlays), Loader=yaml.CSafeLoader))
     objects = {(o["kind"], o["metadata"].get("namespace", ""), o["metadata"]["name"]): o for o in found}
     assert len(objects) == len(found)
     return objects
+
+
+@cache
+def _built(overlays: Sequence[str]) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copytree(DEPLOY, Path(folder, "deploy"))
+        if overlays:
+            with (copy / "kustomization.yaml").open("a") as file:
+                file.write("components:\n" + "".join(f"  - overlays/{name}\n" for name in overlays))
+        done = subprocess.run(
+            ["kubectl", "kustomize", copy], capture_output=True, text=True, timeout=120, check=False
+        )
+    assert done.returncode == 0, done.stderr[:2000]
+    return done.stdout
 
 
 def registrar(objects: Objects) -> dict[str, Any]:
@@ -103,15 +114,15 @@ def assert_pod_whole(pod: dict[str, Any], objects: Objects, home: str) -> None:
 
 @needs_kubectl
 @each_overlay
-def test_each_overlay_builds_into_something_whole(overlay: str, tmp_path: Path) -> None:
+def test_each_overlay_builds_into_something_whole(overlay: str) -> None:
     """Kustomize builds it, the objects pass the schemas strictly, and nothing hangs in the air."""
-    assert_whole(build(tmp_path, overlay))
+    assert_whole(build(overlay))
 
 
 @needs_kubectl
-def test_overlays_go_together(tmp_path: Path) -> None:
+def test_overlays_go_together() -> None:
     """Those that do not exclude each other combine, and the result is whole."""
-    objects = build(tmp_path, *COMBINED)
+    objects = build(*COMBINED)
     assert_whole(objects)
     assert {"CONSUL_BACKEND", "POD_SERVICE_NAME"} <= environment(objects).keys()
     kinds = {kind for kind, _, _ in objects}
@@ -119,9 +130,9 @@ def test_overlays_go_together(tmp_path: Path) -> None:
 
 
 @needs_kubectl
-def test_variables_are_settings(tmp_path: Path) -> None:
+def test_variables_are_settings() -> None:
     """Every variable an overlay sets is a setting, but for those listed as pending, all of which are still so."""
-    named = {name for overlay in OVERLAYS for name in environment(build(tmp_path / overlay, overlay))}
+    named = {name for overlay in OVERLAYS for name in environment(build(overlay))}
     known = {option.env for option in SETTINGS} | {"MODE"}
     assert named - known == PENDING
 
@@ -135,10 +146,10 @@ RECREATE = {"type": "Recreate"}
     ("overlay", "strategy"), [("catalog", RECREATE), ("http-sd", ROLLING), ("two-replicas", ROLLING)]
 )
 def test_overlay_without_an_agent_overlaps_only_where_one_pod_writes(
-    overlay: str, strategy: dict[str, Any], tmp_path: Path
+    overlay: str, strategy: dict[str, Any]
 ) -> None:
     """No agent, volume claim or group; Pods overlap where none writes Consul, or an election says which."""
-    objects = build(tmp_path, overlay)
+    objects = build(overlay)
     pod = registrar(objects)
     assert [one["name"] for one in pod["containers"]] == ["k8s-consul-registrar"]
     assert "PersistentVolumeClaim" not in {kind for kind, _, _ in objects}
@@ -159,9 +170,9 @@ def test_upgrade_page_leads_to_two_replicas_by_way_of_catalog() -> None:
 
 
 @needs_kubectl
-def test_namespaced_asks_for_no_right_on_the_cluster(tmp_path: Path) -> None:
+def test_namespaced_asks_for_no_right_on_the_cluster() -> None:
     """No ClusterRole is left; each namespace of NAMESPACES has a Role that lists and watches Pods alone."""
-    objects = build(tmp_path, "namespaced")
+    objects = build("namespaced")
     assert not [kind for kind, _, _ in objects if kind.startswith("ClusterRole")]
     chosen = environment(objects)["NAMESPACES"].split(",")
     roles = {namespace: each["rules"] for (kind, namespace, _), each in objects.items() if kind == "Role"}
@@ -176,9 +187,9 @@ def test_namespaced_asks_for_no_right_on_the_cluster(tmp_path: Path) -> None:
 
 
 @needs_kubectl
-def test_budget_never_blocks_a_drain(tmp_path: Path) -> None:
+def test_budget_never_blocks_a_drain() -> None:
     """One proxy may go at a time, and there are two."""
-    objects = build(tmp_path, "pod-disruption-budget")
+    objects = build("pod-disruption-budget")
     budget = objects["PodDisruptionBudget", "default", "k8s-consul-registrar-svc"]["spec"]
     proxy = objects["Deployment", "default", "k8s-consul-registrar-svc"]["spec"]
     assert budget["selector"] == proxy["selector"]
@@ -186,9 +197,9 @@ def test_budget_never_blocks_a_drain(tmp_path: Path) -> None:
 
 
 @needs_kubectl
-def test_monitor_finds_both_modes(tmp_path: Path) -> None:
+def test_monitor_finds_both_modes() -> None:
     """Its selector matches both Pods, and its port is one they declare."""
-    objects = build(tmp_path, "pod-monitor")
+    objects = build("pod-monitor")
     monitor = objects["PodMonitor", "default", "k8s-consul-registrar"]["spec"]
     (expression,) = monitor["selector"]["matchExpressions"]
     (endpoint,) = monitor["podMetricsEndpoints"]
@@ -202,9 +213,9 @@ def test_monitor_finds_both_modes(tmp_path: Path) -> None:
 
 
 @needs_kubectl
-def test_sd_port_is_one_number(tmp_path: Path) -> None:
+def test_sd_port_is_one_number() -> None:
     """Service, container and setting agree on it, and it is not the proxy's NodePort."""
-    objects = build(tmp_path, "http-sd")
+    objects = build("http-sd")
     (port,) = objects["Service", "default", "k8s-consul-registrar-http-sd"]["spec"]["ports"]
     given = environment(objects)
     assert str(port["targetPort"]) == given["HTTP_SD_PORT"]
@@ -255,9 +266,9 @@ def test_each_overlay_is_described(overlay: str) -> None:
 
 
 @needs_kubectl
-def test_namespace_is_named_once(tmp_path: Path) -> None:
+def test_namespace_is_named_once() -> None:
     """The component moves every object and every binding of `default`, and no Role of a chosen namespace."""
-    objects = build(tmp_path, "namespaced", "two-replicas", "network-policy", "../components/namespace")
+    objects = build("namespaced", "two-replicas", "network-policy", "../components/namespace")
     found = {(kind, namespace) for kind, namespace, _ in objects}
     elsewhere = {("Role", name) for name in ("shop", "payments", "kube-system")}
     elsewhere |= {("RoleBinding", name) for _, name in elsewhere}

@@ -14,9 +14,9 @@ PROXY = "k8s-consul-registrar-svc"
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Objects:
+def built() -> Objects:
     """Return every object as kustomize builds them."""
-    return build(tmp_path_factory.mktemp("built"), "proxy-pods")
+    return build("proxy-pods")
 
 
 def container(objects: Objects, deployment: str) -> dict[str, Any]:
