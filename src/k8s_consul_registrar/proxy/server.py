@@ -78,6 +78,7 @@ class ProxyServer:
             else SecureClientConnection(self._relay, self._inbound, self._limit, self._forget, self._tls)
         )
         self._clients.add(client)
+        self._relay.buffers.share(len(self._clients))
         self._empty.clear()
         return client
 
@@ -106,6 +107,7 @@ class ProxyServer:
 
     def _forget(self, client: ClientConnection) -> None:
         self._clients.discard(client)
+        self._relay.buffers.share(len(self._clients))
         if not self._clients:
             self._empty.set()
 

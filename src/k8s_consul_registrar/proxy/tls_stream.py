@@ -9,9 +9,11 @@ from typing import Any
 RECORD = 16 * 1024
 # A record's header: its type, a version, and in two bytes the length of the rest (RFC 8446, 5.1).
 RECORD_HEADER = 5
-# The most that is read off a socket at once: four full records, with the type and the tag that each ends with
+# The most that is read off a socket at once: eight full records, with the type and the tag that each ends with
 # (5.2). One byte less, and a part of a record would be copied and kept at every read of a long answer.
-RECEIVE_SIZE = 4 * (RECORD_HEADER + RECORD + 1 + 16)
+RECEIVE_SIZE = 8 * (RECORD_HEADER + RECORD + 1 + 16)
+# With as many clients as this, half of it: each may leave one read in memory by not reading.
+MANY_CLIENTS = 1024
 # The plain text of these TLS records, and of one that began before.
 PLAIN_SIZE = RECEIVE_SIZE + 17 * 1024
 # Records that OpenSSL gets at a time.
@@ -26,19 +28,23 @@ class Buffers:
     """Memory that every connection of a process reads into: one buffer for all, since reads never overlap.
 
     The event loop asks for a buffer, reads and reports in one go, so the data must be taken out before the
-    report returns. A buffer for each of 5,000 kept connections would be 320 MB. `received` is data off a
-    socket, `plain` its plain text. `incoming`, which OpenSSL reads from, is empty between two reports: one
+    report returns. A buffer for each of 5,000 kept connections would be 640 MB. `received` is data off a
+    socket, of which `lent` is read into, `plain` its plain text. `incoming`, which OpenSSL reads from, is empty between two reports: one
     for each connection would hold on to the 22 KB of the largest record it ever saw.
     """
 
-    __slots__ = ("incoming", "plain", "plain_bytes", "received", "received_bytes")
+    __slots__ = ("incoming", "lent", "plain", "plain_bytes", "received", "received_bytes")
 
     def __init__(self) -> None:
         self.received_bytes = bytearray(RECEIVE_SIZE)
-        self.received = memoryview(self.received_bytes)
+        self.received = self.lent = memoryview(self.received_bytes)
         self.plain_bytes = bytearray(PLAIN_SIZE)
         self.plain = memoryview(self.plain_bytes)
         self.incoming = ssl.MemoryBIO()
+
+    def share(self, clients: int) -> None:
+        """Lend less where there are many clients."""
+        self.lent = self.received if clients < MANY_CLIENTS else self.received[: RECEIVE_SIZE // 2]
 
 
 class EmptyRecordsError(ssl.SSLError):

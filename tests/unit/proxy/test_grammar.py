@@ -97,6 +97,8 @@ def feed(raw: bytes, cut: int) -> Request | Fault | None:
 @example(b"GET /x HTTP/1.1\r\n", b"Host: a\r\nContent-Length: 5\r\nContent-Length: 0\r\n", 200)
 @example(b"GET /x HTTP/1.1\r\n", b"Host: a\r\nContent-Length: 0\r\nTransfer-Encoding: chunked\r\n", 200)
 @example(b"GET /x HTTP/1.1\r\n", b"Host: a\r\nTransfer-Encoding: xchunked\r\n", 200)
+@example(b"GET /x HTTP/1.1\r\n", b"Host: a\r\nTransfer-Encoding: chunked\r\n", 200)
+@example(b"GET /x HTTP/1.1\r\n", b"Host: a\r\nContent-Length: 5\r\n", 200)
 @example(b"GET /x HTTP/1.1\r\n", b"Host : a\r\n", 200)
 @example(b"GET /x HTTP/1.1\r\n", b"Host: a\r\nContent-Length: -5\r\n", 200)
 @example(b"GET /x y HTTP/1.1\r\n", b"Host: a\r\n", 200)

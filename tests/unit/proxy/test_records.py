@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from k8s_consul_registrar.proxy.tls_stream import (
     LONGEST_RECORD,
+    MANY_CLIENTS,
     PLAIN_SIZE,
     RECEIVE_SIZE,
+    Buffers,
     TlsStep,
 )
 from k8s_consul_registrar.tls import Trust
@@ -116,6 +118,16 @@ def test_openssl_is_asked_only_for_whole_records(monkeypatch: pytest.MonkeyPatch
     pieces = [wire[start : start + 50_000] for start in range(0, len(wire), 50_000)]
     assert sum(len(pair.decrypt(piece)) for piece in pieces) == 20 * 16384
     assert len(asked) == 20
+
+
+def test_many_clients_get_smaller_reads() -> None:
+    """Lends half of the memory where each of many open clients may leave one read unread."""
+    buffers = Buffers()
+    assert len(buffers.lent) == RECEIVE_SIZE
+    buffers.share(MANY_CLIENTS)
+    assert len(buffers.lent) == RECEIVE_SIZE // 2
+    buffers.share(MANY_CLIENTS - 1)
+    assert len(buffers.lent) == RECEIVE_SIZE
 
 
 def test_data_that_comes_along_with_the_handshake() -> None:
