@@ -26,6 +26,7 @@ from k8s_consul_registrar.registrar.orphans import Stays
 from k8s_consul_registrar.rotating import LoadStatus
 from support.files import ROOT
 from support.real_servers import REAL, prometheus_tools
+from support.waiting import PATIENCE
 
 DEPLOY = ROOT / "deploy"
 ALERTS = DEPLOY / "alerts.yaml"
@@ -35,6 +36,8 @@ RUNBOOKS = "https://docs.example.internal/runbooks.html#"
 PAGE = ROOT / "docs" / "metrics.md"
 OURS = re.compile(r"\bk8s_consul_registrar_\w+")
 STATUS = LoadStatus("CONSUL_CACERT")  # a file in use, so that its metric has a sample
+# Seconds: the rule tests take half a minute of a core, and a busy machine has little of one to spare.
+PROMTOOL = 20 * PATIENCE
 PROCESS = {"process_cpu_seconds_total", "process_resident_memory_bytes"}
 
 
@@ -212,7 +215,7 @@ def test_operator_s_rules_are_the_same() -> None:
 class TestRealPromtool:
     """The verdicts of promtool."""
 
-    pytestmark = REAL
+    pytestmark = (REAL, pytest.mark.timeout(int(3 * PROMTOOL)))
 
     @pytest.fixture(params=["consul_sd", pytest.param("http_sd", marks=pytest.mark.long)])
     def promtool(self, request: pytest.FixtureRequest) -> Path:
@@ -221,7 +224,7 @@ class TestRealPromtool:
 
     def run(self, *command: str | Path) -> None:
         """Run promtool and fail with what it says."""
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROMTOOL, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
     @pytest.mark.long
