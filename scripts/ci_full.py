@@ -23,7 +23,7 @@ CACHE = ROOT / ".cache"
 FOLDER = CACHE / "ci-full"
 PASSED = FOLDER / "passed.json"
 DEBIAN = {"trixie": "3.13", "forky": "3.14"}  # the version of Python in each suite
-PACKAGES = "python3,python3-venv,ca-certificates,git,procps"
+PACKAGES = "python3,python3-venv,ca-certificates,curl,git,jq,make,procps"
 # debootstrap's script for any suite of today; it has none of its own for suites younger than itself.
 ANY_SUITE = Path("/usr/share/debootstrap/scripts/sid")
 SLOWEST = 1500  # seconds for one part of one environment
