@@ -9,7 +9,6 @@ import pytest
 from e2e.test_services import DISCOVER, ONE, POINTS, SLICES, TWO, add_service, allow, slice_body
 from support.cluster import NAMESPACE, REGISTRAR_RULES, SCRAPED
 from support.lab import SandboxLab, running_lab
-from support.waiting import until
 
 WEB = "pod--shop--web-1"
 
@@ -152,7 +151,8 @@ async def test_page_of_the_daemon_says_what_the_command_says() -> None:
         await lab.cluster.add_pod("web-2", annotations={**SCRAPED, "prometheus.io/port": "0"})
         await lab.cluster.add_pod("web-3", annotations={})
         async with await lab.registrar() as registrar:
-            await until(lambda: lab.has(WEB), context=lambda: registrar.output)
+            await registrar.ready()  # everything in Consul was looked at
+            assert lab.has(WEB)
             for name in ("web-1", "web-2", "web-3"):
                 what = f"pod shop/{name}"
                 url = f"http://127.0.0.1:{await registrar.port('admin_port')}/api/v1/explain"
