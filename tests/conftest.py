@@ -10,6 +10,7 @@ import pytest
 import structlog
 import uvloop
 
+from k8s_consul_registrar.rotating import LoadStatus
 from support.internal_errors import FORCED, none_counted
 
 # A busy machine takes long for an example now and then; pytest's own timeout ends a test that hangs.
@@ -62,6 +63,16 @@ def collector_as_it_was() -> Iterator[None]:
     yield
     gc.callbacks[:] = callbacks
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def loaded_files_as_they_were() -> Iterator[None]:
+    """Forget the files that a test loaded: their problems would be the next test's until they are collected."""
+    loaded = LoadStatus._all
+    before = list(loaded)
+    yield
+    for one in set(loaded).difference(before):
+        one.forget()
 
 
 @pytest.fixture(autouse=True)

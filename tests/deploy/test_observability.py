@@ -212,10 +212,10 @@ def test_operator_s_rules_are_the_same() -> None:
     assert rule["spec"] == yaml.safe_load(ALERTS.read_text())
 
 
+@REAL
+@pytest.mark.timeout(int(3 * PROMTOOL))
 class TestRealPromtool:
     """The verdicts of promtool."""
-
-    pytestmark = (REAL, pytest.mark.timeout(int(3 * PROMTOOL)))
 
     @pytest.fixture(params=["consul_sd", pytest.param("http_sd", marks=pytest.mark.long)])
     def promtool(self, request: pytest.FixtureRequest) -> Path:
