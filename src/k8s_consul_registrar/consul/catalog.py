@@ -185,7 +185,7 @@ class CatalogRegistry:
         return {}
 
     async def _write(self, services: Sequence[Service], unit: Callable[[Service], Unit]) -> Written:
-        with self._drift.writing():
+        with self._drift.writing() as newest:
             written = await write_all(
                 self._transactions,
                 map(unit, services),
@@ -194,8 +194,9 @@ class CatalogRegistry:
                 restore_node=self._restore_node,
                 rename=self._renames.rename,
             )
+        unchanged = {one.index for one in services}  # a write that changes nothing keeps the index
         for index in sorted(set(written.indexes.values())):
-            self._drift.wrote(index)
+            self._drift.wrote(index, 0 if index in unchanged else newest)
         return written
 
     async def _write_apart(self, units: Iterable[Unit]) -> Written:

@@ -34,9 +34,9 @@ class NodeDrift:
     A change counts as ours when the index does not go beyond our own last write; a write whose index is not
     known explains every index until `settle` seconds after it. A foreign change may so be masked by our own,
     between two of our writes or beside one without an index. Once that has been possible for `hidden`
-    seconds, `has_drifted` returns True and lets a full read decide. An index below one that was seen earlier
-    means that Consul's history was replaced (a snapshot restored, a data directory emptied): that is drift at
-    once, until a full read that began afterwards.
+    seconds, `has_drifted` returns True and lets a full read decide. An index below one that was seen earlier,
+    or a write of ours that does not go beyond it, means that Consul's history was replaced (a snapshot
+    restored, a data directory emptied): that is drift at once, until a full read that began afterwards.
     """
 
     def __init__(
@@ -106,22 +106,26 @@ class NodeDrift:
         self._rewinds_read = self._rewinds
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Surround our own write: until its index is known, foreign changes look like ours."""
+    def writing(self) -> Iterator[int]:
+        """Surround our own write: until its index is known, foreign changes look like ours.
+
+        The context is the highest index seen before it, for `wrote`.
+        """
         self._writes += 1
         self._writing += 1
         try:
-            yield
+            yield self._newest
         finally:
             self._writing -= 1
 
-    def wrote(self, index: int) -> None:
-        """Record the index of our own write, 0 where it is unknown."""
+    def wrote(self, index: int, newest: int = 0) -> None:
+        """Record the index of our own write, 0 where it is unknown; `newest` was the highest one seen before it."""
         self._is_written_since = True
         if not index:
             self._unindexed_until = self._clock() + self._settle
             self._may_mask = True
             return
+        self._see(index, newest + 1)
         self._own_writes += 1
         self._may_mask = self._may_mask or self._own_writes > 1
         self._first_write = self._first_write or index
@@ -226,9 +230,9 @@ class NodeDrift:
         self._see(max(answer.index, 1), newest)
         return max(answer.index, 1)
 
-    def _see(self, index: int, newest: int) -> None:
-        """Compare the index of a read with the highest one that was seen before it was sent."""
-        if index < newest:
+    def _see(self, index: int, least: int) -> None:
+        """Compare an index with the lowest one that it can be, by what was seen before its request was sent."""
+        if index < least:
             self._rewinds += 1
             self._newest = index
         else:

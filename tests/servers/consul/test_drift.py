@@ -99,6 +99,17 @@ def wrote(index: int) -> Step:
     return step
 
 
+def writes(index: int) -> Step:
+    """Make one of our writes, by which the catalog comes to this index."""
+
+    async def step(story: Story) -> None:
+        with story.watch.writing() as newest:
+            story.indexes.change(index, here=False)
+        story.watch.wrote(index, newest)
+
+    return step
+
+
 def read(index: int) -> Step:
     """End a full read that shows this index."""
 
@@ -185,6 +196,15 @@ CASES: dict[str, list[Step]] = {
     ],
     "history goes back in an outage": [
         *(status(500), change(7), fails, status(200), later(100), drifts),
+    ],
+    "history goes back, and our next write comes to the index of the one that is lost": [
+        *(writes(101), steady, elsewhere(100), writes(101), drifts, begin, read(101), steady),
+    ],
+    "history goes back, and our next write stays below": [
+        *(writes(101), writes(103), elsewhere(90), writes(91), drifts, begin, read(91), steady),
+    ],
+    "our writes, each beyond what was seen before it": [
+        *(writes(101), steady, writes(102), writes(105), steady, later(1), steady),
     ],
     "history went back and caught up": [change(7), elsewhere(100), later(100), drifts],
     "full read shows an older history: one more, and no more": [
