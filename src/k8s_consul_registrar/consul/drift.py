@@ -35,7 +35,7 @@ class NodeDrift:
     known explains every index until `settle` seconds after it. A foreign change may so be masked by our own,
     between two of our writes or beside one without an index. Once that has been possible for `hidden`
     seconds, `has_drifted` returns True and lets a full read decide. An index below one that was seen earlier,
-    or a write of ours that does not go beyond it, means that Consul's history was replaced (a snapshot
+    or one of our own writes that does not go beyond it, means that Consul's history was replaced (a snapshot
     restored, a data directory emptied): that is drift at once, until a full read that began afterwards.
     """
 
