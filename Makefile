@@ -70,7 +70,7 @@ image: ## the container image, by buildah or docker: IMAGE=name:tag BASE=python:
 unit: $(STAMP) ## the tests of single parts, without servers (under a minute)
 	$(BIN)/python -m pytest -n 2 tests/unit $(ARGS)
 
-test: $(COMPILED) ## the tests for every change, those on real servers included (about 9 minutes)
+test: $(COMPILED) ## the tests for every change, those on real servers included (about 7 minutes)
 	-scripts/fetch-real-servers
 	$(BIN)/python -m pytest -n 8 -m "not long and not image" $(ARGS)
 

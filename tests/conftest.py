@@ -59,9 +59,10 @@ def logging_as_it_was() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def collector_as_it_was() -> Iterator[None]:
     """Undo what a mode run in this process did to Python's collector: no test finds objects that it froze."""
-    callbacks = gc.callbacks[:]
+    callbacks, thresholds = gc.callbacks[:], gc.get_threshold()
     yield
     gc.callbacks[:] = callbacks
+    gc.set_threshold(*thresholds)
     gc.unfreeze()
 
 

@@ -20,6 +20,8 @@ EXIT_CHANGES = 3
 EXIT_INTERRUPTED = 130
 # Seconds after which a full garbage collection took too long. Nothing else runs meanwhile.
 LONG_PAUSE = 0.02
+# Thresholds of the collector where a full collection is short: one connection is about 20 objects.
+FREQUENT = (2_000, 1, 1)
 
 log = get_logger("lifecycle")
 
@@ -89,8 +91,13 @@ class Stop:
             doing.result()
 
 
-def run_mode(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> int:
-    """Run a mode until a signal asks it to stop, and return its exit code."""
+def run_mode(main: Callable[[Stop], Coroutine[Any, Any, None]], *, holds_cluster: bool = False) -> int:
+    """Run a mode until a signal asks it to stop, and return its exit code.
+
+    `holds_cluster` is True if it keeps the state of a cluster, which makes full garbage collections long.
+    Otherwise they are short and frequent: a connection that is closed leaves cyclic garbage behind, and
+    anyone can open thousands of connections again and again.
+    """
 
     async def until_signal() -> int:
         stop = Stop()
@@ -100,7 +107,10 @@ def run_mode(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> int:
 
     # The modules loaded so far stay: visiting them was half the cost of garbage collection in a first sync.
     gc.freeze()
-    Pauses().watch()
+    if holds_cluster:
+        Pauses().watch()
+    else:
+        gc.set_threshold(*FREQUENT)
     return run_loop(until_signal())
 
 

@@ -8,7 +8,9 @@ import pytest
 
 from e2e.test_services import DISCOVER, ONE, POINTS, SLICES, TWO, add_service, allow, slice_body
 from support.cluster import NAMESPACE, REGISTRAR_RULES, SCRAPED
+from support.daemon import Daemon
 from support.lab import SandboxLab, running_lab
+from support.waiting import until
 
 WEB = "pod--shop--web-1"
 
@@ -144,6 +146,21 @@ async def test_service_without_endpoints_that_count_is_no_target() -> None:
         assert (code, last_condition(missing)) == (3, ("exists", False))
 
 
+async def _explained_by_page(registrar: Daemon, what: str) -> dict[str, Any]:
+    """Return what the page says of an object, once it does not ask to be asked again."""
+    url = f"http://127.0.0.1:{await registrar.port('admin_port')}/api/v1/explain"
+    answers: list[dict[str, Any]] = []
+
+    async def is_told() -> bool:
+        async with aiohttp.ClientSession() as session, session.get(url, params={"what": what}) as answer:
+            answers[:] = (await answer.json())["objects"]
+        return "ask again" not in str(answers)
+
+    await until(is_told)
+    (shown,) = answers
+    return shown
+
+
 async def test_page_of_the_daemon_says_what_the_command_says() -> None:
     """A target in Consul, a rejected Pod and one that is no target, byte for byte."""
     async with running_lab() as lab:
@@ -155,12 +172,7 @@ async def test_page_of_the_daemon_says_what_the_command_says() -> None:
             assert lab.has(WEB)
             for name in ("web-1", "web-2", "web-3"):
                 what = f"pod shop/{name}"
-                url = f"http://127.0.0.1:{await registrar.port('admin_port')}/api/v1/explain"
-                async with (
-                    aiohttp.ClientSession() as session,
-                    session.get(url, params={"what": what}) as answer,
-                ):
-                    (shown,) = (await answer.json())["objects"]
+                shown = await _explained_by_page(registrar, what)
                 code, (told,) = await explained(lab, *what.split())
                 assert shown.pop("is_target") is (code == 0)
                 assert shown == told

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from k8s_consul_registrar.runner import LONG_PAUSE, Pauses
+from k8s_consul_registrar.runner import EXIT_OK, FREQUENT, LONG_PAUSE, Pauses, Stop, run_mode
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,15 @@ def test_python_tells_it_of_collections() -> None:
     finally:
         gc.callbacks.remove(pauses.notice)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("holds_cluster", [True, False], ids=["registrar", "proxy"])
+def test_only_a_mode_that_holds_a_cluster_sets_objects_aside(holds_cluster: bool) -> None:
+    """Elsewhere full collections come often, and find what connections leave behind."""
+    callbacks, before = len(gc.callbacks), gc.get_threshold()
+
+    async def main(_: Stop) -> None:
+        assert len(gc.callbacks) - callbacks == holds_cluster
+        assert gc.get_threshold() == (before if holds_cluster else FREQUENT)
+
+    assert run_mode(main, holds_cluster=holds_cluster) == EXIT_OK
