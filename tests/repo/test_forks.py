@@ -15,7 +15,7 @@ from support.processes import Program, is_running
 from support.waiting import PATIENCE, until
 
 QUIET = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
-ANEW = {**QUIET, "PYTHONDONTWRITEBYTECODE": "1"}
+BY_A_START = {**QUIET, "PYTHONDONTWRITEBYTECODE": "1"}
 NOWHERE = ("fetch-targets", "http://127.0.0.1:1/sd/targets", "--output")
 STARTS_AND_WAITS = f"""
 import sys
@@ -43,7 +43,7 @@ async def ended(folder: Path, *arguments: str, **environment: str) -> tuple[int,
 def test_only_the_program_with_the_usual_python_is_forked() -> None:
     """Another program, or variables that Python reads as it starts, need a start."""
     assert can_fork([*COMMAND, "plan"], QUIET)
-    assert not can_fork([*COMMAND, "plan"], ANEW)
+    assert not can_fork([*COMMAND, "plan"], BY_A_START)
     assert not can_fork([*COMMAND[:2], "k8s_consul_registrar.sandbox"], QUIET)
     assert not can_fork(["/bin/sh", "-c", "true"], QUIET)
 
@@ -54,7 +54,7 @@ def test_only_the_program_with_the_usual_python_is_forked() -> None:
 async def test_fork_says_and_returns_what_a_start_does(tmp_path: Path, given: tuple[str, ...]) -> None:
     """Arguments and variables reach it, nothing of the tests' own does, and its exit code comes back."""
     forked = await ended(tmp_path, *given, **QUIET)
-    assert forked == await ended(tmp_path, *given, **ANEW)
+    assert forked == await ended(tmp_path, *given, **BY_A_START)
     assert forked[1]
 
 
