@@ -8,8 +8,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-import uvloop
-
+from k8s_consul_registrar.asyncio_tools import new_loop
 from k8s_consul_registrar.errors import AccessError, OperationalError, SettingsError
 from k8s_consul_registrar.telemetry import get_logger
 
@@ -52,7 +51,7 @@ def exit_code(command: Callable[[], int], *, is_mode: bool = False) -> int:
 
 def run_loop(work: Coroutine[Any, Any, int]) -> int:
     """Run a command's work on uvloop to its end; Ctrl-C cancels it and raises KeyboardInterrupt."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=new_loop) as runner:
         return runner.run(work)
 
 

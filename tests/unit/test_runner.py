@@ -1,9 +1,12 @@
 """Errors as exit codes, and the module of each command."""
 
+import logging
 from importlib import import_module
+from unittest.mock import Mock
 
 import pytest
 
+from k8s_consul_registrar.asyncio_tools import new_loop
 from k8s_consul_registrar.commands import COMMANDS, Command
 from k8s_consul_registrar.errors import AccessError, ClusterForbidden, ConsulUnreachable, SettingsError
 from k8s_consul_registrar.runner import exit_code
@@ -59,3 +62,27 @@ def test_command_has_a_module_of_its_name(command: Command) -> None:
     """The module or package that a command loads has the function `run`."""
     module = command.name.replace("-", "_")
     assert callable(import_module(f"k8s_consul_registrar.commands.{module}").run)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_closed", "is_logged"),
+    [
+        (RuntimeError("the handler is closed"), True, False),
+        (RuntimeError("the handler is closed"), False, True),
+        (ZeroDivisionError("a fault"), True, True),
+    ],
+)
+def test_error_of_the_loop_is_logged_unless_it_only_tells_of_a_close(
+    error: Exception, is_closed: bool, is_logged: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TLS that writes to a connection closed in the same turn leaves no traceback; a fault does."""
+    loop = new_loop()
+    transport = Mock(is_closing=Mock(return_value=is_closed))
+    with caplog.at_level(logging.ERROR):
+        loop.call_exception_handler(
+            {"message": "Fatal error on SSL protocol", "exception": error, "transport": transport}
+        )
+    loop.close()
+    assert [record.getMessage().splitlines()[0] for record in caplog.records] == (
+        ["Fatal error on SSL protocol"] if is_logged else []
+    )

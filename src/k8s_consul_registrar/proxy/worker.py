@@ -11,9 +11,9 @@ import ssl
 import sys
 from typing import cast
 
-import uvloop
 from msgspec.structs import replace
 
+from k8s_consul_registrar.asyncio_tools import new_loop
 from k8s_consul_registrar.errors import AccessError, OperationalError
 from k8s_consul_registrar.proxy.nodes import Nodes
 from k8s_consul_registrar.proxy.routes import Pods
@@ -178,7 +178,7 @@ def main() -> None:
     with socket.socket(fileno=int(sys.argv[1])) as parent:
         parent.set_inheritable(False)
         try:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            with asyncio.Runner(loop_factory=new_loop) as runner:
                 runner.run(_main(parent))
         except (OperationalError, OSError) as error:
             log.error("a worker cannot go on", problem=str(error))
