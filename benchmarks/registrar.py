@@ -45,6 +45,8 @@ FEW_PAIRS = frozenset(
     }
 )
 MOST_OF_FEW = 2
+# Version 0.1.0 discovers no Services: a base is left out.
+WITHOUT_BASE = frozenset({"endpoint", "endpoints"})
 RUN_WITHIN = 1500.0  # seconds that one run may take
 BUSY = 0.25  # share of the machine that others use, above which a run is marked
 
@@ -116,8 +118,9 @@ async def measure_all(arguments: argparse.Namespace, rows: list[Row]) -> None:
             limits = arguments.limits or len(checkouts) == 1
             bench = Bench(Path(folder), arguments.seconds, limits, arguments.hour)
             pairs = min(arguments.pairs, MOST_OF_FEW) if row.scenario in FEW_PAIRS else arguments.pairs
+            compared = [THIS] if row.scenario in WITHOUT_BASE and not arguments.on else checkouts
             try:
-                lines |= await measure_row(bench, checkouts, row, pairs, arguments.wait)
+                lines |= await measure_row(bench, compared, row, pairs, arguments.wait)
             finally:
                 await bench.close()
         if arguments.write:
