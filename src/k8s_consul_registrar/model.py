@@ -181,7 +181,7 @@ class KubeService(NamespacedObject, frozen=True, gc=False):
 
 
 class SliceEndpoint(msgspec.Struct, frozen=True, gc=False):
-    """One endpoint of an EndpointSlice; `pod` is empty where it is not a Pod's."""
+    """One endpoint of an EndpointSlice; `pod` and `pod_uid` are empty where it is not a Pod's."""
 
     address: str
     pod: str = ""
@@ -189,6 +189,7 @@ class SliceEndpoint(msgspec.Struct, frozen=True, gc=False):
     zone: str = ""
     ready: bool = True
     serving: bool = True
+    pod_uid: str = ""
 
 
 class EndpointSlice(NamespacedObject, frozen=True, gc=False):

@@ -54,6 +54,7 @@ _OF_ENDPOINT = {
     "namespace": "namespace",
     "service": "service_name",
     "pod": "pod_name",
+    "pod_uid": "pod_uid",
     "node": "endpoint_node_name",
     "port_name": "endpoint_port_name",
     "ready": "endpoint_ready",
@@ -230,14 +231,14 @@ def _part(number: str | None, of: str | None) -> Part | None:
 class GroupEncoder:
     """Encodes targets as groups of Prometheus' HTTP service discovery (docs/http_sd), one group a target.
 
-    `target_labels` are the labels that a Pod's annotations may set. With `pods_through_proxy` the address of a
-    Pod's target is its Node's.
+    `target_labels` are the labels that a Pod's annotations may set. With `pods_elsewhere` the address and port
+    of a Pod's target are not its own.
     """
 
     meta_keys: MetaKeys = field(default_factory=MetaKeys)
     annotation_prefix: str = "prometheus.io/"
     target_labels: frozenset[str] = frozenset()
-    pods_through_proxy: bool = False
+    pods_elsewhere: bool = False
     _known: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _json: msgspec.json.Encoder = field(default_factory=msgspec.json.Encoder)
     _texts: SharedTexts = field(default_factory=SharedTexts)
@@ -292,11 +293,12 @@ class GroupEncoder:
         known = {name: meta[key] for key, name in names.items() if key in meta}
         if is_pod:
             known |= {name: meta[key] for key, name in _OF_POD.items() if key in meta}
-            known |= {
-                "pod_host_ip" if self.pods_through_proxy else "pod_ip": target.service.address,
-                "pod_container_port_number": str(target.service.port),
-                "pod_phase": "Running",
-            }
+            known["pod_phase"] = "Running"
+            if self.pods_elsewhere:
+                known["pod_host_ip"] = target.service.address
+            else:
+                known["pod_ip"] = target.service.address
+                known["pod_container_port_number"] = str(target.service.port)
         if target.key.kind is not Kind.NODE:
             of = "pod" if is_pod else "service"
             for key, value in self._annotations(target, meta):

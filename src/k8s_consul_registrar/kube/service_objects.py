@@ -68,6 +68,7 @@ class _SliceConditions(Wire):
 class _TargetRef(Wire):
     kind: str = ""
     name: str = ""
+    uid: str = ""
 
 
 class _WireEndpoint(Wire):
@@ -87,7 +88,7 @@ class WireSlice(Wire):
     endpoints: list[msgspec.Raw] | None = None
 
 
-_EMPTY_SPEC = _ServiceSpec()
+_EMPTY_SPEC, _NO_REFERENCE = _ServiceSpec(), _TargetRef()
 _ENDPOINT = msgspec.json.Decoder(_WireEndpoint)
 
 
@@ -153,13 +154,14 @@ def endpoint_of(raw: bytes) -> SliceEndpoint | None:
     wire = _ENDPOINT.decode(raw)
     if not wire.addresses:
         return None
-    conditions, reference = wire.conditions, wire.target_ref
+    conditions, reference = wire.conditions, wire.target_ref or _NO_REFERENCE
     ready = conditions is None or conditions.ready is not False
     return SliceEndpoint(
         address=wire.addresses[0],
-        pod=reference.name if reference is not None and reference.kind == "Pod" else "",
+        pod=reference.name if reference.kind == "Pod" else "",
         node=intern(wire.node_name or ""),
         zone=intern(wire.zone or ""),
         ready=ready,
         serving=ready if conditions is None or conditions.serving is None else conditions.serving,
+        pod_uid=reference.uid if reference.kind == "Pod" else "",
     )

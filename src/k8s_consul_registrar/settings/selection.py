@@ -272,7 +272,7 @@ class NamingSettings(Section, group="Names, tags, labels and shards"):
     )
     extra_meta: tuple[str, ...] = Setting("EXTRA_META", parse.choices(*EXTRA_KEYS)).means(
         "Comma-separated further meta of Pods: `port_name`, `container`, `pod_uid`, `workload` and `workload_kind` (of a "
-        "ReplicaSet its Deployment), `ready`; of endpoints `port_name` and `ready`, of Nodes `ready`"
+        "ReplicaSet its Deployment), `ready`; of endpoints `port_name`, `pod_uid` and `ready`, of Nodes `ready`"
     )
     target_labels: tuple[TargetLabel, ...] = Setting("TARGET_LABELS", Parser(_target_labels, TEXTS)).means(
         "Comma-separated labels, such as `__sample_limit__`, that a Pod's annotations may set for its targets: "

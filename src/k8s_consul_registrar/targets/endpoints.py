@@ -325,7 +325,7 @@ def _with_extra(
     if not rules.extra_meta:
         return meta, ()
     name = next((one.name for one in declared if (one.number, one.protocol) == (port, TCP)), "")
-    values = {"port_name": name, "ready": str(endpoint.ready).lower()}
+    values = {"port_name": name, "pod_uid": endpoint.pod_uid, "ready": str(endpoint.ready).lower()}
     return with_room(meta, [(key, values.get(key, "")) for key in rules.extra_meta], Note.META_DROPPED)
 
 

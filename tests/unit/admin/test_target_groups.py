@@ -150,12 +150,12 @@ def test_endpoint_has_the_names_and_annotations_of_its_service() -> None:
     assert not any("pod_annotation" in name for name in labels)
 
 
-def test_pod_behind_the_proxy_has_its_nodes_address_and_the_operators_prefix() -> None:
-    """Its own address is not known; annotations have the configured prefix."""
-    encoder = GroupEncoder(annotation_prefix="scrape.example/", pods_through_proxy=True)
+def test_pod_scraped_elsewhere_has_its_nodes_address_and_the_operators_prefix() -> None:
+    """Its own address and its container's port are not known; annotations have the configured prefix."""
+    encoder = GroupEncoder(annotation_prefix="scrape.example/", pods_elsewhere=True)
     labels = labels_of(pod_target("web-1"), encoder)
     assert labels[f"{KUBERNETES}pod_host_ip"] == "198.51.100.10"
-    assert f"{KUBERNETES}pod_ip" not in labels
+    assert labels.keys().isdisjoint({f"{KUBERNETES}pod_ip", f"{KUBERNETES}pod_container_port_number"})
     assert labels[f"{KUBERNETES}pod_annotation_scrape_example_scrape"] == "true"
 
 

@@ -421,13 +421,14 @@ def test_slice_has_its_service_ports_and_endpoints() -> None:
         namespace="shop",
         ports={"http": 80},
     )
+    part["endpoints"][0]["targetRef"]["uid"] = "a-uid"
     assert read_kind(Kind.ENDPOINT, part) == EndpointSlice(
         "shop",
         "web-abc",
         "web",
         "IPv4",
         (ContainerPort("http", 80, "TCP"),),
-        (SliceEndpoint("10.0.0.1", "web-1", "n1", "z1", ready=False, serving=True),),
+        (SliceEndpoint("10.0.0.1", "web-1", "n1", "z1", ready=False, serving=True, pod_uid="a-uid"),),
     )
 
 

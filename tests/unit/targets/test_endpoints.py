@@ -189,18 +189,22 @@ def test_setting_for_pods_leaves_endpoints_outside_the_cluster_where_they_are() 
     assert ids_of(database, service=service, rules=rules) == ["svc--shop--web--192.0.2.9--9102"]
 
 
-def test_endpoint_has_the_name_of_its_port_and_its_readiness() -> None:
+def test_endpoint_has_the_name_of_its_port_its_pods_uid_and_its_readiness() -> None:
     """With EXTRA_META; what only the Pod itself says is left out."""
     rules = TargetRules(extra_meta=EXTRA_KEYS)
     ports = (tcp(80, "http"), tcp(9102, "metrics"), tcp(9102, "dns", "UDP"))
     service = make_kube_service(annotations=annotated(port="9102,7000"))
-    part = make_slice("web-1", SliceEndpoint("198.51.100.1", pod="web-1", ready=False), ports=ports)
+    endpoint = SliceEndpoint("198.51.100.1", pod="web-1", ready=False, pod_uid="a-uid")
+    part = make_slice("web-1", endpoint, ports=ports)
     made = targets_of(part, service=service, rules=rules)
     plain = targets_of(part, service=service)
     assert isinstance(made, list)
     assert isinstance(plain, list)
     extra = [dict(set(one.meta) - set(other.meta)) for one, other in zip(made, plain, strict=True)]
-    assert extra == [{"ready": "false"}, {"port_name": "metrics", "ready": "false"}]
+    assert extra == [
+        {"pod_uid": "a-uid", "ready": "false"},
+        {"pod_uid": "a-uid", "port_name": "metrics", "ready": "false"},
+    ]
     assert all(list(one.meta) == sorted(one.meta) for one in made)
 
 
