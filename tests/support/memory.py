@@ -162,6 +162,8 @@ class MemoryRegistry:
         self.read_first = 0
         self.register_calls = 0
         self.deregister_calls = 0
+        # Removals in flight now, and the most at once and in one call so far.
+        self.removing = self.most_removing = self.most_removed_at_once = 0
         self.taken_names: set[str] = set()
         self.names_checked: list[str] = []
         # Called before each write, as other writers get their turn.
@@ -224,7 +226,13 @@ class MemoryRegistry:
         """Take services out, except the refused ones and those of another version."""
         self.deregister_calls += 1
         self.before_write()
-        await asyncio.sleep(self.write_seconds)
+        self.removing += 1
+        self.most_removing = max(self.most_removing, self.removing)
+        self.most_removed_at_once = max(self.most_removed_at_once, len(services))
+        try:
+            await asyncio.sleep(self.write_seconds)
+        finally:
+            self.removing -= 1
         self._check_write()
         failures = tuple(WriteFailure(one.id, "no") for one in services if one.id in self.refused)
         left = [one for one in services if one.id not in self.refused]

@@ -16,7 +16,7 @@ from k8s_consul_registrar.model import Drift, Source
 from k8s_consul_registrar.registrar.claims import Change
 from k8s_consul_registrar.registrar.decide import Kept
 from k8s_consul_registrar.registrar.interfaces import Health, Leadership, NoElection, Role, Upkeep
-from k8s_consul_registrar.registrar.queue import Batch, Priority
+from k8s_consul_registrar.registrar.queue import Batch, Priority, Slots
 from k8s_consul_registrar.registrar.reconciler import Core, Reconciler
 from k8s_consul_registrar.registrar.resync import Resync
 from k8s_consul_registrar.registrar.schedule import Gate, Need, Schedule, ScheduleRules, Step, StepKind
@@ -25,8 +25,6 @@ from k8s_consul_registrar.telemetry import get_logger
 
 # A turn that comes this many seconds late means that the process, or its machine, was suspended.
 SUSPENDED_AFTER = 15.0
-# Bulk batches leave this share of the slots to changes.
-SLOTS_FOR_CHANGES = 4
 
 ResultT = TypeVar("ResultT")
 
@@ -59,6 +57,7 @@ class Controller:
         self._reconciler = reconciler
         self._resyncer = resync
         self._health = health
+        self._slots = Slots(lambda: health.concurrency(core.registry.concurrency))
         self._probe_consul = probe_consul
         self._rules = schedule
         self._timing = timing
@@ -68,7 +67,6 @@ class Controller:
         self._wake = asyncio.Event()
         self._schedule = Schedule.start(schedule, clock())
         self._batches: set[asyncio.Task[None]] = set()
-        self._in_flight = self._bulk_in_flight = 0
         self._step: asyncio.Task[None] | None = None
         self._role = Role.UNDECIDED
         self._has_changes = False
@@ -183,8 +181,8 @@ class Controller:
         if self._role is Role.STANDBY:
             return self._standby_read_due if self._step is None else math.inf
         queue, due = self._core.queue, math.inf
-        if queue.has_waiting and self._core.observed.is_complete and self._in_flight < self._slots():
-            due = queue.next_due(now, with_bulk=self._has_bulk_slot())
+        if queue.has_waiting and self._core.observed.is_complete and self._slots.is_free:
+            due = queue.next_due(now, without=self._full_priorities())
         if self._step is None:
             due = now if self._is_upkeep_due and queue.is_drained else min(due, self._next_step(now).until)
         return due
@@ -222,14 +220,9 @@ class Controller:
 
     # Batches
 
-    def _slots(self) -> int:
-        return self._health.concurrency(self._core.registry.concurrency)
-
-    def _has_bulk_slot(self) -> bool:
-        """Return True if a bulk batch may start: slots are left to changes, and only one batch is partial."""
-        slots = self._slots()
+    def _full_priorities(self) -> list[Priority]:
         is_partial = self._core.queue.bulk_waiting < self._core.registry.batch_size
-        return self._bulk_in_flight < (1 if is_partial else max(1, slots - slots // SLOTS_FOR_CHANGES))
+        return self._slots.full(is_bulk_partial=is_partial)
 
     def _dispatch(self, now: float) -> None:
         """Start batches while there are slots."""
@@ -244,12 +237,11 @@ class Controller:
         if not core.queue.has_waiting:
             return None
         may_write = self._role is Role.LEADER and self._leadership.is_leader and core.observed.is_complete
-        if not may_write or now < self._gate.opens_at or self._in_flight >= self._slots():
+        if not may_write or now < self._gate.opens_at or not self._slots.is_free:
             return None
-        batch = core.queue.take(core.registry.batch_size, now, with_bulk=self._has_bulk_slot())
+        batch = core.queue.take(core.registry.batch_size, now, without=self._full_priorities())
         if batch is not None:
-            self._in_flight += 1
-            self._bulk_in_flight += batch.priority is Priority.BULK
+            self._slots.begin(batch)
         return batch
 
     async def _reconcile(self, first: Batch) -> None:
@@ -267,8 +259,7 @@ class Controller:
         try:
             counts = await self._attempt("batch", self._reconciler.reconcile(batch))
         finally:
-            self._in_flight -= 1
-            self._bulk_in_flight -= batch.priority is Priority.BULK
+            self._slots.end(batch)
             writes = 0 if counts is None else counts.writes
             if writes:  # a batch that needed no request says nothing about Consul
                 self._gate.open("batch", is_drained=self._core.queue.is_drained)

@@ -7,8 +7,8 @@ is not taken a second time, and one added meanwhile is taken again afterwards.
 import heapq
 import math
 import random
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -16,6 +16,11 @@ import msgspec
 
 # Bulk work, removals and retries each get one batch in this many, however many changes wait.
 BULK_SHARE = 4
+# Bulk batches leave one slot in this many to changes.
+SLOTS_FOR_CHANGES = 4
+# Removals have one slot in this many, for batches of a quarter of the usual size: Consul makes one write after the
+# other, so a change waits for all that are ahead of it, while a removal has time.
+SLOTS_PER_REMOVAL, REMOVAL_BATCH = 8, 4
 # Seconds between two writes of one ID at least, so that an object that flaps does not starve the others.
 MIN_INTERVAL = 0.2
 # An ID that moves to another queue leaves its entry behind; beyond this many, stale entries are dropped.
@@ -106,6 +111,11 @@ class WorkQueue:
         """Return the number of IDs that wait or are in flight."""
         return len(self._items)
 
+    def backs_off(self, service_id: str) -> bool:
+        """Return True if an ID failed and waits for another try."""
+        item = self._items.get(service_id)
+        return item is not None and item.is_retry and not item.is_in_flight
+
     def is_pending(self, service_id: str) -> bool:
         """Return whether an ID is in flight, or waits for its first try."""
         item = self._items.get(service_id)
@@ -167,8 +177,11 @@ class WorkQueue:
         """True if no ID is in flight or due; IDs that back off do not count."""
         return not self.in_flight and not (self._items and self._has_ready())
 
-    def take(self, limit: int, now: float, *, with_bulk: bool = True) -> Batch | None:
-        """Return the next batch of at most `limit` IDs, None if nothing is due."""
+    def take(self, limit: int, now: float, *, without: Collection[Priority] = ()) -> Batch | None:
+        """Return the next batch of at most `limit` IDs, fewer of removals; None if nothing is due.
+
+        Work of the priorities in `without` is left out.
+        """
         if not self.has_waiting:
             return None
         self._wake(now)
@@ -180,11 +193,12 @@ class WorkQueue:
         order = [others[number] for _, number in turns]
         order += [self._changes, self._retries, self._removals, self._bulk]
         for ready in order:
-            if (ready is self._bulk and not with_bulk) or not (ids := self._take_from(ready, limit)):
+            priority = self._priority_of(ready)
+            most = max(1, limit // REMOVAL_BATCH) if priority is Priority.REMOVAL else limit
+            if priority in without or not (ids := self._take_from(ready, most)):
                 continue
             for number, other in enumerate(others):
                 self._since[number] = 0 if other is ready else self._since[number] + 1
-            priority = Priority.BULK if ready is self._bulk else Priority.CHANGE
             return Batch(tuple(ids), ready is self._retries, priority)
         return None
 
@@ -221,12 +235,12 @@ class WorkQueue:
             item.is_in_flight = item.is_added_again = False
             self._schedule(service_id, item, now, now)
 
-    def next_due(self, now: float, *, with_bulk: bool = True) -> float:
+    def next_due(self, now: float, *, without: Collection[Priority] = ()) -> float:
         """Return when an ID is due next that `take` would return, infinity if none waits."""
         if not self.has_waiting:
             return math.inf
         self._wake(now)
-        if self._has_ready(with_bulk=with_bulk):
+        if self._has_ready(without):
             return now
         while self._later and not self._is_current(*self._later[0]):
             heapq.heappop(self._later)
@@ -279,12 +293,17 @@ class WorkQueue:
         item = self._items.get(service_id)
         return item is not None and not item.is_in_flight and not item.is_ready and item.due == due
 
-    def _has_ready(self, *, with_bulk: bool = True) -> bool:
+    def _has_ready(self, without: Collection[Priority] = ()) -> bool:
         """Return whether an ID is due."""
         queues = (self._changes, self._removals, self._retries, self._bulk)
         return any(
-            self._first_of(ready) is not None for ready in queues if with_bulk or ready is not self._bulk
+            self._first_of(ready) is not None for ready in queues if self._priority_of(ready) not in without
         )
+
+    def _priority_of(self, ready: deque[str]) -> Priority:
+        if ready is self._removals:
+            return Priority.REMOVAL
+        return Priority.BULK if ready is self._bulk else Priority.CHANGE
 
     def _first_of(self, ready: deque[str]) -> _Item | None:
         """Return the first item of one queue, None if it is empty; entries of IDs that moved are dropped."""
@@ -323,3 +342,34 @@ class WorkQueue:
             taken.append(ready.popleft())
         self.in_flight += len(taken)
         return taken
+
+
+class Slots:
+    """The batches in flight, and the priorities of which another one may join them.
+
+    `most` returns how many batches there may be now.
+    """
+
+    def __init__(self, most: Callable[[], int]) -> None:
+        self._most = most
+        self._taken: Counter[Priority] = Counter()
+
+    @property
+    def is_free(self) -> bool:
+        """True if a batch may start."""
+        return self._taken.total() < self._most()
+
+    def full(self, *, is_bulk_partial: bool) -> list[Priority]:
+        """Return the priorities that have all their slots; bulk batches that are not full have one."""
+        most = self._most()
+        bulk = 1 if is_bulk_partial else max(1, most - most // SLOTS_FOR_CHANGES)
+        limits = {Priority.REMOVAL: max(1, most // SLOTS_PER_REMOVAL), Priority.BULK: bulk}
+        return [priority for priority, limit in limits.items() if self._taken[priority] >= limit]
+
+    def begin(self, batch: Batch) -> None:
+        """Count a batch that starts."""
+        self._taken[batch.priority] += 1
+
+    def end(self, batch: Batch) -> None:
+        """Forget a batch that ended."""
+        self._taken[batch.priority] -= 1

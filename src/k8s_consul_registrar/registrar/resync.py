@@ -128,7 +128,8 @@ class Resync(CorePart):
             self._queue.add(service_id, self._clock(), Priority.BULK)
         release(found.judged, self._desired, self._quota)
         removals = [*found.removals, *found.judged.released]
-        self._queue.add_after(removals, found.differing, self._clock(), Priority.BULK)
+        removals = [one for one in removals if not self._queue.backs_off(one)]
+        self._queue.add_after(removals, found.differing, self._clock(), Priority.REMOVAL)
         for service_id in () if self._quota is None else (*self._quota.admitted(), *self._quota.leaving()):
             self._queue.add(service_id, self._clock(), Priority.BULK)
         rejections = tuple(self._desired.rejections.values())

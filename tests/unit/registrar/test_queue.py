@@ -10,9 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from k8s_consul_registrar.registrar.queue import Batch, Priority, WorkQueue
+from k8s_consul_registrar.registrar.queue import Batch, Priority, Slots, WorkQueue
 
 MOST = 10
+NO_BULK = (Priority.BULK,)
 
 
 def new_queue(*, first: float = 1.0, cap: float = 600.0, min_interval: float = 0.0) -> WorkQueue:
@@ -159,14 +160,45 @@ def test_queue_change_beside_bulk_work_is_taken_next() -> None:
         assert take(queue) == (f"new-{number}",)
 
 
+def test_queue_removals_travel_in_small_batches() -> None:
+    """A change waits for little; a quarter of a batch of one is one."""
+    queue = new_queue()
+    for number in range(8):
+        queue.add(f"gone-{number}", 0.0, Priority.REMOVAL)
+    assert [len(take(queue, limit=limit)) for limit in (16, 1)] == [4, 1]
+
+
+@pytest.mark.parametrize(("most", "removals", "bulk"), [(1, 1, 1), (8, 1, 6), (32, 4, 24)])
+def test_slots_leave_room_for_changes(most: int, removals: int, bulk: int) -> None:
+    """Removals have an eighth of the slots and bulk work three quarters, one at least."""
+    for priority, limit in ((Priority.REMOVAL, removals), (Priority.BULK, bulk)):
+        slots = Slots(lambda: most)
+        batch = Batch(("a",), priority=priority)
+        for _ in range(limit):
+            assert priority not in slots.full(is_bulk_partial=False)
+            slots.begin(batch)
+        assert slots.full(is_bulk_partial=False) == [priority]
+        assert slots.is_free is (limit < most)
+        slots.end(batch)
+        assert slots.is_free
+        assert slots.full(is_bulk_partial=False) == []
+
+
+def test_slots_let_one_batch_of_bulk_work_be_partial() -> None:
+    """The next one waits until it is full, or the only one."""
+    slots = Slots(lambda: 8)
+    slots.begin(Batch(("a",), priority=Priority.BULK))
+    assert slots.full(is_bulk_partial=True) == [Priority.BULK]
+
+
 def test_queue_bulk_work_can_be_left_out() -> None:
     """Changes alone are taken, and nothing if there are none."""
     queue = new_queue()
     queue.add("bulk", 0.0, Priority.BULK)
-    assert queue.take(MOST, 0.0, with_bulk=False) is None
-    assert queue.next_due(0.0, with_bulk=False) == math.inf
+    assert queue.take(MOST, 0.0, without=NO_BULK) is None
+    assert queue.next_due(0.0, without=NO_BULK) == math.inf
     queue.add("change", 0.0)
-    assert queue.take(MOST, 0.0, with_bulk=False) == Batch(("change",))
+    assert queue.take(MOST, 0.0, without=NO_BULK) == Batch(("change",))
     assert take(queue) == ("bulk",)
 
 
@@ -472,10 +504,10 @@ class QueueModel(RuleBasedStateMachine):
         else:
             self._owe(service_id)
 
-    @rule(limit=st.integers(1, 4), with_bulk=st.booleans())
-    def take(self, limit: int, *, with_bulk: bool) -> None:
+    @rule(limit=st.integers(1, 4), without=st.sets(st.sampled_from(Priority)))
+    def take(self, limit: int, without: set[Priority]) -> None:
         """Take a batch."""
-        batch = self.queue.take(limit, self.now, with_bulk=with_bulk)
+        batch = self.queue.take(limit, self.now, without=without)
         if batch is None:
             return
         assert 1 <= len(batch.ids) <= limit
