@@ -63,7 +63,6 @@ class ClientConnection(asyncio.BufferedProtocol):
         "_reader",
         "_relay",
         "_scrape",
-        "_seat",
         "_state",
         "_transport",
     )
@@ -78,7 +77,7 @@ class ClientConnection(asyncio.BufferedProtocol):
         self._relay = relay
         self._inbound = inbound
         self._limit = limit
-        self._seat = limit.enter(self, None)
+        limit.enter(self, None)
         self._on_lost = on_lost
         self._reader = RequestReader(relay.requests)
         self._transport: asyncio.Transport | None = None
@@ -102,7 +101,7 @@ class ClientConnection(asyncio.BufferedProtocol):
             self._transport.abort()
             return
         self._expire_in(self._relay.timing.request_head)
-        self._limit.move(self._seat, self._origin(), is_trusted=False)
+        self._limit.move(self, self._origin(), is_trusted=False)
         # Any byte that the socket does not accept at once is a reason to wait.
         self._transport.set_write_buffer_limits(high=0)
         self._fd = self._socket().fileno()
@@ -178,7 +177,7 @@ class ClientConnection(asyncio.BufferedProtocol):
             return
         self._expires = math.inf  # the scrape has a deadline of its own
         self._state = SCRAPING
-        self._seat.begin()
+        self._limit.begin(self)
         self._scrape = scrape = Scrape(relay, self, routed, request)
         scrape.start()
 
@@ -190,7 +189,7 @@ class ClientConnection(asyncio.BufferedProtocol):
 
     def _trust(self, identity: Hashable, *, is_trusted: bool) -> None:
         self._is_trusted = is_trusted
-        self._limit.move(self._seat, identity, is_trusted=is_trusted)
+        self._limit.move(self, identity, is_trusted=is_trusted)
 
     def _expire_in(self, seconds: float) -> None:
         self._expires = self._relay.loop.time() + seconds
@@ -273,7 +272,7 @@ class ClientConnection(asyncio.BufferedProtocol):
     def _go_on(self, allowance: float) -> None:
         """Wait for the next request, for `allowance` seconds once the client has read everything."""
         if self._state is SCRAPING:
-            self._seat.end()
+            self._limit.end(self)
         self._state = READING
         self._allowance = allowance
         relay = self._relay
@@ -297,7 +296,7 @@ class ClientConnection(asyncio.BufferedProtocol):
     def _linger(self) -> None:
         # Closing with unread bytes at hand would reset the connection, and the answer with it (RFC 9112, 9.6).
         assert self._transport is not None
-        self._seat.end()
+        self._limit.end(self)
         self._state = LINGERING
         with contextlib.suppress(OSError):
             self._transport.write_eof()
@@ -319,7 +318,7 @@ class ClientConnection(asyncio.BufferedProtocol):
 
     def close(self) -> None:
         """Close once everything is sent; until then the connection gives way like an idle one."""
-        self._seat.end()
+        self._limit.end(self)
         self._state = CLOSED
         self._expire_in(self._relay.timing.unread)
         if self._transport is not None:
@@ -327,7 +326,7 @@ class ClientConnection(asyncio.BufferedProtocol):
 
     def give_way(self) -> None:
         """Close at once, to make room for another connection."""
-        self._limit.leave(self._seat)
+        self._limit.leave(self)
         self.abort()
 
     def abort(self) -> None:
@@ -360,11 +359,11 @@ class ClientConnection(asyncio.BufferedProtocol):
     def connection_lost(self, _exc: Exception | None) -> None:
         """Forget the connection."""
         self._leave()
-        self._limit.leave(self._seat)
+        self._limit.leave(self)
         self._on_lost(self)
 
     def _leave(self) -> None:
-        self._seat.end()
+        self._limit.end(self)
         self._state = CLOSED
         if self._scrape is not None:
             scrape, self._scrape = self._scrape, None

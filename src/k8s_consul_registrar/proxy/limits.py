@@ -215,24 +215,6 @@ class Limits:
         return True
 
 
-class Seat(Generic[ConnectionT]):
-    """The place of one open connection."""
-
-    __slots__ = ("connection", "group")
-
-    def __init__(self, connection: ConnectionT, group: "_Group[ConnectionT]") -> None:
-        self.connection = connection
-        self.group = group
-
-    def begin(self) -> None:
-        """Keep the connection from giving way: a scrape begins."""
-        self.group.idle.pop(self, None)
-
-    def end(self) -> None:
-        """Let the connection give way again, after those that are idle for longer."""
-        self.group.idle[self] = None
-
-
 class _Group(Generic[ConnectionT]):
     """The connections of one identity, the idle ones in the order in which they became so."""
 
@@ -241,7 +223,7 @@ class _Group(Generic[ConnectionT]):
     def __init__(self, identity: Hashable, *, is_trusted: bool) -> None:
         self.identity = identity
         self.is_trusted = is_trusted
-        self.idle: dict[Seat[ConnectionT], None] = {}
+        self.idle: dict[ConnectionT, None] = {}
         self.size = 0
 
 
@@ -254,46 +236,51 @@ class ConnectionLimit(Generic[ConnectionT]):
 
     def __init__(self, most: int) -> None:
         self._most = most
+        self._open: dict[ConnectionT, _Group[ConnectionT]] = {}
         self._groups: dict[tuple[bool, Hashable], _Group[ConnectionT]] = {}
         # By trust, and by size: the groups of one size in a dictionary each.
         self._by_size: dict[bool, list[dict[_Group[ConnectionT], None]]] = {False: [{}], True: [{}]}
-        self._size = 0
 
     def __len__(self) -> int:
-        return self._size
+        return len(self._open)
 
     @property
     def is_full(self) -> bool:
         """True if another connection needs one to give way."""
-        return self._size >= self._most
+        return len(self._open) >= self._most
 
-    def enter(self, connection: ConnectionT, identity: Hashable) -> Seat[ConnectionT]:
+    def enter(self, connection: ConnectionT, identity: Hashable) -> None:
         """Add an idle connection of an untrusted client."""
-        seat = Seat(connection, self._group(identity, is_trusted=False))
-        self._join(seat, seat.group)
-        seat.end()
-        self._size += 1
-        return seat
+        self._join(connection, identity, is_trusted=False)
+        self.end(connection)
 
-    def leave(self, seat: Seat[ConnectionT]) -> None:
+    def leave(self, connection: ConnectionT) -> None:
         """Remove a connection; one that was removed before is none any more."""
-        if seat.group.size:
-            self._part(seat)
-            self._size -= 1
-            seat.group = _Group(None, is_trusted=False)
+        if connection in self._open:
+            self._part(connection)
 
-    def move(self, seat: Seat[ConnectionT], identity: Hashable, *, is_trusted: bool) -> None:
+    def move(self, connection: ConnectionT, identity: Hashable, *, is_trusted: bool) -> None:
         """Give a connection another identity, or another trust; it stays idle or busy."""
-        before = seat.group
-        if not before.size or (before.identity, before.is_trusted) == (identity, is_trusted):
+        before = self._open.get(connection)
+        if before is None or (before.identity, before.is_trusted) == (identity, is_trusted):
             return
-        is_idle = seat in before.idle
-        self._part(seat)
-        self._join(seat, self._group(identity, is_trusted=is_trusted))
+        is_idle = connection in before.idle
+        self._part(connection)
+        self._join(connection, identity, is_trusted=is_trusted)
         if is_idle:
-            seat.end()
+            self.end(connection)
 
-    def first_to_go(self) -> Seat[ConnectionT] | None:
+    def begin(self, connection: ConnectionT) -> None:
+        """Keep a connection from giving way: a scrape begins."""
+        self._open[connection].idle.pop(connection, None)
+
+    def end(self, connection: ConnectionT) -> None:
+        """Let a connection give way again, after those that are idle for longer."""
+        group = self._open.get(connection)
+        if group is not None:
+            group.idle[connection] = None
+
+    def first_to_go(self) -> ConnectionT | None:
         """Return the connection that gives way to another, None if all have scrapes under way."""
         for is_trusted in (False, True):
             for groups in reversed(self._by_size[is_trusted]):
@@ -302,20 +289,17 @@ class ConnectionLimit(Generic[ConnectionT]):
                         return next(iter(group.idle))
         return None
 
-    def _group(self, identity: Hashable, *, is_trusted: bool) -> _Group[ConnectionT]:
+    def _join(self, connection: ConnectionT, identity: Hashable, *, is_trusted: bool) -> None:
         key = (is_trusted, identity)
         group = self._groups.get(key)
         if group is None:
             group = self._groups[key] = _Group(identity, is_trusted=is_trusted)
-        return group
-
-    def _join(self, seat: Seat[ConnectionT], group: _Group[ConnectionT]) -> None:
-        seat.group = group
+        self._open[connection] = group
         self._resize(group, group.size + 1)
 
-    def _part(self, seat: Seat[ConnectionT]) -> None:
-        group = seat.group
-        group.idle.pop(seat, None)
+    def _part(self, connection: ConnectionT) -> None:
+        group = self._open.pop(connection)
+        group.idle.pop(connection, None)
         self._resize(group, group.size - 1)
         if not group.size:
             del self._groups[group.is_trusted, group.identity]

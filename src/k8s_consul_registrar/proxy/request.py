@@ -79,18 +79,45 @@ class RequestCache:
             self._seen[raw] = request
 
 
+class _Head:
+    """Collector of what llhttp reads of one request.
+
+    The parser holds it and it holds no parser, so a closed connection leaves no cycle of references behind.
+    """
+
+    __slots__ = ("fields", "is_complete", "target")
+
+    def __init__(self) -> None:
+        self.target = b""
+        self.fields: dict[bytes, bytes] = {}
+        self.is_complete = False
+
+    def on_url(self, piece: bytes) -> None:
+        """Append a piece of the target; it may come in several."""
+        self.target += piece
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Add a field, joined to earlier values of it."""
+        key = name.lower()
+        if key in REQUEST_FIELDS:
+            fields = self.fields
+            fields[key] = value if key not in fields else fields[key] + b", " + value
+
+    def on_headers_complete(self) -> None:
+        """Note the end of the head, which ends every request without a body."""
+        self.is_complete = True
+
+
 class RequestReader:
     """Reader of one request after another off one connection."""
 
-    __slots__ = ("_cache", "_fields", "_head_is_complete", "_parser", "_partial", "_target")
+    __slots__ = ("_cache", "_head", "_parser", "_partial")
 
     def __init__(self, cache: RequestCache) -> None:
         self._cache = cache
-        self._parser = HttpRequestParser(self)
         self._partial = b""
-        self._target = b""
-        self._fields: dict[bytes, bytes] = {}
-        self._head_is_complete = False
+        self._head: _Head
+        self._parser: HttpRequestParser
 
     @property
     def is_midway(self) -> bool:
@@ -109,9 +136,8 @@ class RequestReader:
             known = self._cache.get(raw)
             if known is not None:
                 return known
-            self._target = b""
-            self._fields = {}
-            self._head_is_complete = False
+            self._head = _Head()
+            self._parser = HttpRequestParser(self._head)
         if len(raw) > HEAD_LIMIT:
             return Fault(HEAD_TOO_LONG if 0 <= raw.find(b"\r\n") <= TARGET_LIMIT else LINE_TOO_LONG)
         return self._parse(raw, data)
@@ -122,19 +148,18 @@ class RequestReader:
             parser.feed_data(data)
         except HttpParserUpgrade:
             # RFC 9110, 7.8: an upgrade may be ignored. llhttp reads nothing more after one.
-            self._parser = HttpRequestParser(self)
             is_connect = parser.get_method() == b"CONNECT"
             return Fault(METHOD) if is_connect else self._finish(raw, parser)
         except HttpParserError as error:
             return self._parse_fault(raw, error)
-        if self._head_is_complete:
+        if self._head.is_complete:
             return self._finish(raw, parser)
         self._partial = raw
-        return Fault(LINE_TOO_LONG) if len(self._target) > TARGET_LIMIT else None
+        return Fault(LINE_TOO_LONG) if len(self._head.target) > TARGET_LIMIT else None
 
     def _finish(self, raw: bytes, parser: HttpRequestParser) -> Request | Fault:
         self._partial = b""
-        if len(self._target) > TARGET_LIMIT:
+        if len(self._head.target) > TARGET_LIMIT:
             return Fault(LINE_TOO_LONG)
         return self._judge(raw, parser.get_method(), parser.get_http_version())
 
@@ -144,12 +169,12 @@ class RequestReader:
             return Fault(METHOD)
         if "HTTP version" in problem or problem.startswith("Pause on PRI"):
             return Fault(VERSION)
-        if self._head_is_complete and raw.find(END_OF_HEAD) + len(END_OF_HEAD) < len(raw):
+        if self._head.is_complete and raw.find(END_OF_HEAD) + len(END_OF_HEAD) < len(raw):
             return Fault(ONE_AT_A_TIME)
         return Fault(MALFORMED)
 
     def _judge(self, raw: bytes, method: bytes, version: str) -> Request | Fault:
-        target, fields = self._target, self._fields
+        target, fields = self._head.target, self._head.fields
         head = raw[_EMPTY_LINES.match(raw).end() :]  # type: ignore[union-attr]  # it matches nothing too
         is_legacy = version == "1.0"
         if version != "1.1" and not is_legacy:
@@ -172,31 +197,10 @@ class RequestReader:
         return request
 
     def _judge_line(self, head: bytes, method: bytes, version: str) -> Fault:
-        line = b"%b %b HTTP/%b\r\n" % (method, self._target, version.encode())
+        fields = self._head.fields
+        line = b"%b %b HTTP/%b\r\n" % (method, self._head.target, version.encode())
         if method == b"GET" or not head.startswith(line):
             return Fault(MALFORMED)
-        is_alone = head.find(END_OF_HEAD) + len(END_OF_HEAD) == len(head) and not has_body(self._fields)
-        is_sound = (
-            version == "1.1"
-            and is_alone
-            and request_fault(self._fields) is None
-            and not wants_close(self._fields)
-        )
+        is_alone = head.find(END_OF_HEAD) + len(END_OF_HEAD) == len(head) and not has_body(fields)
+        is_sound = version == "1.1" and is_alone and request_fault(fields) is None and not wants_close(fields)
         return Fault(METHOD, keeps_alive=is_sound, is_head=method == b"HEAD")
-
-    # Called by llhttp
-
-    def on_url(self, piece: bytes) -> None:
-        """Append a piece of the target; it may come in several."""
-        self._target += piece
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Add a field, joined to earlier values of it."""
-        key = name.lower()
-        if key in REQUEST_FIELDS:
-            fields = self._fields
-            fields[key] = value if key not in fields else fields[key] + b", " + value
-
-    def on_headers_complete(self) -> None:
-        """Note the end of the head, which ends every request without a body."""
-        self._head_is_complete = True

@@ -83,12 +83,12 @@ class ProxyServer:
         return client
 
     def _make_room(self) -> bool:
-        seat = self._limit.first_to_go()
-        if seat is None:
+        client = self._limit.first_to_go()
+        if client is None:
             self._relay.counts.denied += 1
             return False
         self._relay.counts.evicted += 1
-        seat.connection.give_way()
+        client.give_way()
         return True
 
     def _report_evictions(self, now: float) -> None:

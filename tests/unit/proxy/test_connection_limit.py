@@ -1,7 +1,7 @@
 """The connection that gives way where there are too many, against a model; and stalled scrapes."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -21,7 +21,6 @@ from k8s_consul_registrar.proxy.limits import (
     Concurrency,
     ConnectionLimit,
     Limits,
-    Seat,
 )
 
 MOST = 6
@@ -37,7 +36,6 @@ class Connection:
     is_busy: bool = False
     idle_since: int = 0
     is_open: bool = True
-    seat: Seat["Connection"] = field(init=False)
 
 
 class ConnectionLimitModel(RuleBasedStateMachine):
@@ -75,21 +73,21 @@ class ConnectionLimitModel(RuleBasedStateMachine):
     def connect(self, identity: str) -> Connection | MultipleResults[Connection]:
         """Accept a connection as the proxy does: at the limit another one gives way, or it is denied."""
         if self.limit.is_full:
-            seat = self.limit.first_to_go()
-            assert (set() if seat is None else {id(seat.connection)}) <= self.candidates()
-            assert (seat is None) == (not self.candidates())
-            if seat is None:
+            first = self.limit.first_to_go()
+            assert (set() if first is None else {id(first)}) <= self.candidates()
+            assert (first is None) == (not self.candidates())
+            if first is None:
                 assert all(each.is_busy for each in self.open)
                 return multiple()
-            self.close(seat.connection)
+            self.close(first)
         connection = Connection(identity, idle_since=self.tick())
-        connection.seat = self.limit.enter(connection, identity)
+        self.limit.enter(connection, identity)
         self.open.append(connection)
         return connection
 
     def close(self, connection: Connection) -> None:
         """Remove a connection."""
-        self.limit.leave(connection.seat)
+        self.limit.leave(connection)
         self.open.remove(connection)
         connection.is_open = False
 
@@ -98,7 +96,7 @@ class ConnectionLimitModel(RuleBasedStateMachine):
         """Begin a scrape."""
         if connection.is_open and not connection.is_busy:
             connection.is_busy = True
-            connection.seat.begin()
+            self.limit.begin(connection)
 
     @rule(connection=connections)
     def end(self, connection: Connection) -> None:
@@ -106,7 +104,7 @@ class ConnectionLimitModel(RuleBasedStateMachine):
         if connection.is_busy:
             connection.is_busy = False
             connection.idle_since = self.tick()
-            connection.seat.end()
+            self.limit.end(connection)
 
     @rule(connection=connections, identity=IDENTITIES, is_trusted=st.booleans())
     def move(self, connection: Connection, identity: str, is_trusted: bool) -> None:
@@ -115,7 +113,7 @@ class ConnectionLimitModel(RuleBasedStateMachine):
             if (connection.identity, connection.is_trusted) != (identity, is_trusted):
                 connection.idle_since = self.tick()
             connection.identity, connection.is_trusted = identity, is_trusted
-        self.limit.move(connection.seat, identity, is_trusted=is_trusted)
+        self.limit.move(connection, identity, is_trusted=is_trusted)
 
     @rule(connection=consumes(connections), twice=st.booleans())
     def leave(self, connection: Connection, twice: bool) -> None:
@@ -123,7 +121,7 @@ class ConnectionLimitModel(RuleBasedStateMachine):
         if connection.is_open:
             self.close(connection)
         if twice:
-            self.limit.leave(connection.seat)
+            self.limit.leave(connection)
 
     @invariant()
     def counts_agree(self) -> None:
