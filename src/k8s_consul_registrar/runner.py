@@ -19,8 +19,6 @@ EXIT_CHANGES = 3
 EXIT_INTERRUPTED = 130
 # Seconds after which a full garbage collection took too long. Nothing else runs meanwhile.
 LONG_PAUSE = 0.02
-# Thresholds of the collector where a full collection is short: one connection is about 20 objects.
-FREQUENT = (2_000, 1, 1)
 
 log = get_logger("lifecycle")
 
@@ -90,13 +88,8 @@ class Stop:
             doing.result()
 
 
-def run_mode(main: Callable[[Stop], Coroutine[Any, Any, None]], *, holds_cluster: bool = False) -> int:
-    """Run a mode until a signal asks it to stop, and return its exit code.
-
-    `holds_cluster` is True if it keeps the state of a cluster, which makes full garbage collections long.
-    Otherwise they are short and frequent: a connection that is closed leaves cyclic garbage behind, and
-    anyone can open thousands of connections again and again.
-    """
+def run_mode(main: Callable[[Stop], Coroutine[Any, Any, None]]) -> int:
+    """Run a mode until a signal asks it to stop, and return its exit code."""
 
     async def until_signal() -> int:
         stop = Stop()
@@ -106,10 +99,7 @@ def run_mode(main: Callable[[Stop], Coroutine[Any, Any, None]], *, holds_cluster
 
     # The modules loaded so far stay: visiting them was half the cost of garbage collection in a first sync.
     gc.freeze()
-    if holds_cluster:
-        Pauses().watch()
-    else:
-        gc.set_threshold(*FREQUENT)
+    Pauses().watch()
     return run_loop(until_signal())
 
 
@@ -135,10 +125,10 @@ class Pauses:
     """Keeps the pauses of Python's garbage collector short, however many targets there are.
 
     A full collection visits every object it tracks: 116 ms at 80,000 targets. The state of the cluster lives
-    long and is freed by reference counts, so a full collection finds nothing in it. What one collection
-    visited for too long is therefore set aside (`gc.freeze`), and cyclic garbage among it is never found. That
-    loss is bounded: the next long collection needs as many new objects, which means a large part of the
-    cluster changed.
+    long and is freed by reference counts, as are the connections of the proxy, so a full collection finds nothing
+    in it. What one collection visited for too long is therefore set aside (`gc.freeze`), and cyclic garbage among
+    it is never found. That loss is bounded: the next long collection needs as many new objects, which means a
+    large part of the cluster changed.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:

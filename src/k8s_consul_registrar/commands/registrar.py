@@ -59,7 +59,7 @@ def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     del parsed
     settings = read_registrar(environment)
     start_logs(settings.common)
-    return run_mode(lambda stop: run_registrar(settings, stop), holds_cluster=True)
+    return run_mode(lambda stop: run_registrar(settings, stop))
 
 
 async def run_registrar(settings: RegistrarSettings, stop: Stop, timing: Timing | None = None) -> None:
