@@ -2,14 +2,11 @@
 
 import asyncio
 import hashlib
-import struct
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 from k8s_consul_registrar.admin.target_groups import Group, GroupEncoder, LabelNames, SdQuery
 from k8s_consul_registrar.admin.view import TargetRow, Targets
@@ -17,12 +14,10 @@ from k8s_consul_registrar.asyncio_tools import in_slices
 
 # Targets encoded before the loop gets its turn: about 2 ms.
 _SLICE = 200
-# Groups that are compressed together: small enough that one change costs little, large enough to compress well.
-_BLOCK = 32
-# Blocks looked at before the loop gets its turn: about 1 ms.
-_BLOCKS = 16
+# Groups that are compressed at once, and pieces before the loop gets its turn: about 2 ms.
+_PIECE, _PIECES = 64, 4
 # Bytes decompressed at once: about 1 ms.
-_PIECE = 64 * 1024
+_UNPACKED = 64 * 1024
 # Documents kept compressed. Every shard path of a large installation fits; a caller that makes up filters
 # can make the registrar render, and not hold more than this.
 _MAX_KEPT = 64
@@ -34,25 +29,13 @@ LEAST = 0.1
 _COST = 10.0
 _LATELY = 60.0
 _GZIP = zlib.MAX_WBITS | 16
-# RFC 1952: deflate, no name, no time, an unknown system; an empty last block.
-_GZIP_HEAD, _GZIP_END = b"\x1f\x8b\x08\0\0\0\0\0\0\xff", b"\x03\0"
-
-
-class _Block(NamedTuple):
-    """Some text, compressed so that blocks can follow one another, and its CRC-32; `shift` is that of its size."""
-
-    packed: bytes
-    digest: bytes
-    size: int
-    checksum: int
-    shift: int
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
     """One rendered document: gzip bytes, the size without gzip, the position it shows, and its CPU time.
 
-    `since` is the moment of the first document with this content.
+    `since` is the moment of the first document with this content, `version` that of the groups.
     """
 
     packed: bytes
@@ -62,13 +45,13 @@ class Document:
     begun: float
     seconds: float
     since: float
-    blocks: Mapping[tuple[bytes, ...], _Block]
+    version: object
 
 
 class Groups:
     """The groups of all targets; one that changes is encoded again and keeps its place.
 
-    `version` moves when a group does, `position` is that of the view they show.
+    `version` is another object whenever a group has changed, `position` is that of the view they show.
     """
 
     def __init__(self, view: Targets, encoder: GroupEncoder, names: LabelNames) -> None:
@@ -78,7 +61,7 @@ class Groups:
         self._place_of: dict[str, int] = {}
         self._free: list[int] = []
         self.places: list[Group | None] = []
-        self.version = 0
+        self.version = object()
         self.position = -1
 
     async def refresh(self) -> None:
@@ -106,7 +89,7 @@ class Groups:
                 del self._place_of[service_id]
                 self.places[place] = None
                 self._free.append(place)
-                self.version += 1
+                self.version = object()
             return
         group = self._encoder.encode(target, self._names)
         if place is None:
@@ -116,7 +99,7 @@ class Groups:
             place = self._place_of[service_id] = self._free.pop()
         if self.places[place] != group:
             self.places[place] = group
-            self.version += 1
+            self.version = object()
 
 
 @dataclass(slots=True)
@@ -176,84 +159,25 @@ class Documents:
         return found
 
     async def _render(self, query: SdQuery) -> Document:
-        """Render a document; blocks that are as they were are not compressed again."""
+        """Render a document, unless the groups are those of the one before."""
         begun, used, before = time.monotonic(), time.thread_time(), self._kept.get(query)
         groups = await self._refreshed(query.names)
-        known = {} if before is None else before.blocks
-        blocks: dict[tuple[bytes, ...], _Block] = {}
-        size = checksum = 0
-        packed, digest = [_GZIP_HEAD], hashlib.blake2b(digest_size=12)
-        async for some in in_slices(_blocks(groups.places, query), _BLOCKS):
-            key = tuple(chain.from_iterable((one.shared, one.own) for one in some))
-            found = known.get(key) or _pack(b"".join([one.text for one in some])[:-1])
-            for block in (_BETWEEN if blocks else _BEGIN, found):
-                packed.append(block.packed)
-                digest.update(block.digest)
-                checksum, size = _after(checksum, block), size + block.size
-            blocks[key] = found
-        for block in (_END,) if blocks else (_BEGIN, _END):
-            packed.append(block.packed)
-            checksum, size = _after(checksum, block), size + block.size
-        packed += (_GZIP_END, struct.pack("<II", checksum, size & 0xFFFFFFFF))
-        seconds, etag = time.thread_time() - used, digest.hexdigest()
+        if before is not None and before.version is groups.version:
+            return replace(before, position=groups.position)
+        packing, parts, size, begin = zlib.compressobj(1, wbits=_GZIP), [], 0, b"["
+        async for start in in_slices(range(0, len(groups.places), _PIECE), _PIECES):
+            some = groups.places[start : start + _PIECE]
+            if texts := [one.text for one in some if one is not None and query.matches(one)]:
+                text = begin + b",".join(texts)
+                parts.append(packing.compress(text))
+                size += len(text)
+                begin = b","
+        end = b"]\n" if size else b"[]\n"
+        packed = b"".join((*parts, packing.compress(end), packing.flush()))
+        etag, size = hashlib.blake2b(packed, digest_size=12).hexdigest(), size + len(end)
         since = before.since if before is not None and before.etag == etag else begun
-        return Document(b"".join(packed), size, etag, groups.position, begun, seconds, since, blocks)
-
-
-def _blocks(places: Sequence[Group | None], query: SdQuery) -> Iterator[list[Group]]:
-    """Yield the groups that a query asks for, in blocks."""
-    for start in range(0, len(places), _BLOCK):
-        found = [one for one in places[start : start + _BLOCK] if one is not None and query.matches(one)]
-        if found:
-            yield found
-
-
-def _pack(text: bytes) -> _Block:
-    packing = zlib.compressobj(1, wbits=-zlib.MAX_WBITS)
-    packed = packing.compress(text) + packing.flush(zlib.Z_FULL_FLUSH)
-    digest = hashlib.blake2b(text, digest_size=12).digest()
-    return _Block(packed, digest, len(text), zlib.crc32(text), _shift(8 * len(text)))
-
-
-# A CRC-32 (RFC 1952) is a polynomial modulo another one, over bits: its highest bit is the coefficient of 1. So the
-# checksum of two texts in a row is that of the first, times x for each bit of the second, plus that of the second.
-_ONE, _X, _MODULUS, _WHOLE = 1 << 31, 1 << 30, 0xEDB88320, 0xFFFFFFFF
-_SIZE_BITS = 40  # of the size of a text in bits, at most
-
-
-def _after(checksum: int, block: _Block) -> int:
-    """Return the checksum of a text of this checksum with a block after it."""
-    return _times(checksum, block.shift) ^ block.checksum
-
-
-def _times(one: int, other: int) -> int:
-    """Return the product of two polynomials."""
-    product = 0
-    while one:
-        if one & _ONE:
-            product ^= other
-        one = (one << 1) & _WHOLE
-        other = (other >> 1) ^ _MODULUS if other & 1 else other >> 1
-    return product
-
-
-# The powers of x whose exponents are powers of 2.
-_SQUARES = [_X]
-while len(_SQUARES) < _SIZE_BITS:
-    _SQUARES.append(_times(_SQUARES[-1], _SQUARES[-1]))
-
-
-def _shift(bits: int) -> int:
-    """Return x to the power of a number."""
-    power = _ONE
-    for at, square in enumerate(_SQUARES):
-        if bits >> at & 1:
-            power = _times(power, square)
-    return power
-
-
-# What is before the groups, between two blocks of them, and after the last one.
-_BEGIN, _BETWEEN, _END = _pack(b"["), _pack(b","), _pack(b"]\n")
+        seconds = time.thread_time() - used
+        return Document(packed, size, etag, groups.position, begun, seconds, since, groups.version)
 
 
 def pieces(packed: bytes) -> Iterator[bytes]:
@@ -261,5 +185,5 @@ def pieces(packed: bytes) -> Iterator[bytes]:
     unpacking = zlib.decompressobj(wbits=_GZIP)
     rest = packed
     while not unpacking.eof:
-        yield unpacking.decompress(rest, _PIECE)
+        yield unpacking.decompress(rest, _UNPACKED)
         rest = unpacking.unconsumed_tail

@@ -227,16 +227,15 @@ class Explainer:
             changed = differences(before[0], after)
             state = f"differs; the registrar {does} {changed}" if changed else "as it should be"
         row = TargetRow(after, key, TargetState.REGISTERED if before else TargetState.PENDING)
-        group = bytearray()
-        self.encoder.append(row, group)
-        labels: dict[str, str] = msgspec.json.decode(bytes(group[:-1]))["labels"]
         conditions = (
             Condition("name", after.name),
             Condition("owner", "this registrar"),
             Condition("in Consul", state),
             *self._over_quota(service_id),
         )
-        return ServiceState(service_id, conditions, socket_address(after.address, after.port), labels)
+        return ServiceState(
+            service_id, conditions, socket_address(after.address, after.port), self.encoder.labels(row)
+        )
 
     def _over_quota(self, service_id: str) -> tuple[Condition, ...]:
         quota = self.core.quota

@@ -110,7 +110,7 @@ class FileSd:
         )
         self._blocking = Blocking()
         # The version of the groups in the file, None if it is not known to hold any, and the position of the view.
-        self._written: int | None = None
+        self._written: object | None = None
         self._position = -1
         self._due = self._checked_at = self._failed_at = float("-inf")
         # None until the first targets were compared with those of an earlier process.
@@ -135,7 +135,7 @@ class FileSd:
         begun, groups = time.monotonic(), await self._documents.groups()
         version, self._position = groups.version, groups.position
         self._due = begun + LEAST_PAUSE
-        if self._written == version and not self._before and not self._status.problem:
+        if self._written is version and not self._before and not self._status.problem:
             return
         shown = [one for one in groups.places if one is not None]
         try:
@@ -169,11 +169,11 @@ class FileSd:
         file = Replacement(self._path, MODE)
         file.open()
         try:
-            piece = b"["
+            begin = b"["
             while some := tuple(islice(texts, PIECE)):
-                file.write(piece)
-                piece = b"".join(some)
-            file.write(piece.removesuffix(b",") + b"]\n")
+                file.write(begin + b",".join(some))
+                begin = b","
+            file.write(b"[]\n" if begin == b"[" else b"]\n")
             file.commit()
         finally:
             file.discard()
@@ -189,7 +189,7 @@ class FileSd:
             self._before.pop(one.id, None)
         if not self._is_kept(held, shown=len(groups)):
             self._before = {}
-        return [b"\n%b," % group for group in self._before.values()]
+        return [b"\n" + group for group in self._before.values()]
 
     def _is_kept(self, held: int, *, shown: int) -> bool:
         """Return True if what is left of `held` groups of an earlier process stays in the file for now."""

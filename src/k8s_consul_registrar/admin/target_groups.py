@@ -2,9 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import compress
+from operator import ne
 from typing import NamedTuple
 
 import msgspec
@@ -77,12 +79,11 @@ _ANNOTATIONS = {
 }
 # Keys whose labels are remembered; Pods choose some of them.
 _MOST_KEYS = 4096
-# The texts of groups are divided here; then there are an address and the first name of a label at these places. How
-# many sets of names are remembered, and how many formats of each.
-_QUOTE, _ADDRESS, _FIRST_NAME = b'"', 3, 7
+# Sets of names that are remembered, and formats of each.
 _MOST_NAMES, _MOST_FORMATS = 256, 64
 _NOT_IN_A_LABEL = re.compile(r"[^a-zA-Z0-9_]")
 _NUMBER = re.compile(r"[0-9]{1,4}")
+_encoder = msgspec.json.Encoder()
 _WAIT = re.compile(r"([0-9]{1,4}(?:\.[0-9]{1,3})?)s?")
 
 
@@ -106,7 +107,7 @@ class Part(NamedTuple):
 
 
 class Group(msgspec.Struct, frozen=True, gc=False):
-    """A target as a group of a document; its text is divided into what many groups have, and what only it has."""
+    """A target as a group of a document: a format that many groups share, and the values that only it has."""
 
     id: str
     key: ObjectKey
@@ -116,39 +117,38 @@ class Group(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def text(self) -> bytes:
-        """The group on a line of its own that ends with a comma."""
-        return self.shared % tuple(self.own.split(_QUOTE))
+        """The group as JSON, on a line of its own."""
+        return self.shared % tuple(self.own.split(b"\n"))
 
 
-class SharedTexts:
-    """Divides texts of groups: names of labels, and values of the first group with these names, are shared.
+class Formats:
+    """Formats of groups: names of labels, and values that a group has in common with the first one of these names.
 
-    A text is a kilobyte, four fifths of which its neighbours have as well.
+    A group is a kilobyte, four fifths of which its neighbours have as well.
     """
 
     def __init__(self) -> None:
-        self._first: dict[tuple[int, bytes], list[bytes]] = {}
-        self._shared: dict[tuple[int, bytes], dict[tuple[int, ...], bytes]] = {}
+        self._known: dict[tuple[str, ...], tuple[list[str], dict[bytes, bytes]]] = {}
 
-    def divide(self, text: bytes) -> tuple[bytes, bytes]:
-        """Return a format of bytes, and the values for it, between quotation marks as in the text."""
-        parts = text.split(_QUOTE)
-        names = len(parts), b"".join(parts[_FIRST_NAME::4])
-        if names not in self._first and len(self._first) >= _MOST_NAMES:
-            self._first.clear()
-            self._shared.clear()
-        first = self._first.setdefault(names, parts)
-        formats = self._shared.setdefault(names, {})
-        own = tuple([at for at, part in enumerate(parts) if part != first[at] or at == _ADDRESS])
-        if own not in formats and len(formats) >= _MOST_FORMATS:
-            own = tuple(range(len(parts)))
-        shared = formats.get(own)
+    def divide(self, labels: Mapping[str, str]) -> tuple[bytes, Iterator[str]]:
+        """Return a format for labels, and the values for it; the address comes before them."""
+        names = (*labels,)
+        if (known := self._known.get(names)) is None:
+            if len(self._known) >= _MOST_NAMES:
+                self._known.clear()
+            known = self._known[names] = [*labels.values()], {}
+        first, formats = known
+        is_own = bytes(map(ne, labels.values(), first))
+        if is_own not in formats and len(formats) >= _MOST_FORMATS:
+            is_own = b"\1" * len(first)
+        shared = formats.get(is_own)
         if shared is None:
-            escaped = [part.replace(b"%", b"%%") for part in parts]
-            for at in own:
-                escaped[at] = b"%b"
-            shared = formats[own] = _QUOTE.join(escaped)
-        return shared, _QUOTE.join([parts[at] for at in own])
+            pairs = [
+                _escaped(name) + b":" + (b"%b" if own else _escaped(value))
+                for (name, value), own in zip(labels.items(), is_own, strict=True)
+            ]
+            shared = formats[is_own] = b'\n{"targets":[%%b],"labels":{%b}}' % b",".join(pairs)
+        return shared, compress(labels.values(), is_own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,18 +240,17 @@ class GroupEncoder:
     target_labels: frozenset[str] = frozenset()
     pods_elsewhere: bool = False
     _known: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    _json: msgspec.json.Encoder = field(default_factory=msgspec.json.Encoder)
-    _texts: SharedTexts = field(default_factory=SharedTexts)
+    _formats: Formats = field(default_factory=Formats)
 
     def encode(self, target: TargetRow, names: LabelNames = LabelNames.CONSUL) -> Group:
         """Encode one target."""
-        text = bytearray()
-        self.append(target, text, names)
-        shard_path = target.service.value("shard_path")
-        return Group(target.service.id, target.key, shard_path, *self._texts.divide(bytes(text)))
+        service = target.service
+        shared, values = self._formats.divide(self.labels(target, names))
+        own = b"\n".join(map(_json, (socket_address(service.address, service.port), *values)))
+        return Group(service.id, target.key, service.value("shard_path"), shared, own)
 
-    def append(self, target: TargetRow, to: bytearray, names: LabelNames = LabelNames.CONSUL) -> None:
-        """Append one group on a line of its own, and a comma."""
+    def labels(self, target: TargetRow, names: LabelNames = LabelNames.CONSUL) -> dict[str, str]:
+        """Return the labels of one target."""
         service, known = target.service, self._known
         labels = {} if names is LabelNames.KUBERNETES else _of_service(service)
         first = 1 if names is LabelNames.KUBERNETES else 0
@@ -262,13 +261,7 @@ class GroupEncoder:
             labels.update(self._kubernetes(target))
         if names is LabelNames.KUBERNETES and target.key.kind is Kind.NODE:
             labels["instance"] = target.key.name
-        group = {"targets": [socket_address(service.address, service.port)], "labels": labels}
-        to += b"\n"
-        try:
-            to += self._json.encode(group)
-        except UnicodeEncodeError:  # half of a surrogate pair has no UTF-8; JSON can spell it
-            to += json.dumps(group).encode()
-        to += b","
+        return labels
 
     def _labels_of(self, key: str) -> tuple[str, ...]:
         """Return the label that consul_sd gives to a meta key, and the one that Prometheus itself reads."""
@@ -342,3 +335,15 @@ def _of_service(service: Service) -> dict[str, str]:
 def _as_label(text: str) -> str:
     """Replace what the name of a label cannot have, as Prometheus does: one bad name fails its whole refresh."""
     return _NOT_IN_A_LABEL.sub("_", text)
+
+
+def _json(text: str) -> bytes:
+    try:
+        return _encoder.encode(text)
+    except UnicodeEncodeError:  # half of a surrogate pair has no UTF-8; JSON can spell it
+        return json.dumps(text).encode()
+
+
+def _escaped(text: str) -> bytes:
+    """Return a text as JSON inside a format."""
+    return _json(text).replace(b"%", b"%%")

@@ -32,10 +32,7 @@ pytestmark = pytest.mark.both_loops
 
 def group_of(target: TargetRow, encoder: GroupEncoder | None = None) -> dict[str, Any]:
     """Return the one group a target becomes."""
-    text = bytearray()
-    (encoder or GroupEncoder()).append(target, text)
-    assert text.endswith(b",")
-    found: dict[str, Any] = json.loads(text[:-1])
+    found: dict[str, Any] = json.loads((encoder or GroupEncoder()).encode(target).text)
     return found
 
 

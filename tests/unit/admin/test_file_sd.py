@@ -69,10 +69,8 @@ async def running(file: FileSd) -> AsyncIterator[None]:
 
 def groups(names: Iterable[str]) -> dict[str, bytes]:
     """Return the groups of Pods by ID."""
-    text = bytearray()
-    for name in names:
-        GroupEncoder().append(pod_target(name), text)
-    return dict(groups_by_id(b"[" + text[:-1] + b"]\n"))
+    texts = [GroupEncoder().encode(pod_target(name)).text for name in names]
+    return dict(groups_by_id(b"[" + b",".join(texts) + b"]\n"))
 
 
 async def test_file_follows_the_targets_and_is_readable_by_others(tmp_path: Path) -> None:

@@ -36,12 +36,7 @@ def encoded(
 
 def documents(targets: Iterable[TargetRow]) -> list[bytes]:
     """Return the group that a collector gets for each target."""
-    groups = []
-    for target in targets:
-        text = bytearray()
-        GroupEncoder().append(target, text)
-        groups.append(bytes(text))
-    return groups
+    return [GroupEncoder().encode(target).text for target in targets]
 
 
 def test_targets_are_read_back_as_they_were() -> None:

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from k8s_consul_registrar.admin.target_groups import (
     MOST_SHARDS,
     BadQuery,
+    Formats,
     Group,
     GroupEncoder,
     LabelNames,
-    SharedTexts,
     parse_sd_query,
     parse_wait,
 )
@@ -27,9 +27,7 @@ def labels_of(
     target: TargetRow, encoder: GroupEncoder | None = None, names: LabelNames = LabelNames.KUBERNETES
 ) -> dict[str, str]:
     """Return the labels of a target's group."""
-    text = bytearray()
-    (encoder or GroupEncoder()).append(target, text, names)
-    found: dict[str, str] = json.loads(text[:-1])["labels"]
+    found: dict[str, str] = json.loads((encoder or GroupEncoder()).encode(target, names).text)["labels"]
     return found
 
 
@@ -196,13 +194,17 @@ _ODD = st.text(st.sampled_from('ab"%\\:,{}é\ud800'), max_size=6)
 
 
 @given(st.lists(st.dictionaries(_ODD, _ODD, max_size=4), max_size=20))
-def test_text_that_was_divided_is_put_together_as_it_was(metas: list[dict[str, str]]) -> None:
+def test_group_has_its_own_labels_whatever_it_shares_with_others(metas: list[dict[str, str]]) -> None:
     """Whatever the names and values, quotation marks and signs of formats among them, and whatever came before."""
     encoder = GroupEncoder()
     for number, meta in enumerate(metas):
-        target, text = pod_target(f"web-{number % 3}", meta=meta), bytearray()
-        encoder.append(target, text)
-        assert encoder.encode(target).text == bytes(text)
+        target = pod_target(f"web-{number % 3}", meta=meta)
+        group = encoder.encode(target)
+        assert json.loads(group.text) == {
+            "targets": ["198.51.100.10:9102"],
+            "labels": encoder.labels(target),
+        }
+        assert group.text.count(b"\n") == 1
 
 
 def test_groups_share_most_of_their_texts() -> None:
@@ -213,14 +215,15 @@ def test_groups_share_most_of_their_texts() -> None:
     assert len({id(one.shared) for one in groups}) < 100
 
 
-def test_texts_of_ever_new_names_are_forgotten() -> None:
+def test_formats_of_ever_new_names_are_forgotten() -> None:
     """Names that Pods choose do not make the memory grow."""
-    texts = SharedTexts()
+    formats = Formats()
     for number in range(5000):
-        text = b'\n{"targets":["a:1"],"labels":{"l%d":"x"}},' % number
-        shared, own = texts.divide(text)
-        assert shared % tuple(own.split(b'"')) == text
+        formats.divide({f"l{number}": "x"})
     for number in range(5000):
-        values = b",".join(b'"l%d":"%d"' % (at, number >> at & 1) for at in range(13))
-        texts.divide(b'\n{"targets":["a:1"],"labels":{%s}},' % values)
-    assert sum(map(len, texts._shared.values())) < 1000
+        labels = {f"l{at}": str(number >> at & 1) for at in range(13)}
+        shared, values = formats.divide(labels)
+        own = [f'"{value}"'.encode() for value in values]
+        assert json.loads(shared % (b'"a:1"', *own)) == {"targets": ["a:1"], "labels": labels}
+    assert len(formats._known) <= 256
+    assert sum(len(known) for _, known in formats._known.values()) < 1000
