@@ -12,10 +12,20 @@ import uvloop
 
 from k8s_consul_registrar.rotating import LoadStatus
 from support.internal_errors import FORCED, none_counted
+from support.waiting import PATIENCE_FACTOR
 
 # A busy machine takes long for an example now and then; pytest's own timeout ends a test that hangs.
-hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("any machine")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each test as much longer as the waits in it."""
+    if PATIENCE_FACTOR != 1 and config.option.timeout is None:
+        config.option.timeout = float(config.getini("timeout")) * PATIENCE_FACTOR
 
 
 def pytest_asyncio_loop_factories(

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from support import processes as ports
 from support.files import PACKAGE, ROOT, TESTS
 from support.processes import reserve_block, reserve_ports
-from support.waiting import until
+from support.waiting import STRETCHES, unless_late, until
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 RESERVE_AND_WAIT = "import sys; from support.processes import reserve_ports; print(*reserve_ports(100), flush=True); sys.stdin.read()"
@@ -48,6 +49,28 @@ async def test_until_ends_a_condition_that_hangs() -> None:
     """The bound holds for one look as well as for many."""
     with pytest.raises(TimeoutError, match=r"not within 0\.05 s"):
         await until(lambda: asyncio.sleep(60), within=0.05)
+
+
+@pytest.mark.parametrize(
+    ("stall", "fails", "attempts"),
+    [(0.0, 1, [1]), (0.2, 0, [1]), (0.2, 2, [1, 2, 4]), (0.2, 9, [*STRETCHES])],
+)
+async def test_failure_counts_unless_the_loop_was_late(stall: float, fails: int, attempts: list[int]) -> None:
+    """Where it was late the attempt is made again with longer times, and the last one counts in any case."""
+    made: list[int] = []
+
+    async def attempt(stretch: int) -> None:
+        made.append(stretch)
+        await asyncio.sleep(0)
+        time.sleep(stall)  # noqa: ASYNC251 - stands for a machine that is busy with something else
+        assert len(made) > fails
+
+    try:
+        await unless_late(attempt, by=0.1)
+        is_passed = True
+    except AssertionError:
+        is_passed = False
+    assert (made, is_passed) == (attempts, len(attempts) > fails)
 
 
 def test_ports_are_distinct_free_and_not_handed_out_by_the_system() -> None:

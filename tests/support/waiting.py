@@ -3,12 +3,17 @@
 import asyncio
 import inspect
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
+
+import pytest
 
 # Seconds. A passing test never waits so long; a machine that is busy with something else may come close. On one that is
 # slower still, PATIENCE_FACTOR=3 has every wait last three times as long.
-PATIENCE = (60.0 if os.environ.get("CI") else 30.0) * float(os.environ.get("PATIENCE_FACTOR", "1"))
+PATIENCE_FACTOR = float(os.environ.get("PATIENCE_FACTOR", "1"))
+PATIENCE = (60.0 if os.environ.get("CI") else 30.0) * PATIENCE_FACTOR
 SLACK = PATIENCE / 2  # seconds that a busy machine may add to a time a test measures
+STRETCHES = (1, 2, 4, 8)
 
 
 async def until(
@@ -36,6 +41,55 @@ async def until(
 async def _value(condition: Callable[[], object]) -> object:
     found = condition()
     return await found if inspect.isawaitable(found) else found
+
+
+async def slept(seconds: float) -> float:
+    """Sleep, and return how many times as long it took: what is bounded in that time is bounded in proportion."""
+    began = time.monotonic()
+    await asyncio.sleep(seconds)
+    return (time.monotonic() - began) / seconds
+
+
+class Lateness:
+    """The most seconds by which the event loop ran a timer late, as on a machine that is busy with something else."""
+
+    EVERY = 0.02  # seconds
+
+    def __init__(self) -> None:
+        self._most = 0.0
+        self._due = time.monotonic()
+
+    @property
+    def most(self) -> float:
+        """The most so far, with a timer that is late just now."""
+        return max(self._most, time.monotonic() - self._due)
+
+    async def watch(self) -> None:
+        """Look until cancelled."""
+        while True:
+            self._due = time.monotonic() + self.EVERY
+            await asyncio.sleep(self.EVERY)
+            self._most = self.most
+
+
+async def unless_late(attempt: Callable[[int], Awaitable[object]], *, by: float) -> None:
+    """Run a test whose times are short, and again if it fails where the event loop was late `by` seconds or more.
+
+    The attempt multiplies its times by the number that it gets, so that a slow machine has more. A failure without
+    such a delay is one of the code.
+    """
+    for stretch in STRETCHES:
+        lateness = Lateness()
+        watching = asyncio.create_task(lateness.watch())
+        try:
+            await attempt(stretch)
+        except (Exception, pytest.fail.Exception):
+            if lateness.most < by or stretch == STRETCHES[-1]:
+                raise
+        else:
+            return
+        finally:
+            watching.cancel()
 
 
 class Clock:
