@@ -38,7 +38,7 @@ from support.files import recorded, recorded_refusal
 from support.processes import reserve_ports
 from support.waiting import PATIENCE
 
-TIMING = Timing(connect_timeout=5.0, read_timeout=5.0)  # no test waits for it, even on a busy machine
+TIMING = Timing(connect_timeout=20.0, read_timeout=20.0)  # no test waits for it, even on a busy machine
 IMPATIENT = Timing(connect_timeout=1.0, read_timeout=0.1)
 SECRET = "s3cr3t-t0ken"
 ANONYMOUS = StoredCredentials(ClientIdentity())

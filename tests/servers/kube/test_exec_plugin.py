@@ -229,10 +229,13 @@ async def test_program_that_hangs_is_ended_with_its_children(tmp_path: Path) -> 
         "import subprocess\n"
         f"child = subprocess.Popen(['sleep', '60'])\npathlib.Path({str(pid_file)!r}).write_text(str(child.pid))\n"
     )
-    started = time.monotonic()
-    with pytest.raises(AccessError, match=r"took longer than 1\.5 s"):
-        await ExecCredentials(plugin(script(tmp_path, code)), time_limit=1.5).identity()
-    assert time.monotonic() - started < 1.5 + SLACK
+    for limit in (1.5, 6.0, 24.0):  # on a slow machine the program needs more time to start its child
+        started = time.monotonic()
+        with pytest.raises(AccessError, match=f"took longer than {limit:g} s"):
+            await ExecCredentials(plugin(script(tmp_path, code)), time_limit=limit).identity()
+        assert time.monotonic() - started < limit + SLACK
+        if pid_file.exists():
+            break
     await assert_gone(int(pid_file.read_text()))
 
 

@@ -66,7 +66,7 @@ async def answering(
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     access = Access(f"http://127.0.0.1:{runner.addresses[0][1]}", StoredCredentials(ClientIdentity()))
     try:
-        async with KubeClient(access, Timing(connect_timeout=1, read_timeout=1)) as client:
+        async with KubeClient(access, Timing()) as client:
             yield LeaseClient(client, "shop", "registrar"), server
     finally:
         await runner.cleanup()

@@ -25,7 +25,7 @@ from k8s_consul_registrar.sandbox.sandbox import Sandbox
 from support.waiting import until
 
 PODS, NODES = Source(Kind.POD), Source(Kind.NODE)
-TIMING = Timing(retry_first=0.02, retry_cap=0.1, read_timeout=2.0, watch_settle=0.05)
+TIMING = Timing(retry_first=0.02, retry_cap=0.1, watch_settle=0.05)
 SCRAPED = {"prometheus.io/scrape": "true", "prometheus.io/port": "9102"}
 
 
