@@ -19,6 +19,7 @@ from support.daemon import Daemon
 from support.doors import TcpProxy
 from support.lab import Lab, SandboxLab, each_release, running_lab
 from support.processes import LOOPBACK
+from support.waiting import PATIENCE
 
 CATALOG = {"CONSUL_BACKEND": "catalog"}
 NODE = "k8s-lab"
@@ -128,8 +129,8 @@ async def test_two_replicas_take_turns(release: ConsulRelease) -> None:
         **CATALOG,
         "LEADER_ELECTION": "true",
         "LEASE_NAMESPACE": "default",
-        "LEASE_DURATION": "3",
-        "LEASE_RENEW_DEADLINE": "2",
+        "LEASE_DURATION": "30",
+        "LEASE_RENEW_DEADLINE": "20",
         "LEASE_RETRY_PERIOD": "0.3",
     }
     async with running_lab(ConsulOptions(release)) as lab:
@@ -150,7 +151,6 @@ async def test_two_replicas_take_turns(release: ConsulRelease) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(240)
 async def test_service_left_in_the_catalog_by_the_agent_is_removed_there() -> None:
     """The agent answers 200 to the deregistration and has no right to remove the record from the catalog."""
     async with running_lab(ConsulOptions(NEWEST, is_server=False)) as lab:
@@ -163,7 +163,7 @@ async def test_service_left_in_the_catalog_by_the_agent_is_removed_there() -> No
             left = {one.id for one in lab.consul.catalog.services_of("agent-1")} - set(lab.services)
             assert left == {"pod--shop--web-0"}
             assert await daemon.metric("ghost_services") == 0
-            await daemon.until(lambda: set(held(lab, "agent-1")) == set(lab.services), within=90)
+            await daemon.until(lambda: set(held(lab, "agent-1")) == set(lab.services), within=3 * PATIENCE)
             line = await daemon.until_said("the agent left services in the catalog")
             assert line["services"] == "pod--shop--web-0"
             assert set(lab.services) == IDS - {"pod--shop--web-0"}
@@ -262,6 +262,7 @@ async def test_agent_backend_at_a_single_server_works_and_says_so() -> None:
         await populate(lab)
         async with await lab.registrar() as daemon:
             await daemon.until(lambda: lab.has(*IDS))
+            await daemon.until_said(UNFIT)
             (line,) = daemon.said(UNFIT)
             assert (line["about"], "agent-1" in line["problem"]) == ("server", True)
             await lab.cluster.delete_pod("web-0")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from support.contender import TIMING
+from k8s_consul_registrar.registrar.election import ElectionTiming
+from support.contender import LONG, TIMING
 from support.election import NAME, RETRY, Polls, running_polls
 from support.files import TESTS
 from support.processes import Program
@@ -32,11 +33,12 @@ class Processes:
         self._record = folder / "record"
         self._programs: list[Program] = []
 
-    async def start(self, identity: str) -> Program:
+    async def start(self, identity: str, timing: ElectionTiming = TIMING) -> Program:
         """Start a replica."""
         path = await self._polls.kubeconfig()
         script = str(TESTS / "support" / "contender.py")
-        arguments = (str(path), self._polls.namespace, NAME, identity, str(self._record))
+        times = map(str, (timing.lease_duration, timing.renew_deadline, timing.retry_period))
+        arguments = (str(path), self._polls.namespace, NAME, identity, str(self._record), *times)
         program = Program([sys.executable, script, *arguments], self._folder / f"{identity}.log")
         program.launch()
         self._programs.append(program)
@@ -110,14 +112,14 @@ async def test_stopped_leader_wakes_up_and_writes_nothing(processes: Processes) 
 
 async def test_leader_stopped_shortly_goes_on(processes: Processes) -> None:
     """SIGSTOP for less than the deadline hands nothing over."""
-    first = await processes.start("a")
+    first = await processes.start("a", LONG)
     await processes.until("a")
-    await processes.start("b")
+    await processes.start("b", LONG)
     await asyncio.sleep(2)
     first.send(signal.SIGSTOP)
     await asyncio.sleep(0.5)
     first.send(signal.SIGCONT)
-    await asyncio.sleep(TIMING.lease_duration)
+    await asyncio.sleep(LONG.lease_duration)
     assert processes.writers() == ["a"]
 
 

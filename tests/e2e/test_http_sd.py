@@ -12,8 +12,8 @@ ELECTION = {
     "LEADER_ELECTION": "true",
     "CONSUL_BACKEND": "catalog",
     "LEASE_NAMESPACE": "default",
-    "LEASE_DURATION": "3",
-    "LEASE_RENEW_DEADLINE": "2",
+    "LEASE_DURATION": "30",
+    "LEASE_RENEW_DEADLINE": "20",
     "LEASE_RETRY_PERIOD": "0.3",
 }
 LEASES = rule("get create update", "leases", group="coordination.k8s.io")

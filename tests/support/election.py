@@ -286,11 +286,17 @@ class Polls:
 
     @contextlib.asynccontextmanager
     async def replica(
-        self, identity: str, *, address: str = "", rules: Rules = RULES, clock: Callable[[], float] = clock
+        self,
+        identity: str,
+        *,
+        address: str = "",
+        rules: Rules = RULES,
+        clock: Callable[[], float] = clock,
+        timing: ElectionTiming = TIMING,
     ) -> AsyncIterator["Replica"]:
         """Run a replica, and end it in order."""
         async with self.client(address, rules) as client:
-            elector = Elector(client, identity, TIMING, clock=clock)
+            elector = Elector(client, identity, timing, clock=clock)
             replica = Replica(elector, asyncio.create_task(elector.run()))
             try:
                 yield replica
@@ -299,10 +305,15 @@ class Polls:
 
     @contextlib.asynccontextmanager
     async def leader(
-        self, identity: str, *, address: str = "", clock: Callable[[], float] = clock
+        self,
+        identity: str,
+        *,
+        address: str = "",
+        clock: Callable[[], float] = clock,
+        timing: ElectionTiming = TIMING,
     ) -> AsyncIterator["Replica"]:
         """Run a replica and wait until it leads."""
-        async with self.replica(identity, address=address, clock=clock) as replica:
+        async with self.replica(identity, address=address, clock=clock, timing=timing) as replica:
             await replica.leads()
             yield replica
 
