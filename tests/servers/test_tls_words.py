@@ -37,7 +37,7 @@ from support.waiting import PATIENCE
 CA, OTHER = PlainCA(), PlainCA("another CA")
 HOST = "127.0.0.1"
 TRUST = Trust(CA.pem.decode(), ca_setting="the CA of this test")
-WITHOUT_RETRIES = Timing(connect_timeout=3, read_timeout=3)
+WITHOUT_RETRIES = Timing(connect_timeout=20, read_timeout=20)
 
 
 def showing(ca: PlainCA, name: str = HOST, **dates: object) -> ssl.SSLContext:
@@ -152,7 +152,7 @@ async def kubelet(port: int) -> str:
 
 async def check(port: int) -> str:
     """Return what `check` says of a kubelet."""
-    kubelets = Kubelets(TRUST, verifies_node_name=False, token="t", timeout=3)
+    kubelets = Kubelets(TRUST, verifies_node_name=False, token="t", timeout=20)
     (found,) = await check_kubelets([Kubelet(port=port).node()], kubelets, allow_loopback=True)
     return f"{found.detail}; {found.hint}"
 

@@ -130,12 +130,13 @@ async def test_many_questions_are_answered_one_at_a_time_and_a_bounded_number_wa
             return await read(key)
 
         monkeypatch.setattr(lab.cluster, "read_object", slowly)
-        questions = [asyncio.create_task(asking.ask("pod shop/a")) for _ in range(explain.MOST_WAITING)]
+        questions = [asyncio.create_task(asking.ask("pod shop/a")) for _ in range(explain.MOST_WAITING + 1)]
         await until(lambda: under_way == 1)
-        await asyncio.sleep(0.2)
+        done, waiting = await asyncio.wait(questions, return_when=asyncio.FIRST_COMPLETED)
+        assert [one.result()[0] for one in done] == [429]
         assert (await asking.ask("pod shop/a"))[0] == 429
         may_answer.set()
-        assert {status for status, _ in await asyncio.gather(*questions)} == {200}
+        assert {status for status, _ in await asyncio.gather(*waiting)} == {200}
         may_answer.clear()
         monkeypatch.setattr(explain, "ANSWER", 0.1)
         assert (await asking.ask("pod shop/a"))[0] == 503

@@ -182,7 +182,6 @@ async def test_what_is_no_collector_is_said_so(
 
 async def test_collector_that_hangs_or_refuses_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """In words, not by the name of an exception."""
-    monkeypatch.setattr(delivery, "ANSWER", 0.2)
 
     async def hang(_: web.Request) -> web.Response:
         await asyncio.sleep(2)
@@ -191,8 +190,10 @@ async def test_collector_that_hangs_or_refuses_is_said_so(monkeypatch: pytest.Mo
     app = web.Application()
     app.router.add_get("/api/v1/targets", hang)
     async with TestServer(app) as server:
-        with pytest.raises(CollectorError, match=r"it does not answer in 0\.2 s"):
-            await ask_collector(f"http://127.0.0.1:{server.port}", "")
+        with monkeypatch.context() as patience:
+            patience.setattr(delivery, "ANSWER", 0.2)
+            with pytest.raises(CollectorError, match=r"it does not answer in 0\.2 s"):
+                await ask_collector(f"http://127.0.0.1:{server.port}", "")
     with pytest.raises(CollectorError, match="it cannot be asked: Connect call failed"):
         await ask_collector("http://127.0.0.1:9", "")
 

@@ -28,7 +28,7 @@ from k8s_consul_registrar.rotating import bearer_tokens
 from k8s_consul_registrar.tls import server_tls
 from support.odd_inputs import full_disk
 from support.seen import Registrar, pod_target
-from support.waiting import until
+from support.waiting import PATIENCE, until
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 OURS = {"X-Registrar-Cluster": "lab", "ETag": 'W/"1"'}
@@ -260,7 +260,7 @@ async def test_answer_that_is_no_registrars_document_leaves_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handler: Handler, words: str
 ) -> None:
     """Each is named, in few and printable words, and the last good state stays."""
-    monkeypatch.setattr(follower, "HEAD", 0.5)
+    monkeypatch.setattr(follower, "HEAD", 0.5 if "in time" in words else PATIENCE)
     monkeypatch.setattr(follower, "SIZE_LIMIT", 8 << 20)
     path = tmp_path / "targets.json"
     path.write_bytes(b'[{"targets":["192.0.2.1:80"],"labels":{}}]')

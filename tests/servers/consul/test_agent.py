@@ -182,11 +182,15 @@ async def test_newer_agents_404_for_an_unknown_service_is_done() -> None:
 async def test_concurrency_is_bounded() -> None:
     """No more requests are under way than allowed."""
     now, most = 0, 0
+    are_many = asyncio.Event()
 
     async def counting(_: web.Request) -> web.Response:
         nonlocal now, most
         now += 1
         most = max(most, now)
+        if now == 5:
+            are_many.set()
+        await are_many.wait()
         await asyncio.sleep(0.005)
         now -= 1
         return web.Response()

@@ -114,12 +114,16 @@ async def test_readiness_on_the_sandbox() -> None:
 async def test_few_transactions_and_few_at_once() -> None:
     """A transaction takes 128 services; no more are under way than allowed."""
     now, most, sizes = 0, 0, []
+    are_many = asyncio.Event()
 
     async def write(_: web.Request, operations: list[dict[str, dict[str, str]]]) -> web.Response:
         nonlocal now, most
         now += 1
         most = max(most, now)
         sizes.append(len(operations))
+        if now == 3:
+            are_many.set()
+        await are_many.wait()
         await asyncio.sleep(0.01)
         now -= 1
         return accepted(operations)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import select
 import socket
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from k8s_consul_registrar.settings.reading import read_registrar
 from k8s_consul_registrar.wiring.registrar import Wiring
 from support.builders import our_pod_service
 from support.scripted import QUICK
-from support.waiting import PATIENCE
+from support.waiting import PATIENCE, until
 
 BODY = b"x" * 40_000
 
@@ -31,6 +32,11 @@ def _deaf_server() -> Iterator[tuple[str, socket.socket]]:
         listening.listen()
         listening.settimeout(PATIENCE)
         yield f"http://127.0.0.1:{listening.getsockname()[1]}", listening
+
+
+def is_connected(listening: socket.socket) -> bool:
+    """Return True if a connection waits to be accepted."""
+    return bool(select.select([listening], [], [], 0)[0])
 
 
 def _read_until_reset(listening: socket.socket) -> int:
@@ -63,6 +69,7 @@ async def test_write_of_a_process_that_is_stopped_is_not_sent_on() -> None:
             ConsulAccess(ConsulAddress(url)), QUICK, fence=Fence(lambda: 60, 1)
         ) as client:
             writing = asyncio.create_task(client.request("PUT", "/v1/x", body=BODY))
+            await until(lambda: is_connected(listening))
             await asyncio.sleep(0.2)
             time.sleep(2)  # noqa: ASYNC251 - stands for a stopped process: our loop does nothing either
             assert _read_until_reset(listening) < len(BODY)

@@ -81,7 +81,7 @@ async def test_kubelet_trickles() -> None:
 
     async with relaying(trickle) as (kubelet, proxy):
         with pytest.raises(ConnectionResetError):
-            await proxy.exchange(get_request(cadvisor(kubelet), f"{TIMEOUT}: 1"))
+            await proxy.exchange(get_request(cadvisor(kubelet), f"{TIMEOUT}: 3"))
         await kubelet.left.wait()
         assert outcomes(proxy) == {Outcome.CUT: 1}
 
@@ -154,9 +154,11 @@ async def test_caller_leaves_while_dialling() -> None:
     """Gives the dial up with the caller that asked for it."""
 
     async def stay_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        is_dialled.set()
         heard.append(await reader.read(-1))
         writer.close()
 
+    is_dialled = asyncio.Event()
     heard: list[bytes] = []
     server = await asyncio.start_server(stay_silent, "127.0.0.1", 0)
     try:
@@ -165,7 +167,7 @@ async def test_caller_leaves_while_dialling() -> None:
             _, writer = await proxy.connect()
             writer.write(get_request(cadvisor(kubelet)))
             await until(lambda: proxy.server.stats().running == 1)
-            await asyncio.sleep(0.05)
+            await is_dialled.wait()
             writer.close()
             await until(lambda: len(heard) == 1)
             assert proxy.server.stats().running == 0
@@ -193,12 +195,18 @@ async def test_slow_reader() -> None:
         writer.write(get_request(cadvisor(kubelet)))
         await reader.readuntil(b"\r\n\r\n")
         transport_of(writer).pause_reading()
-        await asyncio.sleep(0.5)
-        stuck = handed
         (downstream,) = proxy.server._clients
         assert downstream._transport is not None
+        stuck = -1
+
+        async def is_stuck() -> bool:
+            nonlocal stuck
+            before, stuck = stuck, handed
+            await asyncio.sleep(0.2)
+            return before == stuck == handed > 0
+
+        await until(is_stuck)
         assert 0 < downstream._transport.get_write_buffer_size() <= 2 * RECEIVE_SIZE
-        await asyncio.sleep(0.2)
         assert handed == stuck < len(body)
         transport_of(writer).resume_reading()
         assert await reader.readexactly(len(body)) == body
@@ -289,7 +297,7 @@ async def test_reader_that_stops() -> None:
 
     async with relaying(pour) as (kubelet, proxy):
         reader, writer = await proxy.connect()
-        writer.write(get_request(cadvisor(kubelet), f"{TIMEOUT}: 1"))
+        writer.write(get_request(cadvisor(kubelet), f"{TIMEOUT}: 3"))
         await reader.readuntil(b"\r\n\r\n")
         transport_of(writer).pause_reading()
         await kubelet.left.wait()

@@ -43,8 +43,8 @@ async def test_deadline_of_an_ended_scrape_is_forgotten() -> None:
     for each in bounded:
         deadlines.stop(each, each.seconds)
     await asyncio.sleep(3 * GRAIN)
+    await until(lambda: (deadlines._lanes, deadlines._timers, deadlines._ticking) == ({}, {}, None))
     assert not any(each.told for each in bounded)
-    assert (deadlines._lanes, deadlines._timers, deadlines._ticking) == ({}, {}, None)
 
 
 async def test_later_one_is_told_after_a_pause() -> None:

@@ -282,7 +282,15 @@ async def test_scrape_under_way_outlives_its_authority(tmp_path: Path) -> None:
         scrape = asyncio.create_task(caller.get(cadvisor(kubelet)))
         await until(lambda: bool(kubelet.requests))
         files.trust(OTHER_CLIENTS)
-        await asyncio.sleep(0.1)
+
+        async def is_replaced() -> bool:
+            try:
+                await get(proxy, caller_context(AUTHORITY, CLIENTS), "/nothing")
+            except OSError:
+                return True
+            return False
+
+        await until(is_replaced)
         release.set()
         got = await scrape
         assert (got.status, got.body, got.fields["connection"]) == (200, METRICS, "close")
@@ -338,7 +346,11 @@ async def test_certificates_are_replaced_under_load(tmp_path: Path) -> None:
                 await more(done)
                 files.issue(AUTHORITY)
             await more(done, 20)
-        assert shown(await connect(proxy, context)) != first
+
+        async def is_new() -> bool:
+            return shown(await connect(proxy, context)) != first
+
+        await until(is_new)
         assert proxy.server.stats().outcomes[Outcome.OK] == sum(done)
 
 
@@ -371,18 +383,20 @@ async def test_tokens_are_replaced_under_load(tmp_path: Path) -> None:
         async def scrape() -> Answer:
             return await proxy.get(target, f"Authorization: Bearer {shown[-1]}")
 
+        async def accepts(token: str, status: int) -> bool:
+            return (await proxy.get(target, f"Authorization: Bearer {token}")).status == status
+
         async with load(scrape, scrape, scrape) as done:
             await more(done)
             tokens.append("kubelet-token-2")
             file.write_text("old\nnew\n")
-            await asyncio.sleep(0.1)
+            await until(lambda: accepts("new", 200))
             await more(done)
             shown.append("new")
             await more(done)
             file.write_text("new\n")
-            await asyncio.sleep(0.1)
+            await until(lambda: accepts("old", 401))
             await more(done)
-        assert (await proxy.get(target, "Authorization: Bearer old")).status == 401
     assert b"kubelet-token-1" in asked[0]
     assert b"kubelet-token-2" in asked[-1]
     assert TOKEN.encode() not in b"".join(asked)
@@ -405,8 +419,14 @@ async def test_files_caught_half_way(tmp_path: Path, broken: str) -> None:
         assert (await get(proxy, context, cadvisor(kubelet))).status == 200
         files.issue(AUTHORITY)
         files.trust(OTHER_CLIENTS)
-        await asyncio.sleep(0.1)
-        assert (await get(proxy, caller_context(AUTHORITY, OTHER_CLIENTS), cadvisor(kubelet))).status == 200
+        others = caller_context(AUTHORITY, OTHER_CLIENTS)
+
+        async def are_others_served() -> bool:
+            with contextlib.suppress(OSError):
+                return (await get(proxy, others, cadvisor(kubelet))).status == 200
+            return False
+
+        await until(are_others_served)
 
 
 def test_files_that_cannot_be_used_at_the_start(tmp_path: Path) -> None:

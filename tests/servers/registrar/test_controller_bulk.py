@@ -146,7 +146,7 @@ async def cost_beside(prepare: Callable[[ControllerLab], None]) -> float:
     lab.cluster.put_list([make_pod("probe")])
     prepare(lab)
     async with lab.running():
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(3 * PATIENCE):
             while not (lab.status.has_synced and lab.queue.in_flight == 0 and lab.queue.is_drained):
                 await asyncio.sleep(0.05)
         gc.collect()

@@ -246,7 +246,7 @@ async def test_readiness_waits_for_every_source_and_for_consul() -> None:
 async def test_long_first_fill_shows_that_the_loop_turns() -> None:
     """Filling a slow agent takes longer than a loop may stand still."""
     lab = ControllerLab(checks_versions=False)
-    lab.consul.write_seconds = 0.05
+    lab.consul.write_seconds = 0.5
     async with lab.running():
         lab.cluster.put_list([make_pod(f"p{number}") for number in range(200)])
         await lab.until_so(lambda: lab.consul.register_calls > 0)

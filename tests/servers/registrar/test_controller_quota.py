@@ -99,7 +99,7 @@ async def test_limit_that_is_wrong_is_held_at_each_start(checks_versions: bool) 
 
 async def test_limit_that_is_taken_back_in_time_removes_nothing() -> None:
     """While its removal waits, a service that is no longer too much is asked for as before."""
-    lab = ControllerLab(quota=2, quota_removes=True, brake=BrakeRules(confirm=0, confirm_start=1))
+    lab = ControllerLab(quota=2, quota_removes=True, brake=BrakeRules(confirm=0, confirm_start=60))
     for name in "abc":
         lab.consul.put_by_hand(our_pod_service(name))
     async with lab.running():
@@ -108,7 +108,7 @@ async def test_limit_that_is_taken_back_in_time_removes_nothing() -> None:
         lab.cluster.remove(aged("a", 30))
         await lab.until(*"bc")
         await lab.until_so(lambda: not lab.status.held)
-        lab.clock.offset += 5
+        lab.clock.offset += 120
         await lab.resynced()
         assert lab.names_held == {*"bc"}
 
