@@ -243,7 +243,7 @@ async def test_blocking_query_waits_for_its_own_service(client: Client) -> None:
     await client("PUT", "/v1/agent/service/register", {"Name": "a"})
     _, _, headers = await client("GET", "/v1/health/service/a")
     index = headers["X-Consul-Index"]
-    waiting = asyncio.create_task(client("GET", f"/v1/health/service/a?index={index}&wait=10s"))
+    waiting = asyncio.create_task(client("GET", f"/v1/health/service/a?index={index}&wait=600s"))
     await client("PUT", "/v1/agent/service/register", {"Name": "b"})
     await asyncio.sleep(0.1)
     assert not waiting.done()
@@ -269,7 +269,7 @@ async def test_agents_service_is_awaited_by_hash(client: Client) -> None:
     await client("PUT", "/v1/agent/service/register", {"Name": "a"})
     _, record, headers = await client("GET", "/v1/agent/service/a")
     assert record["ContentHash"] == headers["X-Consul-ContentHash"]
-    path = f"/v1/agent/service/a?wait=10s&hash={record['ContentHash']}"
+    path = f"/v1/agent/service/a?wait=600s&hash={record['ContentHash']}"
     waiting = asyncio.create_task(client("GET", path))
     await asyncio.sleep(0.1)
     assert not waiting.done()

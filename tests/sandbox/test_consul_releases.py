@@ -286,6 +286,11 @@ async def _touch_other_node(consul: Consul) -> None:
     assert (await ask(consul, Request("PUT", "/v1/catalog/register", body))).status == 200
 
 
+async def _until_held(consul: Consul) -> None:
+    """Wait until Consul holds a query."""
+    await until(lambda: bool(consul.catalog._listeners))
+
+
 @pytest.mark.parametrize("release", ALL)
 async def test_index_of_a_nodes_services(release: str) -> None:
     """Before 1.13 it is the tables' index, but a held query wakes for its own node only; then the node's own.
@@ -296,7 +301,7 @@ async def test_index_of_a_nodes_services(release: str) -> None:
     async with running(ConsulOptions(RELEASES[release])) as consul:
         index = int((await ask(consul, Request("GET", path))).headers["X-Consul-Index"])
         held = asyncio.create_task(ask(consul, Request("GET", f"{path}?index={index}&wait=60s")))
-        await asyncio.sleep(0.1)
+        await _until_held(consul)
         await _touch_other_node(consul)
         later = int((await ask(consul, Request("GET", path))).headers["X-Consul-Index"])
         assert (later > index) is (release == "1.8")
@@ -465,7 +470,7 @@ async def test_held_query_of_one_server_wakes_for_a_write_at_another(release: Co
         await _touch_other_node(first)
         path = f"/v1/catalog/node-services/other?index={first.catalog.index}&wait=60s"
         held = asyncio.create_task(ask(first, Request("GET", path)))
-        await asyncio.sleep(0.1)
+        await _until_held(first)
         assert not held.done()
         body = {"Node": "other", "Address": "192.0.2.2", "Service": {"Service": "other", "Port": 5}}
         assert (await ask(second, Request("PUT", "/v1/catalog/register", body))).status == 200

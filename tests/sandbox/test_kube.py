@@ -194,7 +194,7 @@ async def test_deleting_a_namespace_empties_it(client: Client, sandbox: Sandbox)
 
 async def test_watch_follows_what_happens(client: Client, sandbox: Sandbox) -> None:
     """A watch from now on sees creations, changes and deletions by any way, in order."""
-    path = f"/api/v1/nodes?watch=1&resourceVersion={sandbox.kube.store.revision}&timeoutSeconds=5"
+    path = f"/api/v1/nodes?watch=1&resourceVersion={sandbox.kube.store.revision}&timeoutSeconds=60"
     seen: list[tuple[str, str]] = []
 
     async def follow() -> None:
@@ -204,7 +204,7 @@ async def test_watch_follows_what_happens(client: Client, sandbox: Sandbox) -> N
                 return
 
     following = asyncio.create_task(follow())
-    await asyncio.sleep(0.1)
+    await until(lambda: bool(sandbox.kube.store._listeners))
     sandbox.kube.create(objects.node("n1"))
     sandbox.kube.update(objects.node("n1", is_ready=False))
     sandbox.kube.delete("Node", "n1")
@@ -219,11 +219,11 @@ async def test_watch_ends_when_the_store_is_restored(client: Client, sandbox: Sa
     version = sandbox.kube.store.revision
 
     async def follow() -> list[dict[str, Any]]:
-        path = f"/api/v1/nodes?watch=1&resourceVersion={version}&timeoutSeconds=30"
+        path = f"/api/v1/nodes?watch=1&resourceVersion={version}&timeoutSeconds=600"
         return [event async for event in client.events(path)]
 
     following = asyncio.create_task(follow())
-    await asyncio.sleep(0.1)
+    await until(lambda: bool(sandbox.kube.store._listeners))
     sandbox.kube.store.restore(backup)
     assert await asyncio.wait_for(following, PATIENCE) == []
     status, refusal = await client("GET", f"/api/v1/nodes?resourceVersion={version}")

@@ -12,6 +12,7 @@ import pytest
 from k8s_consul_registrar.sandbox import Sandbox
 from k8s_consul_registrar.sandbox.store import Store
 from support.files import SAMPLES, Exchange, ask, assert_alike, differences, exchange
+from support.waiting import until
 
 FIRST_VERSION = 300  # above the versions the recordings call too old, below those from the future
 
@@ -82,7 +83,7 @@ async def test_watch_from_the_future_is_silent(sandbox: Sandbox, kube: aiohttp.C
     recorded = exchange("k8s-pods-watch-future")
     path = recorded.path.replace("timeoutSeconds=3", "timeoutSeconds=1&allowWatchBookmarks=true")
     watching = asyncio.create_task(ask(kube, sandbox.kube.url, recorded, path=path))
-    await asyncio.sleep(0.2)
+    await until(lambda: bool(sandbox.kube.store._listeners))
     sandbox.kube.delete("Pod", "cart-7d9f8c6b5-abcde", "shop")
     assert_alike(recorded, await watching)
 
@@ -131,8 +132,6 @@ async def test_watch_of_a_pods_life(sandbox: Sandbox, kube: aiohttp.ClientSessio
     events = [json.loads(line) for line in recorded.text.splitlines()]
     since = sandbox.kube.store.revision
     path = f"/api/v1/pods?watch=1&resourceVersion={since}&allowWatchBookmarks=true&timeoutSeconds=1"
-    watching = asyncio.create_task(ask(kube, sandbox.kube.url, recorded, path=path))
-    await asyncio.sleep(0.1)
     created, running, annotated = (event["object"] for event in events[:3])
     pods = f"{sandbox.kube.url}/api/v1/namespaces/web/pods"
     pod = f"{pods}/{created['metadata']['name']}"
@@ -150,7 +149,7 @@ async def test_watch_of_a_pods_life(sandbox: Sandbox, kube: aiohttp.ClientSessio
     for query in ("", "?gracePeriodSeconds=0"):
         async with kube.delete(pod + query) as response:
             assert response.status == 200
-    answer = await watching
+    answer = await ask(kube, sandbox.kube.url, recorded, path=path)
     got = [json.loads(line) for line in answer.text.splitlines()]
     expected = [event for event in events if event["type"] != "BOOKMARK"]
     assert list(differences(expected, [event for event in got if event["type"] != "BOOKMARK"])) == []
