@@ -409,7 +409,7 @@ TOGETHER = {
 }
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(2 * PATIENCE)
 @pytest.mark.parametrize("kind", KINDS, ids=[setting for _, _, setting, _ in KINDS])
 def test_odd_file_of_every_kind_is_exit_2_and_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: tuple[str, str, str, dict[str, str]]

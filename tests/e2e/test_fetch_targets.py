@@ -51,7 +51,7 @@ async def test_probe_names_the_registrar_that_cannot_be_read(tmp_path: Path) -> 
         await command.until_said("targets cannot be fetched; the file stays as it is", "no connection")
         status, text = await command.admin("/readyz")
         assert (status, "east: no connection" in text) == (503, True)
-        assert await command.metric('rotating_file_ok{of="east"}') == 0
+        await command.measures('rotating_file_ok{of="east"}', 0)
         assert (await command.admin("/healthz"))[0] == 200
 
 
@@ -80,7 +80,7 @@ async def test_file_of_the_registrar_outlives_it_and_its_api_server() -> None:
         async with await lab.registrar(**settings) as daemon:
             await lab.cluster.add_pod()
             await daemon.until(lambda: ids_in(path) == {WEB})
-            assert await daemon.metric('rotating_file_ok{of="FILE_SD_PATH"}') == 1
+            await daemon.measures('rotating_file_ok{of="FILE_SD_PATH"}', 1)
             assert await daemon.terminate() == 0
         content = path.read_bytes()
         lab.api_door.refuse()

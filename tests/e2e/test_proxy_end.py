@@ -149,7 +149,7 @@ async def test_rolling_update_breaks_no_request_of_keep_alive_clients(workers: s
     async with running_lab() as lab:
         kubelet = await lab.cluster.add_kubelet("node-a")
         settings = {
-            "DRAIN_DELAY": "2",
+            "DRAIN_DELAY": "5",
             "SCRAPE_CONCURRENCY_PER_NODE": "64",
             "PROXY_WORKERS": workers,
         }

@@ -13,6 +13,7 @@ from e2e.test_http_sd import served
 from support.cluster import rule
 from support.daemon import Daemon
 from support.lab import SandboxLab, running_lab
+from support.waiting import PATIENCE
 
 FOREVER = "600"
 WEB = "pod--shop--web-1"
@@ -44,7 +45,7 @@ async def saved_by_a_first_run(lab: SandboxLab, number: int = signal.SIGTERM) ->
         if number == signal.SIGTERM:
             assert await daemon.terminate() == 0
         else:
-            await daemon.until(lambda: WEB in _content(lab), "saved", within=60)
+            await daemon.until(lambda: WEB in _content(lab), "saved", within=2 * PATIENCE)
             daemon.send(number)
             await daemon.ended()
     return text

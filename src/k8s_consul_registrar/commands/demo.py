@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from k8s_consul_registrar.sandbox.sandbox import Sandbox
 
 CLUSTER = "demo"
-PATIENCE = 15.0  # seconds for a change to reach Consul, and for a process to be ready
+PATIENCE = 60.0  # seconds for a change to reach Consul, and for a process to be ready
 STOP_LIMIT = 10.0  # seconds for a process to end
 _SCRAPED = {"prometheus.io/scrape": "true"}
 
