@@ -12,6 +12,7 @@ from support.daemon import Daemon
 from support.doors import CutAfter
 from support.lab import IS_SOAK, ChaosLab, chaos, chaos_lab, is_blind, scaled
 from support.real_servers import real_consul, restart_empty
+from support.waiting import PATIENCE_FACTOR
 
 pytestmark = chaos("chaos-consul", soak_seconds=1200)
 
@@ -109,7 +110,7 @@ async def test_churn_with_faults(backend: str) -> None:
             await _mend(lab)
             if not await consul.is_ready():  # the last fault was cut short
                 await consul.restart(signal.SIGKILL)
-            took = await lab.equal(daemon, node=node, within=60 if not IS_SOAK else 30)
+            took = await lab.equal(daemon, node=node, within=scaled(60, 30) * PATIENCE_FACTOR)
             await daemon.until(lambda: _sees(daemon))
             assert await lab.is_quiet_for(2), f"still writing {took:g} s after the last fault"
             lab.assert_nothing_wrongful()

@@ -13,7 +13,7 @@ from support.daemon import Daemon
 from support.doors import Refuse
 from support.lab import HEAL_WITHIN, ChaosLab, chaos, chaos_lab, created_of, scaled
 from support.real_servers import RealConsul, consul_binary, empty, make_token, real_consul
-from support.waiting import until
+from support.waiting import PATIENCE, until
 
 pytestmark = chaos("chaos-consul")
 
@@ -145,7 +145,7 @@ async def _three_servers() -> AsyncIterator[list[RealConsul]]:
             for server in servers:
                 server.program.launch()
             for server in servers:
-                await server.program.ready(server.is_ready, 30)
+                await server.program.ready(server.is_ready, 2 * PATIENCE)
             yield servers
         finally:
             for server in servers:
@@ -173,7 +173,7 @@ async def test_no_leader() -> None:
             assert await daemon.is_ready()
             leader.program.launch()
             other.program.launch()
-            await until(reached.is_ready, within=60)
+            await until(reached.is_ready, within=2 * PATIENCE)
             await _sound(lab, daemon, shards)
 
 
@@ -189,7 +189,7 @@ async def test_token_revoked_and_restored() -> None:
             status, _ = await consul.request("DELETE", f"/v1/acl/token/{token.accessor}")
             assert status == 200
             await _change(lab)
-            await daemon.until_said(CANNOT, "403", within=45)
+            await daemon.until_said(CANNOT, "403", within=2 * PATIENCE)
             await asyncio.sleep(OUTAGE)
             again = {
                 "AccessorID": token.accessor,

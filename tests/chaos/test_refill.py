@@ -14,7 +14,7 @@ from support.daemon import Daemon
 from support.doors import HttpDoor
 from support.lab import IS_SOAK, ChaosLab, chaos, chaos_lab, scaled
 from support.real_servers import RealConsul, empty, real_consul
-from support.waiting import until
+from support.waiting import PATIENCE, PATIENCE_FACTOR, until
 
 pytestmark = chaos("chaos-restarts", soak_seconds=600)
 
@@ -32,7 +32,10 @@ class Size(NamedTuple):
 
 
 # The figures; the short run has three times as long on a machine it shares.
-SIZES = [Size(1000, scaled(30, 10)), *([Size(8200, 30)] if IS_SOAK else [])]
+SIZES = [
+    Size(1000, scaled(30, 10) * PATIENCE_FACTOR),
+    *([Size(8200, 30 * PATIENCE_FACTOR)] if IS_SOAK else []),
+]
 
 
 class Counted(HttpDoor):
@@ -81,9 +84,9 @@ async def test_empty_agent_is_filled_again(size: Size) -> None:
         _populate(lab, size.targets)
         began = time.monotonic()
         async with await lab.chaotic(CONSUL_BACKEND="agent", CONSUL_ADDRESS=agent.address) as daemon:
-            await daemon.until(lambda: bool(daemon.said("resync")), within=150)
+            await daemon.until(lambda: bool(daemon.said("resync")), within=5 * PATIENCE)
             first = time.monotonic() - began
-            await lab.equal(daemon, within=60, node=node)
+            await lab.equal(daemon, within=2 * PATIENCE, node=node)
             registered = await _registered(daemon)
             await agent.program.stop(signal.SIGKILL)
             empty(agent)
@@ -114,8 +117,8 @@ async def test_at_rest_an_agent_is_not_listed() -> None:
         async with await lab.chaotic(
             CONSUL_BACKEND="agent", CONSUL_ADDRESS=address, SYNC_PERIOD="60"
         ) as daemon:
-            await lab.equal(daemon, within=300, node=consul.node)
-            await daemon.until(lambda: bool(daemon.said("resync")), within=60)
+            await lab.equal(daemon, within=10 * PATIENCE, node=consul.node)
+            await daemon.until(lambda: bool(daemon.said("resync")), within=2 * PATIENCE)
             await asyncio.sleep(5)
             door.reads.clear()
             await asyncio.sleep(REST)

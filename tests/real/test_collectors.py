@@ -185,15 +185,17 @@ async def test_pod_found_by_http_sd_is_up_through_the_proxy(
 
 
 async def _scrapes(collector: Collector, serving: Serving) -> None:
-    """Wait until the Pod is up and its samples are there."""
+    """Wait until the Pod is up and its samples are there; on a slow machine a scrape of a second may fail."""
+    samples: list[dict[str, Any]] = []
 
-    async def is_up() -> bool:
-        return [one["value"][1] for one in await collector.query("up")] == ["1"]
+    async def is_scraped() -> bool:
+        samples[:] = await collector.query(serving.expression)
+        ups = [one["value"][1] for one in await collector.query("up")]
+        health = [one["health"] for one in await collector.targets()]
+        return ups == ["1"] and health == ["up"] and len(samples) == 1
 
-    await until(is_up)
-    (sample,) = await collector.query(serving.expression)
+    await until(is_scraped)
+    (sample,) = samples
     labels = {key: sample["metric"].get(key) for key in ("job", "kind", "namespace", "pod", "cluster")}
     assert labels == {"job": "pods", "kind": "pod", "namespace": "shop", "pod": "web-1", "cluster": "lab"}
     assert sample["value"][1] == serving.value
-    (target,) = await collector.targets()
-    assert target["health"] == "up"

@@ -16,7 +16,7 @@ from support.files import ROOT
 from support.processes import LOOPBACK
 from support.real_servers import REAL, real_prometheus, real_victoria
 from support.seen import Registrar, many_targets, pod_target
-from support.waiting import until
+from support.waiting import PATIENCE, until
 
 pytestmark = REAL
 
@@ -128,7 +128,7 @@ async def test_prometheus_takes_ten_thousand_targets() -> None:
             async def are_there() -> bool:
                 return len(await prometheus.targets()) == 10_000
 
-            await until(are_there, within=60, every=1.0)
+            await until(are_there, within=2 * PATIENCE, every=1.0)
             pods = {one["labels"].get("pod") for one in await prometheus.targets()}
             assert len(pods) == 10_000 - 200 + 1
 
@@ -166,7 +166,7 @@ async def test_victoriametrics_reads_it_with_token_and_certificate(tmp_path: Pat
             async def is_scraped() -> bool:
                 return [one["health"] for one in await victoria.targets()] == ["up"]
 
-            await until(is_scraped, within=40)
+            await until(is_scraped, within=2 * PATIENCE)
             (found,) = await victoria.targets()
             assert found["labels"] == {
                 "cluster": "lab", "instance": f"{LOOPBACK}:{target.port}", "job": "pods", "kind": "pod",

@@ -18,7 +18,7 @@ from support.real_servers import (
     real_victoria,
 )
 from support.seen import Registrar, pod_target
-from support.waiting import until
+from support.waiting import PATIENCE, until
 
 pytestmark = REAL
 
@@ -73,7 +73,7 @@ async def test_prometheus_scrapes_as_annotated() -> None:
         async def are_there() -> bool:
             return len(await prometheus.targets()) == 3
 
-        await until(are_there, within=60)
+        await until(are_there, within=2 * PATIENCE)
         found = sorted(await prometheus.targets(), key=lambda one: one["labels"]["pod"])
         assert [(one["scrapeInterval"], one["scrapeTimeout"], one["scrapeUrl"]) for one in found] == [
             ("10s", "10s", "http://198.51.100.10:9102/a"),
@@ -92,7 +92,7 @@ async def test_victoria_metrics_scrapes_as_annotated() -> None:
         async def are_there() -> bool:
             return len(await victoria.targets()) == 3
 
-        await until(are_there, within=60)
+        await until(are_there, within=2 * PATIENCE)
         found: list[dict[str, Any]] = await victoria.targets()
         shown = {one["labels"]["pod"]: one for one in found}
         assert {pod: one["scrapeUrl"].partition("?")[0] for pod, one in shown.items()} == {

@@ -125,14 +125,14 @@ async def test_agent_that_is_back_before_its_time_keeps_everything() -> None:
             assert await daemon.terminate() == 0
         await old.program.stop(signal.SIGKILL)
         async with await lab.registrar(
-            CONSUL_ADDRESS=new.address, **SETTINGS | {"ORPHAN_AFTER": "8"}
+            CONSUL_ADDRESS=new.address, **SETTINGS | {"ORPHAN_AFTER": "30"}
         ) as daemon:
             await until_health(server, "old", "critical")
             await until_at(server, "new", lambda ids: len(ids) == 1)
             _, before = await server.request("GET", "/v1/catalog/node-services/old")
             old.program.launch()
             await until_health(server, "old", "passing")
-            await asyncio.sleep(9)
+            await asyncio.sleep(31)
             _, after = await server.request("GET", "/v1/catalog/node-services/old")
             assert after["Services"] == before["Services"]
             assert daemon.said(REMOVED) == []

@@ -14,7 +14,7 @@ import aiohttp
 from support.files import ROOT
 from support.lab import ChaosLab, chaos, chaos_lab, scaled
 from support.real_servers import RealConsul, RealPrometheus, real_consul, real_prometheus
-from support.waiting import until
+from support.waiting import PATIENCE, until
 
 pytestmark = chaos("prometheus-scale", soak_seconds=400)
 
@@ -101,8 +101,8 @@ async def _names(lab: ChaosLab) -> Counter[str]:
 async def _register(lab: ChaosLab, **environment: str) -> Counter[str]:
     """Have the registrar write everything, end it, and return how many services stand under each name."""
     async with await lab.chaotic(**environment) as daemon:
-        await daemon.until(daemon.is_ready, within=60)
-        await daemon.until(lambda: bool(daemon.said("resync")), within=60)
+        await daemon.until(daemon.is_ready, within=2 * PATIENCE)
+        await daemon.until(lambda: bool(daemon.said("resync")), within=2 * PATIENCE)
         await daemon.terminate()
     return await _names(lab)
 

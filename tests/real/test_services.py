@@ -24,7 +24,7 @@ from support.real_servers import (
     real_prometheus,
     real_victoria,
 )
-from support.waiting import until
+from support.waiting import PATIENCE, until
 
 pytestmark = REAL
 
@@ -106,9 +106,9 @@ async def test_collectors_scrape_services_as_annotated(name: str) -> None:
                 async def is_up() -> bool:
                     return "up" in {one["health"] for one in await running.targets()}
 
-                await until(is_up, within=60)
+                await until(is_up, within=2 * PATIENCE)
                 # The job's own interval would allow one scrape.
-                await until(lambda: len(asked) >= 4, within=60)
+                await until(lambda: len(asked) >= 4, within=2 * PATIENCE)
                 assert asked[-1] == {"format": "prom"}
                 assert heads[-1]["X-Prometheus-Scrape-Timeout-Seconds"] in {"0.7", "0.700"}
                 found = {one["scrapeUrl"].partition(":")[0]: one for one in await running.targets()}

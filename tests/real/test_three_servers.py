@@ -11,7 +11,7 @@ from support.lab import Lab, running_lab_with
 from support.processes import LOOPBACK
 from support.real_servers import REAL, RealConsul, real_servers
 
-pytestmark = [REAL, pytest.mark.long, pytest.mark.timeout(240)]
+pytestmark = [REAL, pytest.mark.long]
 
 NODE = "k8s-lab"
 PODS = tuple(f"web-{number}" for number in range(8))

@@ -167,8 +167,7 @@ async def test_without_the_copy_there_is_a_gap() -> None:
         await until_held_by(watch, "original")
         async with watch.looking():
             await leave(original, server)
-            await asyncio.sleep(0.5)
-        assert watch.missing == {name_of(pod) for pod in PODS}
+            await until(lambda: watch.missing == {name_of(pod) for pod in PODS})
 
 
 def test_documented_copy_is_what_it_says() -> None:

@@ -27,7 +27,7 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-port=0",
 )  # fmt: skip
-START_WITHIN = 60.0  # seconds until the browser listens
+START_WITHIN = 2 * PATIENCE  # seconds until the browser listens
 
 
 def _command() -> tuple[str, dict[str, str]]:

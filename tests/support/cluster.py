@@ -34,7 +34,7 @@ from support.files import ROOT
 from support.processes import LOOPBACK, Program, StartFailedError, reserve_ports
 from support.waiting import PATIENCE
 
-START_WITHIN = 120.0  # seconds for both servers together
+START_WITHIN = 4 * PATIENCE  # seconds for both servers together
 USERS = 200  # a token file is read once, so every user a test may want is in it from the start
 
 

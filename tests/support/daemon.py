@@ -14,11 +14,10 @@ import msgspec
 
 from support.internal_errors import counted_on
 from support.processes import Program
-from support.waiting import PATIENCE, until
+from support.waiting import PATIENCE, PATIENCE_FACTOR, until
 
-STOP_WITHIN = (
-    20.0  # seconds from SIGTERM to its end; a quiet machine needs a tenth, Kubernetes kills after 30
-)
+# Seconds from SIGTERM to its end; a quiet machine needs a tenth, Kubernetes kills after 30.
+STOP_WITHIN = 20.0 * PATIENCE_FACTOR
 LAST_WORD = 2.0  # seconds it has to tell its metrics before it is killed
 # Text that a daemon must never print: it shows an error that the code did not expect.
 UNWANTED = (

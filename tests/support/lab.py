@@ -34,7 +34,7 @@ from support.daemon import Daemon
 from support.doors import ApiDoor, Recorder, TcpProxy
 from support.processes import LOOPBACK
 from support.real_servers import RealConsul
-from support.waiting import PATIENCE, until
+from support.waiting import PATIENCE, PATIENCE_FACTOR, until
 
 CLUSTER_NAME = "lab"
 MANAGED_BY = "k8s-consul-registrar"
@@ -249,7 +249,7 @@ async def kubelet_door(lab: SandboxLab, metrics: bytes = b"") -> TcpProxy:
 IS_SOAK = os.environ.get("SOAK") == "1"
 ANNOTATIONS = {"prometheus.io/scrape": "true", "prometheus.io/port": "9102"}
 # The figure, and the bound of the short runs, which share a busy machine.
-HEAL_WITHIN = 10.0 if IS_SOAK else 60.0
+HEAL_WITHIN = (10.0 if IS_SOAK else 60.0) * PATIENCE_FACTOR
 
 
 def scaled(short: int, long: int) -> int:
@@ -264,7 +264,7 @@ def chaos(group: str, *, seconds: int = 240, soak_seconds: int = 240) -> list[py
         pytest.mark.long,
         pytest.mark.soak,
         pytest.mark.xdist_group(group),
-        pytest.mark.timeout(scaled(seconds, soak_seconds)),
+        pytest.mark.timeout(scaled(seconds, soak_seconds) * PATIENCE_FACTOR),
     ]
 
 

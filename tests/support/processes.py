@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from support.forks import Forked, can_fork, fork
-from support.waiting import until
+from support.waiting import PATIENCE, until
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LOWEST, _HIGHEST = 10_000, 32_000
@@ -77,7 +77,7 @@ _free = _ports()
 
 
 LOOPBACK = "127.0.0.1"
-STOP_WITHIN = 10.0  # seconds a program gets to end after a signal before it is killed
+STOP_WITHIN = PATIENCE / 3  # seconds a program gets to end after a signal before it is killed
 TAIL = 2000  # characters of a program's log an error shows
 
 _groups: set[int] = set()

@@ -34,7 +34,7 @@ from support.waiting import PATIENCE, until
 REAL = pytest.mark.real
 CACHE = ROOT / ".cache" / "real"
 ROOT_TOKEN = "3f1c6d0e-8f5b-4a52-9d3c-0b7a52a1c9e4"  # the management token of a test's own Consul
-START_WITHIN = 60.0  # seconds until a server must be ready
+START_WITHIN = 2 * PATIENCE  # seconds until a server must be ready
 PORT_ATTEMPTS = 5
 
 Mechanism = Literal["consul_sd", "http_sd"]
@@ -62,7 +62,7 @@ def unavailable(reason: str) -> NoReturn:
 def _output(*command: str | Path) -> str:
     """Return what a command prints, empty when it fails or does not start."""
     try:
-        done = subprocess.run(command, capture_output=True, timeout=20, check=False, text=True)
+        done = subprocess.run(command, capture_output=True, timeout=2 * PATIENCE, check=False, text=True)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout + done.stderr if done.returncode == 0 else ""

@@ -20,8 +20,8 @@ from k8s_consul_registrar.consul.client import ConsulClient
 QUICK = Timing(
     retry_first=0.02,
     retry_cap=0.05,
-    connect_timeout=5,
-    read_timeout=5,
+    connect_timeout=20,
+    read_timeout=20,
     gather=0.0,
     tick=0.2,
     write_interval=0.0,
