@@ -81,7 +81,7 @@ test-long: $(COMPILED) ## the tests that take longer: chaos, scale, whole storie
 test-image: $(STAMP) ## the image, built on a base of its own (needs root, buildah and debootstrap; ten minutes)
 	$(BIN)/python -m pytest -m image $(ARGS)
 
-ci-full: $(STAMP) ## the suite with the lowest versions allowed, and on Python 3.13 and 3.14 of Debian (root; at most an hour): LEGS="lowest forky" ARGS=tests/unit
+ci-full: $(STAMP) ## the suite with the lowest versions allowed, and on Python 3.13 and 3.14 of Debian (root; at most an hour; a part that passed is not run again): LEGS="lowest forky" ARGS=tests/unit PATIENCE_FACTOR=3
 	$(BIN)/python scripts/ci_full.py $(foreach leg,$(LEGS),--only $(leg)) $(ARGS)
 
 soak: $(STAMP) ## the long versions of the tests of faults, with their figures as bounds (about an hour)

@@ -29,8 +29,7 @@ ANY_SUITE = Path("/usr/share/debootstrap/scripts/sid")
 SLOWEST = 1500  # seconds for one part of one environment
 LAST_WORDS = 60  # seconds for pytest to report after it was interrupted
 # These machines are shared and slow: tests wait longer before they give up (tests/support/waiting.py).
-PATIENCE = {"PATIENCE_FACTOR": "3"}
-TIMEOUT = 900  # seconds for one test
+PATIENCE = {"PATIENCE_FACTOR": os.environ.get("PATIENCE_FACTOR", "3")}
 # In a mount namespace of its own: the repository and what it leads to at their own paths, and the machine's name servers
 # and authorities.
 IN_ROOT = """
@@ -84,16 +83,7 @@ def git(*arguments: str) -> str:
 
 def suite(python: Path, tests: Sequence[str]) -> list[str | Path]:
     """Return the command that runs the tests."""
-    options = (
-        "-q",
-        "-n",
-        "4",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "not long and not image",
-        f"--timeout={TIMEOUT}",
-    )
+    options = ("-q", "-n", "4", "-p", "no:cacheprovider", "-m", "not long and not image")
     return [python, "-m", "pytest", *options, *tests]
 
 
@@ -154,18 +144,19 @@ def mounted() -> list[Path]:
 
 
 def debian_root(name: str) -> Path:
-    """Return a root folder of a suite, made once; raises Unavailable with the reason."""
-    root, partial = FOLDER / name, FOLDER / f"{name}.partial"
+    """Return a root folder of a suite, made once for these packages; raises Unavailable with the reason."""
+    root, partial, held = FOLDER / name, FOLDER / f"{name}.partial", FOLDER / f"{name}.packages"
     if os.geteuid() != 0:
         raise Unavailable("debootstrap and chroot need root")
-    if root.is_dir():
+    if root.is_dir() and held.exists() and held.read_text() == PACKAGES:
         return root
     if shutil.which("debootstrap") is None:
         raise Unavailable("debootstrap is not installed")
     sources = debian_sources(Path("/etc/apt"))
     if not sources:
         raise Unavailable("apt has no Debian archive here")
-    shutil.rmtree(partial, ignore_errors=True)
+    for folder in (root, partial):
+        shutil.rmtree(folder, ignore_errors=True)
     mirror = sources[0].uris.split()[0]
     command = ("debootstrap", "--variant=minbase", f"--include={PACKAGES}", name, partial, mirror, ANY_SUITE)
     with (FOLDER / f"{name}.log").open("wb") as log:  # it names hosts
@@ -173,6 +164,7 @@ def debian_root(name: str) -> Path:
     if done.returncode:
         raise Unavailable(f"debootstrap cannot make {name}: {log.name}")
     partial.rename(root)
+    held.write_text(PACKAGES)
     return root
 
 

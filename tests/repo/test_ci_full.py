@@ -46,8 +46,11 @@ def test_part_that_passed_is_kept_for_its_commit_only(script: dict[str, Any], tm
 def test_command_that_takes_too_long_is_interrupted(script: dict[str, Any], tmp_path: Path) -> None:
     """So that pytest can name the tests that failed, and end the servers it started."""
     told = tmp_path / "told"
-    with pytest.raises(subprocess.TimeoutExpired):
-        script["run"](sys.executable, "-c", INTERRUPTED, told, seconds=PATIENCE / 10)
+    for seconds in (PATIENCE / 10, PATIENCE):  # on a slow machine it has not begun within the first
+        with pytest.raises(subprocess.TimeoutExpired):
+            script["run"](sys.executable, "-c", INTERRUPTED, told, seconds=seconds)
+        if told.exists():
+            break
     assert told.read_text() == "interrupted"
 
 
