@@ -16,7 +16,7 @@ import pytest
 import trustme
 
 from k8s_consul_registrar.errors import OperationalError
-from k8s_consul_registrar.proxy import worker_protocol as frames
+from k8s_consul_registrar.proxy import worker as frames
 from k8s_consul_registrar.proxy.config import ProxyConfig, ProxyTiming
 from k8s_consul_registrar.proxy.limits import Concurrency
 from k8s_consul_registrar.proxy.nodes import POD, Endpoint, Nodes, NodeTable
@@ -24,7 +24,7 @@ from k8s_consul_registrar.proxy.refusals import Outcome
 from k8s_consul_registrar.proxy.routes import Pods, ProxiedPod, Route
 from k8s_consul_registrar.proxy.server import listen
 from k8s_consul_registrar.proxy.stats import NO_STATS, RecentFailures, added
-from k8s_consul_registrar.proxy.worker_protocol import Begin, WorkerCredentials
+from k8s_consul_registrar.proxy.worker import Begin, WorkerCredentials
 from k8s_consul_registrar.proxy.workers import Workers, WorkerTiming
 from k8s_consul_registrar.rotating import BearerTokens
 from k8s_consul_registrar.tls import KeyPair, ServerCertificate, Trust

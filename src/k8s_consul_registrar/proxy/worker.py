@@ -1,7 +1,8 @@
-"""One worker of the proxy: relays what its parent tells it about, and knows nothing of its own.
+"""One worker of the proxy, and the messages between it and its parent; it knows only what these tell it.
 
 Started by `proxy/workers` as `python -m k8s_consul_registrar.proxy.worker <number of its socket>`; ends with
-its parent.
+its parent. A frame on the socket is its length in four bytes and a message in msgpack. Credentials travel only
+this way: never as an argument, in the environment or in a file on a disk.
 """
 
 import asyncio
@@ -11,34 +12,135 @@ import ssl
 import sys
 from typing import cast
 
-from msgspec.structs import replace
+import msgspec
 
 from k8s_consul_registrar.asyncio_tools import new_loop
 from k8s_consul_registrar.errors import AccessError, OperationalError
-from k8s_consul_registrar.proxy.nodes import Nodes
-from k8s_consul_registrar.proxy.routes import Pods
+from k8s_consul_registrar.proxy.config import ProxyConfig
+from k8s_consul_registrar.proxy.nodes import Endpoint, Nodes, NodeTable
+from k8s_consul_registrar.proxy.routes import Pods, ProxiedPod
 from k8s_consul_registrar.proxy.server import ProxyServer, listen
-from k8s_consul_registrar.proxy.worker_protocol import (
-    Begin,
-    Drain,
-    Ending,
-    FromWorker,
-    PodPut,
-    PodsKnown,
-    Serving,
-    Table,
-    WorkerCredentials,
-    WorkerFigures,
-    frame,
-    read_to_worker,
-)
+from k8s_consul_registrar.proxy.stats import Failure, LastScrape, ProxyStats
 from k8s_consul_registrar.rotating import BearerTokens, Derived, Rotating
 from k8s_consul_registrar.telemetry import configure_logging, get_logger
-from k8s_consul_registrar.tls import ServerCertificate
+from k8s_consul_registrar.tls import ServerCertificate, Trust
 
 FIGURES_EVERY = 1.0  # seconds
+# Five thousand Nodes are about a megabyte; a greater length is no frame.
+MAX_LENGTH = 1 << 28
 
 log = get_logger("worker")
+
+
+# Messages
+
+
+class Begin(msgspec.Struct, frozen=True, tag=True):
+    """To a worker, the first message: everything that never changes."""
+
+    port: int
+    config: ProxyConfig
+    log_level: str
+    log_format: str
+
+
+class WorkerCredentials(msgspec.Struct, frozen=True, tag=True):
+    """To a worker: everything secret, as it is now; nothing in it is unusable.
+
+    `problem` says why there is no token. Clients are checked by `bearer` and `tls`, unless None.
+    """
+
+    token: str
+    problem: str
+    kubelets: Trust
+    pods: Trust | None = None
+    bearer: BearerTokens | None = None
+    tls: ServerCertificate | None = None
+
+    def __repr__(self) -> str:
+        return "Credentials(…)"
+
+
+class Table(msgspec.Struct, frozen=True, tag=True):
+    """To a worker: the current kubelets."""
+
+    table: NodeTable
+    known: bool
+
+
+class PodPut(msgspec.Struct, frozen=True, tag=True):
+    """To a worker: one Pod as it is now, None if it may not be scraped or is gone."""
+
+    namespace: str
+    name: str
+    pod: ProxiedPod | None
+
+
+class PodsKnown(msgspec.Struct, frozen=True, tag=True):
+    """To a worker: True if the Pods sent so far may be served."""
+
+    known: bool
+
+
+class Ending(msgspec.Struct, frozen=True, tag=True):
+    """To a worker: close each connection after its next answer."""
+
+
+class Drain(msgspec.Struct, frozen=True, tag=True):
+    """To a worker: accept no more, and end once the scrapes under way are done or `grace` seconds have passed."""
+
+    grace: float
+
+
+class Serving(msgspec.Struct, frozen=True, tag=True):
+    """From a worker, once: it accepts clients."""
+
+
+class WorkerFigures(msgspec.Struct, frozen=True, tag=True):
+    """From a worker, every second and at its end: its counts since it began, and what is new since the last message."""
+
+    stats: ProxyStats
+    failures: list[Failure]
+    last_scrapes: list[tuple[Endpoint, LastScrape]] = []
+
+
+ToWorker = Begin | WorkerCredentials | Table | PodPut | PodsKnown | Ending | Drain
+FromWorker = Serving | WorkerFigures
+
+_encode = msgspec.msgpack.Encoder().encode
+_to_worker = msgspec.msgpack.Decoder(ToWorker)
+_from_worker = msgspec.msgpack.Decoder(FromWorker)
+
+
+def frame(message: ToWorker | FromWorker) -> bytes:
+    """Return a message as it is sent."""
+    body = _encode(message)
+    return len(body).to_bytes(4, "big") + body
+
+
+async def read_to_worker(reader: asyncio.StreamReader) -> ToWorker | None:
+    """Return the next message to a worker, None if the proxy is gone."""
+    body = await _body(reader)
+    return None if body is None else _to_worker.decode(body)
+
+
+async def read_from_worker(reader: asyncio.StreamReader) -> FromWorker | None:
+    """Return the next message of a worker, None if it is gone."""
+    body = await _body(reader)
+    return None if body is None else _from_worker.decode(body)
+
+
+async def _body(reader: asyncio.StreamReader) -> bytes | None:
+    try:
+        length = int.from_bytes(await reader.readexactly(4), "big")
+        if length > MAX_LENGTH:
+            return None
+        return await reader.readexactly(length)
+    except (asyncio.IncompleteReadError, OSError):
+        return None
+
+
+# The worker
 
 
 class HeldCredentials:
@@ -58,7 +160,7 @@ class HeldCredentials:
     def take(self, told: WorkerCredentials) -> None:
         """Use others from now on; what did not change stays the very same, with its context."""
         before = self._told
-        self._told = replace(
+        self._told = msgspec.structs.replace(
             told,
             kubelets=before.kubelets if told.kubelets == before.kubelets else told.kubelets,
             pods=before.pods if told.pods == before.pods else told.pods,

@@ -24,7 +24,7 @@ from k8s_consul_registrar.proxy.stats import (
     RecentFailures,
     added,
 )
-from k8s_consul_registrar.proxy.worker_protocol import (
+from k8s_consul_registrar.proxy.worker import (
     Begin,
     Drain,
     Ending,

@@ -20,7 +20,7 @@ from k8s_consul_registrar.proxy.limits import Concurrency
 from k8s_consul_registrar.proxy.nodes import Nodes
 from k8s_consul_registrar.proxy.routes import Pods
 from k8s_consul_registrar.proxy.server import ProxyServer
-from k8s_consul_registrar.proxy.worker_protocol import Begin, WorkerCredentials
+from k8s_consul_registrar.proxy.worker import Begin, WorkerCredentials
 from k8s_consul_registrar.proxy.workers import Workers
 from k8s_consul_registrar.rotating import BearerTokens, Derived, Rotating, bearer_tokens
 from k8s_consul_registrar.settings.proxy import InboundSettings, KubeletSettings, ProxiedPods, ProxySettings
