@@ -1,6 +1,7 @@
 """The proxy among hostile peers for long: honest scrapes go on, memory and descriptors stay flat."""
 
 import asyncio
+import itertools
 import os
 import random
 import ssl
@@ -65,7 +66,8 @@ class Honest:
                         assert (answer.status, await answer.read()) == (200, recorded_metrics())
                     self.times.append(time.monotonic() - began)
                 except (aiohttp.ClientError, TimeoutError, AssertionError) as problem:
-                    self.problems.append(repr(problem)[:200])
+                    kind = "kept" if is_kept else "new"
+                    self.problems.append(f"{kind}, after {time.monotonic() - began:.1f} s: {problem!r}"[:300])
                 await asyncio.sleep(pause)
 
 
@@ -148,16 +150,16 @@ async def test_honest_scrapes_among_hostile_peers_go_on_and_nothing_grows(tmp_pa
         async with daemon:
             await daemon.ready()
             honest, samples = await endure(lab, daemon, ca)
-            quarter = max(1, len(samples) // 4)
-            early = statistics.median(
-                sample.megabytes for sample in samples[quarter : 2 * quarter] or samples
-            )
-            late = statistics.median(sample.megabytes for sample in samples[-quarter:])
+            bounds = [len(samples) * part // 4 for part in range(5)]
+            quarters = [
+                statistics.median(sample.megabytes for sample in samples[begin:end] or samples)
+                for begin, end in itertools.pairwise(bounds)
+            ]
             times = sorted(honest.times)
             print(  # noqa: T201 - figures of `make soak`
                 f"{SECONDS:g} s, {len(samples)} spells: {len(times)} honest scrapes, {len(honest.problems)} failed, "
                 f"p50 {times[len(times) // 2] * 1000:.1f} ms, p99 {times[int(len(times) * 0.99)] * 1000:.1f} ms, "
-                f"longest {times[-1] * 1000:.0f} ms; memory {early:.1f} MB early, {late:.1f} MB late, "
+                f"longest {times[-1] * 1000:.0f} ms; memory by quarter {', '.join(f'{one:.1f}' for one in quarters)} MB, "
                 f"most {max(sample.megabytes for sample in samples):.1f} MB; "
                 f"files {samples[0].files} first, {samples[-1].files} last"
             )
@@ -165,4 +167,4 @@ async def test_honest_scrapes_among_hostile_peers_go_on_and_nothing_grows(tmp_pa
             assert len(times) > SECONDS
             assert samples[-1].files <= samples[0].files + SPARE_FILES
             if IS_SOAK:
-                assert late - early < MOST_GROWTH
+                assert quarters[-1] - quarters[1] < MOST_GROWTH
