@@ -51,9 +51,9 @@ async def cold_start(bench: Bench, checkout: Checkout, size: int, backend: str) 
     async with consul() as address:
         async with registrar(bench.folder, checkout, api, address, backend=backend) as run:
             seconds = await filled(address, run, backend, targets)
-            peak = run.program.peak_mb
+            cpu, peak = run.program.cpu_seconds, run.program.peak_mb
         services = await services_of(address, backend) if bench.with_limits else []
-    notes = [f"peak {peak:.0f} MB"]
+    notes = [f"{cpu:.2f} s of its CPU", f"peak {peak:.0f} MB"]
     if services:
         notes += await bare_limit.beside(bench.folder, checkout, api, services, backend=backend, took=seconds)
     return Measured({"cold": seconds}, tuple(notes))
