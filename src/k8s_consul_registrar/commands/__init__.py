@@ -5,7 +5,7 @@ runs may be loaded: the others would make a mode start later and use more memory
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -242,11 +242,15 @@ def start_logs(common: CommonSettings) -> None:
         get_logger("app").warning(warning)
 
 
-def settings_offline(environment: Mapping[str, str]) -> RegistrarSettings:
-    """Return the settings of a command that ends soon, and log only warnings unless LOG_LEVEL is set."""
+def settings_offline(environment: Mapping[str, str], without: Collection[str] = ()) -> RegistrarSettings:
+    """Return the settings of a command that ends soon, and log only warnings unless LOG_LEVEL is set.
+
+    Warnings about the settings `without` which the command does its work are left out.
+    """
     settings = read_registrar(environment)
     level = settings.common.log_level if environment.get("LOG_LEVEL") else "warning"
-    start_logs(replace(settings.common, log_level=level))
+    warnings = tuple(one for one in settings.common.warnings if one.split()[0] not in without)
+    start_logs(replace(settings.common, log_level=level, warnings=warnings))
     return settings
 
 

@@ -101,7 +101,7 @@ class LintReport:
 
 def run(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Lint the files: exit 0 nothing rejected, 3 something is, 1 a file cannot be read."""
-    settings = settings_offline(environment)
+    settings = settings_offline(environment, without=("CLUSTER_NAME",))
     report = lint(
         parsed.files,
         Wiring(settings).targets,

@@ -207,6 +207,16 @@ def test_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lint", str(file)], {}) == 0
 
 
+def test_missing_cluster_name_is_no_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing of a manifest depends on it; other warnings about settings stay."""
+    file = tmp_path / "pod.yaml"
+    file.write_text(POD)
+    assert main(["lint", str(file)], {"QUOTA_REMOVE": "true"}) == 0
+    said = capsys.readouterr()
+    assert "CLUSTER_NAME" not in said.out + said.err
+    assert "QUOTA_REMOVE has no effect" in said.out + said.err
+
+
 def test_list_of_a_large_cluster_is_within_the_bound_of_values(tmp_path: Path) -> None:
     """Two thousand Pods with their labels, as one list."""
     labels = {f"label-{number}": "value" for number in range(40)}
