@@ -49,7 +49,7 @@ class Document:
 
 
 class Groups:
-    """The groups of all targets; one that changes is encoded again and keeps its place.
+    """The groups of all targets by service ID; one that changes is encoded again.
 
     `version` is another object whenever a group has changed, `position` is that of the view they show.
     """
@@ -58,9 +58,7 @@ class Groups:
         self._view = view
         self._encoder = encoder
         self._names = names
-        self._place_of: dict[str, int] = {}
-        self._free: list[int] = []
-        self.places: list[Group | None] = []
+        self.by_id: dict[str, Group] = {}
         self.version = object()
         self.position = -1
 
@@ -71,7 +69,7 @@ class Groups:
             return
         changed = None if self.position < 0 else self._view.changed_since(self.position)
         if changed is None:
-            gone = set(self._place_of)
+            gone = set(self.by_id)
             async for target in in_slices(self._view.targets(), _SLICE):
                 gone.discard(target.service.id)
                 self._put(target.service.id, target)
@@ -83,22 +81,13 @@ class Groups:
         self.position = position
 
     def _put(self, service_id: str, target: TargetRow | None) -> None:
-        place = self._place_of.get(service_id)
-        if target is None or not target.is_target:
-            if place is not None:
-                del self._place_of[service_id]
-                self.places[place] = None
-                self._free.append(place)
-                self.version = object()
-            return
-        group = self._encoder.encode(target, self._names)
-        if place is None:
-            if not self._free:
-                self._free.append(len(self.places))
-                self.places.append(None)
-            place = self._place_of[service_id] = self._free.pop()
-        if self.places[place] != group:
-            self.places[place] = group
+        before = self.by_id.get(service_id)
+        group = None
+        if target is not None and target.is_target:
+            group = self.by_id[service_id] = self._encoder.encode(target, self._names)
+        elif before is not None:
+            del self.by_id[service_id]
+        if group != before:
             self.version = object()
 
 
@@ -165,9 +154,10 @@ class Documents:
         if before is not None and before.version is groups.version:
             return replace(before, position=groups.position)
         packing, parts, size, begin = zlib.compressobj(1, wbits=_GZIP), [], 0, b"["
-        async for start in in_slices(range(0, len(groups.places), _PIECE), _PIECES):
-            some = groups.places[start : start + _PIECE]
-            if texts := [one.text for one in some if one is not None and query.matches(one)]:
+        all_groups = tuple(groups.by_id.values())
+        async for start in in_slices(range(0, len(all_groups), _PIECE), _PIECES):
+            some = all_groups[start : start + _PIECE]
+            if texts := [one.text for one in some if query.matches(one)]:
                 text = begin + b",".join(texts)
                 parts.append(packing.compress(text))
                 size += len(text)

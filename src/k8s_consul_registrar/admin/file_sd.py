@@ -35,7 +35,7 @@ CHECK_EVERY = 5.0
 LONGEST_PACE = 5.0
 COST = 250.0
 # Groups that are written at once.
-PIECE = 500
+PIECE = 64
 # Seconds after a failure until the next try.
 RETRY_EVERY = 5.0
 # Seconds that the last write may take.
@@ -137,7 +137,7 @@ class FileSd:
         self._due = begun + LEAST_PAUSE
         if self._written is version and not self._before and not self._status.problem:
             return
-        shown = [one for one in groups.places if one is not None]
+        shown = tuple(groups.by_id.values())
         try:
             cost = await self._blocking.do(lambda: self._replace(shown))
         except (OSError, ValueError) as error:

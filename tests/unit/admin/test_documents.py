@@ -29,7 +29,7 @@ class Counting(GroupEncoder):
 async def texts_of(groups: Groups) -> dict[str, bytes]:
     """Return the groups of this moment by ID."""
     await groups.refresh()
-    return {one.id: one.text for one in groups.places if one is not None}
+    return {service_id: one.text for service_id, one in groups.by_id.items()}
 
 
 async def read(view: View) -> dict[str, bytes]:
@@ -95,7 +95,7 @@ async def test_groups_that_follow_changes_are_those_of_a_whole_reading() -> None
 
 
 async def test_change_of_one_target_encodes_one() -> None:
-    """However many there are; a target that goes leaves its place to the next one that comes."""
+    """However many there are; one that goes is gone from the next document."""
     seen = Seen()
     pods = [make_pod(f"web-{number}", ip=f"198.51.100.{number}") for number in range(200)]
     seen.lab.cluster.put_list(pods)
@@ -109,7 +109,7 @@ async def test_change_of_one_target_encodes_one() -> None:
     await documents.groups()
     seen.lab.cluster.put(make_pod("new", ip="198.51.100.207"))
     groups = await documents.groups()
-    assert len(groups.places) == 200
+    assert len(groups.by_id) == 200
     assert b'web-7"' not in gzip.decompress((await documents.get(SdQuery())).packed)
 
 
