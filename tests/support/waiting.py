@@ -4,7 +4,7 @@ import asyncio
 import inspect
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
@@ -90,6 +90,24 @@ async def unless_late(attempt: Callable[[int], Awaitable[object]], *, by: float)
             return
         finally:
             watching.cancel()
+
+
+async def most_between_turns(items: AsyncIterator[object]) -> int:
+    """Read to the end; return how many items came, at most, while nothing else had its turn of the event loop."""
+    count = most = 0
+
+    async def take_turns() -> None:
+        nonlocal count
+        while True:
+            count = 0
+            await asyncio.sleep(0)
+
+    turning = asyncio.create_task(take_turns())
+    async for _ in items:
+        count += 1
+        most = max(most, count)
+    turning.cancel()
+    return most
 
 
 class Clock:

@@ -51,7 +51,7 @@ from k8s_consul_registrar.telemetry import get_logger
 CONCURRENCY = 32
 # An agent that lost its services is noticed by asking for this many of a sample of this size.
 ASKED_AT_ONCE, SAMPLE = 4, 64
-SLICE = 200  # services compared before the loop gets its turn
+SLICE = 25  # services compared before the loop gets its turn
 # Deregistered IDs that are remembered between two looks at what the agent left in the catalog.
 MOST_REMEMBERED = 20_000
 # The first parts of paths below /v1/agent/service/ that are no IDs.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from k8s_consul_registrar.asyncio_tools import in_slices
 from k8s_consul_registrar.errors import ClusterRefused
 from k8s_consul_registrar.kube.client import KubeClient
 from k8s_consul_registrar.kube.objects import Item
@@ -29,6 +30,9 @@ from k8s_consul_registrar.model import (
     Written,
 )
 from k8s_consul_registrar.registrar.status import LostAgent
+
+# Services read from memory between two turns of the event loop.
+SLICE = 25
 
 
 class ClusterReader(Protocol):
@@ -116,7 +120,7 @@ class Registry(Protocol):
         """The number of services in a batch at most."""
 
     def services(self) -> AsyncIterator[Service]:
-        """Yield every service held there, no matter who wrote it."""
+        """Yield every service held there, no matter who wrote it, and let other tasks run in between."""
 
     def lookup(self, ids: Sequence[str]) -> AsyncIterator[Service]:
         """Yield those of these services that exist now."""
@@ -180,7 +184,7 @@ class MemoryRegistry:
 
     async def services(self) -> AsyncIterator[Service]:
         """Yield every service."""
-        for service in tuple(self._services.values()):
+        async for service in in_slices(tuple(self._services.values()), SLICE):
             yield service
 
     async def lookup(self, ids: Sequence[str]) -> AsyncIterator[Service]:

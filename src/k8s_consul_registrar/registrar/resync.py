@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from k8s_consul_registrar.asyncio_tools import in_slices
-from k8s_consul_registrar.model import Service
+from k8s_consul_registrar.model import UNSYNCED, Service
 from k8s_consul_registrar.registrar.absences import Absences, Findings, Judged
 from k8s_consul_registrar.registrar.brake import Ground
 from k8s_consul_registrar.registrar.decide import Deregister, Infer, Keep, Kept, Withheld, decide
@@ -71,12 +71,8 @@ class Resync(CorePart):
         changed: dict[str, Observed] = {}
         differing: list[str] = []
         try:
-            count = 0
             async for service in self._registry.services():
                 self._take_record(service, changed, differing)
-                count += 1
-                if count % SLICE == 0:
-                    await asyncio.sleep(0)
             lost_shards = await self._registry.lost_shards() if is_first else {}
         except BaseException:
             self._observed.drop_read()
@@ -150,6 +146,9 @@ class Resync(CorePart):
 
     def _take_record(self, service: Service, changed: dict[str, Observed], differing: list[str]) -> None:
         known = self._observed.get(service.id)
+        if isinstance(known, AsDesired) and (same := self._as_written(known, service)) is not None:
+            self._observed.read(service.id, same)
+            return
         is_claimed = service.id in self._desired.claims
         record: Observed = observe(
             service, self._rules.identity, self._desired.cluster_uid, keep=not is_claimed
@@ -159,14 +158,21 @@ class Resync(CorePart):
             if not is_claimed:
                 return
         if isinstance(known, AsDesired) and isinstance(record, Other):
-            if hash(known.service(self._rules.identity)) == record.digest and not record.is_unsynced:
-                record = AsDesired(known.target, known.shard, known.cluster_uid, record.version)
-            else:
-                changed[service.id] = record
+            changed[service.id] = record
         record = with_known_meta(record, known)
         if not is_alike(record, known):
             differing.append(service.id)
         self._observed.read(service.id, record)
+
+    def _as_written(self, known: AsDesired, service: Service) -> AsDesired | None:
+        """Return the record of a service that is as it is known to be, the usual case; None of another."""
+        is_another_cluster = known.cluster_uid and self._desired.cluster_uid not in ("", known.cluster_uid)
+        is_same = not is_another_cluster and service == known.service(self._rules.identity)
+        if not is_same or service.index == UNSYNCED:
+            return None
+        if service.index == known.version:
+            return known
+        return AsDesired(known.target, known.shard, known.cluster_uid, service.index)
 
     def _warn_of_prefix(self) -> None:
         """Say at the start that the ID prefix differs only in case from one that is in use."""

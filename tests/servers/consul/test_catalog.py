@@ -11,6 +11,7 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from k8s_consul_registrar.backoff import Timing
+from k8s_consul_registrar.consul.agent import AgentRegistry
 from k8s_consul_registrar.consul.batches import MOST_FAULTS_IN_A_ROW
 from k8s_consul_registrar.consul.catalog import CatalogRegistry
 from k8s_consul_registrar.consul.client import ATTEMPTS, ConsulClient
@@ -29,6 +30,7 @@ from support.doors import HttpDoor
 from support.processes import LOOPBACK
 from support.real_servers import held
 from support.scripted import client_of, serving
+from support.waiting import most_between_turns
 
 NODE = "k8s-lab"
 SERVICES = [our_pod_service(f"p{number}") for number in range(150)]
@@ -97,6 +99,15 @@ async def test_round_trip() -> None:
         removed = await registry.deregister(list(there.values()))
         assert (removed.done, removed.stale) == (150, ())
         assert set(await held(registry)) == {"pod--shop--new"}
+
+
+@pytest.mark.parametrize("kind", [CatalogRegistry, AgentRegistry])
+async def test_read_of_everything_lets_changes_through(kind: type[CatalogRegistry | AgentRegistry]) -> None:
+    """A change needs several turns of the loop until it is at Consul, so none may take long."""
+    async with Consul() as consul, client_of(consul.url, timing=Timing()) as client:
+        registry = registry_of(client) if kind is CatalogRegistry else AgentRegistry(client)
+        await registry.register(SERVICES)
+        assert await most_between_turns(registry.services()) <= 30
 
 
 async def test_readiness_on_the_sandbox() -> None:

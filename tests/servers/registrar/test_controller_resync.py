@@ -6,7 +6,7 @@ import random
 import pytest
 from msgspec.structs import replace
 
-from k8s_consul_registrar.model import Drift
+from k8s_consul_registrar.model import UNSYNCED, Drift
 from k8s_consul_registrar.registrar.schedule import ScheduleRules
 from support.builders import make_pod, our_pod_service
 from support.controller_lab import ControllerLab
@@ -37,6 +37,33 @@ async def test_drift_is_repaired(checks_versions: bool) -> None:
         lab.consul.put_by_hand(our_pod_service("b", note="mine"))
         await lab.until_so(lambda: lab.consul.held["pod--shop--b"].value("note") == "")
     assert lab.consul.writes[2:] == [("register", "pod--shop--a"), ("register", "pod--shop--b")]
+
+
+async def test_service_that_an_agent_holds_and_the_catalog_lacks_is_registered_again() -> None:
+    """It is as it was written, and yet no collector finds it."""
+    lab = ControllerLab(checks_versions=False)
+    async with lab.running():
+        await lab.synced("a", "b")
+        held = lab.consul.held["pod--shop--a"]
+        lab.consul.held["pod--shop--a"] = replace(held, index=UNSYNCED)
+        lab.consul.foreign = Drift.CHANGED
+        await lab.until_so(lambda: lab.consul.writes[2:] == [("register", "pod--shop--a")])
+        await lab.resynced()
+    assert len(lab.consul.writes) == 3
+
+
+@on_both
+async def test_services_of_the_cluster_before_belong_to_another_one(checks_versions: bool) -> None:
+    """A UID that differs outweighs that they are as they were written: they are not touched."""
+    lab = ControllerLab(checks_versions=checks_versions)
+    lab.controller.on_cluster_uid("uid-1")
+    async with lab.running():
+        await lab.synced("a", "b")
+        before = dict(lab.consul.held)
+        lab.controller.on_cluster_uid("uid-2")
+        await lab.until_so(lambda: len(lab.status.conflicts) == 2)
+        await lab.resynced()
+    assert lab.consul.held == before
 
 
 @on_both

@@ -3,6 +3,7 @@
 from k8s_consul_registrar.model import Drift
 from k8s_consul_registrar.registrar.interfaces import AlwaysAvailable, MemoryRegistry
 from support.builders import our_pod_service
+from support.waiting import most_between_turns
 
 
 async def ids(registry: MemoryRegistry) -> list[str]:
@@ -32,6 +33,13 @@ async def test_services_that_change_while_they_are_read_do_not_disturb_the_read(
         await registry.deregister([one])
     assert len(seen) == 5
     assert await ids(registry) == []
+
+
+async def test_read_of_everything_lets_changes_through() -> None:
+    """Nothing waits for a resync's end."""
+    registry = MemoryRegistry()
+    await registry.register([our_pod_service(f"p{number}") for number in range(150)])
+    assert await most_between_turns(registry.services()) <= 30
 
 
 async def test_nothing_else_writes_to_it() -> None:
