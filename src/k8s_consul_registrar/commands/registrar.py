@@ -34,7 +34,7 @@ from k8s_consul_registrar.registrar.brake import Ground, Proof
 from k8s_consul_registrar.registrar.claims import Change
 from k8s_consul_registrar.registrar.elector import Elector
 from k8s_consul_registrar.registrar.metrics import RegistrarCollector, RegistrarMetrics
-from k8s_consul_registrar.registrar.observed import AsDesired
+from k8s_consul_registrar.registrar.observed import AsDesired, Unknown
 from k8s_consul_registrar.registrar.ownership import Claim
 from k8s_consul_registrar.registrar.reconciler import Core
 from k8s_consul_registrar.registrar.status import tell_progress
@@ -245,8 +245,10 @@ async def _clear_previous_locations(
     def is_ours(service: Service) -> bool:
         return identity.claim(service, parts.core.desired.cluster_uid) is Claim.OURS
 
-    def may_go(service: Service) -> bool:
-        return isinstance(parts.core.observed.get(service.id), AsDesired)
+    def may_go(service: Service) -> bool | None:
+        # What was written during a resync is looked up after it, perhaps later than all else was written.
+        record = parts.core.observed.get(service.id)
+        return None if isinstance(record, Unknown) else isinstance(record, AsDesired)
 
     controller = parts.controller
     await clear_previous_locations(

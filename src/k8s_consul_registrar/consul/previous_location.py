@@ -33,7 +33,7 @@ class PreviousLocation:
 
     A synthetic node is left behind empty. Removing a node would remove every service on it, even one that
     was registered a moment ago. Services written there after `begin` stay: in a rollout it is the new place of
-    the other registrar, whose settings are newer.
+    the other registrar, whose settings are newer. `may_go` returns None where it is not known yet.
     """
 
     def __init__(
@@ -41,12 +41,13 @@ class PreviousLocation:
         name: str,
         location: Location,
         is_ours: Callable[[Service], bool],
-        may_go: Callable[[Service], bool] = lambda _: True,
+        may_go: Callable[[Service], bool | None] = lambda _: True,
     ) -> None:
         self.name = name
         self._location = location
         self._is_ours = is_ours
         self._may_go = may_go
+        self.is_in_doubt = False  # True if the last clearing left a service of which it was not known yet
         # Version and content of each service that was there at first; None where that does not matter.
         self._before: dict[str, tuple[int, int]] | None = None
 
@@ -61,12 +62,16 @@ class PreviousLocation:
                 yield service
 
     def _is_to_go(self, service: Service) -> bool:
-        is_old = self._before is None or self._before.get(service.id) == _version(service)
-        return is_old and self._may_go(service)
+        if self._before is not None and self._before.get(service.id) != _version(service):
+            return False
+        may_go = self._may_go(service)
+        self.is_in_doubt |= may_go is None
+        return bool(may_go)
 
     async def clear(self, remove: Remove) -> Written:
         """Remove our services; one that another writer changes meanwhile is stale and stays. Raises a `ConsulError`."""
         removed = Written()
+        self.is_in_doubt = False
         batch: list[Service] = []
         async for service in self.services():
             if not self._is_to_go(service):
@@ -90,7 +95,7 @@ async def clear_previous_locations(
     is_ready: Callable[[], bool],
     timing: Timing,
 ) -> None:
-    """Clear each previous location once, as soon as everything is at the new one.
+    """Clear each previous location as soon as everything is at the new one, and again while a service is in doubt.
 
     Never the other way round: while anything is refused at the new place the old one keeps everything. What
     was written to a previous location after this began is not cleared: it belongs to another registrar, with
@@ -108,9 +113,11 @@ async def clear_previous_locations(
                 continue
             except ConsulError as error:
                 _log_left(location, error)
-            else:
-                _log_cleared(location, written)
-            break
+                break
+            _log_cleared(location, written)
+            if not location.is_in_doubt:
+                break
+            await asyncio.sleep(next(retry))
 
 
 async def _has_begun(location: PreviousLocation, timing: Timing) -> bool:

@@ -89,7 +89,7 @@ def previous_locations(
     settings: RegistrarSettings,
     client: ConsulClient,
     is_ours: Callable[[Service], bool],
-    may_go: Callable[[Service], bool],
+    may_go: Callable[[Service], bool | None],
 ) -> list[PreviousLocation]:
     """Return the places that may still hold our services: the other backend's, and nodes of earlier settings."""
     backend, meta_keys = settings.backend, settings.naming.meta_keys

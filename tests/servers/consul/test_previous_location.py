@@ -13,7 +13,7 @@ from k8s_consul_registrar.model import Service, Written
 from support.builders import make_pod, our_pod_service, unaudited
 from support.controller_lab import ControllerLab
 from support.scripted import QUICK
-from support.waiting import PATIENCE
+from support.waiting import PATIENCE, until
 
 
 class Location(PreviousLocation):
@@ -120,3 +120,22 @@ async def test_service_a_successor_writes_to_a_previous_location_stays(version: 
         place.held[service.id] = replace(service, index=version)
     assert (await location.clear(unaudited)).done == 1
     assert set(place.held) == {"pod--shop--kept", "pod--shop--new"}
+
+
+async def test_service_in_doubt_at_the_new_place_goes_from_the_old_one_once_it_is_known() -> None:
+    """Not before, and not never: what was written during a resync is looked up a moment after everything else."""
+    place, known = Place(), {"pod--shop--sure": True, "pod--shop--other": False}
+    place.held = {one.id: one for one in map(our_pod_service, ("sure", "doubtful", "other"))}
+    location = consul_location.PreviousLocation(
+        "node k8s-lab", place, is_ours=lambda _: True, may_go=lambda service: known.get(service.id)
+    )
+    clearing = asyncio.create_task(
+        clear_previous_locations([location], remove=lambda _: unaudited, is_ready=lambda: True, timing=QUICK)
+    )
+    await until(lambda: "pod--shop--sure" not in place.held)
+    await a_while()
+    assert set(place.held) == {"pod--shop--doubtful", "pod--shop--other"}
+    known["pod--shop--doubtful"] = True
+    async with asyncio.timeout(PATIENCE):
+        await clearing
+    assert set(place.held) == {"pod--shop--other"}
