@@ -37,6 +37,7 @@ from k8s_consul_registrar.telemetry import get_logger
 TIMER_SLACK = 0.01  # seconds
 # A request for a list so shortly after another is served by the same one.
 REQUEST_SPACING = 1.0  # seconds
+SLICE = 25  # events taken over before the loop gets its turn; about a millisecond of work
 # After these the version we hold leads nowhere: the source is listed again.
 VERSION_LOST = (ClusterExpired, ClusterAhead, ClusterRefused)
 # Lists in pages that may expire in a row before one without pages.
@@ -310,8 +311,10 @@ class Reflector:
                     self._watch_began = self._clock()
                     if self._until:
                         self._store.resume(self._source, self._until)
-                for event in batch:
+                for count, event in enumerate(batch, 1):
                     self._apply(event)
+                    if count % SLICE == 0:
+                        await asyncio.sleep(0)
                 if batch:
                     self._counts.heard_at = self._clock()
                 self._note_progress()

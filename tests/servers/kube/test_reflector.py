@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -183,6 +184,31 @@ async def test_list_then_events_from_its_version() -> None:
     assert 30 <= int(query["timeoutSeconds"]) <= 60
     assert [one["labelSelector"] for one in api.queries("list") + api.queries("watch")] == ["app=x"] * 2
     assert (api.count("list"), api.count("probe"), followed.stats.lists) == (1, 0, 1)
+
+
+async def test_many_events_at_once_are_taken_over_in_several_turns() -> None:
+    """A mass deletion must not hold up what is on its way to Consul."""
+    turn, turns = 0, Counter[int]()
+
+    async def take_turns() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    def resolve(item: Item) -> str | None:
+        turns[turn] += 1
+        return address(item)
+
+    names = [f"p{number}" for number in range(100)]
+    api = ScriptedApi()
+    api.watches.append(holds(*(("ADDED", pod_object(name, 101)) for name in names)))
+    async with following(api, resolve=resolve) as followed:
+        turning = asyncio.create_task(take_turns())
+        await followed.settled(*names)
+        turning.cancel()
+    assert turns.total() == 100
+    assert max(turns.values()) <= 30
 
 
 async def test_drop_is_probed_and_resumed_from_the_last_event() -> None:
