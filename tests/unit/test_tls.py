@@ -1,6 +1,8 @@
 """PEM in whatever surroundings, and certificates and keys that are damaged, cut off or of another kind."""
 
 import ssl
+import subprocess
+import sys
 import time
 from base64 import b64encode
 from collections.abc import Callable
@@ -250,6 +252,23 @@ def test_files_of_a_server_caught_half_way_leave_the_last_in_force(tmp_path: Pat
     (tmp_path / "ca").write_bytes(OTHER.cert_pem.bytes())
     assert tls.refresh()
     assert tls.value.client_ca == OTHER.cert_pem.bytes().decode()
+
+
+def test_start_reads_no_authorities_of_the_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Loading aiohttp makes two contexts, which no request uses; afterwards contexts are as they always are."""
+    bundle = tmp_path / "ca.pem"
+    bundle.write_bytes(trustme.CA().cert_pem.bytes())
+    monkeypatch.setenv("SSL_CERT_FILE", str(bundle))
+    script = """
+import ssl
+from k8s_consul_registrar.tls import without_authorities
+with without_authorities():
+    from aiohttp import connector
+for context in connector._SSL_CONTEXT_VERIFIED, connector._SSL_CONTEXT_UNVERIFIED, ssl.create_default_context():
+    print(context.cert_store_stats()["x509"])
+"""
+    shown = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert shown.split() == ["0", "0", "1"]
 
 
 def test_expiry_of_a_certificate_is_read_from_its_first_block() -> None:
