@@ -7,7 +7,7 @@ is not taken a second time, and one added meanwhile is taken again afterwards.
 import heapq
 import math
 import random
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable
 from enum import IntEnum
 from typing import NamedTuple
@@ -100,8 +100,9 @@ class WorkQueue:
         self._retries: deque[str] = deque()
         self._first_tries = (self._changes, self._removals, self._bulk)  # by priority
         self._later: list[tuple[float, str]] = []
-        # IDs written recently, and the time before which each is not written again; in order of time.
-        self._resting: dict[str, float] = {}
+        # IDs written recently, and the time before which each is not written again; in order of time. A plain dict
+        # would be searched from its beginning for each one that goes.
+        self._resting: OrderedDict[str, float] = OrderedDict()
         self._groups: dict[str, list[_Group]] = {}
         # Batches since the last one of bulk work, of removals and of retries.
         self._since = [0, 0, 0]
