@@ -161,9 +161,10 @@ async def test_sandbox_answers_as_a_real_consul() -> None:
 
 
 async def _is_in_catalog(session: aiohttp.ClientSession, real: RealConsul, service_id: str) -> bool:
-    """Return whether the agent has carried a service into the catalog."""
+    """Return whether the agent has carried a service, and its node with the node's meta, into the catalog."""
     request = Exchange("GET", f"/v1/catalog/node-services/{real.node}", None, 0, {}, "")
-    return f'"{service_id}"' in (await ask(session, real.url, request)).text
+    text = (await ask(session, real.url, request)).text
+    return f'"{service_id}"' in text and "consul-network-segment" in text
 
 
 async def test_index_of_a_nodes_services_is_that_of_the_tables() -> None:
