@@ -158,7 +158,9 @@ def debian_root(name: str) -> Path:
     for folder in (root, partial):
         shutil.rmtree(folder, ignore_errors=True)
     mirror = sources[0].uris.split()[0]
-    command = ("debootstrap", "--variant=minbase", f"--include={PACKAGES}", name, partial, mirror, ANY_SUITE)
+    # In a mount namespace of its own: what it mounts in the folder goes with it, however it ends.
+    into = ("unshare", "--mount", "debootstrap", "--variant=minbase", f"--include={PACKAGES}")
+    command = (*into, name, partial, mirror, ANY_SUITE)
     with (FOLDER / f"{name}.log").open("wb") as log:  # it names hosts
         done = subprocess.run(command, stdout=log, stderr=log, check=False, timeout=SLOWEST)
     if done.returncode:
