@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import structlog
 from hypothesis import HealthCheck, Phase, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from k8s_consul_registrar.backoff import Timing
 from k8s_consul_registrar.commands.registrar import run_registrar
@@ -257,11 +257,11 @@ class World(RuleBasedStateMachine):
         """Take a snapshot of the cluster."""
         self.backup = (self.sandbox.kube.store.backup(), dict(self.wanted), dict(self.nodes))
 
-    @precondition(lambda self: self.backup is not None)
     @act()
     def restore(self) -> None:
-        """Go back to the snapshot, the version with it."""
-        assert self.backup is not None
+        """Go back to the snapshot, if there is one, the version with it."""
+        if self.backup is None:  # no precondition: those that depend on the time are flaky to Hypothesis
+            return
         backup, wanted, nodes = self.backup
         self.steady.intersection_update(wanted)
         self.wanted.clear()
