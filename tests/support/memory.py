@@ -162,8 +162,8 @@ class MemoryRegistry:
         self.read_first = 0
         self.register_calls = 0
         self.deregister_calls = 0
-        # Removals in flight now, and the most at once and in one call so far.
-        self.removing = self.most_removing = self.most_removed_at_once = 0
+        # Calls of `deregister` in flight now, and the most at once so far.
+        self.removing = self.most_removing = 0
         self.taken_names: set[str] = set()
         self.names_checked: list[str] = []
         # Called before each write, as other writers get their turn.
@@ -228,7 +228,6 @@ class MemoryRegistry:
         self.before_write()
         self.removing += 1
         self.most_removing = max(self.most_removing, self.removing)
-        self.most_removed_at_once = max(self.most_removed_at_once, len(services))
         try:
             await asyncio.sleep(self.write_seconds)
         finally:

@@ -160,14 +160,6 @@ def test_queue_change_beside_bulk_work_is_taken_next() -> None:
         assert take(queue) == (f"new-{number}",)
 
 
-def test_queue_removals_travel_in_small_batches() -> None:
-    """A change waits for little; a quarter of a batch of one is one."""
-    queue = new_queue()
-    for number in range(8):
-        queue.add(f"gone-{number}", 0.0, Priority.REMOVAL)
-    assert [len(take(queue, limit=limit)) for limit in (16, 1)] == [4, 1]
-
-
 @pytest.mark.parametrize(("most", "removals", "bulk"), [(1, 1, 1), (8, 1, 6), (32, 4, 24)])
 def test_slots_leave_room_for_changes(most: int, removals: int, bulk: int) -> None:
     """Removals have an eighth of the slots and bulk work three quarters, one at least."""
