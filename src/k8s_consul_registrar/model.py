@@ -302,6 +302,8 @@ class Service(msgspec.Struct, frozen=True, gc=False, eq=False):
             and self.ready == other.ready
         )
 
+    __ne__ = object.__ne__  # that of msgspec does not negate another __eq__
+
     def __hash__(self) -> int:
         return hash((self.id, self.name, self.address, self.port, self.meta, self.tags, self.ready))
 
@@ -312,10 +314,7 @@ class Service(msgspec.Struct, frozen=True, gc=False, eq=False):
 
     def value(self, key: str) -> str:
         """Return the value of a meta key, empty when absent."""
-        for name, text in self.meta:
-            if name == key:
-                return text
-        return ""
+        return dict(self.meta).get(key, "")
 
 
 class Drift(IntEnum):

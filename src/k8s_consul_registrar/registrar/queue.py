@@ -18,10 +18,11 @@ import msgspec
 BULK_SHARE = 4
 # Bulk batches leave one slot in this many to changes.
 SLOTS_FOR_CHANGES = 4
-# Removals have one slot in this many: Consul makes one write after the other, so a change waits for all that are
-# ahead of it, while a removal has time. Smaller batches would cost Consul more in all: 1.4 ms each beside 0.06 ms
-# for each removal.
+# Removals have one slot in this many, and small batches: Consul makes one write after the other,
+# so a change waits for all that are ahead of it, while a removal has time. A single write beside 6,000 removals had a
+# p99 of 133 ms with 8 batches of 64 in flight, 35 ms with one, and 19 ms with one of 32, which took hardly longer.
 SLOTS_PER_REMOVAL = 8
+REMOVAL_BATCH = 32
 # Seconds between two writes of one ID at least, so that an object that flaps does not starve the others.
 MIN_INTERVAL = 0.2
 # An ID that moves to another queue leaves its entry behind; beyond this many, stale entries are dropped.
@@ -180,7 +181,7 @@ class WorkQueue:
         return not self.in_flight and not (self._items and self._has_ready())
 
     def take(self, limit: int, now: float, *, without: Collection[Priority] = ()) -> Batch | None:
-        """Return the next batch of at most `limit` IDs, None if nothing is due.
+        """Return the next batch of at most `limit` IDs, fewer of removals; None if nothing is due.
 
         Work of the priorities in `without` is left out.
         """
@@ -196,7 +197,8 @@ class WorkQueue:
         order += [self._changes, self._retries, self._removals, self._bulk]
         for ready in order:
             priority = self._priority_of(ready)
-            if priority in without or not (ids := self._take_from(ready, limit)):
+            most = min(limit, REMOVAL_BATCH) if priority is Priority.REMOVAL else limit
+            if priority in without or not (ids := self._take_from(ready, most)):
                 continue
             for number, other in enumerate(others):
                 self._since[number] = 0 if other is ready else self._since[number] + 1

@@ -33,10 +33,10 @@ def test_null_meta_and_tags() -> None:
 
 
 def test_catalogs_index_is_kept_apart_from_equality() -> None:
-    """ModifyIndex is carried along but two records that differ only in it are equal."""
+    """ModifyIndex is carried along but two records that differ only in it are equal, and not unequal."""
     one, two = (decode_service("x", b'{"Service":"n","ModifyIndex":%d}' % index) for index in (1, 2))
     assert (one.index, two.index) == (1, 2)
-    assert one == two
+    assert (one == two, one != two) == (True, False)
 
 
 @pytest.mark.parametrize("raw", [b'{"Port":"x"}', b"[]", b'{"Meta":{"a":1}}', b'{"Service":"\xff"}'])

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from k8s_consul_registrar.registrar.queue import Batch, Priority, Slots, WorkQueue
+from k8s_consul_registrar.registrar.queue import REMOVAL_BATCH, Batch, Priority, Slots, WorkQueue
 
 MOST = 10
 NO_BULK = (Priority.BULK,)
@@ -158,6 +158,15 @@ def test_queue_change_beside_bulk_work_is_taken_next() -> None:
         assert queue.take(64, 0.0) is not None
         queue.add(f"new-{number}", 0.0)
         assert take(queue) == (f"new-{number}",)
+
+
+def test_queue_removals_go_in_small_batches() -> None:
+    """A change that comes waits in Consul for no more than one of them."""
+    queue = new_queue()
+    for number in range(200):
+        queue.add(f"gone-{number}", 0.0, Priority.REMOVAL)
+    batches = [queue.take(128, 0.0), queue.take(8, 0.0)]
+    assert [len(batch.ids) for batch in batches if batch is not None] == [REMOVAL_BATCH, 8]
 
 
 @pytest.mark.parametrize(("most", "removals", "bulk"), [(1, 1, 1), (8, 1, 6), (32, 4, 24)])
