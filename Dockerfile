@@ -20,7 +20,7 @@ RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir wheel . 
     && python3 -m compileall -q --invalidation-mode unchecked-hash /opt/app
 
 FROM ${BASE}
-ARG VERSION=0.2.0
+ARG VERSION=1.0.0
 ARG REVISION=
 LABEL org.opencontainers.image.title="k8s-consul-registrar" \
     org.opencontainers.image.description="Keeps Consul equal to what a Kubernetes cluster wants scraped, and relays node metrics" \
