@@ -12,7 +12,9 @@ from support.files import ROOT
 from support.waiting import PATIENCE
 
 INTERRUPTED = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
+# A shell ignores the signal for what it runs in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     pathlib.Path(sys.argv[1]).write_text("started")
     time.sleep(600)
