@@ -33,7 +33,7 @@ CLUSTER_KINDS = frozenset({Kind.NODE, Kind.NAMESPACE})
 USUAL_KINDS = (Kind.POD, Kind.NODE)
 
 
-class ObjectKey(NamedTuple):
+class ObjectKey(msgspec.Struct, frozen=True, order=True, gc=False, cache_hash=True):
     """Names one Kubernetes object; `namespace` is empty for a Node and for a Namespace.
 
     The key of an endpoint's target has the name of its Service: EndpointSlices come and go.

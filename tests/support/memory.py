@@ -116,7 +116,7 @@ class MemoryCluster:
         if not isinstance(service, KubeService):
             return None
         slices = (one for one in self.objects.values() if isinstance(one, EndpointSlice))
-        mine = tuple(one for one in slices if (one.namespace, one.service) == key[1:])
+        mine = tuple(one for one in slices if (one.namespace, one.service) == (key.namespace, key.name))
         return ServiceWithSlices(key, service, mine)
 
     async def is_selected(self, key: ObjectKey) -> bool:

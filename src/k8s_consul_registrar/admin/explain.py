@@ -8,6 +8,7 @@ from itertools import chain
 
 import msgspec
 from aiohttp import web
+from msgspec.structs import replace
 
 from k8s_consul_registrar.admin.status_api import answer, api_route, check
 from k8s_consul_registrar.admin.target_groups import BadQuery, GroupEncoder
@@ -195,7 +196,7 @@ class Explainer:
             yield Condition("accepted", f"{targets} target{'s' if targets != 1 else ''}{rest}")
         elif why:
             yield Condition("accepted", why, is_met=False)
-        elif key.kind is Kind.ENDPOINT and desired.store.get(ObjectKey(Kind.SERVICE, *key[1:])) is not None:
+        elif key.kind is Kind.ENDPOINT and desired.store.get(replace(key, kind=Kind.SERVICE)) is not None:
             yield Condition("accepted", "no endpoint is ready or serving", is_met=False)
         else:
             yield Condition("accepted", "the list does not have it yet; ask again", is_met=False)

@@ -69,7 +69,7 @@ class ObjectEvent(msgspec.Struct, frozen=True, gc=False):
     @property
     def identity(self) -> tuple[str, ...]:
         """The parts by which two occurrences are the same Event."""
-        return (*self.key, self.uid, self.reason, self.cause)
+        return (self.key.kind, self.key.namespace, self.key.name, self.uid, self.reason, self.cause)
 
     @property
     def namespace(self) -> str:

@@ -285,7 +285,9 @@ class NamespaceGate:
 
     def add(self, target: Target, alone: tuple[Target, ...]) -> bool:
         """Note a target, which `alone` holds by itself; return True if it counts."""
-        if self._selects and target.key.namespace:
+        if not self._selects:
+            return True
+        if target.key.namespace:
             targets = self._targets.setdefault(target.key.namespace, {})
             others = targets.get(target.id)
             targets[target.id] = (*others, target) if others else alone
@@ -293,7 +295,9 @@ class NamespaceGate:
 
     def remove(self, target: Target) -> bool:
         """Forget a target; return True if it counted."""
-        if self._selects and (targets := self._targets.get(target.key.namespace)) is not None:
+        if not self._selects:
+            return True
+        if (targets := self._targets.get(target.key.namespace)) is not None:
             rest = tuple(one for one in targets.pop(target.id, ()) if one.key != target.key)
             if rest:
                 targets[target.id] = rest

@@ -326,7 +326,7 @@ class Departures:
             record = self._observed.get(service_id)
             if isinstance(record, Unknown) or not (record or self._observed.is_absent(service_id)):
                 continue
-            is_ours = isinstance(record, AsDesired | Other)
+            is_ours = isinstance(record, (AsDesired, Other))
             holder = object_behind(record)
             for key, recorded in tuple(self.keys(service_id).items()):
                 if recorded <= generation and not (is_ours and holder == key):

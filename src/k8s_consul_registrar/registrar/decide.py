@@ -219,7 +219,7 @@ def decide(desired: Desired, observed: Observed, rules: Rules) -> Action:
 def _decide(desired: Desired, observed: Observed, rules: Rules) -> Action:
     if isinstance(observed, Unknown):
         return LookUp()
-    if isinstance(observed, AsDesired | Other) and _is_of_another_cluster(desired, observed):
+    if isinstance(observed, (AsDesired, Other)) and _is_of_another_cluster(desired, observed):
         # The record was read before the API server's address led to another cluster.
         observed = Foreign(f"managed_by={MANAGED_BY}, cluster_uid={observed.cluster_uid}")
     if not desired.claims:

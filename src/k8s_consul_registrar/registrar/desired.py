@@ -111,7 +111,7 @@ class DesiredState:
         elif isinstance(observed, Other):
             holder, kind = observed.key, observed.kind
         is_asking = holder is not None and any(target.key == holder for target in claims)
-        if observed is not None and not isinstance(observed, Foreign | Unknown) and not is_asking:
+        if observed is not None and not isinstance(observed, (Foreign, Unknown)) and not is_asking:
             standing = self.standing(service_id, kind, holder)
         return Desired(
             service_id,
@@ -162,7 +162,7 @@ class DesiredState:
     def resolve(self, item: Item) -> Value | None:
         """Resolve an object, with the meta of its Namespace and Node; these hand theirs down."""
         resolved = self._resolve(item)
-        if isinstance(item, Node | Namespace):
+        if isinstance(item, (Node, Namespace)):
             self._inheritance.learn(item)
             self.hand_down()
         elif isinstance(resolved, tuple):
@@ -218,8 +218,7 @@ class DesiredState:
             self._depart(key, self._departures.take_left(key), heard_at)
             return
         self.generation += 1
-        if key.kind is not Kind.NODE:
-            self._inheritance.moved(key, before or (), after or ())
+        self._inheritance.moved(key, before or (), after or ())
         self._replace(key, before, after)
         self._share_endpoints(before, after, heard_at)
         asked = self._claims.endpoints.without_yielded(key, ids_asked(after))
@@ -342,7 +341,8 @@ class DesiredState:
     def _replace(self, key: ObjectKey, before: Resolved | None, after: Resolved | None) -> None:
         if isinstance(before, tuple):
             self._claims.remove(before)
-        self._rejections.put(key, after if isinstance(after, Rejection) else None)
+        if isinstance(before, Rejection) or isinstance(after, Rejection):
+            self._rejections.put(key, after if isinstance(after, Rejection) else None)
         if isinstance(after, tuple):
             self._claims.add(after)
 

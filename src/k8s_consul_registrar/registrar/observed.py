@@ -137,7 +137,7 @@ def inherited_by(record: Observed) -> Inherited:
     """Return what a record has of its Namespace and Node."""
     if isinstance(record, AsDesired):
         return inherited_in(record.target.meta, record.target.key.namespace)
-    return record.inherited if isinstance(record, Other | Unknown) else Inherited()
+    return record.inherited if isinstance(record, (Other, Unknown)) else Inherited()
 
 
 def with_known_meta(record: Observed, before: Observed) -> Observed:

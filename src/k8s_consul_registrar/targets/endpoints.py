@@ -276,7 +276,7 @@ def _targets(
     address = scraped_address(endpoint.address)
     if address is None:
         raise Rejected(Reason.INVALID_IP, f"the address {quoted(endpoint.address)} cannot be scraped")
-    _, namespace, service = scrape.key
+    namespace, service = scrape.key.namespace, scrape.key.name
     subject = Subject(
         {
             "cluster": rules.cluster,

@@ -1,7 +1,7 @@
 """Meta of services: its keys, Consul's limits, labels that become meta, and what targets inherit from Nodes and Namespaces."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -87,7 +87,7 @@ def checked_meta(meta: Mapping[str, str]) -> Meta:
     is_plain = len(text) <= LONGEST_META_VALUE and text.isascii() and text.isprintable()
     if not is_plain or len(meta) > MOST_META_PAIRS:
         _check({key: value for key, value in meta.items() if value}, text)
-    return tuple([shared_pair((key, meta[key])) for key in sorted(meta) if meta[key]])
+    return tuple([shared_pair(pair) for pair in sorted(meta.items()) if pair[1]])
 
 
 def own_zone(labels: Mapping[str, str]) -> Meta:
@@ -156,6 +156,11 @@ class GivenMeta(msgspec.Struct, frozen=True, gc=False):
     pairs: Meta = ()
     is_cut: bool = False
 
+    @property
+    def has_labels(self) -> bool:
+        """True if there is more than a zone."""
+        return self.is_cut or bool(self.pairs and self.pairs[0][0] != ZONE)
+
 
 class Inherited(msgspec.Struct, frozen=True, gc=False):
     """The meta that a service has of its Namespace and of its Node, and the names of the two."""
@@ -184,13 +189,30 @@ def _shared_inherited(namespace: str, node: str, pairs: Meta) -> Inherited:
     return Inherited(namespace, node, pairs)
 
 
+def _namespace_of(target: Target) -> str:
+    return target.key.namespace
+
+
+def _node_of(target: Target) -> str:
+    return _value(target.meta, NODE)
+
+
+_NAME_OF = {Kind.NAMESPACE: _namespace_of, Kind.NODE: _node_of}
+
+
 class _Givers(msgspec.Struct):
     """The objects of one kind by name: what they give, the keys of their heirs, and which were deleted."""
 
     labels: Sequence[LabelMeta]
+    # Returns the name of the one that a target inherits from.
+    name_of: Callable[[Target], str]
     known: dict[str, GivenMeta] = msgspec.field(default_factory=dict)
     heirs: dict[str, set[ObjectKey]] = msgspec.field(default_factory=dict)
     gone: set[str] = msgspec.field(default_factory=set)
+
+    def name_for(self, resolved: Resolved) -> str:
+        """Return the name of the one that an object's targets inherit from, empty without targets."""
+        return "" if isinstance(resolved, Rejection) or not resolved else self.name_of(resolved[0])
 
     def tidy(self, name: str) -> None:
         """Forget a deleted object with its last heir."""
@@ -213,10 +235,11 @@ class Inheritance:
     def __init__(self, kinds: Collection[Kind], labels: Mapping[Kind, Sequence[LabelMeta]]) -> None:
         """Make it for the kinds that are followed, with the labels that each gives; a Node gives its zone too."""
         giving = [kind for kind in GIVERS if kind in kinds and (kind is Kind.NODE or labels.get(kind))]
-        self._givers = {kind: _Givers(labels.get(kind, ())) for kind in giving}
-        # Endpoints have their zone from their slice, and want labels only.
-        self._of_endpoints = tuple([one for one in self._givers.items() if one[1].labels])
-        self._of_others = tuple(self._givers.items())
+        self._givers = {kind: _Givers(labels.get(kind, ()), _NAME_OF[kind]) for kind in giving}
+        of_pods = tuple(self._givers.items())
+        # Endpoints have their zone from their slice, and want labels only. Nodes inherit nothing.
+        of_endpoints = tuple([one for one in of_pods if one[1].labels])
+        self._givers_of = {Kind.POD: of_pods, Kind.ENDPOINT: of_endpoints}
         self._changed: dict[ObjectKey, None] = {}
 
     def learn(self, giver: Namespace | Node) -> None:
@@ -247,22 +270,18 @@ class Inheritance:
 
     def place(self, targets: tuple[Target, ...]) -> tuple[Target, ...]:
         """Return the targets of one object with what they inherit, as far as it is known."""
-        if not targets or targets[0].key.kind is Kind.NODE:
+        if not targets:
             return targets
         given: dict[Kind, GivenMeta] = {}
-        for kind, givers in self._givers_of(targets[0].key.kind):
-            if (one := givers.known.get(_giver_name(targets[0], kind))) is not None:
+        for kind, givers in self._givers_of.get(targets[0].key.kind, ()):
+            if (one := givers.known.get(givers.name_of(targets[0]))) is not None:
                 given[kind] = one
         return tuple([inherit(target, given) for target in targets]) if given else targets
 
-    def _givers_of(self, heirs: Kind) -> tuple[tuple[Kind, _Givers], ...]:
-        """Return what objects of a kind inherit from."""
-        return self._of_endpoints if heirs is Kind.ENDPOINT else self._of_others
-
     def moved(self, key: ObjectKey, before: Resolved, after: Resolved) -> None:
         """Record of which objects the targets of another inherit now."""
-        for kind, givers in self._givers_of(key.kind):
-            was, now = _giver_of(before, kind), _giver_of(after, kind)
+        for _, givers in self._givers_of.get(key.kind, ()):
+            was, now = givers.name_for(before), givers.name_for(after)
             if was == now:
                 continue
             if was:
@@ -277,6 +296,11 @@ def inherit(target: Target, given: Mapping[Kind, GivenMeta], *, is_kept: bool = 
 
     What `is_kept` comes from the target's record in Consul: the target still awaits what it is given.
     """
+    awaits = target.awaits if is_kept else tuple([kind for kind in target.awaits if kind not in given])
+    if target.awaits == tuple(given) and not any(one.has_labels for one in given.values()):
+        # The usual case: nothing was inherited yet, and there is only a zone, which sorts after every other key.
+        zones = () if target.has_own_zone else [one.pairs for one in given.values()]
+        return replace(target, meta=target.meta + sum(zones, ()), awaits=awaits)
     own: list[tuple[str, str]] = []
     parts: dict[Kind, Meta] = {Kind.NAMESPACE: (), Kind.NODE: ()}
     for pair in target.meta:
@@ -299,9 +323,7 @@ def inherit(target: Target, given: Mapping[Kind, GivenMeta], *, is_kept: bool = 
         notes = tuple([one for one in notes if one != Note.LABELS_DROPPED])
         notes = (*notes, Note.LABELS_DROPPED.value) if is_cut else notes
         own = sorted([*own, *labels[:room]])
-    # `zone` sorts after every other key.
     meta = (*own, *zone)
-    awaits = target.awaits if is_kept else tuple([kind for kind in target.awaits if kind not in given])
     if (meta, awaits, notes) == (target.meta, target.awaits, target.notes):
         return target
     return replace(target, meta=meta, awaits=awaits, notes=notes)
@@ -315,7 +337,7 @@ def keep_inherited(target: Target, record: Inherited) -> Target:
     given = {
         kind: GivenMeta(pairs)
         for kind in target.awaits
-        if record.name(kind) == _giver_name(target, kind) and (pairs := record.of(kind))
+        if record.name(kind) == _NAME_OF[kind](target) and (pairs := record.of(kind))
     }
     return inherit(target, given, is_kept=True) if given else target
 
@@ -329,14 +351,6 @@ def _given_by(giver: Namespace | Node, labels: Sequence[LabelMeta]) -> GivenMeta
 
 def _giver(key: str) -> Kind:
     return Kind.NAMESPACE if key.startswith(NAMESPACE_LABEL_PREFIX) else Kind.NODE
-
-
-def _giver_name(target: Target, kind: Kind) -> str:
-    return target.key.namespace if kind is Kind.NAMESPACE else _value(target.meta, NODE)
-
-
-def _giver_of(resolved: Resolved, kind: Kind) -> str:
-    return "" if isinstance(resolved, Rejection) or not resolved else _giver_name(resolved[0], kind)
 
 
 def _value(meta: Meta, key: str) -> str:

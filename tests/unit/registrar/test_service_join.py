@@ -464,7 +464,8 @@ def offered(objects: Iterable[Thing], target_rules: TargetRules) -> tuple[list[T
             rejected[scrape.key] = scrape.reason
         if not isinstance(scrape, ServiceScrape):
             continue
-        for part in (one for one in parts if (one.namespace, one.service) == scrape.key[1:]):
+        place = scrape.key.namespace, scrape.key.name
+        for part in (one for one in parts if (one.namespace, one.service) == place):
             targets, rejection = resolve_slice(scrape, part, target_rules, {})
             if rejection is not None:
                 rejected.setdefault(scrape.key, rejection.reason)
