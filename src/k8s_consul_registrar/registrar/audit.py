@@ -52,31 +52,33 @@ class Audit:
         try:
             written = await write(services)
         except ConsulError:
-            for service_id, proof in of_each.items():
-                if service_id not in self._unanswered:
-                    self._note(service_id, proof, place, is_answered=False)
+            of_each = {one: proof for one, proof in of_each.items() if one not in self._unanswered}
+            self._note(of_each, place, is_answered=False)
+            self._unanswered |= dict.fromkeys(of_each)
+            while len(self._unanswered) > MOST_UNANSWERED:
+                del self._unanswered[next(iter(self._unanswered))]
             raise
-        left = {*written.stale, *(failure.id for failure in written.failures)}
-        for service_id, proof in of_each.items():
-            if service_id not in left:
-                self._note(service_id, proof, place)
+        for service_id in (*written.stale, *(failure.id for failure in written.failures)):
+            of_each.pop(service_id, None)
+        self._note(of_each, place)
+        for service_id in of_each if self._unanswered else ():
+            self._unanswered.pop(service_id, None)
         return written
 
-    def _note(self, service_id: str, proof: Proof, place: str, *, is_answered: bool = True) -> None:
-        self._unanswered.pop(service_id, None)
-        if not is_answered:
-            self._unanswered[service_id] = None
-            if len(self._unanswered) > MOST_UNANSWERED:
-                del self._unanswered[next(iter(self._unanswered))]
-        removal = Removal(self._clock(), service_id, proof, self._leader, place, is_answered)
-        self.removals.appendleft(removal)
-        log.info(
-            "service deregistered" if is_answered else "service may be deregistered",
-            service=service_id,
-            object="" if proof.key is None else str(proof.key),
-            proof=proof.ground.value,
-            generation=proof.generation,
-            brake=proof.brake,
-            leader=self._leader,
-            **({"place": place} if place else {}),
-        )
+    def _note(self, of_each: Mapping[str, Proof], place: str, *, is_answered: bool = True) -> None:
+        """Note removals, each with its proof."""
+        now, where = self._clock(), {"place": place} if place else {}
+        event = "service deregistered" if is_answered else "service may be deregistered"
+        info = log.bind().info  # bound once: each call would look the level up
+        for service_id, proof in of_each.items():
+            self.removals.appendleft(Removal(now, service_id, proof, self._leader, place, is_answered))
+            info(
+                event,
+                service=service_id,
+                object="" if proof.key is None else str(proof.key),
+                proof=proof.ground.value,
+                generation=proof.generation,
+                brake=proof.brake,
+                leader=self._leader,
+                **where,
+            )
