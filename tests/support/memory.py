@@ -166,8 +166,9 @@ class MemoryRegistry:
         self.removing = self.most_removing = 0
         self.taken_names: set[str] = set()
         self.names_checked: list[str] = []
-        # Called before each write, as other writers get their turn.
+        # Called before each write and each lookup, as others get their turn.
         self.before_write: Callable[[], None] = lambda: None
+        self.before_lookup: Callable[[], None] = lambda: None
         # Whether the latest read and the latest write failed, and whether anything ever succeeded.
         self.is_read_failing = self.is_write_failing = False
         self.has_answered = False
@@ -194,6 +195,7 @@ class MemoryRegistry:
     async def lookup(self, ids: Sequence[str]) -> AsyncIterator[Service]:
         """Yield what is held of these."""
         self.lookups += ids
+        self.before_lookup()
         self._check_read()
         if self.hidden.intersection(ids):
             raise ConsulFiltered("the token may not see some of them")

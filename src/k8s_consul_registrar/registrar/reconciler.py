@@ -132,13 +132,17 @@ class Reconciler(CorePart):
         return counts
 
     async def _reconcile(self, work: _Work) -> None:
-        actions = self._decide_all(work, work.left)
-        actions = await self._check_names(work, actions)
+        decided = self._decide_all(work, work.left)
+        actions = await self._check_names(work, decided)
         actions = await self._look_up(work, actions)
         # A record that was looked up can lead to a name that is new.
         actions = await self._check_names(work, actions)
         await self._write_all(work, actions, Register, "register")
         await self._write_all(work, actions, Update, "update")
+        removals = [one for one, action in actions.items() if isinstance(action, Deregister)]
+        if actions is not decided or len(removals) < len(actions):
+            # The reads and writes before took time, in which an object may have come back.
+            actions = self._decide_all(work, removals)
         await self._deregister_all(work, actions)
 
     # Decisions
@@ -297,10 +301,6 @@ class Reconciler(CorePart):
             self._reporter.wrote(verb, [(one.id, writes[one.id].entry.target) for one in services], written)
 
     async def _deregister_all(self, work: _Work, actions: dict[str, Action]) -> None:
-        # The writes before took time, in which an object may have come back.
-        actions = self._decide_all(
-            work, [one for one, action in actions.items() if isinstance(action, Deregister)]
-        )
         removals = {one: action for one, action in actions.items() if isinstance(action, Deregister)}
         if not removals:
             return

@@ -265,6 +265,20 @@ async def test_pod_that_comes_back_behind_writes_of_its_batch_stays() -> None:
     assert ("deregister", "pod--shop--a") not in lab.consul.writes
 
 
+async def test_pod_that_comes_back_behind_a_look_of_its_batch_stays() -> None:
+    """Another record of the batch is looked up first, and meanwhile what was decided may be old."""
+    lab = ControllerLab(brake=STRICT)
+    async with lab.running():
+        await lab.synced("a", "b", "c")
+        lab.consul.before_lookup = lambda: lab.cluster.put(make_pod("a"))
+        lab.observed.doubt("pod--shop--b")
+        for name in "ab":
+            lab.cluster.remove(make_pod(name))
+        await lab.until("a", "c")
+        await lab.until_so(lambda: lab.controller.is_complete)
+    assert ("deregister", "pod--shop--a") not in lab.consul.writes
+
+
 @on_both
 async def test_removal_that_consul_refuses_is_owed_until_it_is_made(checks_versions: bool) -> None:
     """It stays a fact: no second list and no brake, however many there are."""
