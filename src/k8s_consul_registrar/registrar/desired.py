@@ -23,11 +23,10 @@ from k8s_consul_registrar.registrar.claims import Change, Claims, Departures, Re
 from k8s_consul_registrar.registrar.decide import Desired, Standing
 from k8s_consul_registrar.registrar.observed import (
     AsDesired,
-    Foreign,
     Observed,
     ObservedState,
     Other,
-    Unknown,
+    object_behind,
 )
 from k8s_consul_registrar.registrar.service_join import Joined, ServiceJoin
 from k8s_consul_registrar.targets.endpoints import ServiceScrape, Value, endpoints_key
@@ -103,15 +102,10 @@ class DesiredState:
     def ask(self, service_id: str, observed: Observed, *, is_contested: bool = False) -> Desired:
         """Return everything a decision about one service ID needs."""
         claims = self._claims.by_id.get(service_id, ())
-        holder: ObjectKey | None = None
-        kind: Kind | None = None
+        holder = object_behind(observed)
         standing = None
-        if isinstance(observed, AsDesired):
-            holder, kind = observed.target.key, observed.target.key.kind
-        elif isinstance(observed, Other):
-            holder, kind = observed.key, observed.kind
-        is_asking = holder is not None and any(target.key == holder for target in claims)
-        if observed is not None and not isinstance(observed, (Foreign, Unknown)) and not is_asking:
+        if isinstance(observed, (AsDesired, Other)) and not any(target.key == holder for target in claims):
+            kind = observed.target.key.kind if isinstance(observed, AsDesired) else observed.kind
             standing = self.standing(service_id, kind, holder)
         return Desired(
             service_id,
@@ -238,7 +232,14 @@ class DesiredState:
             for service_id in asked:
                 self._departures.end(service_id, key)
         earlier = (*ids_asked(before), *self._departures.take_left(key))
-        self._depart(key, set(earlier).difference(asked) if earlier else (), heard_at, asked)
+        dropped = set(earlier).difference(asked) if earlier else ()
+        if isinstance(before, tuple) and isinstance(after, tuple):
+            # A Pod that begins to be deleted keeps its services until it is gone: there is nothing to decide.
+            stay = {
+                now.id for was, now in zip(before, after, strict=False) if self._observed.restate(was, now)
+            }
+            asked = tuple([one for one in asked if one not in stay])
+        self._depart(key, dropped, heard_at, asked)
 
     def on_source(self, source: Source, status: SourceStatus) -> None:
         """Tell that a source was listed, was lost or is synced again."""
@@ -327,8 +328,7 @@ class DesiredState:
                     service_id, key, proof=Proof(Ground.LIST) if heard_at is None else None
                 )
             dropped.append(service_id)
-        if asked or dropped:
-            self._tell(asked, tuple(dropped), heard_at)
+        self._tell(asked, tuple(dropped), heard_at)
 
     def _tell(
         self, asked: tuple[str, ...], dropped: tuple[str, ...], heard_at: float | None, wait: float = 0.0

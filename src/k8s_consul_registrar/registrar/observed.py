@@ -1,7 +1,7 @@
 """Observed state: what Consul is known to hold under each service ID, and which records other writers change. Pure."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import chain, islice
 from typing import TypeAlias
@@ -219,9 +219,8 @@ class ObservedState:
     def shard(self, service_id: str) -> str:
         """Return the shard that a service has or had, empty if unknown."""
         record = self._records.by_id.get(service_id)
-        if record is None or isinstance(record, Foreign):
-            return self._lost_shards.get(service_id, "")
-        return record.shard or self._lost_shards.get(service_id, "")
+        shard = "" if record is None or isinstance(record, Foreign) else record.shard
+        return shard or self._lost_shards.get(service_id, "")
 
     def ids_of(self, key: ObjectKey) -> tuple[str, ...]:
         """Return the IDs of an object's records that are not known to be as desired."""
@@ -266,9 +265,8 @@ class ObservedState:
         if self._reading is not None:
             self._touched.update(self._in_flight)
 
-    def end_write(self, ids: Iterable[str]) -> None:
+    def end_write(self, ids: Collection[str]) -> None:
         """Note that these writes have ended; `put` or `doubt` says how."""
-        ids = tuple(ids)
         self._in_flight.difference_update(ids)
         if self._reading is not None:
             self._touched.update(ids)
@@ -280,16 +278,24 @@ class ObservedState:
         if self._reading is not None:
             self._touched.add(service_id)
 
+    def restate(self, was: Target, now: Target) -> bool:
+        """Take over a target if all that is new is that its Pod is being deleted, so that its record stays as it is."""
+        record = self.get(now.id)
+        is_ending = now.is_terminating and now == msgspec.structs.replace(was, is_terminating=True)
+        if not (is_ending and isinstance(record, AsDesired) and record.target is was):
+            return False
+        self.put(now.id, AsDesired(now, record.shard, record.cluster_uid, record.version))
+        return True
+
     def doubt(self, service_id: str) -> None:
         """Note that an ID must be looked up before the next write; its shard is remembered."""
         self.put(service_id, Unknown(self.shard(service_id), inherited_by(self.get(service_id))))
 
     def lose(self, service_id: str) -> None:
         """Note that nothing is under the ID of a desired service; its shard is remembered."""
-        shard = self.shard(service_id)
-        self.put(service_id, None)
-        if shard:
+        if shard := self.shard(service_id):
             self._lost_shards[service_id] = shard
+        self.put(service_id, None)
 
     # Reads of everything
 
@@ -359,10 +365,8 @@ class Contests:
     def is_contested(self, service_id: str, now: float) -> bool:
         """Return True if a record must not be touched."""
         contest = self._contests.get(service_id)
-        if contest is None:
-            return False
-        if now - contest.latest >= self._quiet:
-            del self._contests[service_id]
+        if contest is None or now - contest.latest >= self._quiet:
+            self._contests.pop(service_id, None)
             return False
         return contest.changes > LAST_REPAIRED
 
@@ -383,9 +387,7 @@ class Contests:
 
     def prune(self, now: float) -> None:
         """Forget records that have not changed for long."""
-        for service_id, contest in tuple(self._contests.items()):
-            if now - contest.latest >= self._quiet:
-                del self._contests[service_id]
+        self._contests = {one: it for one, it in self._contests.items() if now - it.latest < self._quiet}
 
     def lost_race(self, service_id: str, now: float) -> None:
         """Count a write that came too late: another one was made after the record was read."""

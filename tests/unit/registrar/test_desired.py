@@ -440,6 +440,28 @@ def test_desired_pod_that_yields_has_departed_while_its_source_is_behind() -> No
         assert world.taken()[-1].dropped == ("pod--shop--old",)
 
 
+def test_desired_pod_that_begins_to_be_deleted_leaves_nothing_to_decide() -> None:
+    """Its service is as it is until the Pod is gone; a mass of them delays no other change."""
+    world = synced(make_pod("a"))
+    world.cluster.put(make_pod("a", deleted=True))
+    assert world.taken() == []
+    assert world.observed.get("pod--shop--a") == AsDesired(world.desired.claims["pod--shop--a"][0], "", "")
+    world.cluster.remove(make_pod("a", deleted=True))
+    assert [one.dropped for one in world.taken()] == [("pod--shop--a",)]
+
+
+@pytest.mark.parametrize("change", [{"ip": "10.1.1.1"}, {"annotations": PORTS_1}], ids=str)
+def test_desired_pod_being_deleted_that_changes_is_decided(change: dict[str, Any]) -> None:
+    """Also if Consul's record is not known to be the one that it asked for, and if it is not deleted after all."""
+    world = synced(make_pod("a"), make_pod("b", ip="10.1.1.2"))
+    world.cluster.put(make_pod("a", deleted=True, **change))
+    world.cluster.put(make_pod("a", **change))
+    world.observed.doubt("pod--shop--b")
+    world.cluster.put(make_pod("b", ip="10.1.1.2", deleted=True))
+    assert [one.asked for one in world.taken()] == [("pod--shop--a",), ("pod--shop--a",), ("pod--shop--b",)]
+    assert isinstance(world.observed.get("pod--shop--b"), Unknown)
+
+
 # Growth and cost
 
 
