@@ -24,6 +24,7 @@ from k8s_consul_registrar.model import (
 )
 from k8s_consul_registrar.targets.endpoints import (
     NOT_PROXIED,
+    FewChanged,
     ScrapePlace,
     ServiceScrape,
     SliceTargets,
@@ -32,6 +33,7 @@ from k8s_consul_registrar.targets.endpoints import (
     endpoints_key,
     few_changed,
     place_of,
+    resolve_endpoints,
     resolve_slice,
     shape_of,
 )
@@ -75,7 +77,7 @@ class _Part(msgspec.Struct):
     """One EndpointSlice with its targets, or the reason why it has none."""
 
     slice: EndpointSlice
-    made: SliceTargets = SliceTargets({})
+    made: SliceTargets
 
 
 class _Standing(NamedTuple):
@@ -159,12 +161,12 @@ class ServiceJoin:
         gone: list[Target] = []
         come: list[Target] = []
         for part in self._parts.get(key, {}).values():
-            before, made = part.made.targets, self._resolve(key, part.slice, {})
+            before, made = part.made.targets, self._resolve(key, part.slice, SliceTargets({}))
             # Equal values share one object, for its memory.
             same = {
                 one: before[one] if before.get(one) == some else some for one, some in made.targets.items()
             }
-            part.made = SliceTargets(same, made.rejection)
+            part.made = made._replace(targets=same)
             difference(before, same, gone, come)
             self._note_rejection(key, part)
         joined = self._swap(gone, come)
@@ -178,6 +180,7 @@ class ServiceJoin:
         gone: list[Target] = []
         come: list[Target] = []
         keys: set[ObjectKey] = set()
+        protected: set[str] = set()
         made = SliceTargets({})
         old = before if isinstance(before, EndpointSlice) else None
         new = after if isinstance(after, EndpointSlice) else None
@@ -188,28 +191,25 @@ class ServiceJoin:
             if not self._parts[key]:
                 del self._parts[key]
             self._forget_rejection(key, old.name)
-        protected: set[str] = set()
-        if new is not None:
+        if new is None:
+            difference(made.targets, {}, gone, come)
+        else:
             key = endpoints_key(new.namespace, new.service)
             keys.add(key)
             is_alike = old is not None and shape_of(old) == shape_of(new)
-            few = few_changed(old, new) if is_alike and old is not None and made.rejection is None else None
-            if few is None:
-                part = _Part(new, self._resolve(key, new, made.targets if is_alike else {}))
-                difference(made.targets, part.made.targets, gone, come)
-            else:
-                left, fresh = few
-                found = self._resolve(key, replace(new, endpoints=fresh), {})
-                kept = dict(made.targets)
-                gone += [target for one in left for target in kept.pop(one, ())]
-                come += [target for some in found.targets.values() for target in some]
-                part = _Part(new, SliceTargets(kept | dict(found.targets), found.rejection))
-            self._parts.setdefault(key, {})[new.name] = part
-            self._note_rejection(key, part)
-            if part.made.rejection is not None:
+            few = few_changed(old, new, made) if is_alike and old is not None else None
+            now = self._resolve(key, new, made if is_alike else SliceTargets({}), few)
+            if now.rejection is not None:
                 protected = self._still_there(key, new, made.targets)
-        else:
-            difference(made.targets, {}, gone, come)
+            if few is None:
+                difference(made.targets, now.targets, gone, come)
+            else:
+                gone += [target for one in few.left for target in made.targets.pop(one, ())]
+                come += [target for some in now.targets.values() for target in some]
+                made.targets.update(now.targets)
+                now = now._replace(targets=made.targets)
+            part = self._parts.setdefault(key, {})[new.name] = _Part(new, now)
+            self._note_rejection(key, part)
         joined = self._swap(gone, come)
         joined.services |= keys
         joined.protected = protected
@@ -229,12 +229,15 @@ class ServiceJoin:
         return self._compare(standings)
 
     def _resolve(
-        self, key: ObjectKey, part: EndpointSlice, known: Mapping[SliceEndpoint, tuple[Target, ...]]
+        self, key: ObjectKey, part: EndpointSlice, made: SliceTargets, few: FewChanged | None = None
     ) -> SliceTargets:
+        """Return the targets of a slice, with those made before of the same endpoints, or only of the few that came."""
         service = self._services.get(key)
         if not isinstance(service, ServiceScrape):
             return SliceTargets({})
-        return resolve_slice(service, part, self._rules, known)
+        if few is not None:
+            return resolve_endpoints(service, part, few.came, made.ports, rules=self._rules, known={})
+        return resolve_slice(service, part, self._rules, made.targets)
 
     def _still_there(
         self, key: ObjectKey, part: EndpointSlice, before: Mapping[SliceEndpoint, tuple[Target, ...]]
@@ -270,19 +273,18 @@ class ServiceJoin:
         for target in come:
             # The usual case of one offer shares the tuple, for its memory.
             self._offers[target.id] = (*self._offers.get(target.id, ()), target)
-        less: list[Target] = []
-        more: list[Target] = []
+        less: list[tuple[ScrapePlace, Target]] = []
+        more: list[tuple[ScrapePlace, Target]] = []
         touched: set[ObjectKey] = set()
         for service_id, was in before.items():
             now = self._chosen(service_id)
             touched |= self._note_clashes(service_id)
-            less += [one for one in was if one not in now]
-            more += [one for one in now if one not in was]
-        standings = {place: self._standing(place) for place in {self._place(one) for one in (*less, *more)}}
-        for target in less:
-            _take(self._places, self._place(target), target)
-        for target in more:
-            place = self._place(target)
+            less += [(self._place(one), one) for one in was if one not in now]
+            more += [(self._place(one), one) for one in now if one not in was]
+        standings = {place: self._standing(place) for place, _ in (*less, *more)}
+        for place, target in less:
+            _take(self._places, place, target)
+        for place, target in more:
             self._places[place] = (*self._places.get(place, ()), target)
         joined = self._compare(standings)
         joined.services |= touched
@@ -313,11 +315,12 @@ class ServiceJoin:
             now = self._standing(place)
             joined.removed += [one for one in was.asked if one not in now.asked]
             joined.added += [one for one in now.asked if one not in was.asked]
-            self._count(was, -1)
-            self._count(now, 1)
-            joined.services |= {one.key for one in (*was.yielded, *now.yielded) if not one.address}
+            if was.yielded or now.yielded:
+                self._count(was, -1)
+                self._count(now, 1)
+                joined.services |= {one.key for one in (*was.yielded, *now.yielded) if not one.address}
             if was.service != now.service:
-                joined.pods |= set(self._pods.get(place, ()))
+                joined.pods.update(self._pods.get(place, ()))
         return joined
 
     def _count(self, standing: _Standing, step: int) -> None:
@@ -343,7 +346,7 @@ class ServiceJoin:
         chosen = self._places.get(place, ())
         if not chosen:
             return _Standing()
-        first = min(chosen, key=_rank)
+        first = min(chosen, key=_rank) if len(chosen) > 1 else chosen[0]
         if place in self._pods:
             return _Standing((), chosen, Winner.POD, first.key)
         if not first.address:

@@ -96,10 +96,22 @@ ScrapePlace: TypeAlias = tuple[str, int, str]
 
 
 class SliceTargets(NamedTuple):
-    """The targets of one EndpointSlice by endpoint, and why some or all of its endpoints are rejected."""
+    """The targets of one EndpointSlice by endpoint, and why some or all of its endpoints are rejected.
 
-    targets: Mapping[SliceEndpoint, tuple[Target, ...]]
+    `ports` are those of every target, by which one endpoint can come or go by itself; none where an endpoint is rejected or
+    is in the slice twice.
+    """
+
+    targets: dict[SliceEndpoint, tuple[Target, ...]]
     rejection: Rejection | None = None
+    ports: tuple[ScrapedPort, ...] = ()
+
+
+class FewChanged(NamedTuple):
+    """The endpoints that left a slice and that came to it, between others that stayed."""
+
+    left: list[SliceEndpoint]
+    came: list[SliceEndpoint]
 
 
 def endpoints_key(namespace: str, service: str) -> ObjectKey:
@@ -184,15 +196,28 @@ def resolve_slice(
     if part.family == FQDN:
         detail = f"EndpointSlice {quoted(part.name)} has names for addresses, and only an IP can be scraped"
         return SliceTargets({}, Rejection(scrape.key, Reason.INVALID_IP, detail))
-    counting = [one for one in part.endpoints if scrape.counts(one, part.family)]
-    if not counting:
+    if not any(scrape.counts(one, part.family) for one in part.endpoints):
         return SliceTargets({})
-    rejected: Rejected | None = None
-    targets: dict[SliceEndpoint, tuple[Target, ...]] = {}
     try:
         ports = scraped_ports(scrape.scrapes, part.ports, SERVICE)
     except Rejected as error:
-        counting, rejected = [], error
+        return SliceTargets({}, _rejection(scrape, part, error))
+    return resolve_endpoints(scrape, part, part.endpoints, ports, rules=rules, known=known)
+
+
+def resolve_endpoints(
+    scrape: ServiceScrape,
+    part: EndpointSlice,
+    endpoints: Sequence[SliceEndpoint],
+    ports: tuple[ScrapedPort, ...],
+    *,
+    rules: TargetRules,
+    known: Mapping[SliceEndpoint, tuple[Target, ...]],
+) -> SliceTargets:
+    """Return the targets of some endpoints of a slice, at the ports that all of them have."""
+    counting = [one for one in endpoints if scrape.counts(one, part.family)]
+    rejected: Rejected | None = None
+    targets: dict[SliceEndpoint, tuple[Target, ...]] = {}
     for endpoint in counting:
         try:
             found = known.get(endpoint)
@@ -201,10 +226,13 @@ def resolve_slice(
             )
         except Rejected as error:
             rejected = rejected or error
-    if rejected is None:
-        return SliceTargets(targets)
-    detail = f"EndpointSlice {quoted(part.name, 300)}: {rejected.detail}"
-    return SliceTargets(targets, Rejection(scrape.key, rejected.reason, detail))
+    if rejected is not None:
+        return SliceTargets(targets, _rejection(scrape, part, rejected))
+    return SliceTargets(targets, None, ports if len(targets) == len(counting) else ())
+
+
+def _rejection(scrape: ServiceScrape, part: EndpointSlice, error: Rejected) -> Rejection:
+    return Rejection(scrape.key, error.reason, f"EndpointSlice {quoted(part.name, 300)}: {error.detail}")
 
 
 def place_of(target: Target, rules: TargetRules) -> ScrapePlace:
@@ -231,22 +259,23 @@ def shape_of(part: EndpointSlice) -> tuple[str, str, tuple[ContainerPort, ...]]:
     return part.service, part.family, part.ports
 
 
-def few_changed(
-    old: EndpointSlice, new: EndpointSlice
-) -> tuple[tuple[SliceEndpoint, ...], tuple[SliceEndpoint, ...]] | None:
-    """Return the endpoints that left and that came between the same others, None if they are many."""
+def few_changed(old: EndpointSlice, new: EndpointSlice, made: SliceTargets) -> FewChanged | None:
+    """Return the endpoints by which two states of a slice with such targets differ, None if they are many."""
     before, after = old.endpoints, new.endpoints
     shortest = min(len(before), len(after))
     start = _alike(before, after, shortest)
     end = _alike(reversed(before), reversed(after), shortest - start)
-    left, came = before[start : len(before) - end], after[start : len(after) - end]
-    if len(left) > FEW or len(came) > FEW:
+    was, now = before[start : len(before) - end], after[start : len(after) - end]
+    if not made.ports or len(was) > FEW or len(now) > FEW:
         return None
-    return tuple([one for one in left if one not in after]), tuple([one for one in came if one not in before])
+    left, came = [one for one in was if one not in now], [one for one in now if one not in was]
+    # One that comes and is there already is in the slice twice from now on.
+    is_single = made.targets.keys().isdisjoint(came)
+    return FewChanged(left, came) if is_single else None
 
 
 def _alike(before: Iterable[SliceEndpoint], after: Iterable[SliceEndpoint], most: int) -> int:
-    """Return how many endpoints from the first on are the same; a loop in Python would take ten times as long."""
+    """Return how many endpoints from the first on are equal; a loop in Python would take ten times as long."""
     same = [*islice(map(eq, before, after), most), False]
     return same.index(False)
 
@@ -345,8 +374,8 @@ def _resolve_whole(item: ServiceWithSlices, rules: TargetRules) -> Resolved | No
         return scrape
     found: dict[str, Target] = {}
     for part in item.slices:
-        targets, rejection = resolve_slice(scrape, part, rules, {})
-        if rejection is not None:
-            return rejection
-        found |= {one.id: one for some in targets.values() for one in some}
+        made = resolve_slice(scrape, part, rules, {})
+        if made.rejection is not None:
+            return made.rejection
+        found |= {one.id: one for some in made.targets.values() for one in some}
     return tuple(found.values())
