@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from k8s_consul_registrar.admin.target_groups import Group, GroupEncoder, LabelNames, SdQuery
+from k8s_consul_registrar.admin.target_groups import Group, GroupEncoder, LabelNames, SdQuery, texts
 from k8s_consul_registrar.admin.view import TargetRow, Targets
 from k8s_consul_registrar.asyncio_tools import in_slices
 
@@ -157,8 +157,8 @@ class Documents:
         all_groups = tuple(groups.by_id.values())
         async for start in in_slices(range(0, len(all_groups), _PIECE), _PIECES):
             some = all_groups[start : start + _PIECE]
-            if texts := [one.text for one in some if query.matches(one)]:
-                text = begin + b",".join(texts)
+            if found := [*texts(one for one in some if query.matches(one))]:
+                text = begin + b",".join(found)
                 parts.append(packing.compress(text))
                 size += len(text)
                 begin = b","

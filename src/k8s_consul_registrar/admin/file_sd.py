@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -18,7 +18,7 @@ from k8s_consul_registrar.admin.replacement import (
     remove_leftovers,
     write_problem,
 )
-from k8s_consul_registrar.admin.target_groups import Group
+from k8s_consul_registrar.admin.target_groups import Group, texts
 from k8s_consul_registrar.admin.view import Completeness, View
 from k8s_consul_registrar.errors import AccessError
 from k8s_consul_registrar.registrar.brake import LEAST, SHARE, BrakeRules
@@ -33,9 +33,7 @@ LOOK_EVERY = 0.1
 CHECK_EVERY = 5.0
 # Seconds between two changes of the file at most, and the multiple of a write's CPU time that is waited for.
 LONGEST_PACE = 5.0
-COST = 250.0
-# Groups that are written at once.
-PIECE = 64
+COST = 500.0
 # Seconds after a failure until the next try.
 RETRY_EVERY = 5.0
 # Seconds that the last write may take.
@@ -165,13 +163,12 @@ class FileSd:
     def _replace(self, groups: Sequence[Group]) -> float:
         """Write the file and return the CPU time of that; blocks."""
         used = time.thread_time()
-        texts = chain((one.text for one in groups), self._texts_before(groups))
         file = Replacement(self._path, MODE)
         file.open()
         try:
             begin = b"["
-            while some := tuple(islice(texts, PIECE)):
-                file.write(begin + b",".join(some))
+            for text in chain(texts(groups), self._texts_before(groups)):
+                file.write(begin + text)
                 begin = b","
             file.write(b"[]\n" if begin == b"[" else b"]\n")
             file.commit()

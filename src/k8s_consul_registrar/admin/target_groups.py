@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import compress
+from itertools import chain, compress
 from operator import ne
 from typing import NamedTuple
 
@@ -81,6 +82,13 @@ _ANNOTATIONS = {
 _MOST_KEYS = 4096
 # Sets of names that are remembered, and formats of each.
 _MOST_NAMES, _MOST_FORMATS = 256, 64
+# Bytes that no group has as text, because JSON in UTF-8 never does: each marks a place between two values of a
+# group. Another one separates the parts of a format.
+_MARKS = tuple([bytes([one]) for one in (*range(1, 10), *range(11, 32), 0xC0, 0xC1, *range(0xF5, 0x100))])
+_SEPARATOR = b"\0"
+_FORMAT = b'\n{"targets":[\0],"labels":%b}'
+# Groups of one format that become text together.
+_AT_ONCE = 128
 _NOT_IN_A_LABEL = re.compile(r"[^a-zA-Z0-9_]")
 _NUMBER = re.compile(r"[0-9]{1,4}")
 _encoder = msgspec.json.Encoder()
@@ -118,7 +126,21 @@ class Group(msgspec.Struct, frozen=True, gc=False):
     @property
     def text(self) -> bytes:
         """The group as JSON, on a line of its own."""
-        return self.shared % tuple(self.own.split(b"\n"))
+        return next(texts((self,)))
+
+
+def texts(groups: Iterable[Group]) -> Iterator[bytes]:
+    """Yield groups as JSON, many with commas between them at once; those of one format follow each other."""
+    by_format: defaultdict[bytes, list[bytes]] = defaultdict(list)
+    for one in groups:
+        by_format[one.shared].append(one.own)
+    for shared, own in by_format.items():
+        parts = shared.split(_SEPARATOR)
+        for start in range(0, len(own), _AT_ONCE):
+            text = b",".join(own[start : start + _AT_ONCE])
+            for mark, part in zip(_MARKS, parts, strict=False):
+                text = text.replace(mark, part)
+            yield text
 
 
 class Formats:
@@ -130,8 +152,8 @@ class Formats:
     def __init__(self) -> None:
         self._known: dict[tuple[str, ...], tuple[list[str], dict[bytes, bytes]]] = {}
 
-    def divide(self, labels: Mapping[str, str]) -> tuple[bytes, Iterator[str]]:
-        """Return a format for labels, and the values for it; the address comes before them."""
+    def divide(self, address: str, labels: Mapping[str, str]) -> tuple[bytes, bytes]:
+        """Return the format of a group, and the values that only it has."""
         names = (*labels,)
         if (known := self._known.get(names)) is None:
             if len(self._known) >= _MOST_NAMES:
@@ -141,14 +163,16 @@ class Formats:
         is_own = bytes(map(ne, labels.values(), first))
         if is_own not in formats and len(formats) >= _MOST_FORMATS:
             is_own = b"\1" * len(first)
+        if is_own.count(1) > len(_MARKS) - 2:  # all labels are one value
+            return _FORMAT % _SEPARATOR, _marked((address, labels))
         shared = formats.get(is_own)
         if shared is None:
             pairs = [
-                _escaped(name) + b":" + (b"%b" if own else _escaped(value))
+                _json(name) + b":" + (_SEPARATOR if own else _json(value))
                 for (name, value), own in zip(labels.items(), is_own, strict=True)
             ]
-            shared = formats[is_own] = b'\n{"targets":[%%b],"labels":{%b}}' % b",".join(pairs)
-        return shared, compress(labels.values(), is_own)
+            shared = formats[is_own] = _FORMAT % (b"{" + b",".join(pairs) + b"}")
+        return shared, _marked((address, *compress(labels.values(), is_own)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,8 +269,8 @@ class GroupEncoder:
     def encode(self, target: TargetRow, names: LabelNames = LabelNames.CONSUL) -> Group:
         """Encode one target."""
         service = target.service
-        shared, values = self._formats.divide(self.labels(target, names))
-        own = b"\n".join(map(_json, (socket_address(service.address, service.port), *values)))
+        address = socket_address(service.address, service.port)
+        shared, own = self._formats.divide(address, self.labels(target, names))
         return Group(service.id, target.key, service.value("shard_path"), shared, own)
 
     def labels(self, target: TargetRow, names: LabelNames = LabelNames.CONSUL) -> dict[str, str]:
@@ -337,13 +361,17 @@ def _as_label(text: str) -> str:
     return _NOT_IN_A_LABEL.sub("_", text)
 
 
-def _json(text: str) -> bytes:
+def _marked(values: Sequence[str | Mapping[str, str]]) -> bytes:
+    """Return values as JSON, each between two marks."""
     try:
-        return _encoder.encode(text)
+        lines = _encoder.encode_lines(values)
+    except UnicodeEncodeError:
+        lines = b"".join([_json(one) + b"\n" for one in values])
+    return b"".join(chain.from_iterable(zip(_MARKS, lines.split(b"\n"), strict=False)))
+
+
+def _json(value: str | Mapping[str, str]) -> bytes:
+    try:
+        return _encoder.encode(value)
     except UnicodeEncodeError:  # half of a surrogate pair has no UTF-8; JSON can spell it
-        return json.dumps(text).encode()
-
-
-def _escaped(text: str) -> bytes:
-    """Return a text as JSON inside a format."""
-    return _json(text).replace(b"%", b"%%")
+        return json.dumps(value).encode()

@@ -16,8 +16,10 @@ from k8s_consul_registrar.admin.target_groups import (
     LabelNames,
     parse_sd_query,
     parse_wait,
+    texts,
 )
 from k8s_consul_registrar.admin.view import TargetRow
+from k8s_consul_registrar.model import Kind, ObjectKey
 from support.seen import endpoint_target, many_targets, node_target, pod_target
 
 KUBERNETES = "__meta_kubernetes_"
@@ -215,15 +217,38 @@ def test_groups_share_most_of_their_texts() -> None:
     assert len({id(one.shared) for one in groups}) < 100
 
 
+def divided(formats: Formats, labels: dict[str, str]) -> object:
+    """Return a group with these labels as a collector decodes it."""
+    return json.loads(Group("a", ObjectKey(Kind.POD, "", "a"), "", *formats.divide("a:1", labels)).text)
+
+
+@pytest.mark.parametrize("count", [1, 40, 41, 42, 43, 200])
+def test_group_has_all_of_its_labels_however_many_differ(count: int) -> None:
+    """More values than a format has places for, and none that a byte in another value could end."""
+    formats = Formats()
+    odd = "".join(map(chr, range(0x180)))
+    for value in ("", odd, f"\ud800{odd}"):
+        labels = {f"l{at}": value + str(at) for at in range(count)}
+        assert divided(formats, labels) == {"targets": ["a:1"], "labels": labels}
+
+
+def test_groups_of_several_formats_are_one_list() -> None:
+    """Nothing is lost where groups of several formats alternate."""
+    encoder = GroupEncoder()
+    groups = [encoder.encode(target) for target in many_targets(1000).values()]
+    found = json.loads(b"[" + b",".join(texts(groups)) + b"]")
+    ids = {one["labels"]["__meta_consul_service_id"]: one for one in found}
+    assert len(found) == 1000
+    assert ids == {one.id: json.loads(one.text) for one in groups}
+
+
 def test_formats_of_ever_new_names_are_forgotten() -> None:
     """Names that Pods choose do not make the memory grow."""
     formats = Formats()
     for number in range(5000):
-        formats.divide({f"l{number}": "x"})
+        formats.divide("a:1", {f"l{number}": "x"})
     for number in range(5000):
         labels = {f"l{at}": str(number >> at & 1) for at in range(13)}
-        shared, values = formats.divide(labels)
-        own = [f'"{value}"'.encode() for value in values]
-        assert json.loads(shared % (b'"a:1"', *own)) == {"targets": ["a:1"], "labels": labels}
+        assert divided(formats, labels) == {"targets": ["a:1"], "labels": labels}
     assert len(formats._known) <= 256
     assert sum(len(known) for _, known in formats._known.values()) < 1000
