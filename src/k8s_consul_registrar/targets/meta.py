@@ -296,11 +296,11 @@ def inherit(target: Target, given: Mapping[Kind, GivenMeta], *, is_kept: bool = 
 
     What `is_kept` comes from the target's record in Consul: the target still awaits what it is given.
     """
-    awaits = target.awaits if is_kept else tuple([kind for kind in target.awaits if kind not in given])
     if target.awaits == tuple(given) and not any(one.has_labels for one in given.values()):
         # The usual case: nothing was inherited yet, and there is only a zone, which sorts after every other key.
-        zones = () if target.has_own_zone else [one.pairs for one in given.values()]
-        return replace(target, meta=target.meta + sum(zones, ()), awaits=awaits)
+        node = None if target.has_own_zone else given.get(Kind.NODE)
+        meta = target.meta if node is None else target.meta + node.pairs
+        return replace(target, meta=meta, awaits=target.awaits if is_kept else ())
     own: list[tuple[str, str]] = []
     parts: dict[Kind, Meta] = {Kind.NAMESPACE: (), Kind.NODE: ()}
     for pair in target.meta:
@@ -324,6 +324,7 @@ def inherit(target: Target, given: Mapping[Kind, GivenMeta], *, is_kept: bool = 
         notes = (*notes, Note.LABELS_DROPPED.value) if is_cut else notes
         own = sorted([*own, *labels[:room]])
     meta = (*own, *zone)
+    awaits = target.awaits if is_kept else tuple([kind for kind in target.awaits if kind not in given])
     if (meta, awaits, notes) == (target.meta, target.awaits, target.notes):
         return target
     return replace(target, meta=meta, awaits=awaits, notes=notes)
