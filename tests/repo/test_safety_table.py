@@ -85,7 +85,7 @@ def names_in(file: Path) -> frozenset[str]:
 
 def is_test(node: ast.AST) -> bool:
     """Return whether a definition is a test."""
-    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test_")
 
 
 def problems_of(entries: Mapping[str, Sequence[str]]) -> list[str]:

@@ -121,7 +121,7 @@ def test_list_with_telling_words_stands_in_one_module(words: set[str]) -> None:
     """Permitted kubelet paths, and the registrar's own meta keys, are listed once each."""
 
     def lists_them(node: ast.AST) -> bool:
-        items = node.elts if isinstance(node, ast.Tuple | ast.List | ast.Set) else []
+        items = node.elts if isinstance(node, (ast.Tuple, ast.List, ast.Set)) else []
         return words <= {one.value for one in items if isinstance(one, ast.Constant)}
 
     homes = [

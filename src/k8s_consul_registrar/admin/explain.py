@@ -218,7 +218,7 @@ class Explainer:
         does = "writes"
         if isinstance(action, Withheld):
             action, does = action.write, f"does not write, as POLICY is {self.core.rules.policy},"
-        if not isinstance(action, Register | Update | InSync) or action.entry.target.key != key:
+        if not isinstance(action, (Register, Update, InSync)) or action.entry.target.key != key:
             return ServiceState(service_id, (Condition("owner", _closed(action, key), is_met=False),))
         after = action.entry.service(self.core.rules.identity)
         before = [service async for service in self.core.registry.lookup([service_id])]

@@ -50,7 +50,7 @@ class _OwnErrors(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        return not isinstance(error, ConnectionError | HttpProcessingError)
+        return not isinstance(error, (ConnectionError, HttpProcessingError))
 
 
 _log = logging.getLogger("k8s_consul_registrar.http")

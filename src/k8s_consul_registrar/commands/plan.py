@@ -152,7 +152,7 @@ async def compared(core: Core, found: Comparison) -> Plan:
         actions[service_id] = await action_for(core, service_id)
     withheld = {one: verb_of(action.write) for one, action in actions.items() if isinstance(action, Withheld)}
     updates = [
-        service_id for service_id, action in actions.items() if isinstance(action, Update | Deregister)
+        service_id for service_id, action in actions.items() if isinstance(action, (Update, Deregister))
     ]
     before = {service.id: service async for service in core.registry.lookup(updates)} if updates else {}
     who = core.rules.identity

@@ -117,7 +117,7 @@ def is_outage(error: ConsulError) -> bool:
 
     A refusal of one request (another 4xx, a missing right) is not, nor is our own fence.
     """
-    return isinstance(error, ConsulUnreachable | ConsulBusy | ConsulTokenUnknown)
+    return isinstance(error, (ConsulUnreachable, ConsulBusy, ConsulTokenUnknown))
 
 
 class ConsulHealth:

@@ -265,7 +265,7 @@ class _Pruning:
         return pruned
 
     def _pruned(self, value: Any) -> tuple[Any, int]:
-        if not isinstance(value, dict | list):
+        if not isinstance(value, (dict, list)):
             return value, 1
         known = self._done.get(id(value))
         if known is not None:

@@ -167,7 +167,7 @@ def transport_error(error: Exception, action: ApiAction, *, server: str, trust: 
         return ClusterRefused(f"cannot {action}: {server}, or its proxy's URL, cannot be requested")
     if isinstance(error, aiohttp.ClientResponseError) and not isinstance(error, aiohttp.ClientHttpProxyError):
         return ClusterRefused(f"cannot {action}: {server} does not speak HTTP: {clipped(error.message)}")
-    if isinstance(error, aiohttp.ClientError | TimeoutError | OSError):
+    if isinstance(error, (aiohttp.ClientError, TimeoutError, OSError)):
         return ClusterUnreachable(f"cannot {action}: {_broken(error, server, trust)}")
     # The URL libraries let exceptions of their own escape for hosts they cannot encode or resolve.
     return ClusterRefused(

@@ -297,7 +297,7 @@ def with_uid(resolve: Callable[[Item], Value | None]) -> Callable[[Item], Value 
 
     def resolved(item: Item) -> Value | None:
         value = resolve(item)
-        if isinstance(value, Rejection) and isinstance(item, Pod | Node | KubeService):
+        if isinstance(value, Rejection) and isinstance(item, (Pod, Node, KubeService)):
             return replace(value, uid=item.uid)
         return value
 

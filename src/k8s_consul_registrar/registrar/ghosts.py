@@ -244,7 +244,7 @@ class GhostCollector:
 
     def _report(self, error: ConsulError) -> None:
         """Log, once, why there is no look; an outage is reported by the client's health."""
-        if isinstance(error, ConsulUnreachable | ConsulBusy | ConsulFenced):
+        if isinstance(error, (ConsulUnreachable, ConsulBusy, ConsulFenced)):
             log.debug("no look for services that the agent left in the catalog", problem=str(error))
         elif self._problems.new("look", str(error)):
             log.info("services that the agent left in the catalog cannot be looked for", problem=str(error))

@@ -68,7 +68,7 @@ class ClusterReads:
         service = await self.kube.read_object(service_key)
         if service is None:
             return None
-        assert isinstance(service, KubeService | Undecodable)
+        assert isinstance(service, (KubeService, Undecodable))
         slices: list[EndpointSlice] = []
         async for page in self.kube.pages(
             Kind.ENDPOINT, namespace=key.namespace, selector=Selector(f"{SERVICE_LABEL}={key.name}")

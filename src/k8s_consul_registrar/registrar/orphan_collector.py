@@ -257,7 +257,7 @@ class OrphanCollector:
 
         That Consul cannot be used is logged elsewhere.
         """
-        if isinstance(error, ConsulUnreachable | ConsulBusy | ConsulFenced):
+        if isinstance(error, (ConsulUnreachable, ConsulBusy, ConsulFenced)):
             log.debug("nodes of lost agents are not looked after now", problem=str(error))
             return
         if self._problems.new(node, str(error)):

@@ -432,7 +432,7 @@ async def test_cut_that_keeps_the_framing_is_no_list_either() -> None:
     """Half a gzip body under its own Content-Length does not pass for a list."""
     body = gzip.compress(recorded("k8s-pods-list").body)[:-200]
     error = await failure(answering(200, body, **{"Content-Encoding": "gzip"}))
-    assert isinstance(error, ClusterRefused | ClusterUnreachable)
+    assert isinstance(error, (ClusterRefused, ClusterUnreachable))
 
 
 async def test_answer_that_is_not_http_is_refused() -> None:

@@ -51,7 +51,7 @@ def test_life_of_a_pod_is_told_in_order() -> None:
         "334", "335", "336", "337", "338", "339", "354", "354", "354",
     ]  # fmt: skip
     for e in events[:6]:
-        assert isinstance(e, Changed | Deleted)
+        assert isinstance(e, (Changed, Deleted))
         assert isinstance(e.item, Pod)
         assert e.item.key == ObjectKey(Kind.POD, "web", "new-1")
     assert [e.is_added for e in events if isinstance(e, Changed)] == [True, False, False, False, False]

@@ -67,7 +67,7 @@ class World:
         findings = Findings()
         for service_id in observed.ids():
             record = observed.get(service_id)
-            if not isinstance(record, AsDesired | Other):
+            if not isinstance(record, (AsDesired, Other)):
                 continue
             key = record.target.key if isinstance(record, AsDesired) else record.key
             kind = record.target.key.kind if isinstance(record, AsDesired) else record.kind

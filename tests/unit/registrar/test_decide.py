@@ -89,7 +89,7 @@ def unclaimed(standing: Standing | None, *, uid: str = "", service_id: str = "po
 
 def written(action: Action) -> Service:
     """Return the service that an action writes."""
-    assert isinstance(action, Register | Update), action
+    assert isinstance(action, (Register, Update)), action
     return action.entry.service(LAB)
 
 
@@ -621,12 +621,12 @@ def test_decide_all_twice_writes_nothing_the_second_time(
             before = held.get(service_id)
             record = None if before is None else seen(before, uid=uid)
             action = decide(cluster.desired.ask(service_id, record), record, SHARDED)
-            is_write = isinstance(action, Register | Update | Deregister)
+            is_write = isinstance(action, (Register, Update, Deregister))
             assert not (is_write and attempt)
             assert not (is_write and service_id in foreign)
             assert not (isinstance(action, Deregister) and not is_synced)
             assert isinstance(action, Register) <= (before is None)
-            if isinstance(action, Register | Update):
+            if isinstance(action, (Register, Update)):
                 held[service_id] = written(action)
             elif isinstance(action, Deregister):
                 del held[service_id]

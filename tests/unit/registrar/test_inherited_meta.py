@@ -170,7 +170,7 @@ def decided(cluster: MemoryCluster, meta: Mapping[str, str]) -> InSync | Update 
     """Return the decision about the Pod's service whose record in Consul has this meta."""
     record = observe(our_pod_service("a", **meta), Identity("lab"), "")
     action = decide(Desired("pod--shop--a", (target_in(cluster),)), record, DECISIONS)
-    assert isinstance(action, InSync | Update | Register), action
+    assert isinstance(action, (InSync, Update, Register)), action
     return action
 
 
