@@ -50,18 +50,17 @@ SLICE = 250
 
 _Rank: TypeAlias = tuple[int, str, str]
 
+# Decisions by which a service stays that Consul holds, and records that have a place.
+_HELD = (InSync, Update, AwaitProxy, Withheld)
+_PLACED = (AsDesired, Other, Unknown)
+
 log = get_logger("quota")
 
 
 class LimitedState(ObservedState):
-    """Observed state that tells a quota of each ID whose claims or record change."""
+    """Observed state that has a quota count everything again after each complete read."""
 
     quota: "Quota"
-
-    def changed(self, service_id: str) -> None:
-        """Note that the claims on an ID, or its record, changed."""
-        super().changed(service_id)
-        self.quota.touch(service_id)
 
     def finish_read(
         self,
@@ -83,6 +82,7 @@ class _Queue:
 
     def __init__(self) -> None:
         self.ranks: dict[str, _Rank] = {}
+        # Empty until an ID is taken.
         self._heap: list[tuple[_Rank, str]] = []
 
     def add(self, service_id: str, rank: _Rank) -> None:
@@ -90,14 +90,17 @@ class _Queue:
         if self.ranks.get(service_id) == rank:
             return
         self.ranks[service_id] = rank
-        heappush(self._heap, (rank, service_id))
+        if self._heap:
+            heappush(self._heap, (rank, service_id))
         # Entries of IDs that no longer wait stay until they are more than the others.
         if len(self._heap) > 2 * len(self.ranks) + 16:
-            self._heap = [(rank, one) for one, rank in self.ranks.items()]
-            heapify(self._heap)
+            self._heap = []
 
     def take(self) -> str:
         """Return the first ID, which waits no longer; there must be one."""
+        if not self._heap:
+            self._heap = [(rank, one) for one, rank in self.ranks.items()]
+            heapify(self._heap)
         while True:
             rank, service_id = heappop(self._heap)
             if self.ranks.get(service_id) == rank:
@@ -143,19 +146,15 @@ class Quota:
         # Namespaces in which a place may have become free, or wanted.
         self._open: set[str] = set()
         self._is_listed = False
-        self._touched: dict[str, None] = {}
-        self._is_due = True
+        # The generation of the observed state that the counts show, -1 to count everything again.
+        self._counted = -1
         self._admitted: list[str] = []
         self._told_at = float("-inf")
         observed.quota = self
 
-    def touch(self, service_id: str) -> None:
-        """Note that the claims on an ID, or its record, are about to change."""
-        self._touched[service_id] = None
-
     def recount(self) -> None:
         """Count everything again at the next look."""
-        self._is_due = True
+        self._counted = -1
 
     async def find_over(self, rules: Rules) -> list[Target]:
         """Return the targets whose services are too many for their namespace, the youngest object's first.
@@ -206,13 +205,10 @@ class Quota:
     def apply(self, action: Action, asked: Desired, observed: Observed, rules: Rules) -> Action:
         """Return what a quota makes of a decision: a new target beyond the limit is rejected, one that leaves removed."""
         service_id = asked.id
-        is_held = isinstance(action, InSync | Update | AwaitProxy | Withheld) and observed is not None
-        if is_held and asked.claims and self._leaving and self.proof(service_id) is not None:
+        is_held = self._leaving and isinstance(action, _HELD) and observed is not None
+        if is_held and asked.claims and self.proof(service_id) is not None:
             return _removal(asked, observed, rules) or action
-        is_new = isinstance(action, Register) or (
-            isinstance(action, Withheld) and isinstance(action.write, Register)
-        )
-        if not is_new:
+        if not isinstance(action.write if isinstance(action, Withheld) else action, Register):
             return action
         self._settle()
         target = self._desired.claims[service_id][0]
@@ -228,8 +224,7 @@ class Quota:
         """Return the IDs that were kept waiting and have a place now, each once; log what is blocked now and then."""
         self._settle()
         admitted, self._admitted = self._admitted, []
-        now = self._clock()
-        if self.blocked and now - self._told_at >= TELL_EVERY:
+        if self.blocked and (now := self._clock()) - self._told_at >= TELL_EVERY:
             self._told_at = now
             full = sorted(set(self.blocked.values()))
             log.warning(
@@ -244,11 +239,12 @@ class Quota:
         if not self._observed.is_complete:
             return
         claims = self._desired.claims
-        if self._is_due:
+        changed = None if self._counted < 0 else self._observed.changed_since(self._counted)
+        if changed is None:
             self._count_all()
-        touched, self._touched = self._touched, {}
-        for service_id in touched:
-            self._update(service_id, claims.get(service_id, ()))
+        else:
+            for service_id in changed:
+                self._update(service_id, claims.get(service_id, ()))
         if not self._is_listed:
             statuses = self._desired.store.statuses().values()
             self._is_listed = all(one.listed_at is not None or one.problem for one in statuses)
@@ -264,11 +260,11 @@ class Quota:
                 self._fill(namespace, claims)
                 self._keep_enough(namespace)
             self._open.clear()
+        self._counted = self._observed.generation
 
     def _count_all(self) -> None:
         """Count everything again; what was to leave and is not there any more has left."""
-        self._is_due = False
-        for counts in (self._namespace_of, self._taken, self._unasked, self._waiting, self._touched):
+        for counts in (self._namespace_of, self._taken, self._unasked, self._waiting):
             counts.clear()
         claims = self._desired.claims
         for service_id in self._observed.ids():
@@ -276,6 +272,8 @@ class Quota:
         for service_id, asking in claims.items():
             if self._observed.get(service_id) is None:
                 self._update(service_id, asking)
+        for service_id in self.blocked.keys() - claims.keys():
+            self._update(service_id, ())
         for namespace, leaving in self._leaving.items():
             self._open.add(namespace)
             for service_id in leaving.keys() - self._namespace_of.keys():
@@ -285,7 +283,7 @@ class Quota:
         record = self._observed.get(service_id)
         key = claims[0].key if claims else object_behind(record)
         namespace = key.namespace if key is not None else self._namespace_of.get(service_id, "")
-        is_held = isinstance(record, AsDesired | Other | Unknown) or self._observed.is_in_flight(service_id)
+        is_held = isinstance(record, _PLACED) or self._observed.is_in_flight(service_id)
         if not is_held and self._proof(service_id) is not None:
             # It left, and waits like any other that is asked for.
             self._release(service_id)
@@ -293,7 +291,8 @@ class Quota:
         if not namespace or isinstance(record, Foreign) or not (claims or is_held):
             self._release(service_id)
         elif is_held:
-            self._take(service_id, namespace)
+            if service_id not in self._namespace_of:
+                self._take(service_id, namespace)
             if claims:
                 self._unasked[namespace].discard(service_id)
             else:
@@ -308,17 +307,17 @@ class Quota:
 
     def _block(self, service_id: str, namespace: str) -> None:
         self.blocked[service_id] = namespace
-        ObservedState.changed(self._observed, service_id)
+        self._observed.changed(service_id)
 
     def _unblock(self, service_id: str) -> None:
         if self.blocked.pop(service_id, None) is not None:
-            ObservedState.changed(self._observed, service_id)
+            self._observed.changed(service_id)
 
     def _take(self, service_id: str, namespace: str) -> None:
-        if service_id not in self._namespace_of:
-            self._namespace_of[service_id] = namespace
-            self._taken[namespace] += 1
-            self._waiting[namespace].ranks.pop(service_id, None)
+        """Give a place to a service that has none."""
+        self._namespace_of[service_id] = namespace
+        self._taken[namespace] += 1
+        self._waiting[namespace].ranks.pop(service_id, None)
         self._unblock(service_id)
 
     def _release(self, service_id: str) -> None:

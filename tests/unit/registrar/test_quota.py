@@ -196,6 +196,21 @@ def test_quota_forgets_blocked_objects_that_are_gone() -> None:
     assert (len(queue.ranks), len(queue._heap) < 40) == (0, True)
 
 
+def test_quota_counts_again_after_more_changes_than_are_remembered() -> None:
+    """Places and blocked objects are those of this moment, as if it had seen each change."""
+    world = World(2)
+    world.cluster.put_list([pod(name, 9 - at) for at, name in enumerate("abcd")])
+    world.admitted()
+    assert [world.write(name) for name in "abcd"] == [True, True, False, False]
+    world.cluster.remove(pod("c"))
+    world.remove("a")
+    for _ in range(20_000):
+        world.observed.changed("pod--shop--b")
+    assert world.admitted() == {"d"}
+    assert world.quota.blocked == {}
+    assert world.write("d")
+
+
 def test_quota_tells_of_full_namespaces_once_a_minute() -> None:
     """One line for all of them."""
     world = World(1)
