@@ -254,7 +254,7 @@ class Store(Generic[ValueT]):
 
 
 class NamespaceGate:
-    """The targets of each namespace, and the namespaces that a selector opens; without `selects` everything counts.
+    """The namespaces that a selector opens, and the targets of those that it shuts; without `selects` everything counts.
 
     What has no namespace always does.
     """
@@ -262,7 +262,8 @@ class NamespaceGate:
     def __init__(self, *, selects: bool) -> None:
         self._selects = selects
         self._open: set[str] = set()
-        self._targets: dict[str, dict[str, tuple[Target, ...]]] = {}
+        # Targets that do not count, by namespace and ID.
+        self._shut: dict[str, dict[str, tuple[Target, ...]]] = {}
 
     def is_shut(self, namespace: str) -> bool:
         """Return True if the targets of a namespace do not count."""
@@ -273,37 +274,40 @@ class NamespaceGate:
         is_gated = self._selects and source.kind is not Kind.NODE
         return (*source.needed, Source(Kind.NAMESPACE)) if is_gated else source.needed
 
-    def turn(self, namespace: str, *, is_selected: bool) -> tuple[Target, ...]:
-        """Open or shut a namespace; return its targets if that is a change."""
+    def turn(
+        self, namespace: str, counting: Iterable[tuple[Target, ...]], *, is_selected: bool
+    ) -> tuple[Target, ...]:
+        """Open or shut a namespace; return its targets if that is a change, of all that are `counting`."""
         if not self._selects or is_selected is (namespace in self._open):
             return ()
         if is_selected:
             self._open.add(namespace)
-        else:
-            self._open.discard(namespace)
-        return tuple(chain.from_iterable(self._targets.get(namespace, {}).values()))
+            return tuple(chain.from_iterable(self._shut.pop(namespace, {}).values()))
+        self._open.discard(namespace)
+        targets = tuple([one for one in chain.from_iterable(counting) if one.key.namespace == namespace])
+        for target in targets:
+            self.add(target, (target,))
+        return targets
 
     def add(self, target: Target, alone: tuple[Target, ...]) -> bool:
-        """Note a target, which `alone` holds by itself; return True if it counts."""
-        if not self._selects:
+        """Return True if a target counts, and note it otherwise; `alone` holds it by itself."""
+        if not self.is_shut(target.key.namespace):
             return True
-        if target.key.namespace:
-            targets = self._targets.setdefault(target.key.namespace, {})
-            others = targets.get(target.id)
-            targets[target.id] = (*others, target) if others else alone
-        return not self.is_shut(target.key.namespace)
+        targets = self._shut.setdefault(target.key.namespace, {})
+        others = targets.get(target.id)
+        targets[target.id] = (*others, target) if others else alone
+        return False
 
     def remove(self, target: Target) -> bool:
-        """Forget a target; return True if it counted."""
-        if not self._selects:
+        """Return True if a target counted, and forget it otherwise."""
+        if not self.is_shut(target.key.namespace):
             return True
-        if (targets := self._targets.get(target.key.namespace)) is not None:
-            rest = tuple(one for one in targets.pop(target.id, ()) if one.key != target.key)
-            if rest:
-                targets[target.id] = rest
-            if not targets:
-                del self._targets[target.key.namespace]
-        return not self.is_shut(target.key.namespace)
+        targets = self._shut.get(target.key.namespace, {})
+        if rest := tuple(one for one in targets.pop(target.id, ()) if one.key != target.key):
+            targets[target.id] = rest
+        if not targets:
+            self._shut.pop(target.key.namespace, None)
+        return False
 
 
 def _count(record: _Record[ValueT], step: int) -> None:

@@ -85,7 +85,7 @@ class Claims:
 
     def select(self, namespace: str, *, is_selected: bool) -> tuple[str, ...]:
         """Let the targets of a namespace count, or not; return the IDs that this changes."""
-        targets = self._gate.turn(namespace, is_selected=is_selected)
+        targets = self._gate.turn(namespace, self.by_id.values(), is_selected=is_selected)
         for target in targets:
             if is_selected:
                 self._put(target, (target,))
