@@ -117,7 +117,7 @@ class FileSd:
     async def run(self) -> None:
         """Write when it is due; ends only by cancellation."""
         while True:
-            await asyncio.sleep(LOOK_EVERY)
+            await asyncio.sleep(max(LOOK_EVERY, self._due - time.monotonic()))
             if self._complete and await self._is_due():
                 await self.write()
 

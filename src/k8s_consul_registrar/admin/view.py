@@ -345,12 +345,13 @@ class Completeness:
         self._is_complete = False
 
     def __bool__(self) -> bool:
-        if self._view.unlisted():
-            return False
+        if self._is_complete or self._view.unlisted():
+            return self._is_complete
         if self._listed_at is None:
             self._listed_at = self._clock()
-        self._is_complete |= self._view.observed.is_complete
-        return self._is_complete or self._clock() - self._listed_at >= CONSUL_PATIENCE
+        is_late = self._clock() - self._listed_at >= CONSUL_PATIENCE
+        self._is_complete = is_late or self._view.observed.is_complete
+        return self._is_complete
 
 
 class Census:

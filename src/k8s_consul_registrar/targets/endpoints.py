@@ -125,6 +125,8 @@ def resolve_item(
 ) -> Value | None:
     """Return the value of an item: targets, a rejection, or a part that targets are made of."""
     match item:
+        case Pod() | Node() | Undecodable(kind=Kind.POD | Kind.NODE):
+            return resolve(item, rules)
         case KubeService():
             return resolve_service(item, rules)
         case Namespace() | EndpointSlice():
@@ -133,9 +135,7 @@ def resolve_item(
             return _resolve_whole(item, rules)
         case Undecodable(kind=Kind.SERVICE, key=ObjectKey() as key):
             return Rejection(endpoints_key(key.namespace, key.name), Reason.UNDECODABLE, item.problem)
-        case Undecodable(kind=Kind.SERVICE | Kind.ENDPOINT | Kind.NAMESPACE):
-            return None
-    return resolve(item, rules)
+    return None
 
 
 def resolve_service(service: KubeService, rules: TargetRules) -> ServiceScrape | Rejection | None:
