@@ -1,9 +1,10 @@
 """Services and EndpointSlices out of the API server's JSON, and what the JSON of every kind has in common."""
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
+from itertools import compress, count
+from operator import ne
 from sys import intern
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -18,9 +19,8 @@ from k8s_consul_registrar.model import (
 
 # The label with which every EndpointSlice names its Service.
 SERVICE_LABEL = "kubernetes.io/service-name"
-# An event about a slice repeats all its endpoints, and all but one were seen before. The bounds hold the memory
-# of what is remembered at a few megabytes.
-ENDPOINTS_KEPT, LONGEST_KEPT = 8192, 512
+# Endpoints whose bytes are kept, and the bytes of the longest: a few megabytes.
+ENDPOINTS_KEPT, LONGEST_KEPT = 16_384, 512
 PROBLEM_LENGTH = 200
 
 
@@ -121,7 +121,7 @@ def slice_of(wire: WireSlice) -> EndpointSlice | Undecodable:
     if not meta.namespace:
         return Undecodable(Kind.ENDPOINT, None, "an EndpointSlice without a namespace")
     try:
-        endpoints = _endpoints(wire.endpoints or ())
+        endpoints = _SEEN.read((meta.namespace, meta.name), wire.endpoints or ())
     except (ValueError, RecursionError) as error:
         return Undecodable(Kind.ENDPOINT, None, problem_of(error))
     return EndpointSlice(
@@ -135,18 +135,57 @@ def slice_of(wire: WireSlice) -> EndpointSlice | Undecodable:
             for one in wire.ports or ()
             if one.port is not None
         ),
-        endpoints=tuple([one for one in endpoints if one is not None]),
+        endpoints=tuple(filter(None, endpoints)),
     )
 
 
-def _endpoints(parts: Sequence[msgspec.Raw]) -> list[SliceEndpoint | None]:
-    texts = list(map(bytes, parts))
-    is_kept = max(map(len, texts), default=0) <= LONGEST_KEPT
-    return list(map(endpoint_of if is_kept else endpoint_of.__wrapped__, texts))
+def differing(before: Sequence[object], after: Sequence[object]) -> tuple[slice, slice]:
+    """Return the parts of two sequences between what they have in common at their beginning and at their end."""
+    shorter = min(len(before), len(after))
+    start = _alike(before, after, shorter)
+    end = min(_alike(reversed(before), reversed(after), shorter), shorter - start)
+    return slice(start, len(before) - end), slice(start, len(after) - end)
 
 
-@lru_cache(maxsize=ENDPOINTS_KEPT)
-def endpoint_of(raw: bytes) -> SliceEndpoint | None:
+def _alike(before: Iterable[object], after: Iterable[object], most: int) -> int:
+    """Return how many items from the first on are equal; a loop in Python would take ten times as long."""
+    return next(compress(count(), map(ne, before, after)), most)
+
+
+class _Slice(NamedTuple):
+    raws: list[msgspec.Raw]
+    endpoints: list[SliceEndpoint | None]
+
+
+class _SeenSlices:
+    """The endpoints of the slices that were read last, with their bytes: an event repeats all, and few of them changed."""
+
+    def __init__(self) -> None:
+        self._slices: dict[tuple[str, str], _Slice] = {}
+        self._size = 0
+
+    def read(self, key: tuple[str, str], raws: Sequence[msgspec.Raw]) -> list[SliceEndpoint | None]:
+        """Return the endpoints of a slice; those whose bytes did not change are the same objects as before."""
+        seen = self._slices.pop(key, None) or _Slice([], [])
+        self._size -= len(seen.raws)
+        was, now = differing(seen.raws, raws)
+        moved = dict(zip(map(bytes, seen.raws[was]), seen.endpoints[was], strict=True))
+        texts = list(map(bytes, raws[now]))
+        seen.endpoints[was] = [moved.get(text) or _endpoint(text) for text in texts]
+        if raws and max(map(len, texts), default=0) <= LONGEST_KEPT:
+            # Copies: the bytes they came in are those of a whole page.
+            seen.raws[was] = map(msgspec.Raw, texts)
+            self._slices[key] = seen
+            self._size += len(seen.raws)
+        while self._size > ENDPOINTS_KEPT:
+            self._size -= len(self._slices.pop(next(iter(self._slices))).raws)
+        return seen.endpoints
+
+
+_SEEN = _SeenSlices()
+
+
+def _endpoint(raw: bytes) -> SliceEndpoint | None:
     """Return an endpoint at the first of its addresses, which all lead to the same place; None without one.
 
     A condition that is missing means ready, or as ready as the endpoint is (Kubernetes: EndpointConditions).

@@ -14,6 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from k8s_consul_registrar.errors import Reason
+from k8s_consul_registrar.kube.service_objects import differing
 from k8s_consul_registrar.model import (
     EndpointSlice,
     Kind,
@@ -196,9 +197,11 @@ class ServiceJoin:
         else:
             key = endpoints_key(new.namespace, new.service)
             keys.add(key)
-            is_alike = old is not None and shape_of(old) == shape_of(new)
-            few = few_changed(old, new, made) if is_alike and old is not None else None
-            now = self._resolve(key, new, made if is_alike else SliceTargets({}), few)
+            few, known = None, SliceTargets({})
+            if old is not None and shape_of(old) == shape_of(new):
+                was, came = differing(old.endpoints, new.endpoints)
+                few, known = few_changed(old.endpoints[was], new.endpoints[came], made), made
+            now = self._resolve(key, new, known, few)
             if now.rejection is not None:
                 protected = self._still_there(key, new, made.targets)
             if few is None:

@@ -1,9 +1,7 @@
 """Resolution of annotated Services and their EndpointSlices into targets."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import islice
-from operator import eq
 from typing import NamedTuple, TypeAlias
 
 import msgspec
@@ -259,25 +257,16 @@ def shape_of(part: EndpointSlice) -> tuple[str, str, tuple[ContainerPort, ...]]:
     return part.service, part.family, part.ports
 
 
-def few_changed(old: EndpointSlice, new: EndpointSlice, made: SliceTargets) -> FewChanged | None:
-    """Return the endpoints by which two states of a slice with such targets differ, None if they are many."""
-    before, after = old.endpoints, new.endpoints
-    shortest = min(len(before), len(after))
-    start = _alike(before, after, shortest)
-    end = _alike(reversed(before), reversed(after), shortest - start)
-    was, now = before[start : len(before) - end], after[start : len(after) - end]
+def few_changed(
+    was: Sequence[SliceEndpoint], now: Sequence[SliceEndpoint], made: SliceTargets
+) -> FewChanged | None:
+    """Return what changed between the same other endpoints of a slice with such targets, None if that is much."""
     if not made.ports or len(was) > FEW or len(now) > FEW:
         return None
     left, came = [one for one in was if one not in now], [one for one in now if one not in was]
     # One that comes and is there already is in the slice twice from now on.
     is_single = made.targets.keys().isdisjoint(came)
     return FewChanged(left, came) if is_single else None
-
-
-def _alike(before: Iterable[SliceEndpoint], after: Iterable[SliceEndpoint], most: int) -> int:
-    """Return how many endpoints from the first on are equal; a loop in Python would take ten times as long."""
-    same = [*islice(map(eq, before, after), most), False]
-    return same.index(False)
 
 
 def difference(

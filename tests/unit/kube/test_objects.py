@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from k8s_consul_registrar.errors import ClusterRefused
 from k8s_consul_registrar.kube.lists import Page, split_page
 from k8s_consul_registrar.kube.objects import decode_event, decode_object
-from k8s_consul_registrar.kube.service_objects import endpoint_of
+from k8s_consul_registrar.kube.service_objects import ENDPOINTS_KEPT, LONGEST_KEPT
 from k8s_consul_registrar.model import (
     ContainerPort,
     EndpointSlice,
@@ -500,9 +500,40 @@ def test_endpoint_that_was_seen_is_the_same_object_and_any_change_another() -> N
         {"conditions": {"ready": False}},
     )
     assert len({*first, *(endpoints(one | change)[0] for change in changes)}) == 2 + len(changes)
-    before = endpoint_of.cache_info().currsize
-    endpoints(*(one | {"hints": {"forZones": [{"name": "z" * 500 + str(number)}]}} for number in range(9)))
-    assert endpoint_of.cache_info().currsize == before
+    long = one | {"hints": {"forZones": [{"name": "z" * LONGEST_KEPT}]}}
+    assert endpoints(long)[0] is not endpoints(long)[0]
+
+
+def test_endpoints_that_were_seen_are_kept_up_to_a_bound() -> None:
+    """The slice that was not heard of for the longest time is forgotten first."""
+
+    def first(name: str) -> SliceEndpoint:
+        part = read_kind(Kind.ENDPOINT, objects.endpoint_slice(name, "web", many, namespace="shop"))
+        assert isinstance(part, EndpointSlice)
+        return part.endpoints[0]
+
+    many = [objects.endpoint(f"10.0.{number // 250}.{number % 250}") for number in range(1000)]
+    oldest, latest = first("oldest"), first("latest")
+    assert first("oldest") is oldest
+    for number in range(ENDPOINTS_KEPT // len(many) - 1):
+        first(f"other-{number}")
+    assert first("oldest") is oldest
+    assert first("latest") is not latest
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=12), max_size=6))
+def test_slice_read_after_others_of_its_name_is_as_one_read_first(states: list[list[int]]) -> None:
+    """Whatever was remembered of earlier states, every endpoint is the one that its own bytes say."""
+    for state in states:
+        some = [objects.endpoint(f"10.0.0.{number}", pod=f"p{number}") for number in state]
+        part = objects.endpoint_slice("web-abc", "web", some, namespace="shop")
+        if sum(state) % 4 == 0:
+            odd = {**part, "endpoints": [*some[:2], {"addresses": [7]}]}
+            assert isinstance(read_kind(Kind.ENDPOINT, odd), Undecodable)
+        made = read_kind(Kind.ENDPOINT, part)
+        assert isinstance(made, EndpointSlice)
+        expected = [SliceEndpoint(f"10.0.0.{number}", pod=f"p{number}") for number in state]
+        assert list(made.endpoints) == expected
 
 
 def test_slice_that_cannot_be_read_has_no_name() -> None:
