@@ -3,7 +3,7 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import chain, compress
@@ -164,7 +164,7 @@ class Formats:
         if is_own not in formats and len(formats) >= _MOST_FORMATS:
             is_own = b"\1" * len(first)
         if is_own.count(1) > len(_MARKS) - 2:  # all labels are one value
-            return _FORMAT % _SEPARATOR, _marked((address, labels))
+            return _FORMAT % _SEPARATOR, _marked([address, labels])
         shared = formats.get(is_own)
         if shared is None:
             pairs = [
@@ -172,7 +172,7 @@ class Formats:
                 for (name, value), own in zip(labels.items(), is_own, strict=True)
             ]
             shared = formats[is_own] = _FORMAT % (b"{" + b",".join(pairs) + b"}")
-        return shared, _marked((address, *compress(labels.values(), is_own)))
+        return shared, _marked([address, *compress(labels.values(), is_own)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,8 +361,8 @@ def _as_label(text: str) -> str:
     return _NOT_IN_A_LABEL.sub("_", text)
 
 
-def _marked(values: Sequence[str | Mapping[str, str]]) -> bytes:
-    """Return values as JSON, each between two marks."""
+def _marked(values: list[str | Mapping[str, str]]) -> bytes:
+    """Return values as JSON, each between two marks; msgspec would keep a copy of anything but a list forever."""
     try:
         lines = _encoder.encode_lines(values)
     except UnicodeEncodeError:

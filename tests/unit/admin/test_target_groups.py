@@ -1,6 +1,7 @@
 """Queries for targets, and the labels of kubernetes_sd and of annotations."""
 
 import json
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -215,6 +216,21 @@ def test_groups_share_most_of_their_texts() -> None:
     groups = [encoder.encode(target) for target in many_targets(5000).values()]
     assert sum(len(one.own) for one in groups) < sum(len(one.text) for one in groups) / 4
     assert len({id(one.shared) for one in groups}) < 100
+
+
+def test_target_that_is_encoded_again_and_again_leaves_nothing_behind() -> None:
+    """A registrar encodes targets for months."""
+    encoder, target = GroupEncoder(), pod_target("web-1")
+    encoder.encode(target)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(2000):
+            encoder.encode(target)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 20_000
 
 
 def divided(formats: Formats, labels: dict[str, str]) -> object:
