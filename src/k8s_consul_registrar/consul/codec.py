@@ -45,6 +45,12 @@ class _Record(msgspec.Struct, gc=False, rename="pascal"):
     modify_index: RaftIndex = 0
 
 
+class _Listed(_Record, gc=False, rename="pascal"):
+    """A service of a list of the catalog's, which says its ID itself."""
+
+    id: str = msgspec.field(default="", name="ID")
+
+
 class _Instance(msgspec.Struct, gc=False):
     """One instance in `/v1/catalog/service`, as far as its owner goes."""
 
@@ -72,6 +78,7 @@ class _Registration(msgspec.Struct, gc=False, omit_defaults=True):
 
 _agent_services = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _record = msgspec.json.Decoder(_Record)
+_listed = msgspec.json.Decoder(_Listed)
 _identified = msgspec.json.Decoder(_Identified)
 _instance = msgspec.json.Decoder(_Instance)
 _encoder = msgspec.json.Encoder()
@@ -98,31 +105,36 @@ def decode_agent_services(body: bytes) -> Iterator[Service]:
 
 
 def decode_listed(raw: msgspec.Raw | bytes) -> Service:
-    """Read one record of a list of the catalog's, where the ID is in the record; raises `ConsulRefused`."""
-    return decode_service(listed_id(raw), raw)
-
-
-def listed_id(raw: msgspec.Raw | bytes) -> str:
-    """Return the ID of one record of a list of the catalog's; raises `ConsulRefused` where there is none."""
-    service_id = decode(_identified, raw, "a service of the catalog").ID
+    """Read one record of a list of the catalog's; raises `ConsulRefused` where its ID cannot be read."""
+    try:
+        record = _listed.decode(raw)
+        service_id = record.id
+    except DECODE_ERRORS:
+        record, service_id = None, decode(_identified, raw, "a service of the catalog").ID
     if not service_id:
         raise ConsulRefused("a service of the catalog has no ID")
-    return service_id
+    return _service(service_id, record)
 
 
 def decode_service(service_id: str, raw: msgspec.Raw | bytes) -> Service:
-    """Read one record under its ID; an unreadable one becomes a service without name, address or meta."""
+    """Read one record under its ID."""
     try:
-        record = _record.decode(raw)
+        return _service(service_id, _record.decode(raw))
     except DECODE_ERRORS:
+        return _service(service_id, None)
+
+
+def _service(service_id: str, record: _Record | None) -> Service:
+    """Return a service; an unreadable record becomes one without name, address or meta."""
+    if record is None:
         return Service(service_id, "", "", 0)
     return Service(
         id=service_id,
         name=record.service,
         address=record.address,
         port=record.port,
-        meta=tuple(sorted((record.meta or {}).items())),
-        tags=tuple(sorted(record.tags or ())),
+        meta=tuple(sorted(record.meta.items())) if record.meta else (),
+        tags=tuple(sorted(record.tags)) if record.tags else (),
         index=record.modify_index,
     )
 
