@@ -105,6 +105,7 @@ class Store(Generic[ValueT]):
         self._observer = observer
         self._clock = clock
         self._records: dict[Source, _Record[ValueT]] = {source: _Record() for source in sources}
+        self._sources: dict[tuple[Kind, str], Source] = {source: source for source in self._records}
 
     def get(self, key: ObjectKey) -> ValueT | None:
         """Return an object's value, None where it has none."""
@@ -132,10 +133,7 @@ class Store(Generic[ValueT]):
 
     def source_of(self, key: ObjectKey) -> Source | None:
         """Return the source that an object belongs to, None where no followed source can show it."""
-        for source in (Source(key.kind), Source(key.kind, key.namespace)):
-            if source in self._records:
-                return source
-        return None
+        return self._sources.get((key.kind, "")) or self._sources.get((key.kind, key.namespace))
 
     def revise(self, key: ObjectKey, value: ValueT) -> None:
         """Replace the value of an object that has one; the observer is not called."""
