@@ -322,7 +322,7 @@ class ObservedState:
         touched, reading = self._touched, self._reading
         for service_id in touched:
             reading.put(service_id, self._records.by_id.get(service_id))
-        lost = (self._records.by_id.keys() | self._lost_shards.keys()) - reading.by_id.keys()
+        lost = {one for one in chain(self._records.by_id, self._lost_shards) if one not in reading.by_id}
         shards = {one: self.shard(one) for one in lost if is_desired(one)}
         self._records, self._reading, self._touched = reading, None, set()
         self._lost_shards = {one: shard for one, shard in shards.items() if shard} | dict(lost_shards or {})

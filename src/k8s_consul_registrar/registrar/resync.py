@@ -26,7 +26,7 @@ from k8s_consul_registrar.registrar.reconciler import Core, CorePart
 from k8s_consul_registrar.registrar.status import Counts
 
 # Services compared between two turns of the event loop.
-SLICE = 250
+SLICE = 50
 
 
 class Comparison(NamedTuple):
@@ -204,7 +204,7 @@ class Resync(CorePart):
         kept: Counter[Kept] = Counter()
         async for service_id in in_slices(self._observed.ids(), SLICE):
             record = self._observed.get(service_id)
-            if not isinstance(record, AsDesired | Other):
+            if not isinstance(record, (AsDesired, Other)):
                 continue
             key = record.target.key if isinstance(record, AsDesired) else record.key
             kind = record.target.key.kind if isinstance(record, AsDesired) else record.kind
