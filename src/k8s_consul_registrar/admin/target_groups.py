@@ -135,10 +135,11 @@ def texts(groups: Iterable[Group]) -> Iterator[bytes]:
     for one in groups:
         by_format[one.shared].append(one.own)
     for shared, own in by_format.items():
-        parts = shared.split(_SEPARATOR)
+        # The longest part last: until then there is less to search.
+        parts = sorted(zip(_MARKS, shared.split(_SEPARATOR), strict=False), key=lambda one: len(one[1]))
         for start in range(0, len(own), _AT_ONCE):
             text = b",".join(own[start : start + _AT_ONCE])
-            for mark, part in zip(_MARKS, parts, strict=False):
+            for mark, part in parts:
                 text = text.replace(mark, part)
             yield text
 
