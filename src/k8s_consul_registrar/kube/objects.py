@@ -291,30 +291,24 @@ class WatchDecoder:
         self._action = ApiAction("watch", RESOURCES[kind], namespace)
         self._line_limit = line_limit
         self._buffer = bytearray()
-        self._searched = 0
         self._is_broken = False
 
     def feed(self, data: bytes) -> list[WatchEvent]:
         """Return the events that are complete with these bytes."""
         events: list[WatchEvent] = []
-        self._buffer += data
         start = 0
-        while not self._is_broken:
-            end = self._buffer.find(b"\n", max(start, self._searched))
-            if end < 0:
-                break
-            line = bytes(memoryview(self._buffer)[start:end])
+        while not self._is_broken and (end := data.find(b"\n", start)) >= 0:
+            # Only these bytes are searched: a long line costs O(n).
+            line = bytes(self._buffer) + data[start:end]
+            self._buffer.clear()
             start = end + 1
             if line.strip():
                 events.append(self._decode(line))
-        del self._buffer[:start]
-        # What was searched without finding an end is not searched again: a long line costs O(n).
-        self._searched = len(self._buffer)
+        self._buffer += data[start:]
         if len(self._buffer) > self._line_limit and not self._is_broken:
             events.append(self._broken(f"an event is longer than {self._line_limit} bytes"))
         if self._is_broken:
             self._buffer.clear()
-            self._searched = 0
         return events
 
     def _decode(self, line: bytes) -> WatchEvent:
