@@ -23,6 +23,9 @@ SLOTS_FOR_CHANGES = 4
 # p99 of 133 ms with 8 batches of 64 in flight, 35 ms with one, and 19 ms with one of 32, which took hardly longer.
 SLOTS_PER_REMOVAL = 8
 REMOVAL_BATCH = 32
+# Seconds from one batch of removals to the next, unless that is full: a transaction costs Consul, and this program, as
+# much as twenty removals.
+GATHER_REMOVALS = 0.02
 # Seconds between two writes of one ID at least, so that an object that flaps does not starve the others.
 MIN_INTERVAL = 0.2
 # An ID that moves to another queue leaves its entry behind; beyond this many, stale entries are dropped.
@@ -108,6 +111,8 @@ class WorkQueue:
         self._groups: dict[str, list[_Group]] = {}
         # Batches since the last one of bulk work, of removals and of retries.
         self._since = [0, 0, 0]
+        # Until this moment removals wait for a batch of this size.
+        self._gathers_until, self._gathered = -math.inf, 0
         self.in_flight = 0
 
     def __len__(self) -> int:
@@ -198,8 +203,12 @@ class WorkQueue:
         for ready in order:
             priority = self._priority_of(ready)
             most = min(limit, REMOVAL_BATCH) if priority is Priority.REMOVAL else limit
+            if priority is Priority.REMOVAL and self._gathers(now):
+                continue
             if priority in without or not (ids := self._take_from(ready, most)):
                 continue
+            if priority is Priority.REMOVAL:
+                self._gathers_until, self._gathered = now + GATHER_REMOVALS, most
             for number, other in enumerate(others):
                 self._since[number] = 0 if other is ready else self._since[number] + 1
             return Batch(tuple(ids), ready is self._retries, priority)
@@ -243,11 +252,14 @@ class WorkQueue:
         if not self.has_waiting:
             return math.inf
         self._wake(now)
-        if self._has_ready(without):
+        gathers = self._gathers(now)
+        if self._has_ready((*without, Priority.REMOVAL) if gathers else without):
             return now
         while self._later and not self._is_current(*self._later[0]):
             heapq.heappop(self._later)
-        return self._later[0][0] if self._later else math.inf
+        due = self._later[0][0] if self._later else math.inf
+        has_removals = Priority.REMOVAL not in without and self._first_of(self._removals) is not None
+        return min(due, self._gathers_until) if gathers and has_removals else due
 
     def clear(self) -> None:
         """Forget every ID that waits; a resync finds again what differs."""
@@ -302,6 +314,10 @@ class WorkQueue:
         return any(
             self._first_of(ready) is not None for ready in queues if self._priority_of(ready) not in without
         )
+
+    def _gathers(self, now: float) -> bool:
+        """Return True if removals wait for more of them to fill a batch."""
+        return now < self._gathers_until and len(self._removals) < self._gathered
 
     def _priority_of(self, ready: deque[str]) -> Priority:
         if ready is self._removals:

@@ -74,6 +74,28 @@ async def test_mass_removal_keeps_few_batches_in_flight(checks_versions: bool, a
     assert lab.consul.most_removing == lab.consul.concurrency // 8
 
 
+async def test_change_beside_a_mass_removal_is_sent_before_the_next_removals() -> None:
+    """The batch under way goes first; no further one is decided while a change waits."""
+    lab = ControllerLab(brake=BrakeRules(allow_mass=True))
+    names = [f"p{number}" for number in range(300)]
+    overtaken: list[int] = []
+    async with lab.running():
+        await lab.synced(*names)
+        registered, before = lab.consul.register_calls, 3
+
+        def note() -> None:
+            if lab.consul.deregister_calls == before and not lab.consul.removing:
+                lab.cluster.put(make_pod("urgent"))
+            if lab.consul.register_calls > registered and not overtaken:
+                overtaken.append(lab.consul.deregister_calls - before)
+
+        lab.consul.before_write = note
+        for name in names:
+            lab.cluster.remove(make_pod(name))
+        await lab.until("urgent")
+    assert overtaken == [0]
+
+
 @pytest.mark.parametrize("checks_versions", [True, False], ids=["catalog", "agent"])
 async def test_bulk_work_is_not_starved_by_changes(checks_versions: bool) -> None:
     """However many changes come, what a resync found is repaired meanwhile."""

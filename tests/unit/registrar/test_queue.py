@@ -10,7 +10,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from k8s_consul_registrar.registrar.queue import REMOVAL_BATCH, Batch, Priority, Slots, WorkQueue
+from k8s_consul_registrar.registrar.queue import (
+    GATHER_REMOVALS,
+    REMOVAL_BATCH,
+    Batch,
+    Priority,
+    Slots,
+    WorkQueue,
+)
 
 MOST = 10
 NO_BULK = (Priority.BULK,)
@@ -98,6 +105,32 @@ def test_queue_removals_of_changed_ids_let_a_new_one_ahead() -> None:
         queue.add(f"gone-{number}", 0.0, Priority.REMOVAL)
     queue.add("new", 0.0)
     assert "new" in take(queue) + take(queue)
+
+
+def test_queue_removals_that_fill_no_batch_wait_a_moment_for_more() -> None:
+    """The first one goes at once; the next ones go when a batch is full, or soon after. Changes wait for none of it."""
+    queue = new_queue()
+    queue.add("gone", 0.0, Priority.REMOVAL)
+    assert take(queue) == ("gone",)
+    for number in range(MOST - 1):
+        queue.add(f"gone-{number}", 0.0, Priority.REMOVAL)
+    assert (take(queue), queue.next_due(0.0), queue.is_drained) == ((), GATHER_REMOVALS, False)
+    assert queue.next_due(0.0, without=(Priority.REMOVAL,)) == math.inf
+    queue.add("new", 0.0)
+    assert (queue.next_due(0.0), take(queue)) == (0.0, ("new",))
+    queue.add("gone-too", 0.0, Priority.REMOVAL)
+    assert (queue.next_due(0.0), len(take(queue))) == (0.0, MOST)
+    queue.add("last", 0.0, Priority.REMOVAL)
+    assert take(queue) == ()
+    assert (queue.next_due(GATHER_REMOVALS), take(queue, GATHER_REMOVALS)) == (GATHER_REMOVALS, ("last",))
+
+
+def test_queue_removals_of_one_at_a_time_wait_for_no_more() -> None:
+    """An agent is sent one service after the other: nothing fills a batch."""
+    queue = new_queue()
+    for service_id in "abc":
+        queue.add(service_id, 0.0, Priority.REMOVAL)
+    assert [take(queue, limit=1) for _ in range(4)] == [("a",), ("b",), ("c",), ()]
 
 
 def test_queue_change_of_an_id_that_was_to_be_removed_is_a_change() -> None:
