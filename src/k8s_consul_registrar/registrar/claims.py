@@ -212,8 +212,8 @@ class Endpoints:
 
     @property
     def is_settled(self) -> bool:
-        """True if no target gives way or could: no Pod is being deleted."""
-        return not (self.terminating or self._yielded)
+        """True if no target gives way or could: no Pod is being deleted, or none shares an endpoint."""
+        return not (self._yielded or (self.terminating and self._shared))
 
     def without_yielded(self, key: ObjectKey, ids: tuple[str, ...]) -> tuple[str, ...]:
         """Return those of an object's IDs whose targets have not given way: the others are not asked for now."""
