@@ -169,7 +169,7 @@ class ServiceJoin:
             }
             part.made = made._replace(targets=same)
             difference(before, same, gone, come)
-            self._note_rejection(key, part)
+            self._note_rejection(key, part.slice.name, made.rejection)
         joined = self._swap(gone, come)
         joined.services.add(key)
         if isinstance(value, Rejection):
@@ -191,7 +191,7 @@ class ServiceJoin:
             made = self._parts[key].pop(old.name).made
             if not self._parts[key]:
                 del self._parts[key]
-            self._forget_rejection(key, old.name)
+            self._note_rejection(key, old.name, None)
         if new is None:
             difference(made.targets, {}, gone, come)
         else:
@@ -211,8 +211,8 @@ class ServiceJoin:
                 come += [target for some in now.targets.values() for target in some]
                 made.targets.update(now.targets)
                 now = now._replace(targets=made.targets)
-            part = self._parts.setdefault(key, {})[new.name] = _Part(new, now)
-            self._note_rejection(key, part)
+            self._parts.setdefault(key, {})[new.name] = _Part(new, now)
+            self._note_rejection(key, new.name, now.rejection)
         joined = self._swap(gone, come)
         joined.services |= keys
         joined.protected = protected
@@ -253,14 +253,11 @@ class ServiceJoin:
             one.id for point, some in before.items() if (point.pod or point.address) in there for one in some
         }
 
-    def _note_rejection(self, key: ObjectKey, part: _Part) -> None:
-        if part.made.rejection is None:
-            self._forget_rejection(key, part.slice.name)
-        else:
-            self._rejected[key][part.slice.name] = part.made.rejection
-
-    def _forget_rejection(self, key: ObjectKey, name: str) -> None:
-        if parts := self._rejected.get(key):
+    def _note_rejection(self, key: ObjectKey, name: str, rejection: Rejection | None) -> None:
+        """Note why endpoints of a slice are rejected, None if none is."""
+        if rejection is not None:
+            self._rejected[key][name] = rejection
+        elif parts := self._rejected.get(key):
             parts.pop(name, None)
             if not parts:
                 del self._rejected[key]
