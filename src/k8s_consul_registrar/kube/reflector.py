@@ -37,7 +37,7 @@ from k8s_consul_registrar.telemetry import get_logger
 TIMER_SLACK = 0.01  # seconds
 # A request for a list so shortly after another is served by the same one.
 REQUEST_SPACING = 1.0  # seconds
-SLICE = 25  # events taken over before the loop gets its turn; about a millisecond of work
+SLICE = 10  # events taken over before the loop gets its turn; less than a millisecond of work
 # After these the version we hold leads nowhere: the source is listed again.
 VERSION_LOST = (ClusterExpired, ClusterAhead, ClusterRefused)
 # Lists in pages that may expire in a row before one without pages.
