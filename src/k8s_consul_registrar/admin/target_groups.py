@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import chain, compress
+from itertools import compress
 from operator import ne
 from typing import NamedTuple
 
@@ -85,6 +85,8 @@ _MOST_NAMES, _MOST_FORMATS = 256, 64
 # Bytes that no group has as text, because JSON in UTF-8 never does: each marks a place between two values of a
 # group. Another one separates the parts of a format.
 _MARKS = tuple([bytes([one]) for one in (*range(1, 10), *range(11, 32), 0xC0, 0xC1, *range(0xF5, 0x100))])
+# Values between marks, by the number of values.
+_TEMPLATES = [b"%b".join(_MARKS[: count + 1]) for count in range(len(_MARKS))]
 _SEPARATOR = b"\0"
 _FORMAT = b'\n{"targets":[\0],"labels":%b}'
 # Groups of one format that become text together.
@@ -165,7 +167,7 @@ class Formats:
         if is_own not in formats and len(formats) >= _MOST_FORMATS:
             is_own = b"\1" * len(first)
         if is_own.count(1) > len(_MARKS) - 2:  # all labels are one value
-            return _FORMAT % _SEPARATOR, _marked([address, labels])
+            return _FORMAT % _SEPARATOR, _marked(address, labels)
         shared = formats.get(is_own)
         if shared is None:
             pairs = [
@@ -173,7 +175,7 @@ class Formats:
                 for (name, value), own in zip(labels.items(), is_own, strict=True)
             ]
             shared = formats[is_own] = _FORMAT % (b"{" + b",".join(pairs) + b"}")
-        return shared, _marked([address, *compress(labels.values(), is_own)])
+        return shared, _marked(address, *compress(labels.values(), is_own))
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,13 +364,13 @@ def _as_label(text: str) -> str:
     return _NOT_IN_A_LABEL.sub("_", text)
 
 
-def _marked(values: list[str | Mapping[str, str]]) -> bytes:
-    """Return values as JSON, each between two marks; msgspec would keep a copy of anything but a list forever."""
+def _marked(*values: str | Mapping[str, str]) -> bytes:
+    """Return values as JSON, each between two marks."""
     try:
-        lines = _encoder.encode_lines(values)
+        encoded = tuple(map(_encoder.encode, values))
     except UnicodeEncodeError:
-        lines = b"".join([_json(one) + b"\n" for one in values])
-    return b"".join(chain.from_iterable(zip(_MARKS, lines.split(b"\n"), strict=False)))
+        encoded = tuple(map(_json, values))
+    return _TEMPLATES[len(encoded)] % encoded
 
 
 def _json(value: str | Mapping[str, str]) -> bytes:
