@@ -366,7 +366,7 @@ class Quota:
 def _removal(asked: Desired, observed: Observed, rules: Rules) -> Deregister | Withheld | None:
     """Return the removal of a service as if nothing asked for it, None if nothing proves that it may go."""
     action = decide(replace(asked, claims=(), standing=Standing.DEPARTED), observed, rules)
-    return action if isinstance(action, Deregister | Withheld) else None
+    return action if isinstance(action, (Deregister, Withheld)) else None
 
 
 def quota_of(

@@ -155,7 +155,7 @@ class ServiceJoin:
     def on_service(self, key: ObjectKey, value: Value | None) -> Joined:
         """Take over a Service; all its endpoints are resolved again."""
         key = endpoints_key(key.namespace, key.name)
-        if isinstance(value, ServiceScrape | Rejection):
+        if isinstance(value, (ServiceScrape, Rejection)):
             self._services[key] = value
         else:
             self._services.pop(key, None)

@@ -462,6 +462,16 @@ def test_desired_pod_being_deleted_that_changes_is_decided(change: dict[str, Any
     assert isinstance(world.observed.get("pod--shop--b"), Unknown)
 
 
+def test_desired_pod_being_deleted_before_its_change_is_written_leaves_the_record_as_it_is() -> None:
+    """Consul still holds what the Pod asked for before, so that the change is owed."""
+    world = synced(make_pod("a"))
+    record = world.observed.get("pod--shop--a")
+    world.cluster.put(make_pod("a", annotations=PORTS_1))
+    world.cluster.put(make_pod("a", annotations=PORTS_1, deleted=True))
+    assert [one.asked for one in world.taken()] == [("pod--shop--a",), ("pod--shop--a",)]
+    assert world.observed.get("pod--shop--a") is record
+
+
 # Growth and cost
 
 
