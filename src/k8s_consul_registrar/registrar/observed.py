@@ -10,7 +10,7 @@ import msgspec
 
 from k8s_consul_registrar.model import MANAGED_BY, UNSYNCED, Kind, ObjectKey, Service, Target
 from k8s_consul_registrar.registrar.ownership import Claim, Identity, holder_of, kind_of, object_of
-from k8s_consul_registrar.targets.meta import GIVERS, Inherited, inherited_in
+from k8s_consul_registrar.targets.meta import GIVERS, Inherited, inherited_in, with_shared_meta
 from k8s_consul_registrar.targets.scrape_config import is_proxied
 from k8s_consul_registrar.targets.service_names import sharded_name, sharded_tags
 
@@ -129,7 +129,7 @@ def observe(service: Service, identity: Identity, cluster_uid: str, *, keep: boo
         version=max(service.index, 0),
         is_unsynced=service.index == UNSYNCED,
         is_proxied=is_proxied(meta.get("metrics_path", "")),
-        service=service if keep else None,
+        service=with_shared_meta(service) if keep else None,
     )
 
 

@@ -9,7 +9,7 @@ import msgspec
 from msgspec.structs import replace
 
 from k8s_consul_registrar.errors import Note, Reason, Rejected, has_control
-from k8s_consul_registrar.model import Kind, Namespace, Node, ObjectKey, Rejection, Resolved, Target
+from k8s_consul_registrar.model import Kind, Namespace, Node, ObjectKey, Rejection, Resolved, Service, Target
 from k8s_consul_registrar.targets.service_names import is_label_key
 
 # Consul's limits on meta: agent/structs/structs.go, validateMetaPair and metaMaxKeyPairs. 8 of the 64 pairs
@@ -127,6 +127,11 @@ def _check(meta: Mapping[str, str], text: str) -> None:
 def shared_pair(pair: tuple[str, str]) -> tuple[str, str]:
     """Return the same object for equal pairs, because tens of thousands of targets share most of theirs."""
     return pair
+
+
+def with_shared_meta(service: Service) -> Service:
+    """Return a service that shares most of its meta with others: at a start those of a whole cluster are kept."""
+    return replace(service, meta=tuple(map(shared_pair, service.meta)))
 
 
 class TargetLabel(NamedTuple):
