@@ -128,10 +128,10 @@ class UpstreamConnection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin the handshake."""
-        self._transport = cast("asyncio.Transport", transport)
         if self._state is CLOSED:
-            self._transport.abort()
+            cast("asyncio.Transport", transport).abort()
             return
+        self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=0)
         self._handshake(b"")
 
@@ -385,6 +385,8 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             self._connecting = None
         if self._transport is not None:
             self._transport.abort()
+            # A transport that is closed while its `create_connection` has not returned keeps its protocol (uvloop).
+            self._transport = None
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:

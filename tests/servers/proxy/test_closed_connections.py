@@ -10,13 +10,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trustme
 
 from k8s_consul_registrar.proxy.config import ProxyTiming
+from k8s_consul_registrar.proxy.nodes import POD, Endpoint
 from k8s_consul_registrar.proxy.refusals import Outcome
 from k8s_consul_registrar.proxy.relay import Routed
+from k8s_consul_registrar.proxy.response import HeadCache
+from k8s_consul_registrar.proxy.tls_stream import Buffers
+from k8s_consul_registrar.proxy.upstream import Exchange, UpstreamConnection
 from k8s_consul_registrar.rotating import bearer_tokens
 from support.processes import reserve_ports
 from support.proxy_lab import (
@@ -315,6 +320,29 @@ async def scrape_twice(site: Site, request: bytes) -> None:
     """Scrape twice: the second time over the connection that the first one left, if it left one."""
     for _ in range(2):
         await site.told(request)
+
+
+class ClosesAtOnce:
+    """A scrape whose client leaves at the moment at which its connection is made."""
+
+    def __init__(self, connection: UpstreamConnection) -> None:
+        self.connections = [connection]
+
+    def on_connected(self) -> None:
+        """Close the connection."""
+        self.connections.pop().close()
+
+
+async def test_connection_that_is_closed_as_it_is_made_leaves_nothing() -> None:
+    """The loop has yet to say that it is connected, and ends it without telling it so."""
+    async with PodServer().serving() as pod:
+        before = objects()
+        scrape = ClosesAtOnce(
+            UpstreamConnection(Endpoint(pod.host, pod.port, "", "", POD), None, Buffers(), HeadCache())
+        )
+        scrape.connections[0].connect(cast("Exchange", scrape), PATIENCE)
+        await until(lambda: not scrape.connections)
+        await until(lambda: objects() <= before, context=lambda: objects() - before)
 
 
 async def test_connection_that_never_comes_about_leaves_nothing(tmp_path: Path) -> None:
