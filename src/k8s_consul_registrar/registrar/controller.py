@@ -68,6 +68,8 @@ class Controller:
         self._schedule = Schedule.start(schedule, clock())
         self._batches: set[asyncio.Task[None]] = set()
         self._step: asyncio.Task[None] | None = None
+        # As of the latest turn: whatever changes the schedule wakes the loop.
+        self._step_due = math.inf
         self._role = Role.UNDECIDED
         self._has_changes = False
         self._has_stale_services = False
@@ -184,7 +186,7 @@ class Controller:
         if queue.has_waiting and self._core.observed.is_complete and self._slots.is_free:
             due = queue.next_due(now, without=self._full_priorities())
         if self._step is None:
-            due = now if self._is_upkeep_due and queue.is_drained else min(due, self._next_step(now).until)
+            due = now if self._is_upkeep_due and queue.is_drained else min(due, self._step_due)
         return due
 
     async def _watch_leadership(self) -> None:
@@ -291,7 +293,9 @@ class Controller:
             self._is_upkeep_due = False
             work = self._keep_up(collects=True)
         else:
-            match kind := self._next_step(now).kind:
+            step = self._next_step(now)
+            self._step_due = step.until
+            match kind := step.kind:
                 case StepKind.RESYNC | StepKind.JUDGE:
                     self._schedule = self._schedule.began(kind, now)
                     work = self._resync(reads=kind is StepKind.RESYNC)

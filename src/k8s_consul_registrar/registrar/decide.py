@@ -307,7 +307,8 @@ def _entry(target: Target, desired: Desired, observed: AsDesired | Other, rules:
 def _is_same_record(entry: AsDesired, observed: AsDesired | Other, identity: Identity) -> bool:
     """Return whether writing an entry would change nothing; targets can differ in what no record shows."""
     if isinstance(observed, AsDesired):
-        return entry == observed or entry.service(identity) == observed.service(identity)
+        is_moved = entry.target.address != observed.target.address  # the usual change, seen at once
+        return not is_moved and (entry == observed or entry.service(identity) == observed.service(identity))
     return not observed.is_unsynced and hash(entry.service(identity)) == observed.digest
 
 

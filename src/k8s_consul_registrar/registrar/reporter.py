@@ -73,6 +73,7 @@ class Reporter:
         self._metrics = metrics
         self._status = status
         self._clock = clock
+        self._debug = log.bind().debug  # bound once: each call would look the level up
         self._refused, self._conflicts, self._rejections = LogOnce(), LogOnce(), LogOnce()
         self._brakes, self._errors, self._shared = LogOnce(), LogOnce(), LogOnce()
         self._sources, self._consul = Failures(), Failures()
@@ -209,12 +210,11 @@ class Reporter:
     def wrote(self, verb: str, services: Iterable[tuple[str, Target | None]], written: Written) -> None:
         """Count writes."""
         self._metrics.wrote(verb, written.done, 0)
-        debug = log.bind().debug  # bound once: each call would look the level up
         for number, (service_id, target) in enumerate(services):
             if number == MOST_NAMED:
                 break
             where = {} if target is None else {"address": target.address, "port": target.port}
-            debug(verb, service=service_id, **where)
+            self._debug(verb, service=service_id, **where)
 
     def removed(self, service_id: str, record: Observed, proof: Proof) -> None:
         """Report a service that was removed, with the record that was there; the audit has logged it."""

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from enum import StrEnum
+from operator import add
 from typing import NamedTuple
 
 import msgspec
@@ -47,7 +48,7 @@ class Counts(msgspec.Struct, frozen=True):
     seconds: float = 0.0
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+        return Counts(*map(add, astuple(self), astuple(other)))
 
     @property
     def outcome(self) -> str:
