@@ -245,7 +245,7 @@ async def _has_a_write_stuck(two: Pair) -> None:
         return sum(_in_the_system(wire.port)[0].values()) > 10_000
 
     def is_delivered() -> bool:
-        """Return True if another request is with Consul's side as a whole: nobody can take that back."""
+        """Return True if another request is with Consul's side as a whole: it cannot be taken back."""
         unsent, unread = _in_the_system(wire.port)
         return any(size and not unsent.get(client) for client, size in unread.items())
 

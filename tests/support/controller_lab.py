@@ -236,6 +236,8 @@ class Seen:
         saved_uid: str = "",
         policy: Policy = Policy.SYNC,
         quota: int = 0,
+        leadership: Leadership | None = None,
+        timing: Timing = QUICK,
     ) -> None:
         self.lab = ControllerLab(
             shards=WIRING.shards,
@@ -244,6 +246,8 @@ class Seen:
             brake=brake or BrakeRules(confirm=0.1, confirm_start=600),
             policy=policy,
             quota=quota,
+            leadership=leadership,
+            timing=timing,
         )
         self.namespaces = Namespaces("uid-1")
         self.cluster_uid = ClusterUid(self.namespaces, self.lab.controller.on_cluster_uid)

@@ -28,6 +28,9 @@ QUICK = Timing(
     probe=0.02,
 )
 
+# A standby that reads all the time what its leader wrote.
+ATTENTIVE = replace(QUICK, standby_look=0.05)
+
 # For requests that must run out of time; the others have more, so that a busy machine ends none.
 IMPATIENT = replace(QUICK, connect_timeout=1, read_timeout=1)
 

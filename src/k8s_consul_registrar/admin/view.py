@@ -13,7 +13,7 @@ from k8s_consul_registrar.consul.codec import MetaKeys
 from k8s_consul_registrar.errors import Note, Reason
 from k8s_consul_registrar.kube.source_state import CAUSES, SourceStatus, WatchStats
 from k8s_consul_registrar.model import USUAL_KINDS, Kind, ObjectKey, Rejection, Service, Source, Target
-from k8s_consul_registrar.registrar.decide import Rules
+from k8s_consul_registrar.registrar.decide import Rules, Standing
 from k8s_consul_registrar.registrar.desired import DesiredState
 from k8s_consul_registrar.registrar.metrics import WRITE_VERBS, Figures
 from k8s_consul_registrar.registrar.observed import AsDesired, ObservedState, Other, inherited_by
@@ -37,7 +37,7 @@ class TargetState(StrEnum):
     KEPT = "kept"  # nothing asks for it now, and nothing proves that it may go
     WITHHELD = "withheld"  # POLICY does not allow the write
     BLOCKED = "blocked"  # its namespace has as many targets as it may have
-    UNWANTED = "unwanted"  # it may go, and POLICY does not allow the removal
+    UNWANTED = "unwanted"  # it may go, and is not removed yet, or POLICY does not allow that
 
 
 # The states of what is no target: it is in no document of service discovery.
@@ -299,14 +299,15 @@ class View:
 
     def _kept_row(self, service_id: str) -> TargetRow | None:
         record = self.observed.get(service_id)
-        state = TargetState.UNWANTED if service_id in self.status.withheld else TargetState.KEPT
         if isinstance(record, AsDesired):
             service, key = record.service(self.rules.identity), record.target.key
-            return TargetRow(service, key, state)
-        if isinstance(record, Other) and record.service is not None and record.kind is not None:
-            key = record.key or ObjectKey(record.kind, "", service_id)
-            return TargetRow(record.service, key, state)
-        return None
+        elif isinstance(record, Other) and record.service is not None and record.kind is not None:
+            service, key = record.service, record.key or ObjectKey(record.kind, "", service_id)
+        else:
+            return None
+        is_gone = self.desired.ask(service_id, record).standing is Standing.DEPARTED
+        is_unwanted = is_gone or service_id in self.status.withheld
+        return TargetRow(service, key, TargetState.UNWANTED if is_unwanted else TargetState.KEPT)
 
     def _state(self, service_id: str) -> TargetState:
         """Return the state of the target of an ID that is asked for."""
@@ -314,7 +315,7 @@ class View:
             return TargetState.BLOCKED
         if service_id in self.status.withheld:
             return TargetState.WITHHELD
-        if isinstance(self.observed.get(service_id), AsDesired):
+        if isinstance(self.observed.get(service_id), AsDesired) and not self.status.is_standby:
             return TargetState.REGISTERED
         if service_id in self.status.conflicts:
             return TargetState.CONFLICT

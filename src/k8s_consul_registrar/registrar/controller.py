@@ -68,8 +68,7 @@ class Controller:
         self._schedule = Schedule.start(schedule, clock())
         self._batches: set[asyncio.Task[None]] = set()
         self._step: asyncio.Task[None] | None = None
-        # As of the latest turn: whatever changes the schedule wakes the loop.
-        self._step_due = math.inf
+        self._step_due = math.inf  # as of the latest turn: a change of the schedule wakes the loop
         self._role = Role.UNDECIDED
         self._has_changes = False
         self._has_stale_services = False
@@ -110,12 +109,18 @@ class Controller:
         if change.dropped:
             removal = max(priority, Priority.REMOVAL)
             if change.wait:
-                loop = asyncio.get_running_loop()
-                loop.call_later(change.wait, self.on_change, replace(change, asked=(), wait=0.0))
+                due = replace(change, asked=(), wait=0.0)
+                asyncio.get_running_loop().call_later(change.wait, self._on_due, due)
             else:
                 core.queue.add_after(change.dropped, change.asked, now, removal, change.heard_at)
         self._has_changes = True
         self._wake.set()
+
+    def _on_due(self, change: Change) -> None:
+        """Queue removals that had to wait; nothing shows them as targets any more."""
+        for service_id in change.dropped:
+            self._core.observed.changed(service_id)
+        self.on_change(change)
 
     def on_source(self, source: Source, status: SourceStatus) -> None:
         """Ask for a judgement once a source was listed, or when services wait for a list or a synced source."""

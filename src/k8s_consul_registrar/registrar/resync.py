@@ -66,6 +66,8 @@ class Resync(CorePart):
         started = self._clock()
         generation = self._desired.departure_generation
         is_first = not self._observed.is_complete
+        # A leader that has just begun may find what another replica wrote, as a standby does.
+        is_only_writer = not is_first and not self._status.is_standby
         self._names.begin()
         self._observed.begin_read()
         changed: dict[str, Observed] = {}
@@ -87,7 +89,7 @@ class Resync(CorePart):
         now = self._clock()
         self._contests.prune(now)
         for service_id, record in changed.items():
-            if service_id not in touched:
+            if is_only_writer and service_id not in touched:
                 self._contests.compare(service_id, before[service_id], record, self._rules.identity, now)
         self._desired.settle_by_read(generation)
         for service_id in touched:
@@ -149,6 +151,11 @@ class Resync(CorePart):
         if isinstance(known, AsDesired) and (same := self._as_written(known, service)) is not None:
             self._observed.read(service.id, same)
             return
+        if (entry := self._expected(service)) is not None and self._as_written(entry, service) is not None:
+            # An earlier process or another replica wrote it.
+            self._observed.read(service.id, entry)
+            differing.append(service.id)
+            return
         is_claimed = service.id in self._desired.claims
         record: Observed = observe(
             service, self._rules.identity, self._desired.cluster_uid, keep=not is_claimed
@@ -173,6 +180,18 @@ class Resync(CorePart):
         if service.index == known.version:
             return known
         return AsDesired(known.target, known.shard, known.cluster_uid, service.index)
+
+    def _expected(self, service: Service) -> AsDesired | None:
+        """Return the record that a service has if it is as its only target wants it; None without one."""
+        claims = self._desired.claims.get(service.id, ())
+        if len(claims) != 1:
+            return None
+        try:
+            shard = self._rules.shards.choose(service.id, service.value("shard_path"))
+        except Exception:  # noqa: BLE001 - the decision about this ID meets it again, and reports it
+            return None
+        cluster_uid = self._desired.cluster_uid or service.value("cluster_uid")
+        return AsDesired(claims[0], shard, cluster_uid, service.index)
 
     def _warn_of_prefix(self) -> None:
         """Say at the start that the ID prefix differs only in case from one that is in use."""

@@ -19,8 +19,9 @@ from k8s_consul_registrar.registrar.brake import BrakeRules
 from k8s_consul_registrar.registrar.status import LostAgent
 from k8s_consul_registrar.settings.reading import shown_settings
 from support.builders import make_pod, our_pod_service
-from support.controller_lab import HELD, SETTINGS, Seen
+from support.controller_lab import HELD, SETTINGS, Seen, Vote
 from support.memory import PODS
+from support.scripted import ATTENTIVE
 from support.waiting import SLACK, until
 
 
@@ -179,6 +180,64 @@ async def test_targets_kept_from_before_the_start_are_served() -> None:
         kept = {name: one.service for name, one in seen.targets().items() if one.state is TargetState.KEPT}
         assert kept.keys() == {"b", "c", "d"}
         assert kept["b"].address == our_pod_service("b").address
+
+
+async def test_pod_that_is_gone_is_no_target_while_consul_is_down() -> None:
+    """Its deletion was seen, so it is not scraped any more, though Consul still has its service."""
+    seen = Seen(brake=HELD)
+    lab = seen.lab
+    async with lab.running():
+        await seen.synced([make_pod("a"), make_pod("b")])
+        lab.consul.is_down = True
+        position = seen.view.position
+        lab.cluster.remove(make_pod("a"))
+        assert (seen.targets()["a"].state, seen.targets()["a"].is_target) == (TargetState.UNWANTED, False)
+        assert seen.view.changed_since(position) == {"pod--shop--a"}
+        assert lab.names_held == {"a", "b"}
+        lab.consul.is_down = False
+        await lab.until("b")
+        assert list(seen.targets()) == ["b"]
+
+
+async def test_standby_serves_the_cluster_as_it_is() -> None:
+    """Before it reads again what the leader wrote, it has the new address of a Pod, and none of a deleted one."""
+    vote = Vote(is_leader=False)
+    seen = Seen(leadership=vote)
+    lab = seen.lab
+    for name in "abc":
+        lab.consul.put_by_hand(our_pod_service(name, shard_path="s2"))
+    async with lab.running():
+        lab.cluster.put_list([make_pod(name) for name in "abc"])
+        await lab.until_so(lambda: lab.status.has_synced and lab.observed.is_complete)
+        reads = lab.consul.reads
+        lab.cluster.put(make_pod("a", ip="10.9.9.9"))
+        lab.cluster.remove(make_pod("b"))
+        rows = seen.targets()
+        assert {name: one.state for name, one in rows.items() if one.is_target} == dict.fromkeys(
+            "ac", TargetState.STANDBY
+        )
+        assert (rows["a"].service.address, rows["a"].service.value("shard_path")) == ("10.9.9.9", "s2")
+        assert lab.consul.reads == reads
+        vote.decide(is_leader=True)
+        await lab.until("a", "c")
+        await lab.until_so(lambda: seen.targets()["a"].state is TargetState.REGISTERED)
+
+
+async def test_standby_shows_what_the_leaders_brake_keeps() -> None:
+    """A Pod that no list shows any more is a target as long as the leader leaves it in Consul."""
+    seen = Seen(leadership=Vote(is_leader=False), timing=ATTENTIVE)
+    lab = seen.lab
+    for name in "ab":
+        lab.consul.put_by_hand(our_pod_service(name))
+    async with lab.running():
+        lab.cluster.put_list([make_pod("a"), make_pod("b")])
+        await lab.until_so(lambda: lab.status.has_synced and lab.observed.is_complete)
+        lab.cluster.put_list([make_pod("a")])
+        reads = lab.consul.reads
+        await lab.until_so(lambda: lab.consul.reads > reads + 1)
+        assert seen.targets()["b"].state is TargetState.KEPT
+        lab.consul.remove_by_hand("pod--shop--b")
+        await lab.until_so(lambda: list(seen.targets()) == ["a"])
 
 
 async def test_lost_agents_are_shown_with_times_of_the_day() -> None:

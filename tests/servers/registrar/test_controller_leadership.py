@@ -3,13 +3,15 @@
 import asyncio
 
 import pytest
+from msgspec.structs import replace
 
+from k8s_consul_registrar.registrar.observed import AsDesired
 from k8s_consul_registrar.registrar.schedule import ScheduleRules
 from k8s_consul_registrar.registrar.status import LostAgent
 from support.builders import make_pod, our_pod_service
 from support.controller_lab import ControllerLab, Vote
 from support.memory import PODS
-from support.scripted import QUICK
+from support.scripted import ATTENTIVE, QUICK
 
 on_both = pytest.mark.parametrize("checks_versions", [True, False], ids=["catalog", "agent"])
 # One read of everything in ten minutes, whatever is wanted.
@@ -39,6 +41,55 @@ async def test_standby_writes_nothing_and_takes_over(checks_versions: bool) -> N
         await lab.until("a", "by-the-leader")
         await lab.until_so(lambda: lab.value("leader") == 1)
     assert lab.value("event_lag_seconds_count") == 0
+
+
+@on_both
+async def test_standby_keeps_services_as_a_leader_does(checks_versions: bool) -> None:
+    """A service that this replica would have written likewise is kept as the target itself, not as a second record."""
+    lab = ControllerLab(
+        checks_versions=checks_versions,
+        leadership=Vote(is_leader=False),
+        timing=ATTENTIVE,
+    )
+    for name in "abc":
+        lab.consul.put_by_hand(our_pod_service(name))
+    lab.cluster.put_list([make_pod(name) for name in "abc"])
+    async with lab.running():
+        await lab.until_so(lambda: (lab.observed.registered, lab.observed.others) == (3, 0))
+        # A change is followed once the leader has written it.
+        lab.cluster.put(make_pod("b", ip="10.9.9.9"))
+        lab.consul.put_by_hand(replace(our_pod_service("b"), address="10.9.9.9"))
+        await lab.until_so(
+            lambda: (
+                isinstance(it := lab.observed.get("pod--shop--b"), AsDesired)
+                and it.target.address == "10.9.9.9"
+            )
+        )
+    assert (lab.consul.writes, len(lab.queue), len(lab.contests)) == ([], 0, 0)
+
+
+@on_both
+async def test_what_another_leader_wrote_is_no_contest(checks_versions: bool) -> None:
+    """Replicas that lead in turn, and each write what changes, have one identity and are no strangers."""
+    vote = Vote(is_leader=True)
+    lab = ControllerLab(checks_versions=checks_versions, leadership=vote, timing=ATTENTIVE)
+    async with lab.running():
+        await lab.synced("a")
+        for number in range(3):
+            vote.decide(is_leader=False)
+            await stood_by(lab)
+            address = f"10.9.9.{number}"
+            lab.cluster.put(make_pod("a", ip=address))
+            lab.consul.put_by_hand(replace(our_pod_service("a"), address=address))
+            if number % 2:  # seen while it stands by, or only by the first read as a leader
+                reads = lab.consul.reads + 1
+                await lab.until_so(lambda reads=reads: lab.consul.reads > reads)  # type: ignore[misc]
+            vote.decide(is_leader=True)
+            await lab.until_so(lambda: not lab.status.is_standby)
+            await lab.resynced()
+        assert (len(lab.contests), lab.status.conflicts) == (0, {})
+        lab.cluster.put(make_pod("a", ip="10.9.9.9"))
+        await lab.until_so(lambda: lab.consul.held["pod--shop--a"].address == "10.9.9.9")
 
 
 @on_both

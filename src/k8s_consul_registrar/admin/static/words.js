@@ -42,7 +42,7 @@ export const WORDS = {
   zh: {
     title: "k8s-consul-registrar", targets: "采集目标", rejections: "拒绝", conflicts: "冲突", brake: "刹车", consul: "Consul",
     last_pass: "最近活动", passes: "最近的全量比对与变更", held: "暂缓", registered: "已注册", pending: "待写入", refused: "被 Consul 拒绝",
-    conflict: "冲突", standby: "备用", kept: "保留", withheld: "按策略不写", blocked: "超出上限", unwanted: "按策略不移除", leader: "主", single: "单实例", path: "采集", shard: "分片", service: "服务",
+    conflict: "冲突", standby: "备用", kept: "保留", withheld: "按策略不写", blocked: "超出上限", unwanted: "待移除", leader: "主", single: "单实例", path: "采集", shard: "分片", service: "服务",
     tags: "标签", labels: "Consul 中的 meta", kept_id: "Consul 中仍保留", id: "服务 ID", holder: "占用者", wanted_by: "申请者",
     counts: "内容", cluster: "集群", instance: "实例", backend: "后端", more: "详情", full: "全量比对", changes: "变更", success: "成功",
     partial: "部分成功", failure: "失败", search_targets: "搜索：名称、地址、节点、标签值……（按 / ）",
