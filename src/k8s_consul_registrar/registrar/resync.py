@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
+
 from k8s_consul_registrar.asyncio_tools import in_slices
 from k8s_consul_registrar.model import UNSYNCED, Service
 from k8s_consul_registrar.registrar.absences import Absences, Findings, Judged
@@ -45,6 +47,18 @@ class Comparison(NamedTuple):
     judged: Judged
 
 
+class _Reading(msgspec.Struct):
+    """A read of everything: what another writer may have changed, and the IDs whose records are new.
+
+    `has_led` is True if this replica has led since the last read. If not, another replica or an earlier process
+    wrote what is found: that is no contest, and no decision has been reported about it.
+    """
+
+    has_led: bool
+    changed: dict[str, Observed] = msgspec.field(default_factory=dict)
+    differing: list[str] = msgspec.field(default_factory=list)
+
+
 class Resync(CorePart):
     """Reads everything at this registrar's place in Consul; writes nothing itself."""
 
@@ -66,30 +80,27 @@ class Resync(CorePart):
         started = self._clock()
         generation = self._desired.departure_generation
         is_first = not self._observed.is_complete
-        # A leader that has just begun may find what another replica wrote, as a standby does.
-        is_only_writer = not is_first and not self._status.is_standby
+        reading = _Reading(has_led=not is_first and not self._status.is_standby)
         self._names.begin()
         self._observed.begin_read()
-        changed: dict[str, Observed] = {}
-        differing: list[str] = []
         try:
             async for service in self._registry.services():
-                self._take_record(service, changed, differing)
+                self._take_record(service, reading)
             lost_shards = await self._registry.lost_shards() if is_first else {}
         except BaseException:
             self._observed.drop_read()
             raise
-        before = {one: self._observed.get(one) for one in changed}
+        before = {one: self._observed.get(one) for one in reading.changed}
         self._observed.is_filtered = self._registry.is_filtered
         touched = self._observed.finish_read(lost_shards, self._desired.claims.__contains__)
-        for service_id in differing:
+        for service_id in reading.differing:
             self._observed.changed(service_id)
         self._names.finish()
         self._warn_of_prefix()
         now = self._clock()
         self._contests.prune(now)
-        for service_id, record in changed.items():
-            if is_only_writer and service_id not in touched:
+        for service_id, record in reading.changed.items():
+            if reading.has_led and service_id not in touched:
                 self._contests.compare(service_id, before[service_id], record, self._rules.identity, now)
         self._desired.settle_by_read(generation)
         for service_id in touched:
@@ -146,15 +157,15 @@ class Resync(CorePart):
         )
         return found
 
-    def _take_record(self, service: Service, changed: dict[str, Observed], differing: list[str]) -> None:
+    def _take_record(self, service: Service, reading: _Reading) -> None:
         known = self._observed.get(service.id)
         if isinstance(known, AsDesired) and (same := self._as_written(known, service)) is not None:
             self._observed.read(service.id, same)
             return
-        if (entry := self._expected(service)) is not None and self._as_written(entry, service) is not None:
-            # An earlier process or another replica wrote it.
+        entry = None if reading.has_led else self._expected(service)
+        if entry is not None and self._as_written(entry, service) is not None:
             self._observed.read(service.id, entry)
-            differing.append(service.id)
+            reading.differing.append(service.id)
             return
         is_claimed = service.id in self._desired.claims
         record: Observed = observe(
@@ -165,10 +176,10 @@ class Resync(CorePart):
             if not is_claimed:
                 return
         if isinstance(known, AsDesired) and isinstance(record, Other):
-            changed[service.id] = record
+            reading.changed[service.id] = record
         record = with_known_meta(record, known)
         if not is_alike(record, known):
-            differing.append(service.id)
+            reading.differing.append(service.id)
         self._observed.read(service.id, record)
 
     def _as_written(self, known: AsDesired, service: Service) -> AsDesired | None:

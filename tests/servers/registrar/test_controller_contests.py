@@ -51,6 +51,21 @@ async def test_conflicts_come_and_go(checks_versions: bool) -> None:
 
 
 @on_both
+async def test_conflict_is_over_once_the_service_is_as_desired(checks_versions: bool) -> None:
+    """Whoever put it right: nothing is written then, and nothing speaks of a conflict any more."""
+    lab = ControllerLab(checks_versions=checks_versions)
+    lab.consul.put_by_hand(theirs())
+    async with lab.running():
+        lab.cluster.put_list([make_pod("a")])
+        await lab.until_so(lambda: lab.value("conflicts") == 1)
+        lab.consul.put_by_hand(our_pod_service("a"))
+        await lab.until_so(lambda: lab.value("conflicts") == 0)
+        await lab.resynced()
+        assert (lab.status.conflicts, lab.observed.registered) == ({}, 1)
+    assert lab.consul.writes == []
+
+
+@on_both
 async def test_service_registered_between_read_and_write_is_not_overwritten(
     checks_versions: bool,
 ) -> None:
