@@ -13,8 +13,8 @@ CORE = ("kube", "registrar", "targets")
 MOST_CORE_MODULES = 45  # 69 before the core was rebuilt on the controller pattern
 MOST_LINES = 400  # of one module
 # Modules outside the sandbox, and their lines: both rise with features only.
-MOST_MODULES = 149
-MOST_LINES_IN_ALL = 36_000
+MOST_MODULES = 147
+MOST_LINES_IN_ALL = 35_874
 
 
 def modules(*folders: str) -> Iterator[Path]:

@@ -52,7 +52,7 @@ async def test_conflicts_come_and_go(checks_versions: bool) -> None:
 
 @on_both
 async def test_conflict_is_over_once_the_service_is_as_desired(checks_versions: bool) -> None:
-    """Whoever put it right: nothing is written then, and nothing speaks of a conflict any more."""
+    """Another writer may put it right: then nothing is written, and the conflict is no longer reported."""
     lab = ControllerLab(checks_versions=checks_versions)
     lab.consul.put_by_hand(theirs())
     async with lab.running():
