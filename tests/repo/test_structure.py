@@ -14,7 +14,7 @@ MOST_CORE_MODULES = 45  # 69 before the core was rebuilt on the controller patte
 MOST_LINES = 400  # of one module
 # Modules outside the sandbox, and their lines: both rise with features only.
 MOST_MODULES = 147
-MOST_LINES_IN_ALL = 35_874
+MOST_LINES_IN_ALL = 35_875
 
 
 def modules(*folders: str) -> Iterator[Path]:

@@ -245,8 +245,7 @@ class Departures:
         self._by_id: dict[str, dict[ObjectKey | None, int]] = {}
         self._by_key: dict[ObjectKey | None, set[str]] = {}
         self._dues: dict[str, float] = {}
-        # Proofs of departures that no event showed.
-        self._proofs: dict[str, Proof] = {}
+        self._proofs: dict[str, Proof] = {}  # of departures that no event showed
         # IDs asked for before an object was rejected, or missing from a list: they depart with it.
         self._earlier: dict[ObjectKey, tuple[str, ...]] = {}
         self.generation = 0
@@ -274,6 +273,7 @@ class Departures:
         if due:
             self._dues[service_id] = due
         self._by_id.setdefault(service_id, {})[key] = self.generation
+        self._observed.changed(service_id)
         self._by_key.setdefault(key, set()).add(service_id)
         while len(self._by_id) > MOST_DEPARTURES:
             self.end_all(next(iter(self._by_id)))
@@ -339,6 +339,7 @@ class Departures:
         found = self._by_id.get(service_id, {})
         if found.pop(key, None) is None:
             return
+        self._observed.changed(service_id)
         if not found:
             del self._by_id[service_id]
             self._dues.pop(service_id, None)

@@ -235,15 +235,16 @@ class DesiredState:
         dropped = set(earlier).difference(asked) if earlier else ()
         if isinstance(before, tuple) and isinstance(after, tuple):
             # A Pod that begins to be deleted keeps its services until it is gone: there is nothing to decide.
-            stay = {
-                now.id for was, now in zip(before, after, strict=False) if self._observed.restate(was, now)
-            }
+            pairs = zip(before, after, strict=False)
+            stay = {now.id for was, now in pairs if self._observed.restate(was, now)}
             asked = tuple([one for one in asked if one not in stay])
         self._depart(key, dropped, heard_at, asked)
 
     def on_source(self, source: Source, status: SourceStatus) -> None:
         """Tell that a source was listed, was lost or is synced again."""
         self.generation += 1
+        if self._departures:  # whether some of them count depends on their sources
+            self._observed.all_changed()
         self._source_changed(source, status)
 
     def resolved(self, item: Item) -> Resolved | None:
@@ -321,12 +322,10 @@ class DesiredState:
     def _depart(
         self, key: ObjectKey, ids: Iterable[str], heard_at: float | None, asked: tuple[str, ...] = ()
     ) -> None:
-        dropped = []
+        dropped, proof = [], Proof(Ground.LIST) if heard_at is None else None
         for service_id in ids:
             if not self._observed.is_absent(service_id):
-                self._departures.record(
-                    service_id, key, proof=Proof(Ground.LIST) if heard_at is None else None
-                )
+                self._departures.record(service_id, key, proof=proof)
             dropped.append(service_id)
         self._tell(asked, tuple(dropped), heard_at)
 

@@ -205,7 +205,7 @@ class ObservedState:
         self.is_filtered = False  # True if the last read left out what the token may not see
         # Moves with every change, of claims too, for caches of what is shown.
         self.generation = 0
-        self._changed: deque[str] = deque(maxlen=10_000)
+        self._changed: deque[str] = deque(maxlen=20_000)
 
     def get(self, service_id: str) -> Observed:
         """Return what is known under an ID."""
@@ -339,7 +339,7 @@ class ObservedState:
         """Treat every ID as unknown until the next complete read: another replica may have written."""
         self.drop_read()
         self.is_complete = False
-        self.generation += 1
+        self.all_changed()
 
 
 class _Contest(msgspec.Struct, frozen=True):

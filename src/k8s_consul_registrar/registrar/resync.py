@@ -51,7 +51,7 @@ class _Reading(msgspec.Struct):
     """A read of everything: what another writer may have changed, and the IDs whose records are new.
 
     `has_led` is True if this replica has led since the last read. If not, another replica or an earlier process
-    wrote what is found: that is no contest, and no decision has been reported about it.
+    wrote what is found, and that is no contest.
     """
 
     has_led: bool
@@ -162,7 +162,8 @@ class Resync(CorePart):
         if isinstance(known, AsDesired) and (same := self._as_written(known, service)) is not None:
             self._observed.read(service.id, same)
             return
-        entry = None if reading.has_led else self._expected(service)
+        # A leader takes over what is as desired by a decision, which ends what was reported about it.
+        entry = self._expected(service) if self._status.is_standby else None
         if entry is not None and self._as_written(entry, service) is not None:
             self._observed.read(service.id, entry)
             reading.differing.append(service.id)

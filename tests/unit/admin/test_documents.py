@@ -47,11 +47,13 @@ async def step(seen: Seen, dice: Random) -> None:
         phase=dice.choice(("Running", "Running", "Running", "Pending", "Succeeded")),
         node=f"node-{dice.randrange(2)}",
     )
-    match dice.randrange(9):
+    match dice.randrange(12):
         case 0 | 1 | 2:
             cluster.put(pod)
-        case 3:
+        case 3 | 9:
             cluster.remove(pod)
+        case 10 | 11:
+            consul.is_down = not consul.is_down
         case 4:
             cluster.put_list(
                 [make_pod(one, ip=f"198.51.100.{at}") for at, one in enumerate(NAMES) if dice.random() < 0.7]
@@ -62,18 +64,18 @@ async def step(seen: Seen, dice: Random) -> None:
                     f"node-{dice.randrange(2)}", labels={"topology.kubernetes.io/zone": dice.choice("ab")}
                 )
             )
-        case 6 if consul.held:
+        case 6 if consul.held and not consul.is_down:
             service_id = dice.choice(sorted(consul.held))
             del consul.held[service_id]
             await seen.lab.resynced()
-        case 7:
+        case 7 if not consul.is_down:
             await seen.lab.resynced()
-        case _:
+        case 8:
             seen.lab.controller.on_cluster_uid(f"uid-{dice.randrange(3)}")
 
 
 async def test_groups_that_follow_changes_are_those_of_a_whole_reading() -> None:
-    """Whatever happens: objects that come, change and go, lists that lack some, edits in Consul, another UID."""
+    """Whatever happens: objects that come, change and go, lists that lack some, outages and edits, another UID."""
     seen, dice = Seen(sources=(NODES, PODS)), Random(16)
     followed, documents = (
         Groups(seen.view, GroupEncoder(), LabelNames.CONSUL),
@@ -84,7 +86,7 @@ async def test_groups_that_follow_changes_are_those_of_a_whole_reading() -> None
         seen.lab.cluster.put_list([make_pod(one) for one in NAMES[:6]], PODS)
         for number in range(150):
             await step(seen, dice)
-            if dice.random() < 0.5:
+            if dice.random() < 0.5 and not seen.lab.consul.is_down:
                 await seen.lab.until_so(lambda: seen.lab.queue.is_drained)
             assert await texts_of(followed) == await read(seen.view), number
             document = await documents.get(SdQuery())
