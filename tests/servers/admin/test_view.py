@@ -199,6 +199,54 @@ async def test_pod_that_is_gone_is_no_target_while_consul_is_down() -> None:
         assert list(seen.targets()) == ["b"]
 
 
+async def test_what_shows_targets_is_told_of_departures() -> None:
+    """A service that the brake lets go is no target from then on, and one again if that turns out wrong."""
+    seen = Seen(brake=HELD)
+    lab, web = seen.lab, "pod--shop--a"
+    async with lab.running():
+        await seen.synced([make_pod(name) for name in "abcdefghij"])
+        lab.cluster.put_list([make_pod("b")])
+        await lab.until_so(lambda: bool(lab.status.held))
+        lab.consul.is_down = True
+        position = seen.view.position
+        assert seen.targets()["a"].state is TargetState.KEPT
+        lab.desired.depart(web, seen.targets()["a"].key)
+        assert seen.targets()["a"].state is TargetState.UNWANTED
+        assert seen.view.changed_since(position) == {web}
+        position = seen.view.position
+        lab.desired.settle(web, lab.desired.departure_generation)
+        assert seen.targets()["a"].state is TargetState.KEPT
+        assert seen.view.changed_since(position) == {web}
+
+
+async def test_deletion_that_a_standby_saw_counts_once_its_source_is_synced() -> None:
+    """The new leader may have missed that the Pod came back, so until then its service is a target."""
+    vote = Vote(is_leader=False)
+    seen = Seen(leadership=vote)
+    lab = seen.lab
+    for name in "ab":
+        lab.consul.put_by_hand(our_pod_service(name, shard_path="s1"))
+    async with lab.running():
+        lab.cluster.put_list([make_pod(name) for name in "ab"])
+        await lab.until_so(lambda: lab.status.has_synced and lab.observed.is_complete)
+        lab.cluster.remove(make_pod("a"))
+        assert seen.targets()["a"].state is TargetState.UNWANTED
+        lab.cluster.store.fail(PODS, "cut off", "cut")
+        lab.consul.may_read_on.clear()
+        position = seen.view.position
+        vote.decide(is_leader=True)
+        await lab.until_so(lambda: not lab.status.is_standby)
+        assert seen.targets()["a"].state is TargetState.KEPT
+        assert seen.view.changed_since(position) is None
+        position = seen.view.position
+        lab.cluster.store.resume(PODS, "150")
+        lab.cluster.store.caught_up(PODS)
+        assert seen.targets()["a"].state is TargetState.UNWANTED
+        assert seen.view.changed_since(position) is None
+        lab.consul.may_read_on.set()
+        await lab.until("b")
+
+
 async def test_standby_serves_the_cluster_as_it_is() -> None:
     """Before it reads again what the leader wrote, it has the new address of a Pod, and none of a deleted one."""
     vote = Vote(is_leader=False)
