@@ -35,6 +35,15 @@ async def status_of(seen: Seen) -> dict[str, Any]:
     return answer
 
 
+async def following(seen: Seen, names: str) -> None:
+    """List Pods, each with the service that a leader wrote, and wait until a standby knows all of them."""
+    for name in names:
+        seen.lab.consul.put_by_hand(our_pod_service(name, shard_path="s1"))
+    seen.lab.cluster.put_list([make_pod(name) for name in names])
+    names_known = {f"pod--shop--{name}" for name in names}
+    await seen.lab.until_so(lambda: seen.lab.status.has_synced and names_known <= {*seen.lab.observed.ids()})
+
+
 async def test_every_state_of_a_target() -> None:
     """Registered, refused and held by another, each with what there is to say."""
     seen = Seen(brake=HELD)
@@ -224,11 +233,8 @@ async def test_deletion_that_a_standby_saw_counts_once_its_source_is_synced() ->
     vote = Vote(is_leader=False)
     seen = Seen(leadership=vote)
     lab = seen.lab
-    for name in "ab":
-        lab.consul.put_by_hand(our_pod_service(name, shard_path="s1"))
     async with lab.running():
-        lab.cluster.put_list([make_pod(name) for name in "ab"])
-        await lab.until_so(lambda: lab.status.has_synced and lab.observed.is_complete)
+        await following(seen, "ab")
         lab.cluster.remove(make_pod("a"))
         assert seen.targets()["a"].state is TargetState.UNWANTED
         lab.cluster.store.fail(PODS, "cut off", "cut")
@@ -252,11 +258,8 @@ async def test_standby_serves_the_cluster_as_it_is() -> None:
     vote = Vote(is_leader=False)
     seen = Seen(leadership=vote)
     lab = seen.lab
-    for name in "abc":
-        lab.consul.put_by_hand(our_pod_service(name, shard_path="s2"))
     async with lab.running():
-        lab.cluster.put_list([make_pod(name) for name in "abc"])
-        await lab.until_so(lambda: lab.status.has_synced and lab.observed.is_complete)
+        await following(seen, "abc")
         reads = lab.consul.reads
         lab.cluster.put(make_pod("a", ip="10.9.9.9"))
         lab.cluster.remove(make_pod("b"))
@@ -264,7 +267,7 @@ async def test_standby_serves_the_cluster_as_it_is() -> None:
         assert {name: one.state for name, one in rows.items() if one.is_target} == dict.fromkeys(
             "ac", TargetState.STANDBY
         )
-        assert (rows["a"].service.address, rows["a"].service.value("shard_path")) == ("10.9.9.9", "s2")
+        assert (rows["a"].service.address, rows["a"].service.value("shard_path")) == ("10.9.9.9", "s1")
         assert lab.consul.reads == reads
         vote.decide(is_leader=True)
         await lab.until("a", "c")
@@ -275,11 +278,8 @@ async def test_standby_shows_what_the_leaders_brake_keeps() -> None:
     """A Pod that no list shows any more is a target as long as the leader leaves it in Consul."""
     seen = Seen(leadership=Vote(is_leader=False), timing=ATTENTIVE)
     lab = seen.lab
-    for name in "ab":
-        lab.consul.put_by_hand(our_pod_service(name))
     async with lab.running():
-        lab.cluster.put_list([make_pod("a"), make_pod("b")])
-        await lab.until_so(lambda: lab.status.has_synced and lab.observed.is_complete)
+        await following(seen, "ab")
         lab.cluster.put_list([make_pod("a")])
         reads = lab.consul.reads
         await lab.until_so(lambda: lab.consul.reads > reads + 1)
