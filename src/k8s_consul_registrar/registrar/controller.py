@@ -100,6 +100,10 @@ class Controller:
         core = self._core
         if change.rejection is not None and core.status.has_synced:
             core.reporter.rejected(change.rejection)
+        if change.dropped and change.wait:
+            due = replace(change, asked=(), wait=0.0)
+            asyncio.get_running_loop().call_later(change.wait, self._on_due, due)
+            change = replace(change, dropped=())
         if self._role is Role.STANDBY:
             return
         now = self._clock()
@@ -108,11 +112,7 @@ class Controller:
             core.queue.add(service_id, now, priority, change.heard_at)
         if change.dropped:
             removal = max(priority, Priority.REMOVAL)
-            if change.wait:
-                due = replace(change, asked=(), wait=0.0)
-                asyncio.get_running_loop().call_later(change.wait, self._on_due, due)
-            else:
-                core.queue.add_after(change.dropped, change.asked, now, removal, change.heard_at)
+            core.queue.add_after(change.dropped, change.asked, now, removal, change.heard_at)
         self._has_changes = True
         self._wake.set()
 

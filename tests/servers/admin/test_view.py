@@ -16,6 +16,7 @@ from k8s_consul_registrar.admin.view import Census, TargetState
 from k8s_consul_registrar.kube.source_state import CAUSES, WatchStats
 from k8s_consul_registrar.model import Kind, Source
 from k8s_consul_registrar.registrar.brake import BrakeRules
+from k8s_consul_registrar.registrar.claims import Change
 from k8s_consul_registrar.registrar.status import LostAgent
 from k8s_consul_registrar.settings.reading import shown_settings
 from support.builders import make_pod, our_pod_service
@@ -272,6 +273,20 @@ async def test_standby_serves_the_cluster_as_it_is() -> None:
         vote.decide(is_leader=True)
         await lab.until("a", "c")
         await lab.until_so(lambda: seen.targets()["a"].state is TargetState.REGISTERED)
+
+
+async def test_standby_tells_when_a_removal_need_not_wait_any_longer() -> None:
+    """An endpoint that left its slice may come back in another one, until a while has passed."""
+    seen = Seen(leadership=Vote(is_leader=False))
+    lab = seen.lab
+    async with lab.running():
+        await following(seen, "ab")
+        await lab.until_so(lambda: lab.status.is_standby)
+        position = seen.view.position
+        lab.controller.on_change(Change((), ("pod--shop--a",), time.monotonic(), wait=0.02))
+        assert seen.view.changed_since(position) == set()
+        await lab.until_so(lambda: seen.view.changed_since(position) == {"pod--shop--a"})
+        assert len(lab.queue) == 0
 
 
 async def test_standby_shows_what_the_leaders_brake_keeps() -> None:
